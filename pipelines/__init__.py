@@ -1,0 +1,1 @@
+"""One thin entry per stage of dvc.yaml."""

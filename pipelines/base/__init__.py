@@ -1,0 +1,1 @@
+"""The on-demand pipeline that makes the embedded base model."""

@@ -1,0 +1,44 @@
+"""Errors a user can cause, and the process exit codes they map to (DESIGN: exit codes are public).
+
+Every message says what was found, where (file:line or full dotted key), what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Iterable
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2  # bad configuration or data
+EXIT_INTERRUPTED = 75  # run the same command again: it resumes
+
+
+class CoordExpError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(CoordExpError):
+    """A parameter is unknown, of the wrong type, out of range, or removed."""
+
+
+class DataError(CoordExpError):
+    """A record, annotation, image or prediction breaks its contract."""
+
+
+class CheckpointError(CoordExpError):
+    """A checkpoint directory is missing something, or does not fit the tokenizer or the task."""
+
+
+class TrainingError(CoordExpError):
+    """Training cannot go on: a loss is not finite, or a rollout engine failed."""
+
+
+class Interrupted(CoordExpError):
+    """The stage was asked to stop and saved its state; running it again resumes."""
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest valid name, or the empty string."""
+    found = get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""

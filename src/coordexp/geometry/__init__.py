@@ -1,0 +1,1 @@
+"""Boxes and the coordinate bins. The only place where rounding conventions live."""

@@ -1,0 +1,62 @@
+"""Box arithmetic in numpy. Boxes are xyxy; the frame (pixels, [0, 1] or bins) is the caller's, and one per call.
+
+Shapes: N, M boxes; the last axis is always (x1, y1, x2, y2).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Boxes = NDArray[np.float64]
+
+
+def as_boxes(boxes: NDArray | list) -> Boxes:
+    """Return boxes as a float64 array of shape (N, 4), also for an empty list."""
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def area(boxes_N4: Boxes) -> NDArray[np.float64]:
+    """Area of each box; a box with x2 < x1 or y2 < y1 has area 0."""
+    return np.clip(boxes_N4[..., 2] - boxes_N4[..., 0], 0, None) * np.clip(boxes_N4[..., 3] - boxes_N4[..., 1], 0, None)
+
+
+def pairwise_intersection(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
+    """Intersection areas, shape (N, M)."""
+    top_left = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
+    bottom_right = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:])
+    sides = np.clip(bottom_right - top_left, 0, None)
+    return sides[..., 0] * sides[..., 1]
+
+
+def pairwise_iou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
+    """IoU matrix, shape (N, M); 0 where the union is empty."""
+    intersection = pairwise_intersection(a_N4, b_M4)
+    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def pairwise_giou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
+    """Generalised IoU matrix in [-1, 1], shape (N, M) (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1)."""
+    intersection = pairwise_intersection(a_N4, b_M4)
+    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
+    iou = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    top_left = np.minimum(a_N4[:, None, :2], b_M4[None, :, :2])
+    bottom_right = np.maximum(a_N4[:, None, 2:], b_M4[None, :, 2:])
+    hull = np.prod(np.clip(bottom_right - top_left, 0, None), axis=-1)
+    return iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
+
+
+def reading_order(boxes_N4: Boxes) -> NDArray[np.int64]:
+    """Indices that sort boxes top-left first: by (y1, x1), stable (DESIGN section 2, object order)."""
+    return np.lexsort((boxes_N4[:, 0], boxes_N4[:, 1]))
+
+
+def xyxy_to_xywh(boxes_N4: Boxes) -> Boxes:
+    """Corners to (x, y, width, height), the COCO export form."""
+    return np.concatenate([boxes_N4[..., :2], boxes_N4[..., 2:] - boxes_N4[..., :2]], axis=-1)
+
+
+def xywh_to_xyxy(boxes_N4: Boxes) -> Boxes:
+    """(x, y, width, height) to corners."""
+    return np.concatenate([boxes_N4[..., :2], boxes_N4[..., :2] + boxes_N4[..., 2:]], axis=-1)

@@ -1,0 +1,36 @@
+"""Forwards over packed batches that stop before the head, so that logits exist for supervised slots only.
+
+Shapes: B rows, T tokens, D hidden size, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.packing.collator import PackedBatch
+
+
+def hidden_states(
+    model: Qwen3VLForConditionalGeneration, batch: PackedBatch, inputs_embeds_BTD: Tensor | None = None
+) -> Tensor:
+    """Last hidden states, flattened to (B * T, D); `inputs_embeds_BTD` replaces the token embeddings if given.
+
+    No attention mask is passed: together with the 4-row position ids this is what separates packed segments.
+    """
+    output = model.model(
+        input_ids=batch.input_ids if inputs_embeds_BTD is None else None,
+        inputs_embeds=inputs_embeds_BTD,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        pixel_values=batch.pixel_values,
+        image_grid_thw=batch.image_grid_thw,
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def slot_logits(model: Qwen3VLForConditionalGeneration, hidden_flat: Tensor, slots_S: Tensor) -> Tensor:
+    """Logits (S, V) at the given flat positions."""
+    return model.lm_head(torch.index_select(hidden_flat, 0, slots_S))

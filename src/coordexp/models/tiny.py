@@ -1,0 +1,73 @@
+"""The embedded model: Qwen3-VL's real architecture at about 3 M parameters.
+
+Patches of 8 px (16 px a visual token after the 2 x 2 merge) instead of 16: objects start at 8 px here.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+VOCAB_MULTIPLE = 128
+
+
+def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
+    """The smallest multiple that is at least n: the rows of embedding and head."""
+    return -(-n // multiple) * multiple
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_layers: int = 6) -> Qwen3VLConfig:
+    """Configuration whose special token ids and vocabulary size fit the tokenizer."""
+
+    def token_id(token: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(token))
+
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": round_up(len(tokenizer)),
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": text_layers,
+            "num_attention_heads": hidden // 64,
+            "num_key_value_heads": hidden // 64,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            # head_dim / 2 = 32 frequencies shared by time, height and width
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 1024,
+            "deepstack_visual_indexes": [1],
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def build_tiny(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3VLForConditionalGeneration:
+    """A randomly initialised tiny model in float32."""
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model

@@ -1,0 +1,185 @@
+"""From segments to one packed batch: input ids, positions, pixels, and the slots that are supervised.
+
+A *slot* is the position whose logits predict a token: the token at flat position i of a row is predicted at i - 1. Slots
+are listed per loss family, so the head runs on supervised positions only and no label tensor has to be shifted later.
+
+Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, P patches, I images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coordexp.geometry.bins import target_bins
+from coordexp.packing.pixels import PixelSpec, load_rgb, patchify
+from coordexp.packing.planner import pack_rows
+from coordexp.packing.positions import segment_positions
+from coordexp.packing.samples import Sample
+from coordexp.text.codecs import Role
+from coordexp.text.prompts import expand_image
+
+_TEXT_ROLES = (Role.STRUCT, Role.DESC, Role.NUMBER, Role.CLOSE)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence to run: a sample's image and prompt, some answer, and what in it is supervised.
+
+    Per answer token (length A): `text_weights` (0 = no text loss). `box_tokens` (G, 4) are the answer positions of the
+    coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins.
+    """
+
+    sample: Sample
+    answer_ids: NDArray[np.int32]
+    answer_roles: NDArray[np.uint8]
+    text_weights: NDArray[np.float32]
+    box_tokens: NDArray[np.int64]
+    box_targets: NDArray[np.float32]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.sample.prompt_length + len(self.answer_ids)
+
+
+def coordinate_positions(roles: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Positions of the coordinate tokens of a complete answer, four per object: (M, 4)."""
+    return np.flatnonzero(roles == Role.COORD).reshape(-1, 4)
+
+
+def teacher_segment(sample: Sample) -> Segment:
+    """The segment that teaches a sample's own answer: text everywhere but at coordinates, boxes for every object."""
+    box_tokens = coordinate_positions(sample.answer_roles)
+    targets = target_bins(sample.boxes_xyxy_px, sample.width, sample.height) if len(box_tokens) else np.zeros((0, 4))
+    return Segment(
+        sample=sample,
+        answer_ids=sample.answer_ids,
+        answer_roles=sample.answer_roles,
+        text_weights=np.isin(sample.answer_roles, _TEXT_ROLES).astype(np.float32),
+        box_tokens=box_tokens,
+        box_targets=targets.astype(np.float32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Model inputs and supervised slots. Slot tensors hold flat indices into B * T."""
+
+    input_ids: Tensor  # (B, T) int64
+    position_ids: Tensor  # (4, B, T) int64
+    pixel_values: Tensor  # (P, D) float32
+    image_grid_thw: Tensor  # (I, 3) int64
+    text_slots: Tensor  # (S,) int64
+    text_targets: Tensor  # (S,) int64 token ids
+    text_weights: Tensor  # (S,) float32
+    text_roles: Tensor  # (S,) uint8
+    coord_slots: Tensor  # (N,) int64, grouped by box: x1, y1, x2, y2
+    coord_targets: Tensor  # (N,) float32 bins
+    n_segments: int
+    n_tokens: int  # without padding
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
+            for name in self.__slots__
+        }
+        return PackedBatch(**moved)
+
+
+class Collator:
+    """Builds packed batches; owns the image root and the pixel format, nothing else."""
+
+    def __init__(self, image_root: Path, pixels: PixelSpec, image_token_id: int, pad_id: int, pack_tokens: int) -> None:
+        self._image_root = image_root
+        self._pixels = pixels
+        self._image_token_id = image_token_id
+        self._pad_id = pad_id
+        self._pack_tokens = pack_tokens
+
+    def __call__(self, segments: Sequence[Segment]) -> PackedBatch:
+        """Pack segments into rows (first-fit decreasing) and lay out the batch."""
+        return self.layout(segments, pack_rows([s.length for s in segments], self._pack_tokens))
+
+    def layout(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> PackedBatch:
+        """Lay out segments in the given rows; a row is padded at its end as a segment of its own."""
+        width = max(sum(segments[i].length for i in row) for row in rows)
+        input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
+        positions = np.empty((4, len(rows), width), dtype=np.int64)
+        slots = _Slots()
+        patches, grids = [], []
+        for r, row in enumerate(rows):
+            at = 0
+            for i in row:
+                segment = segments[i]
+                end = at + segment.length
+                input_ids[r, at:end], positions[:, r, at:end] = self._segment_inputs(segment)
+                slots.add(segment, r * width + at + segment.sample.prompt_length)
+                rgb = self._load(segment.sample)
+                patches.append(patchify(rgb, self._pixels))
+                grids.append((1, rgb.shape[0] // self._pixels.patch_size, rgb.shape[1] // self._pixels.patch_size))
+                at = end
+            # Positions that restart at 0 make the padding a segment that nothing attends to.
+            positions[:, r, at:] = np.arange(width - at)
+        return PackedBatch(
+            input_ids=torch.from_numpy(input_ids),
+            position_ids=torch.from_numpy(positions),
+            pixel_values=torch.from_numpy(np.concatenate(patches)),
+            image_grid_thw=torch.tensor(grids, dtype=torch.int64),
+            **slots.tensors(),
+            n_segments=len(segments),
+            n_tokens=sum(s.length for s in segments),
+        )
+
+    def _load(self, sample: Sample) -> NDArray[np.uint8]:
+        return load_rgb(self._image_root / sample.image, sample.resized_width, sample.resized_height)
+
+    def _segment_inputs(self, segment: Segment) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        sample, factor = segment.sample, self._pixels.factor
+        prompt = expand_image(sample.prompt_ids, self._image_token_id, sample.n_image_tokens)
+        (before,) = np.flatnonzero(sample.prompt_ids == self._image_token_id)
+        after = len(sample.prompt_ids) - 1 - before + len(segment.answer_ids)
+        positions = segment_positions(
+            int(before), sample.resized_height // factor, sample.resized_width // factor, int(after)
+        )
+        return np.concatenate([prompt, segment.answer_ids]), positions
+
+
+class _Slots:
+    """Collects supervised slots over the segments of a batch."""
+
+    def __init__(self) -> None:
+        self.text: list[NDArray] = []
+        self.targets: list[NDArray] = []
+        self.weights: list[NDArray] = []
+        self.roles: list[NDArray] = []
+        self.coord: list[NDArray] = []
+        self.bins: list[NDArray] = []
+
+    def add(self, segment: Segment, answer_start: int) -> None:
+        """Add a segment whose answer starts at this flat position; the slot of a token is the position before it."""
+        supervised = np.flatnonzero(segment.text_weights > 0)
+        self.text.append(supervised + answer_start - 1)
+        self.targets.append(segment.answer_ids[supervised].astype(np.int64))
+        self.weights.append(segment.text_weights[supervised])
+        self.roles.append(segment.answer_roles[supervised])
+        self.coord.append(segment.box_tokens.reshape(-1) + answer_start - 1)
+        self.bins.append(segment.box_targets.reshape(-1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The collected slots under the field names of `PackedBatch`."""
+        return {
+            "text_slots": torch.from_numpy(np.concatenate(self.text)),
+            "text_targets": torch.from_numpy(np.concatenate(self.targets)),
+            "text_weights": torch.from_numpy(np.concatenate(self.weights)),
+            "text_roles": torch.from_numpy(np.concatenate(self.roles)),
+            "coord_slots": torch.from_numpy(np.concatenate(self.coord).astype(np.int64)),
+            "coord_targets": torch.from_numpy(np.concatenate(self.bins).astype(np.float32)),
+        }

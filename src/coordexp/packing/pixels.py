@@ -1,0 +1,83 @@
+"""From an image file to the flattened patches that Qwen3-VL's vision tower takes.
+
+Same arithmetic as transformers' `Qwen2VLImageProcessorPil` (a test compares both), with the resize done once, to a size
+fixed by norm1000, and about ten times faster on small pictures.
+
+Shapes: H, W resized image; p patch size, m merge size, t = 2 temporal patch; P = (H/p)(W/p) patches of 3*t*p*p values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coordexp.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSpec:
+    """The vision tower's input format; `factor` is the side of one visual token in pixels."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def factor(self) -> int:
+        """Sides of the resized image are multiples of this (patch x merge)."""
+        return self.patch_size * self.merge_size
+
+    def tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a resized image."""
+        return (width // self.factor) * (height // self.factor)
+
+
+def resized_size(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:
+    """Qwen's smart resize: nearest multiples of the factor with an area in [min_pixels, max_pixels].
+
+    Returns (width, height). Raises DataError for an aspect ratio above 200, as Qwen3-VL's processor does.
+    """
+    if max(width, height) / min(width, height) > 200:
+        raise DataError(f"image of {width}x{height} px: aspect ratio above 200 is not supported; crop it first.")
+    factor = spec.factor
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+    if new_h * new_w > spec.max_pixels:
+        beta = math.sqrt(height * width / spec.max_pixels)
+        new_h = max(factor, math.floor(height / beta / factor) * factor)
+        new_w = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_h * new_w < spec.min_pixels:
+        beta = math.sqrt(spec.min_pixels / (height * width))
+        new_h = math.ceil(height * beta / factor) * factor
+        new_w = math.ceil(width * beta / factor) * factor
+    return new_w, new_h
+
+
+def load_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
+    """Read an image as RGB (H, W, 3) at the given size; raises DataError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}). Expected a JPEG or PNG; run the raw stage.") from error
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
+
+
+def patchify(rgb_HW3: NDArray[np.uint8], spec: PixelSpec) -> NDArray[np.float32]:
+    """Normalise to [-1, 1] and cut into patches (P, 3*t*p*p), ordered merge-block by merge-block."""
+    height, width = rgb_HW3.shape[:2]
+    p, m = spec.patch_size, spec.merge_size
+    pixels = rgb_HW3.astype(np.float32) * (2.0 / 255.0) - 1.0
+    grid = pixels.reshape(height // (p * m), m, p, width // (p * m), m, p, 3)
+    # (block row, row in block, y, block column, column in block, x, channel) -> blocks, channel, y, x
+    patches = grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, p, p)
+    repeated = np.broadcast_to(patches, (len(patches), 3, spec.temporal_patch_size, p, p))
+    return repeated.reshape(len(patches), -1)

@@ -1,0 +1,130 @@
+"""Tokenised samples: what norm1000 writes and every trainer and engine reads (one parquet file per split)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("image", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("resized_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("n_image_tokens", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("answer_roles", pa.list_(pa.uint8())),
+        ("answer_objects", pa.list_(pa.int16())),
+        ("descs", pa.list_(pa.string())),
+        ("boxes_xyxy_px", pa.list_(pa.float32())),
+        ("iscrowd", pa.list_(pa.bool_())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its prompt (one image placeholder), teacher answer, and annotations in answer order.
+
+    Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4) are float pixels of the original image; the model sees
+    the resized one.
+    """
+
+    image_id: int
+    image: str
+    width: int
+    height: int
+    resized_width: int
+    resized_height: int
+    n_image_tokens: int
+    prompt_ids: NDArray[np.int32]
+    answer_ids: NDArray[np.int32]
+    answer_roles: NDArray[np.uint8]
+    answer_objects: NDArray[np.int16]
+    descs: tuple[str, ...]
+    boxes_xyxy_px: NDArray[np.float32]
+    iscrowd: tuple[bool, ...]
+
+    @property
+    def prompt_length(self) -> int:
+        """Prompt tokens after the image placeholder is expanded."""
+        return len(self.prompt_ids) - 1 + self.n_image_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt_length + len(self.answer_ids)
+
+
+class SampleWriter:
+    """Writes samples in row groups as they come, so that a large split never sits in memory."""
+
+    def __init__(self, path: Path, rows_per_group: int = 4096) -> None:
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._rows: list[dict[str, object]] = []
+        self._rows_per_group = rows_per_group
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample."""
+        row = {name: getattr(sample, name) for name in SCHEMA.names}
+        row["boxes_xyxy_px"] = sample.boxes_xyxy_px.reshape(-1)
+        self._rows.append(row)
+        if len(self._rows) >= self._rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+            self._rows = []
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+
+class SampleStore(Sequence[Sample]):
+    """Random access to the samples of one split."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = pq.read_table(path, memory_map=True).combine_chunks()
+        self._columns = {name: self._table.column(name) for name in SCHEMA.names}
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = {name: column[index] for name, column in self._columns.items()}
+        return Sample(
+            **{name: row[name].as_py() for name in SCHEMA.names[:7]},
+            prompt_ids=_array(row["prompt_ids"], np.int32),
+            answer_ids=_array(row["answer_ids"], np.int32),
+            answer_roles=_array(row["answer_roles"], np.uint8),
+            answer_objects=_array(row["answer_objects"], np.int16),
+            descs=tuple(row["descs"].as_py()),
+            boxes_xyxy_px=_array(row["boxes_xyxy_px"], np.float32).reshape(-1, 4),
+            iscrowd=tuple(row["iscrowd"].as_py()),
+        )
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of every sample (prompt with image, plus answer), without building the samples."""
+        answer = self._table.column("answer_ids").combine_chunks().value_lengths().to_numpy()
+        prompt = self._table.column("prompt_ids").combine_chunks().value_lengths().to_numpy()
+        return (answer + prompt - 1 + self._table.column("n_image_tokens").to_numpy()).astype(np.int32)
+
+
+def _array(scalar: pa.ListScalar, dtype: type) -> NDArray:
+    return scalar.values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)

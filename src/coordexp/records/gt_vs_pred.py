@@ -1,0 +1,145 @@
+"""`gt_vs_pred.jsonl`: the one hand-over between decoding, scoring, evaluating and drawing (DESIGN section 5).
+
+One JSON line per image: ground truth, predictions in generation order, raw text, parse counters, finish reason, and the
+identity of model, prompt and decode settings. Boxes are float pixels xyxy, never rounded to integers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+from coordexp.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class GroundTruth:
+    """One annotated object."""
+
+    desc: str
+    bbox_xyxy_px: tuple[float, float, float, float]
+    iscrowd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One parsed object of the answer.
+
+    `bins` are the four emitted bins (digits codec: the emitted numbers). `coord_logprobs` are log p of the four emitted
+    coordinates at temperature 1 from the re-scoring forward, `desc_logprob` the mean over the description's tokens.
+    `score` is None until scored; evaluation refuses that for AP, it never invents one.
+    """
+
+    desc: str
+    bbox_xyxy_px: tuple[float, float, float, float]
+    bins: tuple[int, int, int, int]
+    coord_logprobs: tuple[float, float, float, float] | None = None
+    desc_logprob: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParseReport:
+    """What the strict parser did with one answer; the sum of `dropped` is the number of dropped objects."""
+
+    container_found: bool
+    n_valid: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """A whole answer: container found, not truncated, nothing dropped."""
+        return self.container_found and not self.truncated and not self.dropped
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """One image: what is there, what was predicted, and how the text came out."""
+
+    image_id: int
+    image: str
+    width: int
+    height: int
+    gt: tuple[GroundTruth, ...]
+    pred: tuple[Prediction, ...]
+    raw_text: str
+    parse: ParseReport
+    finish_reason: str  # "stop" (end token) or "length" (token budget)
+    n_generated_tokens: int
+    identity: dict[str, str] = field(default_factory=dict)  # short hashes: model, prompt, decode
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON value; inverse of `result_from_json`."""
+        return asdict(self)
+
+
+def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
+    """Rebuild one line; raises DataError naming `where` if a key is missing, or a box is not finite or not ordered."""
+    try:
+        gt = tuple(GroundTruth(o["desc"], _box(o["bbox_xyxy_px"], where), bool(o.get("iscrowd", False))) for o in row["gt"])
+        pred = tuple(
+            Prediction(
+                desc=o["desc"],
+                bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
+                bins=tuple(o["bins"]),
+                coord_logprobs=None if o.get("coord_logprobs") is None else tuple(o["coord_logprobs"]),
+                desc_logprob=o.get("desc_logprob"),
+                score=o.get("score"),
+            )
+            for o in row["pred"]
+        )
+        return ImageResult(
+            image_id=int(row["image_id"]),
+            image=row["image"],
+            width=int(row["width"]),
+            height=int(row["height"]),
+            gt=gt,
+            pred=pred,
+            raw_text=row["raw_text"],
+            parse=ParseReport(**row["parse"]),
+            finish_reason=row["finish_reason"],
+            n_generated_tokens=int(row["n_generated_tokens"]),
+            identity=dict(row.get("identity", {})),
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: not a gt_vs_pred line ({error!r}); it needs the keys that `rollout` writes.") from error
+
+
+def _box(values: Any, where: str) -> tuple[float, float, float, float]:
+    box = tuple(float(v) for v in values)
+    if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
+        raise DataError(f"{where}: box {values!r}, expected four finite pixels [x1, y1, x2, y2] with x2 >= x1 and y2 >= y1.")
+    return box
+
+
+def read_results(path: Path) -> Iterator[ImageResult]:
+    """Yield the lines of a gt_vs_pred file; refuses an empty file, a broken line and a repeated image id."""
+    seen: set[int] = set()
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not valid JSON ({error.msg}); the file was cut or edited. Decode again.") from error
+            result = result_from_json(row, where)
+            if result.image_id in seen:
+                raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")
+            seen.add(result.image_id)
+            yield result
+    if not seen:
+        raise DataError(f"{path}: no predictions in the file; expected one JSON line per image.")
+
+
+def write_results(path: Path, results: Iterable[ImageResult]) -> int:
+    """Write one line per image and return their number."""
+    count = 0
+    with path.open("w", encoding="utf-8") as out:
+        for result in results:
+            out.write(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,164 @@
+"""The composer: one scene from (seed, split, index), so that any image can be made again alone.
+
+Rules of the ground truth, stated once:
+* a box is the full (amodal) extent of the sprite, which always lies inside the image;
+* a placement is refused if it leaves any object less than `MIN_VISIBLE` of its pixels, or two boxes above `MAX_IOU`;
+* objects are listed in reading order (y1, x1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
+from coordexp.records.scenes.backgrounds import add_distractors, make_background
+from coordexp.records.scenes.sprites import Sprite, SpriteCatalog
+
+SIDE_STEP_PX = 32
+MIN_VISIBLE = 0.6
+MAX_IOU = 0.35
+PLACEMENT_TRIES = 12
+SPLIT_CODES = {"train": 0, "val": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneSpec:
+    """What scenes look like; every share is a probability in [0, 1]."""
+
+    min_side_px: int
+    max_side_px: int
+    max_objects: int
+    small_share: float  # objects smaller than an eighth of the side
+    crowd_share: float  # scenes with several neighbours of one name
+    distractors: int  # at most this many textured shapes
+    held_out_share: float  # objects of a val scene that carry a name never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedObject:
+    """One object of a scene, box in integer pixels."""
+
+    desc: str
+    bbox_xyxy_px: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Pixels (H, W, 3) uint8 RGB and the objects in reading order."""
+
+    pixels: NDArray[np.uint8]
+    objects: tuple[PlacedObject, ...]
+
+
+class _Canvas:
+    """Pixels under construction, plus what is visible of each object placed so far."""
+
+    def __init__(self, pixels: NDArray[np.float32]) -> None:
+        self.pixels = pixels
+        self.visible: list[NDArray[np.bool_]] = []
+        self.full_pixels: list[int] = []
+        self.objects: list[PlacedObject] = []
+
+    def try_place(self, sprite: NDArray[np.float32], left: int, top: int, desc: str) -> bool:
+        """Paste the sprite unless it breaks the overlap or visibility rule; True if placed."""
+        h, w = sprite.shape[:2]
+        box = (left, top, left + w, top + h)
+        boxes = as_boxes([o.bbox_xyxy_px for o in self.objects])
+        if self.objects and pairwise_iou(as_boxes([box]), boxes).max() > MAX_IOU:
+            return False
+        opaque = np.zeros(self.pixels.shape[:2], dtype=bool)
+        opaque[top : top + h, left : left + w] = sprite[..., 3] > 0.5
+        remaining = [seen & ~opaque for seen in self.visible]
+        if any(left_over.sum() < MIN_VISIBLE * full for left_over, full in zip(remaining, self.full_pixels, strict=True)):
+            return False
+        view = self.pixels[top : top + h, left : left + w]
+        view += sprite[..., 3:] * (sprite[..., :3] - view)
+        self.visible = [*remaining, opaque]
+        self.full_pixels.append(int(opaque.sum()))
+        self.objects.append(PlacedObject(desc, box))
+        return True
+
+
+def compose_scene(spec: SceneSpec, catalog: SpriteCatalog, seed: int, split: str, index: int) -> Scene:
+    """Compose the scene that (seed, split, index) names; the same arguments give the same bytes."""
+    rng = np.random.default_rng([seed, SPLIT_CODES[split], index])
+    is_val = split == "val"
+    width, height = (_draw_side(rng, spec) for _ in range(2))
+    canvas = _Canvas(make_background(rng, width, height, is_val))
+    add_distractors(rng, canvas.pixels, int(rng.integers(spec.distractors + 1)), is_val)
+    wanted = _draw_count(rng, spec.max_objects)
+    if rng.random() < spec.crowd_share and wanted > 1:
+        _place_crowd(rng, spec, catalog, canvas, min(wanted, 6))
+    while wanted > len(canvas.objects):
+        sprite = _draw_sprite(rng, catalog, spec.held_out_share if is_val else 0.0)
+        side = _draw_size(rng, spec, min(width, height))
+        if not _place_anywhere(rng, canvas, sprite, side):
+            break  # the scene is full
+    pixels = np.clip(canvas.pixels + rng.normal(0, 2.0, canvas.pixels.shape), 0, 255).astype(np.uint8)
+    order = reading_order(as_boxes([o.bbox_xyxy_px for o in canvas.objects]))
+    return Scene(pixels, tuple(canvas.objects[i] for i in order))
+
+
+def _draw_side(rng: np.random.Generator, spec: SceneSpec) -> int:
+    """A multiple of 32 px, smaller ones more likely (weights 1/n), which keeps scenes cheap on a CPU."""
+    sides = np.arange(spec.min_side_px, spec.max_side_px + 1, SIDE_STEP_PX)
+    weights = 1.0 / np.arange(1, len(sides) + 1)
+    return int(rng.choice(sides, p=weights / weights.sum()))
+
+
+def _draw_count(rng: np.random.Generator, max_objects: int) -> int:
+    """1..max_objects with a falling tail (about 3.8 on average for 12)."""
+    counts = np.arange(1, max_objects + 1)
+    weights = 0.8**counts
+    return int(rng.choice(counts, p=weights / weights.sum()))
+
+
+def _draw_size(rng: np.random.Generator, spec: SceneSpec, side_px: int) -> int:
+    """Longer side of an object: log-uniform from an eighth to a half of the side, a minority below an eighth."""
+    low, high = (0.085, 0.125) if rng.random() < spec.small_share else (0.125, 0.5)
+    return max(8, round(side_px * float(np.exp(rng.uniform(np.log(low), np.log(high))))))
+
+
+def _draw_sprite(rng: np.random.Generator, catalog: SpriteCatalog, held_out_share: float) -> Sprite:
+    descs = catalog.held_out if rng.random() < held_out_share else catalog.seen
+    group = catalog.sprites[descs[rng.integers(len(descs))]]
+    return group[rng.integers(len(group))]
+
+
+def _render(rng: np.random.Generator, sprite: Sprite, side_px: int) -> NDArray[np.float32]:
+    pixels = sprite.render(side_px, flip=rng.random() < 0.5)
+    pixels[..., :3] = np.clip(pixels[..., :3] * rng.uniform(0.8, 1.15), 0, 255)
+    return pixels
+
+
+def _place_anywhere(rng: np.random.Generator, canvas: _Canvas, sprite: Sprite, side_px: int) -> bool:
+    pixels = _render(rng, sprite, side_px)
+    height, width = canvas.pixels.shape[:2]
+    h, w = pixels.shape[:2]
+    for _ in range(PLACEMENT_TRIES):
+        left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        if canvas.try_place(pixels, left, top, sprite.desc):
+            return True
+    return False
+
+
+def _place_crowd(
+    rng: np.random.Generator, spec: SceneSpec, catalog: SpriteCatalog, canvas: _Canvas, count: int
+) -> None:
+    """Put up to `count` objects of one name side by side: where repeated boxes are born."""
+    height, width = canvas.pixels.shape[:2]
+    sprite = _draw_sprite(rng, catalog, 0.0)
+    group = catalog.sprites[sprite.desc]
+    side = int(min(width, height) * rng.uniform(0.14, 0.26))
+    left, top = rng.uniform(0, 0.35 * width), rng.uniform(0, height - side)
+    for _ in range(count):
+        pixels = _render(rng, group[rng.integers(len(group))], max(8, round(side * rng.uniform(0.85, 1.15))))
+        h, w = pixels.shape[:2]
+        y = int(np.clip(top + rng.normal(0, 0.12 * side), 0, height - h))
+        if left + w > width:
+            break
+        canvas.try_place(pixels, int(left), y, sprite.desc)
+        left += w * rng.uniform(0.75, 1.1)

@@ -1,0 +1,170 @@
+"""The record contract: one JSON line per image (DESIGN section 5).
+
+    {"images": ["a.jpg"], "width": 640, "height": 480,
+     "objects": [{"desc": "black cat", "bbox_2d": [x1, y1, x2, y2]} | {"desc": ..., "poly": [x1, y1, ...]}],
+     "summary": "...", "metadata": {...}}
+
+Coordinates are pixel floats in [0, W] x [0, H], or ready coordinate tokens; one record never mixes both. `poly` is
+trained and evaluated by its tight box. `line` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+from coordexp.errors import DataError, closest
+from coordexp.geometry.bins import COORD_PATTERN, decode_norm
+
+RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
+OBJECT_KEYS = {"desc", "bbox_2d", "poly", "metadata"}
+REMOVED_GEOMETRY = {"line", "line_points", "bbox", "polygon"}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    """One annotated object: what it is called and where it is (float pixels)."""
+
+    desc: str
+    bbox_xyxy_px: tuple[float, float, float, float]
+    poly_px: tuple[float, ...] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image and its objects."""
+
+    image: str
+    width: int
+    height: int
+    objects: tuple[ObjectRecord, ...]
+    summary: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in the contract's JSON form, coordinates as pixel floats."""
+        objects = []
+        for obj in self.objects:
+            row: dict[str, Any] = {"desc": obj.desc}
+            if obj.poly_px is None:
+                row["bbox_2d"] = [round(v, 3) for v in obj.bbox_xyxy_px]
+            else:
+                row["poly"] = [round(v, 3) for v in obj.poly_px]
+            if obj.metadata:
+                row["metadata"] = obj.metadata
+            objects.append(row)
+        out: dict[str, Any] = {"images": [self.image], "width": self.width, "height": self.height, "objects": objects}
+        if self.summary is not None:
+            out["summary"] = self.summary
+        if self.metadata:
+            out["metadata"] = self.metadata
+        return out
+
+
+def parse_record(row: Any, where: str) -> Record:
+    """Check one decoded JSON line against the contract.
+
+    Args:
+        row: the decoded JSON value.
+        where: "file:line", used in every message.
+
+    Raises:
+        DataError: naming the place, what was found and what was expected.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found a {type(row).__name__}, expected a JSON object with keys {sorted(RECORD_KEYS)}.")
+    for key in row:
+        if key not in RECORD_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}.{closest(key, RECORD_KEYS)} Valid keys: {sorted(RECORD_KEYS)}.")
+    images = row.get("images")
+    if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], str) and images[0]):
+        raise DataError(f"{where}: images is {images!r}, expected a list with exactly one relative image path.")
+    if Path(images[0]).is_absolute() or ".." in Path(images[0]).parts:
+        raise DataError(f"{where}: image path {images[0]!r} leaves the image root; use a relative path without '..'.")
+    width, height = (_positive_int(row.get(key), f"{where}: {key}") for key in ("width", "height"))
+    if not isinstance(row.get("objects"), list):
+        raise DataError(f"{where}: objects is {row.get('objects')!r}, expected a list (it may be empty).")
+    parsed = [_parse_object(obj, width, height, f"{where}: objects[{i}]") for i, obj in enumerate(row["objects"])]
+    if len({is_token for _, is_token in parsed}) > 1:
+        raise DataError(f"{where}: some boxes are pixel floats and some are coordinate tokens; use one form per record.")
+    summary, metadata = row.get("summary"), row.get("metadata") or {}
+    if summary is not None and not isinstance(summary, str):
+        raise DataError(f"{where}: summary is {summary!r}, expected a string or nothing.")
+    return Record(images[0], width, height, tuple(obj for obj, _ in parsed), summary, dict(metadata))
+
+
+def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[ObjectRecord, bool]:
+    if not isinstance(obj, dict):
+        raise DataError(f"{where}: found a {type(obj).__name__}, expected an object with desc and bbox_2d.")
+    for key in obj:
+        if key in REMOVED_GEOMETRY:
+            raise DataError(f"{where}: geometry {key!r} is not supported; give bbox_2d [x1, y1, x2, y2] or poly [x1, y1, ...].")
+        if key not in OBJECT_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}.{closest(key, OBJECT_KEYS)} Valid keys: {sorted(OBJECT_KEYS)}.")
+    desc = obj.get("desc")
+    if not isinstance(desc, str) or not desc.strip():
+        raise DataError(f"{where}: desc is {desc!r}, expected a non-empty string.")
+    present = [key for key in ("bbox_2d", "poly") if key in obj]
+    if len(present) != 1:
+        raise DataError(f"{where}: has geometry {present or 'none'}, expected exactly one of bbox_2d and poly.")
+    values, is_token = _coordinates(obj[present[0]], width, height, f"{where}.{present[0]}")
+    if present[0] == "bbox_2d":
+        if len(values) != 4:
+            raise DataError(f"{where}.bbox_2d: has {len(values)} values, expected 4: [x1, y1, x2, y2].")
+        box, poly = values, None
+    else:
+        if len(values) < 6 or len(values) % 2:
+            raise DataError(f"{where}.poly: has {len(values)} values, expected an even number of at least 6.")
+        box, poly = [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])], tuple(values)
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise DataError(f"{where}: box {box} is empty or outside the {width}x{height} image; expected 0 <= x1 < x2 <= W, same for y.")
+    return ObjectRecord(desc, (x1, y1, x2, y2), poly, dict(obj.get("metadata") or {})), is_token
+
+
+def _coordinates(values: Any, width: int, height: int, where: str) -> tuple[list[float], bool]:
+    if not isinstance(values, list):
+        raise DataError(f"{where}: found {values!r}, expected a flat list of coordinates.")
+    tokens = [isinstance(v, str) for v in values]
+    if any(tokens):
+        if not all(tokens) or not all(COORD_PATTERN.fullmatch(v) for v in values):
+            raise DataError(f"{where}: mixes coordinate tokens with other values: {values!r}; expected all <|coord_k|> or all floats.")
+        bins = [int(COORD_PATTERN.fullmatch(v)[1]) for v in values]  # type: ignore[index]
+        return [float(c) * (height if i % 2 else width) for i, c in enumerate(decode_norm(bins))], True
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
+            raise DataError(f"{where}: holds {v!r}, expected finite numbers in pixels.")
+    return [float(v) for v in values], False
+
+
+def _positive_int(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise DataError(f"{where} is {value!r}, expected a positive integer (pixels).")
+    return value
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the checked records of a JSONL file; raises DataError naming file and line at the first broken one."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise DataError(f"{path}:{number}: empty line, expected one JSON record per line.")
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}).") from error
+            yield parse_record(row, f"{path}:{number}")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> int:
+    """Write records as JSONL and return their number."""
+    count = 0
+    with path.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,111 @@
+"""COCO instances JSON to records: pixel xyxy boxes, one record per image, every dropped box counted with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordexp.errors import DataError
+from coordexp.geometry.boxes import as_boxes, reading_order
+from coordexp.records.schema import ObjectRecord, Record
+
+MIN_SIDE_PX = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """A category of the source, and whether training sees it."""
+
+    id: int
+    name: str
+    split: str  # "train" or "held_out"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a source became: records in image-id order, categories, and drop counts by reason."""
+
+    records: tuple[Record, ...]
+    categories: tuple[Category, ...]
+    drops: dict[str, int]
+
+
+def read_coco(annotations: Path, image_prefix: str) -> Conversion:
+    """Convert one instances file; `image_prefix` is put before each file name (path relative to the image root).
+
+    Boxes are clipped to the image. A box is dropped, and counted, if it is not finite, thinner than 1 px after
+    clipping, or of an unknown category or image. Crowd boxes are kept with `metadata.iscrowd` (ignored in training,
+    ignore regions in evaluation). Objects are in reading order.
+
+    Raises:
+        DataError: naming the file and what is missing.
+    """
+    source = _load(annotations)
+    categories = tuple(
+        Category(int(c["id"]), str(c["name"]), "held_out" if c.get("supercategory") == "held_out" else "train")
+        for c in source["categories"]
+    )
+    names = {c.id: c.name for c in categories}
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    drops: Counter[str] = Counter()
+    images = {int(image["id"]): image for image in source["images"]}
+    if len(images) != len(source["images"]):
+        raise DataError(f"{annotations}: image ids repeat; expected each id once. Remove the duplicates.")
+    for annotation in source["annotations"]:
+        if annotation.get("image_id") not in images:
+            drops["unknown_image"] += 1
+        elif annotation.get("category_id") not in names:
+            drops["unknown_category"] += 1
+        else:
+            by_image[annotation["image_id"]].append(annotation)
+    records = []
+    for image_id in sorted(images):
+        image = images[image_id]
+        objects = [_to_object(a, image, names, drops) for a in by_image[image_id]]
+        kept = [o for o in objects if o is not None]
+        order = reading_order(as_boxes([o.bbox_xyxy_px for o in kept]))
+        records.append(
+            Record(
+                image=f"{image_prefix}{image['file_name']}",
+                width=int(image["width"]),
+                height=int(image["height"]),
+                objects=tuple(kept[i] for i in order),
+                metadata={"image_id": image_id},
+            )
+        )
+    return Conversion(tuple(records), categories, dict(drops))
+
+
+def _load(annotations: Path) -> dict[str, Any]:
+    if not annotations.is_file():
+        raise DataError(f"{annotations}: not found; expected a COCO instances JSON file.")
+    try:
+        source = json.loads(annotations.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{annotations}:{error.lineno}: not valid JSON ({error.msg}).") from error
+    missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
+    if missing:
+        raise DataError(f"{annotations}: keys {sorted(missing)} are missing; expected COCO's instances layout.")
+    return source
+
+
+def _to_object(
+    annotation: dict[str, Any], image: dict[str, Any], names: dict[int, str], drops: Counter[str]
+) -> ObjectRecord | None:
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not np.isfinite(np.asarray(box, dtype=float)).all():
+        drops["bbox_malformed"] += 1
+        return None
+    x, y, w, h = (float(v) for v in box)
+    x1, x2 = (min(max(v, 0.0), float(image["width"])) for v in (x, x + w))
+    y1, y2 = (min(max(v, 0.0), float(image["height"])) for v in (y, y + h))
+    if x2 - x1 < MIN_SIDE_PX or y2 - y1 < MIN_SIDE_PX:
+        drops["bbox_too_thin"] += 1
+        return None
+    metadata = {"iscrowd": 1} if annotation.get("iscrowd") else {}
+    return ObjectRecord(names[annotation["category_id"]], (x1, y1, x2, y2), None, metadata)

@@ -1,0 +1,184 @@
+"""Answer codecs: a set of objects to typed text segments, and segments to token ids (DESIGN section 2, output text).
+
+A codec turns objects into segments; the encoder tokenises each segment on its own and remembers the role of every token.
+Roles decide which loss a token gets, so they are assigned here, once, and never guessed from ids later.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.errors import ConfigError
+from coordexp.geometry.bins import COORD_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TURN = "<|im_end|>"
+
+
+class Role(IntEnum):
+    """What a token of the sequence is for."""
+
+    PROMPT = 0  # never supervised
+    STRUCT = 1  # scaffold between objects
+    DESC = 2
+    COORD = 3  # one of the 1000 coordinate tokens
+    NUMBER = 4  # digits of the plain-number codec
+    CLOSE = 5  # the closing scaffold and the end-of-turn token: the decision to stop
+
+
+@dataclass(frozen=True, slots=True)
+class TextObject:
+    """An object as text sees it: what it is called and its four bins (x1, y1, x2, y2)."""
+
+    desc: str
+    bins: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of text with one role; `object_index` is -1 for text that belongs to no object."""
+
+    role: Role
+    text: str
+    object_index: int = -1
+
+
+class AnswerCodec(Protocol):
+    """How a set of objects is written."""
+
+    name: str
+
+    def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
+        """Segments whose texts, joined, are the whole answer without the end-of-turn token."""
+        ...
+
+
+def _json_desc(desc: str) -> str:
+    return json.dumps(desc, ensure_ascii=False)[1:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _JsonLike:
+    """One-line JSON; the two JSON codecs differ in how a coordinate is written."""
+
+    name: str
+    quote: str  # around each coordinate
+    role: Role
+
+    def _coordinate(self, value: int) -> str:
+        return COORD_TOKENS[value] if self.role is Role.COORD else str(value)
+
+    def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
+        if not objects:
+            return [Segment(Role.CLOSE, '{"objects": []}')]
+        out = []
+        for i, obj in enumerate(objects):
+            # The scaffold between two objects is one segment: `]}, {"desc": "` continues, `]}]}` stops, so the
+            # decision to stop falls on the first token after the last coordinate.
+            opening = f'{self.quote}]}}, {{"desc": "' if i else '{"objects": [{"desc": "'
+            out += [
+                Segment(Role.STRUCT, opening, i),
+                Segment(Role.DESC, _json_desc(obj.desc), i),
+                Segment(Role.STRUCT, f'", "bbox_2d": [{self.quote}', i),
+            ]
+            for axis, value in enumerate(obj.bins):
+                if axis:
+                    out.append(Segment(Role.STRUCT, f"{self.quote}, {self.quote}", i))
+                out.append(Segment(self.role, self._coordinate(value), i))
+        out.append(Segment(Role.CLOSE, f"{self.quote}]}}]}}"))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Tags:
+    """The tokenizer's own grounding markers: `<|object_ref_start|>desc<|object_ref_end|><|box_start|>..<|box_end|>`."""
+
+    name: str = "tags"
+
+    def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
+        out = []
+        for i, obj in enumerate(objects):
+            out += [
+                Segment(Role.STRUCT, "<|object_ref_start|>", i),
+                Segment(Role.DESC, obj.desc, i),
+                Segment(Role.STRUCT, "<|object_ref_end|><|box_start|>", i),
+                *(Segment(Role.COORD, COORD_TOKENS[value], i) for value in obj.bins),
+                Segment(Role.STRUCT, "<|box_end|>", i),
+            ]
+        return out
+
+
+CODECS: dict[str, AnswerCodec] = {
+    "json": _JsonLike("json", '"', Role.COORD),
+    "digits": _JsonLike("digits", "", Role.NUMBER),
+    "tags": _Tags(),
+}
+
+
+def get_codec(name: str) -> AnswerCodec:
+    """The codec of that name; raises ConfigError listing the valid names."""
+    if name not in CODECS:
+        raise ConfigError(f"text.codec is {name!r}, expected one of {sorted(CODECS)}.")
+    return CODECS[name]
+
+
+def render(codec: AnswerCodec, objects: Sequence[TextObject]) -> str:
+    """The answer as plain text, without the end-of-turn token."""
+    return "".join(segment.text for segment in codec.segments(objects))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedAnswer:
+    """Token ids of an answer with its end-of-turn token, and per token its role and object (-1: none)."""
+
+    ids: NDArray[np.int32]
+    roles: NDArray[np.uint8]
+    object_index: NDArray[np.int16]
+
+
+class AnswerEncoder:
+    """Tokenises segments one by one. Repeated texts (scaffold, names) are tokenised once and cached."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec) -> None:
+        self.codec = codec
+        self._tokenizer = tokenizer
+        self._cache: dict[tuple[bool, str], list[int]] = {}
+        self._end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+
+    def _ids(self, segment: Segment) -> list[int]:
+        # A description is data: markers inside it are spelled out, they never become special tokens.
+        is_data = segment.role is Role.DESC
+        key = (is_data, segment.text)
+        if key not in self._cache:
+            self._cache[key] = self._tokenizer.encode(
+                segment.text, add_special_tokens=False, split_special_tokens=is_data
+            )
+        return self._cache[key]
+
+    def encode_segments(self, segments: Sequence[Segment], end: bool = True) -> EncodedAnswer:
+        """Encode segments in order; `end` appends the end-of-turn token with role CLOSE."""
+        ids: list[int] = []
+        roles: list[int] = []
+        owners: list[int] = []
+        for segment in segments:
+            piece = self._ids(segment)
+            ids += piece
+            roles += [segment.role] * len(piece)
+            owners += [segment.object_index] * len(piece)
+        if end:
+            ids.append(self._end_id)
+            roles.append(Role.CLOSE)
+            owners.append(-1)
+        return EncodedAnswer(np.array(ids, np.int32), np.array(roles, np.uint8), np.array(owners, np.int16))
+
+    def encode(self, objects: Sequence[TextObject]) -> EncodedAnswer:
+        """Encode a whole answer."""
+        return self.encode_segments(self.codec.segments(objects))

@@ -1,0 +1,89 @@
+"""The embedded model's own tokenizer: byte-level BPE with Qwen's special tokens and a merged JSON scaffold.
+
+A 3 M-parameter model cannot afford the 151,669-entry Qwen vocabulary. This one has the same special tokens in the same
+order, the same chat markers, digits split one by one, and every scaffold piece of the codecs as one token.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from coordexp.text.codecs import CODECS, END_OF_TURN, Role, TextObject
+from coordexp.text.prompts import TASKS
+
+# Qwen3's added tokens up to <|video_pad|>, in its order (reference ids 151643..151656).
+QWEN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'text' -%}{{- part.text -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+# Single digits, then letters with an optional leading space, then runs of anything else: as Qwen2's rule, shortened.
+SPLIT_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def scaffold_pieces() -> list[str]:
+    """Every scaffold text that the codecs emit around two objects, longest first; special tokens excluded."""
+    pair = [TextObject("a", (1, 2, 3, 4))] * 2
+    pieces = {
+        segment.text
+        for codec in CODECS.values()
+        for objects in ([], pair)
+        for segment in codec.segments(objects)
+        if segment.role in (Role.STRUCT, Role.CLOSE) and "<|" not in segment.text
+    }
+    return sorted(pieces, key=lambda piece: (-len(piece), piece))
+
+
+def build_tiny_tokenizer(descs: Sequence[str], merges: int = 256) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on the prompts and names; deterministic for the same `descs`."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + merges,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [*descs, *(f", {desc}" for desc in descs), *TASKS.values(), "user\n", "assistant\n"]
+    core.train_from_iterator(corpus * 4, trainer)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    core.add_tokens([AddedToken(piece, normalized=False) for piece in scaffold_pieces()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_OF_TURN,
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,60 @@
+"""The coordinate vocabulary: the contract file for token ranges.
+
+K = 1000 special tokens `<|coord_0|>` .. `<|coord_999|>` with consecutive ids, so that the coordinate slice of a logits
+row is `logits[first_coord_id : first_coord_id + 1000]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordexp.errors import CheckpointError
+from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class CoordVocabulary:
+    """Where the coordinate tokens sit: ids `first_id` .. `first_id + 999`."""
+
+    first_id: int
+
+    @property
+    def end_id(self) -> int:
+        """One past the last coordinate id."""
+        return self.first_id + NUM_BINS
+
+    def id_of(self, bin_index: int) -> int:
+        """Token id of a bin 0..999."""
+        return self.first_id + int(bin_index)
+
+    def bin_of(self, token_id: int) -> int | None:
+        """Bin of a token id, or None if it is no coordinate token."""
+        offset = token_id - self.first_id
+        return offset if 0 <= offset < NUM_BINS else None
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> CoordVocabulary:
+        """Find the coordinate tokens; raises CheckpointError if any is missing or the ids are not consecutive."""
+        known = tokenizer.get_vocab()
+        missing = [token for token in COORD_TOKENS if token not in known]
+        if missing:
+            raise CheckpointError(
+                f"tokenizer {tokenizer.name_or_path!r}: {len(missing)} of {NUM_BINS} coordinate tokens are missing (first: "
+                f"{missing[0]}). Expected <|coord_0|>..<|coord_999|>; run the norm1000 stage, which adds them."
+            )
+        ids = [known[token] for token in COORD_TOKENS]
+        if ids != list(range(ids[0], ids[0] + NUM_BINS)):
+            raise CheckpointError(
+                f"tokenizer {tokenizer.name_or_path!r}: coordinate token ids are not consecutive in order (first "
+                f"{ids[0]}, last {ids[-1]}). Expected {NUM_BINS} rising ids; rebuild it from a tokenizer without them."
+            )
+        return cls(first_id=ids[0])
+
+
+def has_coord_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the tokenizer knows `<|coord_0|>` (then it must know all of them: see `from_tokenizer`)."""
+    return COORD_TOKENS[0] in tokenizer.get_vocab()

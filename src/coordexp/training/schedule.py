@@ -1,0 +1,55 @@
+"""Learning-rate schedules, which data a step sees, and which channel a step is: all pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Callable, Iterator
+
+import numpy as np
+
+Schedule = Callable[[int], float]
+
+
+def cosine_schedule(steps: int, warmup_steps: int) -> Schedule:
+    """Linear warm-up, then a cosine to zero at `steps`; returns the factor of the peak learning rate."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def trapezoid_schedule(steps: int, warmup_steps: int, decay_share: float) -> Schedule:
+    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_share * steps))
+
+    return factor
+
+
+def epoch_order(n_items: int, seed: int) -> Iterator[int]:
+    """Endless item indices, each epoch a fresh permutation drawn from (seed, epoch)."""
+    epoch = 0
+    while True:
+        yield from np.random.default_rng([seed, epoch]).permutation(n_items).tolist()
+        epoch += 1
+
+
+def step_items(n_items: int, items_per_step: int, steps: int, seed: int) -> list[list[int]]:
+    """Item indices of every step. Data order is thus known before training and a resumed run needs no replay."""
+    order = epoch_order(n_items, seed)
+    return [[next(order) for _ in range(items_per_step)] for _ in range(steps)]
+
+
+def is_channel_b(step: int, b_ratio: float) -> bool:
+    """True if step s belongs to channel B: floor((s+1) b) > floor(s b), in exact rationals of b's decimal form.
+
+    Floats would lose steps (b = 0.29 gives 28 instead of 29 of the first 100; reference/stage2.md section 2).
+    """
+    ratio = Fraction(str(b_ratio))
+    return math.floor((step + 1) * ratio) > math.floor(step * ratio)
