@@ -25,20 +25,27 @@ def main() -> None:
     options, seed = params["train"], params["seed"]
     tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).seen)
     model = build_tiny(tokenizer, seed)
-    pixels = pixel_spec(model.config, 96 * 96, 192 * 192)
+    pixels = pixel_spec(model.config, 64 * 64, 192 * 192)
     phases = []
-    for phase, steps in (("easy", options["easy_steps"]), ("general", options["steps"] - options["easy_steps"])):
+    for phase, phase_options in params["phases"].items():
         samples = DATA / f"{phase}.parquet"
-        if not samples.exists():
-            prepare_base_samples(DATA / phase, samples, tokenizer, pixels, params["task_shares"], seed)
-        phases.append(CurriculumPhase(samples=samples, image_root=DATA / phase, steps=steps))
+        prepare_base_samples(DATA / phase, samples, tokenizer, pixels, phase_options["task_shares"], seed)
+        phases.append(
+            CurriculumPhase(
+                samples=samples,
+                image_root=DATA / phase,
+                steps=phase_options["steps"],
+                samples_per_step=phase_options["samples_per_step"],
+            )
+        )
+    steps = sum(phase.steps for phase in phases)
     collators = [
         Collator(p.image_root, pixels, model.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
         for p in phases
     ]
     settings = LoopSettings(
-        steps=options["steps"],
-        schedule=trapezoid_schedule(options["steps"], options["warmup_steps"], options["decay_share"]),
+        steps=steps,
+        schedule=trapezoid_schedule(steps, options["warmup_steps"], options["decay_share"]),
         lr=options["lr"],
         optimizer="muon",
         weight_decay=0.0,
@@ -48,7 +55,8 @@ def main() -> None:
         log_every=25,
         save_every_seconds=240,
     )
-    train(model, TextTask(model, collators, phases, options["samples_per_step"], seed), settings, STATE, OUT / "train_log.jsonl")
+    task = TextTask(model, collators, phases, options["desc_weight"], seed)
+    train(model, task, settings, STATE, OUT / "train_log.jsonl")
     save_bf16(model, tokenizer, OUT)
 
 

@@ -16,12 +16,12 @@ ROOT = Path("data/base")
 def main() -> None:
     """One COCO folder per curriculum phase."""
     params = YAML(typ="safe").load(Path("pipelines/base/params.yaml"))
-    for phase, options in params["scenes"].items():
-        images = options.pop("images")
-        spec = SceneSpec(held_out_share=0.0, **options)
-        write_coco_folder(
-            ROOT / phase, spec, Path(params["sprites"]), params["seed"], {"train": images}, os.cpu_count() or 1
-        )
+    for i, (phase, options) in enumerate(params["phases"].items()):
+        scenes = dict(options["scenes"])
+        images = scenes.pop("images")
+        spec = SceneSpec(held_out_share=0.0, **scenes)
+        seed = params["seed"] + i
+        write_coco_folder(ROOT / phase, spec, Path(params["sprites"]), seed, {"train": images}, os.cpu_count() or 1)
         print(f"{phase}: {images} scenes")
 
 

@@ -106,7 +106,11 @@ class Collator:
 
     def __call__(self, segments: Sequence[Segment]) -> PackedBatch:
         """Pack segments into rows (first-fit decreasing) and lay out the batch."""
-        return self.layout(segments, pack_rows([s.length for s in segments], self._pack_tokens))
+        return self.layout(segments, self.rows(segments))
+
+    def rows(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Which segments share a row, in the order in which slots are listed."""
+        return pack_rows([s.length for s in segments], self._pack_tokens)
 
     def layout(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> PackedBatch:
         """Lay out segments in the given rows; a row is padded at its end as a segment of its own."""

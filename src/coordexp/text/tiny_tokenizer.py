@@ -6,13 +6,15 @@ order, the same chat markers, digits split one by one, and every scaffold piece 
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from coordexp.text.codecs import CODECS, END_OF_TURN, Role, TextObject
 from coordexp.text.prompts import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Qwen3's added tokens up to <|video_pad|>, in its order (reference ids 151643..151656).
 QWEN_SPECIAL_TOKENS = (
@@ -62,6 +64,8 @@ def scaffold_pieces() -> list[str]:
 
 def build_tiny_tokenizer(descs: Sequence[str], merges: int = 256) -> PreTrainedTokenizerFast:
     """Train the tokenizer on the prompts and names; deterministic for the same `descs`."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -24,31 +24,33 @@ from coordexp.training.schedule import step_items
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurriculumPhase:
-    """A sample file and the steps it serves."""
+    """A sample file, the steps it serves, and how many samples each of them takes."""
 
     samples: Path
     image_root: Path
     steps: int
+    samples_per_step: int
 
 
 class TextTask:
-    """Token cross-entropy on whole answers, over the phases of a curriculum."""
+    """Token cross-entropy on whole answers, names weighted up, over the phases of a curriculum."""
 
     def __init__(
         self,
         model: Qwen3VLForConditionalGeneration,
         collators: Sequence[Collator],
         phases: Sequence[CurriculumPhase],
-        samples_per_step: int,
+        desc_weight: float,
         seed: int,
     ) -> None:
         self._model = model
+        self._desc_weight = desc_weight
         self._collators = collators
         self._stores = [SampleStore(phase.samples) for phase in phases]
         self._plan = [
             (i, items)
             for i, phase in enumerate(phases)
-            for items in step_items(len(self._stores[i]), samples_per_step, phase.steps, seed + i)
+            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i)
         ]
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
@@ -56,7 +58,10 @@ class TextTask:
         phase, items = self._plan[step]
         batch = self._collators[phase]([teacher_segment(self._stores[phase][i]) for i in items])
         logits = slot_logits(self._model, hidden_states(self._model, batch), batch.text_slots).float()
-        loss = F.cross_entropy(logits, batch.text_targets)
+        is_desc = batch.text_roles == int(Role.DESC)
+        weights = torch.where(is_desc, self._desc_weight, 1.0)
+        losses = F.cross_entropy(logits, batch.text_targets, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
         hit = (logits.argmax(-1) == batch.text_targets).float()
         logs = {"loss/text_ce": float(loss.detach())}
         for role in (Role.DESC, Role.NUMBER, Role.CLOSE):

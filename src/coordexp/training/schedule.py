@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -53,3 +53,19 @@ def is_channel_b(step: int, b_ratio: float) -> bool:
     """
     ratio = Fraction(str(b_ratio))
     return math.floor((step + 1) * ratio) > math.floor(step * ratio)
+
+
+def packs_for_budget(pack_tokens: Sequence[int], budget_tokens: int, steps: int, seed: int) -> list[list[int]]:
+    """Pack indices of every step, so that the tokens seen after step s are (s + 1) / steps of the budget.
+
+    Each step takes packs while its share of the budget is not reached, and at least one.
+    """
+    order = epoch_order(len(pack_tokens), seed)
+    plan, seen = [], 0
+    for step in range(steps):
+        items: list[int] = []
+        while not items or seen < budget_tokens * (step + 1) / steps:
+            items.append(next(order))
+            seen += pack_tokens[items[-1]]
+        plan.append(items)
+    return plan

@@ -31,7 +31,9 @@ class SceneSpec:
     min_side_px: int
     max_side_px: int
     max_objects: int
-    small_share: float  # objects smaller than an eighth of the side
+    smallest_share: float  # longer side of ordinary objects, from this share of the image's shorter side ...
+    largest_share: float  # ... to this one
+    small_share: float  # objects that are smaller still, from two thirds of `smallest_share`
     crowd_share: float  # scenes with several neighbours of one name
     distractors: int  # at most this many textured shapes
     held_out_share: float  # objects of a val scene that carry a name never trained on
@@ -117,8 +119,10 @@ def _draw_count(rng: np.random.Generator, max_objects: int) -> int:
 
 
 def _draw_size(rng: np.random.Generator, spec: SceneSpec, side_px: int) -> int:
-    """Longer side of an object: log-uniform from an eighth to a half of the side, a minority below an eighth."""
-    low, high = (0.085, 0.125) if rng.random() < spec.small_share else (0.125, 0.5)
+    """Longer side of an object: log-uniform between the shares, a minority below the smallest one."""
+    low, high = spec.smallest_share, spec.largest_share
+    if rng.random() < spec.small_share:
+        low, high = low * 2 / 3, low
     return max(8, round(side_px * float(np.exp(rng.uniform(np.log(low), np.log(high))))))
 
 

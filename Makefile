@@ -1,0 +1,49 @@
+# Two commands do everything on a machine with Python 3.11, git and make: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+TEST_WORKERS ?= 2
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+SHELL := /bin/bash
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test smoke checks report clean-resume
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(STAMP)  ## make .venv from requirements.lock (once)
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.lock into $(VENV) (minutes, once)"
+	@$(VENV)/bin/python -m pip install -qq -r requirements.lock
+	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
+	@touch $@
+
+demo: env  ## run the whole graph of the profile in params.yaml, then say where to look
+	dvc repro
+	@profile=$$(sed -nE 's/^profile: *([^ #]+).*/\1/p' params.yaml); \
+	echo; \
+	echo "report    reports/$$profile/progress.md"; \
+	echo "pictures  reports/$$profile/gallery/"; \
+	echo "metrics   dvc metrics show"; \
+	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
+
+test: env  ## run the test-suite
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup
+
+smoke: env  ## run the graph of the smoke profile in a temporary clone
+	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
+
+checks: env  ## lint and type-check
+	ruff check
+	mypy
+
+report: env  ## rebuild the report from what the stages left, without running them
+	dvc repro --single-item --force report
+
+clean-resume:  ## forget interrupted runs: the next one starts at step 0
+	rm -rf .resume

@@ -1,0 +1,33 @@
+"""Decode base, stage 1, the control and stage 2 on val, and evaluate them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.process import StageContext, stage_main
+from coordexp.evaluation.suite import evaluate_run
+from coordexp.rollout.stages import decode_val
+
+
+def run(context: StageContext) -> None:
+    """Write predictions per checkpoint, and the metrics of all of them."""
+    for name in CHECKPOINTS:
+        folder = Path(context.profile.model.path) if name == "base" else context.paths.run(name)
+        decoded = decode_val(context.params, context.profile, context.paths, name, folder)
+        context.log.info("%s: %s", name, "decoded" if decoded else "same weights and settings: decode reused")
+    metrics = evaluate_run(context.params, context.paths)
+    for name in CHECKPOINTS:
+        areas = metrics[name]["eval"]
+        context.log.info(
+            "%s: mAP %s AP50 %s F1@.5 %s parse rate %s",
+            name,
+            areas["coco"]["mAP"],
+            areas["coco"]["AP50"],
+            areas["f1"]["full_50"],
+            areas["parse"]["parse_rate"],
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

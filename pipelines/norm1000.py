@@ -1,0 +1,36 @@
+"""Coordinate tokens into tokenizer and model, boxes to bins, records to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import repeat
+from pathlib import Path
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.config.provenance import write_json
+from coordexp.models.expand import add_coordinate_tokens
+from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.packing.prepare import SamplePreparer, write_split
+from coordexp.records.schema import read_records
+from coordexp.text.codecs import get_codec
+
+
+def run(context: StageContext) -> None:
+    """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
+    config, out = context.profile.model, context.paths.norm1000
+    out.mkdir(parents=True, exist_ok=True)
+    base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+    vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
+    save_checkpoint(out / "init", base.model, base.tokenizer)
+    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)
+    summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
+    for split in ("train", "dev", "val"):
+        records = read_records(context.paths.records / f"{split}.jsonl")
+        counts = write_split(preparer, records, repeat("detect"), out / f"{split}.parquet")
+        summary[split] = asdict(counts)
+        context.log.info("%s: %s", split, counts)
+    write_json(out / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

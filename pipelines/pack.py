@@ -1,0 +1,25 @@
+"""Plan the packed sequences of the training split."""
+
+from __future__ import annotations
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.config.provenance import write_json
+from coordexp.packing.plan_file import plan_stats, write_plan
+from coordexp.packing.planner import plan_packs
+from coordexp.packing.samples import SampleStore
+
+
+def run(context: StageContext) -> None:
+    """Write the plan and its fill statistics."""
+    out = context.paths.packed
+    out.mkdir(parents=True, exist_ok=True)
+    lengths = SampleStore(context.paths.norm1000 / "train.parquet").lengths()
+    plan = plan_packs(lengths, context.profile.packing.pack_tokens, context.params.seed)
+    write_plan(out / "plan.parquet", plan)
+    stats = plan_stats(plan)
+    write_json(out / "stats.json", stats)
+    context.log.info("pack: %s", stats)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

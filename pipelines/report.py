@@ -1,0 +1,18 @@
+"""The report: markdown, figures and gallery from the files of the other stages."""
+
+from __future__ import annotations
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.reporting.inputs import ReportInputs
+from coordexp.reporting.report import build_report
+
+
+def run(context: StageContext) -> None:
+    """Write `progress.md` with its pictures."""
+    gallery = context.profile.report.gallery_images
+    inputs = ReportInputs.of(context.paths, context.params.model_dump(), gallery)
+    context.log.info("report: %s", build_report(inputs, context.paths.reports))
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

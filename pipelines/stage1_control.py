@@ -1,0 +1,18 @@
+"""The control of stage 2: stage 1 continued for the same optimizer compute."""
+
+from __future__ import annotations
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.training.session import write_curve
+from coordexp.training.stage1 import train_control
+
+
+def run(context: StageContext) -> None:
+    """Train, write the checkpoint and the curve that dvc plots draws."""
+    summary = train_control(context.params, context.profile, context.paths)
+    write_curve(context.paths.run("stage1-control") / "train_log.jsonl", context.paths.curve("stage1-control"))
+    context.log.info("stage1-control: %s", summary)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

@@ -1,0 +1,18 @@
+"""The EM update: channel A on ground truth, channel B on matched rollouts."""
+
+from __future__ import annotations
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.training.session import write_curve
+from coordexp.training.stage2 import train_stage2
+
+
+def run(context: StageContext) -> None:
+    """Train, write the checkpoint, its compute, and the curve that dvc plots draws."""
+    summary = train_stage2(context.params, context.profile, context.paths)
+    write_curve(context.paths.run("stage2") / "train_log.jsonl", context.paths.curve("stage2"))
+    context.log.info("stage2: %s", summary)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

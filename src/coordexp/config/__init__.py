@@ -1,0 +1,1 @@
+"""Typed, strict parameters, read once at the edge of each stage."""

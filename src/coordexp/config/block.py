@@ -1,0 +1,86 @@
+"""The base of every parameter block, and what a field expects, in words.
+
+The words serve the error messages and the generated parameter reference alike, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "non-empty text"}
+
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+# YAML has lists only; their items stay strict.
+IouList = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
+
+
+class Block(BaseModel):
+    """A frozen block of parameters: an unknown key, a missing key and a converted type are all errors."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldSpec:
+    """One parameter as documents and messages show it."""
+
+    key: str  # full dotted key
+    expected: str  # "a number in [0, 1]"
+    description: str
+
+
+def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
+    """Yield the leaves of a block in the order of declaration, nested blocks by their dotted keys."""
+    for name, field in block.model_fields.items():
+        if inner := nested_block(field):
+            yield from field_specs(inner, f"{prefix}{name}.")
+        else:
+            yield FieldSpec(prefix + name, expectation(field), field.description or "")
+
+
+def nested_block(field: FieldInfo) -> type[Block] | None:
+    """The block class of a field that holds a block, else None."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Block) else None
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a field accepts, in words: type, then range or choices."""
+    kind = field.annotation
+    if inner := nested_block(field):
+        return f"a block with the keys {', '.join(inner.model_fields)}"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a non-empty list, each item {expectation(list_item(field))}"
+    assert kind in NOUNS, f"no words for the type {kind!r}"
+    steps = [f", a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)]
+    return NOUNS[kind] + _interval(field) + "".join(steps)
+
+
+def list_item(field: FieldInfo) -> FieldInfo:
+    """The field of one item of a list-valued field."""
+    return FieldInfo.from_annotation(get_args(field.annotation)[0])
+
+
+def _interval(field: FieldInfo) -> str:
+    """The range of a number: " in [0, 1)", " >= 1", or nothing."""
+    rules = field.metadata
+    lows = [("[", ">=", r.ge) if isinstance(r, Ge) else ("(", ">", r.gt) for r in rules if isinstance(r, Ge | Gt)]
+    highs = [("]", "<=", r.le) if isinstance(r, Le) else (")", "<", r.lt) for r in rules if isinstance(r, Le | Lt)]
+    match lows, highs:
+        case [(opening, _, low)], [(closing, _, high)]:
+            return f" in {opening}{low}, {high}{closing}"
+        case ([(_, sign, bound)], []) | ([], [(_, sign, bound)]):
+            return f" {sign} {bound}"
+    return ""

@@ -1,0 +1,150 @@
+"""Read parameter files into typed blocks, or say everything that is wrong with them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from coordexp.config.block import Block, expectation, list_item, nested_block
+from coordexp.config.profile import Profile
+from coordexp.config.removed import removed_keys
+from coordexp.config.schema import Params
+from coordexp.errors import ConfigError, closest
+
+BlockT = TypeVar("BlockT", bound=Block)
+Location = tuple[int | str, ...]
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a block"}
+
+
+def load_params(path: Path) -> Params:
+    """Read `params.yaml`.
+
+    Raises:
+        ConfigError: naming the file and, for every wrong key, what was found and what is expected.
+    """
+    return _load(path, Params)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read one `configs/<profile>.yaml`; raises ConfigError like `load_params`, and lists the profiles there are."""
+    if not path.is_file():
+        names = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ConfigError(
+            f"profile: found {path.stem!r}, but there is no file {path}.{closest(path.stem, names)} "
+            f"Profiles there: {', '.join(names) or 'none'}."
+        )
+    return _load(path, Profile)
+
+
+def _load(path: Path, block: type[BlockT]) -> BlockT:
+    tree = read_yaml(path)
+    removed = dict(removed_keys(tree))
+    problems = [f"{key}: removed. {remedy}" for key, remedy in removed.items()]
+    removed_roots = {key.split(".")[0] for key in removed}
+    kept = {key: value for key, value in tree.items() if key not in removed_roots}
+    try:
+        parsed = block.model_validate(kept)
+    except ValidationError as error:
+        problems += _problems(error, block)
+    if problems:
+        raise ConfigError("\n  ".join([f"{path}: wrong parameters.", *problems]))
+    return parsed
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file, where 2e-05 is a number (YAML 1.1 parsers read a string); raises ConfigError."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. Run from the repository root, or name the file.") from error
+    except YAMLError as error:
+        reason = str(error).split("To suppress", 1)[0].strip()
+        raise ConfigError(f"{path}: not valid YAML.\n  {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {_found(tree)}, expected `key: value` lines.")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _problems(error: ValidationError, block: type[Block]) -> list[str]:
+    errors = error.errors()
+    # A list with a wrong item is reported again as too short: the item says it all.
+    lists = {e["loc"][:-1] for e in errors if e["loc"] and isinstance(e["loc"][-1], int)}
+    lines = [_problem(e, block) for e in errors if e["loc"] not in lists]
+    for parent in dict.fromkeys(e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"):
+        valid = ", ".join(_block_at(block, parent).model_fields)
+        lines.append(f"(valid keys {'of ' + _dotted(parent) if parent else 'at the top level'}: {valid})")
+    return lines
+
+
+def _problem(error: ErrorDetails, block: type[Block]) -> str:
+    location, value = error["loc"], error["input"]
+    key = _dotted(location)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key, set to {_found(value)}.{_hint(location, block)}"
+        case "missing":
+            return f"{key}: missing, expected {expectation(_field(block, location))}."
+        case "value_error":  # a rule over several keys
+            return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
+
+
+def _hint(location: Location, block: type[Block]) -> str:
+    """Where an unknown key may belong: elsewhere under the same name, or at its side under a similar one."""
+    name = str(location[-1])
+    siblings = _block_at(block, location[:-1]).model_fields
+    places = [
+        place
+        for file, root in (("params.yaml", Params), ("configs/<profile>.yaml", Profile))
+        for place in _places(name, root, file)
+    ]
+    return f" {name!r} is a key of {' and of '.join(places)}." if places else closest(name, siblings)
+
+
+def _places(name: str, block: type[Block], where: str) -> Iterator[str]:
+    if name in block.model_fields:
+        yield where
+    for child, field in block.model_fields.items():
+        if inner := nested_block(field):
+            yield from _places(name, inner, f"{where}: {child}")
+
+
+def _block_at(block: type[Block], location: Location) -> type[Block]:
+    for name in location:
+        inner = nested_block(block.model_fields[str(name)])
+        assert inner, f"{name} is not a block"
+        block = inner
+    return block
+
+
+def _field(block: type[Block], location: Location) -> FieldInfo:
+    if isinstance(location[-1], int):
+        return list_item(_field(block, location[:-1]))
+    return _block_at(block, location[:-1]).model_fields[location[-1]]
+
+
+def _dotted(location: Location) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _found(value: Any) -> str:
+    """The value and what it is, short enough for one line: "'high' (text)"."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} (not finite)"
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{shown} ({_KINDS.get(type(value), type(value).__name__)})"

@@ -1,0 +1,59 @@
+"""Where one profile's files live. Each folder has exactly one writing stage in dvc.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKPOINTS = ("base", "stage1", "stage1-control", "stage2")  # the rows of the report, in order
+# Key in metrics.json -> the two checkpoints, new first.
+COMPARISONS = {
+    "stage2_vs_stage1": ("stage2", "stage1"),
+    "stage2_vs_control": ("stage2", "stage1-control"),
+    "stage1_vs_base": ("stage1", "base"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePaths:
+    """The folders of one profile under `root` (the repository, unless told otherwise)."""
+
+    profile: str
+    root: Path = Path()
+
+    @property
+    def raw(self) -> Path:
+        """COCO annotations, images, manifest."""
+        return self.root / "data" / self.profile / "raw"
+
+    @property
+    def records(self) -> Path:
+        """Records of the splits, categories, dropped annotations."""
+        return self.root / "data" / self.profile / "records"
+
+    @property
+    def norm1000(self) -> Path:
+        """Tokenised samples, and the initial checkpoint with coordinate tokens in `init/`."""
+        return self.root / "data" / self.profile / "norm1000"
+
+    @property
+    def packed(self) -> Path:
+        """Pack plan and its statistics."""
+        return self.root / "data" / self.profile / "packed"
+
+    def run(self, stage: str) -> Path:
+        """Output of a training stage or of `rollout`."""
+        return self.root / "runs" / self.profile / stage
+
+    def evaluation(self, checkpoint: str) -> Path:
+        """Predictions of one of `CHECKPOINTS` on val."""
+        return self.run("eval") / checkpoint
+
+    @property
+    def reports(self) -> Path:
+        """Metrics, report, figures and gallery."""
+        return self.root / "reports" / self.profile
+
+    def curve(self, name: str) -> Path:
+        """The table that `dvc plots` draws for one stage."""
+        return self.reports / "curves" / f"{name}.tsv"

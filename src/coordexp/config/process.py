@@ -1,0 +1,119 @@
+"""What every stage does around its work: allocator, arguments, log, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordexp.config.loading import load_params, load_profile
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.profile import Profile
+from coordexp.config.schema import Params
+from coordexp.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    CoordExpError,
+    Interrupted,
+    TrainingError,
+)
+
+LOG = logging.getLogger("coordexp")
+
+# glibc malloc.h: parameter number and value. Freed blocks stay with the process instead of going back to the kernel and
+# being zeroed again at the next step, which otherwise dominates CPU training.
+MALLOPT = {
+    "M_MMAP_THRESHOLD": (-3, 2**30),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorDecision:
+    """Whether freed memory is kept, and why."""
+
+    keeps_freed_memory: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """What a stage is given: checked parameters, the places of its files, a log."""
+
+    params: Params
+    profile: Profile
+    paths: ProfilePaths
+    log: logging.Logger
+
+
+def tune_allocator(log: logging.Logger) -> AllocatorDecision:
+    """Make glibc keep freed blocks for reuse; on any other C library do nothing. Logs one line with the reason."""
+    decision = _tune_allocator()
+    action = "keeps freed memory" if decision.keeps_freed_memory else "untouched"
+    log.info("allocator: %s (%s)", action, decision.reason)
+    return decision
+
+
+def _tune_allocator() -> AllocatorDecision:
+    library, version = platform.libc_ver()
+    if library != "glibc":
+        return AllocatorDecision(False, f"the C library is {library or 'not glibc'}, the settings are glibc's")
+    if chosen := sorted(name for name in os.environ if name.startswith("MALLOC_")):
+        return AllocatorDecision(False, f"the environment sets {', '.join(chosen)}")
+    libc = ctypes.CDLL(None)
+    refused = [name for name, (number, value) in MALLOPT.items() if libc.mallopt(number, value) != 1]
+    if refused:
+        return AllocatorDecision(False, f"glibc {version} refused {', '.join(refused)}")
+    return AllocatorDecision(True, f"glibc {version}: returning and zeroing pages again costs more than the work")
+
+
+def stage_main(run: Callable[[StageContext], None], argv: Sequence[str] | None = None) -> int:
+    """Run one stage as a process and return its exit code.
+
+    Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
+    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback.
+    """
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    LOG.setLevel(logging.INFO)
+    try:
+        run(_context(run, argv))
+    except Interrupted as error:
+        return _fail(f"interrupted: {error}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted: stopped from the keyboard; run the same command again.", EXIT_INTERRUPTED)
+    except TrainingError as error:
+        return _fail(f"error: {error}", EXIT_BUG)
+    except CoordExpError as error:
+        return _fail(f"error: {error}", EXIT_USAGE)
+    return EXIT_DONE
+
+
+def _context(run: Callable[[StageContext], None], argv: Sequence[str] | None) -> StageContext:
+    args = _parser(run.__doc__).parse_args(argv)
+    params = load_params(args.params)
+    params = params.model_copy(update={"profile": args.profile or params.profile})
+    profile = load_profile(args.params.parent / "configs" / f"{params.profile}.yaml")
+    tune_allocator(LOG)
+    return StageContext(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out), log=LOG)
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--profile", help="which configs/<profile>.yaml; default: `profile` of the parameter file")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of data/, runs/ and reports/ (default: here)")
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

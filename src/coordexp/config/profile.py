@@ -1,0 +1,148 @@
+"""What `configs/<profile>.yaml` holds: where and how big."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from coordexp.config.block import Block, Count, PositiveCount, Share, Text
+
+Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
+ObjectSide = Annotated[float, Field(gt=0, lt=1)]
+
+
+class SourceConfig(Block):
+    """Source data: scenes composed of sprites on photo crops."""
+
+    kind: Literal["scenes"] = Field(description="where images and boxes come from")
+    sprites: Text = Field(description="folder of the sprites and their names")
+    train_images: PositiveCount = Field(description="images of the training split, before dev is taken from it")
+    val_images: PositiveCount = Field(description="images of the val split")
+    min_side_px: Side = Field(description="shortest image side")
+    max_side_px: Side = Field(description="longest image side")
+    max_objects: int = Field(ge=1, le=100, description="most objects in one scene")
+    smallest_share: ObjectSide = Field(description="shortest ordinary object, as a share of the image's shorter side")
+    largest_share: ObjectSide = Field(description="longest object, as a share of the image's shorter side")
+    small_share: Share = Field(description="share of objects below smallest_share, down to two thirds of it")
+    crowd_share: Share = Field(description="share of scenes with a row of neighbours of one name")
+    distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
+    held_out_share: Share = Field(description="share of val objects whose name is never trained on")
+    seed_offset: Count = Field(description="added to the seed of composition, so that profiles see other scenes")
+
+    @model_validator(mode="after")
+    def _sizes_are_ordered(self) -> SourceConfig:
+        if self.min_side_px > self.max_side_px:
+            raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}; swap them.")
+        if self.smallest_share > self.largest_share:
+            raise ValueError(f"smallest_share {self.smallest_share} is above largest_share {self.largest_share}; swap.")
+        return self
+
+
+class RecordsConfig(Block):
+    """Splits."""
+
+    dev_images: PositiveCount = Field(description="images taken from the training split for choosing settings")
+
+
+class ModelConfig(Block):
+    """The pretrained model and its image size."""
+
+    path: Text = Field(description="folder of the pretrained checkpoint")
+    coord_init: Literal["mean", "digits", "ordinal"] = Field(description="first value of the 1000 coordinate rows")
+    min_pixels: PositiveCount = Field(description="smallest image area the model is given, in pixels")
+    max_pixels: PositiveCount = Field(description="largest image area the model is given, in pixels")
+
+    @model_validator(mode="after")
+    def _areas_are_ordered(self) -> ModelConfig:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; swap them.")
+        return self
+
+
+class PackingConfig(Block):
+    """Packing of samples into sequences of one length."""
+
+    pack_tokens: int = Field(ge=32, le=1_000_000, description="tokens of one packed sequence")
+
+
+class OptimConfig(Block):
+    """How one training stage steps."""
+
+    optimizer: Literal["muon", "adamw"] = Field(description="Muon on matrices with AdamW on the rest, or AdamW on all")
+    steps: PositiveCount = Field(description="optimizer steps")
+    lr: float = Field(gt=0, le=1, description="peak learning rate")
+    warmup_steps: Count = Field(description="steps of linear warm-up; the rate then falls as a cosine")
+    weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
+    precision: Literal["bf16", "fp32"] = Field(description="number format of the forward (bf16: autocast)")
+    max_grad_norm: float = Field(gt=0, le=1000, description="gradient norm above which a step is scaled down")
+    log_every: PositiveCount = Field(description="steps between two lines of the training log")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> OptimConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is not below steps {self.steps}; lower it.")
+        return self
+
+
+class Stage1Config(OptimConfig):
+    """Size of stage 1."""
+
+    packs_per_step: PositiveCount = Field(description="packed sequences of one optimizer step")
+
+
+class RolloutConfig(Block):
+    """Generation on the training split."""
+
+    engine: Literal["hf"] = Field(description="what generates: Hugging Face generate")
+    images: PositiveCount = Field(description="training images that get a rollout")
+    batch_images: PositiveCount = Field(description="images generated together")
+
+
+class Stage2Config(OptimConfig):
+    """Size of stage 2, and of the control that continues stage 1 for the same compute."""
+
+    samples_per_step: PositiveCount = Field(description="images of one optimizer step")
+
+
+class EvalConfig(Block):
+    """Size of the evaluation."""
+
+    images: Count = Field(description="val images that are evaluated; 0 is all")
+    batch_images: PositiveCount = Field(description="images decoded together")
+
+
+class ReportConfig(Block):
+    """Size of the report."""
+
+    gallery_images: PositiveCount = Field(description="pictures of ground truth beside prediction")
+
+
+class LaunchConfig(Block):
+    """How stages use the machine."""
+
+    threads: int = Field(ge=0, le=1024, description="CPU threads of the tensor library; 0 leaves its own choice")
+
+
+class Profile(Block):
+    """All of one `configs/<profile>.yaml`."""
+
+    source: SourceConfig
+    records: RecordsConfig
+    model: ModelConfig
+    packing: PackingConfig
+    stage1: Stage1Config
+    rollout: RolloutConfig
+    stage2: Stage2Config
+    eval: EvalConfig
+    report: ReportConfig
+    launch: LaunchConfig
+
+    @model_validator(mode="after")
+    def _dev_leaves_training_images(self) -> Profile:
+        if self.records.dev_images >= self.source.train_images:
+            raise ValueError(
+                f"records.dev_images {self.records.dev_images} leaves nothing of source.train_images "
+                f"{self.source.train_images} to train on; lower it."
+            )
+        return self

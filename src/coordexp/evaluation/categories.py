@@ -1,0 +1,89 @@
+"""From a free-text description to a category of the data set: exact name first, then normalised name."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from coordexp.errors import DataError
+
+Split = Literal["train", "held_out"]
+MatchedBy = Literal["exact", "normalised", "unmapped"]
+NO_CATEGORY = -1  # row of a description that names no category of the list
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One class of the data set; `held_out` classes are never seen in training."""
+
+    id: int
+    name: str
+    split: Split = "train"
+
+
+def normalise_desc(desc: str) -> str:
+    """Lower case; `_`, parentheses and control characters become spaces; spaces are squeezed and stripped."""
+    spaced = "".join(" " if c in "_()" or unicodedata.category(c) == "Cc" else c for c in desc.lower())
+    return " ".join(spaced.split())
+
+
+class CategoryIndex:
+    """Looks descriptions up in a list of categories, in the order of their ids.
+
+    Raises:
+        DataError: the list is empty, or two categories share an id or a normalised name.
+    """
+
+    def __init__(self, categories: Iterable[Category]) -> None:
+        self.categories: tuple[Category, ...] = tuple(sorted(categories, key=lambda c: c.id))
+        if not self.categories:
+            raise DataError("The list of categories is empty; expected the categories.json that `convert` writes.")
+        self._exact = {c.name: row for row, c in enumerate(self.categories)}
+        self._normalised = {normalise_desc(c.name): row for row, c in enumerate(self.categories)}
+        if len({c.id for c in self.categories}) < len(self) or len(self._normalised) < len(self):
+            raise DataError(
+                f"Two of the {len(self)} categories share an id or a name (case, '_' and parentheses do not count); "
+                "each must be distinct, or a prediction could mean either."
+            )
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    def lookup(self, desc: str) -> tuple[int, MatchedBy]:
+        """Return the row of the category in `categories` (or NO_CATEGORY) and how it was found."""
+        if desc in self._exact:
+            return self._exact[desc], "exact"
+        row = self._normalised.get(normalise_desc(desc))
+        return (NO_CATEGORY, "unmapped") if row is None else (row, "normalised")
+
+    def rows(self, split: Split) -> list[int]:
+        """Rows of the categories of one split."""
+        return [row for row, category in enumerate(self.categories) if category.split == split]
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """Read categories.json: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...].
+
+    Raises:
+        DataError: naming the entry that breaks this form.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: found a {type(rows).__name__}, expected a list of categories.")
+    return tuple(_category(row, f"{path}: entry {number}") for number, row in enumerate(rows))
+
+
+def _category(row: object, where: str) -> Category:
+    match row:
+        case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
+            return Category(id_, name, split)
+        case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
+            return Category(id_, name)
+    raise DataError(f"{where} is {row!r}, expected an integer id, a name, and split 'train' or 'held_out'.")

@@ -1,0 +1,91 @@
+"""The ceiling of the codec: ground truth sent through the 1000 bins and back, which no model can exceed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from coordexp.errors import DataError
+from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.categories import Category, normalise_desc
+from coordexp.evaluation.f1 import match_greedily, micro_f1
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.sizes import SIDE_EDGES_PX, bucket, side_label, side_px
+from coordexp.evaluation.table import Floats, build_table
+from coordexp.geometry.bins import decode_boxes, encode_boxes
+from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
+from coordexp.records.schema import Record
+
+
+def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
+    """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
+
+    Returns:
+        n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by box size `by_area`
+        (small, medium, large by the settings' edges) and `by_side_px` (of sqrt(w*h)): n, mean_iou, share_95 (IoU >=
+        .95).
+
+    Raises:
+        DataError: no record holds an object.
+    """
+    trips = [_round_trip(number, record) for number, record in enumerate(records)]
+    ious, sides = (np.concatenate([np.empty(0), *parts]) for parts in ([t[1] for t in trips], [t[2] for t in trips]))
+    if not ious.size:
+        raise DataError(f"The ceiling needs at least one annotated object; {len(records)} records hold none.")
+    names = sorted({normalise_desc(obj.desc) for record in records for obj in record.objects})
+    table = build_table([t[0] for t in trips], [Category(number, name) for number, name in enumerate(names, 1)])
+    ap_KT = unweighted_ap(match_categories(table), table.n_images)
+    matches = match_greedily(table, 0.5)
+    return {
+        "n_images": table.n_images,
+        "n_objects": len(ious),
+        "mAP": mean_ap(ap_KT),
+        **{name: mean_ap(ap_KT[:, t : t + 1]) for name, t in (("AP50", 0), ("AP75", 5), ("AP90", 8))},
+        **{name: micro_f1(matches, iou, "full") for name, iou in (("f1_50", 0.5), ("f1_75", 0.75), ("f1_95", 0.95))},
+        "mean_iou": float(ious.mean()),
+        "min_iou": float(ious.min()),
+        "by_area": _by_size(ious, sides**2, settings.area_edges_px2, lambda i: ("small", "medium", "large")[i]),
+        "by_side_px": _by_size(ious, sides, SIDE_EDGES_PX, side_label),
+    }
+
+
+def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Floats]:
+    """One record with its own boxes, through the codec, as predictions; and the IoU and side of each."""
+    boxes_N4 = as_boxes([obj.bbox_xyxy_px for obj in record.objects])
+    bins_N4 = encode_boxes(boxes_N4, record.width, record.height)
+    back_N4 = decode_boxes(bins_N4, record.width, record.height)
+    iou_N = np.diagonal(pairwise_iou(boxes_N4, back_N4))
+    result = ImageResult(
+        image_id=number,
+        image=record.image,
+        width=record.width,
+        height=record.height,
+        gt=tuple(GroundTruth(obj.desc, obj.bbox_xyxy_px) for obj in record.objects),
+        pred=tuple(
+            Prediction(obj.desc, tuple(box), tuple(bins), score=score)
+            for obj, box, bins, score in zip(
+                record.objects, back_N4.tolist(), bins_N4.tolist(), iou_N.tolist(), strict=True
+            )
+        ),
+        raw_text="",
+        parse=ParseReport(container_found=True, n_valid=len(boxes_N4)),
+        finish_reason="stop",
+        n_generated_tokens=0,
+    )
+    return result, iou_N, side_px(boxes_N4)
+
+
+def _by_size(ious: Floats, sizes: Floats, edges: Sequence[float], label: Callable[[int], str]) -> list[dict[str, Any]]:
+    bucket_N = bucket(sizes, edges)
+    return [
+        {
+            "size": label(int(number)),
+            "n": int((bucket_N == number).sum()),
+            "mean_iou": float(ious[bucket_N == number].mean()),
+            "share_95": float((ious[bucket_N == number] >= 0.95).mean()),
+        }
+        for number in np.unique(bucket_N)
+    ]

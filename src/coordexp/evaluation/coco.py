@@ -1,0 +1,149 @@
+"""COCO average precision: pycocotools is the number of record, faster-coco-eval the identical fast path.
+
+Boxes enter as float pixels. The area of an annotated object is that of its box. A value that COCO leaves undefined (no
+object of that kind in the data set) is None here where pycocotools prints -1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coordexp.evaluation.categories import NO_CATEGORY
+from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
+from coordexp.evaluation.table import DetectionTable, Floats, Ints
+from coordexp.geometry.boxes import Boxes, xyxy_to_xywh
+
+# COCOeval.stats, in its order.
+STAT_NAMES = ("mAP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_FAST_FROM_PREDICTIONS = 50_000
+_LARGEST_AREA_PX2 = 1e5**2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CocoResult:
+    """The twelve numbers and what they are means of; precision and recall are -1 where a category has no object.
+
+    Axes: 10 IoU thresholds, 101 recall points, K categories, 4 areas (all, small, medium, large), 3 limits (1, 10,
+    100).
+    """
+
+    stats: dict[str, float | None]
+    precision_TRKAM: Floats
+    recall_TKAM: Floats
+    backend: str
+    reason: str
+
+    def ap_KT(self) -> Floats:
+        """AP by category and threshold over all areas with 100 detections; NaN where the category has no object."""
+        ap_TK = self.precision_TRKAM[:, :, :, 0, 2].mean(axis=1)
+        return np.where(ap_TK.T > -1, ap_TK.T, np.nan)
+
+    def mean_ap(self, rows: list[int] | None = None, iou: float | None = None) -> float | None:
+        """Mean AP of the categories in `rows` (default all), at one IoU of .50:.05:.95 or averaged over them."""
+        ap_KT = self.ap_KT() if rows is None else self.ap_KT()[rows]
+        chosen = ap_KT if iou is None else ap_KT[:, np.isclose(COCO_IOUS, iou)]
+        return float(np.nanmean(chosen)) if not np.isnan(chosen).all() else None
+
+    def pr_curve(self, iou: float) -> list[float]:
+        """Precision at 101 recall points at one IoU, mean over the categories that have objects; empty if none has."""
+        precision_RK = self.precision_TRKAM[int(np.argmin(abs(COCO_IOUS - iou))), :, :, 0, 2]
+        present = precision_RK[0] > -1
+        return precision_RK[:, present].mean(axis=1).tolist() if present.any() else []
+
+
+def coco_ap(table: DetectionTable, settings: EvalSettings) -> CocoResult:
+    """Evaluate with the backend that the settings name, or choose."""
+    backend, reason = _choose_backend(table, settings)
+    evaluator = _run(table, settings, _library(backend))
+    stats = dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
+    return CocoResult(
+        stats={name: None if value < 0 else value for name, value in stats.items()},
+        precision_TRKAM=np.asarray(evaluator.eval["precision"]),
+        recall_TKAM=np.asarray(evaluator.eval["recall"]),
+        backend=backend,
+        reason=reason,
+    )
+
+
+def _choose_backend(table: DetectionTable, settings: EvalSettings) -> tuple[str, str]:
+    if settings.coco_backend != "auto":
+        return settings.coco_backend, "named by the settings"
+    n_pred = len(table.pred_score_P)
+    if n_pred <= _FAST_FROM_PREDICTIONS:
+        return "pycocotools", f"the number of record; {n_pred} predictions"
+    return "faster-coco-eval", f"identical and faster; {n_pred} predictions are more than {_FAST_FROM_PREDICTIONS}"
+
+
+def _library(backend: str) -> tuple[type, type]:
+    if backend == "pycocotools":
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+    from faster_coco_eval import COCO as FastCOCO
+    from faster_coco_eval import COCOeval_faster
+
+    return FastCOCO, COCOeval_faster
+
+
+def _run(table: DetectionTable, settings: EvalSettings, library: tuple[type, type]) -> Any:
+    dataset_type, evaluator_type = library
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries report progress by print
+        truth, detections = dataset_type(), dataset_type()
+        truth.dataset, detections.dataset = ground_truth_dataset(table), detection_dataset(table)
+        truth.createIndex()
+        detections.createIndex()
+        evaluator = evaluator_type(truth, detections, iouType="bbox")
+        small, large = settings.area_edges_px2
+        evaluator.params.areaRng = [[0, _LARGEST_AREA_PX2], [0, small], [small, large], [large, _LARGEST_AREA_PX2]]
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
+
+
+def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:
+    """The annotations in COCO's JSON form."""
+    rows = np.arange(len(table.gt_boxes_G4))
+    annotations = _annotations(table, rows, table.gt_image_G, table.gt_category_G, table.gt_boxes_G4)
+    for annotation, crowd in zip(annotations, table.gt_crowd_G.tolist(), strict=True):
+        annotation["iscrowd"] = int(crowd)
+    return {**_header(table), "annotations": annotations}
+
+
+def detection_dataset(table: DetectionTable) -> dict[str, Any]:
+    """The predictions that name a category, in COCO's JSON form."""
+    rows = np.flatnonzero(table.pred_category_P != NO_CATEGORY)
+    annotations = _annotations(table, rows, table.pred_image_P, table.pred_category_P, table.pred_boxes_P4)
+    for annotation, score in zip(annotations, table.pred_score_P[rows].tolist(), strict=True):
+        annotation |= {"iscrowd": 0, "score": score}
+    return {**_header(table), "annotations": annotations}
+
+
+def _annotations(
+    table: DetectionTable, rows: Ints, image_N: Ints, category_N: Ints, boxes_N4: Boxes
+) -> list[dict[str, Any]]:
+    xywh_N4 = xyxy_to_xywh(boxes_N4[rows])
+    category_ids = np.array([c.id for c in table.index.categories])
+    columns = (
+        (rows + 1).tolist(),  # an id of 0 would read as "unmatched" inside pycocotools
+        table.image_ids_I[image_N[rows]].tolist(),
+        category_ids[category_N[rows]].tolist(),
+        xywh_N4.tolist(),
+        (xywh_N4[:, 2] * xywh_N4[:, 3]).tolist(),
+    )
+    names = ("id", "image_id", "category_id", "bbox", "area")
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _header(table: DetectionTable) -> dict[str, Any]:
+    images = [
+        {"id": int(image_id), "width": int(width), "height": int(height)}
+        for image_id, (width, height) in zip(table.image_ids_I, table.sizes_wh_I2, strict=True)
+    ]
+    return {"images": images, "categories": [{"id": c.id, "name": c.name} for c in table.index.categories]}

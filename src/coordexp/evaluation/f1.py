@@ -1,0 +1,161 @@
+"""Precision, recall and F1 from a greedy one-to-one matching by IoU alone.
+
+All pairs of an image with IoU >= u are taken in order of IoU (ties by prediction, then by object), each prediction and
+each object once. `loc` counts every pair; `full` keeps the same pairs and counts one whose names disagree as one false
+positive and one false negative, so a right name can lose its object to a wrong one.
+
+Crowd regions are no objects: an unmatched prediction of which a share of at least u lies in one is not counted.
+
+Legend: I images, G objects, P predictions, M matched pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.evaluation.settings import COCO_IOUS, EvalSettings, iou_key
+from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
+from coordexp.geometry.boxes import Boxes, area, pairwise_intersection, pairwise_iou
+
+Mode = Literal["loc", "full"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GreedyMatches:
+    """Matched pairs of a data set at the lowest threshold, in falling IoU within an image.
+
+    Greedy by falling IoU has the prefix property: the pairs with IoU >= u are the matching at u, for every higher u.
+    """
+
+    n_gt_I: Ints
+    n_pred_I: Ints
+    image_M: Ints
+    pred_M: Ints  # row in the DetectionTable
+    gt_M: Ints
+    iou_M: Floats
+    same_name_M: Bools
+    pred_image_P: Ints
+    crowd_share_P: Floats  # largest share of the prediction's area inside one crowd region
+
+    def at(self, iou: float) -> Bools:
+        """Which pairs are matches at a threshold, shape (M,)."""
+        return self.iou_M >= iou
+
+    def counts(self, iou: float, mode: Mode) -> Ints:
+        """True positives, false positives and false negatives of each image, shape (I, 3)."""
+        n_images = len(self.n_gt_I)
+        matched_M = self.at(iou)
+        hit_M = matched_M & self.same_name_M if mode == "full" else matched_M
+        tp_I = np.bincount(self.image_M[hit_M], minlength=n_images)
+        ignored_P = self.crowd_share_P >= iou
+        ignored_P[self.pred_M[matched_M]] = False
+        judged_I = self.n_pred_I - np.bincount(self.pred_image_P[ignored_P], minlength=n_images)
+        return np.stack([tp_I, judged_I - tp_I, self.n_gt_I - tp_I], axis=1)
+
+
+def greedy_pairs(iou_PG: Floats, min_iou: float) -> tuple[Ints, Ints]:
+    """Match one image: rows and columns of the pairs taken, in falling IoU (ties by row, then column)."""
+    rows, columns = np.nonzero(iou_PG >= min_iou)
+    order = np.argsort(-iou_PG[rows, columns], kind="stable")
+    free_rows, free_columns = np.ones(iou_PG.shape[0], dtype=bool), np.ones(iou_PG.shape[1], dtype=bool)
+    taken: list[tuple[int, int]] = []
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if free_rows[row] and free_columns[column]:
+            free_rows[row] = free_columns[column] = False
+            taken.append((row, column))
+    pairs = np.array(taken, dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def match_greedily(table: DetectionTable, min_iou: float) -> GreedyMatches:
+    """Match every image of the table; thresholds from `min_iou` upwards can then be counted."""
+    pred_slices = image_slices(table.pred_image_P, table.n_images)
+    gt_slices = image_slices(table.gt_image_G, table.n_images)
+    crowd_share_P = np.zeros(len(table.pred_image_P))
+    preds, gts, ious = [], [], []
+    for in_pred, in_gt in zip(pred_slices, gt_slices, strict=True):
+        boxes_P4, crowd_G = table.pred_boxes_P4[in_pred], table.gt_crowd_G[in_gt]
+        if not len(boxes_P4) or not len(crowd_G):
+            continue
+        if crowd_G.any():
+            crowd_share_P[in_pred] = _crowd_share(boxes_P4, table.gt_boxes_G4[in_gt][crowd_G])
+        objects = np.flatnonzero(~crowd_G) + in_gt.start
+        iou_PG = pairwise_iou(boxes_P4, table.gt_boxes_G4[objects])
+        rows, columns = greedy_pairs(iou_PG, min_iou)
+        preds.append(rows + in_pred.start)
+        gts.append(objects[columns])
+        ious.append(iou_PG[rows, columns])
+    none = np.empty(0, dtype=np.int64)
+    pred_M, gt_M = np.concatenate([none, *preds]), np.concatenate([none, *gts])
+    return GreedyMatches(
+        n_gt_I=table.n_gt_I,
+        n_pred_I=table.n_pred_I,
+        image_M=table.pred_image_P[pred_M],
+        pred_M=pred_M,
+        gt_M=gt_M,
+        iou_M=np.concatenate([np.empty(0), *ious]),
+        same_name_M=table.pred_category_P[pred_M] == table.gt_category_G[gt_M],
+        pred_image_P=table.pred_image_P,
+        crowd_share_P=crowd_share_P,
+    )
+
+
+def _crowd_share(boxes_P4: Boxes, crowds_C4: Boxes) -> Floats:
+    share_P = pairwise_intersection(boxes_P4, crowds_C4).max(axis=1)
+    own_P = area(boxes_P4)
+    return np.divide(share_P, own_P, out=np.zeros_like(share_P), where=own_P > 0)
+
+
+def named_in_image(table: DetectionTable) -> Bools:
+    """Whether a prediction names a category annotated in its image, shape (P,): the scope `annotated`.
+
+    Counting only these is the protocol of prompts that list an image's own classes; counting all is the full
+    vocabulary.
+    """
+    n_categories = len(table.index)
+    present = np.unique(table.gt_image_G * n_categories + table.gt_category_G)
+    mapped_P = table.pred_category_P >= 0
+    return mapped_P & np.isin(table.pred_image_P * n_categories + table.pred_category_P, present)
+
+
+def f1_from_counts(counts: NDArray) -> Floats:
+    """F1 = 2PR/(P+R) of (..., 3) counts tp, fp, fn; P = 1 if nothing is predicted, R = 1 if nothing is annotated."""
+    tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
+    denominator = 2 * tp + fp + fn
+    return np.divide(2 * tp, denominator, out=np.ones_like(denominator), where=denominator > 0)
+
+
+def precision_recall(counts: NDArray) -> tuple[float, float]:
+    """Precision and recall of summed tp, fp, fn; 1 where nothing is predicted, or nothing annotated."""
+    tp, fp, fn = (float(v) for v in counts)
+    return tp / (tp + fp) if tp + fp else 1.0, tp / (tp + fn) if tp + fn else 1.0
+
+
+def f1_metrics(matches: GreedyMatches, settings: EvalSettings) -> dict[str, float | int | None]:
+    """The `f1` area of the metrics: micro F1 unless the key says macro (the mean of each image's own F1)."""
+    full_I3, loc_I3 = matches.counts(0.5, "full"), matches.counts(0.5, "loc")
+    precision, recall = precision_recall(full_I3.sum(axis=0))
+    tp, fp, fn = full_I3.sum(axis=0).tolist()
+    n_matched = int(loc_I3[:, 0].sum())
+    metrics: dict[str, float | int | None] = {"precision_50": precision, "recall_50": recall}
+    for iou in settings.all_f1_ious:
+        for mode in ("loc", "full"):
+            metrics[f"{mode}_{iou_key(iou)}"] = micro_f1(matches, iou, mode)
+    return metrics | {
+        "loc_mean": float(np.mean([micro_f1(matches, iou, "loc") for iou in COCO_IOUS])),
+        "full_mean": float(np.mean([micro_f1(matches, iou, "full") for iou in COCO_IOUS])),
+        "full_50_macro": float(f1_from_counts(full_I3).mean()),
+        "tp_50": tp,
+        "fp_50": fp,
+        "fn_50": fn,
+        "sem_acc_on_matched_50": tp / n_matched if n_matched else None,
+    }
+
+
+def micro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float:
+    """F1 of counts summed over all images."""
+    return float(f1_from_counts(matches.counts(iou, mode).sum(axis=0)))

@@ -1,0 +1,57 @@
+"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
+from coordexp.config.provenance import write_json
+from coordexp.config.schema import Params
+from coordexp.evaluation.categories import read_categories
+from coordexp.evaluation.ceiling import codec_ceiling
+from coordexp.evaluation.evaluator import Evaluation, compare, evaluate, rounded
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.matching.settings import MatchSettings
+from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.schema import read_records
+
+
+def eval_settings(params: Params) -> EvalSettings:
+    """Evaluation settings from parameters."""
+    return EvalSettings(
+        bootstrap_resamples=params.eval.bootstrap_resamples,
+        f1_ious=tuple(params.eval.f1_ious),
+        duplicate_ious=tuple(params.eval.duplicate_ious),
+        matching=MatchSettings(**params.matching.model_dump()),
+        seed=params.seed,
+    )
+
+
+def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
+    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves and the codec's ceiling."""
+    settings, categories = eval_settings(params), read_categories(paths.records / "categories.json")
+    evaluations: dict[str, Evaluation] = {}
+    for name in CHECKPOINTS:
+        folder = paths.evaluation(name)
+        evaluation = evaluate(list(read_results(folder / "gt_vs_pred.jsonl")), categories, settings)
+        write_json(folder / "per_image.json", evaluation.per_image)
+        write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
+        write_json(folder / "details.json", rounded(evaluation.details))
+        evaluations[name] = evaluation
+    write_json(paths.run("eval") / "ceiling.json", rounded(codec_ceiling(list(read_records(paths.records / "val.jsonl")), settings)))
+    metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
+    metrics["comparison"] = {
+        key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
+    }
+    write_json(paths.reports / "metrics.json", metrics)
+    _write_pr_curve(evaluations["stage2"], paths)
+    return metrics
+
+
+def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
+    """Recall and precision at IoU 0.5 as TSV, the table that `dvc plots` draws."""
+    curve = evaluation.pr_curve
+    rows = zip(curve["recall"], curve["precision_50"], strict=True)
+    out = paths.curve("pr")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("recall\tprecision\n" + "".join(f"{r:.2f}\t{p:.4f}\n" for r, p in rows), encoding="utf-8")

@@ -1,0 +1,158 @@
+"""The predictions of a whole data set as flat arrays: what every metric reads.
+
+Legend: I images (sorted by image id), G annotated objects, P predictions, K categories. Objects and predictions are
+grouped by image; within an image predictions keep their generation order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.errors import DataError
+from coordexp.evaluation.categories import NO_CATEGORY, Category, CategoryIndex, normalise_desc
+from coordexp.geometry.boxes import as_boxes
+from coordexp.records.gt_vs_pred import ImageResult
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DetectionTable:
+    """Ground truth and predictions of I images; boxes are float pixels xyxy.
+
+    `gt_category_G` and `pred_category_P` are rows of `index.categories` (NO_CATEGORY if a prediction's description
+    names none); `pred_name_P` numbers the distinct normalised descriptions, mapped or not.
+    """
+
+    index: CategoryIndex
+    image_ids_I: Ints
+    sizes_wh_I2: Ints
+    gt_image_G: Ints
+    gt_boxes_G4: Floats
+    gt_category_G: Ints
+    gt_crowd_G: Bools
+    pred_image_P: Ints
+    pred_boxes_P4: Floats
+    pred_category_P: Ints
+    pred_name_P: Ints
+    pred_score_P: Floats
+    mapping: dict[str, int]  # predictions by how their description was mapped: exact, normalised, unmapped
+
+    @property
+    def n_images(self) -> int:
+        """Number of images, those without objects or predictions included."""
+        return len(self.image_ids_I)
+
+    @property
+    def n_gt_I(self) -> Ints:
+        """Annotated objects per image, crowd regions left out."""
+        return np.bincount(self.gt_image_G[~self.gt_crowd_G], minlength=self.n_images)
+
+    @property
+    def n_pred_I(self) -> Ints:
+        """Predictions per image."""
+        return np.bincount(self.pred_image_P, minlength=self.n_images)
+
+    def keep_predictions(self, keep_P: Bools) -> DetectionTable:
+        """The same table with only the predictions where `keep_P` is true."""
+        kept = {name: getattr(self, name)[keep_P] for name in _PREDICTION_COLUMNS}
+        return replace(self, **kept)
+
+    def with_scores(self, score_P: Floats) -> DetectionTable:
+        """The same table with other scores."""
+        return replace(self, pred_score_P=np.asarray(score_P, dtype=np.float64))
+
+
+_PREDICTION_COLUMNS = ("pred_image_P", "pred_boxes_P4", "pred_category_P", "pred_name_P", "pred_score_P")
+
+
+def image_slices(image_N: Ints, n_images: int) -> list[slice]:
+    """For each image the slice of its rows in a column that is grouped by image."""
+    ends = np.cumsum(np.bincount(image_N, minlength=n_images)).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def build_table(results: Sequence[ImageResult], categories: Sequence[Category]) -> DetectionTable:
+    """Check the results of a data set and lay them out as arrays.
+
+    Raises:
+        DataError: no images, a repeated image id, an annotated name outside `categories`, a prediction without a finite
+            score, or a box that is not finite or has x2 < x1 or y2 < y1; named by image and index.
+    """
+    if not results:
+        raise DataError("There is nothing to evaluate: no images. Expected at least one line of gt_vs_pred.jsonl.")
+    index = CategoryIndex(categories)
+    ordered = sorted(results, key=lambda r: r.image_id)
+    image_ids = np.array([r.image_id for r in ordered], dtype=np.int64)
+    repeated = image_ids[1:][image_ids[1:] == image_ids[:-1]]
+    if repeated.size:
+        raise DataError(f"Image id {repeated[0]} appears twice; each image is evaluated once.")
+    found = {desc: index.lookup(desc) for desc in {p.desc for r in ordered for p in r.pred}}
+    names = {name: number for number, name in enumerate(sorted({normalise_desc(desc) for desc in found}))}
+    return DetectionTable(
+        index=index,
+        image_ids_I=image_ids,
+        sizes_wh_I2=np.array([_size(r) for r in ordered], dtype=np.int64),
+        gt_image_G=_repeat([len(r.gt) for r in ordered]),
+        gt_boxes_G4=_boxes([(r, "gt", g.bbox_xyxy_px) for r in ordered for g in r.gt]),
+        gt_category_G=np.array([_gt_category(r, g.desc, index) for r in ordered for g in r.gt], dtype=np.int64),
+        gt_crowd_G=np.array([g.iscrowd for r in ordered for g in r.gt], dtype=bool),
+        pred_image_P=_repeat([len(r.pred) for r in ordered]),
+        pred_boxes_P4=_boxes([(r, "pred", p.bbox_xyxy_px) for r in ordered for p in r.pred]),
+        pred_category_P=np.array([found[p.desc][0] for r in ordered for p in r.pred], dtype=np.int64),
+        pred_name_P=np.array([names[normalise_desc(p.desc)] for r in ordered for p in r.pred], dtype=np.int64),
+        pred_score_P=np.array([s for r in ordered for s in _scores(r)], dtype=np.float64),
+        mapping=dict(Counter(found[p.desc][1] for r in ordered for p in r.pred)),
+    )
+
+
+def _repeat(counts: list[int]) -> Ints:
+    return np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+
+
+def _size(result: ImageResult) -> tuple[int, int]:
+    if result.width <= 0 or result.height <= 0:
+        raise DataError(
+            f"Image {result.image_id} ({result.image}): size {result.width}x{result.height} is not positive."
+        )
+    return result.width, result.height
+
+
+def _gt_category(result: ImageResult, desc: str, index: CategoryIndex) -> int:
+    row, _ = index.lookup(desc)
+    if row == NO_CATEGORY:
+        raise DataError(
+            f"Image {result.image_id} ({result.image}): annotated object {desc!r} is none of the {len(index)} "
+            "categories; evaluate with the categories.json of the same data set."
+        )
+    return row
+
+
+def _scores(result: ImageResult) -> list[float]:
+    scores = [np.nan if p.score is None else p.score for p in result.pred]
+    for i, score in enumerate(scores):
+        if not np.isfinite(score):
+            raise DataError(
+                f"Image {result.image_id} ({result.image}): pred[{i}] has score {result.pred[i].score!r}. AP needs a "
+                "finite score on every prediction and none is invented; score the file first (decode.score)."
+            )
+    return scores
+
+
+def _boxes(rows: list[tuple[ImageResult, str, tuple[float, float, float, float]]]) -> Floats:
+    boxes_N4 = as_boxes([box for _, _, box in rows])
+    good_N = np.isfinite(boxes_N4).all(axis=1) & (boxes_N4[:, 2:] >= boxes_N4[:, :2]).all(axis=1)
+    if not good_N.all():
+        result, side, box = rows[int(np.argmin(good_N))]
+        raise DataError(
+            f"Image {result.image_id} ({result.image}): {side} box {box!r}, "
+            "expected four finite pixels with x2 >= x1 and y2 >= y1."
+        )
+    return boxes_N4

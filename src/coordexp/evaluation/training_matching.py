@@ -1,0 +1,29 @@
+"""The training-time matching, scored under its own name (`rollout`): a gate, then the Hungarian assignment.
+
+Not the F1 of f1.py: names are not compared unless the cost weighs them, and pairs are chosen for the least total cost.
+"""
+
+from __future__ import annotations
+
+from coordexp.evaluation.table import DetectionTable, image_slices
+from coordexp.geometry.bins import box_scale
+from coordexp.matching.assign import match
+from coordexp.matching.settings import MatchSettings
+from coordexp.matching.summary import MatchCounts
+
+
+def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str, float | None]:
+    """Precision, recall and F1 over summed counts, and the mean IoU of the matched pairs (None without pairs)."""
+    pred_slices = image_slices(table.pred_image_P, table.n_images)
+    gt_slices = image_slices(table.gt_image_G, table.n_images)
+    counts = MatchCounts()
+    for (width, height), in_pred, in_gt in zip(table.sizes_wh_I2.tolist(), pred_slices, gt_slices, strict=True):
+        scale = box_scale(width, height)
+        objects_G4 = table.gt_boxes_G4[in_gt][~table.gt_crowd_G[in_gt]]
+        counts += MatchCounts.from_result(match(table.pred_boxes_P4[in_pred] / scale, objects_G4 / scale, settings))
+    return {
+        "precision": counts.precision,
+        "recall": counts.recall,
+        "f1": counts.f1,
+        "matched_iou_mean": counts.matched_iou_mean if counts.n_matched else None,
+    }

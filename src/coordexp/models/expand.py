@@ -1,0 +1,85 @@
+"""Adding the 1000 coordinate tokens to a pretrained model, once (the norm1000 stage).
+
+New embedding rows by name:
+    mean     all rows equal the mean of the existing rows
+    digits   the mean of the rows of the bin's own decimal digits: what the model already knows about numbers
+    ordinal  `digits`, plus a smooth function of the bin, so that neighbouring bins start out similar
+Head rows get the same treatment where the head is not tied to the embedding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+
+from coordexp.errors import CheckpointError, ConfigError
+from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
+from coordexp.models.tiny import round_up
+from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
+
+ORDINAL_HARMONICS = 24
+
+
+def add_coordinate_tokens(
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, init: str, seed: int
+) -> CoordVocabulary:
+    """Add the tokens to tokenizer and model in place; does nothing but check if they are there already.
+
+    Raises CheckpointError if only some of them exist.
+    """
+    if not has_coord_tokens(tokenizer):
+        tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
+        vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
+        if vocabulary.end_id > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(round_up(vocabulary.end_id), mean_resizing=False)
+        _fill_rows(model, tokenizer, vocabulary, init, seed)
+        return vocabulary
+    vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    if vocabulary.end_id > rows:
+        raise CheckpointError(f"the tokenizer has coordinate ids up to {vocabulary.end_id - 1}, the model only {rows} rows.")
+    return vocabulary
+
+
+def _fill_rows(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: CoordVocabulary,
+    init: str,
+    seed: int,
+) -> None:
+    tables = [model.get_input_embeddings().weight]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.get_output_embeddings().weight)
+    digit_ids = [tokenizer.encode(str(d), add_special_tokens=False)[0] for d in range(10)]
+    with torch.no_grad():
+        for table_VD in tables:
+            known = table_VD[: vocabulary.first_id]
+            table_VD[vocabulary.first_id : vocabulary.end_id] = coordinate_rows(known, digit_ids, init, seed)
+
+
+def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int) -> Tensor:
+    """Initial rows (1000, D) from the rows of the known tokens; see the module's list of names."""
+    if init == "mean":
+        return known_VD.mean(0).expand(NUM_BINS, -1).clone()
+    digits = [[digit_ids[int(d)] for d in str(k)] for k in range(NUM_BINS)]
+    rows_KD = torch.stack([known_VD[ids].mean(0) for ids in digits])
+    if init == "digits":
+        return rows_KD
+    if init == "ordinal":
+        return rows_KD + ordinal_term(known_VD.shape[1], float(known_VD.std()), seed).to(rows_KD)
+    raise ConfigError(f"model.coord_init is {init!r}, expected mean, digits or ordinal.")
+
+
+def ordinal_term(hidden: int, scale: float, seed: int) -> Tensor:
+    """(1000, D) sum of cosines of the bin along random directions, weight 1/j for harmonic j, with std `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    directions_JD = torch.randn(ORDINAL_HARMONICS, hidden, generator=generator)
+    harmonics_J = torch.arange(1, ORDINAL_HARMONICS + 1)
+    position_K = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS
+    waves_KJ = torch.cos(math.pi * position_K[:, None] * harmonics_J) / harmonics_J
+    term_KD = waves_KJ @ directions_JD
+    return term_KD * (scale / term_KD.std())

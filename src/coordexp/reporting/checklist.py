@@ -1,0 +1,181 @@
+"""The verification checklist: claims a reader would otherwise have to take on trust, each with its evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.reporting.inputs import TRAINED, ReportData
+from coordexp.reporting.markdown import interval, number, percent, signed, table
+from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
+from coordexp.reporting.tables import metric, required
+from coordexp.reporting.training_log import target_entropy_nats
+from coordexp.reporting.verdicts import Verdict, difference_from
+
+PARSE_RATE = 0.99
+CONTROL_SHARE = 0.9  # of the tokens of stage 2 that the control must have trained on
+FLOOR_TOLERANCE = 0.05  # borders cut the target, so its entropy is a little lower there
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the checklist; `passed` is None where the files do not tell."""
+
+    claim: str
+    passed: bool | None
+    evidence: str
+
+    @property
+    def mark(self) -> str:
+        """✔, ✘, or ? where the files do not tell."""
+        return "?" if self.passed is None else "✔" if self.passed else "✘"
+
+
+Params = Mapping[str, Any]
+OutcomesBy = Mapping[str, Outcomes]
+
+
+def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[Check]:
+    """All lines of the checklist, in reading order."""
+    rules: tuple[Callable[[ReportData, OutcomesBy, Params], Check], ...] = (
+        _same_images,
+        _counts_agree,
+        _one_decode,
+        _answers_parse,
+        _logs_are_whole,
+        _softce_above_floor,
+        _schedule_realised,
+        _control_is_fair,
+        _one_clean_commit,
+        _below_ceiling,
+        _stage1_learned,
+        _stage2_not_worse,
+    )
+    return [rule(data, outcomes, params) for rule in rules]
+
+
+def checklist_table(checks: list[Check]) -> str:
+    """The checklist as a table."""
+    return table(["", "claim", "evidence"], [[c.mark, c.claim, c.evidence] for c in checks], "lll")
+
+
+def _same_images(_data: ReportData, outcomes: OutcomesBy, _params: Params) -> Check:
+    tables = [outcomes[name].table for name in CHECKPOINTS]
+    first = tables[0]
+    same = all(
+        np.array_equal(t.image_ids_I, first.image_ids_I) and np.array_equal(t.gt_boxes_G4, first.gt_boxes_G4)
+        for t in tables
+    )
+    evidence = f"{first.n_images} images, {int(first.n_gt_I.sum())} objects in each prediction file"
+    return Check("All checkpoints answered the same images", same, evidence if same else "images or annotations differ")
+
+
+def _counts_agree(data: ReportData, outcomes: OutcomesBy, _params: Params) -> Check:
+    keys = ("f1.tp_50", "f1.fp_50", "f1.fn_50")
+    differing = []
+    for name in CHECKPOINTS:
+        counted = outcomes[name].matches.counts(MATCH_IOU, "full").sum(axis=0).tolist()
+        if counted != [metric(data.metrics, name, key) for key in keys]:
+            differing.append(f"{name}: {counted}")
+    agreed = "right, false and missed boxes recounted from gt_vs_pred.jsonl"
+    evidence = f"recounted otherwise: {'; '.join(differing)}" if differing else agreed
+    return Check("metrics.json counts what the prediction files hold", not differing, evidence)
+
+
+def _one_decode(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    # The base model writes digits, another codec, so its identity differs by design.
+    found = {row.identity.get("decode") for name in TRAINED for row in data.results[name]}
+    known = sorted(value for value in found if value is not None)
+    evidence = f"decode identity {', '.join(known)}" if known else "the prediction files carry no decode identity"
+    return Check("The trained checkpoints were decoded under one setting", len(found) == 1 if known else None, evidence)
+
+
+def _answers_parse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    rates = {name: metric(data.metrics, name, "parse.parse_rate") for name in TRAINED}
+    evidence = ", ".join(f"{name} {number(rate)}" for name, rate in rates.items())
+    claim = f"At least {percent(PARSE_RATE)} of the answers parse whole"
+    return Check(claim, min(rates.values()) >= PARSE_RATE, evidence)
+
+
+def _logs_are_whole(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    sound = []
+    for log in data.logs.values():
+        total = log.series("loss/total")[1]
+        steps_S = np.arange(len(log.step_S))
+        sound.append(
+            np.array_equal(log.step_S, steps_S) and len(total) == len(steps_S) and bool(np.isfinite(total).all())
+        )
+    evidence = ", ".join(f"{name} {len(data.logs[name].step_S)} steps" for name in TRAINED)
+    return Check("Every step is logged once, with a finite loss", all(sound), evidence)
+
+
+def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:
+    entropy = target_entropy_nats(params["target"], params["sigma"], params["truncate"])
+    claim = "softCE minus KL is the entropy of the target: loss and target agree"
+    measured = {}
+    for name in TRAINED:
+        softce, kl = data.logs[name].ends("raw/softce"), data.logs[name].ends("coord_diag/softce_kl")
+        if softce and kl:
+            measured[name] = softce[1] - kl[1]
+    if not measured:
+        return Check(claim, None, "softCE is not trained")
+    evidence = ", ".join(f"{name} {value:.3f}" for name, value in measured.items()) + f"; entropy {entropy:.3f}"
+    return Check(claim, all(abs(value / entropy - 1) <= FLOOR_TOLERANCE for value in measured.values()), evidence)
+
+
+def _schedule_realised(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:
+    channels = data.logs["stage2"].channel_S
+    wanted = math.floor(len(channels) * Fraction(str(params["stage2"]["b_ratio"])))
+    found = channels.count("B")
+    return Check(
+        "Channel B got its share of steps", found == wanted, f"{found} of {len(channels)} steps, planned {wanted}"
+    )
+
+
+def _control_is_fair(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    control, stage2 = (
+        required(data.metadata[name], "tokens", f"{name}/run_metadata.json") for name in ("stage1-control", "stage2")
+    )
+    share = control / stage2
+    evidence = f"{control:,} tokens against {stage2:,} ({percent(share)})"
+    return Check("The control trained on as much as stage 2", share >= CONTROL_SHARE, evidence)
+
+
+def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    states = [required(data.metadata[name], "git", f"{name}/run_metadata.json") for name in TRAINED]
+    commits = sorted({str(state["commit"])[:12] for state in states})
+    dirty = any(state["dirty"] is not False for state in states)
+    evidence = f"commit {', '.join(commits)}, {'with uncommitted changes or unknown state' if dirty else 'clean'}"
+    return Check("All training ran from one clean commit", len(commits) == 1 and not dirty, evidence)
+
+
+def _below_ceiling(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    ceiling = required(data.ceiling, "mAP", "ceiling.json")
+    best = max(metric(data.metrics, name, "coco.mAP") or 0.0 for name in CHECKPOINTS)
+    evidence = f"best mAP {number(best)}, ceiling {number(ceiling)}"
+    return Check("No checkpoint exceeds the ceiling of the codec", best <= ceiling, evidence)
+
+
+def _stage1_learned(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    claim = "Stage 1 is better than the base model (AP50)"
+    return _compared(data, claim, "stage1_vs_base", "coco.AP50", {Verdict.BETTER})
+
+
+def _stage2_not_worse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    allowed = {Verdict.BETTER, Verdict.NO_DIFFERENCE}
+    return _compared(data, "Stage 2 is not worse than stage 1 (mAP)", "stage2_vs_stage1", "coco.mAP", allowed)
+
+
+def _compared(data: ReportData, claim: str, comparison: str, key: str, allowed: set[Verdict]) -> Check:
+    difference = difference_from(data.comparison[comparison][key])
+    if difference is None:
+        return Check(claim, None, "not defined on this data")
+    verdict = difference.verdict
+    bounds = interval((difference.lo, difference.hi))
+    return Check(claim, verdict in allowed, f"{signed(difference.delta)} {bounds}: {verdict.value}")

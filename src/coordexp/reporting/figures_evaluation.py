@@ -1,0 +1,186 @@
+"""Figures of the evaluation: precision and recall, localisation, scores, what is missed, and what is mistaken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from coordexp.evaluation.confidence import calibration_error
+from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
+from coordexp.evaluation.sizes import side_px
+from coordexp.evaluation.table import Bools, Floats, Ints
+from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Fate, Outcomes
+from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
+
+SIDE_EDGES_PX = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+CONFUSED_NAMES = 12
+_Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+
+
+def write_evaluation_figures(
+    outcomes: Mapping[str, Outcomes], pr_curves: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
+    """Write pr_curves, iou_histogram, scores, recall and confusion as PNG."""
+    with figure_style():
+        save_figure(_pr_curves(pr_curves), folder / "pr_curves.png")
+        save_figure(_iou_histogram(outcomes), folder / "iou_histogram.png")
+        save_figure(_scores(outcomes), folder / "scores.png")
+        save_figure(_recall(outcomes), folder / "recall.png")
+        save_figure(_confusion(outcomes["stage2"]), folder / "confusion.png")
+
+
+def _pr_curves(pr_curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    figure = new_figure(9.6, 3.8)
+    for ax, at in zip(figure.subplots(1, 2, sharey=True), ("50", "75"), strict=True):
+        for name, curve in pr_curves.items():
+            precision, look = curve[f"precision_{at}"], LOOKS[name]
+            if precision:
+                ax.plot(curve["recall"], precision, color=look.colour, linestyle=look.line, label=name)
+        ax.set(xlim=(0, 1), ylim=(0, 1.02), title=f"IoU .{at}", xlabel="recall")
+    figure.axes[0].set_ylabel("precision, mean over names")
+    figure.axes[1].legend()
+    return figure
+
+
+def _iou_histogram(outcomes: Mapping[str, Outcomes]) -> Figure:
+    """Matched boxes per 100 objects by IoU: areas are recalls, so checkpoints compare directly."""
+    figure = new_figure(7.2, 3.6)
+    ax = figure.subplots()
+    edges = np.linspace(LOWEST_IOU, 1.0, 29)
+    for name, outcome in outcomes.items():
+        look = LOOKS[name]
+        n_objects = max(1, int(outcome.table.n_gt_I.sum()))
+        counts, _ = np.histogram(outcome.matches.iou_M, bins=edges)
+        matched = outcome.matches.iou_M[outcome.matches.at(MATCH_IOU)]
+        label = f"{name}: mean {matched.mean():.3f} above .5" if len(matched) else f"{name}: none above .5"
+        ax.stairs(100 * counts / n_objects, edges, color=look.colour, linestyle=look.line, linewidth=1.8,
+                  label=label)  # fmt: skip
+    ax.axvline(MATCH_IOU, color=INK, linewidth=0.8, linestyle=":")
+    ax.set(xlim=(LOWEST_IOU, 1), xlabel="IoU of a matched pair (names ignored)", ylabel="pairs per 100 objects")
+    ax.set_title("How well located boxes sit")
+    ax.legend(loc="upper left")
+    return figure
+
+
+def _scores(outcomes: Mapping[str, Outcomes]) -> Figure:
+    """Above: scores of right and false boxes. Below: the share that is right, in bins of equal mass."""
+    figure = new_figure(10.4, 4.6)
+    axes = figure.subplots(2, len(outcomes), sharex="col", squeeze=False, height_ratios=(3, 2))
+    for (above, below), (name, outcome) in zip(axes.T, outcomes.items(), strict=True):
+        score, right = outcome.table.pred_score_P, outcome.fate_P == Fate.RIGHT
+        above.set_title(name)
+        if len(score):
+            _score_histogram(above, score, right)
+            _reliability(below, score, right)
+        below.set(ylim=(0, 1.02), xlabel="score")
+    axes[0, 0].set_ylabel("predictions")
+    axes[1, 0].set_ylabel("share that is right")
+    axes[0, 0].legend()
+    return figure
+
+
+def _score_histogram(ax: Axes, score_P: Floats, right_P: Bools) -> None:
+    edges = np.histogram_bin_edges(score_P, bins=20)
+    for keep, colour, hatch, label in ((right_P, GREEN, "", "right"), (~right_P, RED, "////", "false")):
+        ax.hist(score_P[keep], edges.tolist(), histtype="stepfilled", facecolor=to_rgba(colour, 0.2), edgecolor=colour,
+                linewidth=1.4, hatch=hatch, label=label)  # fmt: skip
+
+
+def _reliability(ax: Axes, score_P: Floats, right_P: Bools) -> None:
+    # Any score is ranked into (0, 1] for binning; only a score in [0, 1] can be compared with the diagonal.
+    order = np.argsort(np.argsort(score_P, kind="stable"), kind="stable")
+    bins = np.minimum(10 * order // len(score_P), 9)
+    for b in np.unique(bins):
+        inside = bins == b
+        low, high = wilson(int(right_P[inside].sum()), int(inside.sum()))
+        ax.plot([score_P[inside].mean()] * 2, [low, high], color=INK, linewidth=1)
+        ax.plot(score_P[inside].mean(), right_P[inside].mean(), marker="o", markersize=4, color=INK)
+    if score_P.min() >= 0 and score_P.max() <= 1:
+        ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+        error, _ = calibration_error(score_P, right_P, 10)
+        ax.text(0.03, 0.95, f"calibration error {error:.3f}", transform=ax.transAxes, va="top", fontsize=8)
+        ax.set_xlim(0, 1)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    share, z2 = hits / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * float(np.sqrt(share * (1 - share) / n + z2 / (4 * n**2)))
+    # Exactly 0 and 1 at the ends, where rounding would leave the share outside its own interval.
+    return 0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half
+
+
+def _recall(outcomes: Mapping[str, Outcomes]) -> Figure:
+    """Recall with the right name at IoU 0.5, by the size of the object and by how many share the image."""
+    figure = new_figure(10.4, 3.8)
+    by_size, by_count = figure.subplots(1, 2, sharey=True, width_ratios=(5, 4))
+    first = next(iter(outcomes.values()))
+    counted_G = ~first.table.gt_crowd_G
+    size_G = np.searchsorted(SIDE_EDGES_PX, side_px(first.table.gt_boxes_G4), side="right")
+    between = [f"{low}-{high}" for low, high in pairwise(SIDE_EDGES_PX)]
+    _recall_panel(by_size, outcomes, size_G, [f"<{SIDE_EDGES_PX[0]}", *between, f"{SIDE_EDGES_PX[-1]}+"], counted_G)
+    lows = [low for low, _ in GT_COUNT_BUCKETS]
+    count_G = np.searchsorted(lows, first.table.n_gt_I[first.table.gt_image_G], side="right") - 1
+    _recall_panel(by_count, outcomes, count_G, [_count_label(*bucket) for bucket in GT_COUNT_BUCKETS], counted_G)
+    by_size.set(ylim=(0, 1.02), ylabel="recall, right name, IoU .50", xlabel="size of the object: √(w·h) in pixels")
+    by_count.set_xlabel("objects in the image")
+    by_count.legend(loc="lower left")
+    return figure
+
+
+def _count_label(low: int, high: int | None) -> str:
+    return f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
+
+
+def _recall_panel(
+    ax: Axes, outcomes: Mapping[str, Outcomes], bucket_G: Ints, labels: Sequence[str], counted_G: Bools
+) -> None:
+    present = np.unique(bucket_G[counted_G])
+    numbers = [int((counted_G & (bucket_G == b)).sum()) for b in present]
+    for shift, (name, outcome) in enumerate(outcomes.items()):
+        look = LOOKS[name]
+        x = np.arange(len(present)) + 0.11 * (shift - (len(outcomes) - 1) / 2)
+        found = [int((outcome.found_G & counted_G & (bucket_G == b)).sum()) for b in present]
+        share = np.array(found) / np.array(numbers)
+        low, high = np.array([wilson(k, n) for k, n in zip(found, numbers, strict=True)]).T
+        ax.errorbar(x, share, yerr=[share - low, high - share], color=look.colour, linestyle=look.line,
+                    marker=look.marker, markersize=4, linewidth=1.2, elinewidth=0.8, label=name)  # fmt: skip
+    ax.set_xticks(range(len(present)), [f"{labels[b]}\n({n})" for b, n in zip(present, numbers, strict=True)])
+    ax.grid(visible=False, axis="x")
+
+
+def _confusion(outcome: Outcomes) -> Figure:
+    """Annotated against predicted names, for the names with most mistakes on located objects."""
+    confusions, right = outcome.confusions(), outcome.named_right()
+    involved: dict[str, int] = {}
+    for (truth, predicted), n in sorted(confusions.items()):
+        involved[truth] = involved.get(truth, 0) + n
+        involved[predicted] = involved.get(predicted, 0) + n
+    names = sorted(involved, key=lambda name: (-involved[name], name))[:CONFUSED_NAMES]
+    counts = np.array([[right[a] if a == b else confusions[a, b] for b in names] for a in names], dtype=float)
+    counts = counts.reshape(len(names), len(names))
+    figure = new_figure(6.4, 5.2)
+    ax = figure.subplots()
+    ax.grid(visible=False)
+    figure.suptitle(f"stage2: the {len(names)} names with most mistakes, located objects (IoU ≥ .5)", fontsize=10)
+    if not names:
+        ax.text(0.5, 0.5, "no located object has a wrong name", ha="center", transform=ax.transAxes)
+        ax.set_axis_off()
+        return figure
+    wrong = np.where(np.eye(len(names), dtype=bool), np.nan, counts)
+    ax.imshow(wrong, cmap="Oranges", vmin=0, vmax=2 * max(1.0, np.nanmax(wrong)))  # pale enough for dark numbers
+    for row, column in np.argwhere(counts > 0):
+        ax.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                color=GREEN if row == column else INK)  # fmt: skip
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="predicted name", ylabel="annotated name")
+    return figure

@@ -1,0 +1,169 @@
+"""The gallery: ground truth beside prediction, for images that a rule chose and nobody picked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from coordexp.errors import DataError
+from coordexp.reporting.drawing import BoxStyle, draw_detections, label_font, readable_scale
+from coordexp.reporting.outcomes import Fate, Outcomes
+
+Row = dict[str, Any]
+RIGHT = BoxStyle((0, 158, 115))
+FALSE = BoxStyle((214, 39, 40))
+MISSED = BoxStyle((245, 140, 0), dashed=True)
+SHOWN, BEFORE = "stage2", "stage1"
+RULES = ("most duplicates", "most misses", "biggest change", "random")
+MAX_PICTURE_BYTES = 80_000
+MAX_PANEL_PX = 512
+BAR_FONT_SIDE_PX = 512  # titles and legend keep one font size, whatever the panels measure
+_BAR_PX, _GAP_PX = 18, 6
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryPick:
+    """One picture of the gallery and the rule that chose it."""
+
+    number: int
+    rule: str
+    image_id: int
+
+    @property
+    def file_name(self) -> str:
+        """NNNN_<image_id>.png, in the order of the gallery."""
+        return f"{self.number:04d}_{self.image_id}.png"
+
+
+def choose_images(per_image: Mapping[str, Sequence[Row]], dup_key: str, count: int, seed: int) -> list[GalleryPick]:
+    """Choose images of the stage-2 checkpoint, an equal share by each rule, no image twice.
+
+    Duplicates and misses are ranked by their number, change by the difference in errors (false and missed) between
+    stage 1 and stage 2; ties go to the lower image id. What a rule cannot fill goes to the random rule.
+
+    Raises:
+        DataError: the per-image tables do not hold the same images, or lack a column.
+    """
+    rows = {checkpoint: _by_id(per_image[checkpoint], checkpoint, dup_key) for checkpoint in (SHOWN, BEFORE)}
+    if rows[SHOWN].keys() != rows[BEFORE].keys():
+        raise DataError(f"per_image.json of {SHOWN} and {BEFORE} hold different images; run `dvc repro coco-eval`.")
+    scores: dict[str, Callable[[int], float]] = {
+        "most duplicates": lambda i: rows[SHOWN][i][dup_key],
+        "most misses": lambda i: rows[SHOWN][i]["fn_50"],
+        "biggest change": lambda i: abs(n_errors(rows[SHOWN][i]) - n_errors(rows[BEFORE][i])),
+    }
+    chosen: dict[int, str] = {}
+    for rule, score in scores.items():
+        ranked = sorted((i for i in rows[SHOWN] if i not in chosen and score(i) > 0), key=lambda i: (-score(i), i))
+        chosen |= dict.fromkeys(ranked[: count // len(RULES)], rule)
+    left = sorted(rows[SHOWN].keys() - chosen.keys())
+    drawn = np.random.default_rng(seed).permutation(left)[: max(0, count - len(chosen))]
+    chosen |= dict.fromkeys(sorted(drawn.tolist()), "random")
+    return [GalleryPick(number, rule, image_id) for number, (image_id, rule) in enumerate(chosen.items(), 1)]
+
+
+def n_errors(row: Row) -> int:
+    """False and missed boxes of one image."""
+    return int(row["fp_50"] + row["fn_50"])
+
+
+def _by_id(rows: Sequence[Row], checkpoint: str, dup_key: str) -> dict[int, Row]:
+    for row in rows:
+        missing = {"image_id", "fp_50", "fn_50", dup_key} - row.keys()
+        if missing:
+            raise DataError(f"per_image.json of {checkpoint} lacks {sorted(missing)}; run `dvc repro coco-eval`.")
+    return {row["image_id"]: row for row in rows}
+
+
+def write_gallery(
+    picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path, folder: Path
+) -> None:
+    """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pick in picks:
+        path = image_root / outcomes[SHOWN].of_image(pick.image_id)[0].image
+        if not path.is_file():
+            raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
+        shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
+        with Image.open(path) as image:
+            data = _small_picture(image.convert("RGB"), pick.image_id, {name: outcomes[name] for name in shown})
+        (folder / pick.file_name).write_bytes(data)
+
+
+def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> bytes:
+    """PNG within the size budget: the photo, never the boxes, loses colours until it fits."""
+    data = b""
+    for colours in (None, 128, 48, 16):
+        photo = image if colours is None else image.quantize(colours, kmeans=2, dither=Image.Dither.NONE).convert("RGB")
+        out = io.BytesIO()
+        _picture(photo, image_id, outcomes).save(out, "PNG", optimize=True)
+        data = out.getvalue()
+        if len(data) <= MAX_PICTURE_BYTES:
+            break
+    return data
+
+
+def _picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> Image.Image:
+    """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
+    shrink = min(1.0, MAX_PANEL_PX / max(image.size))
+    if shrink < 1:
+        image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+    last = list(outcomes)[-1]
+    panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))]
+    panels += [(f"predicted, {name}", _prediction_panel(image, image_id, o, shrink)) for name, o in outcomes.items()]
+    return _side_by_side(panels)
+
+
+def _truth_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
+    result, _, rows = outcomes.of_image(image_id)
+    styles = [RIGHT if found else MISSED for found in outcomes.found_G[rows].tolist()]
+    boxes = outcomes.table.gt_boxes_G4[rows] * shrink
+    return draw_detections(image, boxes, [g.desc for g in result.gt], None, styles, readable_scale(*image.size))
+
+
+def _prediction_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
+    result, rows, _ = outcomes.of_image(image_id)
+    fates = outcomes.fate_P[rows].tolist()
+    # The sign says in black and white what the colour says.
+    sign = {Fate.RIGHT: "✓ ", Fate.WRONG_NAME: "≠ ", Fate.FALSE: "✗ "}
+    labels = [sign[Fate(fate)] + p.desc for fate, p in zip(fates, result.pred, strict=True)]
+    styles = [RIGHT if fate == Fate.RIGHT else FALSE for fate in fates]
+    boxes = outcomes.table.pred_boxes_P4[rows] * shrink
+    scores = [p.score for p in result.pred]
+    return draw_detections(image, boxes, labels, scores, styles, readable_scale(*image.size))
+
+
+def _side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
+    font = label_font(BAR_FONT_SIDE_PX)
+    width = sum(panel.width for _, panel in panels) + _GAP_PX * (len(panels) - 1)
+    picture = Image.new("RGB", (width, panels[0][1].height + 2 * _BAR_PX), "white")
+    draw = ImageDraw.Draw(picture)
+    left = 0
+    for title, panel in panels:
+        draw.text((left + 2, 2), title, font=font, fill=(0, 0, 0))
+        picture.paste(panel, (left, _BAR_PX))
+        left += panel.width + _GAP_PX
+    _legend(draw, (2, picture.height - _BAR_PX), width)
+    return picture
+
+
+def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int) -> None:
+    font = label_font(BAR_FONT_SIDE_PX)
+    x, y = map(float, corner)
+    for style, text in ((RIGHT, "✓ right"), (FALSE, "✗ no such object, ≠ wrong name"), (MISSED, "missed")):
+        step = 14 + draw.textlength(text, font=font) + 10
+        if x + step > width + 10:
+            return
+        if style.dashed:
+            draw.line((x, y + 9, x + 4, y + 9), fill=style.colour, width=3)
+            draw.line((x + 7, y + 9, x + 11, y + 9), fill=style.colour, width=3)
+        else:
+            draw.line((x, y + 9, x + 11, y + 9), fill=style.colour, width=3)
+        draw.text((x + 14, y + 2), text, font=font, fill=(0, 0, 0))
+        x += step

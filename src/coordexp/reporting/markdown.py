@@ -1,0 +1,80 @@
+"""GitHub Markdown: tables, numbers, and text from data that must not act as markup."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+Align = Literal["l", "r"]
+MISSING = "n/a"
+_RULES = {"l": ":---", "r": "---:"}
+# What GitHub reads as markup inside a line; `<`, `>` and `&` become entities before.
+_MARKUP = re.compile(r"([\\`*_\[\]|~$])")
+
+
+def escape(text: str) -> str:
+    """Text from data (names, paths) as literal Markdown: pipes, backticks, HTML, emphasis and control characters."""
+    visible = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cf") else c for c in text)
+    return _MARKUP.sub(r"\\\1", html.escape(visible, quote=False))
+
+
+def number(value: Any) -> str:
+    """A metric as metrics.json holds it: floats with the four digits they are written with, None as n/a."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return str(value)
+
+
+def signed(value: float | int) -> str:
+    """A difference with its sign."""
+    return f"{value:+.4f}" if isinstance(value, float) else f"{value:+d}"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """A training quantity, which may span many decades, with significant digits."""
+    return f"{value:.{digits}g}"
+
+
+def percent(value: float) -> str:
+    """A share as whole percent, or with one digit below 10 %."""
+    if 0 < abs(value) < 0.0005:
+        return "under 0.1 %"
+    return f"{100 * value:.0f} %" if abs(value) >= 0.0995 else f"{100 * value:.1f} %"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """[low, high] with four digits, or nothing."""
+    return "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A pipe table; cells are finished Markdown.
+
+    `align` has one letter per column, l or r; by default the first column is aligned left and the others right.
+    """
+    align = align or "l" + "r" * (len(header) - 1)
+    assert len(align) == len(header), f"{len(align)} alignments for {len(header)} columns"
+    lines = [header, [_RULES[a] for a in align], *rows]
+    for line in lines:
+        assert len(line) == len(header), f"{len(line)} cells for {len(header)} columns: {line}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The leaves of nested JSON as (dotted key, value); a list of plain values is one leaf, spelled with commas."""
+    if isinstance(tree, dict):
+        return [
+            leaf for key, value in tree.items() for leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(tree, list | tuple):
+        if any(isinstance(item, dict | list) for item in tree):
+            return [leaf for i, item in enumerate(tree) for leaf in flatten(item, f"{prefix}[{i}]")]
+        return [(prefix, ", ".join(str(item) for item in tree))]
+    return [(prefix, tree)]

@@ -1,0 +1,177 @@
+"""The report: read everything, draw the pictures, write the text.
+
+    build_report(ReportInputs.of(paths, params.model_dump(), gallery_images=24), Path("reports/tiny"))
+
+The text holds no time or place of its own: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.evaluation.settings import iou_key
+from coordexp.reporting import provenance, tables
+from coordexp.reporting.checklist import checklist_table, run_checks
+from coordexp.reporting.explanation import explain, explanation_table
+from coordexp.reporting.figures_evaluation import write_evaluation_figures
+from coordexp.reporting.figures_training import write_training_figures
+from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, n_errors, write_gallery
+from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
+from coordexp.reporting.markdown import escape, number, percent, signed
+from coordexp.reporting.outcomes import Outcomes, judge
+from coordexp.reporting.training_log import TrainingLog
+from coordexp.reporting.training_tables import counters_table, training_sentence, training_table, w1_sentence
+from coordexp.reporting.verdicts import RULE, Verdict, difference_from, verdict_of
+
+SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
+_HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")
+
+
+def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
+    """Write progress.md, figures/ and gallery/ into `out_dir`; returns the path of progress.md.
+
+    Raises:
+        DataError: a file, a checkpoint or a metric is missing; nothing is written then.
+    """
+    data = load_report_data(inputs)
+    outcomes = {name: judge(results, data.categories) for name, results in data.results.items()}
+    dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
+    picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
+    text = _render(_context(inputs, data, outcomes, picks, dup_key))
+    for folder in ("figures", "gallery"):
+        for old in (out_dir / folder).glob("*.png"):
+            old.unlink()  # a smaller gallery must not leave pictures of the last one behind
+    write_training_figures(data.logs, inputs.params, out_dir / "figures")
+    write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
+    write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
+    path = out_dir / "progress.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _render(context: Mapping[str, Any]) -> str:
+    # Markdown, not HTML: escaping is done cell by cell, where text from data enters.
+    loader = PackageLoader("coordexp.reporting", "templates")
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("progress.md.jinja").render(context)
+
+
+def _context(
+    inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outcomes], picks: list[GalleryPick], dup_key: str
+) -> dict[str, Any]:
+    metrics, settings, params = data.metrics, inputs.settings, inputs.params
+    counts = metrics["stage2"]["coco"]
+    checks = run_checks(data, outcomes, params)
+    return {
+        "profile": inputs.profile,
+        "headlines": [headline(data, name) for name in _HEADLINES],
+        "rule": RULE,
+        "what_ran": provenance.what_ran(inputs.profile, data.metadata, params, counts["n_images"], counts["n_gt"]),
+        "failed_checks": [check.claim for check in checks if check.passed is False],
+        "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
+        "comparison_table": tables.comparison_table(data.comparison),
+        "resamples": settings.bootstrap_resamples,
+        "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
+        "mapping_table": tables.mapping_table(data.details),
+        "n_known": sum(category.split == "train" for category in data.categories),
+        "n_held_out": sum(category.split == "held_out" for category in data.categories),
+        "confusion_table": tables.confusion_table(outcomes[SHOWN]),
+        "n_confused": outcomes[SHOWN].confusions().total(),
+        "set_table": tables.metrics_table(metrics, tables.set_keys(metrics, settings), settings),
+        "guarded_table": tables.guarded_table(metrics, data.details),
+        "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
+        "explanation_table": explanation_table(metrics),
+        "explanations": [explain(metrics, data.comparison, name) for name in COMPARISONS],
+        "training": _training(data, params),
+        "w1": w1_sentence(data.logs["stage2"]),
+        "rollout_table": tables.leaves_table(data.rollout, ["rollouts of stage 1", "value"]),
+        "counters_table": counters_table(data.logs["stage2"]),
+        "matching": params["matching"],
+        "ceiling_headline": _ceiling(data),
+        "ceiling_table": tables.ceiling_table(data.ceiling),
+        "gallery": _gallery(data, picks, dup_key),
+        "runs_table": provenance.runs_table(data.metadata),
+        "decode_table": provenance.decode_table(data.decodes),
+        "weights_table": provenance.weights_table(params),
+        "params_table": provenance.params_table(params),
+        "packing_table": tables.leaves_table(data.packing, ["packing", "value"]),
+        "drops_table": tables.leaves_table(data.drops, ["annotations dropped by `convert`", "number"]),
+        "checklist": checklist_table(checks),
+        "commit": data.metadata["stage2"]["git"]["commit"] or "<commit>",
+    }
+
+
+def headline(data: ReportData, comparison: str) -> str:
+    """One comparison in plain words, with the numbers it rests on."""
+    new, old = COMPARISONS[comparison]
+    difference = difference_from(data.comparison[comparison]["coco.mAP"])
+    of_f1 = verdict_of(difference_from(data.comparison[comparison]["f1.full_50"]))
+    values = " against ".join(number(tables.metric(data.metrics, name, "coco.mAP")) for name in (new, old))
+    if difference is None:
+        return f"{SUBJECTS[new]} against {SUBJECTS[old].lower()}: mAP is not defined on this data ({values})."
+    match difference.verdict:
+        case Verdict.NO_DIFFERENCE:
+            claim = f"**No difference shown** between {SUBJECTS[new].lower()} and {SUBJECTS[old].lower()}"
+            reach = f"; these images could show differences from about {number(difference.half_width)}"
+        case verdict:
+            claim, reach = f"{SUBJECTS[new]} is **{verdict.value}** than {SUBJECTS[old].lower()}", ""
+    bounds = f"[{signed(difference.lo)}, {signed(difference.hi)}]"
+    shown = f"mAP {values}, difference {signed(difference.delta)} {bounds}{reach}"
+    return f"{claim}: {shown}. F1 of boxes and names: {of_f1.value}."
+
+
+def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Title, sentence and table of each training stage; stage 2 by channel."""
+    parts: list[tuple[str, str, TrainingLog]] = [
+        ("Stage 1", "stage1", data.logs["stage1"]),
+        ("Control: stage 1 continued", "stage1-control", data.logs["stage1-control"]),
+    ]
+    stage2 = data.logs["stage2"]
+    whose = {"A": "ground-truth context", "B": "own rollouts"}
+    parts += [(f"Stage 2, channel {c} ({whose[c]})", "stage2", stage2.of_channel(c)) for c in stage2.channels]
+    return [
+        {
+            "title": title,
+            "sentence": f"{len(log.step_S)} steps. {training_sentence(log, params)}".rstrip(),
+            "table": training_table(log, params, stage),
+        }
+        for title, stage, log in parts
+    ]
+
+
+def _ceiling(data: ReportData) -> str:
+    ceiling = tables.required(data.ceiling, "mAP", "ceiling.json")
+    shares = []
+    for name in CHECKPOINTS:
+        value = tables.metric(data.metrics, name, "coco.mAP")
+        shares.append(f"{name} {percent((value or 0.0) / ceiling)}")
+    f1_95 = tables.required(data.ceiling, "f1_95", "ceiling.json")
+    score = f"mAP {number(ceiling)} and F1 at IoU .95 of {number(f1_95)}"
+    return f"{score}. Of that mAP the checkpoints reach: {', '.join(shares)}."
+
+
+def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[dict[str, Any]]:
+    """The chosen pictures under their rule, with counts of stage 2 and, where it chose them, of the change."""
+    rows = {row["image_id"]: row for row in data.per_image[SHOWN]}
+    before = {row["image_id"]: row for row in data.per_image["stage1"]}
+    groups = []
+    for rule in RULES:
+        pictures = []
+        for pick in (p for p in picks if p.rule == rule):
+            row = rows[pick.image_id]
+            caption = (
+                f"{escape(row['image'])} (id {pick.image_id}): objects {row['n_gt']}, predictions {row['n_pred']}; "
+                f"right {row['tp_50']}, false {row['fp_50']}, missed {row['fn_50']}, duplicate pairs {row[dup_key]}"
+            )
+            if rule == "biggest change":
+                caption += f"; errors {n_errors(before[pick.image_id])} in stage 1, {n_errors(row)} in stage 2"
+            pictures.append({"path": f"gallery/{pick.file_name}", "id": pick.image_id, "caption": caption})
+        groups.append({"rule": rule, "pictures": pictures})
+    return groups

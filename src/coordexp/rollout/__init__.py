@@ -1,0 +1,1 @@
+"""From a checkpoint and images to parsed, scored predictions: engines, re-scoring, and the files they fill."""

@@ -1,0 +1,96 @@
+"""The reference engine: Hugging Face `generate` in left-padded batches of similar length."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coordexp.models.loading import Checkpoint
+from coordexp.packing.pixels import load_rgb, patchify
+from coordexp.packing.samples import Sample
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.text.codecs import END_OF_TURN
+from coordexp.text.prompts import expand_image
+
+log = logging.getLogger(__name__)
+
+
+class HfEngine:
+    """Runs `generate` on the model in memory; the weights are used as they are at the time of the call."""
+
+    def __init__(self, checkpoint: Checkpoint, image_root: Path, batch_images: int) -> None:
+        self._checkpoint = checkpoint
+        self._image_root = image_root
+        self._batch_images = batch_images
+        self._end_id = int(checkpoint.tokenizer.convert_tokens_to_ids(END_OF_TURN))
+        self._pad_id = int(checkpoint.tokenizer.pad_token_id)
+
+    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+        """One generation per sample; batches hold prompts of similar length, results keep the samples' order."""
+        order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
+        results: dict[int, Generation] = {}
+        model = self._checkpoint.model
+        was_training = model.training
+        model.eval()
+        started = time.monotonic()
+        for first in range(0, len(order), self._batch_images):
+            chunk = order[first : first + self._batch_images]
+            torch.manual_seed(settings.seed + first)
+            for index, generation in zip(chunk, self._run([samples[i] for i in chunk], settings), strict=True):
+                results[index] = generation
+            tokens = sum(len(g.ids) for g in results.values())
+            rate = tokens / (time.monotonic() - started)
+            log.info("generated %d of %d images, %.0f tokens/s", len(results), len(samples), rate)
+        model.train(was_training)
+        return [results[i] for i in range(len(samples))]
+
+    @torch.inference_mode()
+    def _run(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+        inputs = self._inputs(samples)
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
+        output = self._checkpoint.model.generate(
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.temperature > 0,
+            repetition_penalty=settings.repetition_penalty,
+            eos_token_id=self._end_id,
+            pad_token_id=self._pad_id,
+            top_k=0 if settings.temperature > 0 else None,
+            **sampling,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :].cpu().numpy()
+        return [self._trim(row) for row in new]
+
+    def _trim(self, row: np.ndarray) -> Generation:
+        ends = np.flatnonzero(row == self._end_id)
+        if len(ends):
+            return Generation(row[: ends[0] + 1].astype(np.int32), "stop")
+        return Generation(row.astype(np.int32), "length")
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        image_id = self._checkpoint.model.config.image_token_id
+        pixels = self._checkpoint.pixels
+        prompts = [expand_image(s.prompt_ids, image_id, s.n_image_tokens) for s in samples]
+        width = max(len(p) for p in prompts)
+        ids = np.full((len(prompts), width), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        images = [load_rgb(self._image_root / s.image, s.resized_width, s.resized_height) for s in samples]
+        grids = [(1, image.shape[0] // pixels.patch_size, image.shape[1] // pixels.patch_size) for image in images]
+        inputs = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "mm_token_type_ids": torch.from_numpy((ids == image_id).astype(np.int64)),
+            "pixel_values": torch.from_numpy(np.concatenate([patchify(image, pixels) for image in images])),
+            "image_grid_thw": torch.tensor(grids, dtype=torch.int64),
+        }
+        device = self._checkpoint.model.device
+        return {name: tensor.to(device) for name, tensor in inputs.items()}

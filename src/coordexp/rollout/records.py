@@ -1,0 +1,81 @@
+"""Rollouts on file: what stage 2 trains on. One JSON line per image: ids, objects with token positions, accepted pairs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from coordexp.geometry.bins import box_scale, decode_norm
+from coordexp.matching.assign import match
+from coordexp.matching.settings import MatchSettings
+from coordexp.packing.samples import Sample
+from coordexp.rollout.engine import Generation
+from coordexp.text.parser import ParsedAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutObject:
+    """A parsed object of a rollout: text, bins, and where its coordinates are among the generated tokens."""
+
+    desc: str
+    bins: tuple[int, int, int, int]
+    coord_positions: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One rollout after the E-step. `pairs` are accepted (prediction, ground truth) indices; both count from 0.
+
+    `usable` is False if no container was found: stage 2 then falls back to channel A for this sample.
+    """
+
+    image_id: int
+    ids: tuple[int, ...]
+    finish_reason: str
+    usable: bool
+    objects: tuple[RolloutObject, ...]
+    pairs: tuple[tuple[int, int], ...]
+    pair_ious: tuple[float, ...]
+
+
+def match_rollout(sample: Sample, generation: Generation, answer: ParsedAnswer, settings: MatchSettings) -> Rollout:
+    """Match the parsed objects of one generation to the sample's (non-crowd) ground truth, in [0, 1] units."""
+    keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
+    gt = sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height)
+    pred = decode_norm([o.bins for o in answer.objects]).reshape(-1, 4)
+    matched = match(pred, gt, settings)
+    return Rollout(
+        image_id=sample.image_id,
+        ids=tuple(int(i) for i in generation.ids),
+        finish_reason=generation.finish_reason,
+        usable=answer.report.container_found,
+        objects=tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects),
+        pairs=tuple((int(i), int(j)) for i, j in matched.pairs),
+        pair_ious=tuple(round(float(v), 4) for v in matched.iou_P),
+    )
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """One JSON line per rollout."""
+    with path.open("w", encoding="utf-8") as out:
+        for rollout in rollouts:
+            out.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
+
+
+def read_rollouts(path: Path) -> dict[int, Rollout]:
+    """Rollouts by image id."""
+    out = {}
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            row["objects"] = tuple(
+                RolloutObject(o["desc"], tuple(o["bins"]), tuple(o["coord_positions"])) for o in row["objects"]
+            )
+            row["pairs"] = tuple((i, j) for i, j in row["pairs"])
+            rollout = Rollout(**{**row, "ids": tuple(row["ids"]), "pair_ious": tuple(row["pair_ious"])})
+            out[rollout.image_id] = rollout
+    return out

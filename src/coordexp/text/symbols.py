@@ -1,0 +1,142 @@
+"""Token ids as a string of symbols: what the strict parser reads instead of decoded text.
+
+Every coordinate token becomes one private-use character, U+E000 + bin, and every special token one reserved character
+above those. Text tokens give their UTF-8 text. So a parser finds coordinates by walking token ids: text that merely
+spells `<|coord_5|>` stays ten ordinary characters, and each character knows the token it came from.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.errors import CheckpointError
+from coordexp.geometry.bins import NUM_BINS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from coordexp.text.vocabulary import CoordVocabulary
+
+# The private-use area of the Basic Multilingual Plane. In text it is replaced, so that nothing can pose as a token.
+PRIVATE_FIRST, PRIVATE_LAST = 0xE000, 0xF8FF
+FIRST_COORD = PRIVATE_FIRST
+REF_START, REF_END, BOX_START, BOX_END, END, OTHER = map(chr, range(FIRST_COORD + NUM_BINS, FIRST_COORD + NUM_BINS + 6))
+MARKERS: dict[str, str] = {
+    "<|object_ref_start|>": REF_START,
+    "<|object_ref_end|>": REF_END,
+    "<|box_start|>": BOX_START,
+    "<|box_end|>": BOX_END,
+    "<|im_end|>": END,
+    "<|endoftext|>": END,
+}
+COORD_SYMBOL = re.compile(f"[{chr(FIRST_COORD)}-{chr(FIRST_COORD + NUM_BINS - 1)}]")
+RESERVED_SYMBOL = re.compile(f"[{chr(PRIVATE_FIRST)}-{chr(PRIVATE_LAST)}]")
+
+_REPLACEMENT = 0xFFFD
+_SIZED_REPLACE = "coordexp.sized_replace"
+_SIZE_BASE = 0xDC00
+
+
+def _replace_keeping_size(error: UnicodeError) -> tuple[str, int]:
+    """As errors='replace', but each replacement says how many bytes it stands for (a surrogate no UTF-8 can hold)."""
+    assert isinstance(error, UnicodeDecodeError)
+    return chr(_SIZE_BASE + error.end - error.start), error.end
+
+
+codecs.register_error(_SIZED_REPLACE, _replace_keeping_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SymbolText:
+    """Symbols of an answer, and for each character the index of the token that its first byte came from."""
+
+    text: str
+    token_of: NDArray[np.int64]
+
+    def token_span(self, start: int, end: int) -> tuple[int, int]:
+        """Token range [first, last + 1) that holds the characters start..end-1; the range must not be empty."""
+        return int(self.token_of[start]), int(self.token_of[end - 1]) + 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTable:
+    """For each token id its bytes, and whether they are a reserved character rather than text.
+
+    The last entry of `pieces` and `is_reserved` stands for every id that the tokenizer does not know.
+    """
+
+    pieces: tuple[bytes, ...]
+    is_reserved: NDArray[np.bool_]
+
+    @classmethod
+    def build(cls, pieces: Sequence[bytes | str]) -> TokenTable:
+        """Make a table from one piece per id: bytes are text, a str is a reserved character."""
+        closed = [*pieces, OTHER]
+        encoded = tuple(piece.encode() if isinstance(piece, str) else piece for piece in closed)
+        return cls(encoded, np.array([isinstance(piece, str) for piece in closed]))
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, coord: CoordVocabulary | None) -> TokenTable:
+        """Read a byte-level BPE tokenizer once; `coord` is None for a model that knows no coordinate token.
+
+        Raises:
+            CheckpointError: if a token is not written in the byte-level alphabet.
+        """
+        vocabulary = tokenizer.get_vocab()
+        added = tokenizer.added_tokens_decoder
+        byte_of = _byte_of_char()
+        pieces: list[bytes | str] = [OTHER] * (max(vocabulary.values()) + 1)
+        for token, token_id in vocabulary.items():
+            bin_index = None if coord is None else coord.bin_of(token_id)
+            if bin_index is not None:
+                pieces[token_id] = chr(FIRST_COORD + bin_index)
+            elif token in MARKERS:
+                pieces[token_id] = MARKERS[token]
+            elif token_id in added:
+                pieces[token_id] = OTHER if added[token_id].special else token.encode()
+            else:
+                pieces[token_id] = _token_bytes(token, byte_of, tokenizer.name_or_path)
+        return cls.build(pieces)
+
+    def symbols(self, token_ids: Sequence[int] | NDArray[np.integer]) -> SymbolText:
+        """Turn generated ids into symbols. Any ids are accepted; ids outside the table become a reserved character."""
+        ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
+        unknown = len(self.pieces) - 1
+        ids = np.where((ids >= 0) & (ids < unknown), ids, unknown)
+        pieces = [self.pieces[i] for i in ids.tolist()]
+        token_of_byte = np.repeat(np.arange(len(ids)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        # Reserved characters begin with a UTF-8 lead byte, so one decode of all bytes equals decoding run by run.
+        decoded = b"".join(pieces).decode("utf-8", _SIZED_REPLACE)
+        code = np.frombuffer(decoded.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.int64)
+        is_broken = (code >= _SIZE_BASE) & (code < PRIVATE_FIRST)
+        n_bytes = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+        n_bytes = np.where(is_broken, code - _SIZE_BASE, n_bytes)
+        token_of = token_of_byte[np.cumsum(n_bytes) - n_bytes]
+        is_private = (code >= PRIVATE_FIRST) & (code <= PRIVATE_LAST)
+        is_forged = is_private & ~self.is_reserved[ids[token_of]]
+        shown = np.where(is_broken | is_forged, _REPLACEMENT, code)
+        return SymbolText(shown.astype("<u4").tobytes().decode("utf-32-le"), token_of)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte-level alphabet of GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is shifted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
+
+
+def _token_bytes(token: str, byte_of: dict[str, int], where: str) -> bytes:
+    try:
+        return bytes([byte_of[char] for char in token])
+    except KeyError as error:
+        raise CheckpointError(
+            f"tokenizer {where!r}: token {token!r} holds {error.args[0]!r}, which is not in the byte-level alphabet. "
+            "Expected a byte-level BPE tokenizer, as Qwen's; other kinds cannot be parsed token by token."
+        ) from error

@@ -1,0 +1,93 @@
+"""From checked parameters to the objects of a training stage. The only place that knows both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coordexp.config.schema import CoordWeights, Params
+from coordexp.errors import CheckpointError
+from coordexp.losses.objective import ObjectiveWeights
+from coordexp.losses.soft_targets import SoftTarget
+from coordexp.models.loading import Checkpoint
+from coordexp.packing.collator import Collator
+from coordexp.text.codecs import AnswerEncoder, get_codec
+from coordexp.training.objective_step import Objective
+from coordexp.training.soft_context import SoftContext
+
+# New coordinate rows start far from where they belong; the rest of the model is pretrained.
+ROW_LR_FACTOR = 1.0
+
+
+def first_coord_id(checkpoint: Checkpoint) -> int:
+    """Id of bin 0; raises CheckpointError for a checkpoint without coordinate tokens."""
+    if checkpoint.coord is None:
+        raise CheckpointError("this checkpoint has no coordinate tokens; train on the one norm1000 wrote (init/).")
+    return checkpoint.coord.first_id
+
+
+def make_collator(checkpoint: Checkpoint, image_root: Path, pack_tokens: int) -> Collator:
+    """A collator for this checkpoint's vocabulary and image format."""
+    return Collator(
+        image_root,
+        checkpoint.pixels,
+        checkpoint.model.config.image_token_id,
+        checkpoint.tokenizer.pad_token_id,
+        pack_tokens,
+    )
+
+
+def make_encoder(params: Params, checkpoint: Checkpoint) -> AnswerEncoder:
+    """The encoder of training answers."""
+    return AnswerEncoder(checkpoint.tokenizer, get_codec(params.text.codec))
+
+
+def _coordinate_weights(weights: CoordWeights) -> dict[str, float]:
+    return {
+        "softce": weights.softce_weight,
+        "w1": weights.w1_weight,
+        "gate": weights.gate_weight,
+        "coord_ce": weights.coord_ce_weight,
+        "text_gate": weights.text_gate_weight,
+    }
+
+
+def stage1_objective(params: Params, checkpoint: Checkpoint) -> Objective:
+    """Token cross-entropy on text plus the coordinate objective with stage 1's weights; no box terms."""
+    weights = ObjectiveWeights(text_ce=1.0, **_coordinate_weights(params.stage1))
+    return _objective(params, checkpoint, weights)
+
+
+def stage2_objective(params: Params, checkpoint: Checkpoint) -> Objective:
+    """The full objective with the top-level weights."""
+    weights = ObjectiveWeights(
+        text_ce=params.stage2.text_ce_weight,
+        entropy=params.entropy_weight,
+        bbox_smoothl1=params.bbox_smoothl1_weight,
+        bbox_l1=params.bbox_l1_weight,
+        bbox_giou=params.bbox_giou_weight,
+        bbox_ciou=params.bbox_ciou_weight,
+        **_coordinate_weights(params),
+    )
+    return _objective(params, checkpoint, weights)
+
+
+def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights) -> Objective:
+    return Objective(
+        weights=weights,
+        target=SoftTarget(kind=params.target, sigma=params.sigma, truncate=params.truncate),
+        temperature=params.temperature,
+        first_coord_id=first_coord_id(checkpoint),
+        smoothl1_beta_bins=params.smoothl1_beta_bins,
+        coord_decode_mode=params.stage2.coord_decode_mode,
+    )
+
+
+def soft_context(params: Params, checkpoint: Checkpoint) -> SoftContext:
+    """Channel A's self-context settings."""
+    return SoftContext(
+        n_iter=params.stage2.n_softctx_iter,
+        embed_mode=params.stage2.coord_ctx_embed_mode,
+        grad_mode=params.stage2.softctx_grad_mode,
+        temperature=params.temperature,
+        first_coord_id=first_coord_id(checkpoint),
+    )

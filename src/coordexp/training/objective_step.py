@@ -1,0 +1,113 @@
+"""One forward with its losses: from a packed batch to weighted terms. Every training stage ends here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.losses.box_terms import BOX_TERMS, box_terms
+from coordexp.losses.coord_decode import DECODE_RULES
+from coordexp.losses.coord_terms import COORD_TERMS, coordinate_terms
+from coordexp.losses.diagnostics import CoordDiagnostics, coord_diagnostics
+from coordexp.losses.objective import ObjectiveWeights, combine
+from coordexp.losses.soft_targets import SoftTarget
+from coordexp.losses.terms import TermSum
+from coordexp.losses.text_terms import text_terms
+from coordexp.models.forward import slot_logits
+from coordexp.packing.collator import PackedBatch, Segment
+from coordexp.text.codecs import Role
+from coordexp.training.loop import MicroBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is minimised: weights, target family, temperature, and how a box is read from its distributions."""
+
+    weights: ObjectiveWeights
+    target: SoftTarget
+    temperature: float
+    first_coord_id: int
+    smoothl1_beta_bins: float
+    coord_decode_mode: str
+
+
+def denominators(segments: Sequence[Segment]) -> dict[str, Tensor]:
+    """Global counts of one optimizer step by term, from its segments: known before any forward runs.
+
+    Shared by all micro-batches of the step, which makes accumulating k of them equal to one large batch.
+    """
+    text = sum(float(s.text_weights.sum()) for s in segments)
+    gated = sum(int(((s.text_weights > 0) & (s.answer_roles != Role.CLOSE)).sum()) for s in segments)
+    boxes = sum(len(s.box_tokens) for s in segments)
+    counts = {"text_ce": text, "text_gate": float(gated)}
+    counts |= {name: 4.0 * boxes for name in COORD_TERMS}
+    counts |= {name: float(boxes) for name in BOX_TERMS}
+    return {name: torch.tensor(count) for name, count in counts.items()}
+
+
+def objective_terms(
+    model: Qwen3VLForConditionalGeneration,
+    objective: Objective,
+    batch: PackedBatch,
+    text_hidden: Tensor,
+    coord_hidden: Tensor,
+) -> tuple[dict[str, TermSum], Tensor]:
+    """Terms of one batch and the coordinate logits (N, V) they were computed from.
+
+    `text_hidden` and `coord_hidden` (B * T, D) differ only under soft self-context, where text is anchored on the first
+    forward and coordinates on the last; otherwise pass the same tensor twice.
+    """
+    wanted = objective.weights.wanted
+    with torch.autocast(text_hidden.device.type, enabled=False):
+        terms = text_terms(
+            slot_logits(model, text_hidden.float(), batch.text_slots),
+            batch.text_targets,
+            objective.first_coord_id,
+            objective.temperature,
+            wanted,
+            batch.text_weights,
+            (batch.text_roles != int(Role.CLOSE)).float(),
+        )
+        coord_logits_NV = slot_logits(model, coord_hidden.float(), batch.coord_slots)
+        terms |= coordinate_terms(
+            coord_logits_NV,
+            batch.coord_targets,
+            objective.first_coord_id,
+            objective.target,
+            objective.temperature,
+            wanted,
+        )
+        if not wanted.isdisjoint(BOX_TERMS):
+            first = objective.first_coord_id
+            decode = DECODE_RULES[objective.coord_decode_mode]
+            slice_NK = coord_logits_NV[:, first : first + NUM_BINS]
+            boxes_G4 = decode(slice_NK, objective.temperature).reshape(-1, 4)
+            targets_G4 = batch.coord_targets.reshape(-1, 4) / NUM_BINS
+            terms |= box_terms(boxes_G4, targets_G4, objective.smoothl1_beta_bins, wanted)
+    return terms, coord_logits_NV
+
+
+def diagnose(objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor) -> CoordDiagnostics:
+    """`coord_diag/*` sums of a batch."""
+    return coord_diagnostics(
+        coord_logits_NV, batch.coord_targets, objective.first_coord_id, objective.target, objective.temperature
+    )
+
+
+def to_micro_batch(
+    terms: dict[str, TermSum], objective: Objective, counts: dict[str, Tensor], extra: dict[str, float | str]
+) -> MicroBatch:
+    """Combine terms into a loss with its logs."""
+    loss, logs = combine(terms, objective.weights, counts)
+    plain = {name: float(value) for name, value in logs.items() if not name.startswith("count/")}
+    return MicroBatch(loss, plain | extra)
+
+
+def coord_logs(diagnostics: CoordDiagnostics, prefix: str = "coord_diag") -> dict[str, float]:
+    """Diagnostics under their logging names."""
+    return {f"{prefix}/{name}": value for name, value in diagnostics.summary().items()}

@@ -1,0 +1,70 @@
+"""Soft self-context (channel A): several forwards in which coordinate inputs come from the model's own predictions.
+
+Forward 0 sees the ground-truth coordinate embeddings. Each later forward replaces, at every supervised coordinate
+token, the input embedding by one made from the previous forward's distribution at its slot (all slots at once, Jacobi
+style). `n_softctx_iter` counts all forwards, so 1 is plain teacher forcing.
+
+Text is anchored on forward 0 and geometry on the last one. Under `em_detach` gradients do not flow through the context
+embeddings, but both anchored forwards keep theirs: running forward 0 without gradient would leave text untrained, the
+known failure of this mode (reference/losses.md section 6).
+
+Shapes: N coordinate slots, K bins, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.models.forward import hidden_states, slot_logits
+from coordexp.packing.collator import PackedBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftContext:
+    """How many forwards, what the slot embedding is, and whether gradients pass through it."""
+
+    n_iter: int
+    embed_mode: str  # "st", "soft" or "hard"
+    grad_mode: str  # "unroll" or "em_detach"
+    temperature: float
+    first_coord_id: int
+
+
+def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: float, mode: str) -> Tensor:
+    """Input embeddings (N, D) made from coordinate distributions.
+
+    soft: sum_k p_k E_k. hard: E of the most likely bin. st: hard forward, soft backward.
+    """
+    probabilities_NK = (slice_logits_NK.float() / temperature).softmax(-1)
+    soft_ND = probabilities_NK @ table_KD.float()
+    if mode == "soft":
+        return soft_ND
+    hard_ND = table_KD.float()[probabilities_NK.argmax(-1)]
+    return hard_ND if mode == "hard" else hard_ND.detach() + (soft_ND - soft_ND.detach())
+
+
+def self_context_forwards(
+    model: Qwen3VLForConditionalGeneration, batch: PackedBatch, settings: SoftContext
+) -> tuple[Tensor, Tensor]:
+    """Run all forwards; returns hidden states (B * T, D) of the first and of the last one (the same if n_iter is 1)."""
+    first = last = hidden_states(model, batch)
+    coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
+    span = slice(settings.first_coord_id, settings.first_coord_id + NUM_BINS)
+    for _ in range(settings.n_iter - 1):
+        table_VD = model.get_input_embeddings().weight
+        slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
+        slot_embeds_ND = context_embeddings(
+            slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode
+        )
+        if settings.grad_mode == "em_detach":
+            slot_embeds_ND = slot_embeds_ND.detach()
+        embeds_BTD = model.get_input_embeddings()(batch.input_ids)
+        flat = embeds_BTD.flatten(0, 1)
+        flat = flat.index_copy(0, coord_tokens_N, slot_embeds_ND.to(flat.dtype))
+        last = hidden_states(model, batch, flat.view_as(embeds_BTD))
+    return first, last
+

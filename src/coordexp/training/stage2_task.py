@@ -1,0 +1,106 @@
+"""Stage 2: the EM update. Each step is channel A (ground-truth context) or channel B (the model's own rollouts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Iterator, Mapping, Sequence
+
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.samples import Sample
+from coordexp.rollout.records import Rollout
+from coordexp.text.codecs import AnswerEncoder
+from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
+from coordexp.training.loop import MicroBatch
+from coordexp.training.objective_step import Objective, coord_logs, denominators, diagnose, objective_terms, to_micro_batch
+from coordexp.training.sample_source import SampleSource
+from coordexp.training.schedule import is_channel_b, step_items
+from coordexp.training.soft_context import SoftContext, self_context_forwards
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The channel of a step and the samples (indices into the store) it trains on."""
+
+    channel: str  # "A" or "B"
+    items: tuple[int, ...]
+
+
+def plan_steps(
+    n_samples: int, rolled_out: Sequence[int], samples_per_step: int, steps: int, b_ratio: float, seed: int
+) -> list[StepPlan]:
+    """Channel and samples of every step: A draws from the whole split, B from the samples that have a rollout."""
+    for_a = iter(step_items(n_samples, samples_per_step, steps, seed))
+    for_b = iter(step_items(len(rolled_out), samples_per_step, steps, seed + 1) if rolled_out else [])
+    plan = []
+    for step in range(steps):
+        if is_channel_b(step, b_ratio):
+            plan.append(StepPlan("B", tuple(rolled_out[i] for i in next(for_b))))
+        else:
+            plan.append(StepPlan("A", tuple(next(for_a))))
+    return plan
+
+
+def plan_segments(
+    plan: StepPlan,
+    step: int,
+    source: SampleSource,
+    rollouts: Mapping[int, Rollout],
+    encoder: AnswerEncoder,
+    settings: ChannelBSettings,
+) -> tuple[list[Segment], dict[str, float | str]]:
+    """Segments of one step and what channel B found: objects matched and missed, extras, fallbacks."""
+    if plan.channel == "A":
+        return [teacher_segment(source.get(i, step)) for i in plan.items], {"channel": "A"}
+    samples: list[Sample] = [source.store[i] for i in plan.items]  # rollouts were matched in the stored order
+    mine = [rollouts[s.image_id] for s in samples]
+    segments = [seg for s, r in zip(samples, mine, strict=True) for seg in channel_b_segments(s, r, encoder, settings)]
+    matched = sum(len(r.pairs) for r in mine)
+    logs: dict[str, float | str] = {
+        "channel": "B",
+        "stage2_ab/matched_total": matched,
+        "stage2_ab/fn_appended_total": sum(len(s.descs) - sum(s.iscrowd) for s in samples) - matched,
+        "stage2_ab/fp_context_total": sum(len(r.objects) for r in mine) - matched,
+        "stage2_ab/fallback_total": sum(not r.usable for r in mine),
+    }
+    return segments, logs
+
+
+class Stage2Task:
+    """Runs one planned step at a time; both channels share collator, objective and logging."""
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        objective: Objective,
+        soft_context: SoftContext,
+        source: SampleSource,
+        rollouts: Mapping[int, Rollout],
+        encoder: AnswerEncoder,
+        channel_b: ChannelBSettings,
+        collator: Collator,
+        plan: Sequence[StepPlan],
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._soft_context = soft_context
+        self._source = source
+        self._rollouts = rollouts
+        self._encoder = encoder
+        self._channel_b = channel_b
+        self._collator = collator
+        self._plan = plan
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """All segments of the step as one batch; both passes of channel B share its forward."""
+        plan = self._plan[step]
+        segments, logs = plan_segments(plan, step, self._source, self._rollouts, self._encoder, self._channel_b)
+        batch = self._collator(segments)
+        # Channel B already runs on the model's own context; soft self-context is channel A's.
+        context = self._soft_context if plan.channel == "A" else replace(self._soft_context, n_iter=1)
+        first, last = self_context_forwards(self._model, batch, context)
+        terms, coord_logits = objective_terms(self._model, self._objective, batch, first, last)
+        logs |= {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
+        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
+        yield to_micro_batch(terms, self._objective, denominators(segments), logs)

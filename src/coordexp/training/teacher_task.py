@@ -1,0 +1,46 @@
+"""Teacher forcing on the ground truth: stage 1, and the control that continues it (no box terms, one forward)."""
+
+from __future__ import annotations
+
+from typing import Iterator, Sequence
+
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.models.forward import hidden_states
+from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.training.loop import MicroBatch
+from coordexp.training.objective_step import Objective, coord_logs, denominators, diagnose, objective_terms, to_micro_batch
+from coordexp.training.sample_source import SampleSource
+
+
+class TeacherTask:
+    """Each step trains on given samples, laid out in the rows that the plan gave them."""
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        objective: Objective,
+        source: SampleSource,
+        collator: Collator,
+        packs_by_step: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._source = source
+        self._collator = collator
+        self._packs_by_step = packs_by_step
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """The packs of the step as one batch."""
+        packs = self._packs_by_step[step]
+        segments: list[Segment] = []
+        rows = []
+        for pack in packs:
+            rows.append(list(range(len(segments), len(segments) + len(pack))))
+            segments += [teacher_segment(self._source.get(i, step)) for i in pack]
+        batch = self._collator.layout(segments, rows)
+        hidden = hidden_states(self._model, batch)
+        terms, coord_logits = objective_terms(self._model, self._objective, batch, hidden, hidden)
+        logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
+        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
+        yield to_micro_batch(terms, self._objective, denominators(segments), logs)

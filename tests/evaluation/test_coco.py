@@ -1,0 +1,105 @@
+"""The twelve numbers against the libraries themselves, fed the usual way: JSON annotations and a list of results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from coordexp.evaluation.coco import STAT_NAMES, coco_ap, detection_dataset, ground_truth_dataset
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.table import build_table
+from evaluation.builders import ANIMALS, FAST, box, image, perfect_zoo, pred, random_results, with_predictions
+
+FASTER = replace(FAST, coco_backend="faster-coco-eval")
+
+
+def crowded_with_more_than_100_detections():
+    rng = np.random.default_rng(5)
+    corners = rng.uniform(0, 350, (150, 2))
+    boxes = [(float(x), float(y), float(x) + 40, float(y) + 40) for x, y in corners]
+    preds = [pred("cat", at, float(score)) for at, score in zip(boxes, rng.random(150).round(1), strict=True)]
+    return [image(1, [("cat", at) for at in boxes[::3]], preds)], ANIMALS
+
+
+CASES = {
+    "plain": random_results(0),
+    "ties": random_results(1, score_levels=3),
+    "all scores equal": random_results(2, score_levels=1),
+    "crowds": random_results(3, crowd_rate=0.3, score_levels=5),
+    "many of one category": random_results(4, n_categories=2, max_gt=30, max_pred=40),
+    "more than 100 detections": crowded_with_more_than_100_detections(),
+    "perfect": (perfect_zoo(), ANIMALS),
+    "no predictions": (with_predictions(perfect_zoo(), lambda p: []), ANIMALS),
+    "no objects": ([image(1, [], [pred("cat", box(0, 0))])], ANIMALS),
+    "nothing at all": ([image(1, [], [])], ANIMALS),
+    "box of no area": ([image(1, [("cat", (5.0, 5.0, 5.0, 9.0))], [pred("cat", (5.0, 5.0, 5.0, 9.0))])], ANIMALS),
+}
+
+
+@pytest.fixture(params=CASES, name="table")
+def _table(request):
+    return build_table(*CASES[request.param])
+
+
+def test_fast_path_equals_the_number_of_record(table):
+    record, fast = coco_ap(table, FAST), coco_ap(table, FASTER)
+    assert (record.backend, fast.backend) == ("pycocotools", "faster-coco-eval")
+    for name in STAT_NAMES:
+        assert record.stats[name] == pytest.approx(fast.stats[name], abs=1e-9), name
+    np.testing.assert_allclose(record.precision_TRKAM, fast.precision_TRKAM, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["plain", "ties", "crowds", "more than 100 detections"])
+def test_equals_pycocotools_by_its_own_loader(case):
+    table = build_table(*CASES[case])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = ground_truth_dataset(table)
+        truth.createIndex()
+        keys = ("image_id", "category_id", "bbox", "score")
+        found = truth.loadRes([{k: row[k] for k in keys} for row in detection_dataset(table)["annotations"]])
+        evaluator = COCOeval(truth, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    ours = coco_ap(table, FAST).stats
+    expected = [None if value == -1 else pytest.approx(value, abs=1e-12) for value in evaluator.stats]
+    assert [ours[name] for name in STAT_NAMES] == expected
+
+
+def test_says_nothing_on_standard_output(capsys):
+    for settings in (FAST, FASTER):
+        coco_ap(build_table(*CASES["plain"]), settings)
+    assert capsys.readouterr().out == ""
+
+
+def test_area_edges_move_objects_between_bands():
+    table = build_table(perfect_zoo(), ANIMALS)
+    assert coco_ap(table, FAST).stats["APs"] is None
+    wide = EvalSettings(area_edges_px2=(50.0**2, 96.0**2))
+    moved = coco_ap(table, wide).stats
+    assert (moved["APs"], moved["APm"]) == (pytest.approx(1), None)
+
+
+def test_means_over_categories_come_from_the_same_numbers():
+    table = build_table(*CASES["plain"])
+    result = coco_ap(table, FAST)
+    assert result.mean_ap() == pytest.approx(result.stats["mAP"], abs=1e-12)
+    assert result.mean_ap(iou=0.5) == pytest.approx(result.stats["AP50"], abs=1e-12)
+    assert np.mean(result.pr_curve(0.75)) == pytest.approx(result.stats["AP75"], abs=1e-12)
+    assert result.mean_ap([5]) is None, "the last category is never annotated"
+    rows = [0, 2, 3, 4]
+    assert result.mean_ap(rows) == pytest.approx(np.mean([result.mean_ap([row]) for row in rows]))
+
+
+def test_many_predictions_choose_the_fast_path(monkeypatch):
+    monkeypatch.setattr("coordexp.evaluation.coco._FAST_FROM_PREDICTIONS", 10)
+    result = coco_ap(build_table(perfect_zoo(), ANIMALS), FAST)
+    assert result.backend == "faster-coco-eval"
+    assert "12 predictions" in result.reason

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordexp.evaluation.f1 import (
+    f1_from_counts,
+    f1_metrics,
+    greedy_pairs,
+    match_greedily,
+    named_in_image,
+    precision_recall,
+)
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.table import build_table
+from evaluation.builders import random_results
+
+
+def test_pairs_are_taken_in_falling_iou_with_ties_by_prediction_then_object():
+    iou = np.array([[0.6, 0.9, 0.6], [0.6, 0.9, 0.7], [0.6, 0.2, 0.7]])
+    rows, columns = greedy_pairs(iou, 0.5)
+    assert list(zip(rows, columns, strict=True)) == [(0, 1), (1, 2), (2, 0)]
+    assert [len(part) for part in greedy_pairs(np.empty((0, 3)), 0.5)] == [0, 0]
+
+
+@given(st.integers(0, 10_000), st.floats(0.31, 0.95))
+def test_pairs_at_a_higher_threshold_are_a_prefix(seed, threshold):
+    """What lets one matching serve all thresholds; coarse values make ties."""
+    rng = np.random.default_rng(seed)
+    iou = rng.integers(0, 12, rng.integers(0, 7, 2)) / 11
+    rows, columns = greedy_pairs(iou, 0.3)
+    kept = iou[rows, columns] >= threshold
+    np.testing.assert_array_equal(np.stack(greedy_pairs(iou, threshold)), np.stack([rows[kept], columns[kept]]))
+
+
+@given(st.tuples(*[st.integers(0, 30)] * 3))
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(counts):
+    precision, recall = precision_recall(np.array(counts))
+    expected = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    assert f1_from_counts(np.array(counts)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("crowd_rate", [0.0, 0.4])
+def test_counts_add_up(crowd_rate):
+    table = build_table(*random_results(2, crowd_rate=crowd_rate))
+    matches = match_greedily(table, 0.3)
+    for iou in (0.3, 0.5, 0.9):
+        full, loc = matches.counts(iou, "full"), matches.counts(iou, "loc")
+        np.testing.assert_array_equal(loc[:, 0] + loc[:, 2], table.n_gt_I)
+        np.testing.assert_array_equal(full[:, :2].sum(axis=1), loc[:, :2].sum(axis=1))
+        assert (full[:, 0] <= loc[:, 0]).all()
+        judged = loc[:, :2].sum(axis=1)
+        assert (judged <= table.n_pred_I).all()
+        if crowd_rate == 0:
+            np.testing.assert_array_equal(judged, table.n_pred_I)
+
+
+def test_thresholds_name_the_keys_and_one_half_is_always_there():
+    matches = match_greedily(build_table(*random_results(1)), 0.35)
+    keys = set(f1_metrics(matches, EvalSettings(f1_ious=(0.35, 0.9))))
+    assert {"loc_35", "full_35", "loc_50", "full_50", "loc_90", "full_90"} <= keys
+    assert "loc_75" not in keys
+
+
+def test_named_in_image_is_a_question_to_each_image():
+    table = build_table(*random_results(6))
+    present = {(int(i), int(c)) for i, c in zip(table.gt_image_G, table.gt_category_G, strict=True)}
+    expected = [(int(i), int(c)) in present for i, c in zip(table.pred_image_P, table.pred_category_P, strict=True)]
+    np.testing.assert_array_equal(named_in_image(table), expected)
+    assert 0 < sum(expected) < len(expected)

@@ -1,0 +1,189 @@
+"""The stage graph as DVC reads it, for every profile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from dvc.dependency import ParamsDependency
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+
+from coordexp.config.loading import read_yaml
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+
+ROOT = Path(__file__).parents[2]
+PROFILES = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+CHAIN = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "coco-eval", "report")
+STAGES = {*CHAIN, "stage1-control"}
+UNTRACKED = {"profile"}  # it is in every command and path
+OBJECTIVE = {"softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight", "entropy_weight"}
+TARGET = {"target", "sigma", "truncate", "temperature", "seed"}
+
+
+@dataclass(slots=True)
+class Node:
+    """One stage: the paths it reads and writes, the parameter keys it depends on by file."""
+
+    cmd: str
+    deps: list[str] = field(default_factory=list)
+    outs: list[str] = field(default_factory=list)
+    params: dict[str, list[str]] = field(default_factory=dict)
+    uncached: set[str] = field(default_factory=set)
+    plots: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@cache
+def graph(profile: str) -> dict[str, Node]:
+    """The stages of dvc.yaml rendered for one profile, in the order of the file."""
+    with TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "configs", Path(folder, "configs"))
+        shutil.copy(ROOT / "dvc.yaml", folder)
+        params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        Path(folder, "params.yaml").write_text(re.sub(r"(?m)^profile: \S+", f"profile: {profile}", params))
+        with Repo.init(folder, no_scm=True) as repo:
+            index = repo.index
+            index.check_graph()  # cycles, repeated and overlapping outputs
+            return {stage.name: _node(stage) for stage in index.stages if isinstance(stage, PipelineStage)}
+
+
+def _node(stage: PipelineStage) -> Node:
+    node = Node(stage.cmd)
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            node.params[dep.def_path] = list(dep.params)
+        else:
+            node.deps.append(dep.def_path)
+    for out in stage.outs:
+        node.outs.append(out.def_path)
+        if not out.use_cache:
+            node.uncached.add(out.def_path)
+        if out.plot:
+            node.plots[out.def_path] = out.plot
+    return node
+
+
+def inside(path: str, folder: str) -> bool:
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_all_stages_with_their_entries(profile: str) -> None:
+    stages = graph(profile)
+    assert stages.keys() == STAGES
+    for name, node in stages.items():
+        module = name.replace("-", "_")
+        assert node.cmd == f"PYTHONPATH=src python -m pipelines.{module} --profile {profile}"
+        assert f"pipelines/{module}.py" in node.deps
+        assert (ROOT / "pipelines" / f"{module}.py").is_file()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_stages_follow_each_other_as_documented(profile: str) -> None:
+    stages = graph(profile)
+    written_in_order = [name for name in stages if name in CHAIN]
+    assert written_in_order == list(CHAIN)
+    for earlier, later in [*pairwise(CHAIN), ("stage1", "stage1-control"), ("stage1-control", "coco-eval")]:
+        assert reaches(stages, earlier, later), f"{later} does not depend on {earlier}"
+    # The control is given stage 2's compute, a file that a changed weight does not change, and nothing else of it.
+    assert set(stages["stage1-control"].deps) & set(stages["stage2"].outs) == {f"runs/{profile}/stage2-compute.json"}
+
+
+def reaches(stages: dict[str, Node], earlier: str, later: str) -> bool:
+    """Whether `later` reads, directly or through others, an output of `earlier`."""
+    direct = {
+        name
+        for name, node in stages.items()
+        for out in node.outs
+        if any(inside(dep, out) or inside(out, dep) for dep in stages[later].deps)
+    }
+    return earlier in direct or any(reaches(stages, earlier, name) for name in direct)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_output_has_one_writer(profile: str) -> None:
+    outs = [out for node in graph(profile).values() for out in node.outs]
+    clashes = [(a, b) for i, a in enumerate(outs) for b in outs[i + 1 :] if inside(a, b) or inside(b, a)]
+    assert clashes == []
+
+
+def test_profiles_do_not_share_outputs() -> None:
+    outs = [(profile, out) for profile in PROFILES for node in graph(profile).values() for out in node.outs]
+    assert all(profile in PurePosixPath(out).parts for profile, out in outs)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_folders_are_where_the_library_looks(profile: str) -> None:
+    paths, stages = ProfilePaths(profile), graph(profile)
+    folders = {
+        "raw": paths.raw,
+        "convert": paths.records,
+        "norm1000": paths.norm1000,
+        "pack": paths.packed,
+        "stage1": paths.run("stage1"),
+        "rollout": paths.run("rollout"),
+        "stage2": paths.run("stage2"),
+        "stage1-control": paths.run("stage1-control"),
+        "coco-eval": paths.run("eval"),
+        "report": paths.reports / "progress.md",
+    }
+    for name, folder in folders.items():
+        assert folder.as_posix() in stages[name].outs, name
+    assert all(paths.run(checkpoint).as_posix() in stages["coco-eval"].deps for checkpoint in CHECKPOINTS[1:])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_small_reports_are_kept_by_git_and_the_rest_by_dvc(profile: str) -> None:
+    for name, node in graph(profile).items():
+        reports = {out for out in node.outs if out.startswith("reports/")}
+        assert node.uncached == reports, name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_curves_say_what_they_plot(profile: str) -> None:
+    curves = {path: plot for node in graph(profile).values() for path, plot in node.plots.items()}
+    folder = ProfilePaths(profile).reports / "curves"
+    assert {Path(path).parent for path in curves} == {folder}
+    training = {"template": "linear", "x": "step", "y": "loss/total"}
+    for stage in ("stage1", "stage1-control", "stage2"):
+        assert curves[f"{folder}/{stage}.tsv"].items() >= training.items()
+    assert curves[f"{folder}/pr.tsv"]["template"] == "simple"  # `linear` would smooth precision over recall
+
+
+def leaf_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaf_keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_parameter_is_tracked_by_a_stage(profile: str) -> None:
+    """`dvc exp run -S` of a key that no stage tracks would be an experiment that changes nothing."""
+    for file, untracked in (("params.yaml", UNTRACKED), (f"configs/{profile}.yaml", set())):
+        tracked = {key for node in graph(profile).values() for key in node.params.get(file, [])}
+        leaves = set(leaf_keys(read_yaml(ROOT / file)))
+        lost = {leaf for leaf in leaves if not any(leaf == key or leaf.startswith(f"{key}.") for key in tracked)}
+        assert lost == untracked, file
+        stale = {key for key in tracked if not any(leaf == key or leaf.startswith(f"{key}.") for leaf in leaves)}
+        assert stale == set(), file
+
+
+def test_a_stage_2_weight_does_not_touch_stage_1() -> None:
+    params = {name: set(node.params.get("params.yaml", [])) for name, node in graph("tiny").items()}
+    for name, keys in params.items():
+        assert (keys >= OBJECTIVE) == (name in {"stage2", "report"}), name
+        assert bool(keys & OBJECTIVE) == (name in {"stage2", "report"}), name
+        assert (keys >= TARGET) == (name in {"stage1", "stage1-control", "stage2", "report"}), name
+    assert {name for name, keys in params.items() if "stage1" in keys} == {"stage1", "stage1-control", "report"}
+    assert {name for name, keys in params.items() if "matching" in keys} == {"rollout", "stage2", "coco-eval", "report"}
+    assert {name for name, keys in params.items() if "decode" in keys} == {"rollout", "coco-eval"}

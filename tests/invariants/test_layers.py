@@ -1,0 +1,51 @@
+"""Layers import downwards only, and the core starts without a tensor library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from source_tree import LAYERS, imports, layer_of, modules
+
+MODULES = sorted(name for name in modules() if layer_of(name))
+CORE = ("config", "geometry", "records", "text", "matching", "evaluation")
+# Not even downwards: judging a file of predictions needs nothing of what made it.
+FORBIDDEN = {"evaluation": {"models", "losses", "rollout", "training"}}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    own = layer_of(module)
+    assert own in LAYERS, f"{module} is in no known layer; add it to source_tree.LAYERS in its place"
+    allowed = {"", *LAYERS[: LAYERS.index(own) + 1]} - FORBIDDEN.get(own, set())
+    upwards = sorted(name for name in imports(modules()[module]) if layer_of(name) not in allowed)
+    assert not upwards, f"{module} may import only {', '.join(sorted(allowed - {''}))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_library_does_not_know_the_stage_graph(module: str) -> None:
+    roots = {name.split(".")[0] for name in imports(modules()[module])}
+    assert not roots & {"dvc", "dvclive", "pipelines"}
+
+
+def test_the_core_starts_without_torch(repository: Path) -> None:
+    core = [name for name in MODULES if layer_of(name) in CORE]
+    assert core
+    script = (
+        "import importlib, sys\n"
+        f"for name in {core!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'transformers'} & sys.modules.keys()\n"
+        "    assert not heavy, f'importing {name} loads {sorted(heavy)}'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": str(repository / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

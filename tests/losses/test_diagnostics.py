@@ -1,0 +1,123 @@
+"""Coordinate diagnostics: hand-made distributions, and independence of how slots are packed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from coordexp.losses.coord_terms import coordinate_terms
+from coordexp.losses.diagnostics import CELL_BINS, COORD_METRICS, coord_diagnostics, histogram_quantile
+from coordexp.losses.soft_targets import SoftTarget, target_entropy
+
+FIRST_ID = 6
+VOCAB = FIRST_ID + 1000 + 4
+
+
+def logits_from(bins_to_mass: dict[int, float], coord_mass: float) -> torch.Tensor:
+    """One row (1, V) whose softmax puts `coord_mass` on these bins in these shares and the rest on token 0."""
+    prob_V = torch.full((VOCAB,), 1e-30, dtype=torch.float64)
+    prob_V[0] = 1 - coord_mass
+    for k, share in bins_to_mass.items():
+        prob_V[FIRST_ID + k] = coord_mass * share
+    return prob_V.log()[None]
+
+
+def test_a_distribution_by_hand():
+    logits_NV = logits_from({100: 0.5, 102: 0.3, 110: 0.2}, coord_mass=0.8)
+    diagnostics = coord_diagnostics(logits_NV, torch.tensor([102.25]), FIRST_ID, SoftTarget(kind="one_hot"), 1.0)
+    summary = diagnostics.summary()
+    expected_bin = 0.5 * 100 + 0.3 * 102 + 0.2 * 110
+    assert summary["p_gt_mean"] == pytest.approx(0.3)
+    assert summary["acc_top5"] == 1.0
+    assert summary["margin_mean"] == pytest.approx(np.log(0.3 / 0.5))
+    assert summary["expected_bin_mae"] == pytest.approx(abs(expected_bin - 102.25))
+    assert summary["w1_to_delta"] == pytest.approx((0.5 * 2 + 0.2 * 8) / 999)
+    assert summary["softce_kl"] == pytest.approx(-np.log(0.3))
+    assert summary["coord_vocab_mass_mean"] == pytest.approx(0.8)
+    assert summary["coord_tokens"] == 1
+
+
+def test_margin_is_positive_where_the_target_is_the_likeliest_bin():
+    logits_NV = logits_from({100: 0.5, 102: 0.3, 110: 0.2}, coord_mass=0.8)
+    summary = coord_diagnostics(logits_NV, torch.tensor([100.0]), FIRST_ID, SoftTarget(), 1.0).summary()
+    assert summary["margin_mean"] == pytest.approx(np.log(0.5 / 0.3))
+
+
+def test_acc_top5_counts_strictly_likelier_bins():
+    shares = {10: 0.3, 20: 0.25, 30: 0.2, 40: 0.12, 50: 0.08, 60: 0.05}
+    for target_bin, accuracy in ((50, 1.0), (60, 0.0)):
+        summary = coord_diagnostics(
+            logits_from(shares, 1 - 1e-9), torch.tensor([float(target_bin)]), FIRST_ID, SoftTarget(), 1.0
+        ).summary()
+        assert summary["acc_top5"] == accuracy
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "triangular", "two_bin"])
+def test_kl_is_zero_at_the_target_and_softce_minus_entropy_elsewhere(kind):
+    target = SoftTarget(kind=kind)
+    y_N = torch.tensor([500.25], dtype=torch.float64)
+    q_NK = target.distribution(y_N, torch.float64)
+    at_target_NV = torch.zeros(1, VOCAB, dtype=torch.float64)
+    at_target_NV[:, FIRST_ID : FIRST_ID + 1000] = q_NK.clamp(min=1e-300).log()
+    assert coord_diagnostics(at_target_NV, y_N, FIRST_ID, target, 1.0).summary()["softce_kl"] == pytest.approx(
+        0, abs=1e-10
+    )
+    torch.manual_seed(1)
+    logits_NV = torch.randn(1, VOCAB, dtype=torch.float64)
+    softce = coordinate_terms(logits_NV, y_N, FIRST_ID, target, 0.8, {"softce"})["softce"].sum.item()
+    summary = coord_diagnostics(logits_NV, y_N, FIRST_ID, target, 0.8).summary()
+    assert summary["softce_kl"] == pytest.approx(softce - target_entropy(q_NK).item())
+
+
+def test_mass_is_the_exponential_of_the_gate():
+    torch.manual_seed(2)
+    logits_NV, y_N = torch.randn(1, VOCAB, dtype=torch.float64), torch.tensor([4.0])
+    gate = coordinate_terms(logits_NV, y_N, FIRST_ID, SoftTarget(), 0.7, {"gate"})["gate"].sum
+    summary = coord_diagnostics(logits_NV, y_N, FIRST_ID, SoftTarget(), 0.7).summary()
+    assert summary["coord_vocab_mass_mean"] == pytest.approx(torch.exp(-gate).item())
+
+
+@pytest.mark.parametrize("cuts", [(1, 2), (0, 30), (7, 19)])
+def test_packing_does_not_change_the_summary(cuts):
+    torch.manual_seed(3)
+    logits_NV, y_N = 4 * torch.randn(30, VOCAB, dtype=torch.float64), 999 * torch.rand(30, dtype=torch.float64)
+
+    def diagnose(rows: slice):
+        return coord_diagnostics(logits_NV[rows], y_N[rows], FIRST_ID, SoftTarget(), 1.0)
+
+    first, second = cuts
+    parts = diagnose(slice(0, first)) + diagnose(slice(first, second)) + diagnose(slice(second, 30))
+    assert parts.summary() == pytest.approx(diagnose(slice(0, 30)).summary(), rel=1e-9)
+
+
+def test_p90_agrees_with_numpy_to_a_cell():
+    torch.manual_seed(4)
+    logits_NV = torch.zeros(400, VOCAB)
+    centre_N = torch.randint(100, 900, (400,))
+    logits_NV[torch.arange(400), FIRST_ID + centre_N] = 60.0
+    errors_N = 20 * torch.randn(400)
+    summary = coord_diagnostics(logits_NV, centre_N + errors_N, FIRST_ID, SoftTarget(), 1.0).summary()
+    expected = np.quantile(errors_N.abs().numpy(), 0.9)
+    assert summary["expected_bin_abs_err_p90"] == pytest.approx(expected, abs=2 * CELL_BINS)
+    assert summary["expected_bin_mae"] == pytest.approx(errors_N.abs().mean().item(), rel=1e-3)
+
+
+def test_histogram_quantile_by_hand():
+    cells_H = torch.tensor([0.0, 4.0, 0.0, 4.0])
+    assert histogram_quantile(cells_H, 0.5) == 2 * CELL_BINS
+    assert histogram_quantile(cells_H, 0.75) == 3.5 * CELL_BINS
+    assert histogram_quantile(cells_H, 1.0) == 4 * CELL_BINS
+
+
+def test_no_slots_no_gradient_and_extreme_logits():
+    empty = coord_diagnostics(torch.zeros(0, VOCAB), torch.zeros(0), FIRST_ID, SoftTarget(), 1.0)
+    assert empty.summary() == {"coord_tokens": 0.0}
+    logits_NV = torch.full((2, VOCAB), -1e4).bfloat16()
+    logits_NV[0, FIRST_ID + 999], logits_NV[1, 0] = 1e4, 1e4
+    logits_NV.requires_grad_()
+    diagnostics = coord_diagnostics(logits_NV, torch.tensor([0.0, 999.0]), FIRST_ID, SoftTarget(), 0.7)
+    assert not diagnostics.sums_M.requires_grad
+    summary = (empty + diagnostics).summary()
+    assert set(summary) == {*COORD_METRICS, "expected_bin_abs_err_p90", "coord_tokens"}
+    assert all(np.isfinite(value) for value in summary.values())

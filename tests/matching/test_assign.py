@@ -1,0 +1,159 @@
+"""The gated assignment: edge cases, ties, and the optimum by brute force."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from coordexp.geometry.boxes import pairwise_iou
+from coordexp.matching.assign import match
+from coordexp.matching.cost import gate_mask, pair_cost
+from coordexp.matching.settings import MatchSettings
+
+CAT, DOG = [0.110, 0.310, 0.410, 0.705], [0.520, 0.285, 0.890, 0.660]
+BOX = [0.2, 0.2, 0.6, 0.6]
+FAR = [0.8, 0.8, 0.9, 0.9]
+SETTINGS = MatchSettings()
+
+
+def shifted(box, dx):
+    return [box[0] + dx, box[1], box[2] + dx, box[3]]
+
+
+def random_boxes(rng, count):
+    corners = rng.uniform(0, 0.7, (count, 2))
+    return np.concatenate([corners, corners + rng.uniform(0.1, 0.3, (count, 2))], axis=1)
+
+
+def check_partition(result, n_pred, n_gt):
+    """Every index appears exactly once, matched or not."""
+    assert sorted([*result.pairs[:, 0], *result.unmatched_pred]) == list(range(n_pred))
+    assert sorted([*result.pairs[:, 1], *result.unmatched_gt]) == list(range(n_gt))
+    assert len(result.iou_P) == len(result.pairs)
+
+
+def test_worked_example_cat_and_dog():
+    predictions = [[0.120, 0.300, 0.420, 0.700], [0.500, 0.280, 0.880, 0.650]]
+    result = match(predictions, [CAT, DOG], SETTINGS)
+    assert result.pairs.tolist() == [[0, 0], [1, 1]]
+    assert result.iou_P == pytest.approx([0.902, 0.888], abs=5e-4)
+    assert pairwise_iou(np.array(predictions), np.array([CAT, DOG]))[[0, 1], [1, 0]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("n_pred", "n_gt"), [(0, 0), (0, 3), (3, 0)])
+def test_an_empty_side(n_pred, n_gt):
+    result = match([CAT] * n_pred, [CAT] * n_gt, SETTINGS)
+    check_partition(result, n_pred, n_gt)
+    assert result.pairs.shape == (0, 2)
+    assert result.rejected_pred == n_pred
+
+
+def test_all_gated_out():
+    result = match([BOX, DOG], [FAR], SETTINGS)
+    check_partition(result, 2, 1)
+    assert len(result.pairs) == 0
+    assert result.rejected_pred == 2
+
+
+def test_rejected_counts_predictions_not_pairs():
+    result = match([BOX, FAR, shifted(BOX, 0.01)], [BOX], SETTINGS)
+    assert result.rejected_pred == 1
+    assert result.unmatched_pred.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("n_duplicates", [2, 5])
+def test_of_duplicate_predictions_the_first_is_matched(n_duplicates):
+    result = match([FAR, *[BOX] * n_duplicates], [BOX], SETTINGS)
+    assert result.pairs.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("n_gt", [2, 3, 6])
+def test_identical_objects_are_paired_in_order(n_gt):
+    result = match([BOX, BOX], [BOX] * n_gt, SETTINGS)
+    assert result.pairs.tolist() == [[0, 0], [1, 1]]
+    assert result.unmatched_gt.tolist() == list(range(2, n_gt))
+
+
+@pytest.mark.parametrize("step", [0.01, -0.01, 0.02, -0.02, 0.05, -0.05])
+def test_a_symmetric_tie_goes_to_the_earlier_box(step):
+    # Left and right neighbour cost the same up to rounding, so rounding must not choose.
+    neighbours = [shifted(BOX, step), shifted(BOX, -step)]
+    assert match(neighbours, [BOX], SETTINGS).pairs.tolist() == [[0, 0]]
+    assert match([BOX], neighbours, SETTINGS).pairs.tolist() == [[0, 0]]
+
+
+def test_a_real_difference_beats_the_order():
+    closer = shifted(BOX, 1e-6)  # a thousandth of a bin from the object
+    assert match([shifted(BOX, 2e-6), closer], [BOX], SETTINGS).pairs.tolist() == [[1, 0]]
+    assert match([BOX], [shifted(BOX, 2e-6), closer], SETTINGS).pairs.tolist() == [[0, 1]]
+
+
+def test_gating_before_differs_from_gating_after():
+    # IoU is [[.95, .60], [.57, .29]]: the cheapest assignment is the diagonal, whose second pair the gate then
+    # refuses. Gated first, both predictions find an object.
+    predictions = [[0.20, 0.2, 0.60, 0.6], [0.08, 0.2, 0.48, 0.6]]
+    objects = [[0.19, 0.2, 0.59, 0.6], [0.30, 0.2, 0.70, 0.6]]
+    ious = pairwise_iou(np.array(predictions), np.array(objects))
+    settings = MatchSettings(gate_threshold=0.5, lambda_l1=0.0)
+    cost = pair_cost(np.array(predictions), np.array(objects), settings)
+    rows, columns = linear_sum_assignment(cost)
+    gated_after = int((ious[rows, columns] >= 0.5).sum())
+    result = match(predictions, objects, settings)
+    assert gated_after == 1
+    assert result.pairs.tolist() == [[0, 1], [1, 0]]
+
+
+def test_descriptions_decide_between_equal_boxes():
+    semantic = np.array([[1.0, 0.0], [0.0, 1.0]])
+    result = match([BOX, BOX], [BOX, BOX], MatchSettings(lambda_sem=0.1), semantic)
+    assert result.pairs.tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_permutation_invariance(seed):
+    rng = np.random.default_rng(seed)
+    objects = random_boxes(rng, 9)
+    predictions = np.concatenate([objects[:6] + rng.normal(0, 0.02, (6, 4)), random_boxes(rng, 4)])
+    pred_order, gt_order = rng.permutation(len(predictions)), rng.permutation(len(objects))
+    straight = match(predictions, objects, SETTINGS)
+    permuted = match(predictions[pred_order], objects[gt_order], SETTINGS)
+    back = {(pred_order[i], gt_order[j]) for i, j in permuted.pairs}
+    assert back == {(i, j) for i, j in straight.pairs}
+    assert permuted.rejected_pred == straight.rejected_pred
+
+
+def best_by_enumeration(cost, allowed):
+    """(size, total cost) of the cheapest among the largest sets of allowed pairs."""
+    n_pred, n_gt = cost.shape
+    for size in range(min(n_pred, n_gt), 0, -1):
+        totals = [
+            cost[list(rows), list(columns)].sum()
+            for rows in combinations(range(n_pred), size)
+            for columns in permutations(range(n_gt), size)
+            if allowed[list(rows), list(columns)].all()
+        ]
+        if totals:
+            return size, min(totals)
+    return 0, 0.0
+
+
+@pytest.mark.parametrize("gate", ["iou", "l1"])
+@pytest.mark.parametrize("seed", range(15))
+def test_optimum_by_brute_force(seed, gate):
+    rng = np.random.default_rng(seed)
+    n_pred, n_gt = rng.integers(1, 6, 2)
+    predictions, objects = random_boxes(rng, n_pred), random_boxes(rng, n_gt)
+    settings = MatchSettings(lambda_l1=2.0, lambda_sem=0.5, gate=gate, gate_threshold=0.1)
+    semantic = rng.uniform(0, 1, (n_pred, n_gt))
+    cost = pair_cost(predictions, objects, settings, semantic)
+    allowed = gate_mask(predictions, objects, settings)
+    result = match(predictions, objects, settings, semantic)
+    check_partition(result, n_pred, n_gt)
+    rows, columns = result.pairs.T
+    assert allowed[rows, columns].all()
+    size, total = best_by_enumeration(cost, allowed)
+    assert len(result.pairs) == size
+    assert cost[rows, columns].sum() == pytest.approx(total, abs=1e-7)

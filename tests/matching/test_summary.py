@@ -1,0 +1,53 @@
+"""Counts to ratios: the published run, empty images, and that counts add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordexp.matching.assign import match
+from coordexp.matching.settings import MatchSettings
+from coordexp.matching.summary import MatchCounts
+
+# Step, F1, precision, recall, predictions, matched, false positives, false negatives of a published evaluation.
+PUBLISHED = [
+    (300, 0.6209, 0.5973, 0.6464, 3958, 2364, 1594, 1293),
+    (600, 0.6306, 0.6172, 0.6445, 3819, 2357, 1462, 1300),
+    (900, 0.6316, 0.6138, 0.6505, 3876, 2379, 1497, 1278),
+    (1200, 0.6432, 0.6416, 0.6448, 3675, 2358, 1317, 1299),
+    (1500, 0.6460, 0.6376, 0.6546, 3755, 2394, 1361, 1263),
+]
+
+
+@pytest.mark.parametrize(("step", "f1", "precision", "recall", "n_pred", "matched", "fp", "fn"), PUBLISHED)
+def test_published_table_from_its_own_counts(step, f1, precision, recall, n_pred, matched, fp, fn):
+    counts = MatchCounts(n_pred=n_pred, n_gt=matched + fn, n_matched=matched)
+    assert counts.n_false_positive == fp
+    assert counts.n_false_negative == fn
+    # Not 5e-5: the last precision is .63754993 from its counts, and was published as .6376.
+    assert (counts.precision, counts.recall, counts.f1) == pytest.approx((precision, recall, f1), abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_pred", "n_gt", "expected"),
+    [(0, 0, (1.0, 1.0, 1.0)), (0, 4, (1.0, 0.0, 0.0)), (4, 0, (0.0, 1.0, 0.0)), (4, 4, (0.0, 0.0, 0.0))],
+)
+def test_nothing_matched(n_pred, n_gt, expected):
+    counts = MatchCounts(n_pred=n_pred, n_gt=n_gt)
+    assert (counts.precision, counts.recall, counts.f1) == expected
+    assert counts.matched_iou_mean == 0.0
+
+
+def test_ratios_are_sums_over_sums():
+    box, far = [0.1, 0.1, 0.5, 0.5], [0.7, 0.7, 0.9, 0.9]
+    half = [0.1, 0.1, 0.5, 0.3]
+    settings = MatchSettings()
+    images = [match([box], [box], settings), match([half, far, far], [box], settings), match([], [box, far], settings)]
+    total = sum((MatchCounts.from_result(result) for result in images), MatchCounts())
+    assert total == MatchCounts(n_pred=4, n_gt=4, n_matched=2, iou_sum=pytest.approx(1.5))
+    assert (total.precision, total.recall, total.f1) == (0.5, 0.5, 0.5)
+    assert total.matched_iou_mean == pytest.approx(0.75)
+
+
+def test_more_matches_than_objects_is_impossible():
+    with pytest.raises(AssertionError):
+        MatchCounts(n_pred=3, n_gt=1, n_matched=2)

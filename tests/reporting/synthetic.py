@@ -1,0 +1,243 @@
+"""A run folder as the stages leave it: composed scenes, predictions of known quality, logs of a plausible shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coordexp.config.loading import load_params, load_profile
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.config.schema import Params
+from coordexp.evaluation.categories import Category
+from coordexp.evaluation.suite import evaluate_run
+from coordexp.geometry.bins import encode_boxes
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
+from coordexp.records.scenes.composer import SceneSpec, compose_scene
+from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
+from coordexp.records.schema import ObjectRecord, Record, write_records
+from coordexp.reporting.inputs import ReportInputs
+from coordexp.reporting.training_log import target_entropy_nats
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a checkpoint errs: spread of a corner in shares of the box side, and rates per object."""
+
+    spread: float
+    missed: float
+    repeated: float
+    misnamed: float
+    invented: float
+
+
+QUALITIES = {
+    "base": Quality(spread=0.16, missed=0.35, repeated=0.06, misnamed=0.25, invented=0.15),
+    "stage1": Quality(spread=0.08, missed=0.22, repeated=0.10, misnamed=0.14, invented=0.08),
+    "stage1-control": Quality(spread=0.075, missed=0.21, repeated=0.09, misnamed=0.13, invented=0.08),
+    "stage2": Quality(spread=0.06, missed=0.16, repeated=0.05, misnamed=0.11, invented=0.05),
+}
+
+
+def params(resamples: int = 100) -> dict[str, Any]:
+    """The repository's parameters, with a cheaper bootstrap."""
+    tree = load_params(REPOSITORY / "params.yaml").model_dump()
+    tree["eval"]["bootstrap_resamples"] = resamples
+    return tree
+
+
+def build_run(root: Path, images: int, resamples: int = 100, gallery_images: int = 8, steps: int = 60) -> ReportInputs:
+    """Write every file a report reads under `root` and say where they are."""
+    paths = ProfilePaths("tiny", root)
+    inputs = ReportInputs.of(paths, params(resamples), gallery_images)
+    catalog = load_catalog(REPOSITORY / "data" / "sprites")
+    spec = scene_spec()
+    records = [_record(paths.raw, spec, catalog, index) for index in range(images)]
+    categories = [
+        Category(number, name, "held_out" if name in catalog.held_out else "train")
+        for number, name in enumerate(catalog.descs, 1)
+    ]
+    write_json(inputs.categories, [{"id": c.id, "name": c.name, "split": c.split} for c in categories])
+    write_records(paths.records / "val.jsonl", records)
+    for n, name in enumerate(CHECKPOINTS):
+        results = _predict(records, catalog, name, 10 + n)
+        paths.evaluation(name).mkdir(parents=True)
+        write_results(paths.evaluation(name) / "gt_vs_pred.jsonl", results)
+        write_json(
+            paths.evaluation(name) / "decode.json", {"codec": "json", "images": images, "tokens": 9, "seconds": 1.5}
+        )
+    evaluate_run(Params.model_validate(inputs.params), paths)
+    _write_small_files(inputs)
+    _write_logs(inputs, steps)
+    return inputs
+
+
+def scene_spec() -> SceneSpec:
+    """The scenes of the default profile."""
+    source = load_profile(REPOSITORY / "configs" / "tiny.yaml").source
+    return SceneSpec(**{field.name: getattr(source, field.name) for field in fields(SceneSpec)})
+
+
+def _record(raw: Path, spec: SceneSpec, catalog: SpriteCatalog, index: int) -> Record:
+    scene = compose_scene(spec, catalog, 5, "val", index)
+    name = f"images/val/{index:06d}.jpg"
+    (raw / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(scene.pixels).save(raw / name, quality=92)
+    height, width = scene.pixels.shape[:2]
+    objects = tuple(ObjectRecord(o.desc, tuple(float(v) for v in o.bbox_xyxy_px)) for o in scene.objects)
+    return Record(name, width, height, objects)
+
+
+def _predict(records: list[Record], catalog: SpriteCatalog, checkpoint: str, seed: int) -> list[ImageResult]:
+    quality = QUALITIES[checkpoint]
+    return [
+        _answer(n, record, catalog, quality, np.random.default_rng([seed, n]), checkpoint)
+        for n, record in enumerate(records, 1)
+    ]
+
+
+def _answer(
+    image_id: int, record: Record, catalog: SpriteCatalog, quality: Quality, rng: np.random.Generator, checkpoint: str
+) -> ImageResult:
+    found: list[tuple[str, np.ndarray, float]] = []
+    for obj in record.objects:
+        if rng.random() < quality.missed:
+            continue
+        box = np.array(obj.bbox_xyxy_px)
+        side = np.tile(box[2:] - box[:2], 2)
+        for _ in range(1 + (rng.random() < quality.repeated) * int(rng.integers(1, 4))):
+            noise = rng.normal(0, quality.spread, 4)
+            name = catalog.seen[rng.integers(len(catalog.seen))] if rng.random() < quality.misnamed else obj.desc
+            found.append(
+                (name, box + noise * side * (0.2 if found and found[-1][0] == name else 1), -np.abs(noise).mean() * 8)
+            )
+        if rng.random() < quality.invented:
+            corner = rng.uniform(0, 0.6, 2) * (record.width, record.height)
+            extra = np.concatenate([corner, corner + rng.uniform(12, 50, 2)])
+            found.append((catalog.seen[rng.integers(len(catalog.seen))], extra, -2.5))
+    pred = tuple(
+        _prediction(name, box, float(np.exp(score + rng.normal(0, 0.25) - 0.2)), record) for name, box, score in found
+    )
+    broken = rng.random() < 0.02
+    return ImageResult(
+        image_id=image_id,
+        image=record.image,
+        width=record.width,
+        height=record.height,
+        gt=tuple(GroundTruth(o.desc, o.bbox_xyxy_px) for o in record.objects),
+        pred=pred,
+        raw_text="{}",
+        parse=ParseReport(True, len(pred), {"bbox_invalid": 1} if broken else {}),
+        finish_reason="stop",
+        n_generated_tokens=20 * len(pred),
+        identity={"model": checkpoint, "prompt": "digits" if checkpoint == "base" else "coord", "decode": "greedy"},
+    )
+
+
+def _prediction(name: str, box: np.ndarray, score: float, record: Record) -> Prediction:
+    low, high = np.minimum(box[:2], box[2:]), np.maximum(box[:2], box[2:])
+    limit = np.array([record.width, record.height])
+    inside = np.concatenate([np.clip(low, 0, limit - 1), np.clip(high, 1, limit)])
+    bins = encode_boxes(inside, record.width, record.height).tolist()
+    return Prediction(name, tuple(inside.tolist()), tuple(bins), score=round(min(score, 1.0), 6))
+
+
+def _write_small_files(inputs: ReportInputs) -> None:
+    write_json(
+        inputs.rollout_summary,
+        {
+            "images": 1200,
+            **{"precision": 0.7912, "recall": 0.7561, "f1": 0.7733, "matched_iou_mean": 0.8124},
+            **{"parse_rate": 0.9942, "unusable": 1, "dropped": {"bbox_invalid": 9}},
+        },
+    )
+    write_json(inputs.packing_stats, {"packs": 812, "samples": 4000, "tokens": 301223, "fill": 0.9662})
+    write_json(inputs.drops, {"train": {"empty_box": 2}, "val": {}})
+    for number, stage in enumerate(("stage1", "stage1-control", "stage2")):
+        write_json(
+            inputs.runs / stage / "run_metadata.json",
+            {
+                "stage": stage,
+                "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
+                "settings": {"seed": 17, "objective": {"softce_weight": 1.0}},
+                "inputs": {"train.parquet": "00feed0000000001", "plan.parquet": "00beef0000000002"},
+                "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.19.0"},
+                "hardware": {"machine": "x86_64", "cpus": 2, "system": "Linux"},
+                "wall_seconds": 210.5 + 10 * number,
+                "steps": 300 if stage == "stage1" else 150,
+                "samples": 9600,
+                "tokens": 1_000_000 + 1000 * number,
+                "step_seconds": 200.1 + 10 * number,
+                "final_loss": 2.7183,
+            },
+        )
+
+
+def _write_logs(inputs: ReportInputs, steps: int) -> None:
+    rng = np.random.default_rng(3)
+    tree = inputs.params
+    floor = target_entropy_nats(tree["target"], tree["sigma"], tree["truncate"])
+    write_rows(
+        inputs.runs / "stage1" / "train_log.jsonl",
+        [_row(rng, s, steps, floor, tree["stage1"], 5.0) for s in range(steps)],
+    )
+    control = [_row(rng, s, steps // 2, floor, tree["stage1"], 0.6) for s in range(steps // 2)]
+    write_rows(inputs.runs / "stage1-control" / "train_log.jsonl", control)
+    rows = []
+    for step in range(steps // 2):
+        channel = "B" if (step + 1) * 0.5 // 1 > step * 0.5 // 1 else "A"
+        row = {"channel": channel, **_row(rng, step, steps // 2, floor, tree, 0.6 if channel == "A" else 0.9)}
+        boxes = {"bbox_smoothl1": 0.05, "bbox_ciou": 0.3}
+        for term, start in boxes.items():
+            row[f"raw/{term}"] = start * (0.4 + 0.6 * np.exp(-step / steps * 6)) * rng.uniform(0.8, 1.2)
+            row[f"loss/{term}"] = tree[f"{term}_weight"] * row[f"raw/{term}"]
+        if channel == "B":
+            row |= {"stage2_ab/matched_total": 90, "stage2_ab/fn_appended_total": 31, "stage2_ab/fallback_total": 0}
+        row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total")
+        rows.append(row)
+    write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows)
+
+
+def _row(rng: np.random.Generator, step: int, steps: int, floor: float, weights: Any, start: float) -> dict[str, Any]:
+    left = np.exp(-5 * step / steps) * rng.uniform(0.85, 1.15)
+    kl = 0.25 + 0.7 * start * left
+    raw = {
+        "text_ce": 0.35 + 0.5 * start * left,
+        "softce": floor + kl,
+        "w1": 0.004 + 0.03 * start * left,
+        "gate": 0.0005 + 1.4 * start * left**4,
+    }
+    row: dict[str, Any] = {"step": step, "lr": 0.003 * (1 - step / steps), "grad_norm": 1.0 + left, "time/step_s": 0.7}
+    row |= {"tokens": 7000, "samples": 64}
+    row |= {f"loss/{term}": value * weights.get(f"{term}_weight", 1.0) for term, value in raw.items()}
+    row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/"))
+    row |= {f"raw/{term}": value for term, value in raw.items()}
+    diagnostics = {
+        "p_gt_mean": 0.13 - 0.02 * start * left,
+        "acc_top5": 0.8 - 0.1 * start * left,
+        "expected_bin_mae": 6 + 28 * start * left,
+        "coord_vocab_mass_mean": 1 - 0.0005 - 0.1 * start * left**4,
+        "margin_mean": -0.1 - 0.1 * start * left,
+        "w1_to_delta": 0.005 + 0.03 * start * left,
+        "softce_kl": kl,
+    }
+    return row | {f"coord_diag/{name}": value for name, value in diagnostics.items()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, folders included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a training log with the six digits that the loop keeps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded_rows = [{k: round(float(v), 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rounded_rows), encoding="utf-8")

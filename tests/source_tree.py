@@ -1,0 +1,71 @@
+"""What imports what, read from the source files without running them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "coordexp"
+
+# Lower layers first: a layer imports only itself and those before it.
+LAYERS = (
+    "errors", "config", "geometry", "records", "text", "packing", "models", "losses",
+    "matching", "rollout", "training", "evaluation", "reporting", "detector", "cli",
+)  # fmt: skip
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of the package and the pipeline entries."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "pipelines").glob("*.py")]
+    return {_dotted(file): file for file in sorted(files)}
+
+
+def _dotted(file: Path) -> str:
+    base = ROOT if file.is_relative_to(ROOT / "pipelines") else PACKAGE.parent
+    parts = file.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def syntax(file: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def layer_of(module: str) -> str:
+    """ "coordexp.text.parser" -> "text"; the empty string for the package itself and for other packages."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "coordexp" and len(parts) > 1 else ""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every name a file imports, anywhere in it: "a.b" for `import a.b`, also "a.b.c" for `from a.b import c`."""
+    for node in ast.walk(syntax(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: relative import; write the full name"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def import_closure(entry: str) -> set[str]:
+    """The modules of this repository that importing `entry` can load, packages included."""
+    found: set[str] = set()
+    waiting = [entry]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in modules():
+            continue
+        found.add(name)
+        waiting += [*imports(modules()[name]), *_packages(name)]
+    return found
+
+
+def _packages(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
