@@ -9,7 +9,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test smoke checks report clean-resume
+.PHONY: help env demo test smoke checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,10 @@ checks: env  ## lint and type-check
 
 report: env  ## rebuild the report from what the stages left, without running them
 	dvc repro --single-item --force report
+
+base: env  ## pretrain the embedded base model again (one to two hours) and put it into models/tiny-base
+	cd pipelines/base && dvc repro
+	rm -rf models/tiny-base && cp -rL pipelines/base/checkpoint models/tiny-base
 
 clean-resume:  ## forget interrupted runs: the next one starts at step 0
 	rm -rf .resume

@@ -17,7 +17,7 @@ from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint
 from coordexp.models.pixel_format import pixel_spec
-from coordexp.models.tiny import build_tiny
+from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
@@ -78,9 +78,7 @@ def new_checkpoint(seed: int = 17, init: str = "ordinal") -> Checkpoint:
 @cache
 def tiny_pixels() -> PixelSpec:
     """The image format of the tiny model."""
-    return PixelSpec(
-        patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
-    )
+    return pixel_spec(tiny_config(new_tokenizer()), MIN_PIXELS, MAX_PIXELS)
 
 
 def objective(checkpoint: Checkpoint, weights: ObjectiveWeights = ALL_WEIGHTS) -> Objective:

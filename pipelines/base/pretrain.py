@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from coordexp.config.process import tune_allocator
 from coordexp.models.pixel_format import pixel_spec
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.collator import Collator
 from coordexp.records.scenes.sprites import load_catalog
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
 from coordexp.training.loop import LoopSettings, train
-from coordexp.training.pretrain import CurriculumPhase, TextTask, prepare_base_samples, save_bf16
+from coordexp.training.pretrain import (
+    BaseModel,
+    CurriculumPhase,
+    PretrainWeights,
+    TextTask,
+    finish_base,
+    prepare_base_samples,
+)
 from coordexp.training.schedule import trapezoid_schedule
 
-DATA, STATE, OUT = Path("data/base"), Path(".resume/base"), Path("models/tiny-base")
+HOME, STATE = Path("pipelines/base"), Path(".resume/base")
+MIN_PIXELS, MAX_PIXELS = 64 * 64, 192 * 192
 
 
 def main() -> None:
-    """Tokenise the scenes, train, write the checkpoint."""
-    params = YAML(typ="safe").load(Path("pipelines/base/params.yaml"))
+    """Tokenise the scenes, train, write the checkpoint with its log, metrics and metadata."""
+    started = time.monotonic()
+    params = YAML(typ="safe").load(HOME / "params.yaml")
     options, seed = params["train"], params["seed"]
     tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).seen)
-    model = build_tiny(tokenizer, seed)
-    pixels = pixel_spec(model.config, 64 * 64, 192 * 192)
+    vlm = build_tiny(tokenizer, seed)
+    model = BaseModel(vlm)
+    pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
     phases = []
-    for phase, phase_options in params["phases"].items():
-        samples = DATA / f"{phase}.parquet"
-        prepare_base_samples(DATA / phase, samples, tokenizer, pixels, phase_options["task_shares"], seed)
-        phases.append(
-            CurriculumPhase(
-                samples=samples,
-                image_root=DATA / phase,
-                steps=phase_options["steps"],
-                samples_per_step=phase_options["samples_per_step"],
-            )
-        )
-    steps = sum(phase.steps for phase in phases)
+    for name, phase in params["phases"].items():
+        root, samples = HOME / "data" / name, STATE / f"{name}.parquet"
+        prepare_base_samples(root, samples, tokenizer, pixels, phase["task_shares"], seed)
+        steps, per_step = phase["steps"], phase["samples_per_step"]
+        phases.append(CurriculumPhase(samples=samples, image_root=root, steps=steps, samples_per_step=per_step))
     collators = [
-        Collator(p.image_root, pixels, model.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
+        Collator(p.image_root, pixels, vlm.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
         for p in phases
     ]
+    steps = sum(phase.steps for phase in phases)
     settings = LoopSettings(
         steps=steps,
         schedule=trapezoid_schedule(steps, options["warmup_steps"], options["decay_share"]),
@@ -55,11 +61,12 @@ def main() -> None:
         log_every=25,
         save_every_seconds=240,
     )
-    task = TextTask(model, collators, phases, options["desc_weight"], seed)
-    train(model, task, settings, STATE, OUT / "train_log.jsonl")
-    save_bf16(model, tokenizer, OUT)
+    task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
+    train(model, task, settings, STATE, STATE / "train_log.jsonl")
+    finish_base(HOME, vlm, tokenizer, STATE / "train_log.jsonl", params, time.monotonic() - started)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    tune_allocator(logging.getLogger())
     main()

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from coordexp.records.scenes.coco_folder import write_coco_folder
 from coordexp.records.scenes.composer import SceneSpec
 
-ROOT = Path("data/base")
+ROOT = Path("pipelines/base/data")
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from coordexp import __version__
-from coordexp.errors import EXIT_USAGE, CoordExpError, DataError, closest
+import coordexp
+from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
 
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
@@ -35,6 +36,8 @@ SHOWN_METRICS = (
     *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece"),
 )
 
+SHOWN_NAMES = 20
+
 # Rich help costs as much time as everything else that --help does.
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +46,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="A vision-language model as an object detector: predict, evaluate, compare, convert.",
 )
-ExistingFile = typer.Argument(exists=True, dir_okay=False, show_default=False)
+GtVsPred = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
+]
 CategoriesFile = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
@@ -53,7 +58,7 @@ CategoriesFile = Annotated[
 def main(argv: Sequence[str] | None = None) -> None:
     """The console entry: runs one command and exits."""
     try:
-        app(args=argv)
+        app(args=argv, prog_name="coordexp")
     except CoordExpError as error:
         _fail(str(error))
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -71,7 +76,7 @@ def _note(message: str) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"coordexp {__version__}")
+        print(f"coordexp {coordexp.__version__}")
         raise typer.Exit
 
 
@@ -86,7 +91,7 @@ def _options(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders or globs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or globs.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/tiny/stage2.")],
     save: Annotated[
         Path | None, typer.Option(help="Draw the boxes: a picture file for one image, otherwise a folder.")
@@ -94,10 +99,12 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each image.")] = False,
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
     min_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Least image area for the model  [default: as trained]")
+        int | None,
+        typer.Option(min=1, help="Least image area for the model  [default: as in run_metadata.json, else 9216]"),
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Most image area for the model  [default: as trained]")
+        int | None,
+        typer.Option(min=1, help="Most image area for the model  [default: as in run_metadata.json, else 36864]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
 ) -> None:
@@ -110,14 +117,11 @@ def predict(
     for path, found in _progress(_detect(detector, paths), len(paths), "predict"):
         seen.update(found.descs)
         shown = found.named(names) if names else found
-        print(json.dumps({"image": str(path)} | shown.to_json(), ensure_ascii=False) if as_json else _listing(path, shown))
-        if found.parse.truncated:
-            _note(f"note: {path}: the answer was cut at {max_new_tokens} tokens; objects may be missing.")
+        print(_json_line(path, shown) if as_json else _listing(path, shown))
+        _note_answer(path, found, max_new_tokens)
         if path in targets:
             _draw(path, shown, targets[path])
-    for name in names:
-        if name not in seen:
-            _note(f"note: nothing was called {name!r}.{closest(name, seen)}")
+    _note_absent(names, seen)
 
 
 def expand_images(arguments: Iterable[str]) -> list[Path]:
@@ -131,8 +135,10 @@ def expand_images(arguments: Iterable[str]) -> list[Path]:
         path = Path(argument)
         if path.is_dir():
             matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            matches = [path]
         else:
-            matches = [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(argument)) if p.is_file())
+            matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if p.is_file())
         if not matches:
             raise DataError(f"{argument}: no image there; expected an image file, a folder of images, or a glob.")
         paths |= dict.fromkeys(matches)
@@ -140,25 +146,27 @@ def expand_images(arguments: Iterable[str]) -> list[Path]:
 
 
 def _picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
-    """Where each drawn picture goes; names that repeat in a folder get a number."""
+    """Where each drawn picture goes; in a folder, names that repeat get a number."""
     if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
         if len(paths) > 1:
             raise DataError(f"--save {save}: one file for {len(paths)} images; give a folder.")
         save.parent.mkdir(parents=True, exist_ok=True)
-        return {paths[0]: save}
-    save.mkdir(parents=True, exist_ok=True)
-    targets: dict[Path, Path] = {}
+        targets = {paths[0]: save}
+    else:
+        save.mkdir(parents=True, exist_ok=True)
+        targets = {path: save / f"{name}.png" for path, name in zip(paths, _distinct_stems(paths), strict=True)}
+    if lost := {path.resolve() for path in paths} & {target.resolve() for target in targets.values()}:
+        raise DataError(f"--save {save}: the drawing would replace the image {min(lost)}; choose another place.")
+    return targets
+
+
+def _distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
     taken: set[str] = set()
     for path in paths:
-        name, number = path.stem, 1
-        while name in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
+        candidates = (f"{path.stem}-{number}" for number in count(2))
+        name = next(n for n in chain([path.stem], candidates) if n not in taken)
         taken.add(name)
-        targets[path] = save / f"{name}.png"
-    if clash := targets.keys() & targets.values():
-        raise DataError(f"--save {save}: would overwrite the image {min(clash)}; give another folder.")
-    return targets
+        yield name
 
 
 def _load_detector(checkpoint: Path, min_pixels: int | None, max_pixels: int | None, max_new_tokens: int) -> Detector:
@@ -178,6 +186,10 @@ def _detect(detector: Detector, paths: Sequence[Path]) -> Iterator[tuple[Path, D
         yield from zip(batch, detector.predict(batch), strict=True)
 
 
+def _json_line(path: Path, found: Detections) -> str:
+    return json.dumps({"image": str(path)} | found.to_json(), ensure_ascii=False)
+
+
 def _listing(path: Path, found: Detections) -> str:
     lines = [f"{path}: {found.width} x {found.height} px, {len(found)} objects"]
     for desc, box, score in zip(found.descs, found.boxes_xyxy_px.tolist(), found.scores.tolist(), strict=True):
@@ -185,8 +197,199 @@ def _listing(path: Path, found: Detections) -> str:
     return "\n".join(lines)
 
 
+def _note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
+    """Say what of an answer could not be used."""
+    if not found.parse.container_found:
+        _note(f"note: {path}: the answer is no list of objects; --json shows it.")
+    elif found.parse.truncated:
+        _note(f"note: {path}: the answer was cut (--max-new-tokens {max_new_tokens}), objects may be missing.")
+    if dropped := found.parse.dropped:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+        _note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
+
+
+def _note_absent(names: Sequence[str], seen: set[str]) -> None:
+    """Say which of the wanted names no object had: a typing error, or truly nothing."""
+    from coordexp.evaluation.categories import normalise_desc
+
+    called = {normalise_desc(desc) for desc in seen}
+    absent = [name for name in names if normalise_desc(name) not in called]
+    if absent:
+        others = ", ".join(sorted(seen)[:SHOWN_NAMES]) or "nothing"
+        _note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
+
+
 def _draw(path: Path, found: Detections, target: Path) -> None:
     from coordexp.detector import open_picture
     from coordexp.reporting.drawing import draw_detections
 
     draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)
+
+
+@app.command()
+def evaluate(
+    results: GtVsPred,
+    out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")],
+    categories: CategoriesFile = None,
+) -> None:
+    """Judge predictions by all metrics.
+
+    AP, F1, parsing, duplicates, calibration, and 95% intervals; a short table is printed, everything goes into --out.
+    """
+    from coordexp.config.provenance import write_json
+    from coordexp.evaluation.evaluator import rounded
+
+    (evaluation,) = _evaluate([results], categories)
+    write_json(out, rounded(evaluation.metrics))
+    counts = evaluation.metrics["coco"]
+    print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
+    intervals = evaluation.metrics["interval"]
+    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in SHOWN_METRICS]
+    _print_table(rows, ["metric", "value", "95% interval"])
+    print(f"all metrics: {out}")
+
+
+@app.command()
+def compare(
+    a: GtVsPred,
+    b: GtVsPred,
+    categories: CategoriesFile = None,
+    images: Annotated[int, typer.Option(min=0, help="How many of the most changed images to list.")] = 10,
+) -> None:
+    """Is A better than B, or is it noise?
+
+    The paired difference A - B on the same images, with a 95% bootstrap interval and the probability that A is better.
+    """
+    from coordexp.evaluation.evaluator import compare as compare_evaluations
+    from coordexp.evaluation.evaluator import most_changed_images
+
+    of_a, of_b = _evaluate([a, b], categories)
+    rows = []
+    for key, difference in compare_evaluations(of_a, of_b).items():
+        row = [key, _number(of_a.value(key)), _number(of_b.value(key))]
+        if difference:
+            bounds = _interval([difference["lo"], difference["hi"]])
+            row += [f"{difference['delta']:+.4f}", bounds, f"{difference['p_superior']:.3f}"]
+        rows.append(row)
+    print(f"A: {a}\nB: {b}\n{of_a.table.n_images} images")
+    _print_table(rows, ["metric", "A", "B", "A - B", "95% interval", "P(A better)"])
+    changed = [row for row in most_changed_images(of_a, of_b, images) if row["delta"]]
+    if changed:
+        print("\nmost changed images (F1 of boxes and names, IoU 0.5)")
+        keys = ("f1_full_50_a", "f1_full_50_b")
+        shown = [[row["image"], *(_number(row[key]) for key in keys), f"{row['delta']:+.4f}"] for row in changed]
+        _print_table(shown, ["image", "A", "B", "A - B"])
+
+
+def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation]:
+    """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
+    from coordexp.evaluation.categories import read_categories
+    from coordexp.evaluation.evaluator import evaluate as evaluate_results
+    from coordexp.evaluation.settings import EvalSettings
+    from coordexp.records.gt_vs_pred import read_results
+
+    results = [list(read_results(file)) for file in files]
+    if categories is None:
+        known: Sequence[Category] = _annotated_names(chain(*results))
+    else:
+        with _expecting(categories, "a categories.json"):
+            known = read_categories(categories)
+    return [evaluate_results(rows, known, EvalSettings()) for rows in results]
+
+
+def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
+    from coordexp.evaluation.categories import Category
+
+    names = sorted({g.desc for result in results for g in result.gt})
+    return [Category(number, name) for number, name in enumerate(names, 1)]
+
+
+@app.command()
+def convert(
+    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="COCO instances JSON.")],
+    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
+    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
+    source: Annotated[Literal["coco"], typer.Option(help="Format of the annotations.")] = "coco",
+) -> None:
+    """Turn annotations into records.
+
+    One JSON line an image with boxes in pixels; every image must be there in its annotated size, and dropped boxes are
+    counted by reason.
+    """
+    from coordexp.records.schema import write_records
+    from coordexp.records.sources.coco import read_coco
+
+    with _expecting(annotations, "COCO's instances layout"):
+        conversion = read_coco(annotations, image_prefix="")
+    records = conversion.records
+    for record in _progress(records, len(records), "check images"):
+        _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_records(out, records)
+    objects = [o for record in records for o in record.objects]
+    crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
+    print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
+    drops = Counter(conversion.drops)
+    print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
+
+
+def _check_image(record: Record, folder: Path, where: str) -> None:
+    """Raise DataError unless the record keeps the contract and its image is there in the size that it says."""
+    from PIL import Image
+
+    from coordexp.records.schema import parse_record
+
+    parse_record(record.to_json(), where)
+    path = folder / record.image
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image, but {where} names it. Is --images the right folder?") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
+    if size != (record.width, record.height):
+        raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
+
+
+@contextmanager
+def _expecting(path: Path, expected: str) -> Iterator[None]:
+    """Name the file when reading it fails because it holds something else altogether."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: found something else ({error!r}), expected {expected}.") from error
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f"{bounds[0]:.4f} .. {bounds[1]:.4f}"
+
+
+def _print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+    from tabulate import tabulate
+
+    print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items; meanwhile on stderr a bar if that is a terminal, else a plain line for every tenth of ten or more."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        # rich sends stdout through its own console, here stderr: right only where both are the terminal.
+        with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+            yield from bar.track(items, total=total, description=what)
+        return
+    for done, item in enumerate(items, 1):
+        yield item
+        if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+            _note(f"{what}: {done} of {total}")
+
+
+if __name__ == "__main__":
+    main()

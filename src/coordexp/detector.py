@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,13 +155,13 @@ class Detector:
         """Detect the objects of each picture.
 
         Args:
-            images: file names, PIL images or RGB arrays (H, W, 3) of uint8, in any mixture. EXIF orientation is applied.
+            images: file names, PIL images, RGB arrays (H, W, 3) of uint8. EXIF orientation is applied.
 
         Raises:
             DataError: naming the picture that cannot be read, or is no picture.
         """
         if isinstance(images, str | Path | Image.Image):
-            raise DataError(f"predict() was given one {type(images).__name__}, expected a list of images: predict([image]).")
+            raise DataError(f"predict() was given one {type(images).__name__}, expected a list: predict([image]).")
         found: list[Detections] = []
         for first in range(0, len(images), self.batch_images):
             found += self._predict_batch(images[first : first + self.batch_images], first)
@@ -233,7 +234,7 @@ def _detections(result: ImageResult) -> Detections:
 
 
 def _recorded_settings(folder: Path) -> dict[str, Any]:
-    """What run_metadata.json says about the model's input and output: min_pixels, max_pixels, codec, as far as known."""
+    """The blocks `model` and `text` of the settings in run_metadata.json, as far as they are there."""
     path = folder / "run_metadata.json"
     if not path.is_file():
         return {}
@@ -241,4 +242,4 @@ def _recorded_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
         return {**settings.get("model", {}), **settings.get("text", {})}
     except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the run metadata that training writes ({error}). Restore or delete it.") from error
+        raise CheckpointError(f"{path}: not what training writes ({error}). Restore or delete it.") from error

@@ -18,7 +18,7 @@ NUM_BINS = 1000
 MAX_BIN = NUM_BINS - 1
 # The surface form of a bin in text; text/vocabulary.py maps it to token ids.
 COORD_TOKENS: tuple[str, ...] = tuple(f"<|coord_{k}|>" for k in range(NUM_BINS))
-COORD_PATTERN = re.compile(r"<\|coord_(0|[1-9]\d{0,2})\|>")
+COORD_PATTERN = re.compile(r"<\|coord_(0|[1-9][0-9]{0,2})\|>")
 
 
 def encode_norm(coords: NDArray[np.floating] | list[float]) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """The embedded model: Qwen3-VL's real architecture at about 3 M parameters.
 
-Patches of 8 px (16 px a visual token after the 2 x 2 merge) instead of 16: objects start at 8 px here.
+Patches of 16 px and a 2 x 2 merge, as in the original, so a visual token covers 32 px. Patches of 8 px were tried: 2.3
+times slower per picture on a CPU, and not better for the same time (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_laye
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_heads": 2,
-            "patch_size": 8,
+            "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "out_hidden_size": hidden,

@@ -57,7 +57,8 @@ def coordinate_positions(roles: NDArray[np.uint8]) -> NDArray[np.int64]:
 def teacher_segment(sample: Sample) -> Segment:
     """The segment that teaches a sample's own answer: text everywhere but at coordinates, boxes for every object."""
     box_tokens = coordinate_positions(sample.answer_roles)
-    targets = target_bins(sample.boxes_xyxy_px, sample.width, sample.height) if len(box_tokens) else np.zeros((0, 4))
+    answered = sample.boxes_xyxy_px[: len(box_tokens)]  # crowds come last and are not in the answer
+    targets = target_bins(answered, sample.width, sample.height)
     return Segment(
         sample=sample,
         answer_ids=sample.answer_ids,

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its prompt (one image placeholder), teacher answer, and annotations in answer order.
+    """One image with its prompt (one image placeholder), teacher answer, and annotations: in answer order, crowds last.
 
     Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4) are float pixels of the original image; the model sees
     the resized one.

@@ -105,7 +105,7 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
             n_generated_tokens=int(row["n_generated_tokens"]),
             identity=dict(row.get("identity", {})),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where}: not a gt_vs_pred line ({error!r}); it needs the keys that `rollout` writes.") from error
 
 
@@ -119,13 +119,13 @@ def _box(values: Any, where: str) -> tuple[float, float, float, float]:
 def read_results(path: Path) -> Iterator[ImageResult]:
     """Yield the lines of a gt_vs_pred file; refuses an empty file, a broken line and a repeated image id."""
     seen: set[int] = set()
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON ({error.msg}); the file was cut or edited. Decode again.") from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{where}: not valid JSON ({error}); the file was cut or edited. Decode again.") from error
             result = result_from_json(row, where)
             if result.image_id in seen:
                 raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")

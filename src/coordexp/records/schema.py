@@ -11,7 +11,7 @@ trained and evaluated by its tight box. `line` is refused.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -91,10 +91,10 @@ def parse_record(row: Any, where: str) -> Record:
     parsed = [_parse_object(obj, width, height, f"{where}: objects[{i}]") for i, obj in enumerate(row["objects"])]
     if len({is_token for _, is_token in parsed}) > 1:
         raise DataError(f"{where}: some boxes are pixel floats and some are coordinate tokens; use one form per record.")
-    summary, metadata = row.get("summary"), row.get("metadata") or {}
+    summary, metadata = row.get("summary"), _metadata(row.get("metadata"), where)
     if summary is not None and not isinstance(summary, str):
         raise DataError(f"{where}: summary is {summary!r}, expected a string or nothing.")
-    return Record(images[0], width, height, tuple(obj for obj, _ in parsed), summary, dict(metadata))
+    return Record(images[0], width, height, tuple(obj for obj, _ in parsed), summary, metadata)
 
 
 def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[ObjectRecord, bool]:
@@ -106,8 +106,8 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
         if key not in OBJECT_KEYS:
             raise DataError(f"{where}: unknown key {key!r}.{closest(key, OBJECT_KEYS)} Valid keys: {sorted(OBJECT_KEYS)}.")
     desc = obj.get("desc")
-    if not isinstance(desc, str) or not desc.strip():
-        raise DataError(f"{where}: desc is {desc!r}, expected a non-empty string.")
+    if not isinstance(desc, str) or not desc.strip() or any("\ud800" <= char <= "\udfff" for char in desc):
+        raise DataError(f"{where}: desc is {desc!r}, expected a non-empty string of valid Unicode.")
     present = [key for key in ("bbox_2d", "poly") if key in obj]
     if len(present) != 1:
         raise DataError(f"{where}: has geometry {present or 'none'}, expected exactly one of bbox_2d and poly.")
@@ -123,7 +123,13 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         raise DataError(f"{where}: box {box} is empty or outside the {width}x{height} image; expected 0 <= x1 < x2 <= W, same for y.")
-    return ObjectRecord(desc, (x1, y1, x2, y2), poly, dict(obj.get("metadata") or {})), is_token
+    return ObjectRecord(desc, (x1, y1, x2, y2), poly, _metadata(obj.get("metadata"), where)), is_token
+
+
+def _metadata(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise DataError(f"{where}: metadata is {value!r}, expected an object or nothing.")
+    return dict(value or {})
 
 
 def _coordinates(values: Any, width: int, height: int, where: str) -> tuple[list[float], bool]:
@@ -136,7 +142,7 @@ def _coordinates(values: Any, width: int, height: int, where: str) -> tuple[list
         bins = [int(COORD_PATTERN.fullmatch(v)[1]) for v in values]  # type: ignore[index]
         return [float(c) * (height if i % 2 else width) for i, c in enumerate(decode_norm(bins))], True
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not abs(v) <= sys.float_info.max:
             raise DataError(f"{where}: holds {v!r}, expected finite numbers in pixels.")
     return [float(v) for v in values], False
 
@@ -149,12 +155,14 @@ def _positive_int(value: Any, where: str) -> int:
 
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the checked records of a JSONL file; raises DataError naming file and line at the first broken one."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise DataError(f"{path}:{number}: empty line, expected one JSON record per line.")
             try:
                 row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}).") from error
             yield parse_record(row, f"{path}:{number}")

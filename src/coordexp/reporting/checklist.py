@@ -15,7 +15,7 @@ from coordexp.reporting.inputs import TRAINED, ReportData
 from coordexp.reporting.markdown import interval, number, percent, signed, table
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
 from coordexp.reporting.tables import metric, required
-from coordexp.reporting.training_log import target_entropy_nats
+from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
 from coordexp.reporting.verdicts import Verdict, difference_from
 
 PARSE_RATE = 0.99
@@ -104,15 +104,16 @@ def _answers_parse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> 
 
 
 def _logs_are_whole(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
-    sound = []
-    for log in data.logs.values():
-        total = log.series("loss/total")[1]
-        steps_S = np.arange(len(log.step_S))
-        sound.append(
-            np.array_equal(log.step_S, steps_S) and len(total) == len(steps_S) and bool(np.isfinite(total).all())
-        )
-    evidence = ", ".join(f"{name} {len(data.logs[name].step_S)} steps" for name in TRAINED)
-    return Check("Every step is logged once, with a finite loss", all(sound), evidence)
+    broken = [name for name in TRAINED if not _is_whole(data.logs[name])]
+    steps = ", ".join(f"{name} {len(data.logs[name].step_S)} steps" for name in TRAINED)
+    evidence = f"{steps}; broken: {', '.join(broken)}" if broken else steps
+    return Check("Every step is logged once, with a finite loss", not broken, evidence)
+
+
+def _is_whole(log: TrainingLog) -> bool:
+    total = log.series("loss/total")[1]
+    in_order = np.array_equal(log.step_S, np.arange(len(log.step_S)))
+    return in_order and len(total) == len(log.step_S) and bool(np.isfinite(total).all())
 
 
 def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:

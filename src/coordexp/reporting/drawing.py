@@ -81,7 +81,10 @@ def draw_detections(
     width = max(2, round(max(canvas.size) / 180))
     for box, style in zip(boxes, chosen, strict=True):
         _rectangle(draw, box, style, width)
-    texts = [label if score is None else f"{label} {score:.2f}" for label, score in zip(labels, shown, strict=True)]
+    texts = [
+        (" ".join(label.split()), "" if score is None else f" {score:.2f}")
+        for label, score in zip(labels, shown, strict=True)
+    ]
     _labels(draw, canvas.size, boxes, texts, chosen)
     return canvas
 
@@ -124,16 +127,30 @@ def _dashes(start: Point, end: Point) -> list[tuple[Point, Point]]:
 
 
 def _labels(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], boxes: list[Rect], texts: list[str], styles: list[BoxStyle]
+    draw: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    boxes: list[Rect],
+    texts: list[tuple[str, str]],
+    styles: list[BoxStyle],
 ) -> None:
     font = label_font(max(size))
     placed: list[Rect] = []
-    for box, text, style in zip(boxes, texts, styles, strict=True):
+    for box, (name, score), style in zip(boxes, texts, styles, strict=True):
+        text = _fitting(name, score, font, size[0] - 5)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         spot = place_label((right - left + 5, bottom - top + 4), box, size, placed, boxes)
         placed.append(spot)
         draw.rectangle(spot, fill=style.colour)
         draw.text((spot[0] + 2 - left, spot[1] + 2 - top), text, font=font, fill=_ink(style.colour))
+
+
+def _fitting(name: str, score: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    """The label, its name cut with an ellipsis if it is wider than the picture."""
+    text = name + score
+    while name and font.getlength(text) > width_px:
+        name = name[:-1]
+        text = f"{name}…{score}"
+    return text
 
 
 def _ink(colour: Rgb) -> Rgb:

@@ -110,7 +110,7 @@ def explain(metrics: Metrics, comparison: Mapping[str, Json], name: str) -> str:
     moves = f"mAP {_MOVES[of_map]}, F1 {_MOVES[of_f1]}"
     text = f"**{new} against {old}**: {agreement}: {moves}. {counts[0].upper()}{counts[1:]}"
     by_boxes, by_ranking = change.map_by_boxes_and_names, change.map_by_ranking
-    if by_boxes is None or by_ranking is None:
+    if of_map not in (Verdict.BETTER, Verdict.WORSE) or by_boxes is None or by_ranking is None:
         return f"{text}."
     larger = "boxes and names" if abs(by_boxes) >= abs(by_ranking) else "the ranking by score"
     return f"{text}; the larger part of the change of mAP comes from {larger}."

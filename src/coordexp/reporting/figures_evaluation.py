@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from coordexp.evaluation.confidence import calibration_error
 from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
 from coordexp.evaluation.sizes import side_px
 from coordexp.evaluation.table import Bools, Floats, Ints
@@ -21,7 +21,7 @@ from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_f
 
 SIDE_EDGES_PX = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 CONFUSED_NAMES = 12
-_Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+_Z95 = NormalDist().inv_cdf(0.975)
 
 
 def write_evaluation_figures(
@@ -45,8 +45,13 @@ def _pr_curves(pr_curves: Mapping[str, Mapping[str, Any]]) -> Figure:
                 ax.plot(curve["recall"], precision, color=look.colour, linestyle=look.line, label=name)
         ax.set(xlim=(0, 1), ylim=(0, 1.02), title=f"IoU .{at}", xlabel="recall")
     figure.axes[0].set_ylabel("precision, mean over names")
-    figure.axes[1].legend()
+    _legend(figure.axes[1])
     return figure
+
+
+def _legend(ax: Axes) -> None:
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend()
 
 
 def _iou_histogram(outcomes: Mapping[str, Outcomes]) -> Figure:
@@ -82,7 +87,7 @@ def _scores(outcomes: Mapping[str, Outcomes]) -> Figure:
         below.set(ylim=(0, 1.02), xlabel="score")
     axes[0, 0].set_ylabel("predictions")
     axes[1, 0].set_ylabel("share that is right")
-    axes[0, 0].legend()
+    _legend(axes[0, 0])
     return figure
 
 
@@ -104,8 +109,6 @@ def _reliability(ax: Axes, score_P: Floats, right_P: Bools) -> None:
         ax.plot(score_P[inside].mean(), right_P[inside].mean(), marker="o", markersize=4, color=INK)
     if score_P.min() >= 0 and score_P.max() <= 1:
         ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-        error, _ = calibration_error(score_P, right_P, 10)
-        ax.text(0.03, 0.95, f"calibration error {error:.3f}", transform=ax.transAxes, va="top", fontsize=8)
         ax.set_xlim(0, 1)
 
 

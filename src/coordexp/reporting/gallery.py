@@ -22,7 +22,8 @@ MISSED = BoxStyle((245, 140, 0), dashed=True)
 SHOWN, BEFORE = "stage2", "stage1"
 RULES = ("most duplicates", "most misses", "biggest change", "random")
 MAX_PICTURE_BYTES = 80_000
-MAX_PANEL_PX = 512
+# Largest side of the photo (before small ones are enlarged) and its palette, best first.
+_QUALITIES = ((512, None), (512, 128), (400, 64), (320, 32), (256, 24))
 BAR_FONT_SIDE_PX = 512  # titles and legend keep one font size, whatever the panels measure
 _BAR_PX, _GAP_PX = 18, 6
 
@@ -81,15 +82,21 @@ def _by_id(rows: Sequence[Row], checkpoint: str, dup_key: str) -> dict[int, Row]
     return {row["image_id"]: row for row in rows}
 
 
+def image_paths(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[Path]:
+    """The file of each pick; raises DataError naming one that is not there."""
+    paths = [image_root / outcomes[SHOWN].of_image(pick.image_id)[0].image for pick in picks]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
+    return paths
+
+
 def write_gallery(
     picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path, folder: Path
 ) -> None:
     """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pick in picks:
-        path = image_root / outcomes[SHOWN].of_image(pick.image_id)[0].image
-        if not path.is_file():
-            raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
+    for pick, path in zip(picks, image_paths(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
         with Image.open(path) as image:
             data = _small_picture(image.convert("RGB"), pick.image_id, {name: outcomes[name] for name in shown})
@@ -97,23 +104,27 @@ def write_gallery(
 
 
 def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> bytes:
-    """PNG within the size budget: the photo, never the boxes, loses colours until it fits."""
+    """PNG within the size budget: photos lose colours, then size, until it fits; the boxes stay sharp."""
     data = b""
-    for colours in (None, 128, 48, 16):
-        photo = image if colours is None else image.quantize(colours, kmeans=2, dither=Image.Dither.NONE).convert("RGB")
+    for panel_px, colours in _QUALITIES:
         out = io.BytesIO()
-        _picture(photo, image_id, outcomes).save(out, "PNG", optimize=True)
+        _picture(image, image_id, outcomes, panel_px, colours).save(out, "PNG", optimize=True)
         data = out.getvalue()
         if len(data) <= MAX_PICTURE_BYTES:
             break
     return data
 
 
-def _picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> Image.Image:
+def _picture(
+    image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], panel_px: int, colours: int | None
+) -> Image.Image:
     """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
-    shrink = min(1.0, MAX_PANEL_PX / max(image.size))
+    shrink = min(1.0, panel_px / max(image.size))
     if shrink < 1:
-        image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+        size = (round(image.width * shrink), round(image.height * shrink))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if colours is not None:
+        image = image.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
     last = list(outcomes)[-1]
     panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))]
     panels += [(f"predicted, {name}", _prediction_panel(image, image_id, o, shrink)) for name, o in outcomes.items()]

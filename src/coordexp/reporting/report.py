@@ -20,7 +20,7 @@ from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
-from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, n_errors, write_gallery
+from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.markdown import escape, number, percent, signed
 from coordexp.reporting.outcomes import Outcomes, judge
@@ -42,6 +42,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     outcomes = {name: judge(results, data.categories) for name, results in data.results.items()}
     dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
     picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
+    image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
     text = _render(_context(inputs, data, outcomes, picks, dup_key))
     for folder in ("figures", "gallery"):
         for old in (out_dir / folder).glob("*.png"):
@@ -119,7 +120,9 @@ def headline(data: ReportData, comparison: str) -> str:
     match difference.verdict:
         case Verdict.NO_DIFFERENCE:
             claim = f"**No difference shown** between {SUBJECTS[new].lower()} and {SUBJECTS[old].lower()}"
-            reach = f"; these images could show differences from about {number(difference.half_width)}"
+            reach = ""
+            if difference.half_width > 0:
+                reach = f"; these images could show differences from about {number(difference.half_width)}"
         case verdict:
             claim, reach = f"{SUBJECTS[new]} is **{verdict.value}** than {SUBJECTS[old].lower()}", ""
     bounds = f"[{signed(difference.lo)}, {signed(difference.hi)}]"
@@ -135,7 +138,8 @@ def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str
     ]
     stage2 = data.logs["stage2"]
     whose = {"A": "ground-truth context", "B": "own rollouts"}
-    parts += [(f"Stage 2, channel {c} ({whose[c]})", "stage2", stage2.of_channel(c)) for c in stage2.channels]
+    by_channel = [(f"Stage 2, channel {c} ({whose[c]})", "stage2", stage2.of_channel(c)) for c in stage2.channels]
+    parts += by_channel or [("Stage 2", "stage2", stage2)]
     return [
         {
             "title": title,

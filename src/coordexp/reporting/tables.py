@@ -53,7 +53,13 @@ def set_keys(metrics: Metrics, settings: EvalSettings) -> list[str]:
 NAME_KEYS = ("known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50", "f1.sem_acc_on_matched_50")
 COUNT_KEYS = (
     *("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", "f1.full_50", "coco.mAP", "confidence.perfect_ranking_mAP"),
-    *("confidence.constant_score_mAP", "confidence.auroc_tp_fp", "rollout.f1", "rollout.matched_iou_mean"),
+    *(
+        "confidence.constant_score_mAP",
+        "confidence.auroc_tp_fp",
+        "confidence.ece",
+        "rollout.f1",
+        "rollout.matched_iou_mean",
+    ),
 )
 
 

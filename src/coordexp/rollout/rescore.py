@@ -36,8 +36,8 @@ def token_logprobs(
     for first in range(0, len(samples), images_per_forward):
         chunk = slice(first, first + images_per_forward)
         segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
-        batch = collator(segments)
-        logits = slot_logits(model, hidden_states(model, batch.to(model.device)), batch.text_slots).float()
+        batch = collator(segments).to(model.device)
+        logits = slot_logits(model, hidden_states(model, batch), batch.text_slots).float()
         chosen = logits.gather(-1, batch.text_targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
         out += _split_by_segment(chosen.double().cpu().numpy(), collator, segments)
     model.train(was_training)

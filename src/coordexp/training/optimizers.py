@@ -12,7 +12,7 @@ from coordexp.errors import ConfigError
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.
-_NOT_FOR_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed")
+_NOT_FOR_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed", "localiser")
 
 
 class MuonWithAdamW(Optimizer):

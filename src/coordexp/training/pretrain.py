@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
+from coordexp.config.provenance import run_metadata, write_json
+from coordexp.geometry.bins import NUM_BINS, target_bins
+from coordexp.losses.coord_terms import soft_cross_entropy
+from coordexp.losses.soft_targets import SoftTarget, target_entropy
 from coordexp.models.forward import hidden_states, slot_logits
-from coordexp.packing.collator import Collator, teacher_segment
+from coordexp.models.loading import save_checkpoint
+from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
-from coordexp.packing.samples import SampleStore
+from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.sources.coco import read_coco
 from coordexp.text.codecs import Role, get_codec
 from coordexp.training.loop import MicroBatch
 from coordexp.training.schedule import step_items
+from coordexp.training.session import write_curve
+
+AVERAGED_STEPS = 100  # metrics are means over the last steps
+CURVE_EVERY = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +43,52 @@ class CurriculumPhase:
     samples_per_step: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainWeights:
+    """Weight of names in the token loss, and weight and target width (bins) of the localiser."""
+
+    desc: float
+    localiser: float
+    localiser_sigma: float
+
+
+class BaseModel(nn.Module):
+    """The model in pretraining: Qwen3-VL plus a localiser that reads a coordinate from the slot of its first digit.
+
+    Digits alone teach places slowly: a far miss costs as much as a near one. The localiser, a linear layer to 1000 bins
+    trained with a wide soft target, gives every coordinate slot a dense signal. It is dropped afterwards: the saved
+    checkpoint answers in digits and knows no coordinate token.
+    """
+
+    def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.localiser = nn.Linear(vlm.config.text_config.hidden_size, NUM_BINS)
+
+
+def digit_segment(sample: Sample) -> Segment:
+    """Teacher segment whose coordinate slots are those of the first digit of each number."""
+    segment = teacher_segment(sample)
+    is_number = sample.answer_roles == Role.NUMBER
+    first = np.flatnonzero(is_number & ~np.concatenate([[False], is_number[:-1]])).reshape(-1, 4)
+    targets = target_bins(sample.boxes_xyxy_px, sample.width, sample.height)[: len(first)]
+    return replace(segment, box_tokens=first, box_targets=targets.astype(np.float32))
+
+
 class TextTask:
-    """Token cross-entropy on whole answers, names weighted up, over the phases of a curriculum."""
+    """Token cross-entropy on whole answers, names weighted up, plus the localiser, over the phases of a curriculum."""
 
     def __init__(
         self,
-        model: Qwen3VLForConditionalGeneration,
+        model: BaseModel,
         collators: Sequence[Collator],
         phases: Sequence[CurriculumPhase],
-        desc_weight: float,
+        weights: PretrainWeights,
         seed: int,
     ) -> None:
         self._model = model
-        self._desc_weight = desc_weight
+        self._weights = weights
+        self._target = SoftTarget("gaussian", weights.localiser_sigma, int(4 * weights.localiser_sigma))
         self._collators = collators
         self._stores = [SampleStore(phase.samples) for phase in phases]
         self._plan = [
@@ -54,26 +98,33 @@ class TextTask:
         ]
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """The whole step in one packed batch; logs the accuracy of each token role beside the loss."""
+        """The whole step in one packed batch; logs the accuracy of each token role beside the losses."""
         phase, items = self._plan[step]
-        batch = self._collators[phase]([teacher_segment(self._stores[phase][i]) for i in items])
-        logits = slot_logits(self._model, hidden_states(self._model, batch), batch.text_slots).float()
-        is_desc = batch.text_roles == int(Role.DESC)
-        weights = torch.where(is_desc, self._desc_weight, 1.0)
-        losses = F.cross_entropy(logits, batch.text_targets, reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
+        batch = self._collators[phase]([digit_segment(self._stores[phase][i]) for i in items])
+        hidden = hidden_states(self._model.vlm, batch)
+        logits = slot_logits(self._model.vlm, hidden, batch.text_slots).float()
+        weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
+        text_ce = (F.cross_entropy(logits, batch.text_targets, reduction="none") * weights).sum() / weights.sum()
+        log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
+        q = self._target.distribution(batch.coord_targets)
+        localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
+        logs = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
         hit = (logits.argmax(-1) == batch.text_targets).float()
-        logs = {"loss/text_ce": float(loss.detach())}
         for role in (Role.DESC, Role.NUMBER, Role.CLOSE):
             mask = batch.text_roles == int(role)
-            logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean()) if bool(mask.any()) else float("nan")
-        yield MicroBatch(loss, {k: v for k, v in logs.items() if v == v})
+            if bool(mask.any()):
+                logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean())
+        bins = torch.arange(NUM_BINS, dtype=torch.float32)
+        if len(q):
+            logs["localiser/bin_mae"] = float(((log_p.exp() @ bins) - batch.coord_targets).abs().mean())
+        yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
 
 
 def prepare_base_samples(
     coco_folder: Path, out: Path, tokenizer: PreTrainedTokenizerBase, pixels: PixelSpec, task_shares: dict[str, float], seed: int
 ) -> None:
     """Tokenise one composed folder with the digits codec, drawing a task per image."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     conversion = read_coco(coco_folder / "annotations" / "instances_train.json", "images/train/")
     rng = np.random.default_rng([seed, 7])
     names = [*task_shares, "detect"]
@@ -82,8 +133,28 @@ def prepare_base_samples(
     write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels), conversion.records, tasks, out)
 
 
-def save_bf16(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain Hugging Face checkpoint in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def finish_base(
+    home: Path,
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    log_path: Path,
+    params: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
+    folder = home / "checkpoint"
+    save_checkpoint(folder, model.to(torch.bfloat16), tokenizer)
+    rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+    names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
+    metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}
+    write_curve(log_path, folder / "train_loss.tsv", names, every=CURVE_EVERY)
+    write_json(home / "metrics.json", metrics | {"steps": len(rows)})
+    step_seconds = round(sum(row["time/step_s"] for row in rows), 1)
+    catalog = {"sprites": Path(params["sprites"]) / "catalog.json"}
+    extra = {"steps": len(rows), "step_seconds": step_seconds, "metrics": metrics}
+    write_json(folder / "run_metadata.json", run_metadata("base", params, catalog, seconds, extra))
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else float("nan")

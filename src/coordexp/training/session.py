@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import torch
 
@@ -92,9 +92,14 @@ def summarise_log(path: Path) -> dict[str, Any]:
     }
 
 
-def write_curve(log_path: Path, out: Path) -> None:
-    """The total loss by step as TSV, the table that `dvc plots` draws."""
+def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
+    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged."""
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["step\tloss/total", *(f"{row['step']}\t{row['loss/total']:.4f}" for row in rows)]
+    lines = ["\t".join(["step", *names])]
+    for first in range(0, len(rows), every):
+        chunk = rows[first : first + every]
+        found = [[row[name] for row in chunk if name in row] for name in names]
+        means = [f"{sum(values) / len(values):.4f}" if values else "" for values in found]
+        lines.append("\t".join([str(chunk[-1]["step"]), *means]))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, reading_order
 from coordexp.records.schema import ObjectRecord, Record
 
 MIN_SIDE_PX = 1.0
+_REQUIRED_KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,6 @@ def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     drops: Counter[str] = Counter()
     images = {int(image["id"]): image for image in source["images"]}
-    if len(images) != len(source["images"]):
-        raise DataError(f"{annotations}: image ids repeat; expected each id once. Remove the duplicates.")
     for annotation in source["annotations"]:
         if annotation.get("image_id") not in images:
             drops["unknown_image"] += 1
@@ -91,6 +89,12 @@ def _load(annotations: Path) -> dict[str, Any]:
     missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
     if missing:
         raise DataError(f"{annotations}: keys {sorted(missing)} are missing; expected COCO's instances layout.")
+    for section, keys in _REQUIRED_KEYS.items():
+        for i, entry in enumerate(source[section]):
+            if absent := [key for key in keys if key not in entry]:
+                raise DataError(f"{annotations}: {section}[{i}] has no {absent}; expected COCO's instances layout.")
+        if len({entry["id"] for entry in source[section]}) != len(source[section]):
+            raise DataError(f"{annotations}: ids repeat in {section}; expected each id once. Remove the duplicates.")
     return source
 
 
@@ -98,7 +102,7 @@ def _to_object(
     annotation: dict[str, Any], image: dict[str, Any], names: dict[int, str], drops: Counter[str]
 ) -> ObjectRecord | None:
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not np.isfinite(np.asarray(box, dtype=float)).all():
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
         drops["bbox_malformed"] += 1
         return None
     x, y, w, h = (float(v) for v in box)
@@ -109,3 +113,7 @@ def _to_object(
         return None
     metadata = {"iscrowd": 1} if annotation.get("iscrowd") else {}
     return ObjectRecord(names[annotation["category_id"]], (x1, y1, x2, y2), None, metadata)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

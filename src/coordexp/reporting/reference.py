@@ -1,0 +1,169 @@
+"""The reference pages docs/parameters.md and docs/metrics.md, written from the code that checks and computes.
+
+    python -m coordexp.reporting.reference        # from the repository root: rewrites both pages
+
+Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
+from coordexp.config.loading import read_yaml
+from coordexp.config.profile import Profile
+from coordexp.config.removed import REMOVED
+from coordexp.config.schema import Params
+from coordexp.evaluation.evaluator import COMPARED
+from coordexp.evaluation.registry import MetricSpec, metric_specs
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.reporting.markdown import table
+from coordexp.reporting.training_tables import MEANINGS
+
+Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
+
+PARAMETERS_PAGE, METRICS_PAGE = Path("docs/parameters.md"), Path("docs/metrics.md")
+PARAMS_FILE = "params.yaml"
+PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
+GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
+
+_PARAMETERS_INTRO = """\
+Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
+a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
+value out of range stop a stage with exit code 2 and a message that names the key in full.
+`dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
+of a profile. What the terms compute: [concepts.md](concepts.md).
+
+The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
+every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
+
+_METRICS_INTRO = """\
+`reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
+`stage1-control` and `stage2`, rounded to four digits when written. A metric that the data leave undefined (no object of
+that kind, no prediction) is `null`, never an invented 0. Two digits at the end of a name are an IoU threshold:
+`full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md)."""
+
+_COMPARISON = """\
+At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and
+`hi` (95 % interval of the paired bootstrap), `p_superior` (share of resamples in which the first is better, ties
+counted half)."""
+
+_LOGS = """\
+`train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
+`loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
+`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`, `time/step_s`; in stage 2
+also `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`. The diagnostics below are taken at the
+supervised coordinate slots of the step."""
+
+_AREAS = {
+    "coco": "COCO average precision and recall (`evaluation/coco.py`).",
+    "known": "The part of COCO AP that belongs to names seen in training.",
+    "held_out": "The part of COCO AP that belongs to names that no training split holds.",
+    "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
+    "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
+    "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
+    "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
+    "confidence": "What the scores know (`evaluation/confidence.py`).",
+    "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
+}
+_BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
+
+
+def parameters_markdown(stages: Stages) -> str:
+    """The page of all parameters: what each means and accepts, and which stages run again when it changes."""
+    removed = [[f"`{key}`", _cell(remedy)] for key, remedy in REMOVED.items()]
+    parts = [
+        "# Parameters",
+        GENERATED,
+        _PARAMETERS_INTRO,
+        *_blocks(Params, PARAMS_FILE, stages),
+        *_blocks(Profile, PROFILE_FILE, stages),
+        "## Removed keys",
+        "Keys of earlier designs are refused with their remedy.",
+        table(["key", "remedy"], removed, "ll"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
+    """The section of one file: a table of its top level, if that holds values, and one for each block."""
+    yield f"## `{file.replace('${profile}', '<profile>')}`"
+    if top := [spec for spec in field_specs(root) if "." not in spec.key]:
+        yield _parameter_table(top, file, stages)
+    for name, field in root.model_fields.items():
+        if block := nested_block(field):
+            yield f"### `{name}`"
+            yield block.__doc__ or ""
+            yield _parameter_table(field_specs(block, f"{name}."), file, stages)
+
+
+def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Stages) -> str:
+    rows = []
+    for spec in specs:
+        trackers = [name for name, stage in stages.items() if _tracks(stage, file, spec.key)]
+        rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(trackers)])
+    return table(["key", "meaning", "accepts", "tracked by"], rows, "llll")
+
+
+def _tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
+    """Whether a stage tracks a key of a file, by its own name or by that of a block that holds it."""
+    tracked: list[str] = []
+    for item in stage["params"]:
+        if isinstance(item, dict):
+            tracked += item.get(file, [])
+        elif file == PARAMS_FILE:
+            tracked.append(item)
+    return any(key == name or key.startswith(f"{name}.") for name in tracked)
+
+
+def metrics_markdown() -> str:
+    """The page of all metrics and logged diagnostics; thresholds in names are the defaults of the evaluator."""
+    by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
+    for spec in metric_specs(EvalSettings()).values():
+        by_area[spec.key.split(".")[0]].append(spec)
+    logged = {**MEANINGS, "coord_tokens": "number of those slots"}
+    diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]
+    parts = [
+        "# Metrics",
+        GENERATED,
+        _METRICS_INTRO,
+        *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
+        "## `comparison`",
+        _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),
+        "## Training logs",
+        _LOGS,
+        table(["diagnostic", "meaning"], diagnostics, "ll"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _area(area: str, specs: Iterable[MetricSpec]) -> Iterator[str]:
+    yield f"## `{area}`"
+    yield _AREAS[area]
+    rows = [[f"`{spec.key}`", _cell(spec.meaning), _cell(spec.unit), _BETTER[spec.better]] for spec in specs]
+    yield table(["metric", "meaning", "unit", "better"], rows, "llll")
+
+
+def _cell(words: str) -> str:
+    """Our own words, which may hold Markdown, as one cell; readable in the source too."""
+    return words.replace("|", "\\|").replace("<", "&lt;")
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """The pages by their path under the repository root."""
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown()}
+
+
+def main() -> None:
+    """Rewrite the pages in the working directory."""
+    for path, text in pages(Path()).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

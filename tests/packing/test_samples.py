@@ -1,0 +1,76 @@
+"""Samples on disk come back as they were written."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from coordexp.packing.samples import Sample, SampleStore, SampleWriter
+
+
+def sample(image_id: int, n_objects: int) -> Sample:
+    rng = np.random.default_rng(image_id)
+    n = 3 + 4 * n_objects
+    return Sample(
+        image_id=image_id,
+        image=f"images/é{image_id}.jpg",
+        width=640,
+        height=480,
+        resized_width=96,
+        resized_height=64,
+        n_image_tokens=24,
+        prompt_ids=rng.integers(0, 1500, 9).astype(np.int32),
+        answer_ids=rng.integers(0, 1500, n).astype(np.int32),
+        answer_roles=rng.integers(1, 6, n).astype(np.uint8),
+        answer_objects=rng.integers(-1, 4, n).astype(np.int16),
+        descs=tuple(f"猫 {i}" for i in range(n_objects)),
+        boxes_xyxy_px=rng.uniform(0, 480, (n_objects, 4)).astype(np.float32),
+        iscrowd=tuple(i == 1 for i in range(n_objects)),
+    )
+
+
+WRITTEN = [sample(2**40 + i, n_objects=i % 4) for i in range(7)]
+
+
+@pytest.fixture(params=[2, 3, 100], ids="groups of {}".format)
+def store(request, tmp_path):
+    with SampleWriter(tmp_path / "s.parquet", rows_per_group=request.param) as writer:
+        for s in WRITTEN:
+            writer.add(s)
+    return SampleStore(tmp_path / "s.parquet")
+
+
+def test_round_trip(store):
+    assert len(store) == len(WRITTEN)
+    for read, written in zip(store, WRITTEN, strict=True):
+        for field in fields(Sample):
+            a, b = getattr(read, field.name), getattr(written, field.name)
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+            assert type(a) is type(b)
+            if isinstance(b, np.ndarray):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def test_lengths_are_those_of_the_samples(store):
+    assert store.lengths().tolist() == [s.length for s in WRITTEN]
+    assert WRITTEN[1].prompt_length == 9 - 1 + 24
+    assert WRITTEN[1].length == 9 - 1 + 24 + 7
+
+
+def test_access_from_the_end_and_beyond(store):
+    assert store[-1].image_id == WRITTEN[-1].image_id
+    for index in (len(WRITTEN), -len(WRITTEN) - 1):
+        with pytest.raises(IndexError):
+            store[index]
+
+
+def test_the_stages_write_what_the_records_say(world):
+    empty, crowd, resized = world.store[3], world.store[1], world.store[5]
+    assert empty.descs == ()
+    assert empty.boxes_xyxy_px.shape == (0, 4)
+    assert crowd.iscrowd == (*[False] * (len(crowd.descs) - 1), True)  # crowds last: they are not in the answer
+    assert crowd.answer_objects.max() + 1 == len(crowd.descs) - 1
+    assert (resized.width, resized.height) != (resized.resized_width, resized.resized_height)
+    assert resized.boxes_xyxy_px.max() <= max(resized.width, resized.height)

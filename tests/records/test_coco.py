@@ -1,0 +1,132 @@
+"""COCO instances to records: clipping, crowds, held-out names, drop reasons, and files that cannot be converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordexp.errors import DataError
+from coordexp.records.schema import parse_record
+from coordexp.records.sources.coco import Category, Conversion, read_coco
+
+IMAGES = [
+    {"id": 9, "file_name": "b.jpg", "width": 100, "height": 80},
+    {"id": 3, "file_name": "a.jpg", "width": 64, "height": 64},
+]
+CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 5, "name": "lemon", "supercategory": "held_out"}]
+
+
+def annotation(bbox: object, image_id: int = 9, category_id: int = 1, **more: object) -> dict:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    layout = {"images": IMAGES, "annotations": [], "categories": CATEGORIES} | changes
+    path = folder / "instances.json"
+    path.write_text(json.dumps({key: value for key, value in layout.items() if value is not ...}), encoding="utf-8")
+    return path
+
+
+def convert(folder: Path, *annotations: dict) -> Conversion:
+    return read_coco(write(folder, annotations=list(annotations)), "images/val/")
+
+
+def test_images_in_id_order_with_their_own_objects(tmp_path):
+    result = convert(tmp_path, annotation([1, 2, 3, 4]), annotation([5, 6, 7, 8], image_id=3, category_id=5))
+    assert [(r.image, r.width, r.height, r.metadata) for r in result.records] == [
+        ("images/val/a.jpg", 64, 64, {"image_id": 3}),
+        ("images/val/b.jpg", 100, 80, {"image_id": 9}),
+    ]
+    assert [[(o.desc, o.bbox_xyxy_px) for o in r.objects] for r in result.records] == [
+        [("lemon", (5, 6, 12, 14))],
+        [("cat", (1, 2, 4, 6))],
+    ]
+    assert result.drops == {}
+
+
+def test_categories_say_what_training_sees(tmp_path):
+    assert convert(tmp_path).categories == (Category(1, "cat", "train"), Category(5, "lemon", "held_out"))
+
+
+def test_objects_are_in_reading_order(tmp_path):
+    boxes = [[50, 30, 9, 9], [10, 30, 9, 9], [70, 5, 9, 9]]
+    objects = convert(tmp_path, *map(annotation, boxes)).records[1].objects
+    assert [o.bbox_xyxy_px[:2] for o in objects] == [(70, 5), (10, 30), (50, 30)]
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path):
+    (obj,) = convert(tmp_path, annotation([-5, -6.5, 300, 20])).records[1].objects
+    assert obj.bbox_xyxy_px == (0, 0, 100, 13.5)
+
+
+def test_fractions_of_pixels_are_kept(tmp_path):
+    (obj,) = convert(tmp_path, annotation([1.25, 2.5, 3.125, 4.0625])).records[1].objects
+    assert obj.bbox_xyxy_px == (1.25, 2.5, 4.375, 6.5625)
+
+
+def test_crowds_are_kept_and_marked(tmp_path):
+    objects = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
+    assert [o.metadata for o in objects] == [{"iscrowd": 1}, {}]
+
+
+DROPPED = {
+    "unknown_image": [annotation([1, 1, 5, 5], image_id=4), {"category_id": 1, "bbox": [1, 1, 5, 5]}],
+    "unknown_category": [annotation([1, 1, 5, 5], category_id=2), {"image_id": 9, "bbox": [1, 1, 5, 5]}],
+    "bbox_malformed": [
+        {"image_id": 9, "category_id": 1},
+        *map(annotation, [None, "1,1,5,5", [1, 1, 5], [1, 1, 5, None], ["a", 1, 5, 5], [[1], 1, 5, 5]]),
+        *map(annotation, [[1, 1, float("nan"), 5], [1, 1, 5, float("inf")]]),
+    ],
+    "bbox_too_thin": [*map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])],
+}
+
+
+@pytest.mark.parametrize("reason", DROPPED)
+def test_every_dropped_box_has_one_reason(tmp_path, reason):
+    result = convert(tmp_path, *DROPPED[reason], annotation([1, 2, 3, 4]))
+    assert result.drops == {reason: len(DROPPED[reason])}
+    assert sum(len(r.objects) for r in result.records) == 1
+
+
+def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(tmp_path):
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform([-40, -40, -5, -5], [140, 140, 80, 80], (300, 4)).tolist()
+    annotations = [annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes]
+    result = convert(tmp_path, *annotations)
+    assert sum(len(r.objects) for r in result.records) + sum(result.drops.values()) == 300
+    assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin"}
+    for record in result.records:
+        parse_record(json.loads(json.dumps(record.to_json())), "converted")
+
+
+BROKEN = {
+    "no annotations": {"annotations": ...},
+    "repeated image id": {"images": [*IMAGES, IMAGES[0]]},
+    "repeated category id": {"categories": [*CATEGORIES, {"id": 1, "name": "dog"}]},
+    "image without size": {"images": [{"id": 9, "file_name": "b.jpg"}]},
+    "image without name": {"images": [{"id": 9, "width": 5, "height": 5}]},
+    "category without name": {"categories": [{"id": 1}]},
+    "captions, not instances": {"categories": ..., "annotations": [{"id": 1, "caption": "a cat"}]},
+}
+
+
+@pytest.mark.parametrize("changes", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_files_are_named(tmp_path, changes):
+    path = write(tmp_path, **changes)
+    with pytest.raises(DataError, match=r"instances\.json"):
+        read_coco(path, "")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"images": [', "7"], ids=repr)
+def test_files_that_are_no_instances_are_named(tmp_path, text):
+    (tmp_path / "instances.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"instances\.json"):
+        read_coco(tmp_path / "instances.json", "")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json: not found"):
+        read_coco(tmp_path / "nowhere.json", "")

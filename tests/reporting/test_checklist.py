@@ -1,0 +1,101 @@
+"""Each line of the checklist fails when its claim is broken, and only then."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from coordexp.reporting.checklist import Check, run_checks
+from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
+from coordexp.reporting.outcomes import Outcomes, judge
+
+
+@pytest.fixture(scope="module")
+def loaded(inputs: ReportInputs) -> tuple[ReportData, dict[str, Outcomes]]:
+    data = load_report_data(inputs)
+    return data, {name: judge(results, data.categories) for name, results in data.results.items()}
+
+
+def checks_by_claim(data: ReportData, outcomes: dict[str, Outcomes], params: Any) -> dict[str, Check]:
+    return {check.claim: check for check in run_checks(data, outcomes, params)}
+
+
+def edited(data: ReportData, field: str, edit: Callable[[Any], Any]) -> ReportData:
+    """A copy of the data with one field edited in place."""
+    value = copy.deepcopy(getattr(data, field))
+    edit(value)
+    return dataclasses.replace(data, **{field: value})
+
+
+def set_in(*path: str, to: Any) -> Callable[[Any], None]:
+    def edit(tree: Any) -> None:
+        for key in path[:-1]:
+            tree = tree[key]
+        tree[path[-1]] = to
+
+    return edit
+
+
+def lose_a_step(logs: Any) -> None:
+    logs["stage1"].step_S[3] = 2
+
+
+def raise_softce(logs: Any) -> None:
+    logs["stage2"].columns["raw/softce"] += 0.5
+
+
+WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("claim", "field", "edit"),
+    [
+        ("metrics.json counts", "metrics", set_in("stage2", "f1", "tp_50", to=1)),
+        ("At least 99 % of the answers", "metrics", set_in("stage2", "parse", "parse_rate", to=0.5)),
+        ("Every step is logged once", "logs", lose_a_step),
+        ("softCE minus KL", "logs", raise_softce),
+        ("The control trained on as much", "metadata", set_in("stage1-control", "tokens", to=5)),
+        ("All training ran from one clean commit", "metadata", set_in("stage1", "git", "dirty", to=True)),
+        ("All training ran from one clean commit", "metadata", set_in("stage1", "git", "commit", to="f" * 40)),
+        ("No checkpoint exceeds the ceiling", "ceiling", set_in("mAP", to=0.001)),
+        ("Stage 1 is better than the base", "comparison", set_in("stage1_vs_base", "coco.AP50", to=WORSE)),
+        ("Stage 2 is not worse", "comparison", set_in("stage2_vs_stage1", "coco.mAP", to=WORSE)),
+    ],
+)
+def test_a_broken_claim_is_found(
+    inputs: ReportInputs,
+    loaded: tuple[ReportData, dict[str, Outcomes]],
+    claim: str,
+    field: str,
+    edit: Callable[[Any], Any],
+) -> None:
+    data, outcomes = loaded
+    whole = edited(data, "metrics", lambda m: [m[n]["parse"].update(parse_rate=1.0) for n in m])
+    before = checks_by_claim(whole, outcomes, inputs.params)
+    after = checks_by_claim(edited(whole, field, edit), outcomes, inputs.params)
+    (name,) = [c for c in before if c.startswith(claim)]
+    assert (before[name].passed, after[name].passed) == (True, False)
+    assert before[name].evidence != after[name].evidence
+    assert all(before[other].passed == after[other].passed for other in before if other != name)
+
+
+def test_the_channel_schedule_is_counted(inputs: ReportInputs, loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
+    data, outcomes = loaded
+    params = copy.deepcopy(dict(inputs.params))
+    params["stage2"]["b_ratio"] = 0.29
+    check = checks_by_claim(data, outcomes, params)["Channel B got its share of steps"]
+    assert (check.passed, check.mark) == (False, "✘")
+    assert check.evidence == "15 of 30 steps, planned 8"
+
+
+def test_what_the_files_do_not_tell_is_marked_so(
+    inputs: ReportInputs, loaded: tuple[ReportData, dict[str, Outcomes]]
+) -> None:
+    data, outcomes = loaded
+    anonymous = {name: [dataclasses.replace(r, identity={}) for r in rows] for name, rows in data.results.items()}
+    checks = checks_by_claim(dataclasses.replace(data, results=anonymous), outcomes, inputs.params)
+    assert checks["The trained checkpoints were decoded under one setting"].mark == "?"

@@ -1,0 +1,125 @@
+"""Which images a rule chooses, and that pictures show what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as skimage_data
+
+from coordexp.errors import DataError
+from coordexp.evaluation.categories import Category
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
+from coordexp.reporting.gallery import (
+    FALSE,
+    MAX_PICTURE_BYTES,
+    MISSED,
+    RIGHT,
+    GalleryPick,
+    choose_images,
+    write_gallery,
+)
+from coordexp.reporting.inputs import ReportInputs, load_report_data
+from coordexp.reporting.outcomes import judge
+
+
+def rows(**errors: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Per-image rows from `i<id>=(false, missed, duplicate pairs)`."""
+    return [
+        {"image_id": int(name[1:]), "fp_50": fp, "fn_50": fn, "dup_pairs_90": dup}
+        for name, (fp, fn, dup) in errors.items()
+    ]
+
+
+STAGE2 = rows(
+    i1=(0, 0, 0), i2=(5, 0, 4), i3=(0, 6, 0), i4=(0, 0, 0), i5=(3, 3, 2), i6=(0, 1, 0), i7=(0, 0, 0), i8=(9, 0, 9)
+)
+STAGE1 = rows(
+    i1=(0, 0, 0), i2=(5, 0, 4), i3=(0, 6, 0), i4=(7, 0, 0), i5=(3, 3, 2), i6=(0, 1, 0), i7=(0, 2, 0), i8=(9, 0, 9)
+)
+
+
+def chosen(count: int, seed: int = 17) -> dict[str, list[int]]:
+    """Image ids by rule."""
+    picks = choose_images({"stage1": STAGE1, "stage2": STAGE2}, "dup_pairs_90", count, seed)
+    by_rule: dict[str, list[int]] = {}
+    for pick in picks:
+        by_rule.setdefault(pick.rule, []).append(pick.image_id)
+    return by_rule
+
+
+def test_each_rule_takes_its_worst_and_no_image_twice() -> None:
+    picked = chosen(8)
+    assert picked["most duplicates"] == [8, 2]
+    assert picked["most misses"] == [3, 5]
+    assert picked["biggest change"] == [4, 7]
+    assert sorted(picked["random"]) == [1, 6]
+
+
+def test_a_rule_without_candidates_leaves_its_share_to_chance() -> None:
+    calm = rows(i1=(0, 0, 0), i2=(0, 0, 0), i3=(0, 0, 0), i4=(0, 0, 0))
+    picks = choose_images({"stage1": calm, "stage2": calm}, "dup_pairs_90", 4, 17)
+    assert [(pick.rule, pick.number) for pick in picks] == [("random", n) for n in (1, 2, 3, 4)]
+
+
+def test_more_than_there_is_takes_all() -> None:
+    assert sum(len(ids) for ids in chosen(100).values()) == 8
+
+
+def test_the_random_rule_follows_the_seed() -> None:
+    calm = rows(**{f"i{n}": (0, 0, 0) for n in range(1, 200)})
+    draws = [
+        [p.image_id for p in choose_images({"stage1": calm, "stage2": calm}, "dup_pairs_90", 8, seed)]
+        for seed in (17, 17, 18)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_files_are_numbered_and_named_by_image() -> None:
+    assert GalleryPick(7, "random", 139).file_name == "0007_139.png"
+
+
+def test_tables_of_different_images_are_refused() -> None:
+    with pytest.raises(DataError, match="different images"):
+        choose_images({"stage1": STAGE1[1:], "stage2": STAGE2}, "dup_pairs_90", 4, 17)
+
+
+def test_a_table_without_duplicates_is_refused() -> None:
+    with pytest.raises(DataError, match=r"lacks \['dup_pairs_95'\]"):
+        choose_images({"stage1": STAGE1, "stage2": STAGE2}, "dup_pairs_95", 4, 17)
+
+
+def colours_in(path: Path) -> tuple[set[tuple[int, int, int]], tuple[int, int]]:
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+        return {tuple(c) for c in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}, picture.size
+
+
+def test_pictures_show_the_three_fates_and_two_or_three_panels(inputs: ReportInputs, tmp_path: Path) -> None:
+    data = load_report_data(inputs)
+    outcomes = {name: judge(data.results[name], data.categories) for name in ("stage1", "stage2")}
+    row = next(r for r in data.per_image["stage2"] if r["tp_50"] and r["fp_50"] and r["fn_50"])
+    picks = [GalleryPick(n, rule, row["image_id"]) for n, rule in enumerate(("random", "biggest change"), 1)]
+    write_gallery(picks, outcomes, inputs.image_root, tmp_path)
+    two, size_two = colours_in(tmp_path / picks[0].file_name)
+    _, size_three = colours_in(tmp_path / picks[1].file_name)
+    assert {RIGHT.colour, FALSE.colour, MISSED.colour} <= two
+    gap = 6
+    assert (size_three[0] - 2 * gap) / 3 == (size_two[0] - gap) / 2
+
+
+def test_a_photograph_fits_the_budget_and_keeps_the_colours_of_the_boxes(tmp_path: Path) -> None:
+    Image.fromarray(skimage_data.astronaut()).resize((640, 640)).crop((0, 0, 640, 480)).save(tmp_path / "photo.jpg")
+    person, flag = (150.0, 0.0, 420.0, 480.0), (0.0, 0.0, 110.0, 300.0)
+    gt = (GroundTruth("person", person), GroundTruth("flag", flag))
+    pred = (Prediction("person", person, (0, 0, 0, 0), score=0.9), Prediction("rocket", flag, (0, 0, 0, 0), score=0.2))
+    result = ImageResult(7, "photo.jpg", 640, 480, gt, pred, "", ParseReport(True, 2), "stop", 9)
+    outcomes = {"stage2": judge([result], [Category(n, name) for n, name in enumerate(("person", "flag", "rocket"))])}
+    pick = GalleryPick(1, "random", 7)
+    write_gallery([pick], outcomes, tmp_path, tmp_path / "gallery")
+    drawn = tmp_path / "gallery" / pick.file_name
+    assert drawn.stat().st_size <= MAX_PICTURE_BYTES
+    assert {RIGHT.colour, FALSE.colour, MISSED.colour} <= colours_in(drawn)[0]

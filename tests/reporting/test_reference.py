@@ -1,0 +1,77 @@
+"""The reference pages say what the code says, and the committed ones are up to date."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+
+from coordexp.config.block import field_specs
+from coordexp.config.profile import Profile
+from coordexp.config.removed import REMOVED
+from coordexp.config.schema import Params
+from coordexp.evaluation.registry import metric_specs
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.losses.diagnostics import coord_diagnostics
+from coordexp.losses.soft_targets import SoftTarget
+from coordexp.reporting.reference import METRICS_PAGE, PARAMETERS_PAGE, metrics_markdown, pages, parameters_markdown
+
+STAGES = {
+    "train": {"params": ["softce_weight", "matching", {"configs/${profile}.yaml": ["stage1"]}]},
+    "judge": {"params": ["matching.gate", {"configs/${profile}.yaml": ["eval.images"]}]},
+}
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of every table row, as a browser shows them; rows of one key are joined."""
+    shown = MarkdownIt("commonmark").enable("table").render(page)
+    found: dict[str, list[str]] = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", shown, flags=re.DOTALL):
+        cells = [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+        if cells:  # else it is the header
+            found.setdefault(cells[0], []).extend(cells[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE])
+def test_committed_pages_are_up_to_date(repository: Path, page: Path) -> None:
+    expected = pages(repository)[page]
+    assert (repository / page).read_text(encoding="utf-8") == expected, "run `python -m coordexp.reporting.reference`"
+
+
+def test_every_parameter_and_removed_key_is_on_the_page_as_the_loader_words_it() -> None:
+    shown = rows(parameters_markdown(STAGES))
+    for spec in [*field_specs(Params), *field_specs(Profile)]:
+        assert shown[spec.key][:2] == [spec.description, spec.expected]
+    for key, remedy in REMOVED.items():
+        assert shown[key] == [remedy.replace("`", "")]
+
+
+def test_a_key_names_the_stages_that_track_it_or_its_block() -> None:
+    shown = rows(parameters_markdown(STAGES))
+    trackers = {key: cells[-1] for key, cells in shown.items() if len(cells) == 3}
+    assert trackers["softce_weight"] == "train"
+    assert trackers["matching.gate"] == "train, judge"
+    assert trackers["matching.gate_threshold"] == "train"
+    assert trackers["stage1.softce_weight"] == ""  # the block of that name is tracked in the other file
+    assert trackers["stage1.lr"] == "train"
+    assert trackers["eval.images"] == "judge"
+    assert trackers["sigma"] == ""
+
+
+def test_every_metric_is_on_the_page() -> None:
+    shown = rows(metrics_markdown())
+    for spec in metric_specs(EvalSettings()).values():
+        better = "" if spec.better == "neither" else spec.better
+        assert shown[spec.key] == [spec.meaning, spec.unit, better]
+
+
+def test_every_logged_diagnostic_is_on_the_page() -> None:
+    target_bins = torch.tensor([1.0, 500.25, 999.0])
+    logged = coord_diagnostics(torch.zeros(3, 1000), target_bins, 0, SoftTarget(), temperature=1.0).summary()
+    on_page = {key.removeprefix("coord_diag/") for key in rows(metrics_markdown()) if key.startswith("coord_diag/")}
+    assert on_page == set(logged)

@@ -1,0 +1,170 @@
+"""The report as a reader gets it: true numbers, real pictures, the same bytes again, and clear refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.errors import DataError
+from coordexp.reporting.inputs import ReportInputs
+from coordexp.reporting.report import build_report, headline
+from reporting.synthetic import write_json
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def rows_of(markdown: str, first_header: str) -> list[list[str]]:
+    """Body cells of every pipe table whose header row starts with a cell."""
+    rows: list[list[str]] = []
+    inside = False
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if cells and cells[0].strip() == first_header:
+            inside = True
+        elif not cells:
+            inside = False
+        elif inside and not cells[0].startswith(":"):
+            rows.append(cells)
+    return rows
+
+
+def test_every_number_of_the_metric_tables_is_that_of_metrics_json(report: Path, metrics: dict[str, Any]) -> None:
+    rows = rows_of(report.read_text(encoding="utf-8"), "metric")
+    checked = 0
+    for key_cell, _meaning, *cells in rows:
+        area, name = re.match(r"`([a-z0-9_]+)\.(\w+)`", key_cell).groups()
+        for checkpoint, cell in zip(CHECKPOINTS, cells, strict=True):
+            evaluated = metrics[checkpoint]["eval"]
+            bounds = evaluated["interval"].get(f"{area}.{name}") or []
+            value = evaluated[area][name]
+            expected = ([] if value is None else [value]) + bounds
+            assert [float(n) for n in NUMBER.findall(cell)] == expected, (key_cell, checkpoint)
+            checked += 1
+    assert checked >= 4 * 35
+
+
+def test_every_number_of_the_comparison_table_is_that_of_metrics_json(report: Path, metrics: dict[str, Any]) -> None:
+    names = {"stage2 - stage1": "stage2_vs_stage1", "stage2 - stage1-control": "stage2_vs_control"}
+    rows = [
+        row for row in rows_of(report.read_text(encoding="utf-8"), "difference") if row[0] in names and "`" in row[1]
+    ]
+    assert len(rows) == 10
+    for pair, key, delta, bounds, chance, _reach, verdict in rows:
+        compared = metrics["comparison"][names[pair]][key.strip("`")]
+        shown = [float(delta), *(float(n) for n in re.findall(r"[+-][\d.]+", bounds)), float(chance)]
+        assert shown == [compared[field] for field in ("delta", "lo", "hi", "p_superior")]
+        excludes_zero = compared["lo"] > 0 or compared["hi"] < 0
+        assert (verdict == "no difference shown") != excludes_zero
+
+
+def test_the_same_inputs_give_the_same_bytes_and_no_picture_of_an_earlier_report_stays(
+    inputs: ReportInputs, report: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "0099_12345.png").write_bytes(b"old")
+    build_report(inputs, tmp_path)
+    first, second = (
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (report.parent, tmp_path)
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_every_embedded_picture_exists_and_every_picture_is_embedded(report: Path) -> None:
+    linked = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report.read_text(encoding="utf-8")))
+    assert linked == {path.relative_to(report.parent).as_posix() for path in report.parent.rglob("*.png")}
+    assert sum(name.startswith("gallery/") for name in linked) == 8
+
+
+def test_pictures_are_small(report: Path) -> None:
+    for path in report.parent.rglob("*.png"):
+        with Image.open(path) as picture:
+            assert max(picture.size) <= 2000
+        assert path.stat().st_size <= 150_000, path.name
+    gallery = [path.stat().st_size for path in (report.parent / "gallery").iterdir()]
+    figures = sum(path.stat().st_size for path in (report.parent / "figures").iterdir())
+    assert 24 * max(gallery) + figures < 3_000_000
+
+
+def test_the_markdown_is_well_formed(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "{{" not in text
+    assert "{%" not in text
+    assert "nan" not in re.findall(r"[a-z]+", text)
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    assert html.count("<table>") >= 18
+    assert "<p>|" not in html  # a table that did not parse is a paragraph of pipes
+    headings = re.findall(r"^## (\d+)\.", text, flags=re.MULTILINE)
+    assert headings == [str(n) for n in range(1, 13)]
+
+
+def test_the_checklist_counts_the_failures_it_announces(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    failed = [row for row in rows_of(text.split("## 11.")[1], "") if row[0] == "✘"]
+    announced = re.search(r"\*\*(\d+) of those checks failed\*\*", text)
+    assert (int(announced[1]) if announced else 0) == len(failed)
+
+
+def test_the_headline_states_what_could_have_been_shown(metrics: dict[str, Any]) -> None:
+    row = {"delta": 0.0042, "lo": -0.008, "hi": 0.0161, "p_superior": 0.75}
+    data = type("Data", (), {})()
+    data.comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
+    data.metrics = {name: metrics[name]["eval"] for name in CHECKPOINTS}
+    line = headline(data, "stage2_vs_control")
+    assert line.startswith("**No difference shown** between stage 2 and the control: mAP ")
+    assert "difference +0.0042 [-0.0080, +0.0161]; these images could show differences from about 0.0120" in line
+
+
+class TestRefusals:
+    """What is missing is named, with the stage that makes it; nothing is written."""
+
+    def refused(self, inputs: ReportInputs, out: Path, **changes: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            build_report(dataclasses.replace(inputs, **changes), out)
+        assert not list(out.rglob("*"))
+        return str(caught.value)
+
+    def test_a_checkpoint_without_metrics(self, inputs: ReportInputs, metrics: dict[str, Any], tmp_path: Path) -> None:
+        broken = tmp_path / "metrics.json"
+        write_json(broken, {("stage-2" if name == "stage2" else name): value for name, value in metrics.items()})
+        message = self.refused(inputs, tmp_path / "out", metrics=broken)
+        assert str(broken) in message
+        assert "'stage2'" in message
+        assert "Did you mean 'stage-2'?" in message
+        assert "dvc repro coco-eval" in message
+
+    def test_a_metric_area_that_is_missing(self, inputs: ReportInputs, metrics: dict[str, Any], tmp_path: Path) -> None:
+        cut = json.loads(json.dumps(metrics))
+        del cut["base"]["eval"]["confidence"]
+        write_json(tmp_path / "metrics.json", cut)
+        message = self.refused(inputs, tmp_path / "out", metrics=tmp_path / "metrics.json")
+        assert "base.eval lacks confidence" in message
+
+    def test_predictions_that_are_missing(self, inputs: ReportInputs, tmp_path: Path) -> None:
+        evaluations = tmp_path / "eval"
+        shutil.copytree(inputs.evaluations, evaluations)
+        shutil.rmtree(evaluations / "stage1-control")
+        message = self.refused(inputs, tmp_path / "out", evaluations=evaluations)
+        assert "stage1-control/gt_vs_pred.jsonl: no such file; the stage `coco-eval` writes it" in message
+
+    def test_a_training_log_that_was_cut(self, inputs: ReportInputs, tmp_path: Path) -> None:
+        runs = tmp_path / "runs"
+        shutil.copytree(inputs.runs, runs, ignore=shutil.ignore_patterns("eval"))
+        log = runs / "stage1" / "train_log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines()
+        log.write_text("\n".join([*lines[:3], lines[3][:20]]), encoding="utf-8")
+        assert f"{log}:4: not valid JSON" in self.refused(inputs, tmp_path / "out", runs=runs)
+
+    def test_an_image_that_is_missing(self, inputs: ReportInputs, tmp_path: Path) -> None:
+        message = self.refused(inputs, tmp_path / "out", image_root=tmp_path)
+        assert re.search(r"images/val/\d+\.jpg: no such image", message)

@@ -1,0 +1,86 @@
+"""Losses against their floors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordexp.config.loading import load_params
+from coordexp.reporting.training_log import TrainingLog
+from coordexp.reporting.training_tables import (
+    change_above_floor,
+    counters_table,
+    loss_floor,
+    term_meaning,
+    training_sentence,
+    training_table,
+    w1_sentence,
+)
+from reporting.synthetic import REPOSITORY
+
+PARAMS = load_params(REPOSITORY / "params.yaml").model_dump()
+
+
+def log(**columns: list[float]) -> TrainingLog:
+    """A log of ten steps; `a__b` names the column a/b."""
+    return TrainingLog(
+        np.arange(10), ("",) * 10, {k.replace("__", "/"): np.array(v, float) for k, v in columns.items()}
+    )
+
+
+def falling(first: float, last: float) -> list[float]:
+    return [first] + [(first + last) / 2] * 8 + [last]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "floor", "shown"),
+    [
+        (4.112, 3.112, 2.112, "-50 %"),
+        (10.0, 9.9, 0.0, "flat"),
+        (1.0, 3.0, 0.0, "+200 %"),
+        (2.112, 2.2, 2.112, "n/a"),
+        (-0.5, -0.1, 0.0, "n/a"),
+    ],
+)
+def test_change_is_measured_above_the_floor(first: float, last: float, floor: float, shown: str) -> None:
+    assert change_above_floor(first, last, floor) == shown
+
+
+def test_the_floor_of_softce_carries_the_weight_of_its_stage() -> None:
+    params = {**PARAMS, "softce_weight": 0.5, "stage1": {**PARAMS["stage1"], "softce_weight": 2.0}}
+    assert loss_floor("softce", params, "stage2") == pytest.approx(0.5 * 2.1121, abs=1e-3)
+    assert loss_floor("softce", params, "stage1-control") == pytest.approx(2.0 * 2.1121, abs=1e-3)
+    assert (loss_floor("gate", params, "stage1"), loss_floor("text_ce", params, "stage1")) == (0.0, None)
+
+
+def test_rows_say_where_a_term_began_ended_and_weighs() -> None:
+    columns = {"loss__total": falling(8, 4), "loss__softce": falling(6.112, 3.112), "loss__w1": falling(2, 0.001)}
+    rows = training_table(log(**columns), PARAMS, "stage1").splitlines()[2:]
+    cells = {row.split(" | ")[0]: row.split(" | ")[2:] for row in rows}
+    assert cells["| `loss/total`"] == ["8", "4", "n/a", "-50 %", " |"]
+    assert cells["| `loss/softce`"] == ["6.112", "3.112", "2.112", "-75 %", "78 % |"]
+    assert cells["| `loss/w1`"][-1] == "under 0.1 % |"
+
+
+def test_meanings_are_those_of_the_parameters() -> None:
+    assert term_meaning("text_ce") == "cross-entropy of text tokens"
+    assert term_meaning("bbox_ciou") == "stage 2: 1 - CIoU"
+    assert term_meaning("unheard_of") == ""
+
+
+def test_sentences_are_empty_where_nothing_was_logged() -> None:
+    bare = log(loss__total=falling(2, 1))
+    assert training_sentence(bare, PARAMS) == ""
+    assert w1_sentence(bare) == ""
+
+
+def test_w1_is_judged_by_its_share() -> None:
+    assert "decides next to nothing" in w1_sentence(log(loss__softce=falling(3, 2.5), loss__w1=falling(0.01, 0.0005)))
+    assert "has a say" in w1_sentence(log(loss__softce=falling(3, 2.5), loss__w1=falling(1, 0.5)))
+
+
+def test_counters_are_summed_and_other_columns_averaged_at_their_ends() -> None:
+    table = counters_table(log(stage2_ab__fallback_total=[1] * 10, rollout__f1=falling(0.5, 0.75), lr=falling(1, 0)))
+    assert "| `stage2_ab/fallback_total` | 10 | sum over steps |" in table
+    assert "| `rollout/f1` | 0.5 to 0.75 | first to last tenth |" in table
+    assert "lr" not in table

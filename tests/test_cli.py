@@ -1,0 +1,375 @@
+"""The command line, run as a user does: output, files, exit codes, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coordexp import __version__, cli
+from coordexp.evaluation.registry import metric_specs
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.models.expand import add_coordinate_tokens
+from coordexp.models.loading import save_checkpoint
+from coordexp.models.tiny import build_tiny
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
+from coordexp.records.scenes.composer import SceneSpec, compose_scene
+from coordexp.records.scenes.sprites import load_catalog
+from coordexp.records.schema import read_records
+from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+
+CAT, DOG = (10.0, 10.0, 50.0, 50.0), (60.0, 20.0, 90.0, 80.0)
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run one command; returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=stopped.value.code or 0, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with coordinate tokens."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tiny_tokenizer(["cat", "dog"])
+    model = build_tiny(tokenizer, seed=3)
+    add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
+    save_checkpoint(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A folder with one composed scene and a file that is no image."""
+    spec = SceneSpec(
+        min_side_px=96, max_side_px=96, max_objects=2, smallest_share=0.2, largest_share=0.4, small_share=0.0,
+        crowd_share=0.0, distractors=0, held_out_share=0.0,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("scenes") / "scene.png"
+    Image.fromarray(compose_scene(spec, load_catalog(repository / "data" / "sprites"), 5, "val", 0).pixels).save(path)
+    (path.parent / "notes.txt").write_text("not an image", encoding="utf-8")
+    return path
+
+
+def result(image_id: int, preds: Sequence[Prediction]) -> ImageResult:
+    gt = (GroundTruth("cat", CAT), GroundTruth("dog", DOG))
+    parse = ParseReport(container_found=True, n_valid=len(preds))
+    return ImageResult(image_id, f"{image_id}.jpg", 100, 100, gt, tuple(preds), "", parse, "stop", 9)
+
+
+def found(desc: str, box: tuple[float, float, float, float], score: float | None = 0.9) -> Prediction:
+    return Prediction(desc, box, (0, 0, 0, 0), score=score)
+
+
+@pytest.fixture
+def half_right(tmp_path: Path) -> Path:
+    """Four images with a cat and a dog each; all cats are found, no dog is."""
+    path = tmp_path / "gt_vs_pred.jsonl"
+    write_results(path, [result(i, [found("cat", CAT)]) for i in range(1, 5)])
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> SimpleNamespace:
+    """Three images; a crowd region, a box that reaches out of its image and one that lies outside."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("1.png", "2.png", "3.png"):
+        Image.new("RGB", (64, 48)).save(images / name)
+
+    def annotation(image_id: int, box: list[float], **more: Any) -> dict[str, Any]:
+        return {"image_id": image_id, "category_id": 1, "bbox": box, "iscrowd": 0} | more
+
+    source = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2, 3)],
+        "annotations": [
+            annotation(1, [1, 2, 10, 10]),
+            annotation(1, [0, 0, 60, 40], iscrowd=1),
+            annotation(2, [50, 40, 30, 30]),
+            annotation(2, [70, 10, 5, 5]),
+            annotation(2, [1, 1, 5, 5], category_id=9),
+        ],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps(source), encoding="utf-8")
+    out = tmp_path / "new" / "records.jsonl"
+    arguments = ("convert", "--annotations", annotations, "--images", images, "--out", out)
+    return SimpleNamespace(source=source, annotations=annotations, images=images, out=out, arguments=arguments)
+
+
+def test_help_loads_nothing_heavy(repository: Path) -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "PIL", "rich.console")
+    script = f"import sys, coordexp.cli; print(*sorted(set({heavy!r}) & sys.modules.keys()))"
+    environment = {"PYTHONPATH": str(repository / "src")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_help_and_version(run: Run) -> None:
+    shown = run("--help")
+    assert shown.code == 0
+    assert all(command in shown.out for command in ("predict", "evaluate", "compare", "convert"))
+    assert run("--version").out == f"coordexp {__version__}\n"
+
+
+def test_the_token_budget_is_the_detectors_own() -> None:
+    from coordexp.detector import MAX_NEW_TOKENS
+
+    assert inspect.signature(cli.predict).parameters["max_new_tokens"].default == MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_predict_prints_json_on_stdout_alone(
+    run: Run, checkpoint: Path, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
+    picture = tmp_path / "drawn" / "boxes.png"
+    done = run("predict", scene, "--checkpoint", checkpoint, "--json", "--save", picture, "--max-new-tokens", 6)
+    assert done.code == 0
+    row = json.loads(done.out)
+    assert row.keys() == {"image", "width", "height", "objects", "parse", "raw_text"}
+    assert row["image"] == str(scene)
+    with Image.open(scene) as image, Image.open(picture) as drawn:
+        assert (row["width"], row["height"]) == image.size
+        assert (drawn.width % image.width, drawn.height % image.height) == (0, 0)
+    # The weights are random. rich folds long lines on a terminal.
+    assert "the answer is no list of objects" in " ".join(done.err.split())
+
+
+class FakeDetector:
+    """Finds a cat and a red mug in every picture."""
+
+    batch_images = 2
+
+    def __init__(self, parse: ParseReport) -> None:
+        self.parse = parse
+
+    def predict(self, images: Sequence[Path]) -> list[Any]:
+        from coordexp.detector import Detections
+
+        boxes, scores = np.array([CAT, DOG]), np.array([0.9, 0.4])
+        return [Detections(boxes, ("cat", "red mug"), scores, 100, 100, "", self.parse) for _ in images]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
+    detector = FakeDetector(ParseReport(container_found=True, n_valid=2))
+    monkeypatch.setattr("coordexp.detector.Detector.from_checkpoint", lambda folder, **options: detector)
+    return detector
+
+
+def test_predict_lists_what_it_found(run: Run, fake: FakeDetector, scene: Path) -> None:
+    done = run("predict", scene, "--checkpoint", "any")
+    assert done.out.splitlines() == [
+        f"{scene}: 100 x 100 px, 2 objects",
+        "  0.90  cat  [10.0, 10.0, 50.0, 50.0]",
+        "  0.40  red mug  [60.0, 20.0, 90.0, 80.0]",
+    ]
+    assert done.err == ""
+
+
+def test_predict_filters_by_name(run: Run, fake: FakeDetector, scene: Path) -> None:
+    done = run("predict", scene, "--checkpoint", "any", "--json", "--classes", "Red Mug, catt")
+    assert [o["desc"] for o in json.loads(done.out)["objects"]] == ["red mug"]
+    assert done.err == "note: nothing was called catt; the model found cat, red mug.\n"
+
+
+def test_predict_says_what_it_could_not_use(run: Run, fake: FakeDetector, scene: Path) -> None:
+    fake.parse = ParseReport(container_found=True, n_valid=2, dropped={"malformed": 2}, truncated=True)
+    done = run("predict", scene, "--checkpoint", "any")
+    assert "the answer was cut (--max-new-tokens 512)" in done.err
+    assert "2 invalid objects dropped (malformed 2)" in done.err
+
+
+def test_predict_takes_folders_and_globs(run: Run, fake: FakeDetector, scene: Path, tmp_path: Path) -> None:
+    for name in ("a/x.jpg", "b/x.PNG", "b/y.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (100, 100)).save(tmp_path / name)
+    (tmp_path / "b" / "notes.txt").touch()
+    out = tmp_path / "out"
+    done = run("predict", tmp_path / "b", tmp_path / "*/x.*", "--checkpoint", "any", "--json", "--save", out)
+    images = [json.loads(line)["image"] for line in done.out.splitlines()]
+    assert images == [str(tmp_path / name) for name in ("b/x.PNG", "b/y.webp", "a/x.jpg")]
+    assert sorted(p.name for p in out.iterdir()) == ["x-2.png", "x.png", "y.png"]
+
+
+def test_progress_is_plain_lines_in_a_log(run: Run, fake: FakeDetector, tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02d}.png")
+    done = run("predict", tmp_path, "--checkpoint", "any", "--json")
+    assert len(done.out.splitlines()) == 20
+    assert done.err.splitlines() == [f"predict: {n} of 20" for n in range(2, 21, 2)]
+
+
+def test_drawings_never_replace_images(run: Run, fake: FakeDetector, scene: Path) -> None:
+    before = scene.read_bytes()
+    for save in (scene, scene.parent):
+        assert "would replace the image" in run("predict", scene, "--checkpoint", "any", "--save", save).err
+    assert scene.read_bytes() == before
+
+
+def test_evaluate_writes_every_metric_and_prints_a_few(run: Run, half_right: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "metrics.json"
+    done = run("evaluate", half_right, "--out", out)
+    assert done.code == 0
+    metrics = json.loads(out.read_text(encoding="utf-8"))
+    assert {f"{area}.{key}" for area, values in metrics.items() for key in values} == set(metric_specs(EvalSettings()))
+    assert metrics["coco"]["AP50"] == 0.5
+    assert (metrics["f1"]["precision_50"], metrics["f1"]["recall_50"]) == (1.0, 0.5)
+    assert done.out.startswith("4 images, 8 objects, 4 predictions\n")
+    shown = {line.split()[0]: line.split()[1:] for line in done.out.splitlines() if line.count(".") > 1}
+    assert shown["coco.AP50"] == ["0.5000", "0.5000", "..", "0.5000"]
+    assert shown["f1.full_50"][0] == "0.6667"
+    assert shown.keys() >= set(cli.SHOWN_METRICS)
+
+
+def test_evaluate_with_categories(run: Run, half_right: Path, tmp_path: Path) -> None:
+    categories, out = tmp_path / "categories.json", tmp_path / "metrics.json"
+    rows = [{"id": 1, "name": "cat", "split": "train"}, {"id": 2, "name": "dog", "split": "held_out"}]
+    categories.write_text(json.dumps(rows), encoding="utf-8")
+    assert run("evaluate", half_right, "--out", out, "--categories", categories).code == 0
+    metrics = json.loads(out.read_text(encoding="utf-8"))
+    assert (metrics["known"]["AP50"], metrics["held_out"]["AP50"]) == (1.0, 0.0)
+    categories.write_text(json.dumps(rows[:1]), encoding="utf-8")
+    done = run("evaluate", half_right, "--out", out, "--categories", categories)
+    assert (done.code, "'dog' is none of the 1 categories" in done.err) == (2, True)
+
+
+def test_compare_shows_the_difference_and_where_it_lies(run: Run, half_right: Path, tmp_path: Path) -> None:
+    better = tmp_path / "better.jsonl"
+    extra = {3: [found("cat", CAT), found("dog", DOG)]}
+    write_results(better, [result(i, extra.get(i, [found("cat", CAT)])) for i in range(1, 5)])
+    done = run("compare", better, half_right)
+    assert done.code == 0
+    [row] = [line.split() for line in done.out.splitlines() if line.startswith("f1.full_50")]
+    # 5 of 8 objects without a false one: F1 = 10 / 13; before, 4 of 8: F1 = 8 / 12
+    assert row[1:4] == ["0.7692", "0.6667", f"{10 / 13 - 8 / 12:+.4f}"]
+    assert float(row[-1]) > 0.5
+    assert done.out.splitlines()[-1].split() == ["3.jpg", "1.0000", "0.6667", "+0.3333"]
+
+
+def test_a_file_is_as_good_as_itself(run: Run, half_right: Path) -> None:
+    done = run("compare", half_right, half_right)
+    [row] = [line.split() for line in done.out.splitlines() if line.startswith("coco.mAP")]
+    assert row == ["coco.mAP", "0.5000", "0.5000", "+0.0000", "0.0000", "..", "0.0000", "0.500"]
+    assert "most changed" not in done.out
+
+
+def test_compare_refuses_other_images(run: Run, half_right: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    write_results(other, [result(i, [found("cat", CAT)]) for i in range(2, 6)])
+    done = run("compare", half_right, other)
+    assert (done.code, done.out) == (2, "")
+    assert "different images" in done.err
+
+
+def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
+    done = run(*coco.arguments)
+    assert done.code == 0
+    records = list(read_records(coco.out))
+    assert [r.image for r in records] == ["1.png", "2.png", "3.png"]
+    assert [[o.bbox_xyxy_px for o in r.objects] for r in records] == [
+        [(0.0, 0.0, 60.0, 40.0), (1.0, 2.0, 11.0, 12.0)],
+        [(50.0, 40.0, 64.0, 48.0)],
+        [],
+    ]
+    assert records[0].objects[0].metadata == {"iscrowd": 1}
+    assert done.out.splitlines() == [
+        f"{coco.out}: 3 images, 3 objects, 1 of them crowd regions",
+        "dropped: 2 boxes, bbox_too_thin 1, unknown_category 1",
+    ]
+
+
+def test_convert_stops_at_a_missing_image(run: Run, coco: SimpleNamespace) -> None:
+    (coco.images / "3.png").unlink()
+    done = run(*coco.arguments)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {coco.images / '3.png'}: no such image, but {coco.annotations}: image 3")
+    assert not coco.out.exists()
+
+
+def test_convert_stops_at_an_image_of_another_size(run: Run, coco: SimpleNamespace) -> None:
+    Image.new("RGB", (48, 64)).save(coco.images / "2.png")
+    done = run(*coco.arguments)
+    assert (done.code, f"{coco.images / '2.png'}: is 48 x 64 px" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [{"id": 1, "file_name": "1.png"}]}, "expected COCO's instances layout"),
+        ({"images": [{"id": 1, "file_name": "../1.png", "width": 64, "height": 48}]}, "leaves the image root"),
+        ({"annotations": None}, "expected COCO's instances layout"),
+        ({"images": [{"id": 1, "file_name": "1.png", "width": None, "height": 48}]}, "expected COCO"),
+    ],
+)
+def test_convert_refuses_what_is_not_coco(
+    run: Run, coco: SimpleNamespace, change: dict[str, Any], message: str
+) -> None:
+    coco.annotations.write_text(json.dumps(coco.source | change), encoding="utf-8")
+    done = run(*coco.arguments)
+    assert (done.code, message in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{notes}", "--checkpoint", "{checkpoint}"], "notes.txt: cannot be read as an image"),
+        (["predict", "nowhere.jpg", "--checkpoint", "{checkpoint}"], "nowhere.jpg: no image there"),
+        (["predict", "{empty}", "--checkpoint", "{checkpoint}"], "empty: no image there"),
+        (["predict", "{scene}", "--checkpoint", "{empty}"], "empty: no config.json"),
+        (["predict", "{scene}", "--checkpoint", "{checkpoint}", "--max-pixels", "10"], "max_pixels 10"),
+        (["predict", "{scene}"], "Missing option '--checkpoint'"),
+        (["predict", "{scene}", "{notes}", "--checkpoint", "{checkpoint}", "--save", "a.png"], "give a folder"),
+        (["evaluate", "{blank}", "--out", "{empty}/m.json"], "blank.jsonl: no predictions in the file"),
+        (["evaluate", "{scene}", "--out", "{empty}/m.json"], "scene.png:1: not valid JSON"),
+        (["evaluate", "{unscored}", "--out", "{empty}/m.json"], "pred[0] has score None"),
+        (["evaluate", "{half_right}", "--out", "{empty}"], "empty: Is a directory."),
+        (["evaluate", "nowhere.jsonl", "--out", "m.json"], "'nowhere.jsonl' does not exist"),
+        (["evaluate", "{half_right}", "--out", "m.json", "--categories", "{scene}"], "expected a categories.json"),
+        (["evaluat"], "Did you mean 'evaluate'?"),
+        (["convert", "--source", "voc"], "'coco'"),
+    ],
+)
+def test_errors_are_messages(
+    run: Run, arguments: list[str], message: str, checkpoint: Path, scene: Path, half_right: Path, tmp_path: Path
+) -> None:
+    empty, blank, unscored = tmp_path / "empty", tmp_path / "blank.jsonl", tmp_path / "unscored.jsonl"
+    empty.mkdir()
+    blank.touch()
+    write_results(unscored, [replace(result(1, []), pred=(found("cat", CAT, score=None),))])
+    places = {"notes": scene.parent / "notes.txt", "scene": scene, "checkpoint": checkpoint, "half_right": half_right}
+    places |= {"empty": empty, "blank": blank, "unscored": unscored}
+    done = run(*(argument.format(**places) for argument in arguments))
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, half_right: Path, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("coordexp.evaluation.evaluator.evaluate", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["evaluate", str(half_right), "--out", str(tmp_path / "m.json")])

@@ -1,0 +1,253 @@
+"""The detector: the same answer from every kind of picture, boxes in the pixels of the original, refusals by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coordexp.detector import MAX_PIXELS, Detections, Detector
+from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
+from coordexp.geometry.bins import encode_boxes
+from coordexp.models.expand import add_coordinate_tokens
+from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.models.tiny import build_tiny
+from coordexp.packing.pixels import load_rgb
+from coordexp.packing.prepare import text_objects
+from coordexp.packing.samples import Sample
+from coordexp.records.gt_vs_pred import ParseReport
+from coordexp.records.scenes.composer import SceneSpec, compose_scene
+from coordexp.records.scenes.sprites import load_catalog
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.text.codecs import AnswerEncoder, get_codec
+from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+
+DESCS = ("red mug", "cat")
+BOXES_XYXY_PX = np.array([[10.0, 20.0, 50.5, 60.25], [0.0, 5.0, 118.0, 90.0]])
+SCENE = SceneSpec(
+    min_side_px=96,
+    max_side_px=160,
+    max_objects=4,
+    smallest_share=0.2,
+    largest_share=0.5,
+    small_share=0.0,
+    crowd_share=0.0,
+    distractors=1,
+    held_out_share=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with coordinate tokens."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tiny_tokenizer(DESCS)
+    model = build_tiny(tokenizer, seed=3)
+    add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
+    save_checkpoint(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A composed scene, stored without loss."""
+    pixels = compose_scene(SCENE, load_catalog(repository / "data" / "sprites"), 5, "val", 0).pixels
+    path = tmp_path_factory.mktemp("images") / "scene.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+class ScriptedEngine:
+    """Answers every picture with the same two objects, and remembers what it was shown."""
+
+    def __init__(self, codec: str = "json") -> None:
+        self.codec = codec
+        self.samples: list[Sample] = []
+        self.pixels: list[np.ndarray] = []
+
+    def __call__(self, checkpoint: Checkpoint, image_root: Path, batch_images: int) -> ScriptedEngine:
+        """Stand in for the constructor of an engine."""
+        self.encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(self.codec))
+        self.image_root = image_root
+        return self
+
+    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+        self.samples += samples
+        self.pixels += [load_rgb(self.image_root / s.image, s.resized_width, s.resized_height) for s in samples]
+        bins = [encode_boxes(BOXES_XYXY_PX, s.width, s.height) for s in samples]
+        return [Generation(self.encoder.encode(text_objects(DESCS, rows)).ids, "stop") for rows in bins]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
+    engine = ScriptedEngine()
+    monkeypatch.setattr("coordexp.rollout.stages.HfEngine", engine)
+    return engine
+
+
+def two_found() -> Detections:
+    return Detections(BOXES_XYXY_PX, DESCS, np.array([0.5, 0.25]), 120, 100, "...", ParseReport(True, 2, {}, False))
+
+
+def with_metadata(folder: Path, target: Path, settings: object) -> Path:
+    shutil.copytree(folder, target)
+    (target / "run_metadata.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    return target
+
+
+def test_files_images_and_arrays_get_the_same_answer(folder: Path, scene: Path) -> None:
+    detector = Detector.from_checkpoint(folder, max_new_tokens=8, batch_images=2)
+    with Image.open(scene) as opened:
+        image = opened.copy()
+    answers = detector.predict([scene, str(scene), image, np.asarray(image)])
+    assert len({found.raw_text for found in answers}) == 1
+    assert answers[0].raw_text
+    assert {(found.width, found.height) for found in answers} == {image.size}
+    (shorter,) = Detector.from_checkpoint(folder, max_new_tokens=4).predict([scene])
+    assert answers[0].raw_text.startswith(shorter.raw_text)
+    assert answers[0].raw_text != shorter.raw_text
+
+
+def test_boxes_are_pixels_of_the_original_picture(folder: Path, engine: ScriptedEngine) -> None:
+    big, small = np.full((900, 1200, 3), 90, np.uint8), np.full((100, 120, 3), 90, np.uint8)
+    for found, picture in zip(Detector.from_checkpoint(folder).predict([big, small]), (big, small), strict=True):
+        half_bin_px = np.tile([picture.shape[1], picture.shape[0]], 2) / 2000
+        assert (np.abs(found.boxes_xyxy_px - BOXES_XYXY_PX) <= half_bin_px + 1e-4).all()
+        assert found.boxes_xyxy_px.dtype == np.float64
+        assert found.descs == DESCS
+        assert found.scores.shape == (2,)
+        assert ((found.scores > 0) & (found.scores <= 1)).all()
+        assert found.parse.ok
+    assert all(s.resized_width * s.resized_height <= MAX_PIXELS for s in engine.samples)
+
+
+def test_the_model_sees_what_it_was_trained_on(folder: Path, scene: Path, engine: ScriptedEngine) -> None:
+    Detector.from_checkpoint(folder, max_pixels=96 * 96).predict([scene])
+    (sample,) = engine.samples
+    with Image.open(scene) as original:
+        assert (sample.resized_width, sample.resized_height) != original.size
+    expected = load_rgb(scene, sample.resized_width, sample.resized_height)
+    np.testing.assert_array_equal(engine.pixels[0], expected)
+
+
+def test_exif_orientation_is_applied(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    pixels = np.zeros((96, 128, 3), np.uint8)
+    pixels[:, :64] = 255  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for display: the left half becomes the upper one
+    path = tmp_path / "turned.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as image:
+        answers = Detector.from_checkpoint(folder).predict([path, image])
+    assert [(found.width, found.height) for found in answers] == [(96, 128)] * 2
+    for seen in engine.pixels:
+        assert seen.shape == (128, 96, 3)
+        assert seen[:60].min() == 255
+        assert seen[68:].max() == 0
+
+
+def test_no_pictures_no_answers(folder: Path) -> None:
+    assert Detector.from_checkpoint(folder).predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((40, 40, 3), np.float32), r"array of shape \(40, 40, 3\) and type float32: expected an RGB array"),
+        (np.zeros((40, 40), np.uint8), r"array of shape \(40, 40\)"),
+        (np.zeros((0, 40, 3), np.uint8), r"array of shape \(0, 40, 3\)"),
+        (np.zeros((2, 500, 3), np.uint8), r"array of shape \(2, 500, 3\).*aspect ratio above 200"),
+        (Path("nowhere.jpg"), "nowhere.jpg: no such file"),
+    ],
+)
+def test_what_is_no_picture_is_refused(folder: Path, picture: Path | np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Detector.from_checkpoint(folder).predict([picture])
+
+
+def test_broken_files_are_named(folder: Path, scene: Path, tmp_path: Path) -> None:
+    text, half = tmp_path / "text.png", tmp_path / "half.png"
+    text.write_text("not an image", encoding="utf-8")
+    half.write_bytes(scene.read_bytes()[: scene.stat().st_size // 2])
+    for path in (text, half):
+        with pytest.raises(DataError, match=f"{path.name}: cannot be read as an image"):
+            Detector.from_checkpoint(folder).predict([scene, path])
+
+
+def test_one_picture_is_no_list(folder: Path, scene: Path) -> None:
+    for picture in (scene, str(scene), Image.open(scene)):
+        with pytest.raises(DataError, match=r"expected a list: predict\(\[image\]\)"):
+            Detector.from_checkpoint(folder).predict(picture)  # type: ignore[arg-type]
+
+
+def test_the_checkpoint_says_how_to_feed_and_read_it(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    settings = {"model": {"min_pixels": 256 * 256, "max_pixels": 288 * 288}, "text": {"codec": "tags"}}
+    recorded = with_metadata(folder, tmp_path / "recorded", settings)
+    picture, engine.codec = np.full((100, 120, 3), 90, np.uint8), "tags"
+    assert Detector.from_checkpoint(recorded).predict([picture])[0].descs == DESCS
+    assert Detector.from_checkpoint(recorded, codec="json").predict([picture])[0].descs == ()
+    Detector.from_checkpoint(recorded, min_pixels=1, max_pixels=100 * 120).predict([picture])
+    areas = [s.resized_width * s.resized_height for s in engine.samples]
+    assert 256 * 256 <= areas[0] <= 288 * 288
+    assert areas[2] <= 100 * 120
+
+
+def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, engine: ScriptedEngine) -> None:
+    tokenizer = build_tiny_tokenizer(DESCS)
+    save_checkpoint(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
+    engine.codec = "digits"
+    (found,) = Detector.from_checkpoint(tmp_path).predict([np.full((100, 120, 3), 90, np.uint8)])
+    assert found.descs == DESCS
+    with pytest.raises(CheckpointError, match="'json' needs coordinate tokens"):
+        Detector.from_checkpoint(tmp_path, codec="json")
+
+
+def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        Detector.from_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="'xml'"):
+        Detector.from_checkpoint(folder, codec="xml")
+    with pytest.raises(ConfigError, match="min_pixels is 9216 and max_pixels 100"):
+        Detector.from_checkpoint(folder, max_pixels=100)
+    with pytest.raises(CheckpointError, match=r"run_metadata\.json: not what training writes"):
+        Detector.from_checkpoint(with_metadata(folder, tmp_path / "odd", ["no", "blocks"]))
+    assert issubclass(CheckpointError, CoordExpError)
+
+
+def test_only_the_wanted_names_are_kept() -> None:
+    found = two_found().named(["Red_Mug", "dog"])
+    assert found.descs == ("red mug",)
+    np.testing.assert_array_equal(found.boxes_xyxy_px, BOXES_XYXY_PX[:1])
+    np.testing.assert_array_equal(found.scores, [0.5])
+    nothing = two_found().named([])
+    assert len(nothing) == 0
+    assert nothing.boxes_xyxy_px.shape == (0, 4)
+
+
+def test_json_form() -> None:
+    row = json.loads(json.dumps(two_found().to_json()))
+    assert row["objects"][1] == {"desc": "cat", "bbox_xyxy_px": [0.0, 5.0, 118.0, 90.0], "score": 0.25}
+    assert (row["width"], row["height"], row["raw_text"]) == (120, 100, "...")
+    assert row["parse"]["n_valid"] == 2
+
+
+def test_supervision_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=lambda **columns: columns))
+    columns, alone = two_found().to_supervision(), two_found().named(["cat"]).to_supervision()
+    np.testing.assert_array_equal(columns["xyxy"], BOXES_XYXY_PX.astype(np.float32))
+    np.testing.assert_array_equal(columns["confidence"], np.float32([0.5, 0.25]))
+    assert columns["data"]["class_name"].tolist() == list(DESCS)
+    assert columns["class_id"][0] != columns["class_id"][1] == alone["class_id"][0]
+
+
+def test_supervision_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        two_found().to_supervision()

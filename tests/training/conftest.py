@@ -1,0 +1,5 @@
+"""Fixtures of this folder."""
+
+from helpers import world
+
+__all__ = ["world"]

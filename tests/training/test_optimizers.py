@@ -1,0 +1,139 @@
+"""Optimizers by name: what each part gets, learning rates that reach both parts, and state that round-trips."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import new_checkpoint
+from torch import nn
+from torch.optim import AdamW, Muon
+
+from coordexp.errors import ConfigError
+from coordexp.training.optimizers import MuonWithAdamW, build_optimizer
+
+NAMES = ("adamw", "muon")
+
+
+class Small(nn.Module):
+    """One of each kind: rows, a matrix, a norm, a bias, a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(10, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.patch_embed = nn.Conv1d(8, 8, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.hidden(self.embed_tokens(ids)))
+        return self.patch_embed(x.mT).square().mean()
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        ids = torch.randint(0, 10, (4, 3), generator=torch.Generator().manual_seed(step))
+        model(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls(name):
+    model = Small()
+    optimizer = build_optimizer(model, name, 0.01, 0.0)
+    ids = torch.arange(10)[None]
+    before = float(model(ids).detach())
+    take_steps(model, optimizer, 0, 30)
+    assert float(model(ids).detach()) < 0.7 * before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_round_trips(name, tmp_path):
+    """Stopped after 3 of 6 steps, saved, loaded into new objects: the same weights as without the stop."""
+    straight = Small()
+    take_steps(straight, build_optimizer(straight, name, 0.01, 0.1, 2.0), 0, 6)
+    first = Small()
+    optimizer = build_optimizer(first, name, 0.01, 0.1, 2.0)
+    take_steps(first, optimizer, 0, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    second = copy.deepcopy(first)
+    restored = build_optimizer(second, name, 0.01, 0.1, 2.0)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    take_steps(second, restored, 3, 6)
+    assert torch.equal(flat(second), flat(straight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_learning_rate_reaches_every_parameter(name, reloaded):
+    model = Small()
+    optimizer = build_optimizer(model, name, 0.01, 0.0)
+    take_steps(model, optimizer, 0, 1)
+    if reloaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = flat(model)
+    take_steps(model, optimizer, 1, 3)
+    assert torch.equal(flat(model), before)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    take_steps(model, optimizer, 3, 4)
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p.flatten(), _part(before, model, p))]
+    assert moved == [name for name, _ in model.named_parameters()]
+
+
+def _part(flat_before: torch.Tensor, model: nn.Module, wanted: nn.Parameter) -> torch.Tensor:
+    start = 0
+    for p in model.parameters():
+        if p is wanted:
+            return flat_before[start : start + p.numel()]
+        start += p.numel()
+    raise AssertionError
+
+
+def test_muon_takes_hidden_matrices_only():
+    model = new_checkpoint().model
+    optimizer = build_optimizer(model, "muon", 0.01, 0.0)
+    assert isinstance(optimizer, MuonWithAdamW)
+    muon, adamw = optimizer._parts
+    assert isinstance(muon, Muon)
+    assert isinstance(adamw, AdamW)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {name_of[id(p)] for group in muon.param_groups for p in group["params"]}
+    by_adamw = {name_of[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert by_muon.isdisjoint(by_adamw)
+    assert by_muon | by_adamw == set(name_of.values())
+    assert "model.language_model.layers.0.mlp.gate_proj.weight" in by_muon
+    assert not {name for name in by_muon if "embed" in name or "lm_head" in name or name.endswith("bias")}
+    assert "model.language_model.embed_tokens.weight" in by_adamw
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_have_their_own_rate_and_only_they_decay_in_adamw(name):
+    model = Small()
+    optimizer = build_optimizer(model, name, 0.01, 0.1, row_lr_factor=3.0)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    rows, bias = group_of[id(model.embed_tokens.weight)], group_of[id(model.hidden.bias)]
+    assert (rows["lr"], rows["weight_decay"]) == (pytest.approx(0.03), 0.1)
+    assert (bias["lr"], bias["weight_decay"]) == (0.01, 0.0)
+
+
+def test_frozen_parameters_are_left_out():
+    model = Small()
+    model.embed_tokens.weight.requires_grad_(False)
+    for name in NAMES:
+        params = [p for group in build_optimizer(model, name, 0.01, 0.0).param_groups for p in group["params"]]
+        assert len(params) == len(list(model.parameters())) - 1
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ConfigError, match="'lion', expected 'muon' or 'adamw'"):
+        build_optimizer(Small(), "lion", 0.1, 0.0)
