@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
 
@@ -24,7 +25,7 @@ def repository() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device or vLLM where there is none."""
-    missing = {"gpu": _no_cuda, "vllm": lambda: importlib.util.find_spec("vllm") is None}
+    missing = {"gpu": _no_cuda, "vllm": lambda: not VLLM_PYTHON.is_file()}
     for mark, is_missing in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and is_missing():

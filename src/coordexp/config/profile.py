@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from coordexp.config.block import Block, Count, PositiveCount, Share, Text
+from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
@@ -92,9 +92,14 @@ class Stage1Config(OptimConfig):
 
 
 class RolloutConfig(Block):
-    """Generation on the training split."""
+    """What generates, and on how many images of the training split."""
 
-    engine: Literal["hf"] = Field(description="what generates: Hugging Face generate")
+    engine: Literal["hf", "vllm"] = Field(description="what generates, here and in evaluation: transformers or vLLM")
+    vllm_python: Text = Field(description="vllm: interpreter that starts a server (`make vllm`); unused with servers")
+    servers: TextList = Field(description="vllm: URLs of running servers; an empty list starts one on the checkpoint")
+    requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
+    timeout_seconds: float = Field(gt=0, le=86400, description="vllm: time limit of one request")
+    tries: PositiveCount = Field(description="vllm: attempts at one request, over all servers")
     images: PositiveCount = Field(description="training images that get a rollout")
     batch_images: PositiveCount = Field(description="images generated together")
 

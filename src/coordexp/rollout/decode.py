@@ -1,8 +1,7 @@
-"""From generations to `gt_vs_pred` lines: parse, bins to pixels, per-object log-probabilities, score."""
+"""From generations to `gt_vs_pred` lines: parse, decoded boxes to pixels, statistics of the coordinates, scores."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -11,34 +10,53 @@ from numpy.typing import NDArray
 
 from coordexp.geometry.bins import decode_boxes
 from coordexp.packing.samples import Sample
-from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, Prediction
+from coordexp.records.gt_vs_pred import Box, GroundTruth, ImageResult, Prediction
+from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects, slot_sd
 from coordexp.rollout.engine import Generation
+from coordexp.rollout.rescore import Rescored
+from coordexp.rollout.subbin import BOX_RULES, decode_bins
 from coordexp.text.parser import ParsedAnswer, ParsedObject, parse_answer
 from coordexp.text.symbols import TokenTable
 
 
 @dataclass(frozen=True, slots=True)
+class Readout:
+    """Which of the alternatives become `bbox_xyxy_px` and `score`: names of BOX_RULES and SCORES."""
+
+    box: str
+    score: str
+
+    def for_codec(self, codec: str) -> Readout:
+        """What is possible: numbers spelled in digits have no distribution over bins, so the emitted ones count."""
+        if codec != "digits":
+            return self
+        return Readout("argmax", "coord_logprob" if self.score in DISTRIBUTIONAL else self.score)
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerReader:
-    """How to read this model's answers: token table, codec, and the identity that goes into every line."""
+    """How to read this model's answers: token table, codec, readout, and the identity that goes into every line."""
 
     table: TokenTable
     codec: str
+    readout: Readout
     identity: dict[str, str]
 
     def parse(self, generation: Generation) -> ParsedAnswer:
         """Strict parse of one generation."""
         return parse_answer(generation.ids, self.table, self.codec)
 
-    def result(self, sample: Sample, generation: Generation, logprobs: NDArray[np.float64], text: str) -> ImageResult:
-        """One line of the hand-over file. `logprobs` are per generated token, `text` is for people to read."""
-        answer = self.parse(generation)
+    def result(
+        self, sample: Sample, generation: Generation, answer: ParsedAnswer, rescored: Rescored, text: str
+    ) -> ImageResult:
+        """One line of the hand-over file; `answer` is the parse of this generation, `text` is for people to read."""
         return ImageResult(
             image_id=sample.image_id,
             image=sample.image,
             width=sample.width,
             height=sample.height,
             gt=ground_truth(sample),
-            pred=tuple(to_prediction(obj, sample, logprobs, self.codec) for obj in answer.objects),
+            pred=to_predictions(answer.objects, sample, rescored, self.codec, self.readout),
             raw_text=text,
             parse=answer.report,
             finish_reason=generation.finish_reason,
@@ -55,25 +73,57 @@ def ground_truth(sample: Sample) -> tuple[GroundTruth, ...]:
     )
 
 
-def to_prediction(obj: ParsedObject, sample: Sample, logprobs: NDArray[np.float64], codec: str) -> Prediction:
-    """A parsed object with its pixels and log-probabilities.
+def coord_positions(answer: ParsedAnswer) -> NDArray[np.int64]:
+    """The answer tokens that are coordinates, (N, 4)."""
+    return np.array([o.coord_positions for o in answer.objects], np.int64).reshape(-1, 4)
 
-    A coordinate written as digits spans one token a digit: its log-probability is their sum. The score is the geometric
-    mean of the four coordinate probabilities, in (0, 1].
+
+def to_predictions(
+    objects: Sequence[ParsedObject], sample: Sample, rescored: Rescored, codec: str, readout: Readout
+) -> tuple[Prediction, ...]:
+    """Parsed objects with their boxes under every rule, and their scores under every scheme that the codec allows.
+
+    A coordinate written as digits spans one token a digit: its log-probability is their sum.
     """
-    lengths = [len(str(value)) if codec == "digits" else 1 for value in obj.bins]
-    coords = tuple(float(logprobs[p : p + n].sum()) for p, n in zip(obj.coord_positions, lengths, strict=True))
-    start, end = obj.desc_span
-    return Prediction(
-        desc=obj.desc,
-        bbox_xyxy_px=_box(decode_boxes(obj.bins, sample.width, sample.height)),
-        bins=obj.bins,
-        coord_logprobs=coords,  # type: ignore[arg-type]
-        desc_logprob=float(logprobs[start:end].mean()),
-        score=math.exp(sum(coords) / 4),
+    readout = readout.for_codec(codec)
+    emitted_N4 = np.array([o.bins for o in objects], np.float64).reshape(-1, 4)
+    probs_N4K = rescored.coord_probs_N4K
+    rules = ("argmax",) if probs_N4K is None else BOX_RULES
+    bins_by_rule = {rule: emitted_N4 if probs_N4K is None else decode_bins(rule, emitted_N4, probs_N4K) for rule in rules}
+    coord_logprobs_N4, desc_logprob_N = _logprobs(objects, rescored.logprobs_A, codec)
+    evidence = Evidence(coord_logprobs_N4, desc_logprob_N, bins_by_rule[readout.box], probs_N4K)
+    scores = score_objects(evidence)
+    sd_N4 = None if probs_N4K is None else slot_sd(probs_N4K)
+    boxes = {rule: decode_boxes(bins, sample.width, sample.height) for rule, bins in bins_by_rule.items()}
+    return tuple(
+        Prediction(
+            desc=obj.desc,
+            bbox_xyxy_px=_box(boxes[readout.box][i]),
+            bins=obj.bins,
+            coord_logprobs=tuple(coord_logprobs_N4[i].tolist()),
+            desc_logprob=float(desc_logprob_N[i]),
+            score=float(scores[readout.score][i]),
+            coord_sd_bins=None if sd_N4 is None else tuple(round(float(v), 3) for v in sd_N4[i]),
+            boxes_xyxy_px={rule: _box(box_N4[i]) for rule, box_N4 in boxes.items()},
+            scores={name: float(score_N[i]) for name, score_N in scores.items()},
+        )
+        for i, obj in enumerate(objects)
     )
 
 
-def _box(values: Sequence[float] | NDArray) -> tuple[float, float, float, float]:
+def _logprobs(
+    objects: Sequence[ParsedObject], logprobs_A: NDArray[np.float64], codec: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log-probabilities of the four coordinates (N, 4), and mean over the name's tokens (N,)."""
+    coords, descs = [], []
+    for obj in objects:
+        lengths = [len(str(value)) if codec == "digits" else 1 for value in obj.bins]
+        coords.append([logprobs_A[p : p + n].sum() for p, n in zip(obj.coord_positions, lengths, strict=True)])
+        start, end = obj.desc_span
+        descs.append(logprobs_A[start:end].mean())
+    return np.array(coords).reshape(-1, 4), np.array(descs)
+
+
+def _box(values: Sequence[float] | NDArray) -> Box:
     x1, y1, x2, y2 = (round(float(v), 4) for v in values)
     return x1, y1, x2, y2

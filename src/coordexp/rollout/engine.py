@@ -9,17 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.packing.samples import Sample
+from coordexp.text.grammar import Constraints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
-    """Sampling settings; temperature 0 is greedy."""
+    """Sampling settings; temperature 0 is greedy, and without constraints any token may come."""
 
     max_new_tokens: int
     temperature: float
     top_p: float
     repetition_penalty: float
     seed: int
+    constraints: Constraints | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,15 @@ from typing import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_rgb, patchify
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.hf_constraints import GrammarProcessor
 from coordexp.text.codecs import END_OF_TURN
+from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.prompts import expand_image
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class HfEngine:
         """One generation per sample; batches hold prompts of similar length, results keep the samples' order."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
         results: dict[int, Generation] = {}
+        grammar = AnswerGrammar(self._checkpoint.tokenizer, settings.constraints) if settings.constraints else None
         model = self._checkpoint.model
         was_training = model.training
         model.eval()
@@ -42,7 +46,7 @@ class HfEngine:
         for first in range(0, len(order), self._batch_images):
             chunk = order[first : first + self._batch_images]
             torch.manual_seed(settings.seed + first)
-            for index, generation in zip(chunk, self._run([samples[i] for i in chunk], settings), strict=True):
+            for index, generation in zip(chunk, self._run([samples[i] for i in chunk], settings, grammar), strict=True):
                 results[index] = generation
             tokens = sum(len(g.ids) for g in results.values())
             rate = tokens / (time.monotonic() - started)
@@ -51,20 +55,25 @@ class HfEngine:
         return [results[i] for i in range(len(samples))]
 
     @torch.inference_mode()
-    def _run(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+    def _run(
+        self, samples: Sequence[Sample], settings: DecodeSettings, grammar: AnswerGrammar | None
+    ) -> list[Generation]:
         inputs = self._inputs(samples)
+        width = inputs["input_ids"].shape[1]
+        processors = [GrammarProcessor(grammar, len(samples), width)] if grammar else []
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
         output = self._checkpoint.model.generate(
             **inputs,
             max_new_tokens=settings.max_new_tokens,
             do_sample=settings.temperature > 0,
             repetition_penalty=settings.repetition_penalty,
+            logits_processor=LogitsProcessorList(processors),
             eos_token_id=self._end_id,
             pad_token_id=self._pad_id,
             top_k=0 if settings.temperature > 0 else None,
             **sampling,
         )
-        new = output[:, inputs["input_ids"].shape[1] :].cpu().numpy()
+        new = output[:, width:].cpu().numpy()
         return [self._trim(row) for row in new]
 
     def _trim(self, row: np.ndarray) -> Generation:

@@ -1,17 +1,23 @@
-"""Re-scoring: one packed teacher-forced forward gives the log-probability of every generated token.
+"""Re-scoring: one packed teacher-forced forward gives the log-probability of every generated token, and the whole
+distribution over the coordinate bins where an object's coordinates were emitted.
 
-Whatever engine produced the ids, and whatever penalties shaped its sampling, these are the model's own probabilities at
-temperature 1 under the training prompt.
+Whatever engine produced the ids, and whatever penalties or masks shaped its sampling, these are the model's own
+probabilities at temperature 1 under the training prompt.
+
+Shapes: S slots, A answer tokens, N objects of one answer, K bins.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from coordexp.geometry.bins import NUM_BINS
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, Segment
@@ -19,8 +25,51 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import Generation
 from coordexp.text.codecs import Role
 
+_SLOTS_PER_HEAD = 2048  # the logits of that many slots exist at a time: with Qwen's vocabulary, about 1.2 GB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rescored:
+    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1 over K, None without bins."""
+
+    logprobs_A: NDArray[np.float64]
+    coord_probs_N4K: NDArray[np.float32] | None
+
 
 @torch.inference_mode()
+def rescore(
+    checkpoint: Checkpoint,
+    collator: Collator,
+    samples: Sequence[Sample],
+    generations: Sequence[Generation],
+    coord_positions: Sequence[NDArray[np.int64]],
+    images_per_forward: int,
+) -> list[Rescored]:
+    """Log-probabilities of all tokens, and distributions at the coordinates of the parsed objects.
+
+    Args:
+        coord_positions: per answer (N, 4), the answer tokens that are coordinates; of no use to, and not read for, a
+            checkpoint without coordinate tokens.
+    """
+    model = checkpoint.model
+    was_training = model.training
+    model.eval()
+    out: list[Rescored] = []
+    for first in range(0, len(samples), images_per_forward):
+        chunk = slice(first, first + images_per_forward)
+        segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
+        batch = collator(segments).to(model.device)
+        hidden = hidden_states(model, batch)
+        logprobs = _chosen_logprobs(checkpoint, hidden, batch.text_slots, batch.text_targets)
+        answers = _split_by_segment(logprobs, collator, segments)
+        slots = _split_by_segment(batch.text_slots.cpu().numpy(), collator, segments)
+        for logprobs_A, slots_A, positions_N4 in zip(answers, slots, coord_positions[chunk], strict=True):
+            probs = _bin_probs(checkpoint, hidden, slots_A[positions_N4.reshape(-1)])
+            out.append(Rescored(logprobs_A, probs))
+    model.train(was_training)
+    return out
+
+
 def token_logprobs(
     checkpoint: Checkpoint,
     collator: Collator,
@@ -29,19 +78,31 @@ def token_logprobs(
     images_per_forward: int,
 ) -> list[NDArray[np.float64]]:
     """Log-probability (nats) of each generated token, per sample an array as long as its generation."""
-    model = checkpoint.model
-    was_training = model.training
-    model.eval()
-    out: list[NDArray[np.float64]] = []
-    for first in range(0, len(samples), images_per_forward):
-        chunk = slice(first, first + images_per_forward)
-        segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
-        batch = collator(segments).to(model.device)
-        logits = slot_logits(model, hidden_states(model, batch), batch.text_slots).float()
-        chosen = logits.gather(-1, batch.text_targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        out += _split_by_segment(chosen.double().cpu().numpy(), collator, segments)
-    model.train(was_training)
-    return out
+    nothing = [np.zeros((0, 4), np.int64)] * len(samples)
+    rescored = rescore(checkpoint, collator, samples, generations, nothing, images_per_forward)
+    return [r.logprobs_A for r in rescored]
+
+
+def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, targets_S: Tensor) -> NDArray[np.float64]:
+    """Log-probability of each target at its slot."""
+    parts = []
+    for slots, targets in zip(slots_S.split(_SLOTS_PER_HEAD), targets_S.split(_SLOTS_PER_HEAD), strict=True):
+        logits = slot_logits(checkpoint.model, hidden, slots).float()
+        parts.append(logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1))
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """Distribution over the bins at the slots of N boxes, (N, 4, K): the softmax over the coordinate tokens alone."""
+    coord = checkpoint.coord
+    if coord is None:
+        return None
+    index = torch.from_numpy(slots).to(hidden.device)
+    probs = [
+        slot_logits(checkpoint.model, hidden, part)[:, coord.first_id : coord.end_id].float().softmax(-1).cpu()
+        for part in index.split(_SLOTS_PER_HEAD)
+    ]
+    return torch.cat(probs).reshape(-1, 4, NUM_BINS).numpy()
 
 
 def _all_text(sample: Sample, generation: Generation) -> Segment:
@@ -57,11 +118,9 @@ def _all_text(sample: Sample, generation: Generation) -> Segment:
     )
 
 
-def _split_by_segment(
-    values: NDArray[np.float64], collator: Collator, segments: Sequence[Segment]
-) -> list[NDArray[np.float64]]:
+def _split_by_segment(values: NDArray, collator: Collator, segments: Sequence[Segment]) -> list[NDArray]:
     """Undo the packing: slots are listed row by row, so follow the same rows."""
-    result: list[NDArray[np.float64]] = [np.empty(0)] * len(segments)
+    result: list[NDArray] = [np.empty(0)] * len(segments)
     at = 0
     for row in collator.rows(segments):
         for i in row:

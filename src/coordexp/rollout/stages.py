@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections import Counter
@@ -22,25 +23,46 @@ from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.gt_vs_pred import ImageResult, write_results
-from coordexp.rollout.decode import AnswerReader
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
+from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.opening import open_engine
 from coordexp.rollout.records import Rollout, match_rollout, write_rollouts
-from coordexp.rollout.rescore import token_logprobs
+from coordexp.rollout.rescore import rescore
+from coordexp.text.grammar import Constraints
 from coordexp.text.prompts import prompt_ids
 from coordexp.text.symbols import TokenTable
 
 
-def decode_settings(params: Params) -> DecodeSettings:
-    """Sampling settings from parameters."""
+def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeSettings:
+    """Sampling settings and constraints from parameters; `names` are those of the data set, for the closed grammar."""
     decode = params.decode
+    constraints = Constraints(
+        codec=codec,
+        names=tuple(names) if decode.grammar == "closed" else None,
+        valid_corners=decode.valid_corners,
+        duplicate_iou=decode.duplicate_iou,
+        max_new_tokens=decode.max_new_tokens,
+    )
     return DecodeSettings(
         max_new_tokens=decode.max_new_tokens,
         temperature=decode.temperature,
         top_p=decode.top_p,
         repetition_penalty=decode.repetition_penalty,
         seed=params.seed,
+        constraints=None if decode.grammar == "none" else constraints,
     )
+
+
+def known_names(paths: ProfilePaths) -> list[str]:
+    """All names of the data set, also those that no training image shows."""
+    path = paths.records / "categories.json"
+    return [row["name"] for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def make_readout(params: Params) -> Readout:
+    """Box rule and score from parameters."""
+    return Readout(params.decode.box, params.decode.score)
 
 
 def match_settings(params: Params) -> MatchSettings:
@@ -48,15 +70,18 @@ def match_settings(params: Params) -> MatchSettings:
     return MatchSettings(**params.matching.model_dump())
 
 
-def make_reader(checkpoint: Checkpoint, codec: str, identity: dict[str, str]) -> AnswerReader:
+def make_reader(checkpoint: Checkpoint, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
     """A reader of this checkpoint's answers."""
-    return AnswerReader(TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord), codec, identity)
+    table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
+    return AnswerReader(table, codec, readout.for_codec(codec), identity)
 
 
-def decode_identity(folder: Path, sample: Sample, settings: DecodeSettings, codec: str) -> dict[str, str]:
+def decode_identity(
+    folder: Path, sample: Sample, settings: DecodeSettings, codec: str, readout: Readout
+) -> dict[str, str]:
     """Short hashes of weights, prompt and decode settings: two files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
-    decode = hashlib.sha256(f"{settings}{codec}".encode()).hexdigest()[:16]
+    decode = hashlib.sha256(f"{settings}{codec}{readout}".encode()).hexdigest()[:16]
     return {"model": file_hash(folder / "model.safetensors"), "prompt": prompt, "decode": decode}
 
 
@@ -67,15 +92,19 @@ def predict_samples(
     image_root: Path,
     settings: DecodeSettings,
     batch_images: int,
+    engine: Engine | None = None,
 ) -> tuple[list[Generation], list[ImageResult]]:
-    """Generate, re-score and parse; results in the order of the samples."""
-    generations = HfEngine(checkpoint, image_root, batch_images).generate(samples, settings)
+    """Generate, re-score and parse; results in the order of the samples. Without an engine the checkpoint generates."""
+    engine = engine or HfEngine(checkpoint, image_root, batch_images)
+    generations = engine.generate(samples, settings)
     pad_id = checkpoint.tokenizer.pad_token_id
     collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
-    logprobs = token_logprobs(checkpoint, collator, samples, generations, batch_images)
+    answers = [reader.parse(g) for g in generations]
+    positions = [coord_positions(answer) for answer in answers]
+    rescored = rescore(checkpoint, collator, samples, generations, positions, batch_images)
     texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
-    rows = zip(samples, generations, logprobs, texts, strict=True)
-    return generations, [reader.result(s, g, lp, text) for s, g, lp, text in rows]
+    rows = zip(samples, generations, answers, rescored, texts, strict=True)
+    return generations, [reader.result(*row) for row in rows]
 
 
 def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
@@ -87,12 +116,14 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     count = min(profile.rollout.images, len(store))
     chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    settings = decode_settings(params)
-    reader = make_reader(checkpoint, params.text.codec, decode_identity(folder, samples[0], settings, params.text.codec))
+    codec, readout = params.text.codec, make_readout(params)
+    settings = decode_settings(params, codec, known_names(paths))
+    reader = make_reader(checkpoint, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
     started = time.monotonic()
-    generations, results = predict_samples(
-        checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images
-    )
+    with open_engine(profile, checkpoint, folder, paths.raw, profile.rollout.batch_images, settings.max_new_tokens) as engine:
+        generations, results = predict_samples(
+            checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images, engine
+        )
     matching = match_settings(params)
     rollouts = [match_rollout(s, g, reader.parse(g), matching) for s, g in zip(samples, generations, strict=True)]
     write_results(out / "gt_vs_pred.jsonl", results)
@@ -140,7 +171,13 @@ def decode_val(params: Params, profile: Profile, paths: ProfilePaths, name: str,
     The cache is keyed by the weights, the samples and the settings, so that an A/B run decodes only what it changed.
     """
     samples_file, out = paths.norm1000 / "val.parquet", paths.evaluation(name)
-    wanted = {"decode": params.decode.model_dump(), "eval": profile.eval.model_dump(), "seed": params.seed}
+    wanted = {
+        "decode": params.decode.model_dump(),
+        "eval": profile.eval.model_dump(),
+        "engine": profile.rollout.engine,
+        "names": known_names(paths),
+        "seed": params.seed,
+    }
     key = fingerprint(wanted | {"code": code_hash()}, [folder / "model.safetensors", samples_file])
     cache = resume_folder("decode", key)
     hit = (cache / "decode.json").is_file()
@@ -159,19 +196,23 @@ def _decode_into(
     out: Path, params: Params, profile: Profile, paths: ProfilePaths, folder: Path, store: SampleStore
 ) -> None:
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
-    settings, codec = decode_settings(params), checkpoint.codec_name or params.text.codec
+    codec = checkpoint.codec_name or params.text.codec
+    settings, readout = decode_settings(params, codec, known_names(paths)), make_readout(params).for_codec(codec)
     samples = prompted(checkpoint, [store[i] for i in range(profile.eval.images or len(store))])
-    identity = decode_identity(folder, samples[0], settings, codec)
-    reader = make_reader(checkpoint, codec, identity)
+    identity = decode_identity(folder, samples[0], settings, codec, readout)
+    reader = make_reader(checkpoint, codec, readout, identity)
     started = time.monotonic()
-    _, results = predict_samples(checkpoint, reader, samples, paths.raw, settings, profile.eval.batch_images)
+    with open_engine(profile, checkpoint, folder, paths.raw, profile.eval.batch_images, settings.max_new_tokens) as engine:
+        _, results = predict_samples(
+            checkpoint, reader, samples, paths.raw, settings, profile.eval.batch_images, engine
+        )
     seconds = time.monotonic() - started
     write_results(out / "gt_vs_pred.jsonl", results)
     summary = {
         "checkpoint": folder.name,
         "codec": codec,
         "identity": identity,
-        "settings": params.decode.model_dump(),
+        "settings": params.decode.model_dump() | {"box": readout.box, "score": readout.score},
         "images": len(samples),
         "tokens": sum(r.n_generated_tokens for r in results),
         "seconds": round(seconds, 1),
