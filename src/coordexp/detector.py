@@ -29,6 +29,7 @@ from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.schema import Record
+from coordexp.rollout.decode import Readout
 from coordexp.rollout.engine import DecodeSettings
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.text.codecs import get_codec
@@ -39,6 +40,7 @@ MIN_PIXELS = 96 * 96
 MAX_PIXELS = 192 * 192
 MAX_NEW_TOKENS = 512
 BATCH_IMAGES = 16
+READOUT = Readout(box="argmax", score="coord_logprob")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +107,7 @@ class Detector:
     def __init__(self, checkpoint: Checkpoint, codec: str, max_new_tokens: int, batch_images: int) -> None:
         self._checkpoint = checkpoint
         self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
-        self._reader = make_reader(checkpoint, codec, identity={})
+        self._reader = make_reader(checkpoint, codec, READOUT, identity={})
         self._settings = DecodeSettings(
             max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
         )

@@ -1,0 +1,192 @@
+"""The vLLM engine against real servers on CPU: rollouts over HTTP, grammar, parity, and a server killed in the middle.
+
+Needs the environment of `make vllm`; `make test-vllm` runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import MAX_PIXELS, MIN_PIXELS, World, new_checkpoint
+
+from coordexp.errors import TrainingError
+from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
+from coordexp.packing.samples import Sample
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.journal import Journal
+from coordexp.rollout.rescore import token_logprobs
+from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_engine import VllmEngine
+from coordexp.rollout.vllm_server import VllmServer, vllm_server
+from coordexp.text.grammar import Constraints
+from coordexp.text.parser import parse_answer
+from coordexp.text.symbols import TokenTable
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+
+PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+GREEDY = DecodeSettings(max_new_tokens=48, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+BUDGET = 60
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+    """An untrained model with coordinate tokens, saved and loaded again."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    made = new_checkpoint()
+    save_checkpoint(folder, made.model, made.tokenizer)
+    return load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS), folder
+
+
+@pytest.fixture(scope="module")
+def servers(checkpoint: tuple[Checkpoint, Path]) -> Iterator[list[VllmServer]]:
+    """Two servers of the same checkpoint; the last test ends one of them."""
+    loaded, folder = checkpoint
+    with ExitStack() as stack:
+        yield [stack.enter_context(vllm_server(PYTHON, folder, loaded.pixels, 400)) for _ in range(2)]
+
+
+def engine(
+    loaded: Checkpoint, world: World, servers: list[VllmServer], folder: Path, concurrency: int = 16
+) -> VllmEngine:
+    """An engine over these servers, with its journal in `folder`."""
+    pool = ServerPool([server.url for server in servers], timeout_seconds=120, tries=4)
+    return VllmEngine(pool, loaded.tokenizer, world.root, concurrency, Journal(folder / "generations.jsonl"))
+
+
+def ids_of(generations: list[Generation]) -> list[list[int]]:
+    return [g.ids.tolist() for g in generations]
+
+
+def copies(world: World, n: int) -> list[Sample]:
+    """The world's samples under n ids each: seeds, and so sampled answers, differ."""
+    return [replace(s, image_id=i) for i, s in enumerate(world.samples * n)]
+
+
+def sampled(codec: str, duplicate_iou: float = 1.0, names: tuple[str, ...] | None = None) -> DecodeSettings:
+    """Sampling at temperature 1.5 under the grammar."""
+    constraints = Constraints(
+        codec=codec, names=names, valid_corners=True, duplicate_iou=duplicate_iou, max_new_tokens=BUDGET
+    )
+    return replace(GREEDY, max_new_tokens=BUDGET, temperature=1.5, constraints=constraints)
+
+
+def test_greedy_answers_agree_with_hugging_face(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    loaded, _ = checkpoint
+    ours = HfEngine(loaded, world.root, 8).generate(world.samples, GREEDY)
+    theirs = engine(loaded, world, servers[:1], tmp_path).generate(world.samples, GREEDY)
+    assert ids_of(theirs) == ids_of(ours)
+    assert [g.finish_reason for g in theirs] == [g.finish_reason for g in ours]
+
+
+def test_logprobs_agree_with_the_rescored_ones(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer]
+) -> None:
+    """The server's own log-probability of each token it emitted, against the re-scoring forward: within 1e-3."""
+    loaded, _ = checkpoint
+    pool = ServerPool([servers[0].url], timeout_seconds=120, tries=2)
+    own: list[list[float]] = []
+
+    class Spy(ServerPool):
+        def ask(self, index: int, body: dict) -> dict:  # type: ignore[override]
+            response = pool.ask(index, body | {"logprobs": True})
+            own.append([token["logprob"] for token in response["choices"][0]["logprobs"]["content"]])
+            return response
+
+    spy = Spy([servers[0].url], timeout_seconds=120, tries=2)
+    journal = Journal(world.root / "spy" / "generations.jsonl")
+    generations = VllmEngine(spy, loaded.tokenizer, world.root, 1, journal).generate(world.samples, GREEDY)
+    journal.remove()
+    rescored = token_logprobs(loaded, world.collator(loaded), world.samples, generations, 8)
+    for theirs, ours in zip(own, rescored, strict=True):
+        np.testing.assert_allclose(theirs, ours, atol=1e-3)
+
+
+@pytest.mark.parametrize("codec", ["json", "tags"])
+def test_two_thousand_sampled_answers_parse(
+    codec: str, world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    loaded, _ = checkpoint
+    samples = copies(world, 334)
+    found = engine(loaded, world, servers, tmp_path, 64).generate(samples, sampled(codec))
+    table = TokenTable.from_tokenizer(loaded.tokenizer, loaded.coord)
+    parsed = [parse_answer(g.ids, table, codec) for g in found]
+    assert len(parsed) >= 2000
+    assert sum(not answer.report.ok for answer in parsed) == 0
+    assert any(len(answer.objects) > 1 for answer in parsed)
+
+
+def test_constrained_greedy_answers_agree_with_hugging_face(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    """The duplicate guard over HTTP and in `generate` are one description, so greedy answers are the same tokens."""
+    loaded, _ = checkpoint
+    decode = replace(sampled("json", duplicate_iou=0.2, names=("cat", "dog")), temperature=0.0)
+    ours = HfEngine(loaded, world.root, 8).generate(world.samples, decode)
+    theirs = engine(loaded, world, servers, tmp_path).generate(world.samples, decode)
+    assert ids_of(theirs) == ids_of(ours)
+    table = TokenTable.from_tokenizer(loaded.tokenizer, loaded.coord)
+    for g in theirs:
+        objects = parse_answer(g.ids, table, "json").objects
+        for name in ("cat", "dog"):
+            boxes = as_boxes([o.bins for o in objects if o.desc == name])
+            assert (pairwise_iou(boxes, boxes)[np.triu_indices(len(boxes), 1)] <= 0.2).all()
+
+
+def test_sampled_answers_depend_on_neither_server_nor_concurrency(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    loaded, _ = checkpoint
+    samples, decode = copies(world, 4), replace(GREEDY, temperature=0.7)
+    both = engine(loaded, world, servers, tmp_path / "a", 16).generate(samples, decode)
+    one = engine(loaded, world, servers[1:], tmp_path / "b", 1).generate(samples, decode)
+    assert ids_of(both) == ids_of(one)
+
+
+def test_another_image_size_is_refused(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    loaded, _ = checkpoint
+    wrong = replace(world.samples[0], n_image_tokens=world.samples[0].n_image_tokens + 1)
+    with pytest.raises(TrainingError, match=r"prompt differs from ours at"):
+        engine(loaded, world, servers[:1], tmp_path).generate([wrong], GREEDY)
+
+
+def test_a_server_killed_in_the_middle_loses_nothing(
+    world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
+) -> None:
+    """Runs last: it ends one of the two servers."""
+    loaded, _ = checkpoint
+    samples = copies(world, 20)
+    reference = engine(loaded, world, servers[1:], tmp_path / "a").generate(samples, GREEDY)
+    journal = tmp_path / "b" / "generations.jsonl"
+
+    def kill_when_started() -> None:
+        while not journal.is_file() or len(journal.read_text().splitlines()) < 10:
+            time.sleep(0.02)
+        os.killpg(servers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_when_started)
+    killer.start()
+    survived = engine(loaded, world, servers, tmp_path / "b", 4).generate(samples, GREEDY)
+    killer.join()
+    assert ids_of(survived) == ids_of(reference)
+    # With no server left the run stops, and what is on disk is all of it: nothing has to be asked again.
+    with pytest.raises(TrainingError, match="none of the vLLM servers answers"):
+        engine(loaded, world, servers[:1], tmp_path / "b").generate(copies(world, 21), GREEDY)
+    assert len(Journal(journal).read()) == len(samples)
+
+

@@ -1,0 +1,269 @@
+"""The engine and its client against servers of our own: order, retries, deaths, resuming, and prompts that differ."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import World, new_checkpoint
+
+from coordexp.errors import ConfigError, TrainingError
+from coordexp.packing.samples import Sample
+from coordexp.rollout import vllm_client
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.journal import Journal, request_key
+from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_engine import VllmEngine
+from coordexp.text.codecs import END_OF_TURN
+from coordexp.text.prompts import expand_image
+
+SETTINGS = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+TOKENIZER = new_checkpoint().tokenizer
+END = int(TOKENIZER.convert_tokens_to_ids(END_OF_TURN))  # type: ignore[arg-type]
+IMAGE = int(TOKENIZER.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[arg-type]
+
+Answer = Callable[[dict, int], tuple[int, dict]]
+
+
+class FakeServer:
+    """Answers by a function of the request's body and the number of requests so far; may be taken down."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.bodies: list[dict] = []
+        self.down = False
+        self._answer = answer
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler below
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._reply(503 if fake.down else 200, {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.bodies.append(body)
+                self._reply(*((503, {}) if fake.down else fake._answer(body, len(fake.bodies))))
+
+            def _reply(self, status: int, body: dict) -> None:
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                """Keep the test's output clean."""
+
+        return Handler
+
+
+@contextmanager
+def fakes(*answers: Answer) -> Iterator[list[FakeServer]]:
+    """Fake servers for the length of a block."""
+    servers = [FakeServer(answer) for answer in answers]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+def prompt(sample: Sample) -> list[int]:
+    return expand_image(sample.prompt_ids, IMAGE, sample.n_image_tokens).tolist()
+
+
+def completion(sample: Sample, token: int, delay: float = 0.0) -> tuple[int, dict]:
+    """An answer of one token and the end."""
+    time.sleep(delay)
+    return 200, {"prompt_token_ids": prompt(sample), "choices": [{"token_ids": [token, END], "finish_reason": "stop"}]}
+
+
+def copies(world: World, n: int) -> list[Sample]:
+    """The first sample under n ids."""
+    return [replace(world.samples[0], image_id=i) for i in range(n)]
+
+
+def by_seed(world: World, slow_first: bool = False) -> Answer:
+    """Answers each request with a token that identifies it; the earlier, the slower if asked so."""
+
+    def answer(body: dict, _: int) -> tuple[int, dict]:
+        token = image_of(body)
+        return completion(world.samples[0], token, 0.05 * (8 - token) if slow_first else 0.0)
+
+    return answer
+
+
+def image_of(body: dict) -> int:
+    """The image id that a request's seed was made from."""
+    stride = 1_000_003
+    return next(i for i in range(200) if (SETTINGS.seed + i * stride) & 0x7FFFFFFF == body["seed"])
+
+
+def run(
+    world: World, servers: list[FakeServer], samples: list[Sample], journal: Path, workers: int = 8, tries: int = 4
+) -> list[Generation]:
+    pool = ServerPool([s.url for s in servers], timeout_seconds=5, tries=tries)
+    return VllmEngine(pool, TOKENIZER, world.root, workers, Journal(journal)).generate(samples, SETTINGS)
+
+
+def test_results_keep_the_order_of_the_samples_whatever_finishes_first(world: World, tmp_path: Path) -> None:
+    with fakes(by_seed(world, slow_first=True)) as servers:
+        found = run(world, servers, copies(world, 8), tmp_path / "j.jsonl")
+    assert [g.ids.tolist() for g in found] == [[i, END] for i in range(8)]
+    assert {g.finish_reason for g in found} == {"stop"}
+
+
+def test_requests_are_spread_by_their_index(world: World, tmp_path: Path) -> None:
+    with fakes(by_seed(world), by_seed(world), by_seed(world)) as servers:
+        run(world, servers, copies(world, 12), tmp_path / "j.jsonl")
+        for place, server in enumerate(servers):
+            assert sorted(image_of(body) for body in server.bodies) == list(range(place, 12, 3))
+
+
+def test_no_more_requests_are_under_way_than_allowed(world: World, tmp_path: Path) -> None:
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    def answer(body: dict, _: int) -> tuple[int, dict]:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.03)
+        with lock:
+            under_way -= 1
+        return completion(world.samples[0], 1)
+
+    with fakes(answer) as servers:
+        run(world, servers, copies(world, 12), tmp_path / "j.jsonl", workers=3)
+    assert 1 < most <= 3
+
+
+def test_a_failing_request_is_tried_again(world: World, tmp_path: Path) -> None:
+    def flaky(body: dict, n: int) -> tuple[int, dict]:
+        return (500, {"error": "busy"}) if n <= 2 else completion(world.samples[0], 7)
+
+    with fakes(flaky) as servers:
+        assert run(world, servers, copies(world, 1), tmp_path / "j.jsonl")[0].ids.tolist() == [7, END]
+        assert len(servers[0].bodies) == 3
+
+
+def test_tries_are_bounded_and_the_last_failure_is_named(world: World, tmp_path: Path) -> None:
+    with fakes(lambda *_: (500, {"error": "out of memory"})) as servers:
+        with pytest.raises(TrainingError, match=r"failed 2 times.*HTTP 500.*out of memory"):
+            run(world, servers, copies(world, 1), tmp_path / "j.jsonl", tries=2)
+        assert len(servers[0].bodies) == 2
+
+
+def test_a_wrong_request_is_not_repeated(world: World, tmp_path: Path) -> None:
+    with fakes(lambda *_: (400, {"error": "no such model"})) as servers:
+        with pytest.raises(TrainingError, match=r"HTTP 400.*no such model"):
+            run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
+        assert len(servers[0].bodies) == 1
+
+
+def test_a_server_that_dies_hands_its_requests_to_the_others(world: World, tmp_path: Path) -> None:
+    def dying(body: dict, n: int) -> tuple[int, dict]:
+        if n > 2:
+            servers[0].down = True
+            return 503, {}
+        return by_seed(world)(body, n)
+
+    with fakes(dying, by_seed(world)) as servers:
+        found = run(world, servers, copies(world, 20), tmp_path / "j.jsonl", workers=2)
+    assert [g.ids[0] for g in found] == list(range(20))
+
+
+def test_a_run_resumes_from_what_is_on_disk(world: World, tmp_path: Path) -> None:
+    journal, samples = tmp_path / "j.jsonl", copies(world, 10)
+
+    def dying(body: dict, n: int) -> tuple[int, dict]:
+        servers[0].down |= n > 4
+        return (503, {}) if servers[0].down else by_seed(world)(body, n)
+
+    with fakes(dying) as servers, pytest.raises(TrainingError, match="none of the vLLM servers answers"):
+        run(world, servers, samples, journal, workers=1)
+    assert len(Journal(journal).read()) == 4
+    with fakes(by_seed(world)) as servers:
+        found = run(world, servers, samples, journal)
+        assert sorted(image_of(body) for body in servers[0].bodies) == list(range(4, 10))
+    assert [g.ids[0] for g in found] == list(range(10))
+
+
+@pytest.mark.parametrize("change", ["length", "token"])
+def test_another_prompt_is_an_error_not_a_shift(world: World, tmp_path: Path, change: str) -> None:
+    def drifted(body: dict, _: int) -> tuple[int, dict]:
+        status, answer = completion(world.samples[0], 1)
+        ids = answer["prompt_token_ids"]
+        return status, answer | {"prompt_token_ids": [*ids, 5] if change == "length" else [ids[0] + 1, *ids[1:]]}
+
+    with fakes(drifted) as servers, pytest.raises(TrainingError, match=r"its length \(ours|token 0 \(ours"):
+        run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
+
+
+def test_a_request_carries_lossless_pixels_and_the_settings(world: World, tmp_path: Path) -> None:
+    with fakes(by_seed(world)) as servers:
+        run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
+        (body,) = servers[0].bodies
+    assert body["skip_special_tokens"] is False
+    assert body["return_token_ids"] is True
+    assert (body["max_tokens"], body["temperature"], body["stop_token_ids"]) == (8, 0.0, [END])
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_an_answer_without_an_end_is_cut_by_its_budget(world: World, tmp_path: Path) -> None:
+    def endless(body: dict, _: int) -> tuple[int, dict]:
+        status, answer = completion(world.samples[0], 1)
+        return status, answer | {"choices": [{"token_ids": [1] * 8, "finish_reason": "length"}]}
+
+    with fakes(endless) as servers:
+        assert run(world, servers, copies(world, 1), tmp_path / "j.jsonl")[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("urls", [[], ["localhost:8000"]])
+def test_servers_must_be_urls(urls: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.servers"):
+        ServerPool(urls, 1, 1)
+
+
+def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    generation = Generation(np.array([4, 5, END], np.int32), "stop")
+    Journal(path).append("a", generation)
+    with path.open("a") as out:
+        out.write('{"key": "b", "ids": [1, 2')
+    Journal(path).append("c", generation)
+    done = Journal(path).read()
+    assert set(done) == {"a", "c"}
+    assert done["c"].ids.tolist() == [4, 5, END]
+
+
+def test_the_key_of_a_request_is_what_decides_its_answer(world: World) -> None:
+    sample = world.samples[0]
+    keys = {
+        request_key(sample, SETTINGS),
+        request_key(replace(sample, image_id=7), SETTINGS),
+        request_key(replace(sample, resized_width=64 + sample.resized_width), SETTINGS),
+        request_key(sample, replace(SETTINGS, temperature=0.5)),
+        request_key(sample, replace(SETTINGS, seed=4)),
+    }
+    assert len(keys) == 5
+    assert request_key(replace(sample, descs=()), SETTINGS) in keys
