@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import new_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.text.prompts import IMAGE_TOKEN, TASKS, expand_image, prompt_ids
+from helpers import new_tokenizer
 
 TOKENIZER = new_tokenizer()
 IMAGE_ID = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -20,8 +20,7 @@ def test_a_prompt_is_one_user_turn_with_one_image(task):
     assert ids.dtype == np.int32
     assert (ids == IMAGE_ID).sum() == 1
     assert TOKENIZER.decode(ids.tolist()) == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-        f"{TASKS[task]}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{TASKS[task]}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

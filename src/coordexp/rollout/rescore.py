@@ -9,8 +9,8 @@ Shapes: S slots, A answer tokens, N objects of one answer, K bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch

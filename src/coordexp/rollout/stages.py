@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -198,7 +199,8 @@ def _decode_into(
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
     codec = checkpoint.codec_name or params.text.codec
     settings, readout = decode_settings(params, codec, known_names(paths)), make_readout(params).for_codec(codec)
-    samples = prompted(checkpoint, [store[i] for i in range(profile.eval.images or len(store))])
+    count = min(profile.eval.images or len(store), len(store))
+    samples = prompted(checkpoint, [store[i] for i in range(count)])
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(checkpoint, codec, readout, identity)
     started = time.monotonic()
@@ -229,5 +231,9 @@ def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
 def code_hash() -> str:
     """Hash of the sources that decide what a decode contains; an edit there must not reuse older predictions."""
     package = Path(__file__).parents[1]
-    files = [p for part in ("models", "packing", "rollout", "text", "geometry") for p in sorted((package / part).glob("*.py"))]
+    files = [
+        p
+        for part in ("models", "packing", "rollout", "text", "geometry")
+        for p in sorted((package / part).glob("*.py"))
+    ]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]

@@ -31,6 +31,7 @@ from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.prompts import IMAGE_TOKEN, TASKS, expand_image
+from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class VllmEngine:
         self._image_root = image_root
         self._concurrency = concurrency
         self._journal = journal
-        self._image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-        self._end_id = int(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+        self._image_id = token_id(tokenizer, IMAGE_TOKEN)
+        self._end_id = token_id(tokenizer, END_OF_TURN)
 
     def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
         """One generation per sample; answers of an interrupted run are taken from the journal.

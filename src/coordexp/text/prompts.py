@@ -20,12 +20,20 @@ TASKS: dict[str, str] = {
     "name": "Name every object.",
     "count": "How many objects are there?",
 }
+# Other formats of the `detect` answer (text.codecs.NUMBER_FORMATS), asked for in pretraining the base model only.
+FORMAT_TASKS: dict[str, str] = {
+    "detect_quoted": "Detect every object. Quote numbers.",
+    "detect_tags": "Detect every object. Use tags.",
+}
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: str = "detect") -> NDArray[np.int32]:
     """Token ids of the prompt up to where the answer starts, with one image placeholder."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TASKS[task]}]}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": (TASKS | FORMAT_TASKS)[task]}]}
+    ]
+    # transformers' annotation knows messages of plain text only; a list of content parts is its multimodal form.
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[arg-type]
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
