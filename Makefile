@@ -9,7 +9,10 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test smoke checks report base clean-resume
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: help env demo test vllm test-vllm smoke checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,7 +36,19 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
 test: env  ## run the test-suite
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm"
+
+vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server (once; 3.5 GB on CPU)
+
+# --no-deps: vLLM also asks for torchaudio and torchcodec, which break transformers' import beside a CPU build of torch.
+$(VLLM_STAMP): requirements-vllm.lock
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing requirements-vllm.lock into $(VLLM_VENV) (minutes, once)"
+	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -r requirements-vllm.lock
+	@touch $@
+
+test-vllm: env vllm  ## test the vLLM engine against real servers
+	OMP_NUM_THREADS=1 pytest -m vllm tests/rollout
 
 smoke: env  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py

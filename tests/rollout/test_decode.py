@@ -13,6 +13,7 @@ from coordexp.packing.prepare import text_objects
 from coordexp.records.gt_vs_pred import read_results, write_results
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import Generation
+from coordexp.rollout.rescore import Rescored
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
 from helpers import answer_reader, new_checkpoint, new_tokenizer
@@ -41,8 +42,9 @@ def truth_of(sample) -> list[TextObject]:
     return text_objects([sample.descs[i] for i in kept], bins)
 
 
-def random_logprobs(count: int) -> np.ndarray:
-    return -np.random.default_rng(5).uniform(0.01, 2.0, count)
+def random_logprobs(count: int) -> Rescored:
+    """Of a model without distributions, so that the emitted bins count."""
+    return Rescored(-np.random.default_rng(5).uniform(0.01, 2.0, count), None)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -81,10 +83,10 @@ def test_probabilities_are_those_of_the_tokens_of_each_object(world, checkpoint,
         tokens = np.flatnonzero(own & np.isin(answer.roles, (Role.COORD, Role.NUMBER)))
         digits = [len(str(value)) if codec == "digits" else 1 for value in obj.bins]
         runs = np.split(tokens, np.cumsum(digits)[:-1])
-        expected = [logprobs[run].sum() for run in runs]
+        expected = [logprobs.logprobs_A[run].sum() for run in runs]
         assert pred.coord_logprobs == pytest.approx(expected)
         assert pred.score == pytest.approx(math.prod(map(math.exp, expected)) ** 0.25)
-        assert pred.desc_logprob == pytest.approx(logprobs[own & (answer.roles == Role.DESC)].mean())
+        assert pred.desc_logprob == pytest.approx(logprobs.logprobs_A[own & (answer.roles == Role.DESC)].mean())
 
 
 def test_crowds_are_handed_over_as_crowds(world, checkpoint):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import World, new_checkpoint
 
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.rollout.engine import DecodeSettings
@@ -14,9 +13,12 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.text.grammar import Constraints
 from coordexp.text.parser import ParsedAnswer, parse_answer
 from coordexp.text.symbols import TokenTable
+from helpers import World, new_checkpoint
 
 
-def settings(codec: str, budget: int, duplicate_iou: float = 1.0, names: tuple[str, ...] | None = None) -> DecodeSettings:
+def settings(
+    codec: str, budget: int, duplicate_iou: float = 1.0, names: tuple[str, ...] | None = None
+) -> DecodeSettings:
     """Sampling at temperature 1.5 under the grammar."""
     constraints = Constraints(
         codec=codec, names=names, valid_corners=True, duplicate_iou=duplicate_iou, max_new_tokens=budget

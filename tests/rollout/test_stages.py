@@ -17,6 +17,7 @@ from coordexp.records.gt_vs_pred import read_results
 from coordexp.rollout import stages
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.records import read_rollouts
+from coordexp.rollout.rescore import Rescored
 from coordexp.rollout.stages import decode_settings, decode_val, match_settings, rollout_summary, run_rollouts
 from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, teacher_rollouts
 
@@ -37,7 +38,7 @@ def short(workspace: Workspace) -> Workspace:
 
 def test_settings_come_from_the_parameters(workspace):
     space = workspace.set(decode__temperature=0.7, decode__top_p=0.9, seed=5, matching__gate_threshold=0.4)
-    settings = decode_settings(space.params)
+    settings = decode_settings(space.params, "json", [])
     assert (settings.temperature, settings.top_p, settings.seed, settings.max_new_tokens) == (0.7, 0.9, 5, 160)
     assert match_settings(space.params).gate_threshold == 0.4
 
@@ -81,7 +82,9 @@ def test_summary_counts_by_hand(world):
     rollouts = teacher_rollouts(checkpoint, world)
     reader = answer_reader(checkpoint)
     lines = [
-        reader.result(s, Generation(np.array(rollouts[s.image_id].ids, np.int32), "stop"), np.zeros(500), "")
+        reader.result(
+            s, Generation(np.array(rollouts[s.image_id].ids, np.int32), "stop"), Rescored(np.zeros(500), None), ""
+        )
         for s in world.samples
     ]
     summary = rollout_summary(world.samples, list(rollouts.values()), lines)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import MAX_PIXELS, MIN_PIXELS, World, new_checkpoint
 
 from coordexp.errors import TrainingError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
@@ -32,6 +31,7 @@ from coordexp.rollout.vllm_server import VllmServer, vllm_server
 from coordexp.text.grammar import Constraints
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
+from helpers import MAX_PIXELS, MIN_PIXELS, World, new_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -188,5 +188,3 @@ def test_a_server_killed_in_the_middle_loses_nothing(
     with pytest.raises(TrainingError, match="none of the vLLM servers answers"):
         engine(loaded, world, servers[:1], tmp_path / "b").generate(copies(world, 21), GREEDY)
     assert len(Journal(journal).read()) == len(samples)
-
-

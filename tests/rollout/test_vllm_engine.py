@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import World, new_checkpoint
 
 from coordexp.errors import ConfigError, TrainingError
 from coordexp.packing.samples import Sample
@@ -24,6 +23,7 @@ from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.prompts import expand_image
+from helpers import World, new_checkpoint
 
 SETTINGS = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
 TOKENIZER = new_checkpoint().tokenizer
@@ -48,7 +48,7 @@ class FakeServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def _handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler below
+    def _handler(fake) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self._reply(503 if fake.down else 200, {})

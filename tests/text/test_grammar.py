@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers import new_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from coordexp.errors import ConfigError
@@ -19,6 +18,7 @@ from coordexp.text.grammar_walk import AnswerWalk
 from coordexp.text.parser import ParsedAnswer, parse_answer
 from coordexp.text.symbols import TokenTable
 from coordexp.text.vocabulary import CoordVocabulary
+from helpers import new_tokenizer
 
 CODECS = ("json", "tags", "digits")
 
@@ -59,7 +59,8 @@ def sample(grammar: AnswerGrammar, rng: np.random.Generator) -> list[int]:
 
 
 def parsed(ids: list[int], codec: str) -> ParsedAnswer:
-    return parse_answer(ids, TokenTable.from_tokenizer(tokenizer(), CoordVocabulary.from_tokenizer(tokenizer())), codec)
+    table = TokenTable.from_tokenizer(tokenizer(), CoordVocabulary.from_tokenizer(tokenizer()))
+    return parse_answer(ids, table, codec)
 
 
 @pytest.mark.parametrize("codec", CODECS)

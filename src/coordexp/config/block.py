@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
@@ -23,7 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 # YAML has lists only; their items stay strict.
 IouList = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
 
-TextList = Annotated[tuple[Text, ...], Field(strict=False)]
+TextList = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 
 
 class Block(BaseModel):
@@ -64,8 +64,7 @@ def expectation(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        amount = "non-empty list" if any(isinstance(rule, MinLen) for rule in field.metadata) else "list"
-        return f"a {amount}, each item {expectation(list_item(field))}"
+        return f"a non-empty list, each item {expectation(list_item(field))}"
     assert kind in NOUNS, f"no words for the type {kind!r}"
     steps = [f", a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)]
     return NOUNS[kind] + _interval(field) + "".join(steps)

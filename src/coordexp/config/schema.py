@@ -84,17 +84,17 @@ class DecodeParams(Block):
     top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
     repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
     score: Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"] = Field(
-        description="confidence of an object, by name (`rollout/confidence.py`); digits have no spread or expected IoU"
+        description="confidence of an object (rollout/confidence.py)"
     )
     box: Literal["argmax", "expectation", "local_expectation", "median"] = Field(
-        description="position of an edge: the emitted bin, or a statistic of the distribution over bins at its slot"
+        description="position of an edge: the emitted bin, or a statistic of its distribution"
     )
     grammar: Literal["none", "any", "closed"] = Field(
-        description="emit only what parses: with any name, or only names of the data set"
+        description="emit only what parses, with any name or only names of the data set"
     )
-    valid_corners: bool = Field(description="with a grammar: only x2 > x1 and y2 > y1")
+    corners: Literal["any", "valid"] = Field(description="with a grammar, valid: only x2 > x1 and y2 > y1")
     duplicate_iou: float = Field(
-        gt=0, le=1, description="with a grammar: highest IoU of a box with an earlier one of the same name; 1 is any"
+        gt=0, le=1, description="with a grammar: highest IoU with an earlier box of the same name; 1 is any"
     )
 
     @model_validator(mode="after")
@@ -105,10 +105,10 @@ class DecodeParams(Block):
 
     @model_validator(mode="after")
     def _constraints_build_on_a_grammar(self) -> DecodeParams:
-        if self.grammar == "none" and (self.valid_corners or self.duplicate_iou < 1):
+        if self.grammar == "none" and (self.corners == "valid" or self.duplicate_iou < 1):
             raise ValueError(
-                f"valid_corners {self.valid_corners} and duplicate_iou {self.duplicate_iou} need a grammar, which says "
-                "where a coordinate is; set grammar: any or closed, or valid_corners: false and duplicate_iou: 1.0."
+                f"corners {self.corners} and duplicate_iou {self.duplicate_iou} need a grammar, which says where a "
+                "coordinate is; set grammar: any or closed, or corners: any and duplicate_iou: 1.0."
             )
         return self
 

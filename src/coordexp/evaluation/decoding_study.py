@@ -69,7 +69,9 @@ def _alternatives(
     held = [getattr(p, field) for r in results for p in r.pred]
     names = [name for name in (held[0] if held else {}) if all(name in alternatives for alternatives in held)]
     if not names:
-        raise DataError(f"no alternative `{field}` in the predictions; decode again with this version, which stores them.")
+        raise DataError(
+            f"no alternative `{field}` in the predictions; decode again with this version, which stores them."
+        )
     return {name: [replace(r, pred=tuple(change(p, name) for p in r.pred)) for r in results] for name in names}
 
 

@@ -121,7 +121,7 @@ def _mean_iou(boxes_N4: Floats, nodes_N4Q: Floats) -> Floats:
 
 
 def _axis_pairs(boxes_N4: Floats, nodes_N4Q: Floats, axis: int) -> tuple[Floats, Floats]:
-    """Overlap with the box, and length, of all Q^2 drawn intervals of one axis, each (N, Q^2); turned ones are empty."""
+    """Overlap with the box, and length, of all drawn intervals of one axis, each (N, Q^2); turned ones are empty."""
     low, high = nodes_N4Q[:, axis, :, None], nodes_N4Q[:, axis + 2, None, :]
     start, end = boxes_N4[:, axis, None, None], boxes_N4[:, axis + 2, None, None]
     side = np.clip(high - low, 0, None)

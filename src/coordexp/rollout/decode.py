@@ -33,23 +33,25 @@ class Readout:
         return Readout("argmax", "coord_logprob" if self.score in DISTRIBUTIONAL else self.score)
 
 
+EMITTED = Readout(box="argmax", score="coord_logprob")
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerReader:
     """How to read this model's answers: token table, codec, readout, and the identity that goes into every line."""
 
     table: TokenTable
     codec: str
-    readout: Readout
     identity: dict[str, str]
+    readout: Readout = EMITTED
 
     def parse(self, generation: Generation) -> ParsedAnswer:
         """Strict parse of one generation."""
         return parse_answer(generation.ids, self.table, self.codec)
 
-    def result(
-        self, sample: Sample, generation: Generation, answer: ParsedAnswer, rescored: Rescored, text: str
-    ) -> ImageResult:
-        """One line of the hand-over file; `answer` is the parse of this generation, `text` is for people to read."""
+    def result(self, sample: Sample, generation: Generation, rescored: Rescored, text: str) -> ImageResult:
+        """One line of the hand-over file; `text` is for people to read."""
+        answer = self.parse(generation)
         return ImageResult(
             image_id=sample.image_id,
             image=sample.image,
@@ -89,7 +91,9 @@ def to_predictions(
     emitted_N4 = np.array([o.bins for o in objects], np.float64).reshape(-1, 4)
     probs_N4K = rescored.coord_probs_N4K
     rules = ("argmax",) if probs_N4K is None else BOX_RULES
-    bins_by_rule = {rule: emitted_N4 if probs_N4K is None else decode_bins(rule, emitted_N4, probs_N4K) for rule in rules}
+    bins_by_rule = {
+        rule: emitted_N4 if probs_N4K is None else decode_bins(rule, emitted_N4, probs_N4K) for rule in rules
+    }
     coord_logprobs_N4, desc_logprob_N = _logprobs(objects, rescored.logprobs_A, codec)
     evidence = Evidence(coord_logprobs_N4, desc_logprob_N, bins_by_rule[readout.box], probs_N4K)
     scores = score_objects(evidence)
@@ -103,7 +107,7 @@ def to_predictions(
             coord_logprobs=tuple(coord_logprobs_N4[i].tolist()),
             desc_logprob=float(desc_logprob_N[i]),
             score=float(scores[readout.score][i]),
-            coord_sd_bins=None if sd_N4 is None else tuple(round(float(v), 3) for v in sd_N4[i]),
+            coord_sd_bins=None if sd_N4 is None else _box(sd_N4[i]),
             boxes_xyxy_px={rule: _box(box_N4[i]) for rule, box_N4 in boxes.items()},
             scores={name: float(score_N[i]) for name, score_N in scores.items()},
         )

@@ -15,7 +15,7 @@ from coordexp.text.grammar_walk import AnswerWalk
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Masks what the walks of the rows do not allow; made anew for every `generate`, whose prompt is `prompt_length`."""
+    """Masks what the walks of the rows do not allow; one for each `generate`, whose prompts have `prompt_length`."""
 
     def __init__(self, grammar: AnswerGrammar, n_rows: int, prompt_length: int) -> None:
         self._walks = [AnswerWalk(grammar) for _ in range(n_rows)]

@@ -61,7 +61,7 @@ class HfEngine:
         inputs = self._inputs(samples)
         width = inputs["input_ids"].shape[1]
         processors = [GrammarProcessor(grammar, len(samples), width)] if grammar else []
-        options: dict[str, int | float | None | LogitsProcessorList] = {
+        options: dict[str, int | float | LogitsProcessorList | None] = {
             "max_new_tokens": settings.max_new_tokens,
             "do_sample": settings.temperature > 0,
             "repetition_penalty": settings.repetition_penalty,

@@ -16,6 +16,8 @@ from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
 
+START = ("start",)  # value of rollout.servers
+
 
 @contextmanager
 def open_engine(
@@ -23,7 +25,7 @@ def open_engine(
 ) -> Iterator[Engine]:
     """The engine of `rollout.engine` on a checkpoint that is loaded from `folder`.
 
-    With vLLM and no `rollout.servers`, a server is started on the folder and stopped at the end of the block. Answers
+    With vLLM and `rollout.servers: [start]`, a server is started on the folder and stopped at the end of the block. Answers
     are kept until the block ends without an error, so that a failed run goes on from them.
     """
     settings = profile.rollout
@@ -38,7 +40,7 @@ def open_engine(
         concurrency = settings.requests_per_server * len(urls)
         return VllmEngine(pool, checkpoint.tokenizer, image_root, concurrency, journal)
 
-    if settings.servers:
+    if settings.servers != START:
         yield engine(settings.servers)
     else:
         with vllm_server(Path(settings.vllm_python), folder, checkpoint.pixels, max_new_tokens) as server:

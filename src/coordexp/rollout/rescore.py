@@ -30,7 +30,7 @@ _SLOTS_PER_HEAD = 2048  # the logits of that many slots exist at a time: with Qw
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rescored:
-    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1 over K, None without bins."""
+    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1, None without bins."""
 
     logprobs_A: NDArray[np.float64]
     coord_probs_N4K: NDArray[np.float32] | None

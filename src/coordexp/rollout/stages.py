@@ -41,7 +41,7 @@ def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeS
     constraints = Constraints(
         codec=codec,
         names=tuple(names) if decode.grammar == "closed" else None,
-        valid_corners=decode.valid_corners,
+        valid_corners=decode.corners == "valid",
         duplicate_iou=decode.duplicate_iou,
         max_new_tokens=decode.max_new_tokens,
     )
@@ -55,8 +55,10 @@ def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeS
     )
 
 
-def known_names(paths: ProfilePaths) -> list[str]:
-    """All names of the data set, also those that no training image shows."""
+def allowed_names(params: Params, paths: ProfilePaths) -> list[str]:
+    """For the closed grammar all names of the data set, also those that no training image shows; else none."""
+    if params.decode.grammar != "closed":
+        return []
     path = paths.records / "categories.json"
     return [row["name"] for row in json.loads(path.read_text(encoding="utf-8"))]
 
@@ -74,7 +76,7 @@ def match_settings(params: Params) -> MatchSettings:
 def make_reader(checkpoint: Checkpoint, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
     """A reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
-    return AnswerReader(table, codec, readout.for_codec(codec), identity)
+    return AnswerReader(table, codec, identity, readout.for_codec(codec))
 
 
 def decode_identity(
@@ -100,11 +102,10 @@ def predict_samples(
     generations = engine.generate(samples, settings)
     pad_id = checkpoint.tokenizer.pad_token_id
     collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
-    answers = [reader.parse(g) for g in generations]
-    positions = [coord_positions(answer) for answer in answers]
+    positions = [coord_positions(reader.parse(g)) for g in generations]
     rescored = rescore(checkpoint, collator, samples, generations, positions, batch_images)
     texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
-    rows = zip(samples, generations, answers, rescored, texts, strict=True)
+    rows = zip(samples, generations, rescored, texts, strict=True)
     return generations, [reader.result(*row) for row in rows]
 
 
@@ -118,10 +119,12 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
     codec, readout = params.text.codec, make_readout(params)
-    settings = decode_settings(params, codec, known_names(paths))
+    settings = decode_settings(params, codec, allowed_names(params, paths))
     reader = make_reader(checkpoint, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
     started = time.monotonic()
-    with open_engine(profile, checkpoint, folder, paths.raw, profile.rollout.batch_images, settings.max_new_tokens) as engine:
+    with open_engine(
+        profile, checkpoint, folder, paths.raw, profile.rollout.batch_images, settings.max_new_tokens
+    ) as engine:
         generations, results = predict_samples(
             checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images, engine
         )
@@ -176,7 +179,7 @@ def decode_val(params: Params, profile: Profile, paths: ProfilePaths, name: str,
         "decode": params.decode.model_dump(),
         "eval": profile.eval.model_dump(),
         "engine": profile.rollout.engine,
-        "names": known_names(paths),
+        "names": allowed_names(params, paths),
         "seed": params.seed,
     }
     key = fingerprint(wanted | {"code": code_hash()}, [folder / "model.safetensors", samples_file])
@@ -198,13 +201,18 @@ def _decode_into(
 ) -> None:
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
     codec = checkpoint.codec_name or params.text.codec
-    settings, readout = decode_settings(params, codec, known_names(paths)), make_readout(params).for_codec(codec)
+    settings, readout = (
+        decode_settings(params, codec, allowed_names(params, paths)),
+        make_readout(params).for_codec(codec),
+    )
     count = min(profile.eval.images or len(store), len(store))
     samples = prompted(checkpoint, [store[i] for i in range(count)])
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(checkpoint, codec, readout, identity)
     started = time.monotonic()
-    with open_engine(profile, checkpoint, folder, paths.raw, profile.eval.batch_images, settings.max_new_tokens) as engine:
+    with open_engine(
+        profile, checkpoint, folder, paths.raw, profile.eval.batch_images, settings.max_new_tokens
+    ) as engine:
         _, results = predict_samples(
             checkpoint, reader, samples, paths.raw, settings, profile.eval.batch_images, engine
         )

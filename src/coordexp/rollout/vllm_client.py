@@ -66,7 +66,9 @@ class ServerPool:
             except urllib.error.HTTPError as error:
                 failure = f"{url}: HTTP {error.code}: {error.read().decode(errors='replace')[:500]}"
                 if error.code < 500 and error.code != 429:
-                    raise TrainingError(f"{failure}. The server refuses this request; check its model and options.") from error
+                    raise TrainingError(
+                        f"{failure}. The server refuses this request; check its model and options."
+                    ) from error
             except _PASSING as error:
                 failure = f"{url}: {error!r}"
             if not is_healthy(url):
@@ -84,8 +86,8 @@ class ServerPool:
             alive = [url for url in self._urls if url not in self._dead]
         if not alive:
             raise TrainingError(
-                f"none of the vLLM servers answers ({', '.join(self._urls)}). Finished answers are kept: start the servers "
-                "and run the stage again."
+                f"none of the vLLM servers answers ({', '.join(self._urls)}). Finished answers are kept: start the "
+                "servers and run the stage again."
             )
         return alive
 

@@ -80,9 +80,8 @@ class VllmEngine:
                     if finished % 100 == 0 or finished == len(todo):
                         rate = finished / (time.monotonic() - started)
                         log.info("generated %d of %d images, %.1f images/s", finished, len(todo), rate)
-            except BaseException:
-                workers.shutdown(wait=False, cancel_futures=True)
-                raise
+            finally:
+                workers.shutdown(cancel_futures=True)  # after a failure, do not ask what nobody will read
         return [done[key] for key in keys]
 
     def _common(self, settings: DecodeSettings) -> dict[str, Any]:
@@ -136,8 +135,8 @@ class VllmEngine:
         ours = expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens)
         if not np.array_equal(ours, np.asarray(theirs)):
             raise TrainingError(
-                f"{sample.image}: the server's prompt differs from ours at {_first_difference(ours, theirs)}. Expected the "
-                "same chat template and image size; serve the checkpoint's own folder with its own processor files."
+                f"{sample.image}: the server's prompt differs from ours at {_first_difference(ours, theirs)}. Expected "
+                "the same chat template and image size; serve the checkpoint's own folder with its own processor files."
             )
 
 

@@ -49,7 +49,9 @@ def vllm_server(python: Path, checkpoint: Path, pixels: PixelSpec, max_new_token
         TrainingError: the server does not come up; the end of its log is in the message.
     """
     if not python.is_file():
-        raise ConfigError(f"rollout.vllm_python is {str(python)!r}: no such file. Run `make vllm`, or set rollout.servers.")
+        raise ConfigError(
+            f"rollout.vllm_python is {str(python)!r}: no such file. Run `make vllm`, or set rollout.servers to URLs."
+        )
     with TemporaryDirectory(prefix="coordexp-vllm-") as name:
         folder = Path(name) / "checkpoint"
         link_checkpoint(checkpoint, folder, pixels)
@@ -86,7 +88,12 @@ def _arguments(folder: Path, port: int, pixels: PixelSpec, max_new_tokens: int) 
 
 def _environment() -> dict[str, str]:
     paths = [str(_SITE), str(_SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def link_checkpoint(checkpoint: Path, folder: Path, pixels: PixelSpec) -> None:

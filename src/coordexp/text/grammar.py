@@ -4,8 +4,9 @@
     object  = name middle value (separator value){3}
 
 The pieces are the codec's own segments in the tokenizer's own (canonical) tokens, so a constrained answer is written as
-the training answers are. Beyond the grammar, a walk (grammar_walk.py) knows what was emitted, and so can demand corners that are in
-order, refuse duplicates, bound a name, and close the answer before the token budget ends: what it emits always parses.
+the training answers are. Beyond the grammar, a walk (grammar_walk.py) knows what was
+emitted, and so can demand corners that are in order, refuse duplicates, bound a name, and close the answer before the
+token budget ends: what it emits always parses.
 
 Shapes: V tokens of the vocabulary, K values of a coordinate.
 """
@@ -170,7 +171,7 @@ class AnswerGrammar:
         """
         pieces, values = self.pieces, sorted(set(self.values))
         if self.names is None:
-            whole = [i for i in np.flatnonzero(self.after_tail(b"")) if utf8_tail(self.bytes_of(i)) == b""]
+            whole = [i for i in np.flatnonzero(self.after_tail(b"")).tolist() if utf8_tail(self.bytes_of(i)) == b""]
             first = [i for i in whole if self.first_of_name[i]]
             name = f"name: first rest{{0,{MAX_NAME_TOKENS - 1}}}\nfirst: {_choice(first)}\nrest: {_choice(whole)}"
         else:
@@ -216,7 +217,7 @@ def _value_ids(encoder: AnswerEncoder) -> tuple[Ids, ...]:
     n_values = NUM_BINS if role is Role.COORD else MAX_NUMBER + 1
 
     def ids(value: int) -> Ids:
-        probe = encoder.codec.segments([TextObject("a", (value,) * 4)])  # type: ignore[arg-type]
+        probe = encoder.codec.segments([TextObject("a", (value, value, value, value))])
         segment = next(s for s in probe if s.role is role)
         return tuple(encoder.encode_segments([segment], end=False).ids.tolist())
 
@@ -227,7 +228,9 @@ def _name_ids(encoder: AnswerEncoder, names: Sequence[str] | None) -> dict[str, 
     if names is None:
         return None
     if not names or not all(name.strip() for name in names):
-        raise ConfigError(f"the closed list of names is {list(names)!r}; expected at least one name, none of them empty.")
+        raise ConfigError(
+            f"the closed list of names is {list(names)!r}; expected at least one name, none of them empty."
+        )
     encoded = {}
     for name in names:
         segments = encoder.codec.segments([TextObject(name, (1, 2, 3, 4))])

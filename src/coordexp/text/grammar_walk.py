@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
-from coordexp.text.grammar import UTF8_RESERVE, MAX_NAME_TOKENS, NO_DUPLICATE_GUARD, AnswerGrammar, Ids, utf8_tail
+from coordexp.text.grammar import MAX_NAME_TOKENS, NO_DUPLICATE_GUARD, UTF8_RESERVE, AnswerGrammar, Ids, utf8_tail
 
 Target = Literal["name", "value", "end"]
 
