@@ -188,6 +188,21 @@ def test_predict_lists_what_it_found(run: Run, fake: FakeDetector, scene: Path) 
     assert done.err == ""
 
 
+def test_predict_resumes_and_exports(run: Run, fake: FakeDetector, scene: Path, tmp_path: Path) -> None:
+    out, coco = tmp_path / "out.jsonl", tmp_path / "coco.json"
+    other = tmp_path / "other.png"
+    other.write_bytes(scene.read_bytes())
+    assert run("predict", scene, "--checkpoint", "any", "--out", out).code == 0
+    done = run("predict", scene, other, "--checkpoint", "any", "--out", out, "--coco", coco)
+    assert "1 of 2 images are in" in done.err
+    assert str(scene) not in done.out  # it was not asked again
+    assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [str(scene), str(other)]
+    exported = json.loads(coco.read_text())
+    assert [image["file_name"] for image in exported["images"]] == [str(scene), str(other)]
+    assert [a["score"] for a in exported["annotations"]] == [0.9, 0.4] * 2
+    assert run("predict", scene, "--checkpoint", "another", "--out", out).code == 2
+
+
 def test_predict_filters_by_name(run: Run, fake: FakeDetector, scene: Path) -> None:
     done = run("predict", scene, "--checkpoint", "any", "--json", "--classes", "Red Mug, catt")
     assert [o["desc"] for o in json.loads(done.out)["objects"]] == ["red mug"]

@@ -106,21 +106,48 @@ def predict(
         typer.Option(min=1, help="Most image area for the model  [default: as in run_metadata.json, else 36864]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option(help="Append one JSON line an image; images that are in it are not asked again.")
+    ] = None,
+    coco: Annotated[Path | None, typer.Option(help="Write all predictions as COCO JSON, with scores.")] = None,
+    server: Annotated[
+        list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
+    ] = None,
 ) -> None:
     """Detect objects in images."""
-    paths = expand_images(images)
+    from coordexp.records.prediction_log import PredictionLog
+
+    everything = expand_images(images)
+    log = PredictionLog(out, str(checkpoint)) if out else None
+    paths = [path for path in everything if log is None or str(path) not in log.rows]
     targets = _picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
-    detector = _load_detector(checkpoint, min_pixels, max_pixels, max_new_tokens)
     seen: set[str] = set()
-    for path, found in _progress(_detect(detector, paths), len(paths), "predict"):
+    rows = dict(log.rows) if log else {}
+    if len(paths) < len(everything):
+        _note(f"note: {len(everything) - len(paths)} of {len(everything)} images are in {out} already.")
+    detector = _load_detector(checkpoint, min_pixels, max_pixels, max_new_tokens, server or []) if paths else None
+    for path, found in _progress(_detect(detector, paths) if detector else (), len(paths), "predict"):
         seen.update(found.descs)
         shown = found.named(names) if names else found
         print(_json_line(path, shown) if as_json else _listing(path, shown))
         _note_answer(path, found, max_new_tokens)
+        rows[str(path)] = {"image": str(path)} | shown.to_json()
+        if log:
+            log.add(str(path), shown.to_json())
         if path in targets:
             _draw(path, shown, targets[path])
-    _note_absent(names, seen)
+    if detector:
+        _note_absent(names, seen)
+    if coco:
+        _write_coco(coco, [rows[str(path)] for path in everything])
+
+
+def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from coordexp.config.provenance import write_json
+    from coordexp.records.prediction_log import coco_predictions
+
+    write_json(path, coco_predictions(rows))
 
 
 def expand_images(arguments: Iterable[str]) -> list[Path]:
@@ -168,14 +195,16 @@ def _distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
         yield name
 
 
-def _load_detector(checkpoint: Path, min_pixels: int | None, max_pixels: int | None, max_new_tokens: int) -> Detector:
+def _load_detector(
+    checkpoint: Path, min_pixels: int | None, max_pixels: int | None, max_new_tokens: int, servers: Sequence[str]
+) -> Detector:
     from coordexp.config.process import LOG, tune_allocator
 
     tune_allocator(LOG)  # before the first large allocation
     from coordexp.detector import Detector
 
     return Detector.from_checkpoint(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens
+        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens, servers=servers
     )
 
 

@@ -30,8 +30,11 @@ from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.schema import Record
 from coordexp.rollout.decode import Readout
-from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.engine import DecodeSettings, Engine
+from coordexp.rollout.journal import Journal
 from coordexp.rollout.stages import make_reader, predict_samples
+from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import get_codec
 
 Picture = str | Path | Image.Image | NDArray[np.uint8]
@@ -40,6 +43,9 @@ MIN_PIXELS = 96 * 96
 MAX_PIXELS = 192 * 192
 MAX_NEW_TOKENS = 512
 BATCH_IMAGES = 16
+SERVER_TIMEOUT_SECONDS = 300.0
+SERVER_TRIES = 4
+REQUESTS_PER_SERVER = 16
 READOUT = Readout(box="argmax", score="coord_logprob")
 
 
@@ -104,14 +110,24 @@ class Detections:
 class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_checkpoint`."""
 
-    def __init__(self, checkpoint: Checkpoint, codec: str, max_new_tokens: int, batch_images: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        codec: str,
+        max_new_tokens: int,
+        batch_images: int,
+        servers: Sequence[str] = (),
+    ) -> None:
         self._checkpoint = checkpoint
         self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
         self._reader = make_reader(checkpoint, codec, READOUT, identity={})
         self._settings = DecodeSettings(
             max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
         )
-        self.batch_images = batch_images
+        self._n_servers = len(servers)
+        self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
+        # Servers take many pictures at a time, and each batch waits for its slowest.
+        self.batch_images = batch_images * max(1, 4 * self._n_servers)
 
     @classmethod
     def from_checkpoint(
@@ -123,6 +139,7 @@ class Detector:
         max_pixels: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_images: int = BATCH_IMAGES,
+        servers: Sequence[str] = (),
     ) -> Detector:
         """Load a checkpoint folder.
 
@@ -134,6 +151,7 @@ class Detector:
             max_pixels: largest image area the model is given. None: as run_metadata.json says, else 192 * 192.
             max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
             batch_images: pictures decoded together, which bounds the memory.
+            servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
 
         Raises:
             CheckpointError: the folder is no usable checkpoint, or has no coordinate tokens for the codec asked for.
@@ -151,7 +169,7 @@ class Detector:
                 f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
                 "Leave the codec out, or give a checkpoint of a stage after norm1000."
             )
-        return cls(checkpoint, chosen, max_new_tokens, batch_images)
+        return cls(checkpoint, chosen, max_new_tokens, batch_images, servers)
 
     def predict(self, images: Sequence[Picture]) -> list[Detections]:
         """Detect the objects of each picture.
@@ -175,9 +193,23 @@ class Detector:
         with TemporaryDirectory(prefix="coordexp-") as folder:
             samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
             _, results = predict_samples(
-                self._checkpoint, self._reader, samples, Path(folder), self._settings, self.batch_images
+                self._checkpoint,
+                self._reader,
+                samples,
+                Path(folder),
+                self._settings,
+                self.batch_images,
+                self._engine(Path(folder)),
             )
         return [_detections(result) for result in results]
+
+    def _engine(self, folder: Path) -> Engine | None:
+        """The servers, if there are any; their answers need no place of their own, a batch is small."""
+        if self._pool is None:
+            return None
+        journal = Journal(folder / "generations.jsonl")
+        workers = REQUESTS_PER_SERVER * self._n_servers
+        return VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal)
 
     def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"

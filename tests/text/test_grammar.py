@@ -50,7 +50,7 @@ def new_grammar(
 
 
 def sample(grammar: AnswerGrammar, rng: np.random.Generator) -> list[int]:
-    """A random answer: any allowed token with equal probability, the way an untrained model at high temperature does."""
+    """A random answer: any allowed token, with equal probability."""
     walk, ids = AnswerWalk(grammar), []
     while not walk.ended:
         ids.append(int(rng.choice(np.flatnonzero(walk.allowed()))))

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import Category
 from coordexp.evaluation.evaluator import Evaluation, compare, evaluate
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
 SHOWN = (

@@ -25,8 +25,8 @@ def open_engine(
 ) -> Iterator[Engine]:
     """The engine of `rollout.engine` on a checkpoint that is loaded from `folder`.
 
-    With vLLM and `rollout.servers: [start]`, a server is started on the folder and stopped at the end of the block. Answers
-    are kept until the block ends without an error, so that a failed run goes on from them.
+    With vLLM and `rollout.servers: [start]`, a server is started on the folder and stopped at the end of the block.
+    Answers are kept until the block ends without an error, so that a failed run goes on from them.
     """
     settings = profile.rollout
     if settings.engine == "hf":

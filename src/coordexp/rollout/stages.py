@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from coordexp.matching.summary import MatchCounts
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
+from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
@@ -59,8 +59,7 @@ def allowed_names(params: Params, paths: ProfilePaths) -> list[str]:
     """For the closed grammar all names of the data set, also those that no training image shows; else none."""
     if params.decode.grammar != "closed":
         return []
-    path = paths.records / "categories.json"
-    return [row["name"] for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [category.name for category in read_categories(paths.records / "categories.json")]
 
 
 def make_readout(params: Params) -> Readout:
@@ -170,30 +169,42 @@ def rollout_summary(
 
 
 def decode_val(params: Params, profile: Profile, paths: ProfilePaths, name: str, folder: Path) -> bool:
-    """Predictions of one checkpoint on val; True if they were decoded now, False if taken from the decode cache.
+    """Predictions of one checkpoint on val; True if they were decoded now, False if taken from the decode cache."""
+    cache = _cache_folder(params, profile, paths, folder, "val")
+    hit = (cache / "decode.json").is_file()
+    decode_split(params, profile, paths, folder, "val")
+    out = paths.evaluation(name)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in ("gt_vs_pred.jsonl", "decode.json"):
+        shutil.copyfile(cache / file, out / file)
+    return not hit
+
+
+def decode_split(params: Params, profile: Profile, paths: ProfilePaths, folder: Path, split: str) -> Path:
+    """The folder of the decode cache with the predictions of one checkpoint on a split; decodes if they are not there.
 
     The cache is keyed by the weights, the samples and the settings, so that an A/B run decodes only what it changed.
     """
-    samples_file, out = paths.norm1000 / "val.parquet", paths.evaluation(name)
+    cache = _cache_folder(params, profile, paths, folder, split)
+    if not (cache / "decode.json").is_file():
+        temporary = cache.with_name(cache.name + ".tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        _decode_into(temporary, params, profile, paths, folder, SampleStore(paths.norm1000 / f"{split}.parquet"))
+        temporary.replace(cache)
+    return cache
+
+
+def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder: Path, split: str) -> Path:
     wanted = {
         "decode": params.decode.model_dump(),
         "eval": profile.eval.model_dump(),
         "engine": profile.rollout.engine,
         "names": allowed_names(params, paths),
         "seed": params.seed,
+        "code": code_hash(),
     }
-    key = fingerprint(wanted | {"code": code_hash()}, [folder / "model.safetensors", samples_file])
-    cache = resume_folder("decode", key)
-    hit = (cache / "decode.json").is_file()
-    if not hit:
-        temporary = cache.with_name(cache.name + ".tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        _decode_into(temporary, params, profile, paths, folder, SampleStore(samples_file))
-        temporary.replace(cache)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in ("gt_vs_pred.jsonl", "decode.json"):
-        shutil.copyfile(cache / file, out / file)
-    return not hit
+    inputs = [folder / "model.safetensors", paths.norm1000 / f"{split}.parquet"]
+    return resume_folder("decode", fingerprint(wanted, inputs))
 
 
 def _decode_into(
@@ -201,21 +212,17 @@ def _decode_into(
 ) -> None:
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
     codec = checkpoint.codec_name or params.text.codec
-    settings, readout = (
-        decode_settings(params, codec, allowed_names(params, paths)),
-        make_readout(params).for_codec(codec),
-    )
+    settings = decode_settings(params, codec, allowed_names(params, paths))
+    readout = make_readout(params).for_codec(codec)
     count = min(profile.eval.images or len(store), len(store))
     samples = prompted(checkpoint, [store[i] for i in range(count)])
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(checkpoint, codec, readout, identity)
+    batch_images = profile.eval.batch_images
     started = time.monotonic()
-    with open_engine(
-        profile, checkpoint, folder, paths.raw, profile.eval.batch_images, settings.max_new_tokens
-    ) as engine:
-        _, results = predict_samples(
-            checkpoint, reader, samples, paths.raw, settings, profile.eval.batch_images, engine
-        )
+    with open_engine(profile, checkpoint, folder, paths.raw, batch_images, settings.max_new_tokens) as engine:
+        timed = _Timed(engine)
+        _, results = predict_samples(checkpoint, reader, samples, paths.raw, settings, batch_images, timed)
     seconds = time.monotonic() - started
     write_results(out / "gt_vs_pred.jsonl", results)
     summary = {
@@ -226,8 +233,24 @@ def _decode_into(
         "images": len(samples),
         "tokens": sum(r.n_generated_tokens for r in results),
         "seconds": round(seconds, 1),
+        "generate_seconds": round(timed.seconds, 2),
     }
     write_json(out / "decode.json", summary)
+
+
+class _Timed:
+    """An engine that knows how long it took; re-scoring and the start of a server are not in it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.seconds = 0.0
+
+    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+        """As the engine does."""
+        started = time.monotonic()
+        generations = self._engine.generate(samples, settings)
+        self.seconds += time.monotonic() - started
+        return generations
 
 
 def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:

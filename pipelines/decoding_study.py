@@ -1,0 +1,76 @@
+"""What decoding choices are worth on val, for stage 1 and stage 2; on demand (`make decoding-study`), not in the graph.
+
+Decodes each checkpoint with and without constraints and K times sampled. Box rules and scores need no decoding of their
+own: every prediction carries the alternatives.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from coordexp.config.process import StageContext, stage_main
+from coordexp.config.provenance import write_json
+from coordexp.evaluation.best_of_k import oracle_k, vote
+from coordexp.evaluation.decoding_study import between_runs, box_table, score_table
+from coordexp.evaluation.evaluator import rounded
+from coordexp.evaluation.suite import eval_settings
+from coordexp.records.categories import read_categories
+from coordexp.records.gt_vs_pred import ImageResult, read_results
+from coordexp.reporting.decoding_tables import decoding_markdown
+from coordexp.rollout.stages import decode_split
+
+FREE = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
+CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "off": FREE,
+    "grammar": FREE | {"grammar": "any"},
+    "and corners": FREE | {"grammar": "any", "corners": "valid"},
+    "and duplicates": FREE | {"grammar": "any", "corners": "valid", "duplicate_iou": 0.5},
+    "and closed names": FREE | {"grammar": "closed", "corners": "valid", "duplicate_iou": 0.5},
+}
+SAMPLES = 8
+SAMPLED = CONSTRAINTS["and corners"] | {"temperature": 0.7}
+
+
+def run(context: StageContext) -> None:
+    """Write reports/<profile>/decoding.json and decoding.md."""
+    study = {name: _study(context, name) for name in ("stage1", "stage2") if context.paths.run(name).is_dir()}
+    write_json(context.paths.reports / "decoding.json", rounded(study))
+    (context.paths.reports / "decoding.md").write_text(decoding_markdown(study), encoding="utf-8")
+
+
+def _study(context: StageContext, name: str) -> dict[str, Any]:
+    settings, categories = eval_settings(context.params), read_categories(context.paths.records / "categories.json")
+    runs: dict[str, list[ImageResult]] = {}
+    speed: dict[str, dict[str, float]] = {}
+    for label, changes in CONSTRAINTS.items():
+        runs[label], speed[label] = _decode(context, name, changes, context.params.seed)
+    sampled = [_decode(context, name, SAMPLED, context.params.seed + k)[0] for k in range(SAMPLES)]
+    voted = {"greedy": runs["and corners"], "one sample": sampled[0]}
+    voted |= {f"vote {n} of {SAMPLES}": vote(sampled, n) for n in (2, SAMPLES // 2)}
+    return {
+        "constraints": between_runs(runs, "off", categories, settings, speed),
+        "boxes": box_table(runs["off"], categories, settings),
+        "scores": score_table(runs["off"], categories, settings),
+        "best_of_k": between_runs(voted, "greedy", categories, settings, {}),
+        "oracle_k": asdict(oracle_k(sampled)),
+    }
+
+
+def _decode(
+    context: StageContext, name: str, changes: dict[str, Any], seed: int
+) -> tuple[list[ImageResult], dict[str, float]]:
+    """Results on val under changed decode parameters, and their throughput."""
+    decode = context.params.decode.model_copy(update=changes)
+    params = context.params.model_copy(update={"decode": decode, "seed": seed})
+    folder = decode_split(params, context.profile, context.paths, context.paths.run(name), "val")
+    summary = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
+    context.log.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
+    seconds = summary["generate_seconds"]
+    speed = {"tokens_per_second": summary["tokens"] / seconds, "images_per_second": summary["images"] / seconds}
+    return list(read_results(folder / "gt_vs_pred.jsonl")), speed
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

@@ -1,0 +1,138 @@
+"""K sampled answers per image: one answer by voting, and how much more any of the K would have found.
+
+Objects are the same if their names are equal (after normalisation) and their boxes overlap by IoU 0.5 or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from coordexp.errors import DataError
+from coordexp.evaluation.categories import normalise_desc
+from coordexp.evaluation.table import Floats
+from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.records.gt_vs_pred import Box, ImageResult, Prediction
+
+SAME_IOU = 0.5
+
+Runs = Sequence[Sequence[ImageResult]]
+
+
+@dataclass(frozen=True, slots=True)
+class OracleK:
+    """Recall at IoU 0.5 (name included) of K samples per image.
+
+    Attributes:
+        k: samples per image.
+        n_gt: annotated objects, crowds left out.
+        recall_one: of one sample, mean over the K.
+        recall_any: of an oracle that takes each object from whichever sample found it.
+        recoverable: share of the objects that the first sample misses and another one finds; None if it misses none.
+    """
+
+    k: int
+    n_gt: int
+    recall_one: float
+    recall_any: float
+    recoverable: float | None
+
+
+def oracle_k(runs: Runs) -> OracleK:
+    """The headroom of sampling: misses that any of the K samples finds.
+
+    Raises:
+        DataError: the runs hold different images, or no object is annotated.
+    """
+    found_KG = np.array([np.concatenate([_found(result) for result in run]) for run in _aligned(runs)])
+    if not found_KG.size:
+        raise DataError("no object is annotated in these images; the headroom of sampling needs some to find.")
+    any_G = np.asarray(found_KG.any(axis=0))
+    missed_G = np.logical_not(found_KG[0])
+    return OracleK(
+        k=len(runs),
+        n_gt=found_KG.shape[1],
+        recall_one=float(found_KG.mean()),
+        recall_any=float(any_G.mean()),
+        recoverable=float(any_G[missed_G].mean()) if missed_G.any() else None,
+    )
+
+
+def vote(runs: Runs, min_support: int) -> list[ImageResult]:
+    """One answer per image from K samples: objects that at least `min_support` of them agree on.
+
+    A sample supports an object at most once. The box is the median of the agreeing ones in each coordinate, the score
+    the mean of theirs times the share of samples that agree. Everything else of a line is the first sample's.
+    """
+    if not 1 <= min_support <= len(runs):
+        raise DataError(f"min_support is {min_support}, expected 1 to {len(runs)}, the number of samples.")
+    voted = []
+    for results in zip(*_aligned(runs), strict=True):
+        groups = _group([list(result.pred) for result in results])
+        kept = [_merge(group, len(runs)) for group in groups if len(group) >= min_support]
+        voted.append(replace(results[0], pred=tuple(kept)))
+    return voted
+
+
+def _aligned(runs: Runs) -> list[list[ImageResult]]:
+    """The runs in one order of images."""
+    ordered = [sorted(run, key=lambda r: r.image_id) for run in runs]
+    ids = [[r.image_id for r in run] for run in ordered]
+    if not ids or not ids[0] or any(other != ids[0] for other in ids):
+        raise DataError(f"{len(runs)} runs over different images; expected the same images, at least one, in each.")
+    return ordered
+
+
+def _found(result: ImageResult) -> np.ndarray:
+    """Which annotated objects this answer holds, matched one to one."""
+    truth = [g for g in result.gt if not g.iscrowd]
+    found = np.zeros(len(truth), dtype=bool)
+    iou = _same_name_iou([(g.desc, g.bbox_xyxy_px) for g in truth], [(p.desc, p.bbox_xyxy_px) for p in result.pred])
+    found[_assign(iou)[0]] = True
+    return found
+
+
+def _group(samples: Sequence[Sequence[Prediction]]) -> list[list[Prediction]]:
+    """Predictions of the same object, one per sample at most, in the order in which they were first seen."""
+    groups: list[list[Prediction]] = []
+    for predictions in samples:
+        centres = [(group[0].desc, _median_box(group)) for group in groups]
+        iou = _same_name_iou(centres, [(p.desc, p.bbox_xyxy_px) for p in predictions])
+        rows, columns = _assign(iou)
+        for row, column in zip(rows, columns, strict=True):
+            groups[row].append(predictions[column])
+        taken = set(columns.tolist())
+        groups += [[p] for i, p in enumerate(predictions) if i not in taken]
+    return groups
+
+
+def _same_name_iou(a: Sequence[tuple[str, Box]], b: Sequence[tuple[str, Box]]) -> Floats:
+    """IoU of all pairs, 0 where the names differ."""
+    iou = pairwise_iou(as_boxes([box for _, box in a]), as_boxes([box for _, box in b]))
+    names_a, names_b = ([normalise_desc(name) for name, _ in side] for side in (a, b))
+    same = np.array([[x == y for y in names_b] for x in names_a], dtype=bool).reshape(iou.shape)
+    return np.where(same, iou, 0.0)
+
+
+def _assign(iou: Floats) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one pairs with IoU >= SAME_IOU: as many as there can be, and of those the best overlapping."""
+    rows, columns = linear_sum_assignment(np.where(iou >= SAME_IOU, -1.0 - iou, 0.0))
+    kept = iou[rows, columns] >= SAME_IOU
+    return rows[kept], columns[kept]
+
+
+def _median_box(group: Sequence[Prediction]) -> Box:
+    x1, y1, x2, y2 = np.median(as_boxes([p.bbox_xyxy_px for p in group]), axis=0).tolist()
+    return x1, y1, x2, y2
+
+
+def _merge(group: Sequence[Prediction], k: int) -> Prediction:
+    """The object that a group agrees on; alternatives of one member would contradict it, so it has none."""
+    scores = [p.score for p in group if p.score is not None]
+    if len(scores) < len(group):
+        raise DataError("a prediction without a score cannot vote; score the samples first.")
+    score = float(np.mean(scores)) * len(group) / k
+    return replace(group[0], bbox_xyxy_px=_median_box(group), score=score, boxes_xyxy_px={}, scores={})

@@ -1,0 +1,52 @@
+"""The decoding study as Markdown: constraints, box rules, scores, and several samples per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coordexp.reporting.markdown import interval, number, signed, table
+
+_COLUMNS = {
+    "constraints": ("coco.mAP", "f1.full_50", "set.dup_pairs_90", "parse.parse_rate", "tokens_per_second"),
+    "boxes": ("coco.mAP", "coco.AP75", "coco.AP90", "f1.full_95", "coco.APs", "coco.APm", "coco.APl"),
+    "scores": ("coco.mAP", "coco.AP50", "coco.AP75", "confidence.auroc_tp_fp", "confidence.ece"),
+    "best_of_k": ("coco.mAP", "coco.AP50", "f1.full_50", "set.dup_pairs_90"),
+}
+_TITLES = {
+    "constraints": "Constraints at decode time",
+    "boxes": "Box rules (`decode.box`)",
+    "scores": "Scores (`decode.score`)",
+    "best_of_k": "Several samples per image, by voting",
+}
+
+
+def decoding_markdown(study: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of every checkpoint; `study` is what pipelines/decoding_study.py writes as JSON."""
+    parts = ["# Decoding study", "On val. Differences are of mAP, paired over images, with 95 % intervals."]
+    for checkpoint, tables in study.items():
+        parts.append(f"## {checkpoint}")
+        for key, title in _TITLES.items():
+            parts += [f"### {title}", _table(tables[key], _COLUMNS[key])]
+        parts.append(_oracle(tables["oracle_k"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    header = ["", *(column.rpartition(".")[2] for column in columns), "difference of mAP", "interval"]
+    return table(header, [[row["name"], *(number(row.get(column)) for column in columns), *_gain(row)] for row in rows])
+
+
+def _gain(row: Mapping[str, Any]) -> list[str]:
+    difference = row.get("difference", {}).get("coco.mAP")
+    if difference is None:
+        return ["", ""]
+    return [signed(difference["delta"]), interval([difference["lo"], difference["hi"]])]
+
+
+def _oracle(found: Mapping[str, Any]) -> str:
+    return (
+        f"Of {found['n_gt']} objects one sample finds {number(found['recall_one'])}, any of {found['k']} samples "
+        f"{number(found['recall_any'])}; of what the first sample misses, the share that another one finds is "
+        f"{number(found['recoverable'])}."
+    )
