@@ -15,7 +15,7 @@ from coordexp.training.schedule import is_channel_b
 from coordexp.training.soft_context import SoftContext, self_context_forwards
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_segments, plan_steps
 from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective, teacher_rollouts
+from helpers import build_world, new_checkpoint, objective, teacher_rollouts
 
 ALL = tuple(range(6))
 TWO = ChannelBSettings(passes="two", missed="append", eos_weight=2.0)
@@ -125,6 +125,15 @@ def test_packed_equals_unpacked(world, checkpoint, rollouts, context, plan, sett
     assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
+def test_packed_equals_unpacked_in_tags_too(tmp_path, checkpoint, context, plan):
+    world = build_world(tmp_path, "tags")
+    rollouts = teacher_rollouts(checkpoint, world)
+    packed, alone = (run(stage2(world, checkpoint, rollouts, context, [plan], TWO, tokens)) for tokens in (400, 100))
+    assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    assert packed.logs["coord_diag/expected_bin_mae"] > 0
 
 
 @pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
