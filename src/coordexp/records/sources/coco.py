@@ -1,29 +1,31 @@
-"""COCO instances JSON to records: pixel xyxy boxes, one record per image, every dropped box counted with a reason."""
+"""COCO instances JSON, and what LVIS and Objects365 share with it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.geometry.boxes import as_boxes, reading_order
-from coordexp.records.schema import ObjectRecord, Record
+from coordexp.records.policy import Policies, to_records
+from coordexp.records.schema import Record
+from coordexp.records.sources.base import (
+    Category,
+    Problem,
+    Reading,
+    SourceImage,
+    SourceObject,
+    SplitFiles,
+    corners_of_xywh,
+    polygon_rings,
+    read_json,
+)
 
-MIN_SIDE_PX = 1.0
-_REQUIRED_KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}
+LAYOUT = "COCO's instances layout"
 
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A category of the source, and whether training sees it."""
-
-    id: int
-    name: str
-    split: str  # "train" or "held_out"
+__all__ = ["Category", "Conversion", "Instances", "load_instances", "read", "read_coco"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,85 +37,143 @@ class Conversion:
     drops: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """A checked instances file: annotations by image, the rest as problems."""
+
+    path: Path
+    images: dict[int | str, dict[str, Any]]
+    categories: tuple[Category, ...]
+    rows: dict[int | str, dict[str, Any]]  # the categories as they stand in the file
+    annotations: dict[int | str, list[tuple[str, dict[str, Any]]]]  # image id -> (key, annotation)
+    problems: list[Problem]
+
+    def name_of(self, category_id: Any) -> str:
+        """Name of a category that the file declares."""
+        return str(self.rows[category_id]["name"])
+
+
+def read(files: SplitFiles) -> Reading:
+    """COCO: `file_name` is relative to the image folder."""
+    instances = load_instances(files.path)
+    return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
+
+
 def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     """Convert one instances file; `image_prefix` is put before each file name (path relative to the image root).
 
-    Boxes are clipped to the image. A box is dropped, and counted, if it is not finite, thinner than 1 px after
-    clipping, or of an unknown category or image. Crowd boxes are kept with `metadata.iscrowd` (ignored in training,
-    ignore regions in evaluation). Objects are in reading order.
+    The default policies of `records.policy` hold: boxes are clipped to the image; a box is dropped, and counted, if it
+    is not finite, thinner than 1 px after clipping, or of an unknown category or image. Crowd boxes are kept with
+    `metadata.iscrowd` (ignored in training, ignore regions in evaluation). Objects are in reading order.
 
     Raises:
         DataError: naming the file and what is missing.
     """
-    source = _load(annotations)
-    categories = tuple(
-        Category(int(c["id"]), str(c["name"]), "held_out" if c.get("supercategory") == "held_out" else "train")
-        for c in source["categories"]
-    )
-    names = {c.id: c.name for c in categories}
-    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    drops: Counter[str] = Counter()
-    images = {int(image["id"]): image for image in source["images"]}
-    for annotation in source["annotations"]:
-        if annotation.get("image_id") not in images:
-            drops["unknown_image"] += 1
-        elif annotation.get("category_id") not in names:
-            drops["unknown_category"] += 1
-        else:
-            by_image[annotation["image_id"]].append(annotation)
-    records = []
-    for image_id in sorted(images):
-        image = images[image_id]
-        objects = [_to_object(a, image, names, drops) for a in by_image[image_id]]
-        kept = [o for o in objects if o is not None]
-        order = reading_order(as_boxes([o.bbox_xyxy_px for o in kept]))
-        records.append(
-            Record(
-                image=f"{image_prefix}{image['file_name']}",
-                width=int(image["width"]),
-                height=int(image["height"]),
-                objects=tuple(kept[i] for i in order),
-                metadata={"image_id": image_id},
+    reading = instances_reading(load_instances(annotations), lambda image: f"{image_prefix}{image['file_name']}")
+    result = to_records(reading, Policies())
+    return Conversion(tuple(result.records), reading.categories, dict(Counter(p.reason for p in result.problems)))
+
+
+def instances_reading(
+    instances: Instances,
+    image_name: Callable[[dict[str, Any]], object],
+    image_metadata: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Reading:
+    """The images of a loaded file in id order."""
+
+    def images() -> Iterator[SourceImage]:
+        for image_id in sorted(instances.images, key=lambda key: (isinstance(key, str), key)):
+            image = instances.images[image_id]
+            yield SourceImage(
+                file_name=image_name(image),
+                key=f"image {image_id}",
+                image_id=image_id if isinstance(image_id, int) else None,
+                width=image["width"],
+                height=image["height"],
+                objects=tuple(_to_object(key, a, instances) for key, a in instances.annotations.get(image_id, ())),
+                file=str(instances.path),
+                metadata=image_metadata(image) if image_metadata else {},
             )
-        )
-    return Conversion(tuple(records), categories, dict(drops))
+
+    return Reading(images(), instances.categories, instances.problems)
 
 
-def _load(annotations: Path) -> dict[str, Any]:
-    if not annotations.is_file():
-        raise DataError(f"{annotations}: not found; expected a COCO instances JSON file.")
-    try:
-        source = json.loads(annotations.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{annotations}:{error.lineno}: not valid JSON ({error.msg}).") from error
-    missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
-    if missing:
-        raise DataError(f"{annotations}: keys {sorted(missing)} are missing; expected COCO's instances layout.")
-    for section, keys in _REQUIRED_KEYS.items():
-        for i, entry in enumerate(source[section]):
-            if absent := [key for key in keys if key not in entry]:
-                raise DataError(f"{annotations}: {section}[{i}] has no {absent}; expected COCO's instances layout.")
-        if len({entry["id"] for entry in source[section]}) != len(source[section]):
-            raise DataError(f"{annotations}: ids repeat in {section}; expected each id once. Remove the duplicates.")
-    return source
+def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> SourceObject:
+    return SourceObject(
+        desc=instances.name_of(annotation["category_id"]),
+        box_xyxy=corners_of_xywh(annotation.get("bbox")),
+        key=key,
+        iscrowd=bool(annotation.get("iscrowd")),
+        rings=polygon_rings(annotation.get("segmentation")),
+    )
 
 
-def _to_object(
-    annotation: dict[str, Any], image: dict[str, Any], names: dict[int, str], drops: Counter[str]
-) -> ObjectRecord | None:
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-        drops["bbox_malformed"] += 1
-        return None
-    x, y, w, h = (float(v) for v in box)
-    x1, x2 = (min(max(v, 0.0), float(image["width"])) for v in (x, x + w))
-    y1, y2 = (min(max(v, 0.0), float(image["height"])) for v in (y, y + h))
-    if x2 - x1 < MIN_SIDE_PX or y2 - y1 < MIN_SIDE_PX:
-        drops["bbox_too_thin"] += 1
-        return None
-    metadata = {"iscrowd": 1} if annotation.get("iscrowd") else {}
-    return ObjectRecord(names[annotation["category_id"]], (x1, y1, x2, y2), None, metadata)
+def load_instances(path: Path, image_keys: tuple[str, ...] = ("id", "file_name", "width", "height")) -> Instances:
+    """Read and check the structure of an instances file; single annotations that fit nowhere become problems.
+
+    Raises:
+        DataError: a section is missing, or an image or category lacks a key, has it in a wrong type, or repeats an id.
+    """
+    source = read_json(path, LAYOUT)
+    sections = source if isinstance(source, dict) else {}
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(sections.get(section), list):
+            raise DataError(f"{path}: no list {section!r}; expected {LAYOUT}.")
+    images = _by_id(path, sections, "images", image_keys)
+    rows = _by_id(path, sections, "categories", ("id", "name"))
+    instances = Instances(path, images, _categories(path, rows), rows, defaultdict(list), [])
+    seen: set[Any] = set()
+    for i, annotation in enumerate(sections["annotations"]):
+        _place(i, annotation, instances, seen)
+    return instances
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+def _by_id(path: Path, source: dict[str, Any], section: str, keys: tuple[str, ...]) -> dict[int | str, dict[str, Any]]:
+    entries: dict[int | str, dict[str, Any]] = {}
+    for i, entry in enumerate(source[section]):
+        where = f"{path}: {section}[{i}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is {entry!r}; expected {LAYOUT}.")
+        if absent := [key for key in keys if key not in entry]:
+            raise DataError(f"{where} has no {absent}; expected {LAYOUT}.")
+        kinds = {"id": (int, str), "file_name": (str,), "name": (str,), "width": (int, float), "height": (int, float)}
+        for key in keys:
+            if isinstance(entry[key], bool) or not isinstance(entry[key], kinds.get(key, (object,))):
+                raise DataError(f"{where}.{key} is {entry[key]!r}; expected {LAYOUT}.")
+        if entry["id"] in entries:
+            raise DataError(f"{where}: id {entry['id']!r} repeats; expected each id once. Remove the duplicates.")
+        entries[entry["id"]] = entry
+    return entries
+
+
+def _categories(path: Path, rows: dict[int | str, dict[str, Any]]) -> tuple[Category, ...]:
+    if any(isinstance(key, str) for key in rows):
+        raise DataError(f"{path}: category ids are text; expected whole numbers, as in {LAYOUT}.")
+    return tuple(
+        Category(int(key), str(row["name"]), "held_out" if row.get("supercategory") == "held_out" else "train")
+        for key, row in rows.items()
+    )
+
+
+def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) -> None:
+    """File one annotation under its image, or among the problems."""
+    fields = annotation if isinstance(annotation, dict) else {}
+    annotation_id = fields.get("id")
+    key = f"annotations[{index}]" if annotation_id is None else f"annotation {annotation_id}"
+    reason = ""
+    if not _known(fields.get("image_id"), instances.images):
+        reason = "unknown_image"
+    elif not _known(fields.get("category_id"), instances.rows):
+        reason = "unknown_category"
+    elif isinstance(annotation_id, int | str):
+        if annotation_id in seen:
+            reason = "duplicate_id"
+        seen.add(annotation_id)
+    if reason:
+        instances.problems.append(Problem(reason, str(instances.path), key))
+    else:
+        instances.annotations[fields["image_id"]].append((key, fields))
+
+
+def _known(value: Any, table: dict[int | str, Any]) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool) and value in table
