@@ -13,12 +13,10 @@ from coordexp.errors import DataError
 from coordexp.records.images import ImageFacts
 from coordexp.records.manifest import SPLITS, open_split, read_manifest
 from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids
-from coordexp.records.policy import Policies, RecordSet, to_records
+from coordexp.records.policy import SHOWN, Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Category, Problem
 from coordexp.records.splits import overlap, split_dev
-
-SHOWN = 5
 
 
 @dataclass(slots=True)
@@ -87,18 +85,6 @@ def _read_set(
         policies = policies_of(config, split)
         found[split] = to_records(reading, policies, facts, f"{name}/", seed) if reading else RecordSet()
     return found
-
-
-def refuse_bad_images(bad: list[Problem]) -> None:
-    """Raise DataError if there is any, counting reasons and showing the first ones."""
-    if bad:
-        counts = ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(p.reason for p in bad).items()))
-        shown = "".join(f"\n  {p}" for p in bad[:SHOWN])
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(
-            f"{len(bad)} images cannot be used ({counts}):{shown}{more}\nMend them, or set records.bad_images to drop. "
-            "`coordexp doctor` lists all."
-        )
 
 
 def _without_overlap(

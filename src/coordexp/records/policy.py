@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, reading_order
 from coordexp.records.descriptions import clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, is_finite
+
+SHOWN = 5  # examples in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,18 @@ def to_records(
     result.problems[:0] = reading.problems
     result.problems.extend(result.bad_images)
     return result
+
+
+def refuse_bad_images(bad: list[Problem]) -> None:
+    """Raise DataError if there is any, counting reasons and showing the first ones."""
+    if bad:
+        counts = ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(p.reason for p in bad).items()))
+        shown = "".join(f"\n  {p}" for p in bad[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DataError(
+            f"{len(bad)} images cannot be used ({counts}):{shown}{more}\nMend them, or set records.bad_images to drop. "
+            "`coordexp doctor` lists all."
+        )
 
 
 def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts] | None) -> Problem | None:

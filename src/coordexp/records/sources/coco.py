@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.records.policy import Policies, to_records
+from coordexp.records.policy import Policies, refuse_bad_images, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import (
     Category,
@@ -67,10 +67,11 @@ def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     `metadata.iscrowd` (ignored in training, ignore regions in evaluation). Objects are in reading order.
 
     Raises:
-        DataError: naming the file and what is missing.
+        DataError: naming the file and what is missing, or the images whose path or size cannot be used.
     """
     reading = instances_reading(load_instances(annotations), lambda image: f"{image_prefix}{image['file_name']}")
     result = to_records(reading, Policies())
+    refuse_bad_images(result.bad_images)
     return Conversion(tuple(result.records), reading.categories, dict(Counter(p.reason for p in result.problems)))
 
 
