@@ -88,6 +88,9 @@ class RecordsConfig(Block):
     bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
     listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
     negative_rate: Share = Field(description="prompt listed: share of prompts that name only what is absent")
+    flip: Share = Field(description="share of training records that are mirrored, with left and right in words")
+    crop: Share = Field(description="share of training records that are cropped")
+    scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
+from coordexp.records.augment import Augmentation
 from coordexp.records.images import ImageFacts
 from coordexp.records.manifest import SPLITS, open_split, read_manifest
-from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids
+from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids, with_views
 from coordexp.records.policy import SHOWN, Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Category, Problem
@@ -68,6 +69,9 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     is_single = len(sets) == 1
     train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
     weighted = [r for name in sets for r in repeat_by_weight(_of(train, name), sets[name]["weight"], seed)]
+    how = Augmentation(config.flip, config.crop, config.scale_jitter)
+    if not how.is_off:
+        weighted = with_views(weighted, how, seed)
     result.splits = {"train": _prompted(weighted, plans, True)}
     result.splits["dev"] = _prompted(dev, plans, False)
     result.splits["val"] = _prompted(with_unique_ids(val, is_single), plans, False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coordexp.errors import ConfigError
+from coordexp.records.augment import Augmentation, augment
 from coordexp.records.schema import Record
 
 # A longer list costs more tokens than the picture.
@@ -32,13 +33,24 @@ class PromptPlan:
 
 
 def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> list[Record]:
-    """Each record floor(weight) times, and the share given by the fraction once more; copies are numbered."""
+    """Each record floor(weight) times, and the share given by the fraction once more.
+
+    Copies are numbered and have image ids of their own: each gets its own prompt and view, so its own rollout.
+    """
     whole, fraction = divmod(weight, 1)
     out = []
     for record in records:
         times = int(whole) + (_choice(record, seed, "weight").random() < fraction)
-        out += [_with(record, repeat=i) if i else record for i in range(times)]
+        out += [
+            _with(record, repeat=i, image_id=_hashed_id(f"{record.metadata['image_id']}#{i}")) if i else record
+            for i in range(times)
+        ]
     return out
+
+
+def with_views(records: Iterable[Record], how: Augmentation, seed: int) -> list[Record]:
+    """A random view of each record."""
+    return [augment(record, how, _choice(record, seed, "view")) for record in records]
 
 
 def with_unique_ids(records: Sequence[Record], keep: bool) -> list[Record]:
@@ -49,13 +61,17 @@ def with_unique_ids(records: Sequence[Record], keep: bool) -> list[Record]:
     out = []
     for record in records:
         name = f"{record.image}#{record.metadata.get('phrase', '')}"
-        digest = hashlib.sha256(f"{name}#{seen[name]}".encode()).digest()
+        number = _hashed_id(f"{name}#{seen[name]}")
         seen[name] += 1
         metadata = dict(record.metadata)
         if "image_id" in metadata:
             metadata["source_image_id"] = metadata.pop("image_id")
-        out.append(replace(record, metadata={"image_id": int.from_bytes(digest[:6], "big"), **metadata}))
+        out.append(replace(record, metadata={"image_id": number, **metadata}))
     return out
+
+
+def _hashed_id(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
 def with_prompt(record: Record, plan: PromptPlan, training: bool) -> Record:
