@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from coordexp.config.loading import load_params, load_profile
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.profile import Profile
+from coordexp.config.schema import Params
+from coordexp.geometry.bins import encode_boxes
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
+from coordexp.matching.settings import MatchSettings
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.loading import Checkpoint
+from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.pixel_format import pixel_spec
 from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
-from coordexp.packing.prepare import SamplePreparer, write_split
+from coordexp.packing.plan_file import write_plan
+from coordexp.packing.planner import plan_packs
+from coordexp.packing.prepare import SamplePreparer, text_objects, write_split
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
-from coordexp.text.codecs import get_codec
+from coordexp.rollout.decode import AnswerReader
+from coordexp.rollout.engine import Generation
+from coordexp.rollout.records import Rollout, match_rollout
+from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
+from coordexp.text.symbols import TokenTable
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
 from coordexp.training.objective_step import Objective
+from coordexp.training.sample_source import SampleSource
 
 SPRITES = Path(__file__).parents[1] / "data" / "sprites"
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 128 * 128
@@ -46,6 +62,7 @@ SPEC = SceneSpec(
 ALL_WEIGHTS = ObjectiveWeights(
     text_ce=1.0, text_gate=0.1, softce=1.0, w1=10.0, gate=1.0, coord_ce=0.5, bbox_smoothl1=2.0, bbox_ciou=0.2
 )
+MATCHING = MatchSettings(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.3)
 
 
 @cache
@@ -120,6 +137,7 @@ class World:
 
     root: Path
     store: SampleStore
+    codec: str = "json"
 
     @property
     def samples(self) -> list[Sample]:
@@ -131,6 +149,14 @@ class World:
         image_id, pad_id = checkpoint.model.config.image_token_id, checkpoint.tokenizer.pad_token_id
         return Collator(self.root, checkpoint.pixels, image_id, pad_id, pack_tokens)
 
+    def encoder(self, checkpoint: Checkpoint) -> AnswerEncoder:
+        """The encoder of this world's codec."""
+        return AnswerEncoder(checkpoint.tokenizer, get_codec(self.codec))
+
+    def source(self, checkpoint: Checkpoint, object_order: str = "top_left") -> SampleSource:
+        """The samples in this object order."""
+        return SampleSource(self.store, self.encoder(checkpoint), object_order, seed=17)
+
 
 def build_world(folder: Path, codec: str = "json") -> World:
     """Scenes -> records -> samples, by way of the files between the stages."""
@@ -139,10 +165,86 @@ def build_world(folder: Path, codec: str = "json") -> World:
     write_records(folder / "train.jsonl", scene_records(folder))
     preparer = SamplePreparer(tokenizer, get_codec(codec), tiny_pixels())
     write_split(preparer, read_records(folder / "train.jsonl"), repeat("detect"), folder / "train.parquet")
-    return World(folder, SampleStore(folder / "train.parquet"))
+    return World(folder, SampleStore(folder / "train.parquet"), codec)
+
+
+def answer_reader(checkpoint: Checkpoint, codec: str = "json") -> AnswerReader:
+    """A reader of this checkpoint's answers."""
+    return AnswerReader(TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord), codec, {"model": "tiny"})
+
+
+def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObject], codec: str = "json") -> Rollout:
+    """The matched rollout of a model that answered with these objects."""
+    answer = AnswerEncoder(checkpoint.tokenizer, get_codec(codec)).encode(objects)
+    generation = Generation(answer.ids, "stop")
+    return match_rollout(sample, generation, answer_reader(checkpoint, codec).parse(generation), MATCHING)
+
+
+def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]:
+    """A rollout of every sample: all objects but the first two bins off, the second one doubled; one does not parse."""
+    rollouts = {}
+    for sample in world.samples:
+        truth = text_objects(sample.descs, encode_boxes(sample.boxes_xyxy_px, sample.width, sample.height))
+        n_objects = len(truth) - sum(sample.iscrowd)  # crowds stand last
+        moved = [TextObject(o.desc, (o.bins[0] + 2, *o.bins[1:])) for o in truth[1:n_objects]]
+        rollouts[sample.image_id] = rollout_of(checkpoint, sample, moved + moved[:1], world.codec)
+    broken = world.samples[-1]
+    garbage = Generation(broken.answer_ids[1:4], "length")
+    parsed = answer_reader(checkpoint).parse(garbage)
+    return rollouts | {broken.image_id: match_rollout(broken, garbage, parsed, MATCHING)}
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Six composed scenes with their samples (json codec); see `scene_records`."""
     return build_world(tmp_path_factory.mktemp("world"))
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The folders of the smoke profile in a temporary root, filled up to `pack`."""
+
+    params: Params
+    profile: Profile
+    paths: ProfilePaths
+
+    def set(self, **changes: Any) -> Workspace:
+        """The same with other parameters: `stage1__softce_weight=2.0` sets stage1.softce_weight."""
+        tree = self.params.model_dump()
+        for key, value in changes.items():
+            *blocks, name = key.split("__")
+            inner = tree
+            for block in blocks:
+                inner = inner[block]
+            assert name in inner
+            inner[name] = value
+        return replace(self, params=Params.model_validate(tree))
+
+
+def build_workspace(root: Path, world: World) -> Workspace:
+    """Samples of the world as train and val, its images as raw, a random initial checkpoint that is also stage 1's."""
+    repository = Path(__file__).parents[1]
+    params, profile = load_params(repository / "params.yaml"), load_profile(repository / "configs" / "smoke.yaml")
+    paths = ProfilePaths("smoke", root)
+    paths.raw.mkdir(parents=True)
+    for image in world.root.glob("*.png"):
+        shutil.copy(image, paths.raw)
+    checkpoint = new_checkpoint()
+    for folder in (paths.norm1000 / "init", paths.run("stage1")):
+        save_checkpoint(folder, checkpoint.model, checkpoint.tokenizer)
+    for split in ("train", "val"):
+        shutil.copy(world.root / "train.parquet", paths.norm1000 / f"{split}.parquet")
+    paths.packed.mkdir(parents=True)
+    write_plan(
+        paths.packed / "plan.parquet", plan_packs(world.store.lengths(), profile.packing.pack_tokens, params.seed)
+    )
+    tree = profile.model_dump()
+    tree["model"] |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    return Workspace(params, Profile.model_validate(tree), paths)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """See `build_workspace`; resume states go to the temporary root too."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return build_workspace(tmp_path, world)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "coordexp"
+BASE = ROOT / "pipelines" / "base"
 
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
@@ -20,7 +21,7 @@ LAYERS = (
 @cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of the package and the pipeline entries."""
-    files = [*PACKAGE.rglob("*.py"), *(ROOT / "pipelines").glob("*.py")]
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "pipelines").glob("*.py"), *BASE.glob("*.py")]
     return {_dotted(file): file for file in sorted(files)}
 
 
@@ -37,9 +38,9 @@ def syntax(file: Path) -> ast.Module:
 
 
 def layer_of(module: str) -> str:
-    """ "coordexp.text.parser" -> "text"; the empty string for the package itself and for other packages."""
+    """ "coordexp.text.parser" -> "text"; the empty string for the package itself, its version, and other packages."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "coordexp" and len(parts) > 1 else ""
+    return parts[1] if parts[0] == "coordexp" and len(parts) > 1 and parts[1] != "__version__" else ""
 
 
 def imports(file: Path) -> Iterator[str]:

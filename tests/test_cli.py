@@ -319,8 +319,8 @@ def test_convert_stops_at_an_image_of_another_size(run: Run, coco: SimpleNamespa
     [
         ({"images": [{"id": 1, "file_name": "1.png"}]}, "expected COCO's instances layout"),
         ({"images": [{"id": 1, "file_name": "../1.png", "width": 64, "height": 48}]}, "leaves the image root"),
-        ({"annotations": None}, "expected COCO's instances layout"),
-        ({"images": [{"id": 1, "file_name": "1.png", "width": None, "height": 48}]}, "expected COCO"),
+        ({"annotations": None}, "annotations is null, expected a list, as in COCO's instances layout"),
+        ({"images": [{"id": 1, "file_name": "1.png", "width": None, "height": 48}]}, "images[0].width is null"),
     ],
 )
 def test_convert_refuses_what_is_not_coco(

@@ -21,9 +21,10 @@ from coordexp.training.pretrain import (
     PretrainWeights,
     TextTask,
     finish_base,
+    legs,
     prepare_base_samples,
 )
-from coordexp.training.schedule import trapezoid_schedule
+from coordexp.training.schedule import legs_schedule
 
 HOME, STATE = Path("pipelines/base"), Path(".resume/base")
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 192 * 192
@@ -51,7 +52,7 @@ def main() -> None:
     steps = sum(phase.steps for phase in phases)
     settings = LoopSettings(
         steps=steps,
-        schedule=trapezoid_schedule(steps, options["warmup_steps"], options["decay_share"]),
+        schedule=legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_share"]),
         lr=options["lr"],
         optimizer="muon",
         weight_decay=0.0,

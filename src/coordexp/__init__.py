@@ -1,3 +1,3 @@
-"""coordexp: a pretrained vision-language model as an open-vocabulary object detector, and the instrument to judge it."""
+"""A pretrained vision-language model as an open-vocabulary object detector, and the instrument to judge it."""
 
 __version__ = "0.1.0"

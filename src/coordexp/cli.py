@@ -11,7 +11,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -23,8 +22,8 @@ from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
 
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
-    from coordexp.evaluation.categories import Category
     from coordexp.evaluation.evaluator import Evaluation
+    from coordexp.records.categories import Category
     from coordexp.records.gt_vs_pred import ImageResult
     from coordexp.records.schema import Record
 
@@ -283,22 +282,21 @@ def compare(
 
 def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
-    from coordexp.evaluation.categories import read_categories
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
     from coordexp.evaluation.settings import EvalSettings
+    from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
 
     results = [list(read_results(file)) for file in files]
     if categories is None:
         known: Sequence[Category] = _annotated_names(chain(*results))
     else:
-        with _expecting(categories, "a categories.json"):
-            known = read_categories(categories)
+        known = read_categories(categories)
     return [evaluate_results(rows, known, EvalSettings()) for rows in results]
 
 
 def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
-    from coordexp.evaluation.categories import Category
+    from coordexp.records.categories import Category
 
     names = sorted({g.desc for result in results for g in result.gt})
     return [Category(number, name) for number, name in enumerate(names, 1)]
@@ -319,8 +317,7 @@ def convert(
     from coordexp.records.schema import write_records
     from coordexp.records.sources.coco import read_coco
 
-    with _expecting(annotations, "COCO's instances layout"):
-        conversion = read_coco(annotations, image_prefix="")
+    conversion = read_coco(annotations, image_prefix="")
     records = conversion.records
     for record in _progress(records, len(records), "check images"):
         _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
@@ -375,15 +372,6 @@ def doctor(
         out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
-
-
-@contextmanager
-def _expecting(path: Path, expected: str) -> Iterator[None]:
-    """Name the file when reading it fails because it holds something else altogether."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: found something else ({error!r}), expected {expected}.") from error
 
 
 def _number(value: float | None) -> str:

@@ -5,8 +5,8 @@ Every message says what was found, where (file:line or full dotted key), what wa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Iterable
 
 EXIT_DONE = 0
 EXIT_BUG = 1

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from coordexp.evaluation.categories import Category
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 
 Box = tuple[float, float, float, float]

@@ -71,3 +71,13 @@ def test_pairing_cancels_what_both_sides_share():
     }
     assert difference(shared, shared, 0.0) == {"delta": 0.0, "lo": 0.0, "hi": 0.0, "p_superior": 0.5}
     assert difference(shared, np.full(1000, np.nan), 0.0) is None
+
+
+def test_superiority_counts_the_resamples_as_drawn():
+    """Two wins, three ties and one loss; the undefined resample does not count, and `delta` moves the interval only."""
+    a = np.array([0.4, 0.3, 0.2, 0.2, 0.2, 0.1, np.nan])
+    b = np.array([0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2])
+    for delta in (0.0, 0.5, -0.5):
+        result = difference(a, b, delta)
+        assert result["p_superior"] == pytest.approx((2 + 3 / 2) / 6)
+        assert result["lo"] <= delta <= result["hi"]

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, Category, CategoryIndex, normalise_desc, read_categories
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, normalise_desc
+from coordexp.records.categories import Category
 
 
 @pytest.mark.parametrize(
@@ -40,20 +39,3 @@ def test_exact_comes_before_normalised():
 def test_ambiguous_lists_are_refused(categories):
     with pytest.raises(DataError):
         CategoryIndex(categories)
-
-
-def test_read_categories(tmp_path):
-    path = tmp_path / "categories.json"
-    path.write_text(json.dumps([{"id": 1, "name": "cat", "split": "held_out"}, {"id": 2, "name": "dog", "more": 1}]))
-    assert read_categories(path) == (Category(1, "cat", "held_out"), Category(2, "dog", "train"))
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{}", "[", '[{"id": "1", "name": "cat"}]', '[{"id": 1, "name": " "}]', '[{"id": 1, "name": "a", "split": "val"}]'],
-)
-def test_broken_category_files_are_named(tmp_path, content):
-    path = tmp_path / "categories.json"
-    path.write_text(content)
-    with pytest.raises(DataError, match=r"categories\.json"):
-        read_categories(path)

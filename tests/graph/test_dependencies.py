@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -10,9 +11,11 @@ import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import ProfilePaths
-from source_tree import ROOT, import_closure, layer_of, modules, syntax
+from coordexp.reporting.inputs import TRAINED, ReportInputs
+from source_tree import BASE, ROOT, import_closure, layer_of, modules, syntax
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
+BASE_STAGES = read_yaml(BASE / "dvc.yaml")["stages"]
 PROFILE = "${profile}"
 
 
@@ -37,6 +40,14 @@ def test_source_dependencies_are_the_layers_that_the_entry_imports(stage: str) -
     listed = {dep for dep in declared(stage, "deps") if dep.startswith(("src/", "pipelines/"))}
     assert needed, f"{entry(stage)} does not exist"
     assert listed == needed, f"deps of {stage} should be:\n" + "\n".join(f"      - {dep}" for dep in sorted(needed))
+
+
+@pytest.mark.parametrize("stage", BASE_STAGES)
+def test_the_base_model_depends_on_the_layers_that_its_stages_import(stage: str) -> None:
+    needed = {_dependency(name) for name in import_closure(f"pipelines.base.{stage}")} - {""}
+    relative = {os.path.relpath(ROOT / path, BASE) for path in needed}
+    listed = {dep for dep in BASE_STAGES[stage]["deps"] if dep.startswith("../../src/") or dep.endswith(".py")}
+    assert listed == relative, f"deps of {stage} should be:\n" + "\n".join(f"      - {p}" for p in sorted(relative))
 
 
 def _dependency(module: str) -> str:
@@ -87,6 +98,16 @@ def test_folders_that_the_entry_names_are_declared(stage: str) -> None:
     for path in paths_named(syntax(modules()[entry(stage)])):
         related = any(path.is_relative_to(other) or other.is_relative_to(path) for other in known)
         assert related, f"{stage} names {path}, which is neither a dependency nor an output"
+
+
+def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
+    """Its folders are named in the library, where the test above does not look."""
+    inputs = ReportInputs.of(ProfilePaths(PROFILE), {}, gallery_images=0)
+    named = {value for name in inputs.__slots__ if isinstance(value := getattr(inputs, name), Path)} - {inputs.runs}
+    read = named | {inputs.runs / stage for stage in TRAINED}
+    deps = [PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep]
+    assert [path for path in read if not any(path.is_relative_to(dep) for dep in deps)] == []
+    assert [dep for dep in deps if not any(path.is_relative_to(dep) for path in read)] == []
 
 
 def paths_named(tree: ast.AST) -> Iterator[Path]:

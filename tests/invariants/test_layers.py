@@ -16,6 +16,21 @@ CORE = ("config", "geometry", "records", "text", "matching", "evaluation")
 FORBIDDEN = {"evaluation": {"models", "losses", "rollout", "training"}}
 
 
+@pytest.mark.parametrize(
+    ("imported", "layer"),
+    [
+        ("coordexp", ""),
+        ("coordexp.__version__", ""),
+        ("coordexp.errors", "errors"),
+        ("coordexp.text.parser.parse_answer", "text"),
+        ("coordexp.nowhere", "nowhere"),
+        ("numpy.errors", ""),
+    ],
+)
+def test_layer_of_an_import(imported: str, layer: str) -> None:
+    assert layer_of(imported) == layer
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downwards(module: str) -> None:
     own = layer_of(module)

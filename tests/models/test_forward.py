@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import new_checkpoint
 
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.packing.collator import teacher_segment
+from helpers import new_checkpoint
 
 
 @pytest.fixture(scope="module")

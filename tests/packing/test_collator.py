@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import new_checkpoint, objective
 from torch.nn import functional as F
 
 from coordexp.geometry.bins import target_bins
@@ -19,6 +18,7 @@ from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Segment, teacher_segment
 from coordexp.text.codecs import Role
 from coordexp.training.objective_step import denominators, objective_terms
+from helpers import new_checkpoint, objective
 
 IGNORED = -100
 

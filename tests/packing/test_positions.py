@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import new_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordexp.packing.positions import segment_positions
+from helpers import new_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coordexp.errors import DataError
+from coordexp.records.categories import Category
 from coordexp.records.schema import parse_record
-from coordexp.records.sources.coco import Category, Conversion, read_coco
+from coordexp.records.sources.coco import Conversion, read_coco
 
 IMAGES = [
     {"id": 9, "file_name": "b.jpg", "width": 100, "height": 80},
@@ -68,19 +70,29 @@ def test_fractions_of_pixels_are_kept(tmp_path):
 
 
 def test_crowds_are_kept_and_marked(tmp_path):
-    objects = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
+    objects = (
+        convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
+    )
     assert [o.metadata for o in objects] == [{"iscrowd": 1}, {}]
 
 
 DROPPED = {
-    "unknown_image": [annotation([1, 1, 5, 5], image_id=4), {"category_id": 1, "bbox": [1, 1, 5, 5]}],
-    "unknown_category": [annotation([1, 1, 5, 5], category_id=2), {"image_id": 9, "bbox": [1, 1, 5, 5]}],
+    "unknown_image": [
+        *(annotation([1, 1, 5, 5], image_id=i) for i in (4, None, "9", [9])),
+        {"category_id": 1, "bbox": [1, 1, 5, 5]},
+    ],
+    "unknown_category": [
+        *(annotation([1, 1, 5, 5], category_id=i) for i in (2, None, "1", [1])),
+        {"image_id": 9, "bbox": [1, 1, 5, 5]},
+    ],
     "bbox_malformed": [
         {"image_id": 9, "category_id": 1},
         *map(annotation, [None, "1,1,5,5", [1, 1, 5], [1, 1, 5, None], ["a", 1, 5, 5], [[1], 1, 5, 5]]),
         *map(annotation, [[1, 1, float("nan"), 5], [1, 1, 5, float("inf")]]),
     ],
-    "bbox_too_thin": [*map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])],
+    "bbox_too_thin": [
+        *map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])
+    ],
 }
 
 
@@ -94,7 +106,9 @@ def test_every_dropped_box_has_one_reason(tmp_path, reason):
 def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(tmp_path):
     rng = np.random.default_rng(0)
     boxes = rng.uniform([-40, -40, -5, -5], [140, 140, 80, 80], (300, 4)).tolist()
-    annotations = [annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes]
+    annotations = [
+        annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes
+    ]
     result = convert(tmp_path, *annotations)
     assert sum(len(r.objects) for r in result.records) + sum(result.drops.values()) == 300
     assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin"}
@@ -125,6 +139,48 @@ def test_files_that_are_no_instances_are_named(tmp_path, text):
     (tmp_path / "instances.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"instances\.json"):
         read_coco(tmp_path / "instances.json", "")
+
+
+UNUSABLE = {
+    "images is null": {"images": None},
+    "annotations is null": {"annotations": None},
+    'categories is {"1": "cat"}': {"categories": {"1": "cat"}},
+    "images[1] is null": {"images": [IMAGES[0], None]},
+    "annotations[0] is [1, 2]": {"annotations": [[1, 2]]},
+    "images[0].width is null": {"images": [IMAGES[0] | {"width": None}]},
+    "images[0].height is 0": {"images": [IMAGES[0] | {"height": 0}]},
+    "images[0].height is 79.5": {"images": [IMAGES[0] | {"height": 79.5}]},
+    "images[0].width is true": {"images": [IMAGES[0] | {"width": True}]},
+    "images[0].width is NaN": {"images": [IMAGES[0] | {"width": float("nan")}]},
+    'images[0].id is "9"': {"images": [IMAGES[0] | {"id": "9"}]},
+    "images[1].file_name is null": {"images": [IMAGES[0], IMAGES[1] | {"file_name": None}]},
+    "categories[1].id is [5]": {"categories": [CATEGORIES[0], {"id": [5], "name": "lemon"}]},
+    'categories[0].name is " "': {"categories": [{"id": 1, "name": " "}]},
+}
+
+
+@pytest.mark.parametrize("found", UNUSABLE)
+def test_values_that_cannot_be_used_are_quoted_with_their_place(tmp_path, found):
+    path = write(tmp_path, **UNUSABLE[found])
+    with pytest.raises(DataError, match=re.escape(f"instances.json: {found}, expected ")):
+        read_coco(path, "")
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_bytes('{"images": "café"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"instances\.json: not JSON in UTF-8 .*0xe9.*expected a COCO instances file"):
+        read_coco(path, "")
+
+
+def test_whole_numbers_written_as_floats_are_taken(tmp_path):
+    path = write(
+        tmp_path,
+        images=[IMAGES[0] | {"id": 9.0, "width": 100.0}],
+        annotations=[annotation([1, 2, 3, 4], image_id=9.0, category_id=1.0)],
+    )
+    (record,) = read_coco(path, "").records
+    assert (record.width, type(record.width), len(record.objects)) == (100, int, 1)
 
 
 def test_a_missing_file_is_named(tmp_path):

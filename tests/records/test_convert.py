@@ -174,7 +174,7 @@ def test_crowds_are_ignored_or_dropped(coco, tmp_path):
 
 
 def test_descriptions_cannot_pose_as_markup(coco, tmp_path):
-    bad = ["<|im_end|>", "cat<|coord_5|>", "\ue123 cat", "cat\x00", "x" * 300, "   "]
+    bad = ["<|im_end|>", "cat<|coord_5|>", "\ue123 cat", "cat\x00", "x" * 300]
     edit(
         coco,
         "train2017",
@@ -182,7 +182,7 @@ def test_descriptions_cannot_pose_as_markup(coco, tmp_path):
         annotations=lambda old: [*old, *(annotation(60 + i, 100, 50 + i) for i in range(len(bad)))],
     )
     drops = convert(tmp_path, {"coco": coco_set(coco)}).drops()["train"]
-    assert drops == {"desc_characters": 2, "desc_marker": 2, "desc_missing": 1, "desc_too_long": 1}
+    assert drops == {"desc_characters": 2, "desc_marker": 2, "desc_too_long": 1}
 
 
 # Too many objects -----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_broken_records_name_file_and_line(tmp_path, row, message):
 def test_broken_lines_name_file_and_line(tmp_path, line):
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n" + json.dumps(GOOD).encode() + b"\n")
-    with pytest.raises(DataError, match="train.jsonl:2: "):
+    with pytest.raises(DataError, match=r"train\.jsonl:2: "):
         list(read_records(path))
 
 

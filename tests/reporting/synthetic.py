@@ -13,9 +13,9 @@ from PIL import Image
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.schema import Params
-from coordexp.evaluation.categories import Category
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog

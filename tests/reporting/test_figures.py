@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from coordexp.evaluation.categories import Category
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.figures_evaluation import wilson, write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures

@@ -11,7 +11,7 @@ from PIL import Image
 from skimage import data as skimage_data
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import Category
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.gallery import (
     FALSE,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coordexp.config.paths import CHECKPOINTS
-from coordexp.evaluation.categories import Category
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.outcomes import UNKNOWN_NAME, Fate, Outcomes, judge

@@ -1,5 +1,5 @@
 """Fixtures of this folder."""
 
-from helpers import world
+from helpers import workspace, world
 
-__all__ = ["world"]
+__all__ = ["workspace", "world"]

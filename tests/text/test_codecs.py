@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import new_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from coordexp.errors import ConfigError
 from coordexp.text.codecs import CODECS, END_OF_TURN, AnswerEncoder, Role, TextObject, get_codec, render
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
+from helpers import new_checkpoint
 
 _CHECKPOINT = new_checkpoint()
 TOKENIZER, COORD = _CHECKPOINT.tokenizer, _CHECKPOINT.coord

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from helpers import catalog, new_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from coordexp.text.tiny_tokenizer import QWEN_SPECIAL_TOKENS, scaffold_pieces
+from helpers import catalog, new_tokenizer
 
 TOKENIZER = new_tokenizer()
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers import new_checkpoint
 from torch import nn
 from torch.optim import AdamW, Muon
 
 from coordexp.errors import ConfigError
 from coordexp.training.optimizers import MuonWithAdamW, build_optimizer
+from helpers import new_checkpoint
 
 NAMES = ("adamw", "muon")
 

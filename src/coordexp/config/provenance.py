@@ -1,4 +1,4 @@
-"""Where a result came from: `run_metadata.json` beside every checkpoint, and the fingerprint that keys resume states."""
+"""Where a result came from: `run_metadata.json` beside each checkpoint, and the fingerprint that keys resume states."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
 

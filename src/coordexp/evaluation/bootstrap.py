@@ -71,14 +71,14 @@ def interval(samples_B: Floats, point: float | None) -> list[float] | None:
 def difference(a_B: Floats, b_B: Floats, delta: float) -> dict[str, float] | None:
     """The paired difference a - b: `delta` as measured, `lo`, `hi`, and `p_superior` = P(a > b) + P(a = b)/2.
 
-    None if no resample has a value on both sides.
+    None if no resample has a value on both sides. `p_superior` counts the resamples as they were drawn: the bias that
+    centring takes out of an interval is on both sides of a pair, and moving the differences would break their ties.
     """
     known = (a_B - b_B)[~np.isnan(a_B - b_B)]
     if not known.size:
         return None
-    centred = _centred(known, delta)
-    low, high = np.percentile(centred, INTERVAL)
-    superior = float((centred > 0).mean() + (centred == 0).mean() / 2)
+    low, high = np.percentile(_centred(known, delta), INTERVAL)
+    superior = float((known > 0).mean() + (known == 0).mean() / 2)
     return {"delta": delta, "lo": float(low), "hi": float(high), "p_superior": superior}
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from coordexp.errors import DataError
+from coordexp.records.categories import Category, Split
 
-Split = Literal["train", "held_out"]
 MatchedBy = Literal["exact", "normalised", "unmapped"]
 NO_CATEGORY = -1  # row of a description that names no category of the list
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """One class of the data set; `held_out` classes are never seen in training."""
-
-    id: int
-    name: str
-    split: Split = "train"
 
 
 def normalise_desc(desc: str) -> str:
@@ -63,27 +51,3 @@ class CategoryIndex:
     def rows(self, split: Split) -> list[int]:
         """Rows of the categories of one split."""
         return [row for row, category in enumerate(self.categories) if category.split == split]
-
-
-def read_categories(path: Path) -> tuple[Category, ...]:
-    """Read categories.json: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...].
-
-    Raises:
-        DataError: naming the entry that breaks this form.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: found a {type(rows).__name__}, expected a list of categories.")
-    return tuple(_category(row, f"{path}: entry {number}") for number, row in enumerate(rows))
-
-
-def _category(row: object, where: str) -> Category:
-    match row:
-        case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
-            return Category(id_, name, split)
-        case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
-            return Category(id_, name)
-    raise DataError(f"{where} is {row!r}, expected an integer id, a name, and split 'train' or 'held_out'.")

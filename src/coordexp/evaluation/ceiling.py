@@ -9,13 +9,14 @@ import numpy as np
 
 from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
-from coordexp.evaluation.categories import Category, normalise_desc
+from coordexp.evaluation.categories import normalise_desc
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.sizes import SIDE_EDGES_PX, bucket, side_label, side_px
 from coordexp.evaluation.table import Floats, build_table
 from coordexp.geometry.bins import decode_boxes, encode_boxes
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.records.schema import Record
 

@@ -19,7 +19,7 @@ import numpy as np
 from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import CategoryMatches, match_categories, mean_ap, unweighted_ap
 from coordexp.evaluation.bootstrap import difference, interval, resample_weights, resampled_ap, resampled_f1
-from coordexp.evaluation.categories import NO_CATEGORY, Category
+from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.coco import CocoResult, coco_ap
 from coordexp.evaluation.confidence import confidence_metrics
 from coordexp.evaluation.f1 import GreedyMatches, f1_from_counts, f1_metrics, match_greedily, micro_f1, named_in_image
@@ -37,6 +37,7 @@ from coordexp.evaluation.settings import COCO_IOUS, RECALL_GRID, EvalSettings, i
 from coordexp.evaluation.sizes import recall_by_side
 from coordexp.evaluation.table import DetectionTable, Floats, build_table
 from coordexp.evaluation.training_matching import rollout_metrics
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
 COMPARED = ("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50")

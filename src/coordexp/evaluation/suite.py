@@ -7,11 +7,11 @@ from typing import Any
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
 from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
-from coordexp.evaluation.categories import read_categories
 from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.evaluation.evaluator import Evaluation, compare, evaluate, rounded
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.matching.settings import MatchSettings
+from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import read_records
 
@@ -38,7 +38,10 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))
         evaluations[name] = evaluation
-    write_json(paths.run("eval") / "ceiling.json", rounded(codec_ceiling(list(read_records(paths.records / "val.jsonl")), settings)))
+    write_json(
+        paths.run("eval") / "ceiling.json",
+        rounded(codec_ceiling(list(read_records(paths.records / "val.jsonl")), settings)),
+    )
     metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()

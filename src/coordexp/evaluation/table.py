@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, Category, CategoryIndex, normalise_desc
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, normalise_desc
 from coordexp.geometry.boxes import as_boxes
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
 Ints = NDArray[np.int64]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 NUM_BINS = 1000
 MAX_BIN = NUM_BINS - 1
@@ -21,12 +21,12 @@ COORD_TOKENS: tuple[str, ...] = tuple(f"<|coord_{k}|>" for k in range(NUM_BINS))
 COORD_PATTERN = re.compile(r"<\|coord_(0|[1-9][0-9]{0,2})\|>")
 
 
-def encode_norm(coords: NDArray[np.floating] | list[float]) -> NDArray[np.int64]:
+def encode_norm(coords: ArrayLike) -> NDArray[np.int64]:
     """Encode coordinates in [0, 1] as bins 0..999. Values outside clamp; NaN is the caller's error."""
     return np.clip(np.rint(np.asarray(coords, dtype=np.float64) * NUM_BINS), 0, MAX_BIN).astype(np.int64)
 
 
-def decode_norm(bins: NDArray | list[int] | list[float]) -> NDArray[np.float64]:
+def decode_norm(bins: ArrayLike) -> NDArray[np.float64]:
     """Decode bins (integer, or fractional from a sub-bin rule) to coordinates in [0, 1)."""
     return np.asarray(bins, dtype=np.float64) / NUM_BINS
 
@@ -36,17 +36,17 @@ def box_scale(width: int, height: int) -> NDArray[np.float64]:
     return np.array([width, height, width, height], dtype=np.float64)
 
 
-def encode_boxes(boxes_xyxy_px: NDArray | list, width: int, height: int) -> NDArray[np.int64]:
+def encode_boxes(boxes_xyxy_px: ArrayLike, width: int, height: int) -> NDArray[np.int64]:
     """Encode pixel xyxy boxes (..., 4) of a W x H image as bins (..., 4)."""
     return encode_norm(np.asarray(boxes_xyxy_px, dtype=np.float64) / box_scale(width, height))
 
 
-def decode_boxes(bins: NDArray | list, width: int, height: int) -> NDArray[np.float64]:
+def decode_boxes(bins: ArrayLike, width: int, height: int) -> NDArray[np.float64]:
     """Decode bins (..., 4) to float pixel xyxy boxes (..., 4); never rounded to integers."""
     return decode_norm(bins) * box_scale(width, height)
 
 
-def target_bins(boxes_xyxy_px: NDArray | list, width: int, height: int) -> NDArray[np.float64]:
+def target_bins(boxes_xyxy_px: ArrayLike, width: int, height: int) -> NDArray[np.float64]:
     """Return unrounded targets in bin units, clipped to [0, 999]: what sub-bin losses are supervised with."""
     scaled = np.asarray(boxes_xyxy_px, dtype=np.float64) / box_scale(width, height) * NUM_BINS
     return np.clip(scaled, 0.0, float(MAX_BIN))

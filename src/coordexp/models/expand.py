@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 
 from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
+from coordexp.models.forward import input_table
 from coordexp.models.tiny import round_up
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
@@ -33,14 +34,16 @@ def add_coordinate_tokens(
     if not has_coord_tokens(tokenizer):
         tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
         vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
-        if vocabulary.end_id > model.get_input_embeddings().num_embeddings:
+        if vocabulary.end_id > input_table(model).num_embeddings:
             model.resize_token_embeddings(round_up(vocabulary.end_id), mean_resizing=False)
         _fill_rows(model, tokenizer, vocabulary, init, seed)
         return vocabulary
     vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = input_table(model).num_embeddings
     if vocabulary.end_id > rows:
-        raise CheckpointError(f"the tokenizer has coordinate ids up to {vocabulary.end_id - 1}, the model only {rows} rows.")
+        raise CheckpointError(
+            f"the tokenizer has coordinate ids up to {vocabulary.end_id - 1}, the model only {rows} rows."
+        )
     return vocabulary
 
 
@@ -51,9 +54,9 @@ def _fill_rows(
     init: str,
     seed: int,
 ) -> None:
-    tables = [model.get_input_embeddings().weight]
+    tables = [input_table(model).weight]
     if not model.config.tie_word_embeddings:
-        tables.append(model.get_output_embeddings().weight)
+        tables.append(model.lm_head.weight)
     digit_ids = [tokenizer.encode(str(d), add_special_tokens=False)[0] for d in range(10)]
     with torch.no_grad():
         for table_VD in tables:

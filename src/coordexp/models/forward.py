@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, D hidden size, S slots, V vocabulary.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.packing.collator import PackedBatch
@@ -29,6 +29,13 @@ def hidden_states(
         use_cache=False,
     )
     return output.last_hidden_state.flatten(0, 1)
+
+
+def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:
+    """The embedding of the input tokens, weights (V, D)."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table
 
 
 def slot_logits(model: Qwen3VLForConditionalGeneration, hidden_flat: Tensor, slots_S: Tensor) -> Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from coordexp.errors import CheckpointError
 from coordexp.models.pixel_format import pixel_spec
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
+
+MODEL_TYPE = Qwen3VLConfig.model_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class Checkpoint:
 
     @property
     def codec_name(self) -> str | None:
-        """"digits" for a model without coordinate tokens; otherwise the parameters decide (None)."""
+        """ "digits" for a model without coordinate tokens; otherwise the parameters decide (None)."""
         return "digits" if self.coord is None else None
 
 
@@ -34,20 +40,62 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
     """Load a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, has no safetensors weights, or broken coordinate tokens.
+        CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
+            damaged or not those of its config, or its coordinate tokens are broken.
     """
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}; expected a Hugging Face checkpoint folder. Run the stage that writes it.")
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
+    _check_files(folder)
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    model = _load_model(folder, dtype)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     return Checkpoint(model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels), coord)
+
+
+def _check_files(folder: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder}: no {name}; expected a Hugging Face checkpoint folder. Run the stage that writes it."
+            )
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy the checkpoint again.") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The model, every weight of which came from the files: transformers alone would draw missing ones at random."""
+    model: Qwen3VLForConditionalGeneration
+    info: dict[str, Iterable[Any]]
+    try:
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(  # type: ignore[misc]  # untyped: gives a pair here
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the safetensors weights are incomplete or damaged ({error}). Copy the checkpoint again, or run "
+            "the stage that writes it."
+        ) from error
+    lost = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if lost:
+        raise CheckpointError(
+            f"{folder}: weights that config.json asks for are not in the safetensors files or have another shape "
+            f"({len(lost)} in all, first {min(lost)}). Take config and weights from one checkpoint."
+        )
+    return model
 
 
 def save_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from coordexp.text.vocabulary import token_id
+
 VOCAB_MULTIPLE = 128
 
 
@@ -19,10 +21,6 @@ def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_layers: int = 6) -> Qwen3VLConfig:
     """Configuration whose special token ids and vocabulary size fit the tokenizer."""
-
-    def token_id(token: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(token))
-
     return Qwen3VLConfig(
         text_config={
             "vocab_size": round_up(len(tokenizer)),
@@ -42,8 +40,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_laye
             },
             "tie_word_embeddings": True,
             "bos_token_id": None,
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id(tokenizer, "<|im_end|>"),
+            "pad_token_id": token_id(tokenizer, "<|endoftext|>"),
         },
         vision_config={
             "depth": 4,
@@ -57,10 +55,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_laye
             "num_position_embeddings": 1024,
             "deepstack_visual_indexes": [1],
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=True,
     )
 
@@ -69,6 +67,6 @@ def build_tiny(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3VLForCondi
     """A randomly initialised tiny model in float32."""
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.eos_token_id = token_id(tokenizer, "<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

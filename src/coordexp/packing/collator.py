@@ -1,16 +1,16 @@
 """From segments to one packed batch: input ids, positions, pixels, and the slots that are supervised.
 
-A *slot* is the position whose logits predict a token: the token at flat position i of a row is predicted at i - 1. Slots
-are listed per loss family, so the head runs on supervised positions only and no label tensor has to be shifted later.
+A *slot* is the position whose logits predict a token: the token at flat position i of a row is predicted at i - 1.
+Slots are listed per loss family, so the head runs on supervised positions only and no label tensor is shifted later.
 
 Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, P patches, I images.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -88,11 +88,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
-            for name in self.__slots__
+        tensors = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return PackedBatch(**moved)
+        return PackedBatch(**tensors, n_segments=self.n_segments, n_tokens=self.n_tokens)
 
 
 class Collator:

@@ -1,8 +1,8 @@
 """Position ids of a packed row: what keeps the segments of a pack apart.
 
-transformers 5 separates packed segments only if `position_ids` has four rows and no attention mask is given: row 0 holds
-text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of Qwen3-VL's M-RoPE
-(reference/libraries.md section 2). Anything else leaks silently between segments, so a test compares packed with
+transformers 5 separates packed segments only if `position_ids` has four rows and no attention mask is given: row 0
+holds text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of Qwen3-VL's
+M-RoPE (reference/libraries.md section 2). Anything else leaks silently between segments, so a test compares packed with
 separate forwards.
 """
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +33,18 @@ class PreparedCounts:
 
 
 class SamplePreparer:
-    """Turns records into samples with one tokenizer, codec and pixel format."""
+    """Records to samples, with one tokenizer, pixel format and codec; `formats` are tasks with codecs of their own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec, pixels: PixelSpec) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        codec: AnswerCodec,
+        pixels: PixelSpec,
+        formats: Mapping[str, AnswerCodec] = MappingProxyType({}),
+    ) -> None:
         self._tokenizer = tokenizer
         self._encoder = AnswerEncoder(tokenizer, codec)
+        self._encoder_of = {task: AnswerEncoder(tokenizer, other) for task, other in formats.items()}
         self._pixels = pixels
         self._prompts: dict[str, NDArray[np.int32]] = {}
 
@@ -80,7 +88,8 @@ class SamplePreparer:
         if task == "count":
             return self._encoder.encode_segments([Segment(Role.DESC, str(len(objects)))])
         bins = encode_boxes(as_boxes([o.bbox_xyxy_px for o in objects]), record.width, record.height)
-        return self._encoder.encode(text_objects([o.desc for o in objects], bins))
+        encoder = self._encoder_of.get(task, self._encoder)
+        return encoder.encode(text_objects([o.desc for o in objects], bins))
 
 
 def text_objects(descs: Sequence[str], bins_M4: NDArray[np.integer]) -> list[TextObject]:
@@ -95,7 +104,9 @@ def image_id_of(record: Record) -> int:
     return int.from_bytes(hashlib.sha256(record.image.encode()).digest()[:6], "big")
 
 
-def write_split(preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path) -> PreparedCounts:
+def write_split(
+    preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path
+) -> PreparedCounts:
     """Prepare every record and write the parquet file of one split."""
     samples = objects = tokens = longest = collapsed = 0
     with SampleWriter(path) as writer:

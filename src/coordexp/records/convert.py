@@ -11,12 +11,13 @@ from typing import Any
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.augment import Augmentation
+from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
 from coordexp.records.manifest import SPLITS, open_split, read_manifest
 from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids, with_views
 from coordexp.records.policy import SHOWN, Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import Record
-from coordexp.records.sources.base import Category, Problem
+from coordexp.records.sources.base import Problem
 from coordexp.records.splits import overlap, split_dev
 
 

@@ -15,9 +15,9 @@ from typing import Any, cast
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
 from coordexp.config.schema import Params
 from coordexp.errors import DataError, closest
-from coordexp.evaluation.categories import Category, read_categories
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.suite import eval_settings
+from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
 from coordexp.reporting.training_log import TrainingLog, read_training_log
 

@@ -12,9 +12,10 @@ from enum import IntEnum
 
 import numpy as np
 
-from coordexp.evaluation.categories import NO_CATEGORY, Category
+from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.f1 import GreedyMatches, match_greedily
 from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table, image_slices
+from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
 MATCH_IOU = 0.5  # a box is right from here on

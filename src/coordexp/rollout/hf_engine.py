@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.prompts import expand_image
+from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class HfEngine:
         self._checkpoint = checkpoint
         self._image_root = image_root
         self._batch_images = batch_images
-        self._end_id = int(checkpoint.tokenizer.convert_tokens_to_ids(END_OF_TURN))
+        self._end_id = token_id(checkpoint.tokenizer, END_OF_TURN)
         self._pad_id = int(checkpoint.tokenizer.pad_token_id)
 
     def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
@@ -42,8 +43,7 @@ class HfEngine:
         for first in range(0, len(order), self._batch_images):
             chunk = order[first : first + self._batch_images]
             torch.manual_seed(settings.seed + first)
-            for index, generation in zip(chunk, self._run([samples[i] for i in chunk], settings), strict=True):
-                results[index] = generation
+            results |= zip(chunk, self._run([samples[i] for i in chunk], settings), strict=True)
             tokens = sum(len(g.ids) for g in results.values())
             rate = tokens / (time.monotonic() - started)
             log.info("generated %d of %d images, %.0f tokens/s", len(results), len(samples), rate)
@@ -53,17 +53,18 @@ class HfEngine:
     @torch.inference_mode()
     def _run(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
         inputs = self._inputs(samples)
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
-        output = self._checkpoint.model.generate(
-            **inputs,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.temperature > 0,
-            repetition_penalty=settings.repetition_penalty,
-            eos_token_id=self._end_id,
-            pad_token_id=self._pad_id,
-            top_k=0 if settings.temperature > 0 else None,
-            **sampling,
-        )
+        options: dict[str, int | float | None] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": settings.temperature > 0,
+            "repetition_penalty": settings.repetition_penalty,
+            "eos_token_id": self._end_id,
+            "pad_token_id": self._pad_id,
+            "top_k": 0 if settings.temperature > 0 else None,
+        }
+        if settings.temperature > 0:
+            options |= {"temperature": settings.temperature, "top_p": settings.top_p}
+        # transformers types `self` as a protocol that its own models do not meet, and no keyword of a model's inputs.
+        output = self._checkpoint.model.generate(**inputs, **options)  # type: ignore[misc, arg-type]
         new = output[:, inputs["input_ids"].shape[1] :].cpu().numpy()
         return [self._trim(row) for row in new]
 

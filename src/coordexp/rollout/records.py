@@ -1,11 +1,11 @@
-"""Rollouts on file: what stage 2 trains on. One JSON line per image: ids, objects with token positions, accepted pairs."""
+"""Rollouts on file, for stage 2: one JSON line per image with ids, objects with token positions, and accepted pairs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 

@@ -6,7 +6,7 @@ temperature 1 under the training prompt.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch

@@ -6,9 +6,10 @@ import hashlib
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,9 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
     settings = decode_settings(params)
-    reader = make_reader(checkpoint, params.text.codec, decode_identity(folder, samples[0], settings, params.text.codec))
+    reader = make_reader(
+        checkpoint, params.text.codec, decode_identity(folder, samples[0], settings, params.text.codec)
+    )
     started = time.monotonic()
     generations, results = predict_samples(
         checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images
@@ -160,7 +163,8 @@ def _decode_into(
 ) -> None:
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
     settings, codec = decode_settings(params), checkpoint.codec_name or params.text.codec
-    samples = prompted(checkpoint, [store[i] for i in range(profile.eval.images or len(store))])
+    count = min(profile.eval.images or len(store), len(store))
+    samples = prompted(checkpoint, [store[i] for i in range(count)])
     identity = decode_identity(folder, samples[0], settings, codec)
     reader = make_reader(checkpoint, codec, identity)
     started = time.monotonic()
@@ -188,5 +192,9 @@ def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
 def code_hash() -> str:
     """Hash of the sources that decide what a decode contains; an edit there must not reuse older predictions."""
     package = Path(__file__).parents[1]
-    files = [p for part in ("models", "packing", "rollout", "text", "geometry") for p in sorted((package / part).glob("*.py"))]
+    files = [
+        p
+        for part in ("models", "packing", "rollout", "text", "geometry")
+        for p in sorted((package / part).glob("*.py"))
+    ]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]

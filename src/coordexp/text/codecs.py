@@ -1,21 +1,23 @@
 """Answer codecs: a set of objects to typed text segments, and segments to token ids (DESIGN section 2, output text).
 
-A codec turns objects into segments; the encoder tokenises each segment on its own and remembers the role of every token.
-Roles decide which loss a token gets, so they are assigned here, once, and never guessed from ids later.
+A codec turns objects into segments; the encoder tokenises each segment on its own and remembers the role of each
+token. Roles decide which loss a token gets, so they are assigned here, once, and never guessed from ids later.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import ConfigError
 from coordexp.geometry.bins import COORD_TOKENS
+from coordexp.text.vocabulary import token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,11 +56,18 @@ class Segment:
 class AnswerCodec(Protocol):
     """How a set of objects is written."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `text.codec` calls it."""
+        ...
 
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
         """Segments whose texts, joined, are the whole answer without the end-of-turn token."""
         ...
+
+
+def _coordinate(value: int, role: Role) -> str:
+    return COORD_TOKENS[value] if role is Role.COORD else str(value)
 
 
 def _json_desc(desc: str) -> str:
@@ -72,9 +81,6 @@ class _JsonLike:
     name: str
     quote: str  # around each coordinate
     role: Role
-
-    def _coordinate(self, value: int) -> str:
-        return COORD_TOKENS[value] if self.role is Role.COORD else str(value)
 
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
         if not objects:
@@ -92,7 +98,7 @@ class _JsonLike:
             for axis, value in enumerate(obj.bins):
                 if axis:
                     out.append(Segment(Role.STRUCT, f"{self.quote}, {self.quote}", i))
-                out.append(Segment(self.role, self._coordinate(value), i))
+                out.append(Segment(self.role, _coordinate(value, self.role), i))
         out.append(Segment(Role.CLOSE, f"{self.quote}]}}]}}"))
         return out
 
@@ -101,7 +107,14 @@ class _JsonLike:
 class _Tags:
     """The tokenizer's own grounding markers: `<|object_ref_start|>desc<|object_ref_end|><|box_start|>..<|box_end|>`."""
 
-    name: str = "tags"
+    name: str
+    role: Role
+
+    def _coordinates(self, bins: tuple[int, int, int, int], i: int) -> Iterator[Segment]:
+        for axis, value in enumerate(bins):
+            if axis and self.role is Role.NUMBER:
+                yield Segment(Role.STRUCT, ",", i)
+            yield Segment(self.role, _coordinate(value, self.role), i)
 
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
         out = []
@@ -110,7 +123,7 @@ class _Tags:
                 Segment(Role.STRUCT, "<|object_ref_start|>", i),
                 Segment(Role.DESC, obj.desc, i),
                 Segment(Role.STRUCT, "<|object_ref_end|><|box_start|>", i),
-                *(Segment(Role.COORD, COORD_TOKENS[value], i) for value in obj.bins),
+                *self._coordinates(obj.bins, i),
                 Segment(Role.STRUCT, "<|box_end|>", i),
             ]
         return out
@@ -119,7 +132,14 @@ class _Tags:
 CODECS: dict[str, AnswerCodec] = {
     "json": _JsonLike("json", '"', Role.COORD),
     "digits": _JsonLike("digits", "", Role.NUMBER),
-    "tags": _Tags(),
+    "tags": _Tags("tags", Role.COORD),
+}
+# The scaffolds of `json` and `tags` around plain numbers. Only pretraining writes them, so that the embedded base model
+# has seen every scaffold token before coordinate tokens come, as Qwen3-VL has.
+NUMBER_FORMATS: dict[str, AnswerCodec] = {
+    "detect": CODECS["digits"],
+    "detect_quoted": _JsonLike("digits_quoted", '"', Role.NUMBER),
+    "detect_tags": _Tags("digits_tags", Role.NUMBER),
 }
 
 
@@ -151,7 +171,7 @@ class AnswerEncoder:
         self.codec = codec
         self._tokenizer = tokenizer
         self._cache: dict[tuple[bool, str], list[int]] = {}
-        self._end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self._end_id = token_id(tokenizer, END_OF_TURN)
 
     def _ids(self, segment: Segment) -> list[int]:
         # A description is data: markers inside it are spelled out, they never become special tokens.

@@ -22,6 +22,11 @@ TASKS: dict[str, str] = {
     "name": "Name every object.",
     "count": "How many objects are there?",
 }
+# Other formats of the `detect` answer (text.codecs.NUMBER_FORMATS), asked for in pretraining the base model only.
+FORMAT_TASKS: dict[str, str] = {
+    "detect_quoted": "Detect every object. Quote numbers.",
+    "detect_tags": "Detect every object. Use tags.",
+}
 # Wordings of the questions that records carry in `metadata.prompt`; the first of each is that of dev and val. `closed`
 # gives a data set's whole list of names, `listed` some of them, present or not.
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -50,7 +55,8 @@ _PLACE = "coordexp question"
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: str = "detect") -> NDArray[np.int32]:
     """Token ids of the prompt up to where the answer starts, with one image placeholder."""
-    return np.array(tokenizer.encode(_rendered(tokenizer, TASKS[task]), add_special_tokens=False), np.int32)
+    text = _rendered(tokenizer, (TASKS | FORMAT_TASKS)[task])
+    return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, words: str) -> str:

@@ -43,8 +43,8 @@ class CoordVocabulary:
         missing = [token for token in COORD_TOKENS if token not in known]
         if missing:
             raise CheckpointError(
-                f"tokenizer {tokenizer.name_or_path!r}: {len(missing)} of {NUM_BINS} coordinate tokens are missing (first: "
-                f"{missing[0]}). Expected <|coord_0|>..<|coord_999|>; run the norm1000 stage, which adds them."
+                f"tokenizer {tokenizer.name_or_path!r}: {len(missing)} of {NUM_BINS} coordinate tokens are missing "
+                f"(first: {missing[0]}). Expected <|coord_0|>..<|coord_999|>; run the norm1000 stage, which adds them."
             )
         ids = [known[token] for token in COORD_TOKENS]
         if ids != list(range(ids[0], ids[0] + NUM_BINS)):
@@ -58,3 +58,13 @@ class CoordVocabulary:
 def has_coord_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the tokenizer knows `<|coord_0|>` (then it must know all of them: see `from_tokenizer`)."""
     return COORD_TOKENS[0] in tokenizer.get_vocab()
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Id of one token of the vocabulary; raises CheckpointError if the tokenizer does not know it."""
+    if token not in (known := tokenizer.get_vocab()):
+        raise CheckpointError(
+            f"tokenizer {tokenizer.name_or_path!r}: has no token {token!r}. Expected a Qwen3-VL tokenizer with its "
+            "special tokens; take the tokenizer files from the checkpoint that the model came from."
+        )
+    return known[token]

@@ -13,8 +13,8 @@ are context only: with incomplete labels, many of them are real.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""Resume state and final checkpoints: written under a temporary name, then renamed, so that no half file is ever read."""
+"""Resume state and final checkpoints: written under a temporary name, then renamed, so that no half file is read."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,15 @@ from coordexp.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+LogRow = dict[str, float | str]  # of one step: numbers by name, and the channel as a letter
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """The loss of one forward, still attached to its graph, and plain numbers to log."""
 
     loss: Tensor
-    logs: dict[str, float]
+    logs: LogRow
 
 
 class Task(Protocol):
@@ -87,9 +90,7 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
         TrainingError: when the loss of a step is not finite.
     """
-    optimizer = build_optimizer(
-        model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor
-    )
+    optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first = 0
     if (state := load_state(state_folder)) is not None:
@@ -114,26 +115,30 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row |= {"step": step, "lr": settings.lr * factor, "grad_norm": norm}
-            row["time/step_s"] = time.monotonic() - started
+            row["time/step_s"] = seconds = time.monotonic() - started
             out.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            out.flush()  # a state must never be ahead of the log that it goes on with
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                out.flush()
-                log.info("%s", _console_line(row, settings.steps))
+                log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
             if stop.signal is not None and step + 1 < settings.steps:
                 save_state(state_folder, step + 1, model, optimizer)
-                raise Interrupted(f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again.")
+                raise Interrupted(
+                    f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again."
+                )
             if time.monotonic() - saved_at > settings.save_every_seconds:
                 save_state(state_folder, step + 1, model, optimizer)
                 saved_at = time.monotonic()
 
 
-def _run_step(task: Task, step: int) -> dict[str, float]:
+def _run_step(task: Task, step: int) -> LogRow:
     total = 0.0
-    row: dict[str, float] = {}
+    row: LogRow = {}
     for micro in task.micro_batches(step):
         value = float(micro.loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"loss of step {step} is {value}; terms: {micro.logs}. Lower the learning rate or inspect the pack.")
+            raise TrainingError(
+                f"loss of step {step} is {value}; terms: {micro.logs}. Lower the learning rate or inspect the pack."
+            )
         micro.loss.backward()
         total += value
         row |= micro.logs
@@ -150,8 +155,8 @@ def _truncate_log(path: Path, first_step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def _console_line(row: dict[str, float], steps: int) -> str:
-    done = int(row["step"]) + 1
-    eta = (steps - done) * row["time/step_s"]
+def _console_line(row: LogRow, done: int, steps: int, seconds: float) -> str:
+    eta = (steps - done) * seconds
     shown = " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in row if k.startswith("loss/"))
-    return f"step {done}/{steps} ({100 * done / steps:.0f} %) {shown} lr {row['lr']:.2e} {row['time/step_s']:.2f} s/step eta {eta:.0f} s"
+    share = f"{100 * done / steps:.0f} %"
+    return f"step {done}/{steps} ({share}) {shown} lr {row['lr']:.2e} {seconds:.2f} s/step eta {eta:.0f} s"

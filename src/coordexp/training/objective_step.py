@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from coordexp.losses.text_terms import text_terms
 from coordexp.models.forward import slot_logits
 from coordexp.packing.collator import PackedBatch, Segment
 from coordexp.text.codecs import Role
-from coordexp.training.loop import MicroBatch
+from coordexp.training.loop import LogRow, MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +100,11 @@ def diagnose(objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor) 
 
 
 def to_micro_batch(
-    terms: dict[str, TermSum], objective: Objective, counts: dict[str, Tensor], extra: dict[str, float | str]
+    terms: dict[str, TermSum], objective: Objective, counts: dict[str, Tensor], extra: LogRow
 ) -> MicroBatch:
     """Combine terms into a loss with its logs."""
     loss, logs = combine(terms, objective.weights, counts)
-    plain = {name: float(value) for name, value in logs.items() if not name.startswith("count/")}
+    plain: LogRow = {name: float(value) for name, value in logs.items() if not name.startswith("count/")}
     return MicroBatch(loss, plain | extra)
 
 

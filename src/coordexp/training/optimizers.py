@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ _NOT_FOR_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed", "localis
 class MuonWithAdamW(Optimizer):
     """Two optimizers behind one interface, so that schedulers and checkpoints see a single one.
 
-    `param_groups` are the very dictionaries of the two, so that a scheduler that writes a learning rate writes it there.
+    `param_groups` are the very dictionaries of the two: a scheduler that writes a learning rate writes it there.
     """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
@@ -54,7 +55,7 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer of that name over the trainable parameters.
 
-    `row_lr_factor` scales the learning rate of embedding and head rows: new token rows start far from where they belong.
+    `row_lr_factor` scales the learning rate of embedding and head rows: new rows start far from where they belong.
     Muon takes AdamW's learning rate ("match_rms_adamw"), so one `lr` serves both parts.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -67,7 +68,9 @@ def build_optimizer(
         chosen = {id(p) for p in [*matrices, *rows]}
         others = [p for _, p in named if id(p) not in chosen]
         muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return MuonWithAdamW(muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95)))
+        return MuonWithAdamW(
+            muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
+        )
     raise ConfigError(f"optimizer is {name!r}, expected 'muon' or 'adamw'.")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.sources.coco import read_coco
-from coordexp.text.codecs import Role, get_codec
-from coordexp.training.loop import MicroBatch
+from coordexp.text.codecs import NUMBER_FORMATS, Role, get_codec
+from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.schedule import step_items
 from coordexp.training.session import write_curve
 
@@ -63,7 +64,7 @@ class BaseModel(nn.Module):
     def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
         super().__init__()
         self.vlm = vlm
-        self.localiser = nn.Linear(vlm.config.text_config.hidden_size, NUM_BINS)
+        self.localiser = nn.Linear(vlm.lm_head.in_features, NUM_BINS)
 
 
 def digit_segment(sample: Sample) -> Segment:
@@ -108,7 +109,7 @@ class TextTask:
         log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
         q = self._target.distribution(batch.coord_targets)
         localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
-        logs = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
+        logs: LogRow = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
         hit = (logits.argmax(-1) == batch.text_targets).float()
         for role in (Role.DESC, Role.NUMBER, Role.CLOSE):
             mask = batch.text_roles == int(role)
@@ -116,12 +117,17 @@ class TextTask:
                 logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean())
         bins = torch.arange(NUM_BINS, dtype=torch.float32)
         if len(q):
-            logs["localiser/bin_mae"] = float(((log_p.exp() @ bins) - batch.coord_targets).abs().mean())
+            logs["localiser/bin_mae"] = float(((log_p.detach().exp() @ bins) - batch.coord_targets).abs().mean())
         yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
 
 
 def prepare_base_samples(
-    coco_folder: Path, out: Path, tokenizer: PreTrainedTokenizerBase, pixels: PixelSpec, task_shares: dict[str, float], seed: int
+    coco_folder: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    pixels: PixelSpec,
+    task_shares: dict[str, float],
+    seed: int,
 ) -> None:
     """Tokenise one composed folder with the digits codec, drawing a task per image."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,17 @@ def prepare_base_samples(
     names = [*task_shares, "detect"]
     shares = [*task_shares.values(), 1.0 - sum(task_shares.values())]
     tasks = rng.choice(names, size=len(conversion.records), p=shares).tolist()
-    write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels), conversion.records, tasks, out)
+    write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels, NUMBER_FORMATS), conversion.records, tasks, out)
+
+
+def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Steps between the points where the learning rate has come down: the ends of the phases that say `settle`."""
+    lengths = [0]
+    for phase in phases.values():
+        lengths[-1] += phase["steps"]
+        if phase["settle"]:
+            lengths.append(0)
+    return [steps for steps in lengths if steps]
 
 
 def finish_base(
@@ -143,7 +159,7 @@ def finish_base(
 ) -> None:
     """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
-    save_checkpoint(folder, model.to(torch.bfloat16), tokenizer)
+    save_checkpoint(folder, model.bfloat16(), tokenizer)
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
     metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}

@@ -13,7 +13,7 @@ from coordexp.text.codecs import AnswerEncoder
 
 
 class SampleSource:
-    """Random access to samples by (index, step); the permutation is drawn from (seed, step, index), so it can be redone.
+    """Random access to samples by (index, step); the permutation follows from (seed, step, index) alone.
 
     A permuted answer has the length of the original one: every object keeps its tokens, only the order changes.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -28,6 +30,18 @@ def trapezoid_schedule(steps: int, warmup_steps: int, decay_share: float) -> Sch
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_share * steps))
+
+    return factor
+
+
+def legs_schedule(leg_steps: Sequence[int], warmup_steps: int, decay_share: float) -> Schedule:
+    """One trapezoid after another: each leg of training warms up and settles on its own."""
+    ends = list(accumulate(leg_steps))
+    legs = [trapezoid_schedule(steps, warmup_steps, decay_share) for steps in leg_steps]
+
+    def factor(step: int) -> float:
+        leg = min(bisect_right(ends, step), len(legs) - 1)
+        return legs[leg](step - (ends[leg] - leg_steps[leg]))
 
     return factor
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.models.forward import hidden_states, slot_logits
+from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.packing.collator import PackedBatch
 
 
@@ -55,16 +55,13 @@ def self_context_forwards(
     coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
     span = slice(settings.first_coord_id, settings.first_coord_id + NUM_BINS)
     for _ in range(settings.n_iter - 1):
-        table_VD = model.get_input_embeddings().weight
+        table_VD = input_table(model).weight
         slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
-        slot_embeds_ND = context_embeddings(
-            slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode
-        )
+        slot_embeds_ND = context_embeddings(slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode)
         if settings.grad_mode == "em_detach":
             slot_embeds_ND = slot_embeds_ND.detach()
-        embeds_BTD = model.get_input_embeddings()(batch.input_ids)
+        embeds_BTD = input_table(model)(batch.input_ids)
         flat = embeds_BTD.flatten(0, 1)
         flat = flat.index_copy(0, coord_tokens_N, slot_embeds_ND.to(flat.dtype))
         last = hidden_states(model, batch, flat.view_as(embeds_BTD))
     return first, last
-

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile
@@ -43,7 +44,7 @@ def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
 
 
 def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
-    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as it ran through."""
+    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that ran."""
     start = paths.run("stage1")
     checkpoint = _load(profile, start)
     packs = read_packs(paths.packed / "plan.parquet")
@@ -69,7 +70,10 @@ def _teach(
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
     source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
     task = TeacherTask(checkpoint.model, stage1_objective(params, checkpoint), source, collator, packs_by_step)
-    settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {"optim": optim.model_dump(), "stage": stage}
+    settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
+        "optim": optim.model_dump(),
+        "stage": stage,
+    }
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},

@@ -43,7 +43,7 @@ def photo_crop(rng: np.random.Generator, width: int, height: int, is_val: bool) 
     image = material[rng.integers(len(material))]
     share = rng.uniform(0.35, 1.0)
     crop_w, crop_h = max(8, int(image.width * share)), max(8, int(image.height * share))
-    left, top = rng.integers(image.width - crop_w + 1), rng.integers(image.height - crop_h + 1)
+    left, top = int(rng.integers(image.width - crop_w + 1)), int(rng.integers(image.height - crop_h + 1))
     crop = image.crop((left, top, left + crop_w, top + crop_h)).resize((width, height), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2.5)))

@@ -66,7 +66,8 @@ def _write_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
 def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, Any]:
     """COCO's instances layout; category ids are 1-based, held-out names carry `supercategory: held_out`."""
     category_ids = {desc: i for i, desc in enumerate(catalog.descs, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for row in rows:
         height, width = row["pixels"][:2]
         images.append({"id": row["id"], "file_name": row["file_name"], "width": width, "height": height})

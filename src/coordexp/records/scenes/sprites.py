@@ -25,8 +25,8 @@ class Sprite:
     def render(self, longer_side_px: int, flip: bool) -> NDArray[np.float32]:
         """Scale to the given longer side; returns float RGBA (h, w, 4), colours 0..255 and alpha 0..1."""
         factor = longer_side_px / max(self.rgba.size)
-        size = tuple(max(2, round(side * factor)) for side in self.rgba.size)
-        image = self.rgba.resize(size, Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR)
+        width, height = (max(2, round(side * factor)) for side in self.rgba.size)
+        image = self.rgba.resize((width, height), Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels[:, ::-1] if flip else pixels
         return np.concatenate([pixels[..., :3], pixels[..., 3:] / 255.0], axis=-1)
@@ -50,7 +50,9 @@ def load_catalog(folder: Path) -> SpriteCatalog:
     """Read `catalog.json` and its sprites; raises DataError for a missing file or one whose hash differs."""
     manifest = folder / "catalog.json"
     if not manifest.is_file():
-        raise DataError(f"{manifest}: not found; expected the sprite manifest. Set source.sprites to the folder that holds it.")
+        raise DataError(
+            f"{manifest}: not found; expected the sprite manifest. Set source.sprites to the folder that holds it."
+        )
     sprites: dict[str, list[Sprite]] = {}
     splits: dict[str, str] = {}
     for row in json.loads(manifest.read_text(encoding="utf-8")):

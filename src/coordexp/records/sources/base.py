@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coordexp.errors import DataError
+from coordexp.records.categories import Category
 
 Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A category of the source, and whether training sees it."""
-
-    id: int
-    name: str
-    split: str  # "train" or "held_out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +121,11 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_whole(value: Any) -> bool:
+    """A whole number, also one that a table program wrote as 3.0."""
+    return is_finite(value) and float(value).is_integer()
+
+
 def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
     """COCO's polygon form; a run-length mask or anything else gives no ring."""
     if not isinstance(value, list):
@@ -147,12 +144,10 @@ def read_json(path: Path, expected: str) -> Any:
         raise DataError(f"{path}: not found; expected {expected}.")
     try:
         return json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected {expected}."
-        ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
+    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
+        raise DataError(f"{path}: not JSON in UTF-8 ({error}); expected {expected}.") from error
     except RecursionError as error:
         raise DataError(f"{path}: nested too deeply to be annotations; expected {expected}.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
+from coordexp.records.categories import Category
 from coordexp.records.policy import Policies, refuse_bad_images, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import (
-    Category,
     Problem,
     Reading,
     SourceImage,
     SourceObject,
     SplitFiles,
     corners_of_xywh,
+    is_whole,
     polygon_rings,
     read_json,
 )
 
 LAYOUT = "COCO's instances layout"
-
-__all__ = ["Category", "Conversion", "Instances", "load_instances", "read", "read_coco"]
+# What every entry must have: key -> is it a whole number (else a name).
+_FIELDS = {
+    "images": {"id": True, "file_name": False, "width": True, "height": True},
+    "categories": {"id": True, "name": False},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,10 @@ class Instances:
     """A checked instances file: annotations by image, the rest as problems."""
 
     path: Path
-    images: dict[int | str, dict[str, Any]]
+    images: dict[int, dict[str, Any]]
     categories: tuple[Category, ...]
-    rows: dict[int | str, dict[str, Any]]  # the categories as they stand in the file
-    annotations: dict[int | str, list[tuple[str, dict[str, Any]]]]  # image id -> (key, annotation)
+    rows: dict[int, dict[str, Any]]  # the categories as they stand in the file
+    annotations: dict[int, list[tuple[str, dict[str, Any]]]]  # image id -> (key, annotation)
     problems: list[Problem]
 
     def name_of(self, category_id: Any) -> str:
@@ -69,7 +74,8 @@ def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     Raises:
         DataError: naming the file and what is missing, or the images whose path or size cannot be used.
     """
-    reading = instances_reading(load_instances(annotations), lambda image: f"{image_prefix}{image['file_name']}")
+    instances = load_instances(annotations, strict=True)
+    reading = instances_reading(instances, lambda image: f"{image_prefix}{image['file_name']}")
     result = to_records(reading, Policies())
     refuse_bad_images(result.bad_images)
     return Conversion(tuple(result.records), reading.categories, dict(Counter(p.reason for p in result.problems)))
@@ -83,12 +89,12 @@ def instances_reading(
     """The images of a loaded file in id order."""
 
     def images() -> Iterator[SourceImage]:
-        for image_id in sorted(instances.images, key=lambda key: (isinstance(key, str), key)):
+        for image_id in sorted(instances.images):
             image = instances.images[image_id]
             yield SourceImage(
                 file_name=image_name(image),
                 key=f"image {image_id}",
-                image_id=image_id if isinstance(image_id, int) else None,
+                image_id=image_id,
                 width=image["width"],
                 height=image["height"],
                 objects=tuple(_to_object(key, a, instances) for key, a in instances.annotations.get(image_id, ())),
@@ -109,51 +115,71 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
     )
 
 
-def load_instances(path: Path, image_keys: tuple[str, ...] = ("id", "file_name", "width", "height")) -> Instances:
-    """Read and check the structure of an instances file; single annotations that fit nowhere become problems.
+def load_instances(path: Path, names_images: bool = True, strict: bool = False) -> Instances:
+    """Read and check an instances file; single annotations that fit nowhere become problems.
+
+    Args:
+        path: the file.
+        names_images: each image must have a `file_name` (LVIS has urls instead).
+        strict: sizes that cannot be, and annotations that are no objects, are errors too; else they become problems.
 
     Raises:
-        DataError: a section is missing, or an image or category lacks a key, has it in a wrong type, or repeats an id.
+        DataError: naming the file, and the entry that is missing or has no valid id, name or size.
     """
-    source = read_json(path, LAYOUT)
-    sections = source if isinstance(source, dict) else {}
+    source = read_json(path, "a COCO instances file")
+    missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
+    if missing:
+        raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
     for section in ("images", "annotations", "categories"):
-        if not isinstance(sections.get(section), list):
-            raise DataError(f"{path}: no list {section!r}; expected {LAYOUT}.")
-    images = _by_id(path, sections, "images", image_keys)
-    rows = _by_id(path, sections, "categories", ("id", "name"))
-    instances = Instances(path, images, _categories(path, rows), rows, defaultdict(list), [])
+        skipped = {"file_name"} if section == "images" and not names_images else set()
+        _check_section(source[section], section, f"{path}: {section}", skipped, strict)
+    images = {int(image["id"]): image for image in source["images"]}
+    rows = {int(row["id"]): row for row in source["categories"]}
+    categories = tuple(
+        Category(key, row["name"], "held_out" if row.get("supercategory") == "held_out" else "train")
+        for key, row in rows.items()
+    )
+    instances = Instances(path, images, categories, rows, defaultdict(list), [])
     seen: set[Any] = set()
-    for i, annotation in enumerate(sections["annotations"]):
+    for i, annotation in enumerate(source["annotations"]):
         _place(i, annotation, instances, seen)
     return instances
 
 
-def _by_id(path: Path, source: dict[str, Any], section: str, keys: tuple[str, ...]) -> dict[int | str, dict[str, Any]]:
-    entries: dict[int | str, dict[str, Any]] = {}
-    for i, entry in enumerate(source[section]):
-        where = f"{path}: {section}[{i}]"
+def _check_section(entries: Any, section: str, where: str, skipped: set[str], strict: bool) -> None:
+    if not isinstance(entries, list):
+        raise DataError(f"{where} is {_shown(entries)}, expected a list, as in {LAYOUT}. Export it again.")
+    if section == "annotations" and not strict:
+        return
+    fields = {key: whole for key, whole in _FIELDS.get(section, {}).items() if key not in skipped}
+    for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise DataError(f"{where} is {entry!r}; expected {LAYOUT}.")
-        if absent := [key for key in keys if key not in entry]:
-            raise DataError(f"{where} has no {absent}; expected {LAYOUT}.")
-        kinds = {"id": (int, str), "file_name": (str,), "name": (str,), "width": (int, float), "height": (int, float)}
-        for key in keys:
-            if isinstance(entry[key], bool) or not isinstance(entry[key], kinds.get(key, (object,))):
-                raise DataError(f"{where}.{key} is {entry[key]!r}; expected {LAYOUT}.")
-        if entry["id"] in entries:
-            raise DataError(f"{where}: id {entry['id']!r} repeats; expected each id once. Remove the duplicates.")
-        entries[entry["id"]] = entry
-    return entries
+            raise DataError(
+                f"{where}[{i}] is {_shown(entry)}, expected an object. Remove it, or export the file again."
+            )
+        if absent := [key for key in fields if key not in entry]:
+            raise DataError(f"{where}[{i}] has no {absent}; expected {LAYOUT}.")
+        for key, whole in fields.items():
+            _check_value(entry[key], key, whole, f"{where}[{i}].{key}", strict)
+    if fields and len({entry["id"] for entry in entries}) != len(entries):
+        raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
 
 
-def _categories(path: Path, rows: dict[int | str, dict[str, Any]]) -> tuple[Category, ...]:
-    if any(isinstance(key, str) for key in rows):
-        raise DataError(f"{path}: category ids are text; expected whole numbers, as in {LAYOUT}.")
-    return tuple(
-        Category(int(key), str(row["name"]), "held_out" if row.get("supercategory") == "held_out" else "train")
-        for key, row in rows.items()
-    )
+def _check_value(value: Any, key: str, whole: bool, where: str, strict: bool) -> None:
+    is_size = key in ("width", "height")
+    if is_size and not strict:  # left to records.policy, which finds all of them
+        return
+    if whole and not (is_whole(value) and (not is_size or value > 0)):
+        wanted = "a size in whole pixels" if is_size else "a whole number"
+        raise DataError(f"{where} is {_shown(value)}, expected {wanted}. Correct or remove it.")
+    if not whole and not (isinstance(value, str) and value.strip()):
+        raise DataError(f"{where} is {_shown(value)}, expected a name. Correct or remove it.")
+
+
+def _shown(value: Any) -> str:
+    """A JSON value as a message quotes it: as JSON writes it, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) -> None:
@@ -162,9 +188,9 @@ def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) ->
     annotation_id = fields.get("id")
     key = f"annotations[{index}]" if annotation_id is None else f"annotation {annotation_id}"
     reason = ""
-    if not _known(fields.get("image_id"), instances.images):
+    if not _declared(fields.get("image_id"), instances.images):
         reason = "unknown_image"
-    elif not _known(fields.get("category_id"), instances.rows):
+    elif not _declared(fields.get("category_id"), instances.rows):
         reason = "unknown_category"
     elif isinstance(annotation_id, int | str):
         if annotation_id in seen:
@@ -176,5 +202,5 @@ def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) ->
         instances.annotations[fields["image_id"]].append((key, fields))
 
 
-def _known(value: Any, table: dict[int | str, Any]) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool) and value in table
+def _declared(value: Any, table: dict[int, dict[str, Any]]) -> bool:
+    return is_whole(value) and value in table

@@ -12,20 +12,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from coordexp.records.sources.base import Reading, SplitFiles
+from coordexp.records.sources.base import Reading, SplitFiles, is_whole
 from coordexp.records.sources.coco import instances_reading, load_instances
 
 
 def read(files: SplitFiles) -> Reading:
     """LVIS v1; the image folder is the one that holds `train2017` and `val2017`."""
-    instances = load_instances(files.path, image_keys=("id", "width", "height"))
+    instances = load_instances(files.path, names_images=False)
     for row in instances.rows.values():
         row["name"] = spoken_name(str(row["name"]))
     named = replace(instances, categories=tuple(replace(c, name=spoken_name(c.name)) for c in instances.categories))
 
     def names(image: dict[str, Any], key: str) -> list[str]:
         listed = image.get(key)
-        return sorted(named.name_of(i) for i in listed if i in named.rows) if isinstance(listed, list) else []
+        ids = listed if isinstance(listed, list) else []
+        return sorted(named.name_of(i) for i in ids if is_whole(i) and i in named.rows)
 
     def metadata(image: dict[str, Any]) -> dict[str, Any]:
         return {

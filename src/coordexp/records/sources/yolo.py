@@ -12,10 +12,10 @@ from typing import Any
 
 from coordexp.config.loading import read_yaml
 from coordexp.errors import DataError
+from coordexp.records.categories import Category
 from coordexp.records.images import IMAGE_SUFFIXES
 from coordexp.records.sources.base import (
     Box,
-    Category,
     Problem,
     Reading,
     SourceImage,

@@ -1,0 +1,48 @@
+"""The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...]."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from coordexp.errors import DataError
+
+Split = Literal["train", "held_out"]
+_EXPECTED = "expected a categories.json, as `convert` writes it"
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One class of the data set; `held_out` classes are never seen in training."""
+
+    id: int
+    name: str
+    split: Split = "train"
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """Read categories.json.
+
+    Raises:
+        DataError: naming the entry that breaks this form.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); {_EXPECTED}.") from error
+    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
+        raise DataError(f"{path}: not JSON in UTF-8 ({error}); {_EXPECTED}.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: found a {type(rows).__name__}; {_EXPECTED}: a list.")
+    return tuple(_category(row, f"{path}: entry {number}") for number, row in enumerate(rows))
+
+
+def _category(row: object, where: str) -> Category:
+    match row:
+        case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
+            return Category(id_, name, split)
+        case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
+            return Category(id_, name)
+    raise DataError(f"{where} is {row!r}, expected an integer id, a name, and split 'train' or 'held_out'.")

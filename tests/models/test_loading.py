@@ -1,0 +1,95 @@
+"""Loading a checkpoint: every weight comes from the files, and a folder that cannot give them is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coordexp.errors import CheckpointError
+from coordexp.models.loading import load_checkpoint, save_checkpoint
+from helpers import new_checkpoint
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    checkpoint = new_checkpoint()
+    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_checkpoint(folder, 4096, 16384)
+
+
+def test_what_was_saved_is_loaded(folder):
+    loaded, saved = load_checkpoint(folder, 4096, 16384).model.state_dict(), new_checkpoint().model.state_dict()
+    assert loaded.keys() == saved.keys()
+    for name, weight in saved.items():
+        torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_folder_without_a_checkpoint_is_refused(folder, name):
+    (folder / name).unlink()
+    refused(folder, f"{folder}: no {name}; expected a Hugging Face checkpoint folder")
+
+
+@pytest.mark.parametrize("found", ["qwen2_vl", "bert", None])
+def test_another_model_is_refused(folder, found):
+    change_config(folder, model_type=found)
+    refused(folder, f"config.json: model_type is {found!r}, expected 'qwen3_vl'")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"], ids=repr)
+def test_a_damaged_config_is_refused(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refused(folder, "config.json: not valid JSON")
+
+
+def test_weights_in_another_format_are_refused(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    refused(folder, "no *.safetensors weights")
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1000], ids=["empty", "cut in the header", "cut in the data"])
+def test_damaged_weights_are_refused(folder, kept):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:kept])
+    refused(folder, f"{folder}: the safetensors weights are incomplete or damaged")
+
+
+def test_a_missing_shard_is_refused(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    shards = {f"weight_{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    refused(folder, "model-00002-of-00002.safetensors")
+
+
+def test_a_weight_that_is_not_in_the_file_is_named(folder):
+    weights = load_file(folder / WEIGHTS)
+    name = "model.language_model.layers.2.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    refused(
+        folder,
+        f"not in the safetensors files or have another shape (1 in all, first {name})",
+    )
+
+
+def test_weights_of_another_shape_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    change_config(folder, text_config=config["text_config"] | {"intermediate_size": 64})
+    refused(folder, "first model.language_model.layers.0.mlp.down_proj.weight)")

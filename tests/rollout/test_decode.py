@@ -1,0 +1,116 @@
+"""From generated ids to lines of the hand-over file: boxes in pixels, and which token's probability belongs to what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coordexp.geometry.bins import encode_boxes
+from coordexp.packing.prepare import text_objects
+from coordexp.records.gt_vs_pred import read_results, write_results
+from coordexp.rollout.decode import AnswerReader
+from coordexp.rollout.engine import Generation
+from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
+from coordexp.text.symbols import TokenTable
+from helpers import answer_reader, new_checkpoint, new_tokenizer
+
+CODECS = ("json", "tags", "digits")
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def reader_and_encoder(checkpoint, codec: str):
+    """For the digits codec, those of a model that knows no coordinate token."""
+    if codec != "digits":
+        return answer_reader(checkpoint, codec), AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
+    tokenizer = new_tokenizer()
+    return AnswerReader(TokenTable.from_tokenizer(tokenizer, None), codec, {}), AnswerEncoder(
+        tokenizer, get_codec(codec)
+    )
+
+
+def truth_of(sample) -> list[TextObject]:
+    kept = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
+    bins = encode_boxes(sample.boxes_xyxy_px[kept], sample.width, sample.height)
+    return text_objects([sample.descs[i] for i in kept], bins)
+
+
+def random_logprobs(count: int) -> np.ndarray:
+    return -np.random.default_rng(5).uniform(0.01, 2.0, count)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_answer_that_says_the_truth(world, checkpoint, codec):
+    """Every object comes back, in original pixels, within half a bin (one at the far edge) of its annotation."""
+    reader, encoder = reader_and_encoder(checkpoint, codec)
+    for sample in world.samples:
+        objects = truth_of(sample)
+        answer = encoder.encode(objects)
+        result = reader.result(sample, Generation(answer.ids, "stop"), random_logprobs(len(answer.ids)), "as text")
+        assert [(p.desc, p.bins) for p in result.pred] == [(o.desc, o.bins) for o in objects]
+        annotated = [g for g in result.gt if not g.iscrowd]
+        size = np.array([sample.width, sample.height] * 2)
+        for pred, gt in zip(result.pred, annotated, strict=True):
+            assert np.abs(np.subtract(pred.bbox_xyxy_px, gt.bbox_xyxy_px) / size).max() <= 1e-3 + 1e-6
+        assert result.parse.ok
+        assert (result.raw_text, result.finish_reason, result.n_generated_tokens) == (
+            "as text",
+            "stop",
+            len(answer.ids),
+        )
+        assert (result.image_id, result.width, result.height) == (sample.image_id, sample.width, sample.height)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_probabilities_are_those_of_the_tokens_of_each_object(world, checkpoint, codec):
+    """Against the roles that the encoder gave the same tokens; a coordinate of several digits is their product."""
+    reader, encoder = reader_and_encoder(checkpoint, codec)
+    sample = world.store[0]
+    objects = [*truth_of(sample)[:2], TextObject("cat", (0, 7, 34, 999))]
+    answer = encoder.encode(objects)
+    logprobs = random_logprobs(len(answer.ids))
+    result = reader.result(sample, Generation(answer.ids, "stop"), logprobs, "")
+    for index, (obj, pred) in enumerate(zip(objects, result.pred, strict=True)):
+        own = answer.object_index == index
+        tokens = np.flatnonzero(own & np.isin(answer.roles, (Role.COORD, Role.NUMBER)))
+        digits = [len(str(value)) if codec == "digits" else 1 for value in obj.bins]
+        runs = np.split(tokens, np.cumsum(digits)[:-1])
+        expected = [logprobs[run].sum() for run in runs]
+        assert pred.coord_logprobs == pytest.approx(expected)
+        assert pred.score == pytest.approx(math.prod(map(math.exp, expected)) ** 0.25)
+        assert pred.desc_logprob == pytest.approx(logprobs[own & (answer.roles == Role.DESC)].mean())
+
+
+def test_crowds_are_handed_over_as_crowds(world, checkpoint):
+    sample = world.store[1]
+    result = answer_reader(checkpoint).result(sample, Generation(sample.answer_ids, "stop"), random_logprobs(200), "")
+    assert [g.iscrowd for g in result.gt] == list(sample.iscrowd)
+    assert sum(sample.iscrowd) == 1
+
+
+def test_an_answer_cut_in_the_second_object_keeps_the_first(world, checkpoint):
+    sample = next(s for s in world.samples if len(truth_of(s)) >= 2)
+    second = int(np.flatnonzero(sample.answer_objects == 1)[-1])
+    cut = Generation(sample.answer_ids[:second], "length")
+    result = answer_reader(checkpoint).result(sample, cut, random_logprobs(second), "")
+    assert [(p.desc, p.bins) for p in result.pred] == [(o.desc, o.bins) for o in truth_of(sample)[:1]]
+    assert result.parse.truncated
+    assert not result.parse.ok
+
+
+def test_lines_survive_the_file(world, checkpoint, tmp_path):
+    reader = answer_reader(checkpoint)
+    results = [
+        reader.result(s, Generation(s.answer_ids, "stop"), random_logprobs(len(s.answer_ids)), "größer 猫")
+        for s in world.samples
+    ]
+    assert write_results(tmp_path / "gt_vs_pred.jsonl", results) == len(results)
+    back = list(read_results(tmp_path / "gt_vs_pred.jsonl"))
+    assert back == results
+    assert back[0] != replace(results[0], raw_text="")

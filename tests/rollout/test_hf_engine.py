@@ -1,0 +1,111 @@
+"""The engine: batching changes no answer, results keep the order of the samples, sampling is seeded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from coordexp.packing.collator import teacher_segment
+from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.hf_engine import HfEngine
+from helpers import new_checkpoint
+
+GREEDY = DecodeSettings(max_new_tokens=10, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=17)
+SAMPLED = replace(GREEDY, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def answers(generations) -> list[list[int]]:
+    return [g.ids.tolist() for g in generations]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(world, checkpoint):
+    return answers(HfEngine(checkpoint, world.root, 1).generate(world.samples, GREEDY))
+
+
+@pytest.mark.parametrize("batch_images", [4, 6])
+def test_batched_equals_one_by_one(world, checkpoint, one_by_one, batch_images):
+    """Prompts differ in length and the batches are sorted by it; neither may show in an answer."""
+    lengths = [sample.prompt_length for sample in world.samples]
+    assert lengths != sorted(lengths)
+    assert len({tuple(ids) for ids in one_by_one}) > 1  # the answers do depend on the image
+    assert answers(HfEngine(checkpoint, world.root, batch_images).generate(world.samples, GREEDY)) == one_by_one
+
+
+def test_the_order_of_the_samples_does_not_matter(world, checkpoint, one_by_one):
+    generations = HfEngine(checkpoint, world.root, 3).generate(world.samples[::-1], GREEDY)
+    assert answers(generations) == one_by_one[::-1]
+
+
+def test_greedy_answers_are_the_most_likely_tokens(world, checkpoint, one_by_one):
+    """One full forward without cache over prompt and answer: each token is the argmax at its slot."""
+    sample, ids = world.samples[0], one_by_one[0]
+    segment = replace(teacher_segment(sample), answer_ids=np.array(ids, np.int32))
+    batch = world.collator(checkpoint).layout([replace(segment, text_weights=np.zeros(len(ids)))], [[0]])
+    with torch.no_grad():
+        logits = checkpoint.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.image_grid_thw,
+        ).logits[0]
+    first = sample.prompt_length - 1
+    assert logits[first : first + len(ids)].argmax(-1).tolist() == ids
+
+
+def test_sampling_is_seeded(world, checkpoint, one_by_one):
+    engine, samples = HfEngine(checkpoint, world.root, 6), world.samples
+    drawn = answers(engine.generate(samples, SAMPLED))
+    torch.rand(3)  # what happened to torch's generator before does not matter
+    assert answers(engine.generate(samples, SAMPLED)) == drawn
+    assert answers(engine.generate(samples, replace(SAMPLED, seed=18))) != drawn
+    assert drawn != one_by_one
+
+
+def test_a_tiny_nucleus_is_greedy(world, checkpoint, one_by_one):
+    settings = replace(SAMPLED, top_p=1e-6)
+    assert answers(HfEngine(checkpoint, world.root, 6).generate(world.samples, settings)) == one_by_one
+
+
+def test_the_token_budget_ends_an_answer(world, checkpoint):
+    generations = HfEngine(checkpoint, world.root, 6).generate(world.samples, replace(GREEDY, max_new_tokens=3))
+    end = checkpoint.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for generation in generations:
+        assert len(generation.ids) == 3 or generation.ids[-1] == end
+        assert (generation.finish_reason == "stop") == (generation.ids[-1] == end)
+
+
+def test_an_answer_ends_at_its_end_token(world, checkpoint, monkeypatch):
+    """In a batch, a finished answer goes on as padding until the longest one is done."""
+    end, pad = (checkpoint.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    script = torch.tensor([[5, 6, end, pad], [5, 6, 7, end], [end, pad, pad, pad], [5, 6, 7, 8]])
+
+    def scripted(input_ids, **_):
+        return torch.cat([input_ids, script], dim=1)
+
+    monkeypatch.setattr(checkpoint.model, "generate", scripted)
+    samples = sorted(world.samples[:4], key=lambda sample: sample.prompt_length)
+    generations = HfEngine(checkpoint, world.root, 4).generate(samples, GREEDY)
+    assert answers(generations) == [[5, 6, end], [5, 6, 7, end], [end], [5, 6, 7, 8]]
+    assert [g.finish_reason for g in generations] == ["stop", "stop", "stop", "length"]
+    assert all(g.ids.dtype == np.int32 for g in generations)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_in_training_goes_on_training(world, checkpoint, training):
+    checkpoint.model.train(training)
+    HfEngine(checkpoint, world.root, 1).generate(world.samples[:1], replace(GREEDY, max_new_tokens=1))
+    assert checkpoint.model.training is training
+    checkpoint.model.eval()
+
+
+def test_no_samples_no_answers(world, checkpoint):
+    assert HfEngine(checkpoint, world.root, 4).generate([], GREEDY) == []

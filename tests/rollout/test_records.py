@@ -1,0 +1,83 @@
+"""Rollouts on file: who is matched to whom, what does not parse, and that the file gives back what it was given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coordexp.geometry.bins import encode_boxes
+from coordexp.packing.prepare import text_objects
+from coordexp.rollout.engine import Generation
+from coordexp.rollout.records import match_rollout, read_rollouts, write_rollouts
+from coordexp.text.codecs import TextObject
+from helpers import MATCHING, answer_reader, new_checkpoint, rollout_of, teacher_rollouts
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def truth_of(sample) -> list[TextObject]:
+    return text_objects(sample.descs, encode_boxes(sample.boxes_xyxy_px, sample.width, sample.height))
+
+
+def test_the_truth_in_reverse_order_matches_everything(world, checkpoint):
+    sample = world.store[0]
+    rollout = rollout_of(checkpoint, sample, truth_of(sample)[::-1])
+    last = len(sample.descs) - 1
+    assert last >= 1
+    assert rollout.pairs == tuple((i, last - i) for i in range(last + 1))
+    assert min(rollout.pair_ious) > 0.9
+    assert rollout.usable
+
+
+def test_crowds_are_no_partners(world, checkpoint):
+    sample = world.store[1]
+    n_objects = len(sample.descs) - 1
+    rollout = rollout_of(checkpoint, sample, truth_of(sample))
+    assert len(rollout.objects) == n_objects + 1
+    assert {gt for _, gt in rollout.pairs} == set(range(n_objects))
+
+
+def test_the_gate_leaves_a_far_prediction_unmatched(world, checkpoint):
+    sample = replace(
+        world.store[0], boxes_xyxy_px=np.array([[0, 0, 20, 20]], np.float32), descs=("cat",), iscrowd=(False,)
+    )
+    near, far = TextObject("dog", (0, 0, 190, 190)), TextObject("cat", (700, 700, 900, 900))
+    sample = replace(sample, width=100, height=100)
+    assert rollout_of(checkpoint, sample, [far, near]).pairs == ((1, 0),)
+    assert rollout_of(checkpoint, sample, [far]).pairs == ()
+    closest_only = replace(MATCHING, gate_threshold=0.95)
+    generation = Generation(np.array(rollout_of(checkpoint, sample, [near]).ids, np.int32), "stop")
+    assert match_rollout(sample, generation, answer_reader(checkpoint).parse(generation), closest_only).pairs == ()
+
+
+def test_positions_point_at_the_coordinate_tokens(world, checkpoint):
+    sample = world.store[2]
+    rollout = rollout_of(checkpoint, sample, truth_of(sample))
+    for obj in rollout.objects:
+        assert tuple(checkpoint.coord.bin_of(rollout.ids[p]) for p in obj.coord_positions) == obj.bins
+
+
+def test_an_answer_without_a_container_is_not_usable(world, checkpoint):
+    rollouts = teacher_rollouts(checkpoint, world)
+    broken = rollouts[world.samples[-1].image_id]
+    assert (broken.usable, broken.objects, broken.pairs, broken.finish_reason) == (False, (), (), "length")
+    assert all(r.usable for image_id, r in rollouts.items() if image_id != broken.image_id)
+
+
+def test_an_empty_answer_is_usable(world, checkpoint):
+    """Nothing found is an answer: its missed objects are appended; only what has no container falls back."""
+    rollout = rollout_of(checkpoint, world.store[0], [])
+    assert rollout.usable
+    assert rollout.objects == rollout.pairs == ()
+
+
+def test_the_file_gives_back_what_it_was_given(world, checkpoint, tmp_path):
+    rollouts = teacher_rollouts(checkpoint, world)
+    write_rollouts(tmp_path / "rollouts.jsonl", rollouts.values())
+    assert read_rollouts(tmp_path / "rollouts.jsonl") == rollouts
+    assert any(r.pairs for r in rollouts.values())

@@ -1,0 +1,70 @@
+"""From parameters to objects: which weights reach which stage."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from coordexp.config.loading import load_params
+from coordexp.config.schema import Params
+from coordexp.errors import CheckpointError
+from coordexp.training import builders
+from helpers import new_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def params_with(repository: Path, **changes) -> Params:
+    tree = load_params(repository / "params.yaml").model_dump()
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            tree[name] |= value
+        else:
+            tree[name] = value
+    return Params.model_validate(tree)
+
+
+# A different number for every weight, so that a swap shows.
+COORDINATE = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight")
+BOX = ("bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight")
+TOP = {name: 2.0 + i for i, name in enumerate([*COORDINATE, "entropy_weight", *BOX])}
+STAGE1 = {name: 20.0 + i for i, name in enumerate(COORDINATE)}
+
+
+def test_every_weight_reaches_its_term(repository, checkpoint):
+    params = params_with(repository, **TOP, stage1=STAGE1, stage2={"text_ce_weight": 0.5})
+    stage1 = builders.stage1_objective(params, checkpoint).weights
+    stage2 = builders.stage2_objective(params, checkpoint).weights
+    for field in fields(stage2):
+        if field.name == "text_ce":
+            continue
+        assert getattr(stage2, field.name) == TOP.get(f"{field.name}_weight", 0.0), field.name
+        assert getattr(stage1, field.name) == STAGE1.get(f"{field.name}_weight", 0.0), field.name
+    assert (stage1.text_ce, stage2.text_ce) == (1.0, 0.5)
+    assert {f"{field.name}_weight" for field in fields(stage2)} >= TOP.keys()
+
+
+def test_the_target_is_shared(repository, checkpoint):
+    params = params_with(repository, sigma=1.5, truncate=5, target="triangular", temperature=0.7)
+    stage1, stage2 = builders.stage1_objective(params, checkpoint), builders.stage2_objective(params, checkpoint)
+    assert stage1.target == stage2.target
+    assert (stage1.target.sigma, stage1.target.truncate, stage1.target.kind) == (1.5, 5, "triangular")
+    assert stage1.temperature == stage2.temperature == 0.7
+    assert stage1.first_coord_id == checkpoint.coord.first_id
+
+
+def test_soft_context_of_the_parameters(repository, checkpoint):
+    changes = {"n_softctx_iter": 3, "coord_ctx_embed_mode": "soft", "softctx_grad_mode": "em_detach"}
+    context = builders.soft_context(params_with(repository, stage2=changes, temperature=2.0), checkpoint)
+    assert (context.n_iter, context.embed_mode, context.grad_mode) == (3, "soft", "em_detach")
+    assert (context.temperature, context.first_coord_id) == (2.0, checkpoint.coord.first_id)
+
+
+def test_a_checkpoint_without_coordinate_tokens_is_refused(repository, checkpoint):
+    with pytest.raises(CheckpointError, match="norm1000"):
+        builders.stage1_objective(params_with(repository), replace(checkpoint, coord=None))

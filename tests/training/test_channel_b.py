@@ -1,0 +1,213 @@
+"""Channel B's targets, token by token: what is supervised for matched, missed and extra objects, in both codecs.
+
+A segment is shown as text: supervised text as it is, a supervised coordinate as <bin in the input|target>, and whatever
+is only context as dots, one a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coordexp.packing.collator import Segment, teacher_segment
+from coordexp.packing.prepare import SamplePreparer
+from coordexp.packing.samples import Sample
+from coordexp.records.schema import ObjectRecord, Record
+from coordexp.rollout.engine import Generation
+from coordexp.rollout.records import Rollout, match_rollout
+from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
+from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
+from helpers import MATCHING, answer_reader, new_checkpoint, rollout_of, tiny_pixels
+
+TWO = ChannelBSettings(passes="two", missed="append", eos_weight=1.0)
+ONE = replace(TWO, passes="one")
+# Pixels of a 100 x 100 image, so that a bin is a tenth of a pixel; the corner 30.04 lies between two bins.
+TRUTH = {"cat": (10.0, 10.0, 30.04, 30.0), "dog": (50.0, 11.0, 80.0, 40.0), "cup": (10.0, 60.0, 40.0, 90.0)}
+CROWD = ObjectRecord("crowd", (0.0, 0.0, 99.0, 99.0), metadata={"iscrowd": 1})
+# The rollout: a dog one bin off, something that is not annotated, the cat under a wrong name; the cup is missed.
+DOG, EXTRA, CAT = (
+    TextObject("dog", (501, 110, 800, 400)),
+    TextObject("pear", (600, 600, 950, 950)),
+    TextObject("cup", (100, 100, 300, 302)),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def encoder(checkpoint, codec: str) -> AnswerEncoder:
+    return AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
+
+
+def sample_of(checkpoint, codec: str, names: tuple[str, ...] = tuple(TRUTH)) -> Sample:
+    objects = tuple(ObjectRecord(name, TRUTH[name], metadata={}) for name in names)
+    record = Record("x.png", 100, 100, (*objects, CROWD), metadata={"image_id": 1})
+    return SamplePreparer(checkpoint.tokenizer, get_codec(codec), tiny_pixels()).prepare(record)
+
+
+def shown(segment: Segment, checkpoint) -> str:
+    targets = dict(zip(segment.box_tokens.reshape(-1).tolist(), segment.box_targets.reshape(-1).tolist(), strict=True))
+    out = ""
+    for position, token in enumerate(segment.answer_ids.tolist()):
+        if position in targets:
+            out += f"<{checkpoint.coord.bin_of(token)}|{targets[position]:g}>"
+        else:
+            out += checkpoint.tokenizer.decode([token]) if segment.text_weights[position] else "."
+    return out
+
+
+def segments_of(checkpoint, codec: str, settings: ChannelBSettings, objects=(DOG, EXTRA, CAT)) -> list[Segment]:
+    sample = sample_of(checkpoint, codec)
+    rollout = rollout_of(checkpoint, sample, objects, codec)
+    return channel_b_segments(sample, rollout, encoder(checkpoint, codec), settings)
+
+
+def n_text(checkpoint, text: str) -> str:
+    """As many dots as the text has tokens."""
+    return "." * len(checkpoint.tokenizer.encode(text, add_special_tokens=False))
+
+
+DOG_BOX = "<501|500>{s}<110|110>{s}<800|800>{s}<400|400>"
+CAT_BOX = "<100|100>{s}<100|100>{s}<300|300.4>{s}<302|300>"
+CUP_BOX = "<100|100>{s}<600|600>{s}<400|400>{s}<900|900>"
+
+
+def test_the_example_is_matched_as_described(checkpoint):
+    rollout = rollout_of(checkpoint, sample_of(checkpoint, "json"), (DOG, EXTRA, CAT))
+    assert rollout.pairs == ((0, 1), (2, 0))
+
+
+def test_two_passes_in_json(checkpoint):
+    own_context, completion = segments_of(checkpoint, "json", TWO)
+    pear = n_text(checkpoint, "pear")
+    assert shown(own_context, checkpoint) == (
+        f".{n_text(checkpoint, 'dog')}." + DOG_BOX.format(s=".")
+        + f".{pear}." + "......." + f".{n_text(checkpoint, 'cup')}." + CAT_BOX.format(s=".") + ".."
+    )  # fmt: skip
+    s = '", "'
+    coordinates = f".{s}.{s}.{s}."
+    assert shown(completion, checkpoint) == (
+        '{"objects": [{"desc": "dog", "bbox_2d": ["' + coordinates
+        + '"]}, {"desc": "cat", "bbox_2d": ["' + coordinates
+        + '"]}, {"desc": "cup", "bbox_2d": ["' + CUP_BOX.format(s=s) + '"]}]}<|im_end|>'
+    )  # fmt: skip
+
+
+def test_two_passes_in_tags(checkpoint):
+    own_context, completion = segments_of(checkpoint, "tags", TWO)
+    start, middle, end = "<|object_ref_start|>", "<|object_ref_end|><|box_start|>", "<|box_end|>"
+    head = {name: "." + n_text(checkpoint, name) + ".." for name in ("dog", "pear", "cup")}
+    assert shown(own_context, checkpoint) == (
+        head["dog"] + DOG_BOX.format(s="") + "." + head["pear"] + "....." + head["cup"] + CAT_BOX.format(s="") + ".."
+    )
+    assert shown(completion, checkpoint) == (
+        f"{start}dog{middle}....{end}{start}cat{middle}....{end}{start}cup{middle}"
+        + CUP_BOX.format(s="") + f"{end}<|im_end|>"
+    )  # fmt: skip
+
+
+def test_one_pass_in_json(checkpoint):
+    """Predictions are context with their scaffold and boxes taught, extras are context only, the missed is taught."""
+    (segment,) = segments_of(checkpoint, "json", ONE)
+    s = '", "'
+    name = {name: n_text(checkpoint, name) for name in ("dog", "pear", "cup")}
+    assert shown(segment, checkpoint) == (
+        '{"objects": [{"desc": "' + name["dog"] + '", "bbox_2d": ["' + DOG_BOX.format(s=s)
+        + "." + name["pear"] + "." + "......."
+        + '"]}, {"desc": "' + name["cup"] + '", "bbox_2d": ["' + CAT_BOX.format(s=s)
+        + '"]}, {"desc": "cup", "bbox_2d": ["' + CUP_BOX.format(s=s) + '"]}]}<|im_end|>'
+    )  # fmt: skip
+
+
+def test_one_pass_in_tags(checkpoint):
+    (segment,) = segments_of(checkpoint, "tags", ONE)
+    start, middle, end = "<|object_ref_start|>", "<|object_ref_end|><|box_start|>", "<|box_end|>"
+    name = {name: n_text(checkpoint, name) for name in ("dog", "pear", "cup")}
+    assert shown(segment, checkpoint) == (
+        start + name["dog"] + middle + DOG_BOX.format(s="") + end
+        + "." + name["pear"] + ".." + "...." + "."
+        + start + name["cup"] + middle + CAT_BOX.format(s="") + end
+        + f"{start}cup{middle}" + CUP_BOX.format(s="") + f"{end}<|im_end|>"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["json", "tags"])
+@pytest.mark.parametrize("settings", [TWO, ONE])
+@pytest.mark.parametrize(
+    "objects", [(DOG, EXTRA, CAT), (EXTRA,), (), (CAT, DOG, TextObject("cup", (101, 601, 401, 900)))]
+)
+def test_every_object_gets_its_geometry_exactly_once(checkpoint, codec, settings, objects):
+    segments = segments_of(checkpoint, codec, settings, objects)
+    targets = np.concatenate([segment.box_targets for segment in segments])
+    expected = np.array(list(TRUTH.values())) * 10
+    assert sorted(map(tuple, targets.round(3))) == sorted(map(tuple, expected.astype(np.float32).round(3)))
+    for segment in segments:
+        inputs = segment.answer_ids[segment.box_tokens.reshape(-1)]
+        assert all(checkpoint.coord.bin_of(token) is not None for token in inputs.tolist())
+        assert not segment.text_weights[segment.box_tokens.reshape(-1)].any()
+
+
+@pytest.mark.parametrize("codec", ["json", "tags"])
+def test_sorting_puts_missed_objects_into_reading_order(checkpoint, codec):
+    names = {"append": ["dog", "cat", "cup"], "sorted": ["cat", "dog", "cup"]}
+    for missed, expected in names.items():
+        completion = segments_of(checkpoint, codec, replace(TWO, missed=missed))[1]
+        text = checkpoint.tokenizer.decode(completion.answer_ids)
+        assert sorted(expected, key=text.index) == expected
+    (one,) = segments_of(checkpoint, codec, replace(ONE, missed="sorted"))
+    first_rows = [checkpoint.coord.bin_of(t) for t in one.answer_ids[one.answer_roles == Role.COORD][1::4].tolist()]
+    assert first_rows == sorted(first_rows) == [100, 110, 600, 600]
+
+
+@pytest.mark.parametrize("settings", [TWO, ONE])
+def test_the_order_of_the_annotations_does_not_matter(checkpoint, settings):
+    """Another order of the ground truth is another matching of the same pairs: with sorting, the same segments."""
+    made = []
+    for names in (("cat", "dog", "cup"), ("cup", "cat", "dog"), ("dog", "cup", "cat")):
+        sample = sample_of(checkpoint, "json", names)
+        rollout = rollout_of(checkpoint, sample, (DOG, EXTRA, CAT))
+        made.append(
+            channel_b_segments(sample, rollout, encoder(checkpoint, "json"), replace(settings, missed="sorted"))
+        )
+    for other in made[1:]:
+        for a, b in zip(made[0], other, strict=True):
+            for field in ("answer_ids", "answer_roles", "text_weights", "box_tokens", "box_targets"):
+                np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+
+
+@pytest.mark.parametrize("settings", [TWO, ONE])
+def test_the_weight_of_stopping(checkpoint, settings):
+    plain, heavy, silent = (
+        segments_of(checkpoint, "json", replace(settings, eos_weight=w))[-1] for w in (1.0, 4.0, 0.0)
+    )
+    closing = plain.answer_roles == Role.CLOSE
+    assert closing.sum() == 2
+    np.testing.assert_array_equal(heavy.text_weights, np.where(closing, 4 * plain.text_weights, plain.text_weights))
+    assert not silent.text_weights[closing].any()
+    np.testing.assert_array_equal(silent.text_weights[~closing], plain.text_weights[~closing])
+
+
+@pytest.mark.parametrize("settings", [TWO, ONE])
+def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, settings):
+    sample = sample_of(checkpoint, "json")
+    garbage = Generation(sample.answer_ids[1:6], "length")
+    rollout: Rollout = match_rollout(sample, garbage, answer_reader(checkpoint).parse(garbage), MATCHING)
+    (segment,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), settings)
+    expected = teacher_segment(sample)
+    np.testing.assert_array_equal(segment.answer_ids, expected.answer_ids)
+    np.testing.assert_array_equal(segment.text_weights, expected.text_weights)
+    np.testing.assert_array_equal(segment.box_targets, expected.box_targets)
+
+
+def test_an_image_with_nothing_teaches_to_stop(checkpoint):
+    sample = sample_of(checkpoint, "json", ())
+    rollout = rollout_of(checkpoint, sample, (EXTRA,))
+    own_context, completion = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), TWO)
+    assert own_context.box_tokens.shape == completion.box_tokens.shape == (0, 4)
+    assert shown(completion, checkpoint) == '{"objects": []}<|im_end|>'
+    (one,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), ONE)
+    assert shown(one, checkpoint).strip(".") == '"]}]}<|im_end|>'

@@ -1,0 +1,175 @@
+"""Training stages as runs: what they leave behind, what they resume from, and what makes them start over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coordexp.errors import Interrupted
+from coordexp.models.loading import load_checkpoint
+from coordexp.packing.plan_file import read_packs
+from coordexp.packing.samples import SampleStore
+from coordexp.rollout.records import write_rollouts
+from coordexp.training.session import summarise_log, write_curve
+from coordexp.training.stage1 import read_compute, train_control, train_stage1
+from coordexp.training.stage2 import train_stage2
+from coordexp.training.stage2_task import Stage2Task
+from coordexp.training.teacher_task import TeacherTask
+from helpers import Workspace, teacher_rollouts
+
+STAGES = {"stage1": train_stage1, "stage1-control": train_control, "stage2": train_stage2}
+STEPS = 4  # of the smoke profile
+
+
+def train(space: Workspace, stage: str) -> dict:
+    return STAGES[stage](space.params, space.profile, space.paths)
+
+
+def log_rows(folder: Path) -> list[dict]:
+    lines = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def ready(workspace: Workspace, world) -> Workspace:
+    """With rollouts and stage 2's compute on file, so that each stage can run."""
+    checkpoint = load_checkpoint(workspace.paths.run("stage1"), 64 * 64, 128 * 128)
+    workspace.paths.run("rollout").mkdir()
+    write_rollouts(workspace.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    workspace.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+    return workspace
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Makes the next run receive SIGTERM while it runs this step."""
+
+    def arm(wanted: int | None) -> None:
+        for kind, original in originals.items():
+
+            def micro_batches(self, step, original=original):
+                if step == wanted:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return original(self, step)
+
+            monkeypatch.setattr(kind, "micro_batches", micro_batches)
+
+    originals = {kind: kind.micro_batches for kind in (TeacherTask, Stage2Task)}
+    return arm
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted(ready, stage, stop_in_step):
+    train(ready, stage)
+    out = ready.paths.run(stage)
+    expected_weights, expected_rows = weights(out), log_rows(out)
+    stop_in_step(1)
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        train(ready, stage)
+    stop_in_step(None)
+    train(ready, stage)
+    assert log_rows(out) == expected_rows
+    assert [row["step"] for row in expected_rows] == list(range(STEPS))
+    assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.parametrize(
+    "change", [{"sigma": 3.0}, {"stage1__softce_weight": 2.0}, {"seed": 1}, {"text__object_order": "random"}]
+)
+def test_stage_1_does_not_resume_from_another_experiment(ready, stop_in_step, change):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    stop_in_step(0)
+    with pytest.raises(Interrupted, match="after step 1 of 4"):  # it began at step 0, so step 0 was the one to stop in
+        train(ready.set(**change), "stage1")
+    stop_in_step(2)
+    with pytest.raises(Interrupted, match="after step 3 of 4"):  # the first one's state is still there
+        train(ready, "stage1")
+
+
+def test_stage_1_resumes_whatever_only_stage_2_reads(ready, stop_in_step):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    stop_in_step(0)  # would stop a run that starts over
+    train(ready.set(softce_weight=0.2, stage2__b_ratio=0.9, decode__max_new_tokens=7), "stage1")
+    assert len(log_rows(ready.paths.run("stage1"))) == STEPS
+
+
+def test_other_inputs_start_over(ready, stop_in_step):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage2")
+    rollouts = ready.paths.run("rollout") / "rollouts.jsonl"
+    lines = rollouts.read_text().splitlines(keepends=True)
+    rollouts.write_text("".join(lines[:4]))
+    stop_in_step(0)
+    with pytest.raises(Interrupted, match="after step 1 of 4"):
+        train(ready, "stage2")
+
+
+def test_what_a_stage_leaves_behind(ready):
+    summary = train(ready, "stage1")
+    out = ready.paths.run("stage1")
+    checkpoint = load_checkpoint(out, 64 * 64, 128 * 128)  # a plain Hugging Face folder
+    assert checkpoint.coord is not None
+    metadata = json.loads((out / "run_metadata.json").read_text())
+    assert metadata["stage"] == "stage1"
+    assert metadata["settings"]["sigma"] == ready.params.sigma
+    assert metadata["inputs"].keys() == {"start", "samples", "plan"}
+    assert metadata.items() >= summary.items()
+    assert not list((ready.paths.root / ".resume").iterdir())  # a finished run needs no state
+    assert not list(out.parent.glob("*.tmp"))
+    before = weights(ready.paths.norm1000 / "init")
+    assert any(not torch.equal(value, before[name]) for name, value in weights(out).items())
+
+
+def test_stage_2_runs_both_channels_and_tells_the_control_what_it_took(ready):
+    summary = train(ready, "stage2")
+    rows = log_rows(ready.paths.run("stage2"))
+    assert [row["channel"] for row in rows] == ["A", "B", "A", "B"]
+    compute = read_compute(ready.paths)
+    assert compute == {"steps": STEPS, "tokens": sum(row["tokens"] for row in rows)}
+    assert summary["tokens"] == compute["tokens"]
+
+
+def test_the_control_takes_stage_2s_steps_and_tokens(ready):
+    summary = train(ready, "stage1-control")
+    packs = read_packs(ready.paths.packed / "plan.parquet")
+    lengths = SampleStore(ready.paths.norm1000 / "train.parquet").lengths()
+    largest = max(int(lengths[pack].sum()) for pack in packs)
+    assert summary["steps"] == STEPS
+    assert 2000 <= summary["tokens"] <= 2000 + largest
+    optim = json.loads((ready.paths.run("stage1-control") / "run_metadata.json").read_text())["settings"]["optim"]
+    assert optim["lr"] == ready.profile.stage2.lr
+
+
+def test_summary_and_curve_of_a_log_by_hand(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [
+        {"step": s, "samples": 2, "tokens": 10 + s, "time/step_s": 0.25, "loss/total": 20.0 - s}
+        | ({"loss/box": 1.0 * s} if s % 2 else {})
+        for s in range(20)
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert summarise_log(log) == {
+        "steps": 20, "samples": 40, "tokens": 390, "step_seconds": 5.0, "final_loss": 1.5
+    }  # fmt: skip
+    write_curve(log, tmp_path / "curves" / "a.tsv", ("loss/total", "loss/box"), every=8)
+    lines = (tmp_path / "curves" / "a.tsv").read_text().splitlines()
+    assert lines == [
+        "step\tloss/total\tloss/box", "7\t16.5000\t4.0000", "15\t8.5000\t12.0000", "19\t2.5000\t18.0000"
+    ]  # fmt: skip
+    write_curve(log, tmp_path / "a.tsv", ("loss/box",))
+    assert (tmp_path / "a.tsv").read_text().splitlines()[:3] == ["step\tloss/box", "0\t", "1\t1.0000"]

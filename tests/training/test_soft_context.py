@@ -1,0 +1,192 @@
+"""Soft self-context: what the later forwards see, and where gradients go.
+
+Shapes: N coordinate slots, K bins, D hidden size, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.models.forward import hidden_states, slot_logits
+from coordexp.packing.collator import teacher_segment
+from coordexp.training import soft_context
+from coordexp.training.objective_step import objective_terms
+from coordexp.training.soft_context import SoftContext, context_embeddings, self_context_forwards
+from helpers import new_checkpoint, objective
+
+MODES = ("soft", "st", "hard")
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def batch(world, checkpoint):
+    """Two images side by side in one row, so that slots are flat positions of a pack."""
+    return world.collator(checkpoint)([teacher_segment(world.store[i]) for i in (2, 5)])
+
+
+@pytest.fixture
+def settings(checkpoint) -> SoftContext:
+    return SoftContext(
+        n_iter=2, embed_mode="soft", grad_mode="unroll", temperature=1.0, first_coord_id=checkpoint.coord.first_id
+    )
+
+
+def random_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (5, K) that want gradients, and a table (K, 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(5, NUM_BINS, generator=generator)
+    return logits.requires_grad_(), torch.randn(NUM_BINS, 6, generator=generator)
+
+
+def test_soft_is_the_mean_embedding_and_hard_the_most_likely_one():
+    logits, table = random_logits()
+    expected = torch.stack([sum(p * row for p, row in zip(ps, table, strict=True)) for ps in logits.softmax(-1)])
+    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "soft"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "hard"), table[logits.argmax(-1)])
+
+
+def test_straight_through_is_hard_forwards_and_soft_backwards():
+    logits, table = random_logits()
+    values = {mode: context_embeddings(logits, table, 0.7, mode) for mode in MODES}
+    torch.testing.assert_close(values["st"], values["hard"])
+    assert (values["st"] - values["soft"]).abs().max() > 0.1
+    seed = torch.randn(values["st"].shape, generator=torch.Generator().manual_seed(1))
+    st, soft = (torch.autograd.grad((values[mode] * seed).sum(), logits)[0] for mode in ("st", "soft"))
+    torch.testing.assert_close(st, soft)
+    assert st.abs().max() > 0
+    assert not values["hard"].requires_grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_certain_model_reads_the_embedding_of_its_bin(mode):
+    _, table = random_logits()
+    bins = torch.tensor([0, 17, 999])
+    logits = 200.0 * F.one_hot(bins, NUM_BINS)
+    torch.testing.assert_close(context_embeddings(logits, table, 1.0, mode), table[bins])
+
+
+def test_temperature_flattens_the_soft_embedding():
+    logits, table = random_logits()
+    hot = context_embeddings(logits, table, 1e6, "soft")
+    torch.testing.assert_close(hot, table.mean(0).expand(5, -1), atol=1e-3, rtol=0)
+
+
+def test_one_iteration_is_plain_teacher_forcing(checkpoint, batch, settings):
+    with torch.no_grad():
+        first, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=1))
+        expected = hidden_states(checkpoint.model, batch)
+    assert first is last
+    torch.testing.assert_close(first, expected)
+
+
+def test_context_that_tells_the_truth_changes_nothing(checkpoint, batch, settings, monkeypatch):
+    """With the embeddings of the very tokens that stand there: the slots and the picture are put where they were."""
+    tokens = batch.input_ids.flatten()[batch.coord_slots + 1] - settings.first_coord_id
+    monkeypatch.setattr(soft_context, "context_embeddings", lambda logits, table, *_: table[tokens])
+    with torch.no_grad():
+        first, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=3))
+    assert first is not last
+    torch.testing.assert_close(last, first, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch, settings, mode, monkeypatch):
+    seen = []
+
+    def recording(model, packed, inputs_embeds_BTD=None):
+        hidden = hidden_states(model, packed, inputs_embeds_BTD)
+        seen.append((inputs_embeds_BTD, hidden))
+        return hidden
+
+    monkeypatch.setattr(soft_context, "hidden_states", recording)
+    with torch.no_grad():
+        _, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=3, embed_mode=mode))
+        assert len(seen) == 3
+        assert seen[0][0] is None
+        assert last is seen[2][1]
+        table = checkpoint.model.get_input_embeddings().weight
+        span = slice(settings.first_coord_id, settings.first_coord_id + NUM_BINS)
+        for (_, before), (embeds, _) in pairwise(seen):
+            logits_NK = slot_logits(checkpoint.model, before, batch.coord_slots)[:, span]
+            expected = table[batch.input_ids].flatten(0, 1)
+            expected[batch.coord_slots + 1] = context_embeddings(logits_NK, table[span], 1.0, mode)
+            torch.testing.assert_close(embeds.flatten(0, 1), expected)
+        assert (seen[1][1] - seen[0][1]).abs().max() > 0.1
+        assert (seen[2][1] - seen[1][1]).abs().max() > 1e-3
+
+
+def reaches_first(checkpoint, batch, settings) -> bool:
+    """Whether the coordinate loss of the last forward has a gradient with respect to the first one."""
+    first, last = self_context_forwards(checkpoint.model, batch, settings)
+    loss = slot_logits(checkpoint.model, last, batch.coord_slots).square().mean()
+    (gradient,) = torch.autograd.grad(loss, first, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().max() > 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_unrolled_and_differentiable_context_reaches_the_first_forward(checkpoint, batch, settings, mode):
+    unrolled = replace(settings, embed_mode=mode)
+    assert reaches_first(checkpoint, batch, unrolled) == (mode != "hard")
+    assert not reaches_first(checkpoint, batch, replace(unrolled, grad_mode="em_detach"))
+
+
+def losses(checkpoint, batch, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text cross-entropy, anchored on the first forward, and the coordinate terms of the last one."""
+    first, last = self_context_forwards(checkpoint.model, batch, settings)
+    terms, _ = objective_terms(checkpoint.model, objective(checkpoint), batch, first, last)
+    return terms["text_ce"].mean(), terms["softce"].mean()
+
+
+def gradient(checkpoint, loss) -> torch.Tensor:
+    parameters = list(checkpoint.model.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+@pytest.mark.parametrize("grad_mode", ["unroll", "em_detach"])
+def test_text_is_trained_as_without_self_context(checkpoint, batch, settings, grad_mode):
+    """The known failure of em_detach is a first forward without gradient: text would stay untrained."""
+    alone = gradient(checkpoint, losses(checkpoint, batch, replace(settings, n_iter=1))[0])
+    text, _ = losses(checkpoint, batch, replace(settings, grad_mode=grad_mode))
+    assert alone.norm() > 0
+    torch.testing.assert_close(gradient(checkpoint, text), alone)
+
+
+def test_unrolling_changes_the_gradient_and_not_the_loss(checkpoint, batch, settings):
+    _, unrolled = losses(checkpoint, batch, settings)
+    _, detached = losses(checkpoint, batch, replace(settings, grad_mode="em_detach"))
+    torch.testing.assert_close(unrolled, detached)
+    full, partial = gradient(checkpoint, unrolled), gradient(checkpoint, detached)
+    assert (full - partial).norm() > 0.01 * full.norm()
+
+
+def test_the_unrolled_gradient_is_the_derivative_of_the_loss(world, settings):
+    """Against a central difference, in the direction of what em_detach leaves out."""
+    checkpoint = new_checkpoint()
+    batch = world.collator(checkpoint)([teacher_segment(world.store[2])])
+    full = gradient(checkpoint, losses(checkpoint, batch, settings)[1])
+    partial = gradient(checkpoint, losses(checkpoint, batch, replace(settings, grad_mode="em_detach"))[1])
+    through_context = (full - partial) / (full - partial).norm()
+    values, step = [], 3e-4
+    for sign in (1, -1):
+        moved = new_checkpoint()
+        with torch.no_grad():
+            at = 0
+            for parameter in moved.model.parameters():
+                parameter += sign * step * through_context[at : at + parameter.numel()].view_as(parameter)
+                at += parameter.numel()
+            values.append(float(losses(moved, batch, settings)[1]))
+    measured = (values[0] - values[1]) / (2 * step)
+    assert measured == pytest.approx(float(full @ through_context), rel=0.01)
+    assert float(partial @ through_context) != pytest.approx(measured, rel=1.0)

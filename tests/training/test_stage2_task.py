@@ -1,0 +1,176 @@
+"""Stage 2's steps: which channel on which samples, and that packing, accumulation and logs are right in both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coordexp.losses.objective import combine
+from coordexp.packing.collator import teacher_segment
+from coordexp.training.channel_b import ChannelBSettings
+from coordexp.training.objective_step import denominators, objective_terms
+from coordexp.training.schedule import is_channel_b
+from coordexp.training.soft_context import SoftContext, self_context_forwards
+from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_segments, plan_steps
+from coordexp.training.teacher_task import TeacherTask
+from helpers import new_checkpoint, objective, teacher_rollouts
+
+ALL = tuple(range(6))
+TWO = ChannelBSettings(passes="two", missed="append", eos_weight=2.0)
+ONE = replace(TWO, passes="one")
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def rollouts(world, checkpoint):
+    return teacher_rollouts(checkpoint, world)
+
+
+@pytest.fixture
+def context(checkpoint) -> SoftContext:
+    return SoftContext(
+        n_iter=1, embed_mode="st", grad_mode="unroll", temperature=1.0, first_coord_id=checkpoint.coord.first_id
+    )
+
+
+def test_a_plan_keeps_to_the_schedule_and_to_what_was_rolled_out():
+    plan = plan_steps(n_samples=40, rolled_out=[3, 8, 30], samples_per_step=4, steps=50, b_ratio=0.3, seed=1)
+    assert [step.channel == "B" for step in plan] == [is_channel_b(s, 0.3) for s in range(50)]
+    assert {i for step in plan if step.channel == "B" for i in step.items} == {3, 8, 30}
+    assert {i for step in plan if step.channel == "A" for i in step.items} == set(range(40))
+    assert all(len(step.items) == 4 for step in plan)
+    assert plan == plan_steps(40, [3, 8, 30], 4, 50, 0.3, 1)
+    assert plan != plan_steps(40, [3, 8, 30], 4, 50, 0.3, 2)
+
+
+def test_another_ratio_does_not_shuffle_the_samples_of_a_channel():
+    """An A/B over b_ratio compares channels, not data orders."""
+
+    def drawn(b_ratio: float, channel: str) -> list:
+        plan = plan_steps(12, list(range(12)), 2, 20, b_ratio, seed=5)
+        return [step.items for step in plan if step.channel == channel]
+
+    for channel in "AB":
+        few, many = sorted((drawn(0.3, channel), drawn(0.6, channel)), key=len)
+        assert few == many[: len(few)]
+
+
+def test_only_channel_a_needs_no_rollouts():
+    assert all(step.channel == "A" for step in plan_steps(5, [], 2, 10, 0.0, 0))
+
+
+@pytest.mark.parametrize(("settings", "per_sample"), [(TWO, 2), (ONE, 1)])
+def test_segments_and_counts_of_channel_b(world, checkpoint, rollouts, settings, per_sample):
+    source, encoder = world.source(checkpoint), world.encoder(checkpoint)
+    segments, logs = plan_segments(StepPlan("B", ALL), 0, source, rollouts, encoder, settings)
+    n_true = [len(s.descs) - sum(s.iscrowd) for s in world.samples]
+    assert len(segments) == per_sample * 5 + 1  # the last sample's answer does not parse
+    # Of each image the first object is missed and the second found twice (see helpers.teacher_rollouts).
+    assert logs["stage2_ab/matched_total"] == sum(max(n - 1, 0) for n in n_true[:5])
+    assert logs["stage2_ab/fn_appended_total"] == sum(n > 0 for n in n_true[:5]) + n_true[5]
+    assert logs["stage2_ab/fp_context_total"] == sum(n > 1 for n in n_true[:5])
+    assert logs["stage2_ab/fallback_total"] == 1
+    assert sum(len(segment.box_tokens) for segment in segments) == sum(n_true)
+
+
+def test_channel_a_is_teacher_forcing(world, checkpoint):
+    source, encoder = world.source(checkpoint, "random"), world.encoder(checkpoint)
+    segments, logs = plan_segments(StepPlan("A", (4, 0)), 7, source, {}, encoder, TWO)
+    expected = [teacher_segment(source.get(i, 7)) for i in (4, 0)]
+    assert [s.answer_ids.tolist() for s in segments] == [e.answer_ids.tolist() for e in expected]
+    assert logs == {"channel": "A"}
+
+
+def stage2(world, checkpoint, rollouts, context, plan, settings=TWO, pack_tokens=256) -> Stage2Task:
+    return Stage2Task(
+        checkpoint.model,
+        objective(checkpoint),
+        context,
+        world.source(checkpoint),
+        rollouts,
+        world.encoder(checkpoint),
+        settings,
+        world.collator(checkpoint, pack_tokens),
+        plan,
+    )
+
+
+def run(task: Stage2Task, step: int = 0):
+    (micro,) = task.micro_batches(step)
+    return micro
+
+
+def gradient(checkpoint, loss) -> torch.Tensor:
+    checkpoint.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in checkpoint.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("n_iter", [1, 2])
+@pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
+@pytest.mark.parametrize("settings", [TWO, ONE], ids=["two", "one"])
+def test_packed_equals_unpacked(world, checkpoint, rollouts, context, plan, settings, n_iter):
+    context = replace(context, n_iter=n_iter, embed_mode="soft")  # st and hard may flip a near tie
+    longest = max(s.length for s in plan_segments(plan, 0, world.source(checkpoint), rollouts,
+                                                  world.encoder(checkpoint), settings)[0])  # fmt: skip
+    packed, alone = (
+        run(stage2(world, checkpoint, rollouts, context, [plan], settings, tokens)) for tokens in (4 * longest, longest)
+    )
+    assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
+@pytest.mark.parametrize("parts", [2, 5])
+def test_accumulated_micro_batches_equal_one_batch(world, checkpoint, rollouts, context, plan, parts):
+    """Divided by the counts of the whole step, the parts add up, however unevenly they hold slots."""
+    whole = run(stage2(world, checkpoint, rollouts, context, [plan]))
+    segments, _ = plan_segments(plan, 0, world.source(checkpoint), rollouts, world.encoder(checkpoint), TWO)
+    counts, goal, collator = denominators(segments), objective(checkpoint), world.collator(checkpoint)
+    total = torch.zeros(())
+    for part in range(parts):
+        batch = collator(segments[part::parts])
+        first, last = self_context_forwards(checkpoint.model, batch, context)
+        loss, _ = combine(objective_terms(checkpoint.model, goal, batch, first, last)[0], goal.weights, counts)
+        total = total + loss
+    assert float(total.detach()) == pytest.approx(float(whole.loss.detach()), rel=1e-5)
+    ours, theirs = gradient(checkpoint, total), gradient(checkpoint, whole.loss)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_channel_a_without_self_context_equals_stage_1(world, checkpoint, rollouts, context):
+    ours = run(stage2(world, checkpoint, rollouts, context, [StepPlan("A", (0, 1))]))
+    teacher = TeacherTask(
+        checkpoint.model, objective(checkpoint), world.source(checkpoint), world.collator(checkpoint), [[[0, 1]]]
+    )
+    (theirs,) = teacher.micro_batches(0)
+    assert float(ours.loss.detach()) == pytest.approx(float(theirs.loss.detach()), rel=1e-5)
+
+
+def test_self_context_is_channel_a_only_and_counted_as_compute(world, checkpoint, rollouts, context):
+    plan = [StepPlan("A", ALL), StepPlan("B", ALL)]
+    once, twice = (stage2(world, checkpoint, rollouts, replace(context, n_iter=n), plan) for n in (1, 2))
+    a_once, a_twice, b_once, b_twice = run(once, 0), run(twice, 0), run(once, 1), run(twice, 1)
+    assert a_twice.logs["tokens"] == 2 * a_once.logs["tokens"] == 2 * sum(s.length for s in world.samples)
+    assert a_twice.logs["loss/text_ce"] == pytest.approx(a_once.logs["loss/text_ce"])  # anchored on the first forward
+    assert a_twice.logs["loss/softce"] != pytest.approx(a_once.logs["loss/softce"], rel=1e-4)
+    assert b_twice.logs == b_once.logs
+    assert float(b_twice.loss.detach()) == float(b_once.loss.detach())
+
+
+def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, rollouts, context):
+    """Weights off, one by one, would pass unseen in the loss of a random model."""
+    micro = run(stage2(world, checkpoint, rollouts, context, [StepPlan("B", ALL)]))
+    checkpoint.model.zero_grad()
+    micro.loss.backward()
+    untouched = [name for name, p in checkpoint.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+    assert micro.logs["channel"] == "B"
+    assert micro.logs["samples"] == 11
