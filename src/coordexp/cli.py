@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | convert`, useful without DVC.
+"""The command line: `coordexp predict | evaluate | compare | convert | doctor`, useful without DVC.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -43,7 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A vision-language model as an object detector: predict, evaluate, compare, convert.",
+    help="A vision-language model as an object detector: predict, evaluate, compare, convert, doctor.",
 )
 GtVsPred = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
@@ -347,6 +347,31 @@ def _check_image(record: Record, folder: Path, where: str) -> None:
         raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
     if size != (record.width, record.height):
         raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
+
+
+@app.command()
+def doctor(
+    profile: Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")] = None,
+    params: Annotated[Path, typer.Option(help="Parameter file of the repository.")] = Path("params.yaml"),
+    header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
+) -> None:
+    """Find every fault of a profile's data in one pass, and say what a run will need.
+
+    Nothing is written unless --out is given. The exit code is 2 if the stages would stop.
+    """
+    from coordexp.config.loading import load_params, load_profile
+    from coordexp.reporting.doctor import diagnose
+
+    parameters = load_params(params)
+    chosen = load_profile(params.parent / "configs" / f"{profile or parameters.profile}.yaml")
+    diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
+    print("\n".join(diagnosis.lines))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
+    if diagnosis.stops:
+        raise typer.Exit(EXIT_USAGE)
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
 from coordexp.config.loading import read_yaml
-from coordexp.config.profile import Profile
+from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.evaluation.evaluator import COMPARED
@@ -38,6 +38,10 @@ of a profile. What the terms compute: [concepts.md](concepts.md).
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
+
+_DATASETS = """\
+In place of the keys of the scenes. `<name>` is chosen by the user, for one or more sets; formats and layouts are in
+[data.md](data.md)."""
 
 _METRICS_INTRO = """\
 `reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
@@ -80,6 +84,9 @@ def parameters_markdown(stages: Stages) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, stages),
         *_blocks(Profile, PROFILE_FILE, stages),
+        "### `source` with `kind: datasets`",
+        _DATASETS,
+        _parameter_table(field_specs(DatasetsConfig, "source."), PROFILE_FILE, stages),
         "## Removed keys",
         "Keys of earlier designs are refused with their remedy.",
         table(["key", "remedy"], removed, "ll"),
