@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.categories import Category, normalise_desc
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.settings import EvalSettings

@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.evaluation.average_precision import (
-    CategoryMatches,
-    match_categories,
-    mean_ap,
-    ranking_flags,
-    unweighted_ap,
-)
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.coco_matching import CategoryMatches, match_categories, ranking_flags
 from coordexp.evaluation.f1 import greedy_pairs
 from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, image_slices

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.average_precision import CategoryMatches, match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.coco_matching import CategoryMatches, match_categories
 from coordexp.evaluation.bootstrap import difference, interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.categories import NO_CATEGORY, Category
 from coordexp.evaluation.coco import CocoResult, coco_ap
