@@ -260,8 +260,8 @@ def compare(
 
     The paired difference A - B on the same images, with a 95% bootstrap interval and the probability that A is better.
     """
-    from coordexp.evaluation.evaluator import compare as compare_evaluations
-    from coordexp.evaluation.evaluator import most_changed_images
+    from coordexp.evaluation.comparison import compare as compare_evaluations
+    from coordexp.evaluation.comparison import most_changed_images
 
     of_a, of_b = _evaluate([a, b], categories)
     rows = []

@@ -1,4 +1,7 @@
-"""From a free-text description to a category of the data set: exact name first, then normalised name."""
+"""From a free-text description to a category of the data set: exact name first, then normalised name.
+
+Nearest by meaning, for those that neither finds: semantics.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from coordexp.errors import DataError
 
 Split = Literal["train", "held_out"]
-MatchedBy = Literal["exact", "normalised", "unmapped"]
+MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
+MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
 NO_CATEGORY = -1  # row of a description that names no category of the list
 
 

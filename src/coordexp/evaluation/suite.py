@@ -9,7 +9,8 @@ from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
 from coordexp.evaluation.categories import read_categories
 from coordexp.evaluation.ceiling import codec_ceiling
-from coordexp.evaluation.evaluator import Evaluation, compare, evaluate, rounded
+from coordexp.evaluation.comparison import compare
+from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.matching.settings import MatchSettings
 from coordexp.records.gt_vs_pred import read_results

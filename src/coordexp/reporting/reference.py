@@ -16,7 +16,7 @@ from coordexp.config.loading import read_yaml
 from coordexp.config.profile import Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
-from coordexp.evaluation.evaluator import COMPARED
+from coordexp.evaluation.comparison import COMPARED
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.reporting.markdown import table
