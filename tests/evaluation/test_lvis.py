@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coordexp.errors import DataError
+from coordexp.evaluation.annotations import read_annotations
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import overlapping_pairs
 from coordexp.evaluation.evaluator import evaluate
@@ -20,7 +21,6 @@ from coordexp.evaluation.lvis import (
     frequency_rows,
     lvis_ap,
     match_federated,
-    read_federated,
 )
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.table import build_table
@@ -123,12 +123,18 @@ def test_labels_are_read_from_an_annotation_file(tmp_path):
         "images": [{"id": 7, "neg_category_ids": [1], "not_exhaustive_category_ids": []}],
     }
     file.write_text(json.dumps(source))
-    read = read_federated(file)
+    image_ids, read = read_annotations(file)
+    assert image_ids == {7}
     assert (read.frequency, read.absent, read.not_exhaustive) == (
         {"barn owl": "c"},
         {7: frozenset({"barn owl"})},
         {7: frozenset()},
     )
-    file.write_text(json.dumps({"categories": [{"id": 1, "name": "cat"}], "images": []}))
+    file.write_text(json.dumps({**source, "categories": [{"id": 1, "name": "cat"}]}))
     with pytest.raises(DataError, match="not an LVIS file"):
-        read_federated(file)
+        read_annotations(file)
+    file.write_text(json.dumps({"categories": [], "images": [{"id": 7}]}))
+    assert read_annotations(file) == ({7}, None), "COCO has no such labels"
+    file.write_text("[]")
+    with pytest.raises(DataError, match="expected COCO or LVIS annotations"):
+        read_annotations(file)

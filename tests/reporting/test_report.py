@@ -15,6 +15,7 @@ from PIL import Image
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
+from coordexp.evaluation.comparison import COMPARED
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.report import build_report, headline
 from reporting.synthetic import write_json
@@ -57,7 +58,7 @@ def test_every_number_of_the_comparison_table_is_that_of_metrics_json(report: Pa
     rows = [
         row for row in rows_of(report.read_text(encoding="utf-8"), "difference") if row[0] in names and "`" in row[1]
     ]
-    assert len(rows) == 10
+    assert len(rows) == 2 * len(COMPARED)
     for pair, key, delta, bounds, chance, _reach, verdict in rows:
         compared = metrics["comparison"][names[pair]][key.strip("`")]
         shown = [float(delta), *(float(n) for n in re.findall(r"[+-][\d.]+", bounds)), float(chance)]

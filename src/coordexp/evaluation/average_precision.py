@@ -71,7 +71,7 @@ def _category_ap(matches: CategoryMatches, weights_IB: NDArray[np.int32]) -> Flo
 
 
 def recall_points_passed(recall: Floats) -> NDArray[np.int32]:
-    """How many points of RECALL_GRID are at or below each recall: `np.searchsorted(side="right")`, several times faster.
+    """How many points of RECALL_GRID are at or below each recall: `np.searchsorted(side="right")`, but faster.
 
     The point of the same hundredth and the next one are compared exactly; the grid is not quite i/100 in floats.
     """

@@ -69,10 +69,16 @@ def _nanmean(ap_KTB: Floats) -> Floats:
     return np.divide(np.where(present, ap_KTB, 0.0).sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
-def interval(samples_B: Floats, point: float | None) -> list[float] | None:
-    """95 % interval [low, high] around the point value; None if the metric or every resample is undefined."""
+def interval(samples_B: Floats, point: float | None, *, is_share: bool = True) -> list[float] | None:
+    """95 % interval [low, high] around the point value; None if the metric or every resample is undefined.
+
+    That of a share stays within [0, 1].
+    """
     known = samples_B[~np.isnan(samples_B)]
-    return None if point is None or not known.size else np.percentile(_centred(known, point), INTERVAL).tolist()
+    if point is None or not known.size:
+        return None
+    bounds = np.percentile(_centred(known, point), INTERVAL)
+    return (np.clip(bounds, 0, 1) if is_share else bounds).tolist()
 
 
 def difference(a_B: Floats, b_B: Floats, delta: float) -> dict[str, float] | None:

@@ -14,7 +14,9 @@ from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Floats
 
 
-def reliability(table: DetectionTable, matches_K: list[CategoryMatches], settings: EvalSettings) -> list[dict[str, Any]]:
+def reliability(
+    table: DetectionTable, matches_K: list[CategoryMatches], settings: EvalSettings
+) -> list[dict[str, Any]]:
     """The bins of the reliability diagram of the score in use: confidence, precision, n."""
     right_P, judged_P = ranking_flags(table, matches_K)
     return calibration_error(table.pred_score_P[judged_P], right_P[judged_P], settings.calibration_bins)[1]

@@ -108,7 +108,10 @@ def evaluate(
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated, settings)
         samples |= _resample_lvis(everything, federated, weights_BI)
-    intervals = {key: interval(samples[key], _value(metrics, key)) for key in interval_keys(lvis=federated is not None)}
+    intervals = {
+        key: interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
+        for key in interval_keys(lvis=federated is not None)
+    }
     return Evaluation(
         metrics=metrics | {"interval": intervals},
         per_image=per_image(results, table, everything.by_iou, duplicates, settings),

@@ -7,11 +7,12 @@ An error is for what would make a number wrong; a counter is for what a model ma
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
+from coordexp.errors import DataError
 from coordexp.evaluation.categories import MATCHED_BY, normalise_desc
 from coordexp.evaluation.table import DetectionTable
 from coordexp.geometry.boxes import area
@@ -47,6 +48,16 @@ BAD_INPUT = (
     BadInput("description near two categories alike", "`input.names_ambiguous`; judged, wrong by name", "as above"),
     BadInput("score outside [0, 1]", "`input.scores_outside_unit`; ranks, but has no ECE", "no probability"),
 )
+
+
+def check_known_images(results: Sequence[ImageResult], known_ids: Set[int], where: str) -> None:
+    """Raise DataError unless the annotations in `where` hold every image of the results."""
+    unknown = sorted(r.image_id for r in results if r.image_id not in known_ids)
+    if unknown:
+        raise DataError(
+            f"Image id {unknown[0]} is not in the annotations {where} ({len(unknown)} such images of {len(results)}); "
+            "evaluate predictions against their own split."
+        )
 
 
 def input_metrics(results: Sequence[ImageResult], table: DetectionTable) -> dict[str, int]:

@@ -1,21 +1,19 @@
-"""LVIS average precision: federated labels, frequency groups, 300 detections per image (Gupta et al., arXiv 1908.03195).
+"""LVIS average precision: federated labels, frequency groups, 300 detections per image (Gupta et al., 1908.03195).
 
-An LVIS image was searched for some categories only. A detection of a category that is neither annotated in its image nor
-verified absent is not judged; nor is a wrong one of a category whose instances were not all annotated. Areas are those of
-boxes, as everywhere in this package, where lvis-api takes masks.
+An LVIS image was searched for some categories only. A detection of a category that is neither annotated in its image
+nor verified absent is not judged; nor is a wrong one of a category whose instances were not all annotated. Areas are
+those of boxes, as everywhere in this package, where lvis-api takes masks.
 
 faster-coco-eval, in its LVIS mode, gives the numbers of record; the matches made here agree with it and carry the
-bootstrap.
+bootstrap. The limit of 300 is over all categories of an image, as in lvis-api, and is applied before either.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -44,13 +42,12 @@ class FederatedLabels:
     not_exhaustive: Mapping[int, frozenset[str]]  # image id -> names with more instances than annotated
 
 
-def read_federated(path: Path) -> FederatedLabels:
-    """Read the labels from an LVIS annotation file.
+def federated_from(source: Mapping[str, Any], where: str) -> FederatedLabels:
+    """The labels of a decoded LVIS annotation file, `where` in messages.
 
     Raises:
-        DataError: the file is no LVIS file: it lacks categories with a frequency, or images with their category lists.
+        DataError: categories without a frequency, or images without their category lists.
     """
-    source = json.loads(path.read_text(encoding="utf-8"))
     try:
         names = {c["id"]: normalise_desc(c["name"]) for c in source["categories"]}
         frequency = {names[c["id"]]: c["frequency"] for c in source["categories"]}
@@ -60,11 +57,11 @@ def read_federated(path: Path) -> FederatedLabels:
         )
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: not an LVIS file ({error!r}); categories need a frequency, and images neg_category_ids and "
+            f"{where}: not an LVIS file ({error!r}); categories need a frequency, and images neg_category_ids and "
             "not_exhaustive_category_ids."
         ) from error
     if unknown := set(frequency.values()) - set(FREQUENCIES):
-        raise DataError(f"{path}: category frequencies {sorted(unknown)}, expected {', '.join(FREQUENCIES)}.")
+        raise DataError(f"{where}: category frequencies {sorted(unknown)}, expected {', '.join(FREQUENCIES)}.")
     return FederatedLabels(frequency=frequency, absent=absent, not_exhaustive=partial)
 
 

@@ -13,7 +13,15 @@ import numpy as np
 
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, match_categories, overlapping_pairs
-from coordexp.evaluation.f1 import GreedyMatches, match_greedily, mean_f1, micro_f1, named_in_image, precision_recall
+from coordexp.evaluation.f1 import (
+    GreedyMatches,
+    Mode,
+    match_greedily,
+    mean_f1,
+    micro_f1,
+    named_in_image,
+    precision_recall,
+)
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, first_of_duplicates, set_metrics
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable
@@ -67,7 +75,7 @@ def headline(matched: Matched) -> dict[str, float | int | None]:
     }
 
 
-_HEADLINE_F1 = (("loc", "50", 0.5), ("full", "50", 0.5), ("full", "95", 0.95))
+_HEADLINE_F1: tuple[tuple[Mode, str, float], ...] = (("loc", "50", 0.5), ("full", "50", 0.5), ("full", "95", 0.95))
 
 
 def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float | None]:

@@ -16,7 +16,8 @@ _INTERVALS = (
     *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_annotated", "f1.full_mean_annotated"),
     *("protocol.positive_mAP", "protocol.positive_AP50", "protocol.positive_AP75"),
     *("protocol.positive_full_50", "protocol.positive_full_95", "protocol.positive_full_mean"),
-    *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_full_50", "protocol.gap_full_mean"),
+    *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
+    *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
     *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean"),
 )
 _LVIS_INTERVALS = ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf")
@@ -112,10 +113,10 @@ _LVIS = (
 )
 _INPUT = (
     MetricSpec("input.names_exact", "predictions whose description is the exact name", "predictions", "neither"),
-    MetricSpec("input.names_normalised", "predictions whose description is the normalised name", "predictions", "neither"),
     MetricSpec(
-        "input.names_semantic", "predictions mapped by meaning to the nearest name", "predictions", "neither"
+        "input.names_normalised", "predictions whose description is the normalised name", "predictions", "neither"
     ),
+    MetricSpec("input.names_semantic", "predictions mapped by meaning to the nearest name", "predictions", "neither"),
     MetricSpec("input.names_ambiguous", "predictions left unmapped: near two names alike", "predictions", "lower"),
     MetricSpec("input.names_unmapped", "predictions whose description names no category", "predictions", "lower"),
     MetricSpec("input.control_char_descs", "descriptions with control characters", "predictions", "lower"),
@@ -168,8 +169,12 @@ _CONFIDENCE = (
         "mAP with one score for all, ranked by image id and generation order",
         better="neither",
     ),
-    MetricSpec("confidence.headroom_mAP", "perfect-ranking mAP minus mAP: what a better score could gain", better="lower"),
-    MetricSpec("confidence.lrp", "LRP error per object at its best cut of the scores, mean over categories", better="lower"),
+    MetricSpec(
+        "confidence.headroom_mAP", "perfect-ranking mAP minus mAP: what a better score could gain", better="lower"
+    ),
+    MetricSpec(
+        "confidence.lrp", "LRP error per object at its best cut of the scores, mean over categories", better="lower"
+    ),
     MetricSpec("confidence.lrp_loc", "mean 1 - IoU of the hits at that cut", better="lower"),
     MetricSpec("confidence.lrp_fp", "1 - precision at that cut, IoU .50", better="lower"),
     MetricSpec("confidence.lrp_fn", "1 - recall at that cut, IoU .50", better="lower"),

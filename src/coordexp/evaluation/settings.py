@@ -37,7 +37,7 @@ class EvalSettings:
     calibration_bins: int = 10
     mapping: Literal["exact", "normalised", "semantic"] = "normalised"
     semantic_floor: float = 0.5
-    semantic_margin: float = 0.02
+    semantic_margin: float = 0.05
     matching: MatchSettings = field(default_factory=MatchSettings)
     seed: int = 17
 
@@ -60,7 +60,7 @@ class EvalSettings:
 
     @property
     def all_f1_ious(self) -> tuple[float, ...]:
-        """The F1 thresholds, with .50 and .95 always among them: the published triple is F1 at .50, at .95, and mean."""
+        """The F1 thresholds, with .50 and .95 always among them: published are F1 at .50, at .95, and the mean."""
         return tuple(sorted({*self.f1_ious, 0.5, 0.95}))
 
 

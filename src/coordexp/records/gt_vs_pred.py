@@ -140,7 +140,8 @@ def read_results(path: Path) -> Iterator[ImageResult]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{where}: not valid JSON ({error}); the file was cut or edited. Decode again.") from error
+                cut = "" if line.endswith(b"\n") else "the last line is cut: "
+                raise DataError(f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again.") from error
             result = result_from_json(row, where)
             if result.image_id in seen:
                 raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")
