@@ -390,7 +390,7 @@ def _expecting(path: Path, expected: str) -> Iterator[None]:
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

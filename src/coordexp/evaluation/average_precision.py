@@ -22,6 +22,7 @@ from coordexp.evaluation.settings import COCO_IOUS, RECALL_GRID
 from coordexp.evaluation.table import Floats, Ints
 
 _CELLS_PER_BLOCK = 1_000_000  # detections x weightings held at once; keeps a block in a few MB
+_MOST_THREADS = 8  # each holds a few blocks
 _GRID_AND_END = np.append(RECALL_GRID, np.inf)
 
 
@@ -40,7 +41,8 @@ def weighted_ap(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> Float
             ap_KTB[k, :, block] = _category_ap(matches_K[k], weights_IB[:, block])
 
     present = [k for k, matches in enumerate(matches_K) if len(matches.gt_image_G)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the interpreter in its loops
+    # Threads help: numpy lets go of the interpreter in its loops.
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, present))
     return ap_KTB
 

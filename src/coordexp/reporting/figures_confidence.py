@@ -33,7 +33,8 @@ def _reliability(ax: Axes, details: Mapping[str, Mapping[str, Any]], metrics: Ma
         if not bins:  # no prediction, or a score that is no probability
             continue
         x, y, n = (np.array([row[key] for row in bins]) for key in ("confidence", "precision", "n"))
-        ax.plot(x, y, color=look.colour, linestyle=look.line, linewidth=1.2, label=f"{name}: ECE {ece:.3f}")
+        label = f"{name}: ECE {ece:.3f}"
+        ax.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker, markersize=3, label=label)
         ax.scatter(x, y, s=300 * n / n.sum(), color=look.colour, marker=look.marker, alpha=0.7, linewidth=0)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="mean score of the bin", ylabel="share that is right, IoU .50")
     ax.set_title("Reliability of the score in use")

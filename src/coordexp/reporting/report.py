@@ -41,7 +41,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
     """
     data = load_report_data(inputs)
-    outcomes = {name: judge(results, data.categories) for name, results in data.results.items()}
+    outcomes = {name: judge(results, data.categories, inputs.settings) for name, results in data.results.items()}
     dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
     picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
