@@ -94,7 +94,9 @@ def main(assets: Path, out: Path) -> None:
         for desc, code_points in names.items():
             for code_point in code_points.split():
                 target = out / f"{code_point}.webp"
-                crop_and_scale(Image.open(assets / f"{code_point}.webp").convert("RGBA")).save(target, quality=88, method=6)
+                crop_and_scale(Image.open(assets / f"{code_point}.webp").convert("RGBA")).save(
+                    target, quality=88, method=6
+                )
                 digest = hashlib.sha256(target.read_bytes()).hexdigest()
                 rows.append({"file": target.name, "desc": desc, "split": split, "sha256": digest})
     (out / "catalog.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

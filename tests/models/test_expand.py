@@ -116,7 +116,9 @@ def test_a_tokenizer_without_the_first_token_is_refused(fresh):
 def test_a_model_with_too_few_rows_for_its_tokenizer_is_refused(fresh):
     model, tokenizer = fresh
     tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
-    with pytest.raises(CheckpointError, match=f"up to {len(tokenizer) - 1}, the model only {len(embedding(model))} rows"):
+    with pytest.raises(
+        CheckpointError, match=f"up to {len(tokenizer) - 1}, the model only {len(embedding(model))} rows"
+    ):
         add_coordinate_tokens(model, tokenizer, "mean", 1)
 
 
@@ -125,7 +127,9 @@ def test_mean_rows(known_VD):
     torch.testing.assert_close(rows, known_VD.mean(0).expand(NUM_BINS, -1))
 
 
-@pytest.mark.parametrize(("bin_index", "digits"), [(0, [0]), (7, [7]), (40, [4, 0]), (100, [1, 0, 0]), (999, [9, 9, 9])])
+@pytest.mark.parametrize(
+    ("bin_index", "digits"), [(0, [0]), (7, [7]), (40, [4, 0]), (100, [1, 0, 0]), (999, [9, 9, 9])]
+)
 def test_digit_rows_are_the_mean_of_the_digits_of_the_bin(known_VD, bin_index, digits):
     rows = coordinate_rows(known_VD, DIGIT_IDS, "digits", 0)
     torch.testing.assert_close(rows[bin_index], sum(known_VD[10 + d] for d in digits) / len(digits))

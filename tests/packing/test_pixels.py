@@ -35,7 +35,9 @@ def test_patches_equal_those_of_transformers(spec, columns, rows):
     rgb = noise(columns * spec.factor, rows * spec.factor)
     expected = processor(spec)(Image.fromarray(rgb), do_resize=False, return_tensors="np")
     patches = patchify(rgb, spec)
-    assert expected["image_grid_thw"].tolist() == [[1, rgb.shape[0] // spec.patch_size, rgb.shape[1] // spec.patch_size]]
+    assert expected["image_grid_thw"].tolist() == [
+        [1, rgb.shape[0] // spec.patch_size, rgb.shape[1] // spec.patch_size]
+    ]
     assert patches.shape == expected["pixel_values"].shape
     assert patches.dtype == np.float32
     np.testing.assert_allclose(patches, expected["pixel_values"], atol=1e-6)
@@ -53,7 +55,9 @@ def test_reading_and_resizing_equal_those_of_transformers(tmp_path):
 @pytest.mark.parametrize("spec", [tiny_pixels(), QWEN3_VL], ids=["tiny", "qwen3-vl"])
 def test_sizes_equal_those_of_transformers(spec):
     limits = {"factor": spec.factor, "min_pixels": spec.min_pixels, "max_pixels": spec.max_pixels}
-    for width, height in np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(6000), (2000, 2))).astype(int).tolist():
+    for width, height in (
+        np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(6000), (2000, 2))).astype(int).tolist()
+    ):
         if max(width, height) > 200 * min(width, height):
             continue
         new_width, new_height = resized_size(width, height, spec)

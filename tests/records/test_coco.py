@@ -68,7 +68,9 @@ def test_fractions_of_pixels_are_kept(tmp_path):
 
 
 def test_crowds_are_kept_and_marked(tmp_path):
-    objects = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
+    objects = (
+        convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
+    )
     assert [o.metadata for o in objects] == [{"iscrowd": 1}, {}]
 
 
@@ -80,7 +82,9 @@ DROPPED = {
         *map(annotation, [None, "1,1,5,5", [1, 1, 5], [1, 1, 5, None], ["a", 1, 5, 5], [[1], 1, 5, 5]]),
         *map(annotation, [[1, 1, float("nan"), 5], [1, 1, 5, float("inf")]]),
     ],
-    "bbox_too_thin": [*map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])],
+    "bbox_too_thin": [
+        *map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])
+    ],
 }
 
 
@@ -94,7 +98,9 @@ def test_every_dropped_box_has_one_reason(tmp_path, reason):
 def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(tmp_path):
     rng = np.random.default_rng(0)
     boxes = rng.uniform([-40, -40, -5, -5], [140, 140, 80, 80], (300, 4)).tolist()
-    annotations = [annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes]
+    annotations = [
+        annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes
+    ]
     result = convert(tmp_path, *annotations)
     assert sum(len(r.objects) for r in result.records) + sum(result.drops.values()) == 300
     assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin"}

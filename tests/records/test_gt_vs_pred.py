@@ -25,7 +25,9 @@ RESULT = ImageResult(
     height=480,
     gt=(GroundTruth("black cat", (70.4, 148.8, 262.4, 338.4)), GroundTruth("cat", (0.0, 0.0, 640.0, 480.0), True)),
     pred=(
-        Prediction("black cat", (76.8, 144.0, 268.8, 336.0), (120, 300, 420, 700), (-0.1, -0.2, -0.3, -0.4), -0.5, 0.78),
+        Prediction(
+            "black cat", (76.8, 144.0, 268.8, 336.0), (120, 300, 420, 700), (-0.1, -0.2, -0.3, -0.4), -0.5, 0.78
+        ),
         Prediction("dog", (1.0, 1.0, 2.0, 2.0), (1, 2, 3, 4)),
     ),
     raw_text='{"objects": [é猫]}<|im_end|>',
@@ -59,7 +61,9 @@ def test_round_trip(tmp_path):
 
 
 @settings(max_examples=30)
-@given(st.lists(predictions, max_size=4), st.lists(st.builds(GroundTruth, words, boxes, st.booleans()), max_size=4), words)
+@given(
+    st.lists(predictions, max_size=4), st.lists(st.builds(GroundTruth, words, boxes, st.booleans()), max_size=4), words
+)
 def test_every_number_comes_back_exactly(tmp_path_factory, pred, gt, raw_text):
     result = ImageResult(1, "a", 10, 10, tuple(gt), tuple(pred), raw_text, ParseReport(True, len(pred)), "stop", 3)
     path = tmp_path_factory.mktemp("r") / "r.jsonl"

@@ -109,7 +109,9 @@ def test_seed_split_and_index_all_count(scenes):
 
 def test_held_out_names_are_in_val_only(scenes):
     held_out = set(catalog().held_out)
-    seen = {split: {o.desc for key, s in scenes.items() if key[0] == split for o in s.objects} for split in ("train", "val")}
+    seen = {
+        split: {o.desc for key, s in scenes.items() if key[0] == split for o in s.objects} for split in ("train", "val")
+    }
     assert held_out
     assert not seen["train"] & held_out
     assert seen["val"] & held_out
@@ -146,7 +148,9 @@ def test_the_folder_reads_back_as_the_scenes(folder, scenes):
         for index, record in enumerate(conversion.records):
             scene = scenes[split, index]
             assert (record.height, record.width) == scene.pixels.shape[:2]
-            assert [(o.desc, o.bbox_xyxy_px) for o in record.objects] == [(o.desc, o.bbox_xyxy_px) for o in scene.objects]
+            assert [(o.desc, o.bbox_xyxy_px) for o in record.objects] == [
+                (o.desc, o.bbox_xyxy_px) for o in scene.objects
+            ]
 
 
 def test_areas_are_those_of_the_boxes(folder):

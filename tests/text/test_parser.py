@@ -364,7 +364,7 @@ def random_tokens(rng: random.Random) -> list[int]:
     """A few tokens worth inserting: structure, markers, coordinates, broken UTF-8, whole drops, unknown ids."""
     kind = rng.randrange(6)
     if kind == 0:
-        return encode(rng.choice(['"', "\\", "{", "}", "[", "]", ",", ":", " ", '\\u', '{"objects": [', "1e9", "-0"]))
+        return encode(rng.choice(['"', "\\", "{", "}", "[", "]", ",", ":", " ", "\\u", '{"objects": [', "1e9", "-0"]))
     if kind == 1:
         return [rng.choice([ID_OF[token] for token in MARKERS])]
     if kind == 2:

@@ -220,7 +220,11 @@ def train_tiny(world, folder: Path, stop_after: int | None = None) -> torch.Tens
     """Four steps of stage 1 on the tiny model, in bf16 as in a real run."""
     checkpoint = new_checkpoint()
     task = TeacherTask(
-        checkpoint.model, objective(checkpoint), world.store, world.collator(checkpoint), [[[0, 1]], [[2], [3, 4]], [[5]], [[1]]]
+        checkpoint.model,
+        objective(checkpoint),
+        world.store,
+        world.collator(checkpoint),
+        [[[0, 1]], [[2], [3, 4]], [[5]], [[1]]],
     )
     if stop_after is not None:
         original = task.micro_batches

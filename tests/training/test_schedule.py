@@ -41,7 +41,8 @@ def test_ratios_that_floats_get_wrong(b_ratio, steps, expected):
 
 
 @pytest.mark.parametrize(
-    ("b_ratio", "pattern"), [(0.25, "AAABAAAB"), (0.75, "ABBBABBB"), (0.4, "AABABAABAB"), (0.5, "ABABAB"), (1e-5, "AAAA")]
+    ("b_ratio", "pattern"),
+    [(0.25, "AAABAAAB"), (0.75, "ABBBABBB"), (0.4, "AABABAABAB"), (0.5, "ABABAB"), (1e-5, "AAAA")],
 )
 def test_channel_patterns(b_ratio, pattern):
     assert "".join("AB"[is_channel_b(s, b_ratio)] for s in range(len(pattern))) == pattern
@@ -99,7 +100,10 @@ def test_more_steps_do_not_change_the_first_ones():
 
 @settings(max_examples=50)
 @given(
-    st.lists(st.integers(50, 384), min_size=1, max_size=30), st.integers(1, 40_000), st.integers(1, 20), st.integers(0, 3)
+    st.lists(st.integers(50, 384), min_size=1, max_size=30),
+    st.integers(1, 40_000),
+    st.integers(1, 20),
+    st.integers(0, 3),
 )
 def test_the_budget_is_spent_evenly(pack_tokens, budget, steps, seed):
     """After step s the tokens seen reach (s + 1) / steps of the budget, by one pack at most too many."""

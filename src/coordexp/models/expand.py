@@ -40,7 +40,9 @@ def add_coordinate_tokens(
     vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
     rows = model.get_input_embeddings().num_embeddings
     if vocabulary.end_id > rows:
-        raise CheckpointError(f"the tokenizer has coordinate ids up to {vocabulary.end_id - 1}, the model only {rows} rows.")
+        raise CheckpointError(
+            f"the tokenizer has coordinate ids up to {vocabulary.end_id - 1}, the model only {rows} rows."
+        )
     return vocabulary
 
 

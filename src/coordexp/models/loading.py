@@ -26,7 +26,7 @@ class Checkpoint:
 
     @property
     def codec_name(self) -> str | None:
-        """"digits" for a model without coordinate tokens; otherwise the parameters decide (None)."""
+        """ "digits" for a model without coordinate tokens; otherwise the parameters decide (None)."""
         return "digits" if self.coord is None else None
 
 
@@ -38,7 +38,9 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
     """
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}; expected a Hugging Face checkpoint folder. Run the stage that writes it.")
+            raise CheckpointError(
+                f"{folder}: no {name}; expected a Hugging Face checkpoint folder. Run the stage that writes it."
+            )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     transformers_logging.disable_progress_bar()

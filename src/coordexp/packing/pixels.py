@@ -65,7 +65,9 @@ def load_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}). Expected a JPEG or PNG; run the raw stage.") from error
+        raise DataError(
+            f"{path}: cannot be read as an image ({error}). Expected a JPEG or PNG; run the raw stage."
+        ) from error
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(rgb)

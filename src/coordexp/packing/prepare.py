@@ -86,7 +86,9 @@ def image_id_of(record: Record) -> int:
     return int.from_bytes(hashlib.sha256(record.image.encode()).digest()[:6], "big")
 
 
-def write_split(preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path) -> PreparedCounts:
+def write_split(
+    preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path
+) -> PreparedCounts:
     """Prepare every record and write the parquet file of one split."""
     samples = objects = tokens = longest = collapsed = 0
     with SampleWriter(path) as writer:

@@ -16,6 +16,7 @@ from coordexp.errors import DataError
 
 Box = tuple[float, float, float, float]
 
+
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
     """One annotated object."""
@@ -88,7 +89,9 @@ class ImageResult:
 def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
     """Rebuild one line; raises DataError naming `where` if a key is missing, or a box is not finite or not ordered."""
     try:
-        gt = tuple(GroundTruth(o["desc"], _box(o["bbox_xyxy_px"], where), bool(o.get("iscrowd", False))) for o in row["gt"])
+        gt = tuple(
+            GroundTruth(o["desc"], _box(o["bbox_xyxy_px"], where), bool(o.get("iscrowd", False))) for o in row["gt"]
+        )
         pred = tuple(
             Prediction(
                 desc=o["desc"],
@@ -117,7 +120,9 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
             identity=dict(row.get("identity", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: not a gt_vs_pred line ({error!r}); it needs the keys that `rollout` writes.") from error
+        raise DataError(
+            f"{where}: not a gt_vs_pred line ({error!r}); it needs the keys that `rollout` writes."
+        ) from error
 
 
 def _optional_tuple(values: Any) -> Any:
@@ -127,7 +132,9 @@ def _optional_tuple(values: Any) -> Any:
 def _box(values: Any, where: str) -> Box:
     box = tuple(float(v) for v in values)
     if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
-        raise DataError(f"{where}: box {values!r}, expected four finite pixels [x1, y1, x2, y2] with x2 >= x1 and y2 >= y1.")
+        raise DataError(
+            f"{where}: box {values!r}, expected four finite pixels [x1, y1, x2, y2] with x2 >= x1 and y2 >= y1."
+        )
     return box
 
 
@@ -141,7 +148,9 @@ def read_results(path: Path) -> Iterator[ImageResult]:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 cut = "" if line.endswith(b"\n") else "the last line is cut: "
-                raise DataError(f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again.") from error
+                raise DataError(
+                    f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again."
+                ) from error
             result = result_from_json(row, where)
             if result.image_id in seen:
                 raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")

@@ -76,10 +76,14 @@ def parse_record(row: Any, where: str) -> Record:
         DataError: naming the place, what was found and what was expected.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: found a {type(row).__name__}, expected a JSON object with keys {sorted(RECORD_KEYS)}.")
+        raise DataError(
+            f"{where}: found a {type(row).__name__}, expected a JSON object with keys {sorted(RECORD_KEYS)}."
+        )
     for key in row:
         if key not in RECORD_KEYS:
-            raise DataError(f"{where}: unknown key {key!r}.{closest(key, RECORD_KEYS)} Valid keys: {sorted(RECORD_KEYS)}.")
+            raise DataError(
+                f"{where}: unknown key {key!r}.{closest(key, RECORD_KEYS)} Valid keys: {sorted(RECORD_KEYS)}."
+            )
     images = row.get("images")
     if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], str) and images[0]):
         raise DataError(f"{where}: images is {images!r}, expected a list with exactly one relative image path.")
@@ -90,7 +94,9 @@ def parse_record(row: Any, where: str) -> Record:
         raise DataError(f"{where}: objects is {row.get('objects')!r}, expected a list (it may be empty).")
     parsed = [_parse_object(obj, width, height, f"{where}: objects[{i}]") for i, obj in enumerate(row["objects"])]
     if len({is_token for _, is_token in parsed}) > 1:
-        raise DataError(f"{where}: some boxes are pixel floats and some are coordinate tokens; use one form per record.")
+        raise DataError(
+            f"{where}: some boxes are pixel floats and some are coordinate tokens; use one form per record."
+        )
     summary, metadata = row.get("summary"), _metadata(row.get("metadata"), where)
     if summary is not None and not isinstance(summary, str):
         raise DataError(f"{where}: summary is {summary!r}, expected a string or nothing.")
@@ -102,9 +108,13 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
         raise DataError(f"{where}: found a {type(obj).__name__}, expected an object with desc and bbox_2d.")
     for key in obj:
         if key in REMOVED_GEOMETRY:
-            raise DataError(f"{where}: geometry {key!r} is not supported; give bbox_2d [x1, y1, x2, y2] or poly [x1, y1, ...].")
+            raise DataError(
+                f"{where}: geometry {key!r} is not supported; give bbox_2d [x1, y1, x2, y2] or poly [x1, y1, ...]."
+            )
         if key not in OBJECT_KEYS:
-            raise DataError(f"{where}: unknown key {key!r}.{closest(key, OBJECT_KEYS)} Valid keys: {sorted(OBJECT_KEYS)}.")
+            raise DataError(
+                f"{where}: unknown key {key!r}.{closest(key, OBJECT_KEYS)} Valid keys: {sorted(OBJECT_KEYS)}."
+            )
     desc = obj.get("desc")
     if not isinstance(desc, str) or not desc.strip() or any("\ud800" <= char <= "\udfff" for char in desc):
         raise DataError(f"{where}: desc is {desc!r}, expected a non-empty string of valid Unicode.")
@@ -122,7 +132,9 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
         box, poly = [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])], tuple(values)
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-        raise DataError(f"{where}: box {box} is empty or outside the {width}x{height} image; expected 0 <= x1 < x2 <= W, same for y.")
+        raise DataError(
+            f"{where}: box {box} is empty or outside the {width}x{height} image; expected 0 <= x1 < x2 <= W, same for y."
+        )
     return ObjectRecord(desc, (x1, y1, x2, y2), poly, _metadata(obj.get("metadata"), where)), is_token
 
 
@@ -138,7 +150,9 @@ def _coordinates(values: Any, width: int, height: int, where: str) -> tuple[list
     tokens = [isinstance(v, str) for v in values]
     if any(tokens):
         if not all(tokens) or not all(COORD_PATTERN.fullmatch(v) for v in values):
-            raise DataError(f"{where}: mixes coordinate tokens with other values: {values!r}; expected all <|coord_k|> or all floats.")
+            raise DataError(
+                f"{where}: mixes coordinate tokens with other values: {values!r}; expected all <|coord_k|> or all floats."
+            )
         bins = [int(COORD_PATTERN.fullmatch(v)[1]) for v in values]  # type: ignore[index]
         return [float(c) * (height if i % 2 else width) for i, c in enumerate(decode_norm(bins))], True
     for v in values:

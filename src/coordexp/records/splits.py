@@ -16,7 +16,9 @@ def split_dev(records: Iterable[Record], dev_images: int) -> tuple[list[Record],
     """
     ranked = sorted(records, key=lambda r: hashlib.sha256(r.image.encode()).digest())
     if dev_images >= len(ranked):
-        raise DataError(f"records.dev_images is {dev_images} of {len(ranked)} training images; leave some for training.")
+        raise DataError(
+            f"records.dev_images is {dev_images} of {len(ranked)} training images; leave some for training."
+        )
     dev = {r.image for r in ranked[:dev_images]}
     in_order = sorted(ranked, key=lambda r: r.image)
     return [r for r in in_order if r.image not in dev], [r for r in in_order if r.image in dev]

@@ -88,7 +88,9 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
     settings = decode_settings(params)
-    reader = make_reader(checkpoint, params.text.codec, decode_identity(folder, samples[0], settings, params.text.codec))
+    reader = make_reader(
+        checkpoint, params.text.codec, decode_identity(folder, samples[0], settings, params.text.codec)
+    )
     started = time.monotonic()
     generations, results = predict_samples(
         checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images
@@ -188,5 +190,9 @@ def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
 def code_hash() -> str:
     """Hash of the sources that decide what a decode contains; an edit there must not reuse older predictions."""
     package = Path(__file__).parents[1]
-    files = [p for part in ("models", "packing", "rollout", "text", "geometry") for p in sorted((package / part).glob("*.py"))]
+    files = [
+        p
+        for part in ("models", "packing", "rollout", "text", "geometry")
+        for p in sorted((package / part).glob("*.py"))
+    ]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]

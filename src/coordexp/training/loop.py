@@ -87,9 +87,7 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
         TrainingError: when the loss of a step is not finite.
     """
-    optimizer = build_optimizer(
-        model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor
-    )
+    optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first = 0
     if (state := load_state(state_folder)) is not None:
@@ -121,7 +119,9 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
                 log.info("%s", _console_line(row, settings.steps))
             if stop.signal is not None and step + 1 < settings.steps:
                 save_state(state_folder, step + 1, model, optimizer)
-                raise Interrupted(f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again.")
+                raise Interrupted(
+                    f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again."
+                )
             if time.monotonic() - saved_at > settings.save_every_seconds:
                 save_state(state_folder, step + 1, model, optimizer)
                 saved_at = time.monotonic()
@@ -133,7 +133,9 @@ def _run_step(task: Task, step: int) -> dict[str, float]:
     for micro in task.micro_batches(step):
         value = float(micro.loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"loss of step {step} is {value}; terms: {micro.logs}. Lower the learning rate or inspect the pack.")
+            raise TrainingError(
+                f"loss of step {step} is {value}; terms: {micro.logs}. Lower the learning rate or inspect the pack."
+            )
         micro.loss.backward()
         total += value
         row |= micro.logs

@@ -67,7 +67,9 @@ def build_optimizer(
         chosen = {id(p) for p in [*matrices, *rows]}
         others = [p for _, p in named if id(p) not in chosen]
         muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return MuonWithAdamW(muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95)))
+        return MuonWithAdamW(
+            muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
+        )
     raise ConfigError(f"optimizer is {name!r}, expected 'muon' or 'adamw'.")
 
 

@@ -121,7 +121,12 @@ class TextTask:
 
 
 def prepare_base_samples(
-    coco_folder: Path, out: Path, tokenizer: PreTrainedTokenizerBase, pixels: PixelSpec, task_shares: dict[str, float], seed: int
+    coco_folder: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    pixels: PixelSpec,
+    task_shares: dict[str, float],
+    seed: int,
 ) -> None:
     """Tokenise one composed folder with the digits codec, drawing a task per image."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,9 +57,7 @@ def self_context_forwards(
     for _ in range(settings.n_iter - 1):
         table_VD = model.get_input_embeddings().weight
         slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
-        slot_embeds_ND = context_embeddings(
-            slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode
-        )
+        slot_embeds_ND = context_embeddings(slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode)
         if settings.grad_mode == "em_detach":
             slot_embeds_ND = slot_embeds_ND.detach()
         embeds_BTD = model.get_input_embeddings()(batch.input_ids)
@@ -67,4 +65,3 @@ def self_context_forwards(
         flat = flat.index_copy(0, coord_tokens_N, slot_embeds_ND.to(flat.dtype))
         last = hidden_states(model, batch, flat.view_as(embeds_BTD))
     return first, last
-

@@ -69,7 +69,10 @@ def _teach(
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
     source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
     task = TeacherTask(checkpoint.model, stage1_objective(params, checkpoint), source, collator, packs_by_step)
-    settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {"optim": optim.model_dump(), "stage": stage}
+    settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
+        "optim": optim.model_dump(),
+        "stage": stage,
+    }
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},

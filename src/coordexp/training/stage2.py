@@ -36,9 +36,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         SampleSource(store, encoder, params.text.object_order, params.seed),
         rollouts,
         encoder,
-        ChannelBSettings(
-            passes=params.stage2.passes, missed=params.stage2.missed, eos_weight=params.stage2.eos_weight
-        ),
+        ChannelBSettings(passes=params.stage2.passes, missed=params.stage2.missed, eos_weight=params.stage2.eos_weight),
         make_collator(checkpoint, paths.raw, profile.packing.pack_tokens),
         plan,
     )

@@ -13,7 +13,14 @@ from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
 from coordexp.training.loop import MicroBatch
-from coordexp.training.objective_step import Objective, coord_logs, denominators, diagnose, objective_terms, to_micro_batch
+from coordexp.training.objective_step import (
+    Objective,
+    coord_logs,
+    denominators,
+    diagnose,
+    objective_terms,
+    to_micro_batch,
+)
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import is_channel_b, step_items
 from coordexp.training.soft_context import SoftContext, self_context_forwards

@@ -9,7 +9,14 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.training.loop import MicroBatch
-from coordexp.training.objective_step import Objective, coord_logs, denominators, diagnose, objective_terms, to_micro_batch
+from coordexp.training.objective_step import (
+    Objective,
+    coord_logs,
+    denominators,
+    diagnose,
+    objective_terms,
+    to_micro_batch,
+)
 from coordexp.training.sample_source import SampleSource
 
 

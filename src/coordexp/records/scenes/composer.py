@@ -74,7 +74,9 @@ class _Canvas:
         opaque = np.zeros(self.pixels.shape[:2], dtype=bool)
         opaque[top : top + h, left : left + w] = sprite[..., 3] > 0.5
         remaining = [seen & ~opaque for seen in self.visible]
-        if any(left_over.sum() < MIN_VISIBLE * full for left_over, full in zip(remaining, self.full_pixels, strict=True)):
+        if any(
+            left_over.sum() < MIN_VISIBLE * full for left_over, full in zip(remaining, self.full_pixels, strict=True)
+        ):
             return False
         view = self.pixels[top : top + h, left : left + w]
         view += sprite[..., 3:] * (sprite[..., :3] - view)

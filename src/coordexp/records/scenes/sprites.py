@@ -50,7 +50,9 @@ def load_catalog(folder: Path) -> SpriteCatalog:
     """Read `catalog.json` and its sprites; raises DataError for a missing file or one whose hash differs."""
     manifest = folder / "catalog.json"
     if not manifest.is_file():
-        raise DataError(f"{manifest}: not found; expected the sprite manifest. Set source.sprites to the folder that holds it.")
+        raise DataError(
+            f"{manifest}: not found; expected the sprite manifest. Set source.sprites to the folder that holds it."
+        )
     sprites: dict[str, list[Sprite]] = {}
     splits: dict[str, str] = {}
     for row in json.loads(manifest.read_text(encoding="utf-8")):
