@@ -32,7 +32,9 @@ T = TypeVar("T")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHOWN_METRICS = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
-    *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece"),
+    *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
+    *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece", "confidence.auroc_tp_fp", "confidence.headroom_mAP"),
+    *("confidence.lrp", "input.names_unmapped", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
 )
 
 SHOWN_NAMES = 20
@@ -47,6 +49,9 @@ app = typer.Typer(
 )
 GtVsPred = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
+]
+Mapping = Annotated[
+    Literal["exact", "normalised", "semantic"], typer.Option(help="From a description to its category.")
 ]
 CategoriesFile = Annotated[
     Path | None,
@@ -230,6 +235,12 @@ def evaluate(
     results: GtVsPred,
     out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")],
     categories: CategoriesFile = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="COCO or LVIS JSON to check the images; LVIS adds its AP."),
+    ] = None,
+    mapping: Mapping = "normalised",
+    tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
 ) -> None:
     """Judge predictions by all metrics.
 
@@ -238,12 +249,17 @@ def evaluate(
     from coordexp.config.provenance import write_json
     from coordexp.evaluation.evaluator import rounded
 
-    (evaluation,) = _evaluate([results], categories)
+    (evaluation,) = _evaluate([results], categories, mapping, annotations)
     write_json(out, rounded(evaluation.metrics))
+    if tables:
+        from coordexp.evaluation.tables import write_tables
+
+        write_tables(evaluation, tables)
     counts = evaluation.metrics["coco"]
     print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
     intervals = evaluation.metrics["interval"]
-    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in SHOWN_METRICS]
+    shown = [key for key in SHOWN_METRICS if key.split(".")[0] in evaluation.metrics]
+    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in shown]
     _print_table(rows, ["metric", "value", "95% interval"])
     print(f"all metrics: {out}")
 
@@ -253,16 +269,17 @@ def compare(
     a: GtVsPred,
     b: GtVsPred,
     categories: CategoriesFile = None,
+    mapping: Mapping = "normalised",
     images: Annotated[int, typer.Option(min=0, help="How many of the most changed images to list.")] = 10,
 ) -> None:
     """Is A better than B, or is it noise?
 
     The paired difference A - B on the same images, with a 95% bootstrap interval and the probability that A is better.
     """
-    from coordexp.evaluation.evaluator import compare as compare_evaluations
-    from coordexp.evaluation.evaluator import most_changed_images
+    from coordexp.evaluation.comparison import compare as compare_evaluations
+    from coordexp.evaluation.comparison import most_changed_images
 
-    of_a, of_b = _evaluate([a, b], categories)
+    of_a, of_b = _evaluate([a, b], categories, mapping)
     rows = []
     for key, difference in compare_evaluations(of_a, of_b).items():
         row = [key, _number(of_a.value(key)), _number(of_b.value(key))]
@@ -280,9 +297,13 @@ def compare(
         _print_table(shown, ["image", "A", "B", "A - B"])
 
 
-def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation]:
+def _evaluate(
+    files: Sequence[Path], categories: Path | None, mapping: Mapping, annotations: Path | None = None
+) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
+    from coordexp.evaluation.annotations import read_annotations
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
+    from coordexp.evaluation.input_checks import check_known_images
     from coordexp.evaluation.settings import EvalSettings
     from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
@@ -292,7 +313,14 @@ def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation
         known: Sequence[Category] = _annotated_names(chain(*results))
     else:
         known = read_categories(categories)
-    return [evaluate_results(rows, known, EvalSettings()) for rows in results]
+    federated = None
+    if annotations:
+        image_ids, federated = read_annotations(annotations)
+        for rows in results:
+            check_known_images(rows, image_ids, str(annotations))
+            if len(rows) < len(image_ids):
+                _note(f"note: {len(rows)} of the {len(image_ids)} annotated images are evaluated.")
+    return [evaluate_results(rows, known, EvalSettings(mapping=mapping), federated) for rows in results]
 
 
 def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
@@ -375,7 +403,7 @@ def doctor(
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

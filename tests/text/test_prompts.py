@@ -31,8 +31,7 @@ def test_a_prompt_is_one_user_turn_with_one_image(task):
     assert ids.dtype == np.int32
     assert (ids == IMAGE_ID).sum() == 1
     assert TOKENIZER.decode(ids.tolist()) == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-        f"{TASKS[task]}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{TASKS[task]}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

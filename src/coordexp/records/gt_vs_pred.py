@@ -15,6 +15,8 @@ from typing import Any
 
 from coordexp.errors import DataError
 
+Box = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
@@ -32,14 +34,21 @@ class Prediction:
     `bins` are the four emitted bins (digits codec: the emitted numbers). `coord_logprobs` are log p of the four emitted
     coordinates at temperature 1 from the re-scoring forward, `desc_logprob` the mean over the description's tokens.
     `score` is None until scored; evaluation refuses that for AP, it never invents one.
+
+    `coord_sd_bins` are the standard deviations of the distributions at the four slots (None for digits).
+    `boxes_xyxy_px` and `scores` hold the alternatives by the names of `decode.box` and `decode.score`; one of each is
+    what `bbox_xyxy_px` and `score` say. They let settings be compared without decoding again.
     """
 
     desc: str
-    bbox_xyxy_px: tuple[float, float, float, float]
+    bbox_xyxy_px: Box
     bins: tuple[int, int, int, int]
     coord_logprobs: tuple[float, float, float, float] | None = None
     desc_logprob: float | None = None
     score: float | None = None
+    coord_sd_bins: tuple[float, float, float, float] | None = None
+    boxes_xyxy_px: dict[str, Box] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,12 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
                 desc=o["desc"],
                 bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
                 bins=tuple(o["bins"]),
-                coord_logprobs=None if o.get("coord_logprobs") is None else tuple(o["coord_logprobs"]),
+                coord_logprobs=_optional_tuple(o.get("coord_logprobs")),
                 desc_logprob=o.get("desc_logprob"),
                 score=o.get("score"),
+                coord_sd_bins=_optional_tuple(o.get("coord_sd_bins")),
+                boxes_xyxy_px={rule: _box(box, where) for rule, box in o.get("boxes_xyxy_px", {}).items()},
+                scores=dict(o.get("scores", {})),
             )
             for o in row["pred"]
         )
@@ -114,7 +126,11 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
         ) from error
 
 
-def _box(values: Any, where: str) -> tuple[float, float, float, float]:
+def _optional_tuple(values: Any) -> Any:
+    return None if values is None else tuple(values)
+
+
+def _box(values: Any, where: str) -> Box:
     box = tuple(float(v) for v in values)
     if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
         raise DataError(
@@ -132,8 +148,9 @@ def read_results(path: Path) -> Iterator[ImageResult]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                cut = "" if line.endswith(b"\n") else "the last line is cut: "
                 raise DataError(
-                    f"{where}: not valid JSON ({error}); the file was cut or edited. Decode again."
+                    f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again."
                 ) from error
             result = result_from_json(row, where)
             if result.image_id in seen:

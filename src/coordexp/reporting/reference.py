@@ -16,7 +16,8 @@ from coordexp.config.loading import read_yaml
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
-from coordexp.evaluation.evaluator import COMPARED
+from coordexp.evaluation.comparison import COMPARED
+from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.reporting.markdown import table
@@ -63,12 +64,19 @@ supervised coordinate slots of the step."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
+    "lvis": "Only with LVIS annotations, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
+    "protocol": "GT-positive classes (P1) beside the full vocabulary (P2) and the gap (`evaluation/matched.py`).",
     "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
     "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
+    "input": "How predicted names were mapped, and input that is odd but judged (`evaluation/input_checks.py`).",
     "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
+    "guarded": (
+        "Headline and set behaviour after a duplicate guard: of boxes of one name that overlap by the lowest duplicate "
+        "IoU, the first stays (`evaluation/matched.py`)."
+    ),
     "confidence": "What the scores know (`evaluation/confidence.py`).",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
 }
@@ -128,7 +136,7 @@ def _tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
 def metrics_markdown() -> str:
     """The page of all metrics and logged diagnostics; thresholds in names are the defaults of the evaluator."""
     by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
-    for spec in metric_specs(EvalSettings()).values():
+    for spec in metric_specs(EvalSettings(), lvis=True).values():
         by_area[spec.key.split(".")[0]].append(spec)
     logged = {**MEANINGS, "coord_tokens": "number of those slots"}
     diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]
@@ -139,6 +147,10 @@ def metrics_markdown() -> str:
         *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),
+        "## Bad input",
+        "Decided in `evaluation/input_checks.py`: an error, by exit code 2 and a message naming the place, for what "
+        "would make a number wrong; a counter for what a model may well answer.",
+        table(["input", "outcome", "why"], [[_cell(b.what), _cell(b.outcome), _cell(b.why)] for b in BAD_INPUT], "lll"),
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),

@@ -61,9 +61,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: str = "detect") -> NDAr
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, words: str) -> str:
     """One user turn with an image and words, and the opening of the answer, by the tokenizer's own template."""
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
-    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
