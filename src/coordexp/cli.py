@@ -392,7 +392,8 @@ def doctor(
     from coordexp.reporting.doctor import diagnose
 
     parameters = load_params(params)
-    chosen = load_profile(params.parent / "configs" / f"{profile or parameters.profile}.yaml")
+    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
+    chosen = load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:

@@ -85,7 +85,7 @@ def test_needs_by_hand(repository, monkeypatch):
     record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
     needs = needs_of([record] * 10, profile, "json")
     assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)
-    assert needs.text_tokens == 10 * (20 + 1 + 23)
+    assert needs.text_tokens == 10 * (20 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
     assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
     assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // profile.packing.pack_tokens)
     assert needs.over_pack == 0

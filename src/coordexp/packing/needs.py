@@ -1,6 +1,7 @@
 """What a run will need, estimated from the records alone: tokens, packs, passes over the data, disk, memory.
 
-Image tokens are exact (the same resize as in training). Text tokens are estimates, as no tokenizer is loaded.
+Image tokens are exact (the same resize as in training), as are the scaffold and the coordinates. Names and prompts are
+estimates by their length.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
+from coordexp.text.codecs import Role, TextObject, get_codec
 
-# Qwen's tokenizer on the two codecs: scaffold and coordinates of one object, without its name.
-TOKENS_PER_OBJECT = {"json": 23, "tags": 8}
 PROMPT_TOKENS = 20  # role headers, image markers and the shortest instruction
 CHARACTERS_PER_TOKEN = 4
 # float32 weights and gradients, and AdamW's two moments; activations come on top.
@@ -51,11 +53,12 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     """
     folder = Path(profile.model.path)
     spec = _pixel_spec(folder, profile)
+    per_object = tokens_per_object(folder, codec)
     lengths, image_tokens = [], 0
     for record in records:
         visual = spec.tokens(*resized_size(record.width, record.height, spec))
         image_tokens += visual
-        lengths.append(visual + _text_tokens(record, codec))
+        lengths.append(visual + _text_tokens(record, per_object))
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
@@ -73,12 +76,24 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     )
 
 
-def _text_tokens(record: Record, codec: str) -> int:
+def _text_tokens(record: Record, per_object: int) -> int:
     prompt: Mapping[str, list[str]] = record.metadata.get("prompt", {})
     asked = sum(len(name) // CHARACTERS_PER_TOKEN + 2 for name in prompt.get("names", []))
     objects = [o for o in record.objects if not o.metadata.get("iscrowd")]
     names = sum(len(o.desc) // CHARACTERS_PER_TOKEN + 1 for o in objects)
-    return PROMPT_TOKENS + asked + names + TOKENS_PER_OBJECT[codec] * len(objects)
+    return PROMPT_TOKENS + asked + names + per_object * len(objects)
+
+
+def tokens_per_object(folder: Path, codec: str) -> int:
+    """Scaffold and coordinate tokens of one object among others, without its name; CheckpointError without a tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; model.path must be a checkpoint folder with its tokenizer.")
+    tokenizer = Tokenizer.from_file(str(path))
+    pair = get_codec(codec).segments([TextObject("a", (1, 2, 3, 4))] * 2)
+    second = [segment for segment in pair if segment.object_index == 1 and segment.role != Role.DESC]
+    # A coordinate is one token once norm1000 has added them to the tokenizer.
+    return sum(1 if s.role is Role.COORD else len(tokenizer.encode(s.text).ids) for s in second)
 
 
 def _pixel_spec(folder: Path, profile: Profile) -> PixelSpec:

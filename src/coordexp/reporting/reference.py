@@ -1,8 +1,9 @@
 """The reference pages docs/parameters.md and docs/metrics.md, written from the code that checks and computes.
 
-    python -m coordexp.reporting.reference        # from the repository root: rewrites both pages
+    python -m coordexp.reporting.reference        # from the repository root: rewrites both, and README's results
 
-Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong.
+Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong. README
+shows the results of the committed run.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.reporting.markdown import table
+from coordexp.reporting.readme import SHOWN_PROFILE, results_table, with_results
 from coordexp.reporting.training_tables import MEANINGS
 
 Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
 
-PARAMETERS_PAGE, METRICS_PAGE = Path("docs/parameters.md"), Path("docs/metrics.md")
+PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PARAMS_FILE = "params.yaml"
 PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
@@ -173,7 +175,8 @@ def _cell(words: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
-    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown()}
+    readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
+    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}
 
 
 def main() -> None:
