@@ -85,7 +85,7 @@ def _text_tokens(record: Record, per_object: int) -> int:
 
 
 def tokens_per_object(folder: Path, codec: str) -> int:
-    """Scaffold and coordinate tokens of one object among others, without its name; CheckpointError without a tokenizer."""
+    """Scaffold and coordinate tokens of one object without its name; CheckpointError without a tokenizer."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; model.path must be a checkpoint folder with its tokenizer.")

@@ -1,4 +1,4 @@
-"""The results in README.md: a block that is rewritten from the committed metrics, so that no number in it can grow old."""
+"""The results in README.md: a block rewritten from the committed metrics, so that no number in it can grow old."""
 
 from __future__ import annotations
 
