@@ -169,7 +169,7 @@ def test_self_context_is_channel_a_only_and_counted_as_compute(world, checkpoint
     a_once, a_twice, b_once, b_twice = run(once, 0), run(twice, 0), run(once, 1), run(twice, 1)
     assert a_twice.logs["tokens"] == 2 * a_once.logs["tokens"] == 2 * sum(s.length for s in world.samples)
     assert a_twice.logs["loss/text_ce"] == pytest.approx(a_once.logs["loss/text_ce"])  # anchored on the first forward
-    assert a_twice.logs["loss/softce"] != pytest.approx(a_once.logs["loss/softce"], rel=1e-4)
+    assert a_twice.logs["loss/softce"] != pytest.approx(a_once.logs["loss/softce"], rel=1e-5)
     assert b_twice.logs == b_once.logs
     assert float(b_twice.loss.detach()) == float(b_once.loss.detach())
 
