@@ -22,7 +22,9 @@ env: $(STAMP)  ## make .venv from requirements.lock (once)
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip install -qq -r requirements.lock
+	@$(VENV)/bin/python -m pip install -qq --no-compile -r requirements.lock
+	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 

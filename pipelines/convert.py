@@ -1,28 +1,48 @@
-"""COCO annotations to records, split into train, dev and val."""
+"""Annotations to records, split into train, dev and val."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
+from coordexp.records.convert import Converted, convert_datasets
+from coordexp.records.manifest import image_roots
 from coordexp.records.schema import write_records
 from coordexp.records.sources.coco import read_coco
 from coordexp.records.splits import split_dev
 
 
 def run(context: StageContext) -> None:
-    """Convert both annotation files, take dev out of train, and count what was dropped."""
+    """Write one JSONL for each split, the categories, and every annotation that was dropped with its reason."""
     raw, out = context.paths.raw, context.paths.records
     out.mkdir(parents=True, exist_ok=True)
+    if image_roots(raw):
+        converted = convert_datasets(raw, context.profile.records, context.params.seed)
+        drops = converted.drops()
+        write_json(out / "sets.json", converted.sets)
+        with (out / "dropped.jsonl").open("w", encoding="utf-8") as file:
+            for split, problems in converted.problems.items():
+                file.writelines(json.dumps({"split": split} | asdict(p), ensure_ascii=False) + "\n" for p in problems)
+    else:
+        converted, drops = _scenes(context)
+    for name, records in converted.splits.items():
+        write_records(out / f"{name}.jsonl", records)
+        context.log.info("%s: %d records, %d objects", name, len(records), sum(len(r.objects) for r in records))
+    write_json(out / "categories.json", [asdict(c) for c in converted.categories])
+    write_json(out / "drops.json", drops)
+    context.log.info("dropped: %s", drops)
+
+
+def _scenes(context: StageContext) -> tuple[Converted, dict[str, dict[str, int]]]:
+    """The composed scenes: a COCO folder that holds its own images."""
+    raw = context.paths.raw
     source = read_coco(raw / "annotations" / "instances_train.json", "images/train/")
     val = read_coco(raw / "annotations" / "instances_val.json", "images/val/")
     train, dev = split_dev(source.records, context.profile.records.dev_images)
-    for name, records in (("train", train), ("dev", dev), ("val", val.records)):
-        write_records(out / f"{name}.jsonl", records)
-        context.log.info("%s: %d images, %d objects", name, len(records), sum(len(r.objects) for r in records))
-    write_json(out / "categories.json", [asdict(c) for c in val.categories])
-    write_json(out / "drops.json", {"train": source.drops, "val": val.drops})
+    splits = {"train": train, "dev": dev, "val": list(val.records)}
+    return Converted(splits, list(val.categories)), {"train": source.drops, "val": val.drops}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compose the scenes of the embedded profile as a COCO folder with a manifest."""
+"""Make the source data present: compose the scenes of the embedded profile, or take stock of data sets on disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ import os
 from pathlib import Path
 
 from coordexp.config.process import StageContext, stage_main
+from coordexp.config.profile import DatasetsConfig, SourceConfig
 from coordexp.config.provenance import file_hash, write_json
+from coordexp.records.manifest import write_manifest
 from coordexp.records.scenes.coco_folder import write_coco_folder
 from coordexp.records.scenes.composer import SceneSpec
 
 
 def run(context: StageContext) -> None:
-    """Compose scenes from the seed; write images, annotations and a manifest of counts and hashes."""
-    source, out = context.profile.source, context.paths.raw
+    """Write `data/<profile>/raw`: composed scenes, or a manifest of images that stay where they are."""
+    source: SourceConfig | DatasetsConfig = context.profile.source
+    if isinstance(source, DatasetsConfig):
+        _take_stock(context, source)
+    else:
+        _compose(context, source)
+
+
+def _take_stock(context: StageContext, source: DatasetsConfig) -> None:
+    manifest = write_manifest(context.paths.raw, source.sets, source.verify == "decode", workers=os.cpu_count() or 1)
+    for name, found in manifest["sets"].items():
+        problems = ", ".join(f"{reason} {n}" for reason, n in found["problems"].items()) or "no problem"
+        context.log.info("raw: %s: %d images, %d bytes, %s", name, found["images"], found["bytes"], problems)
+
+
+def _compose(context: StageContext, source: SourceConfig) -> None:
+    out = context.paths.raw
     spec = SceneSpec(**source.model_dump(include=set(SceneSpec.__slots__)))
     objects = write_coco_folder(
         out,

@@ -10,7 +10,8 @@ from coordexp.reporting.report import build_report
 def run(context: StageContext) -> None:
     """Write `progress.md` with its pictures."""
     gallery = context.profile.report.gallery_images
-    inputs = ReportInputs.of(context.paths, context.params.model_dump(), gallery)
+    composed = context.profile.source.kind == "scenes"
+    inputs = ReportInputs.of(context.paths, context.params.model_dump(), gallery, composed=composed)
     context.log.info("report: %s", build_report(inputs, context.paths.reports))
 
 

@@ -252,10 +252,11 @@ def test_evaluate_writes_every_metric_and_prints_a_few(run: Run, half_right: Pat
     assert metrics["coco"]["AP50"] == 0.5
     assert (metrics["f1"]["precision_50"], metrics["f1"]["recall_50"]) == (1.0, 0.5)
     assert done.out.startswith("4 images, 8 objects, 4 predictions\n")
-    shown = {line.split()[0]: line.split()[1:] for line in done.out.splitlines() if line.count(".") > 1}
+    shown = {line.split()[0]: line.split()[1:] for line in done.out.splitlines() if "." in line.split()[0]}
+    undefined = {"confidence.auroc_tp_fp"}  # no false positive to be separated from
     assert shown["coco.AP50"] == ["0.5000", "0.5000", "..", "0.5000"]
     assert shown["f1.full_50"][0] == "0.6667"
-    assert shown.keys() >= set(cli.SHOWN_METRICS)
+    assert shown.keys() >= {key for key in cli.SHOWN_METRICS if not key.startswith("lvis.")} - undefined
 
 
 def test_evaluate_with_categories(run: Run, half_right: Path, tmp_path: Path) -> None:
@@ -268,6 +269,31 @@ def test_evaluate_with_categories(run: Run, half_right: Path, tmp_path: Path) ->
     categories.write_text(json.dumps(rows[:1]), encoding="utf-8")
     done = run("evaluate", half_right, "--out", out, "--categories", categories)
     assert (done.code, "'dog' is none of the 1 categories" in done.err) == (2, True)
+
+
+def test_evaluate_checks_the_annotations_and_adds_lvis(run: Run, half_right: Path, tmp_path: Path) -> None:
+    annotations, out = tmp_path / "instances.json", tmp_path / "metrics.json"
+    images = [{"id": i} for i in range(1, 6)]
+    annotations.write_text(json.dumps({"images": images}), encoding="utf-8")
+    done = run("evaluate", half_right, "--out", out, "--annotations", annotations)
+    assert (done.code, "4 of the 5 annotated images" in done.err, "lvis.mAP" in done.out) == (0, True, False)
+    labelled = [{**i, "neg_category_ids": [], "not_exhaustive_category_ids": []} for i in images]
+    names = [{"id": 1, "name": "cat", "frequency": "f"}, {"id": 2, "name": "dog", "frequency": "r"}]
+    annotations.write_text(json.dumps({"images": labelled, "categories": names}), encoding="utf-8")
+    assert "lvis.mAP" in run("evaluate", half_right, "--out", out, "--annotations", annotations).out
+    metrics = json.loads(out.read_text(encoding="utf-8"))
+    assert (metrics["lvis"]["APf"], metrics["lvis"]["APr"], metrics["lvis"]["APc"]) == (1.0, 0.0, None)
+    annotations.write_text(json.dumps({"images": images[:2]}), encoding="utf-8")
+    done = run("evaluate", half_right, "--out", out, "--annotations", annotations)
+    assert (done.code, "Image id 3 is not in the annotations" in done.err) == (2, True)
+
+
+def test_evaluate_writes_tables(run: Run, half_right: Path, tmp_path: Path) -> None:
+    assert run("evaluate", half_right, "--out", tmp_path / "m.json", "--tables", tmp_path / "tables").code == 0
+    rows = (tmp_path / "tables" / "per_class.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0].startswith("id,name,split,n_gt,n_pred,AP,AP50")
+    assert [row.split(",")[1] for row in rows[1:]] == ["cat", "dog"]
+    assert len(json.loads((tmp_path / "tables" / "per_image.json").read_text(encoding="utf-8"))) == 4
 
 
 def test_compare_shows_the_difference_and_where_it_lies(run: Run, half_right: Path, tmp_path: Path) -> None:

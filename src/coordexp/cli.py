@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | convert`, useful without DVC.
+"""The command line: `coordexp predict | evaluate | compare | convert | doctor`, useful without DVC.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -32,7 +32,9 @@ T = TypeVar("T")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHOWN_METRICS = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
-    *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece"),
+    *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
+    *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece", "confidence.auroc_tp_fp", "confidence.headroom_mAP"),
+    *("confidence.lrp", "input.names_unmapped", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
 )
 
 SHOWN_NAMES = 20
@@ -43,10 +45,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A vision-language model as an object detector: predict, evaluate, compare, convert.",
+    help="A vision-language model as an object detector: predict, evaluate, compare, convert, doctor.",
 )
 GtVsPred = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
+]
+Mapping = Annotated[
+    Literal["exact", "normalised", "semantic"], typer.Option(help="From a description to its category.")
 ]
 CategoriesFile = Annotated[
     Path | None,
@@ -259,6 +264,12 @@ def evaluate(
     results: GtVsPred,
     out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")],
     categories: CategoriesFile = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="COCO or LVIS JSON to check the images; LVIS adds its AP."),
+    ] = None,
+    mapping: Mapping = "normalised",
+    tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
 ) -> None:
     """Judge predictions by all metrics.
 
@@ -267,12 +278,17 @@ def evaluate(
     from coordexp.config.provenance import write_json
     from coordexp.evaluation.evaluator import rounded
 
-    (evaluation,) = _evaluate([results], categories)
+    (evaluation,) = _evaluate([results], categories, mapping, annotations)
     write_json(out, rounded(evaluation.metrics))
+    if tables:
+        from coordexp.evaluation.tables import write_tables
+
+        write_tables(evaluation, tables)
     counts = evaluation.metrics["coco"]
     print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
     intervals = evaluation.metrics["interval"]
-    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in SHOWN_METRICS]
+    shown = [key for key in SHOWN_METRICS if key.split(".")[0] in evaluation.metrics]
+    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in shown]
     _print_table(rows, ["metric", "value", "95% interval"])
     print(f"all metrics: {out}")
 
@@ -282,16 +298,17 @@ def compare(
     a: GtVsPred,
     b: GtVsPred,
     categories: CategoriesFile = None,
+    mapping: Mapping = "normalised",
     images: Annotated[int, typer.Option(min=0, help="How many of the most changed images to list.")] = 10,
 ) -> None:
     """Is A better than B, or is it noise?
 
     The paired difference A - B on the same images, with a 95% bootstrap interval and the probability that A is better.
     """
-    from coordexp.evaluation.evaluator import compare as compare_evaluations
-    from coordexp.evaluation.evaluator import most_changed_images
+    from coordexp.evaluation.comparison import compare as compare_evaluations
+    from coordexp.evaluation.comparison import most_changed_images
 
-    of_a, of_b = _evaluate([a, b], categories)
+    of_a, of_b = _evaluate([a, b], categories, mapping)
     rows = []
     for key, difference in compare_evaluations(of_a, of_b).items():
         row = [key, _number(of_a.value(key)), _number(of_b.value(key))]
@@ -309,9 +326,13 @@ def compare(
         _print_table(shown, ["image", "A", "B", "A - B"])
 
 
-def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation]:
+def _evaluate(
+    files: Sequence[Path], categories: Path | None, mapping: Mapping, annotations: Path | None = None
+) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
+    from coordexp.evaluation.annotations import read_annotations
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
+    from coordexp.evaluation.input_checks import check_known_images
     from coordexp.evaluation.settings import EvalSettings
     from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
@@ -321,7 +342,14 @@ def _evaluate(files: Sequence[Path], categories: Path | None) -> list[Evaluation
         known: Sequence[Category] = _annotated_names(chain(*results))
     else:
         known = read_categories(categories)
-    return [evaluate_results(rows, known, EvalSettings()) for rows in results]
+    federated = None
+    if annotations:
+        image_ids, federated = read_annotations(annotations)
+        for rows in results:
+            check_known_images(rows, image_ids, str(annotations))
+            if len(rows) < len(image_ids):
+                _note(f"note: {len(rows)} of the {len(image_ids)} annotated images are evaluated.")
+    return [evaluate_results(rows, known, EvalSettings(mapping=mapping), federated) for rows in results]
 
 
 def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
@@ -378,8 +406,34 @@ def _check_image(record: Record, folder: Path, where: str) -> None:
         raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
 
 
+@app.command()
+def doctor(
+    profile: Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")] = None,
+    params: Annotated[Path, typer.Option(help="Parameter file of the repository.")] = Path("params.yaml"),
+    header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
+) -> None:
+    """Find every fault of a profile's data in one pass, and say what a run will need.
+
+    Nothing is written unless --out is given. The exit code is 2 if the stages would stop.
+    """
+    from coordexp.config.loading import load_params, load_profile
+    from coordexp.reporting.doctor import diagnose
+
+    parameters = load_params(params)
+    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
+    chosen = load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
+    diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
+    print("\n".join(diagnosis.lines))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
+    if diagnosis.stops:
+        raise typer.Exit(EXIT_USAGE)
+
+
 def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

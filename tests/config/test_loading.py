@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from coordexp.config.block import Block, expectation, field_specs, nested_block
 from coordexp.config.loading import load_params, load_profile, read_yaml
-from coordexp.config.profile import Profile
+from coordexp.config.profile import DatasetConfig, DatasetsProfile, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import COORD_TERMS, Params
 from coordexp.errors import ConfigError
@@ -289,8 +289,11 @@ def test_parameters_are_frozen() -> None:
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_profiles_load_and_have_the_same_keys(path: Path) -> None:
-    load_profile(path)
-    assert key_tree(read_yaml(path)) == key_tree(read_yaml(FILES[Profile][0]))
+    profile = load_profile(path)
+    tree, like = read_yaml(path), read_yaml(FILES[Profile][0])
+    if isinstance(profile, DatasetsProfile):
+        del tree["source"], like["source"]  # validated above; its sets have names of the user's choice
+    assert key_tree(tree) == key_tree(like)
 
 
 def key_tree(node: Any) -> Any:
@@ -303,3 +306,48 @@ def test_params_file_has_every_key_of_the_schema_once() -> None:
             yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
 
     assert sorted(keys(read_yaml(ROOT / "params.yaml"))) == sorted(spec.key for spec in field_specs(Params))
+
+
+COCO_SET = {
+    "format": "coco", "root": "datasets/coco", "train": "instances_train.json", "val": "instances_val.json",
+    "train_images": "train", "val_images": "val", "weight": 1.0, "prompt": "open",
+}  # fmt: skip
+DATASETS = {"kind": "datasets", "verify": "decode", "sets": {"coco": COCO_SET}}
+
+
+def datasets_error(folder: Path, changes: dict[str, Any]) -> str:
+    tree = with_value(read_yaml(FILES[Profile][0]), "source", copy.deepcopy(DATASETS))
+    for key, value in changes.items():
+        tree = with_value(tree, key, value)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(written(folder / "sets.yaml", tree))
+    return str(caught.value)
+
+
+def test_data_sets_are_read_by_name(tmp_path: Path) -> None:
+    tree = with_value(read_yaml(FILES[Profile][0]), "source", copy.deepcopy(DATASETS))
+    profile = load_profile(written(tmp_path / "sets.yaml", with_value(tree, "records.dev_images", 10**6)))
+    assert isinstance(profile, DatasetsProfile)
+    assert profile.source.sets == {"coco": DatasetConfig(**COCO_SET)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source.sets": {}}, "source.sets: found {} (a block), expected a block of one or more names, each a block"),
+        ({"source.sets": 3}, "source.sets: found 3 (an integer), expected a block of one or more names"),
+        ({"source.sets.coco": 3}, "source.sets.coco: found 3 (an integer), expected a block"),
+        ({"source.sets.coco.weight": "high"}, "source.sets.coco.weight: found 'high' (text), expected a number in ("),
+        ({"source.sets.coco.weight": 0}, "source.sets.coco.weight: found 0 (an integer), expected a number in (0, "),
+        ({"source.sets.coco.format": "coko"}, "source.sets.coco.format: found 'coko' (text), expected one of coco,"),
+        ({"source.sets.coco.root": ...}, "source.sets.coco.root: missing, expected non-empty text."),
+        ({"source.sets.coco.roots": 1}, "source.sets.coco.roots: unknown key, set to 1 (an integer). Did you"),
+        ({"source.sets.coco.roots": "x"}, "(valid keys of source.sets.coco: format, root, train, val,"),
+        ({"source.sets.COCO 2017": COCO_SET}, "source.sets.COCO 2017: not a name; expected small letters"),
+        ({"source.sets.coco.val": "none"}, "source: no set has a val split; name the annotations of at least one."),
+        ({"source.kind": "datasetz"}, "source.kind: found 'datasetz' (text), expected one of scenes, datasets."),
+        ({"source.sprites": "x"}, "source.sprites: unknown key"),
+    ],
+)
+def test_wrong_data_sets(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    assert f"  {message}" in datasets_error(tmp_path, changes)

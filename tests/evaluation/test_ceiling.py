@@ -24,7 +24,9 @@ def test_a_small_box_off_the_grid():
     overlap = (111 - 100.4) ** 2
     iou = pytest.approx(overlap / (10.8**2 + 11**2 - overlap))
     assert ceiling["mean_iou"] == iou
-    assert ceiling["by_area"] == [{"size": "small", "n": 1, "mean_iou": iou, "share_95": 0.0}]
+    # IoU .897 passes the eight thresholds up to .85.
+    of_size = {"mAP": pytest.approx(0.8), "AP75": pytest.approx(1), "AP90": 0.0, "f1_95": 0.0}
+    assert ceiling["by_area"] == [{"size": "small", "n": 1, **of_size, "mean_iou": iou, "share_95": 0.0}]
     assert ceiling["by_side_px"][0]["size"] == "8-16"
     assert (ceiling["f1_75"], ceiling["f1_95"]) == (1, 0)
 
@@ -39,6 +41,10 @@ def test_small_boxes_lose_most():
     means = [row["mean_iou"] for row in ceiling["by_side_px"]]
     assert [row["size"] for row in ceiling["by_side_px"]] == ["<8", "8-16", "16-32", "64-128"]
     assert means == sorted(means)
+    for key in ("mAP", "f1_95"):
+        by_size = [row[key] for row in ceiling["by_side_px"]]
+        assert by_size == sorted(by_size)
+        assert by_size[0] < ceiling[key] < by_size[-1]
     assert means[0] < 0.9 < means[-1]
     assert sum(row["n"] for row in ceiling["by_area"]) == ceiling["n_objects"] == 800
     assert ceiling["AP50"] == pytest.approx(1)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.confidence import auroc, calibration_error, oracle_scores
 from coordexp.evaluation.table import build_table
 from evaluation.builders import random_results

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from coordexp.errors import ConfigError, DataError
-from coordexp.evaluation.evaluator import COMPARED, compare, evaluate, most_changed_images, rounded
+from coordexp.evaluation.comparison import COMPARED, compare, most_changed_images
+from coordexp.evaluation.evaluator import evaluate, rounded
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.records.gt_vs_pred import ParseReport
@@ -47,7 +48,7 @@ def test_per_image_counts_sum_to_the_totals():
         assert sum(row[key] for row in evaluation.per_image) == evaluation.metrics["f1"][key]
     for key in ("n_gt", "n_pred"):
         assert sum(row[key] for row in evaluation.per_image) == evaluation.metrics["coco"][key]
-    assert sum(row["n_unmapped"] for row in evaluation.per_image) == evaluation.details["mapping"]["unmapped"] > 0
+    assert sum(row["n_unmapped"] for row in evaluation.per_image) == evaluation.metrics["input"]["names_unmapped"] > 0
 
 
 def test_parse_counters_are_summed():

@@ -57,10 +57,11 @@ def test_counts_add_up(crowd_rate):
             np.testing.assert_array_equal(judged, table.n_pred_I)
 
 
-def test_thresholds_name_the_keys_and_one_half_is_always_there():
-    matches = match_greedily(build_table(*random_results(1)), 0.35)
-    keys = set(f1_metrics(matches, EvalSettings(f1_ious=(0.35, 0.9))))
-    assert {"loc_35", "full_35", "loc_50", "full_50", "loc_90", "full_90"} <= keys
+def test_thresholds_name_the_keys_and_the_published_ones_are_always_there():
+    table = build_table(*random_results(1))
+    matches = match_greedily(table, 0.35)
+    keys = set(f1_metrics(table, matches, matches, EvalSettings(f1_ious=(0.35, 0.9))))
+    assert {"loc_35", "full_35_macro", "loc_50", "full_50_annotated", "loc_90", "full_90", "full_95"} <= keys
     assert "loc_75" not in keys
 
 

@@ -18,8 +18,10 @@ def test_the_decision_note_rows_are_consistent():
         assert row["f1"] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-4)
 
 
-def test_every_anchor_names_a_protocol_and_how_it_is_known():
-    table = published_tables()["coco_anchors"]
+@pytest.mark.parametrize("name", ["coco_anchors", "lvis_anchors"])
+def test_every_anchor_names_a_protocol_and_how_it_is_known(name):
+    table = published_tables()[name]
+    assert len({row["system"] for row in table["rows"]}) == len(table["rows"])
     for row in table["rows"]:
         assert row["protocol"] in table["protocols"]
         assert row["mark"] in {"paper", "source read", "reported"}

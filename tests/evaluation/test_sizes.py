@@ -26,8 +26,10 @@ def test_recall_by_side():
             "n_gt": 2,
             "recall_50": 0.5,
             "recall_75": 0.0,
+            "recall_95": 0.0,
             "mean_iou": pytest.approx(0.6),
             "sem_acc": 0.0,
         },
-        {"side_px": "32-64", "n_gt": 1, "recall_50": 1.0, "recall_75": 1.0, "mean_iou": 1.0, "sem_acc": 1.0},
+        {"side_px": "32-64", "n_gt": 1, **dict.fromkeys(("recall_50", "recall_75", "recall_95"), 1.0)}
+        | {"mean_iou": 1.0, "sem_acc": 1.0},
     ]

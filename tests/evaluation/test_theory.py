@@ -7,8 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordexp.evaluation.categories import MATCHED_BY
 from coordexp.records.gt_vs_pred import GroundTruth
 from evaluation.builders import ANIMALS, CAT, DOG, box, image, perfect_zoo, pred, run, shifted, with_predictions
+
+
+def names_found(evaluation):
+    return {how: evaluation.metrics["input"][f"names_{how}"] for how in MATCHED_BY}
 
 
 def test_perfect_predictions_reach_every_maximum():
@@ -35,6 +40,8 @@ def test_no_predictions():
         "auroc_tp_fp": None,
         "perfect_ranking_mAP": 0,
         "constant_score_mAP": 0,
+        "headroom_mAP": 0,
+        **{"lrp": 1, "lrp_loc": None, "lrp_fp": 0, "lrp_fn": 1},
     }
     assert metrics["set"]["omission_rate"] == metrics["parse"]["empty_rate"] == 1
     assert metrics["set"]["count_error_mean"] == -3
@@ -58,7 +65,8 @@ def test_one_class_renamed_to_a_name_outside_the_list():
     assert metrics["held_out"]["mAP"] == pytest.approx(1)
     assert metrics["f1"]["loc_50"] == 1
     assert metrics["f1"]["full_50"] == metrics["f1"]["sem_acc_on_matched_50"] == pytest.approx(2 / 3)
-    assert evaluation.details["mapping"] == {"exact": 8, "normalised": 0, "unmapped": 4}
+    assert names_found(evaluation) == {"exact": 8, "normalised": 0, "semantic": 0, "ambiguous": 0, "unmapped": 4}
+    assert metrics["f1"]["full_50_class_macro"] == pytest.approx(2 / 3)
 
 
 def test_swapped_names_leave_the_boxes_right():
@@ -72,7 +80,7 @@ def test_swapped_names_leave_the_boxes_right():
 def test_names_that_differ_in_case_underscore_and_space_are_the_same_name():
     evaluation = run(with_predictions(perfect_zoo(), lambda p: [replace(p, desc=p.desc.upper().replace(" ", "_"))]))
     assert evaluation.metrics["coco"]["mAP"] == evaluation.metrics["f1"]["full_50"] == pytest.approx(1)
-    assert evaluation.details["mapping"] == {"exact": 0, "normalised": 12, "unmapped": 0}
+    assert names_found(evaluation) == {"exact": 0, "normalised": 12, "semantic": 0, "ambiguous": 0, "unmapped": 0}
 
 
 def test_every_box_doubled_with_the_copy_ranked_below():
@@ -87,8 +95,9 @@ def test_every_box_doubled_with_the_copy_ranked_below():
     assert metrics["set"]["count_error_mean"] == 3
     assert metrics["set"]["over_generation_rate"] == 0.5
     assert metrics["confidence"]["auroc_tp_fp"] == 1
-    assert evaluation.details["guarded"]["f1.full_50"] == 1
-    assert evaluation.details["guarded"]["n_pred"] == 12
+    assert (metrics["guarded"]["full_50"], metrics["guarded"]["n_pred"], metrics["guarded"]["n_removed"]) == (1, 12, 12)
+    assert metrics["guarded"]["dup_image_rate"] == metrics["guarded"]["count_error_mean"] == 0
+    assert [row["pairs"] for row in evaluation.details["worst_duplicates"]] == [3] * 4
 
 
 def test_every_box_doubled_with_equal_scores():
@@ -182,7 +191,9 @@ def test_only_inventions_of_absent_categories_separate_the_two_protocols():
     results = [image(i, [("cat", box(0, 0))], [pred("cat", box(0, 0)), pred("dog", box(3, 0))]) for i in range(3)]
     evaluation = run(results)
     assert evaluation.metrics["f1"]["full_50"] == pytest.approx(2 / 3)
-    assert evaluation.details["annotated"]["f1.full_50"] == 1
+    assert evaluation.metrics["f1"]["full_50_annotated"] == evaluation.metrics["protocol"]["positive_full_50"] == 1
+    assert evaluation.metrics["protocol"]["gap_full_50"] == pytest.approx(1 / 3)
+    assert evaluation.metrics["protocol"]["absent_name_rate"] == 0.5
 
 
 def test_reversed_generation_order_violates_reading_order_everywhere():

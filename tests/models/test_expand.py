@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
-from coordexp.models.expand import add_coordinate_tokens, coordinate_rows, ordinal_term
+from coordexp.models.expand import ORDINAL_SCALE, add_coordinate_tokens, coordinate_rows, ordinal_term
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.text.vocabulary import CoordVocabulary
@@ -135,9 +135,10 @@ def test_digit_rows_are_the_mean_of_the_digits_of_the_bin(known_VD, bin_index, d
     torch.testing.assert_close(rows[bin_index], sum(known_VD[10 + d] for d in digits) / len(digits))
 
 
-def test_ordinal_rows_add_a_smooth_term_to_the_digits(known_VD):
-    digits, ordinal = (coordinate_rows(known_VD, DIGIT_IDS, name, 5) for name in ("digits", "ordinal"))
-    torch.testing.assert_close(ordinal - digits, ordinal_term(64, float(known_VD.std()), 5))
+def test_ordinal_rows_add_a_smooth_term_to_the_mean_digit(known_VD):
+    rows_KD = coordinate_rows(known_VD, DIGIT_IDS, "ordinal", 5)
+    term_KD = ordinal_term(64, ORDINAL_SCALE * float(known_VD.std()), 5)
+    torch.testing.assert_close(rows_KD, known_VD[DIGIT_IDS].mean(0) + term_KD)
 
 
 def test_the_ordinal_term_makes_neighbours_alike():

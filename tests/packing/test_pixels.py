@@ -66,6 +66,24 @@ def test_sizes_equal_those_of_transformers(spec):
         assert new_width * new_height >= spec.min_pixels
 
 
+def test_ten_thousand_sizes_of_any_shape_equal_those_of_transformers():
+    """From 1 px to 20,000 px and aspect ratios up to 200, with the areas that profiles use."""
+    rng = np.random.default_rng(1)
+    areas = [(65_536, 16_777_216), (65_536, 1_048_576), (4096, 9216), (262_144, 262_144)]
+    for trial in range(10_000):
+        low, high = areas[trial % len(areas)]
+        longer, ratio = np.exp(rng.uniform(0, np.log(20_000))), np.exp(rng.uniform(0, np.log(200)))
+        sides = sorted([max(1, int(longer)), max(1, int(longer / ratio))])
+        width, height = sides if trial % 2 else sides[::-1]
+        if max(sides) > 200 * min(sides):
+            continue
+        spec = PixelSpec(16, 2, 2, low, high)
+        new_width, new_height = resized_size(width, height, spec)
+        expected = smart_resize(height, width, factor=32, min_pixels=low, max_pixels=high)
+        assert (new_height, new_width) == expected, (width, height, low, high)
+        assert spec.tokens(new_width, new_height) == new_width * new_height // 1024 > 0
+
+
 def test_a_resized_image_keeps_its_size():
     for width, height in ((64, 128), (96, 96), (128, 96)):
         assert resized_size(width, height, tiny_pixels()) == (width, height)

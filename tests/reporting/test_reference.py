@@ -18,7 +18,14 @@ from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.losses.diagnostics import coord_diagnostics
 from coordexp.losses.soft_targets import SoftTarget
-from coordexp.reporting.reference import METRICS_PAGE, PARAMETERS_PAGE, metrics_markdown, pages, parameters_markdown
+from coordexp.reporting.reference import (
+    METRICS_PAGE,
+    PARAMETERS_PAGE,
+    README,
+    metrics_markdown,
+    pages,
+    parameters_markdown,
+)
 
 STAGES = {
     "train": {"params": ["softce_weight", "matching", {"configs/${profile}.yaml": ["stage1"]}]},
@@ -37,7 +44,7 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE])
+@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE, README])
 def test_committed_pages_are_up_to_date(repository: Path, page: Path) -> None:
     expected = pages(repository)[page]
     assert (repository / page).read_text(encoding="utf-8") == expected, "run `python -m coordexp.reporting.reference`"

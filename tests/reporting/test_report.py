@@ -15,6 +15,7 @@ from PIL import Image
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
+from coordexp.evaluation.comparison import COMPARED
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.report import build_report, headline
 from reporting.synthetic import write_json
@@ -57,7 +58,7 @@ def test_every_number_of_the_comparison_table_is_that_of_metrics_json(report: Pa
     rows = [
         row for row in rows_of(report.read_text(encoding="utf-8"), "difference") if row[0] in names and "`" in row[1]
     ]
-    assert len(rows) == 10
+    assert len(rows) == 2 * len(COMPARED)
     for pair, key, delta, bounds, chance, _reach, verdict in rows:
         compared = metrics["comparison"][names[pair]][key.strip("`")]
         shown = [float(delta), *(float(n) for n in re.findall(r"[+-][\d.]+", bounds)), float(chance)]
@@ -168,3 +169,16 @@ class TestRefusals:
     def test_an_image_that_is_missing(self, inputs: ReportInputs, tmp_path: Path) -> None:
         message = self.refused(inputs, tmp_path / "out", image_root=tmp_path)
         assert re.search(r"images/val/\d+\.jpg: no such image", message)
+
+
+def test_published_numbers_stand_beside_data_they_are_about_and_never_beside_scenes(
+    inputs: ReportInputs, report: Path, tmp_path: Path, metrics: dict[str, Any]
+) -> None:
+    assert "Rex-Omni" not in report.read_text(encoding="utf-8")
+    text = build_report(dataclasses.replace(inputs, composed=False), tmp_path).read_text(encoding="utf-8")
+    ours = metrics["stage2"]["eval"]
+    rows = [row for row in rows_of(text, "system") if row[0] == "**this run, stage2**"]
+    by_protocol = {row[4]: row for row in rows[:2]}
+    assert by_protocol["P1"][1:4] == [f"{ours['protocol'][f'positive_full_{k}']:.4f}" for k in ("50", "95", "mean")]
+    assert by_protocol["P2"][-3:] == [f"{ours['coco'][k]:.4f}" for k in ("mAP", "AP50", "AP75")]
+    assert by_protocol["P1"][-3:] == by_protocol["P2"][1:4] == [""] * 3, "no number under the other protocol"

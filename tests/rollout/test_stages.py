@@ -39,7 +39,7 @@ def short(workspace: Workspace) -> Workspace:
 def test_settings_come_from_the_parameters(workspace):
     space = workspace.set(decode__temperature=0.7, decode__top_p=0.9, seed=5, matching__gate_threshold=0.4)
     settings = decode_settings(space.params, "json", [])
-    assert (settings.temperature, settings.top_p, settings.seed, settings.max_new_tokens) == (0.7, 0.9, 5, 160)
+    assert (settings.temperature, settings.top_p, settings.seed, settings.max_new_tokens) == (0.7, 0.9, 5, 256)
     assert match_settings(space.params).gate_threshold == 0.4
 
 

@@ -189,4 +189,4 @@ def test_the_unrolled_gradient_is_the_derivative_of_the_loss(world, settings):
             values.append(float(losses(moved, batch, settings)[1]))
     measured = (values[0] - values[1]) / (2 * step)
     assert measured == pytest.approx(float(full @ through_context), rel=0.01)
-    assert float(partial @ through_context) != pytest.approx(measured, rel=1.0)
+    assert float(partial @ through_context) != pytest.approx(measured, rel=0.1)

@@ -46,6 +46,8 @@ def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
     for name, field in block.model_fields.items():
         if inner := nested_block(field):
             yield from field_specs(inner, f"{prefix}{name}.")
+        elif inner := named_blocks(field):
+            yield from field_specs(inner, f"{prefix}{name}.<name>.")
         else:
             yield FieldSpec(prefix + name, expectation(field), field.description or "")
 
@@ -56,9 +58,19 @@ def nested_block(field: FieldInfo) -> type[Block] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Block) else None
 
 
+def named_blocks(field: FieldInfo) -> type[Block] | None:
+    """The block class of a field that maps names of the user's choice to blocks, else None."""
+    args = get_args(field.annotation)
+    if get_origin(field.annotation) is dict and isinstance(args[1], type) and issubclass(args[1], Block):
+        return args[1]
+    return None
+
+
 def expectation(field: FieldInfo) -> str:
     """What a field accepts, in words: type, then range or choices."""
     kind = field.annotation
+    if inner := named_blocks(field):
+        return f"a block of one or more names, each a block with the keys {', '.join(inner.model_fields)}"
     if inner := nested_block(field):
         return f"a block with the keys {', '.join(inner.model_fields)}"
     if get_origin(kind) is Literal:

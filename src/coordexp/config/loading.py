@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from coordexp.config.block import Block, expectation, list_item, nested_block
-from coordexp.config.profile import Profile
+from coordexp.config.block import Block, expectation, list_item, named_blocks, nested_block
+from coordexp.config.profile import DatasetsProfile, Profile
 from coordexp.config.removed import removed_keys
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError, closest
@@ -31,7 +31,7 @@ def load_params(path: Path) -> Params:
     Raises:
         ConfigError: naming the file and, for every wrong key, what was found and what is expected.
     """
-    return _load(path, Params)
+    return _parse(path, read_yaml(path), Params)
 
 
 def load_profile(path: Path) -> Profile:
@@ -42,11 +42,13 @@ def load_profile(path: Path) -> Profile:
             f"profile: found {path.stem!r}, but there is no file {path}.{closest(path.stem, names)} "
             f"Profiles there: {', '.join(names) or 'none'}."
         )
-    return _load(path, Profile)
-
-
-def _load(path: Path, block: type[BlockT]) -> BlockT:
     tree = read_yaml(path)
+    source = tree.get("source")
+    is_datasets = isinstance(source, dict) and source.get("kind") == "datasets"
+    return _parse(path, tree, DatasetsProfile if is_datasets else Profile)
+
+
+def _parse(path: Path, tree: dict[str, Any], block: type[BlockT]) -> BlockT:
     removed = dict(removed_keys(tree))
     problems = [f"{key}: removed. {remedy}" for key, remedy in removed.items()]
     removed_roots = {key.split(".")[0] for key in removed}
@@ -95,6 +97,8 @@ def _problem(error: ErrorDetails, block: type[Block]) -> str:
             return f"{key}: missing, expected {expectation(_field(block, location))}."
         case "value_error":  # a rule over several keys
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    if location[-1] == "[key]":
+        return f"{_dotted(location[:-1])}: not a name; expected small letters, digits, '-' and '_'."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
 
 
@@ -119,8 +123,13 @@ def _places(name: str, block: type[Block], where: str) -> Iterator[str]:
 
 
 def _block_at(block: type[Block], location: Location) -> type[Block]:
-    for name in location:
-        inner = nested_block(block.model_fields[str(name)])
+    parts = iter(location)
+    for name in parts:
+        field = block.model_fields[str(name)]
+        inner = nested_block(field)
+        if inner is None:
+            inner = named_blocks(field)
+            next(parts, None)  # the name that the user chose
         assert inner, f"{name} is not a block"
         block = inner
     return block
@@ -129,7 +138,15 @@ def _block_at(block: type[Block], location: Location) -> type[Block]:
 def _field(block: type[Block], location: Location) -> FieldInfo:
     if isinstance(location[-1], int):
         return list_item(_field(block, location[:-1]))
+    if len(location) > 1 and _is_named(block, location[:-1]):  # one of the blocks itself is wrong
+        return _field(block, location[:-1])
     return _block_at(block, location[:-1]).model_fields[location[-1]]
+
+
+def _is_named(block: type[Block], location: Location) -> bool:
+    *parents, name = location
+    field = _block_at(block, tuple(parents)).model_fields.get(str(name)) if isinstance(name, str) else None
+    return field is not None and named_blocks(field) is not None
 
 
 def _dotted(location: Location) -> str:

@@ -9,13 +9,20 @@ from pydantic import Field, model_validator
 from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
+NO_SPLIT = "none"
+# It begins the image paths of the set's records.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
+
+
+SourceKind = Literal["scenes", "datasets"]
+Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
 
 
 class SourceConfig(Block):
     """Source data: scenes composed of sprites on photo crops."""
 
-    kind: Literal["scenes"] = Field(description="where images and boxes come from")
+    kind: SourceKind = Field(description="where images and boxes come from")
     sprites: Text = Field(description="folder of the sprites and their names")
     train_images: PositiveCount = Field(description="images of the training split, before dev is taken from it")
     val_images: PositiveCount = Field(description="images of the val split")
@@ -39,10 +46,52 @@ class SourceConfig(Block):
         return self
 
 
+class DatasetConfig(Block):
+    """One data set on disk. Paths are relative to `root`; `none` says that the set has no such split."""
+
+    format: Format = Field(description="format of the annotations")
+    root: Text = Field(description="folder of the data set; a relative one starts at the repository")
+    train: Text = Field(description="annotations of the training split, or none")
+    val: Text = Field(description="annotations of the val split, or none")
+    train_images: Text = Field(description="folder that file names of the training split start from")
+    val_images: Text = Field(description="folder that file names of the val split start from")
+    weight: float = Field(gt=0, le=100, description="how often each training record is used; a fraction takes a part")
+    prompt: Literal["open", "closed", "listed", "phrase"] = Field(description="what training prompts ask for")
+
+
+class DatasetsConfig(Block):
+    """Source data: annotated images of the user. Images stay where they are; a manifest names and hashes them."""
+
+    kind: SourceKind = Field(description="where images and boxes come from")
+    verify: Literal["decode", "header"] = Field(description="unpack every image once, or read only its header")
+    sets: dict[Name, DatasetConfig] = Field(strict=False, min_length=1, description="the data sets by name")
+
+    @model_validator(mode="after")
+    def _both_splits_are_there(self) -> DatasetsConfig:
+        for split in ("train", "val"):
+            if all(getattr(config, split) == NO_SPLIT for config in self.sets.values()):
+                raise ValueError(f"no set has a {split} split; name the annotations of at least one.")
+        return self
+
+
 class RecordsConfig(Block):
-    """Splits."""
+    """Splits, and what is kept of the unusual."""
 
     dev_images: PositiveCount = Field(description="images taken from the training split for choosing settings")
+    crowd: Literal["ignore", "drop"] = Field(description="crowd and difficult boxes: ignore regions, or dropped")
+    truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
+    min_side_px: float = Field(ge=0.01, le=1000, description="shorter side below which a box is dropped, in pixels")
+    min_inside: Share = Field(description="share of a box that must lie inside the image")
+    polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
+    max_objects: Count = Field(description="most objects of a training record; 0 is no limit")
+    over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
+    bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
+    listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
+    negative_rate: Share = Field(description="prompt listed: share of prompts that name only what is absent")
+    flip: Share = Field(description="share of training records that are mirrored, with left and right in words")
+    crop: Share = Field(description="share of training records that are cropped")
+    scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
+    overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
 
 
 class ModelConfig(Block):
@@ -145,9 +194,15 @@ class Profile(Block):
 
     @model_validator(mode="after")
     def _dev_leaves_training_images(self) -> Profile:
-        if self.records.dev_images >= self.source.train_images:
+        if isinstance(self.source, SourceConfig) and self.records.dev_images >= self.source.train_images:
             raise ValueError(
                 f"records.dev_images {self.records.dev_images} leaves nothing of source.train_images "
                 f"{self.source.train_images} to train on; lower it."
             )
         return self
+
+
+class DatasetsProfile(Profile):
+    """A profile whose source is data sets on disk."""
+
+    source: DatasetsConfig  # type: ignore[assignment]

@@ -119,6 +119,11 @@ class EvalParams(Block):
     bootstrap_resamples: int = Field(ge=100, le=100_000, description="resamples of the 95% intervals over images")
     f1_ious: IouList = Field(description="IoU thresholds of precision, recall and F1, beside the headline 0.5")
     duplicate_ious: IouList = Field(description="IoU thresholds above which two boxes of one name are duplicates")
+    mapping: Literal["exact", "normalised", "semantic"] = Field(
+        description="how near a description must be to the category it names; semantic needs the text encoder"
+    )
+    semantic_floor: float = Field(ge=0, lt=1, description="mapping semantic: least cosine with the nearest category")
+    semantic_margin: float = Field(ge=0, lt=1, description="mapping semantic: least lead of it over the runner-up")
 
     @model_validator(mode="after")
     def _thresholds_ascend(self) -> EvalParams:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordexp.evaluation.average_precision import CategoryMatches, weighted_ap
-from coordexp.evaluation.f1 import GreedyMatches, Mode, f1_from_counts
+from coordexp.evaluation.average_precision import weighted_ap
+from coordexp.evaluation.coco_matching import CategoryMatches
+from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts
 from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
 from coordexp.evaluation.table import Floats, Ints
 
@@ -25,19 +26,25 @@ def resample_weights(n_images: int, settings: EvalSettings) -> Ints:
     return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=settings.bootstrap_resamples)
 
 
-def resampled_f1(matches: GreedyMatches, weights_BI: Ints) -> dict[str, Floats]:
-    """Micro F1 in each resample, shape (B,): `loc` and `full` at IoU 0.5, and their means over .50:.05:.95."""
+def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", scope: str = "") -> dict[str, Floats]:
+    """The F1 family in each resample, shape (B,), as `<area>.<metric><scope>`.
+
+    Metrics: `loc` and `full`, each at IoU .50, .75, .95 and as the mean over .50:.05:.95; of `full` at .50 also
+    `precision_50`, `recall_50` and the macro F1.
+    """
     weights = weights_BI.astype(np.float64)  # float products go through BLAS; counts stay exact below 2^53
     samples: dict[str, Floats] = {}
-    for mode in ("loc", "full"):
-        by_iou = [f1_from_counts(weights @ _counts(matches, iou, mode)) for iou in COCO_IOUS]
-        samples[f"f1.{mode}_50"] = by_iou[0]
-        samples[f"f1.{mode}_mean"] = np.mean(by_iou, axis=0)
-    return samples
-
-
-def _counts(matches: GreedyMatches, iou: float, mode: Mode) -> Floats:
-    return matches.counts(iou, mode).astype(np.float64)
+    for mode in MODES:
+        sums = [weights @ matches.counts(iou, mode).astype(np.float64) for iou in COCO_IOUS]
+        by_iou = [f1_from_counts(counts_B3) for counts_B3 in sums]
+        samples |= {f"{mode}_{key}": by_iou[t] for key, t in (("50", 0), ("75", 5), ("95", 9))}
+        samples[f"{mode}_mean"] = np.mean(by_iou, axis=0)
+        if mode == "full":
+            tp, fp, fn = sums[0].T
+            samples["precision_50"] = np.divide(tp, tp + fp, out=np.ones_like(tp), where=tp + fp > 0)
+            samples["recall_50"] = np.divide(tp, tp + fn, out=np.ones_like(tp), where=tp + fn > 0)
+    samples["full_50_macro"] = weights @ f1_from_counts(matches.counts(0.5, "full")) / weights.shape[1]
+    return {f"{area}.{key}{scope}": values for key, values in samples.items()}
 
 
 def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[str, list[int]]) -> dict[str, Floats]:
@@ -62,10 +69,16 @@ def _nanmean(ap_KTB: Floats) -> Floats:
     return np.divide(np.where(present, ap_KTB, 0.0).sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
-def interval(samples_B: Floats, point: float | None) -> list[float] | None:
-    """95 % interval [low, high] around the point value; None if the metric or every resample is undefined."""
+def interval(samples_B: Floats, point: float | None, *, is_share: bool = True) -> list[float] | None:
+    """95 % interval [low, high] around the point value; None if the metric or every resample is undefined.
+
+    That of a share stays within [0, 1].
+    """
     known = samples_B[~np.isnan(samples_B)]
-    return None if point is None or not known.size else np.percentile(_centred(known, point), INTERVAL).tolist()
+    if point is None or not known.size:
+        return None
+    bounds = np.percentile(_centred(known, point), INTERVAL)
+    return (np.clip(bounds, 0, 1) if is_share else bounds).tolist()
 
 
 def difference(a_B: Floats, b_B: Floats, delta: float) -> dict[str, float] | None:

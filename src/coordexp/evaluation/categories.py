@@ -1,15 +1,19 @@
-"""From a free-text description to a category of the data set: exact name first, then normalised name."""
+"""From a free-text description to a category of the data set: exact name first, then normalised name.
+
+Nearest by meaning, for those that neither finds: semantics.py.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category, Split
 
-MatchedBy = Literal["exact", "normalised", "unmapped"]
+MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
+MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
 NO_CATEGORY = -1  # row of a description that names no category of the list
 
 

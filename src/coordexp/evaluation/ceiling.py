@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.categories import normalise_desc
+from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.settings import EvalSettings
-from coordexp.evaluation.sizes import SIDE_EDGES_PX, bucket, side_label, side_px
-from coordexp.evaluation.table import Floats, build_table
+from coordexp.evaluation.sizes import AREA_NAMES, SIDE_EDGES_PX, bucket, side_label, side_px
+from coordexp.evaluation.table import Floats, Ints, build_table
 from coordexp.geometry.bins import decode_boxes, encode_boxes
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.records.schema import Record
+
+_BY_SIZE_KEYS = ("mAP", "AP75", "AP90", "f1_95")
 
 
 def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
@@ -26,8 +31,8 @@ def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str
 
     Returns:
         n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by box size `by_area`
-        (small, medium, large by the settings' edges) and `by_side_px` (of sqrt(w*h)): n, mean_iou, share_95 (IoU >=
-        .95).
+        (small, medium, large by the settings' edges) and `by_side_px` (of sqrt(w*h)): n, mAP, AP75, AP90, f1_95 of the
+        objects of that size alone, mean_iou, share_95 (IoU >= .95).
 
     Raises:
         DataError: no record holds an object.
@@ -36,20 +41,28 @@ def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str
     ious, sides = (np.concatenate([np.empty(0), *parts]) for parts in ([t[1] for t in trips], [t[2] for t in trips]))
     if not ious.size:
         raise DataError(f"The ceiling needs at least one annotated object; {len(records)} records hold none.")
-    names = sorted({normalise_desc(obj.desc) for record in records for obj in record.objects})
-    table = build_table([t[0] for t in trips], [Category(number, name) for number, name in enumerate(names, 1)])
+    results = [t[0] for t in trips]
+    area_N, side_N = bucket(sides**2, settings.area_edges_px2), bucket(sides, SIDE_EDGES_PX)
+    return {
+        "n_images": len(results),
+        "n_objects": len(ious),
+        **_score(results),
+        "mean_iou": float(ious.mean()),
+        "min_iou": float(ious.min()),
+        "by_area": _by_size(results, ious, area_N, AREA_NAMES.__getitem__),
+        "by_side_px": _by_size(results, ious, side_N, side_label),
+    }
+
+
+def _score(results: Sequence[ImageResult]) -> dict[str, float | None]:
+    names = sorted({normalise_desc(obj.desc) for result in results for obj in result.gt})
+    table = build_table(results, [Category(number, name) for number, name in enumerate(names, 1)])
     ap_KT = unweighted_ap(match_categories(table), table.n_images)
     matches = match_greedily(table, 0.5)
     return {
-        "n_images": table.n_images,
-        "n_objects": len(ious),
         "mAP": mean_ap(ap_KT),
         **{name: mean_ap(ap_KT[:, t : t + 1]) for name, t in (("AP50", 0), ("AP75", 5), ("AP90", 8))},
         **{name: micro_f1(matches, iou, "full") for name, iou in (("f1_50", 0.5), ("f1_75", 0.75), ("f1_95", 0.95))},
-        "mean_iou": float(ious.mean()),
-        "min_iou": float(ious.min()),
-        "by_area": _by_size(ious, sides**2, settings.area_edges_px2, lambda i: ("small", "medium", "large")[i]),
-        "by_side_px": _by_size(ious, sides, SIDE_EDGES_PX, side_label),
     }
 
 
@@ -79,14 +92,29 @@ def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Float
     return result, iou_N, side_px(boxes_N4)
 
 
-def _by_size(ious: Floats, sizes: Floats, edges: Sequence[float], label: Callable[[int], str]) -> list[dict[str, Any]]:
-    bucket_N = bucket(sizes, edges)
-    return [
-        {
-            "size": label(int(number)),
-            "n": int((bucket_N == number).sum()),
-            "mean_iou": float(ious[bucket_N == number].mean()),
-            "share_95": float((ious[bucket_N == number] >= 0.95).mean()),
-        }
-        for number in np.unique(bucket_N)
-    ]
+def _by_size(
+    results: Sequence[ImageResult], iou_N: Floats, bucket_N: Ints, label: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """One row for each bucket: its objects alone, each with its own round trip as the prediction."""
+    n_before = np.cumsum([0, *(len(result.gt) for result in results)])
+    rows = []
+    for number in np.unique(bucket_N).tolist():
+        inside_N = bucket_N == number
+        chosen = [
+            _only(result, np.flatnonzero(inside_N[start:end]).tolist())
+            for result, (start, end) in zip(results, pairwise(n_before), strict=True)
+        ]
+        rows.append(
+            {
+                "size": label(number),
+                "n": int(inside_N.sum()),
+                **{key: value for key, value in _score(chosen).items() if key in _BY_SIZE_KEYS},
+                "mean_iou": float(iou_N[inside_N].mean()),
+                "share_95": float((iou_N[inside_N] >= 0.95).mean()),
+            }
+        )
+    return rows
+
+
+def _only(result: ImageResult, numbers: Sequence[int]) -> ImageResult:
+    return replace(result, gt=tuple(result.gt[n] for n in numbers), pred=tuple(result.pred[n] for n in numbers))

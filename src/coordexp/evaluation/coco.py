@@ -99,12 +99,17 @@ def _run(table: DetectionTable, settings: EvalSettings, library: tuple[type, typ
         truth.createIndex()
         detections.createIndex()
         evaluator = evaluator_type(truth, detections, iouType="bbox")
-        small, large = settings.area_edges_px2
-        evaluator.params.areaRng = [[0, _LARGEST_AREA_PX2], [0, small], [small, large], [large, _LARGEST_AREA_PX2]]
+        set_area_ranges(evaluator, settings)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator
+
+
+def set_area_ranges(evaluator: Any, settings: EvalSettings) -> None:
+    """Part small, medium and large where the settings say."""
+    small, large = settings.area_edges_px2
+    evaluator.params.areaRng = [[0, _LARGEST_AREA_PX2], [0, small], [small, large], [large, _LARGEST_AREA_PX2]]
 
 
 def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:

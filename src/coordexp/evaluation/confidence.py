@@ -9,38 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.evaluation.average_precision import (
-    CategoryMatches,
-    match_categories,
-    mean_ap,
-    ranking_flags,
-    unweighted_ap,
-)
-from coordexp.evaluation.f1 import greedy_pairs
-from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
-from coordexp.evaluation.table import Bools, DetectionTable, Floats, image_slices
-from coordexp.geometry.boxes import pairwise_iou
+from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, overlapping_pairs, ranking_flags
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.table import Bools, DetectionTable, Floats
 
 
-def confidence_metrics(
+def reliability(
     table: DetectionTable, matches_K: list[CategoryMatches], settings: EvalSettings
-) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """The `confidence` area of the metrics, and the bins of the reliability diagram."""
+) -> list[dict[str, Any]]:
+    """The bins of the reliability diagram of the score in use: confidence, precision, n."""
     right_P, judged_P = ranking_flags(table, matches_K)
-    score, right = table.pred_score_P[judged_P], right_P[judged_P]
-    ece, bins = calibration_error(score, right, settings.calibration_bins)
-    metrics = {
-        "ece": ece,
-        "auroc_tp_fp": auroc(score, right),
-        "perfect_ranking_mAP": _mean_ap(table.with_scores(oracle_scores(table))),
-        "constant_score_mAP": _mean_ap(table.with_scores(np.ones(len(table.pred_score_P)))),
-    }
-    return metrics, bins
-
-
-def _mean_ap(table: DetectionTable) -> float | None:
-    """mAP under other scores; equal scores rank by image id, then by generation order."""
-    return mean_ap(unweighted_ap(match_categories(table), table.n_images))
+    return calibration_error(table.pred_score_P[judged_P], right_P[judged_P], settings.calibration_bins)[1]
 
 
 def calibration_error(confidence_P: Floats, right_P: Bools, n_bins: int) -> tuple[float | None, list[dict[str, Any]]]:
@@ -76,19 +55,20 @@ def auroc(score_P: Floats, right_P: Bools) -> float | None:
     return float((mean_rank_P[right_P].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
 
 
-def oracle_scores(table: DetectionTable) -> Floats:
+def oracle_scores(table: DetectionTable, pairs: Pairs | None = None) -> Floats:
     """The score a perfect ranker would give, shape (P,): the IoU with the object it takes, 0 if it takes none.
 
     Objects are taken within image and category, in falling IoU from 0.5 upwards. Predictions are neither moved nor
     removed, so the AP under these scores is what ranking alone could reach.
     """
+    pairs = pairs or overlapping_pairs(table)
     score_P = np.zeros(len(table.pred_score_P))
-    pred_slices = image_slices(table.pred_image_P, table.n_images)
-    gt_slices = image_slices(table.gt_image_G, table.n_images)
-    for in_pred, in_gt in zip(pred_slices, gt_slices, strict=True):
-        same = table.pred_category_P[in_pred, None] == table.gt_category_G[None, in_gt]
-        usable = same & ~table.gt_crowd_G[in_gt]
-        iou_PG = np.where(usable, pairwise_iou(table.pred_boxes_P4[in_pred], table.gt_boxes_G4[in_gt]), 0.0)
-        rows, columns = greedy_pairs(iou_PG, COCO_IOUS[0])
-        score_P[in_pred.start + rows] = iou_PG[rows, columns]
+    free_P, free_G = bytearray(b"\1") * len(score_P), bytearray(b"\1") * len(table.gt_image_G)
+    order = np.lexsort((pairs.gt_N, pairs.pred_N, -pairs.iou_N))
+    order = order[~pairs.crowd_N[order]]
+    columns = (pairs.pred_N[order], pairs.gt_N[order], pairs.iou_N[order])
+    for pred, gt, iou in zip(*(column.tolist() for column in columns), strict=True):
+        if free_P[pred] and free_G[gt]:
+            free_P[pred] = free_G[gt] = 0
+            score_P[pred] = iou
     return score_P

@@ -12,7 +12,7 @@ Legend: I images, G objects, P predictions, M matched pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image
 from coordexp.geometry.boxes import Boxes, area, pairwise_intersection, pairwise_iou
 
 Mode = Literal["loc", "full"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +33,7 @@ class GreedyMatches:
     """
 
     n_gt_I: Ints
-    n_pred_I: Ints
+    n_pred_I: Ints  # crowd or not, before any is left out
     image_M: Ints
     pred_M: Ints  # row in the DetectionTable
     gt_M: Ints
@@ -51,10 +52,14 @@ class GreedyMatches:
         matched_M = self.at(iou)
         hit_M = matched_M & self.same_name_M if mode == "full" else matched_M
         tp_I = np.bincount(self.image_M[hit_M], minlength=n_images)
-        ignored_P = self.crowd_share_P >= iou
-        ignored_P[self.pred_M[matched_M]] = False
-        judged_I = self.n_pred_I - np.bincount(self.pred_image_P[ignored_P], minlength=n_images)
+        judged_I = np.bincount(self.pred_image_P[self.judged(iou)], minlength=n_images)
         return np.stack([tp_I, judged_I - tp_I, self.n_gt_I - tp_I], axis=1)
+
+    def judged(self, iou: float) -> Bools:
+        """Which predictions count: all but those unmatched and inside a crowd region, shape (P,)."""
+        judged_P = self.crowd_share_P < iou
+        judged_P[self.pred_M[self.at(iou)]] = True
+        return judged_P
 
 
 def greedy_pairs(iou_PG: Floats, min_iou: float) -> tuple[Ints, Ints]:
@@ -135,20 +140,43 @@ def precision_recall(counts: NDArray) -> tuple[float, float]:
     return tp / (tp + fp) if tp + fp else 1.0, tp / (tp + fn) if tp + fn else 1.0
 
 
-def f1_metrics(matches: GreedyMatches, settings: EvalSettings) -> dict[str, float | int | None]:
-    """The `f1` area of the metrics: micro F1 unless the key says macro (the mean of each image's own F1)."""
+def category_counts(table: DetectionTable, matches: GreedyMatches, iou: float) -> Ints:
+    """True positives (name included), false positives and false negatives of each category, shape (K, 3)."""
+    n_categories = len(table.index)
+    hit_M = matches.at(iou) & matches.same_name_M
+    tp_K = np.bincount(table.gt_category_G[matches.gt_M[hit_M]], minlength=n_categories)
+    named_P = matches.judged(iou) & (table.pred_category_P >= 0)
+    n_pred_K = np.bincount(table.pred_category_P[named_P], minlength=n_categories)
+    n_gt_K = np.bincount(table.gt_category_G[~table.gt_crowd_G], minlength=n_categories)
+    return np.stack([tp_K, n_pred_K - tp_K, n_gt_K - tp_K], axis=1)
+
+
+def f1_metrics(
+    table: DetectionTable, matches: GreedyMatches, annotated: GreedyMatches, settings: EvalSettings
+) -> dict[str, float | int | None]:
+    """The `f1` area of the metrics, of all predictions (scope `all`) and of the `annotated` scope.
+
+    F1 is micro unless the key says `macro`, the mean of each image's own F1, or `class_macro`, the mean over the
+    categories that have objects.
+    """
     full_I3, loc_I3 = matches.counts(0.5, "full"), matches.counts(0.5, "loc")
     precision, recall = precision_recall(full_I3.sum(axis=0))
     tp, fp, fn = full_I3.sum(axis=0).tolist()
     n_matched = int(loc_I3[:, 0].sum())
     metrics: dict[str, float | int | None] = {"precision_50": precision, "recall_50": recall}
-    for iou in settings.all_f1_ious:
-        for mode in ("loc", "full"):
-            metrics[f"{mode}_{iou_key(iou)}"] = micro_f1(matches, iou, mode)
+    for mode in MODES:
+        for iou in settings.all_f1_ious:
+            key = f"{mode}_{iou_key(iou)}"
+            metrics[key] = micro_f1(matches, iou, mode)
+            metrics[f"{key}_macro"] = macro_f1(matches, iou, mode)
+            metrics[f"{key}_annotated"] = micro_f1(annotated, iou, mode)
+        metrics[f"{mode}_mean"] = mean_f1(matches, mode)
+        metrics[f"{mode}_mean_macro"] = float(np.mean([macro_f1(matches, iou, mode) for iou in COCO_IOUS]))
+        metrics[f"{mode}_mean_annotated"] = mean_f1(annotated, mode)
+    counts_K3 = category_counts(table, matches, 0.5)
+    present_K = counts_K3[:, [0, 2]].sum(axis=1) > 0
     return metrics | {
-        "loc_mean": float(np.mean([micro_f1(matches, iou, "loc") for iou in COCO_IOUS])),
-        "full_mean": float(np.mean([micro_f1(matches, iou, "full") for iou in COCO_IOUS])),
-        "full_50_macro": float(f1_from_counts(full_I3).mean()),
+        "full_50_class_macro": float(f1_from_counts(counts_K3[present_K]).mean()) if present_K.any() else None,
         "tp_50": tp,
         "fp_50": fp,
         "fn_50": fn,
@@ -159,3 +187,13 @@ def f1_metrics(matches: GreedyMatches, settings: EvalSettings) -> dict[str, floa
 def micro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float:
     """F1 of counts summed over all images."""
     return float(f1_from_counts(matches.counts(iou, mode).sum(axis=0)))
+
+
+def macro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float:
+    """Mean over images of each image's own F1."""
+    return float(f1_from_counts(matches.counts(iou, mode)).mean())
+
+
+def mean_f1(matches: GreedyMatches, mode: Mode) -> float:
+    """Mean of micro F1 over IoU .50:.05:.95."""
+    return float(np.mean([micro_f1(matches, iou, mode) for iou in COCO_IOUS]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from coordexp.evaluation.parse import drop_key
@@ -10,10 +10,27 @@ from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.text.parser import DROP_REASONS
 
 Better = Literal["higher", "lower", "neither"]
-INTERVAL_KEYS = (
+_INTERVALS = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50"),
-    *("f1.loc_50", "f1.full_50", "f1.loc_mean", "f1.full_mean"),
+    *("f1.loc_50", "f1.full_50", "f1.loc_95", "f1.full_95", "f1.loc_mean", "f1.full_mean"),
+    *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_annotated", "f1.full_mean_annotated"),
+    *("protocol.positive_mAP", "protocol.positive_AP50", "protocol.positive_AP75"),
+    *("protocol.positive_full_50", "protocol.positive_full_95", "protocol.positive_full_mean"),
+    *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
+    *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
+    *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean"),
 )
+_LVIS_INTERVALS = ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf")
+# Key of the protocol area -> the resampled metric under GT-positive classes, and over the full vocabulary.
+PROTOCOL_SAMPLES = {
+    **{key: (f"positive.{key}", f"coco.{key}") for key in ("mAP", "AP50", "AP75")},
+    **{key: (f"f1.{key}_annotated", f"f1.{key}") for key in ("full_50", "full_95", "full_mean")},
+}
+
+
+def interval_keys(*, lvis: bool) -> tuple[str, ...]:
+    """The metrics that have a bootstrap interval, with or without those of the `lvis` area."""
+    return (*_INTERVALS, *_LVIS_INTERVALS) if lvis else _INTERVALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +68,7 @@ _COCO = (
 _F1 = (
     MetricSpec("f1.precision_50", "right boxes with the right name / predictions, IoU .50"),
     MetricSpec("f1.recall_50", "right boxes with the right name / objects, IoU .50"),
-    MetricSpec("f1.loc_mean", "micro F1 of the boxes alone, mean over IoU .50:.05:.95"),
-    MetricSpec("f1.full_mean", "micro F1 of boxes and names, mean over IoU .50:.05:.95"),
-    MetricSpec("f1.full_50_macro", "mean over images of each image's F1 of boxes and names, IoU .50"),
+    MetricSpec("f1.full_50_class_macro", "mean over the categories that have objects of each one's F1, IoU .50"),
     MetricSpec("f1.tp_50", "right boxes with the right name, IoU .50", "objects"),
     MetricSpec("f1.fp_50", "predictions that are not among tp_50", "predictions", "lower"),
     MetricSpec("f1.fn_50", "objects that are not among tp_50", "objects", "lower"),
@@ -84,6 +99,61 @@ _SET = (
     ),
     MetricSpec("set.giant_box_rate", "images where one box covers 90 % of the picture and two objects", better="lower"),
 )
+_LVIS = (
+    MetricSpec("lvis.mAP", "LVIS AP: federated labels, 300 predictions per image, mean over IoU .50:.05:.95"),
+    MetricSpec("lvis.AP50", "LVIS AP at IoU .50"),
+    MetricSpec("lvis.AP75", "LVIS AP at IoU .75"),
+    MetricSpec("lvis.APs", "LVIS AP of objects with a small box"),
+    MetricSpec("lvis.APm", "LVIS AP of objects with a medium box"),
+    MetricSpec("lvis.APl", "LVIS AP of objects with a large box"),
+    MetricSpec("lvis.APr", "LVIS AP of rare categories (in at most 10 training images)"),
+    MetricSpec("lvis.APc", "LVIS AP of common categories (in 11 to 100 training images)"),
+    MetricSpec("lvis.APf", "LVIS AP of frequent categories (in over 100 training images)"),
+    MetricSpec("lvis.AR300", "LVIS recall, mean over IoU, 300 predictions per image"),
+)
+_INPUT = (
+    MetricSpec("input.names_exact", "predictions whose description is the exact name", "predictions", "neither"),
+    MetricSpec(
+        "input.names_normalised", "predictions whose description is the normalised name", "predictions", "neither"
+    ),
+    MetricSpec("input.names_semantic", "predictions mapped by meaning to the nearest name", "predictions", "neither"),
+    MetricSpec("input.names_ambiguous", "predictions left unmapped: near two names alike", "predictions", "lower"),
+    MetricSpec("input.names_unmapped", "predictions whose description names no category", "predictions", "lower"),
+    MetricSpec("input.control_char_descs", "descriptions with control characters", "predictions", "lower"),
+    MetricSpec("input.empty_descs", "descriptions that are empty after normalisation", "predictions", "lower"),
+    MetricSpec("input.zero_area_boxes", "predicted boxes of no area", "predictions", "lower"),
+    MetricSpec("input.outside_boxes", "predicted boxes more than 1 px outside their image", "predictions", "lower"),
+    MetricSpec("input.scores_outside_unit", "scores below 0 or above 1", "predictions", "neither"),
+)
+_PROTOCOL_NAMES = {
+    "mAP": "mAP",
+    "AP50": "AP at IoU .50",
+    "AP75": "AP at IoU .75",
+    "full_50": "F1 of boxes and names at IoU .50",
+    "full_95": "F1 of boxes and names at IoU .95",
+    "full_mean": "F1 of boxes and names, mean over IoU .50:.05:.95",
+}
+_PROTOCOL = (
+    *(MetricSpec(f"protocol.positive_{key}", f"{name}, GT-positive classes") for key, name in _PROTOCOL_NAMES.items()),
+    *(
+        MetricSpec(f"protocol.gap_{key}", f"{name}: GT-positive classes minus full vocabulary", better="lower")
+        for key, name in _PROTOCOL_NAMES.items()
+    ),
+    MetricSpec("protocol.absent_name_rate", "predictions that name nothing annotated in their image", better="lower"),
+)
+_GUARDED = (
+    MetricSpec("guarded.mAP", "COCO AP of what the duplicate guard keeps"),
+    MetricSpec("guarded.AP50", "COCO AP at IoU .50 of what the guard keeps"),
+    MetricSpec("guarded.AP75", "COCO AP at IoU .75 of what the guard keeps"),
+    MetricSpec("guarded.loc_50", "micro F1 of the boxes alone, IoU .50, of what the guard keeps"),
+    MetricSpec("guarded.full_50", "micro F1 of boxes and names, IoU .50, of what the guard keeps"),
+    MetricSpec("guarded.full_95", "micro F1 of boxes and names, IoU .95, of what the guard keeps"),
+    MetricSpec("guarded.full_mean", "micro F1 of boxes and names, mean over IoU, of what the guard keeps"),
+    MetricSpec("guarded.precision_50", "precision of boxes and names, IoU .50, of what the guard keeps"),
+    MetricSpec("guarded.recall_50", "recall of boxes and names, IoU .50, of what the guard keeps"),
+    MetricSpec("guarded.n_pred", "predictions that the guard keeps", "predictions", "neither"),
+    MetricSpec("guarded.n_removed", "predictions that the guard removes", "predictions", "lower"),
+)
 _CONFIDENCE = (
     MetricSpec(
         "confidence.ece",
@@ -99,19 +169,40 @@ _CONFIDENCE = (
         "mAP with one score for all, ranked by image id and generation order",
         better="neither",
     ),
+    MetricSpec(
+        "confidence.headroom_mAP", "perfect-ranking mAP minus mAP: what a better score could gain", better="lower"
+    ),
+    MetricSpec(
+        "confidence.lrp", "LRP error per object at its best cut of the scores, mean over categories", better="lower"
+    ),
+    MetricSpec("confidence.lrp_loc", "mean 1 - IoU of the hits at that cut", better="lower"),
+    MetricSpec("confidence.lrp_fp", "1 - precision at that cut, IoU .50", better="lower"),
+    MetricSpec("confidence.lrp_fn", "1 - recall at that cut, IoU .50", better="lower"),
+)
+_F1_SCOPES = (
+    ("", "micro F1 of {what}, {iou}"),
+    ("_macro", "mean over images of each image's F1 of {what}, {iou}"),
+    ("_annotated", "micro F1 of {what}, {iou}, predictions of names annotated in their image only"),
 )
 
 
-def metric_specs(settings: EvalSettings) -> dict[str, MetricSpec]:
-    """All metrics under these settings, by key."""
+def metric_specs(settings: EvalSettings, *, lvis: bool = False) -> dict[str, MetricSpec]:
+    """All metrics under these settings, by key; those of the `lvis` area only if asked for."""
+    levels = [(iou_key(u), f"IoU {u:g}") for u in settings.all_f1_ious] + [("mean", "mean over IoU .50:.05:.95")]
     thresholds = [
-        MetricSpec(f"f1.{mode}_{iou_key(u)}", f"micro F1 of {what}, IoU {u:g}")
-        for u in settings.all_f1_ious
+        MetricSpec(f"f1.{mode}_{key}{scope}", meaning.format(what=what, iou=iou))
+        for key, iou in levels
         for mode, what in (("loc", "the boxes alone"), ("full", "boxes and names"))
+        for scope, meaning in _F1_SCOPES
     ]
     duplicates = [
         MetricSpec(f"set.dup_pairs_{iou_key(u)}", f"pairs of one name with IoU >= {u:g}", "pairs per image", "lower")
         for u in settings.duplicate_ious
+    ]
+    of_set = [*_SET, *duplicates]
+    guarded = [
+        replace(spec, key=spec.key.replace("set.", "guarded.", 1), meaning=f"{spec.meaning}; after the guard")
+        for spec in of_set
     ]
     dropped = [
         MetricSpec(f"parse.{drop_key(reason)}", f"objects dropped by the parser as {reason}", "objects", "lower")
@@ -119,7 +210,8 @@ def metric_specs(settings: EvalSettings) -> dict[str, MetricSpec]:
     ]
     intervals = [
         MetricSpec(f"interval.{key}", f"95 % bootstrap interval over images of {key}", "[low, high]", "neither")
-        for key in INTERVAL_KEYS
+        for key in interval_keys(lvis=lvis)
     ]
-    every = (*_COCO, *_F1, *thresholds, *_ROLLOUT, *_PARSE, *dropped, *_SET, *duplicates, *_CONFIDENCE, *intervals)
+    every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
+    every += [*of_set, *_GUARDED, *guarded, *_CONFIDENCE, *intervals]
     return {spec.key: spec for spec in every}

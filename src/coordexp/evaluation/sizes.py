@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from coordexp.evaluation.table import DetectionTable, Floats, Ints
 from coordexp.geometry.boxes import Boxes, area
 
 SIDE_EDGES_PX = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+AREA_NAMES = ("small", "medium", "large")
+_RECALL_IOUS = (("50", 0.5), ("75", 0.75), ("95", 0.95))
 
 
 def side_px(boxes_N4: Boxes) -> Floats:
@@ -33,25 +35,35 @@ def side_label(number: int) -> str:
 
 
 def recall_by_side(table: DetectionTable, matches: GreedyMatches) -> list[dict[str, Any]]:
-    """For each size of object: how many, how many found (IoU .50 and .75, names ignored), how well, and how well named.
+    """For each octave of the object's side, `side_px`: what `_recall_rows` says."""
+    bucket_G = bucket(side_px(table.gt_boxes_G4), SIDE_EDGES_PX)
+    return [{"side_px": side_label(number), **row} for number, row in _recall_rows(table, matches, bucket_G)]
+
+
+def recall_by_area(
+    table: DetectionTable, matches: GreedyMatches, edges_px2: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """For small, medium and large objects (`area`): what `_recall_rows` says."""
+    bucket_G = bucket(area(table.gt_boxes_G4), edges_px2)
+    return [{"area": AREA_NAMES[number], **row} for number, row in _recall_rows(table, matches, bucket_G)]
+
+
+def _recall_rows(table: DetectionTable, matches: GreedyMatches, bucket_G: Ints) -> Iterator[tuple[int, dict[str, Any]]]:
+    """How many objects, how many found (IoU .50, .75 and .95, names ignored), how well, and how well named.
 
     `mean_iou` and `sem_acc` are over the objects found at IoU .50, None if there are none.
     """
     iou_G, named_G = np.zeros(len(table.gt_image_G)), np.zeros(len(table.gt_image_G), dtype=bool)
     iou_G[matches.gt_M], named_G[matches.gt_M] = matches.iou_M, matches.same_name_M
-    bucket_G = np.where(table.gt_crowd_G, -1, bucket(side_px(table.gt_boxes_G4), SIDE_EDGES_PX))
-    rows = []
-    for number in np.unique(bucket_G[bucket_G >= 0]):
-        inside_G = bucket_G == number
+    for number in np.unique(bucket_G[~table.gt_crowd_G]).tolist():
+        inside_G = (bucket_G == number) & ~table.gt_crowd_G
         found_G = inside_G & (iou_G >= 0.5)
-        rows.append(
+        yield (
+            number,
             {
-                "side_px": side_label(int(number)),
                 "n_gt": int(inside_G.sum()),
-                "recall_50": float(found_G.sum() / inside_G.sum()),
-                "recall_75": float((inside_G & (iou_G >= 0.75)).sum() / inside_G.sum()),
+                **{f"recall_{key}": float((iou_G[inside_G] >= iou).mean()) for key, iou in _RECALL_IOUS},
                 "mean_iou": float(iou_G[found_G].mean()) if found_G.any() else None,
                 "sem_acc": float(named_G[found_G].mean()) if found_G.any() else None,
-            }
+            },
         )
-    return rows

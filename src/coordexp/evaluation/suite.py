@@ -8,7 +8,9 @@ from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
 from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
 from coordexp.evaluation.ceiling import codec_ceiling
-from coordexp.evaluation.evaluator import Evaluation, compare, evaluate, rounded
+from coordexp.evaluation.comparison import compare
+from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
+from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.matching.settings import MatchSettings
 from coordexp.records.categories import read_categories
@@ -22,6 +24,9 @@ def eval_settings(params: Params) -> EvalSettings:
         bootstrap_resamples=params.eval.bootstrap_resamples,
         f1_ious=tuple(params.eval.f1_ious),
         duplicate_ious=tuple(params.eval.duplicate_ious),
+        mapping=params.eval.mapping,
+        semantic_floor=params.eval.semantic_floor,
+        semantic_margin=params.eval.semantic_margin,
         matching=MatchSettings(**params.matching.model_dump()),
         seed=params.seed,
     )
@@ -30,18 +35,20 @@ def eval_settings(params: Params) -> EvalSettings:
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves and the codec's ceiling."""
     settings, categories = eval_settings(params), read_categories(paths.records / "categories.json")
+    records = list(read_records(paths.records / "val.jsonl"))
+    known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
-        evaluation = evaluate(list(read_results(folder / "gt_vs_pred.jsonl")), categories, settings)
+        results = list(read_results(folder / "gt_vs_pred.jsonl"))
+        if known:  # records without ids are numbered by their decoder
+            check_known_images(results, known, str(paths.records / "val.jsonl"))
+        evaluation = evaluate(results, categories, settings)
         write_json(folder / "per_image.json", evaluation.per_image)
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))
         evaluations[name] = evaluation
-    write_json(
-        paths.run("eval") / "ceiling.json",
-        rounded(codec_ceiling(list(read_records(paths.records / "val.jsonl")), settings)),
-    )
+    write_json(paths.run("eval") / "ceiling.json", rounded(codec_ceiling(records, settings)))
     metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()

@@ -6,7 +6,6 @@ grouped by image; within an image predictions keep their generation order.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, normalise_desc
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy, normalise_desc
+from coordexp.evaluation.semantics import map_descriptions
+from coordexp.evaluation.settings import EvalSettings
 from coordexp.geometry.boxes import as_boxes
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -44,7 +45,8 @@ class DetectionTable:
     pred_category_P: Ints
     pred_name_P: Ints
     pred_score_P: Floats
-    mapping: dict[str, int]  # predictions by how their description was mapped: exact, normalised, unmapped
+    candidates: dict[str, Floats]  # other scores that the file holds for every prediction, each of shape (P,)
+    found: dict[str, tuple[int, MatchedBy]]  # description -> row of its category, and how that was found
 
     @property
     def n_images(self) -> int:
@@ -64,7 +66,7 @@ class DetectionTable:
     def keep_predictions(self, keep_P: Bools) -> DetectionTable:
         """The same table with only the predictions where `keep_P` is true."""
         kept = {name: getattr(self, name)[keep_P] for name in _PREDICTION_COLUMNS}
-        return replace(self, **kept)
+        return replace(self, **kept, candidates={name: scores[keep_P] for name, scores in self.candidates.items()})
 
     def with_scores(self, score_P: Floats) -> DetectionTable:
         """The same table with other scores."""
@@ -80,10 +82,13 @@ def image_slices(image_N: Ints, n_images: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def build_table(results: Sequence[ImageResult], categories: Sequence[Category]) -> DetectionTable:
-    """Check the results of a data set and lay them out as arrays.
+def build_table(
+    results: Sequence[ImageResult], categories: Sequence[Category], settings: EvalSettings | None = None
+) -> DetectionTable:
+    """Check the results of a data set and lay them out as arrays; `settings` say how descriptions are mapped.
 
     Raises:
+        ConfigError: the settings ask for a mapping by meaning and its text encoder is not installed.
         DataError: no images, a repeated image id, an annotated name outside `categories`, a prediction without a finite
             score, or a box that is not finite or has x2 < x1 or y2 < y1; named by image and index.
     """
@@ -95,7 +100,7 @@ def build_table(results: Sequence[ImageResult], categories: Sequence[Category]) 
     repeated = image_ids[1:][image_ids[1:] == image_ids[:-1]]
     if repeated.size:
         raise DataError(f"Image id {repeated[0]} appears twice; each image is evaluated once.")
-    found = {desc: index.lookup(desc) for desc in {p.desc for r in ordered for p in r.pred}}
+    found = map_descriptions({p.desc for r in ordered for p in r.pred}, index, settings or EvalSettings())
     names = {name: number for number, name in enumerate(sorted({normalise_desc(desc) for desc in found}))}
     return DetectionTable(
         index=index,
@@ -110,7 +115,8 @@ def build_table(results: Sequence[ImageResult], categories: Sequence[Category]) 
         pred_category_P=np.array([found[p.desc][0] for r in ordered for p in r.pred], dtype=np.int64),
         pred_name_P=np.array([names[normalise_desc(p.desc)] for r in ordered for p in r.pred], dtype=np.int64),
         pred_score_P=np.array([s for r in ordered for s in _scores(r)], dtype=np.float64),
-        mapping=dict(Counter(found[p.desc][1] for r in ordered for p in r.pred)),
+        candidates=_candidates([p for r in ordered for p in r.pred]),
+        found=found,
     )
 
 
@@ -145,6 +151,18 @@ def _scores(result: ImageResult) -> list[float]:
                 "finite score on every prediction and none is invented; score the file first (decode.score)."
             )
     return scores
+
+
+def _candidates(preds: Sequence[Prediction]) -> dict[str, Floats]:
+    """Every score that all predictions have: those the file names, and those its log-probabilities give."""
+    shared = set(preds[0].scores).intersection(*(p.scores for p in preds)) if preds else set()
+    candidates = {name: np.array([p.scores[name] for p in preds], dtype=np.float64) for name in sorted(shared)}
+    if preds and all(p.coord_logprobs is not None for p in preds):
+        coord = np.exp(np.array([p.coord_logprobs for p in preds], dtype=np.float64).mean(axis=1))
+        candidates.setdefault("coord_logprob", coord)
+    if preds and all(p.desc_logprob is not None for p in preds):
+        candidates.setdefault("desc_logprob", np.exp(np.array([p.desc_logprob for p in preds], dtype=np.float64)))
+    return {name: scores for name, scores in candidates.items() if np.isfinite(scores).all()}
 
 
 def _boxes(rows: list[tuple[ImageResult, str, tuple[float, float, float, float]]]) -> Floats:

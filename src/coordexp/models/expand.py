@@ -3,7 +3,7 @@
 New embedding rows by name:
     mean     all rows equal the mean of the existing rows
     digits   the mean of the rows of the bin's own decimal digits: what the model already knows about numbers
-    ordinal  `digits`, plus a smooth function of the bin, so that neighbouring bins start out similar
+    ordinal  the mean of the ten digit rows, plus a smooth function of the bin: neighbouring bins start out similar
 Head rows get the same treatment where the head is not tied to the embedding.
 """
 
@@ -22,6 +22,7 @@ from coordexp.models.tiny import round_up
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 ORDINAL_HARMONICS = 24
+ORDINAL_SCALE = 0.3  # of the known rows: more makes the first distributions sharp and wrong (benchmarks/NOTES.md)
 
 
 def add_coordinate_tokens(
@@ -73,7 +74,8 @@ def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int
     if init == "digits":
         return rows_KD
     if init == "ordinal":
-        return rows_KD + ordinal_term(known_VD.shape[1], float(known_VD.std()), seed).to(rows_KD)
+        scale = ORDINAL_SCALE * float(known_VD.std())
+        return known_VD[digit_ids].mean(0) + ordinal_term(known_VD.shape[1], scale, seed).to(rows_KD)
     raise ConfigError(f"model.coord_init is {init!r}, expected mean, digits or ordinal.")
 
 

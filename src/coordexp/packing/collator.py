@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordexp.geometry.bins import target_bins
-from coordexp.packing.pixels import PixelSpec, load_rgb, patchify
+from coordexp.packing.pixels import PixelSpec, load_sample_rgb, patchify
 from coordexp.packing.planner import pack_rows
 from coordexp.packing.positions import segment_positions
 from coordexp.packing.samples import Sample
@@ -145,7 +145,7 @@ class Collator:
         )
 
     def _load(self, sample: Sample) -> NDArray[np.uint8]:
-        return load_rgb(self._image_root / sample.image, sample.resized_width, sample.resized_height)
+        return load_sample_rgb(self._image_root, sample.image, sample.resized_width, sample.resized_height)
 
     def _segment_inputs(self, segment: Segment) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         sample, factor = segment.sample, self._pixels.factor

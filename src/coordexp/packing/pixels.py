@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
+from coordexp.records.augment import split_view
+from coordexp.records.images import MAX_ASPECT_RATIO, read_rgb
+from coordexp.records.manifest import image_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def resized_size(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:
 
     Returns (width, height). Raises DataError for an aspect ratio above 200, as Qwen3-VL's processor does.
     """
-    if max(width, height) / min(width, height) > 200:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise DataError(f"image of {width}x{height} px: aspect ratio above 200 is not supported; crop it first.")
     factor = spec.factor
     new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
@@ -60,14 +63,17 @@ def resized_size(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:
 
 
 def load_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
-    """Read an image as RGB (H, W, 3) at the given size; raises DataError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read as an image ({error}). Expected a JPEG or PNG; run the raw stage."
-        ) from error
+    """Read an image as upright RGB (H, W, 3) at the given size; raises DataError if it cannot be read."""
+    return _resized(read_rgb(path), width, height)
+
+
+def load_sample_rgb(image_root: Path, name: str, width: int, height: int) -> NDArray[np.uint8]:
+    """As `load_rgb`, for the image name of a record: below the root of its set, and only the view that it names."""
+    file_name, view = split_view(name)
+    return _resized(view.of(read_rgb(image_path(image_root, file_name))), width, height)
+
+
+def _resized(rgb: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(rgb)

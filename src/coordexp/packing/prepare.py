@@ -18,7 +18,7 @@ from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.packing.samples import Sample, SampleWriter
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.text.codecs import AnswerCodec, AnswerEncoder, EncodedAnswer, Role, Segment, TextObject
-from coordexp.text.prompts import prompt_ids
+from coordexp.text.prompts import asked_names, prompt_ids, question, question_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,17 @@ class SamplePreparer:
         self._prompts: dict[str, NDArray[np.int32]] = {}
 
     def prepare(self, record: Record, task: str = "detect") -> Sample:
-        """One record as a sample. Crowd objects are kept as annotations but not put into the answer."""
+        """One record as a sample. Crowd objects are kept as annotations but not put into the answer.
+
+        A record that asks for some names only (`metadata.prompt`) has only those as annotations.
+        """
         width, height = resized_size(record.width, record.height, self._pixels)
-        kept = [o for o in record.objects if not o.metadata.get("iscrowd")]
+        prompt = record.metadata.get("prompt") if task == "detect" else None
+        asked = asked_names(prompt)
+        objects = [o for o in record.objects if asked is None or o.desc in asked]
+        kept = [o for o in objects if not o.metadata.get("iscrowd")]
         answer = self._answer(record, kept, task)
-        ordered = kept + [o for o in record.objects if o.metadata.get("iscrowd")]
-        if task not in self._prompts:
-            self._prompts[task] = prompt_ids(self._tokenizer, task)
+        ordered = kept + [o for o in objects if o.metadata.get("iscrowd")]
         return Sample(
             image_id=image_id_of(record),
             image=record.image,
@@ -64,7 +68,7 @@ class SamplePreparer:
             resized_width=width,
             resized_height=height,
             n_image_tokens=self._pixels.tokens(width, height),
-            prompt_ids=self._prompts[task],
+            prompt_ids=self._prompt_ids(task) if prompt is None else question_ids(self._tokenizer, question(prompt)),
             answer_ids=answer.ids,
             answer_roles=answer.roles,
             answer_objects=answer.object_index,
@@ -72,6 +76,11 @@ class SamplePreparer:
             boxes_xyxy_px=as_boxes([o.bbox_xyxy_px for o in ordered]).astype(np.float32),
             iscrowd=tuple(bool(o.metadata.get("iscrowd")) for o in ordered),
         )
+
+    def _prompt_ids(self, task: str) -> NDArray[np.int32]:
+        if task not in self._prompts:
+            self._prompts[task] = prompt_ids(self._tokenizer, task)
+        return self._prompts[task]
 
     def _answer(self, record: Record, objects: Sequence[ObjectRecord], task: str) -> EncodedAnswer:
         if task == "name":

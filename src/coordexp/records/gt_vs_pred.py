@@ -17,6 +17,7 @@ from coordexp.errors import DataError
 
 Box = tuple[float, float, float, float]
 
+
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
     """One annotated object."""
@@ -147,8 +148,9 @@ def read_results(path: Path) -> Iterator[ImageResult]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                cut = "" if line.endswith(b"\n") else "the last line is cut: "
                 raise DataError(
-                    f"{where}: not valid JSON ({error}); the file was cut or edited. Decode again."
+                    f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again."
                 ) from error
             result = result_from_json(row, where)
             if result.image_id in seen:

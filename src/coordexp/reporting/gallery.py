@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from coordexp.errors import DataError
+from coordexp.records.images import read_rgb
+from coordexp.records.manifest import image_path
 from coordexp.reporting.drawing import BoxStyle, draw_detections, label_font, readable_scale
 from coordexp.reporting.outcomes import Fate, Outcomes
 
@@ -84,7 +86,7 @@ def _by_id(rows: Sequence[Row], checkpoint: str, dup_key: str) -> dict[int, Row]
 
 def image_paths(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[Path]:
     """The file of each pick; raises DataError naming one that is not there."""
-    paths = [image_root / outcomes[SHOWN].of_image(pick.image_id)[0].image for pick in picks]
+    paths = [image_path(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image) for pick in picks]
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
@@ -98,8 +100,7 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     for pick, path in zip(picks, image_paths(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
-        with Image.open(path) as image:
-            data = _small_picture(image.convert("RGB"), pick.image_id, {name: outcomes[name] for name in shown})
+        data = _small_picture(read_rgb(path), pick.image_id, {name: outcomes[name] for name in shown})
         (folder / pick.file_name).write_bytes(data)
 
 

@@ -23,7 +23,10 @@ from coordexp.reporting.training_log import TrainingLog, read_training_log
 
 Json = dict[str, Any]
 TRAINED = ("stage1", "stage1-control", "stage2")
-AREAS = ("coco", "known", "held_out", "f1", "rollout", "parse", "set", "confidence", "interval")
+AREAS = (
+    *("coco", "known", "held_out", "f1", "protocol", "rollout", "parse", "input", "set", "guarded", "confidence"),
+    "interval",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +50,12 @@ class ReportInputs:
     image_root: Path
     params: Mapping[str, Any]  # params.yaml as the run resolved it
     gallery_images: int
+    composed: bool = True  # the data are composed scenes, which no published number is about
 
     @classmethod
-    def of(cls, paths: ProfilePaths, params: Mapping[str, Any], gallery_images: int) -> ReportInputs:
+    def of(
+        cls, paths: ProfilePaths, params: Mapping[str, Any], gallery_images: int, *, composed: bool = True
+    ) -> ReportInputs:
         """The files where the stages of a profile write them."""
         return cls(
             profile=paths.profile,
@@ -64,6 +70,7 @@ class ReportInputs:
             image_root=paths.raw,
             params=params,
             gallery_images=gallery_images,
+            composed=composed,
         )
 
     @property

@@ -1,8 +1,9 @@
 """The reference pages docs/parameters.md and docs/metrics.md, written from the code that checks and computes.
 
-    python -m coordexp.reporting.reference        # from the repository root: rewrites both pages
+    python -m coordexp.reporting.reference        # from the repository root: rewrites both, and README's results
 
-Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong.
+Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong. README
+shows the results of the committed run.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
 from coordexp.config.loading import read_yaml
-from coordexp.config.profile import Profile
+from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
-from coordexp.evaluation.evaluator import COMPARED
+from coordexp.evaluation.comparison import COMPARED
+from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.reporting.markdown import table
+from coordexp.reporting.readme import SHOWN_PROFILE, results_table, with_results
 from coordexp.reporting.training_tables import MEANINGS
 
 Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
 
-PARAMETERS_PAGE, METRICS_PAGE = Path("docs/parameters.md"), Path("docs/metrics.md")
+PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PARAMS_FILE = "params.yaml"
 PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
@@ -38,6 +41,10 @@ of a profile. What the terms compute: [concepts.md](concepts.md).
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
+
+_DATASETS = """\
+In place of the keys of the scenes. `<name>` is chosen by the user, for one or more sets; formats and layouts are in
+[data.md](data.md)."""
 
 _METRICS_INTRO = """\
 `reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
@@ -59,12 +66,19 @@ supervised coordinate slots of the step."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
+    "lvis": "Only with LVIS annotations, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
+    "protocol": "GT-positive classes (P1) beside the full vocabulary (P2) and the gap (`evaluation/matched.py`).",
     "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
     "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
+    "input": "How predicted names were mapped, and input that is odd but judged (`evaluation/input_checks.py`).",
     "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
+    "guarded": (
+        "Headline and set behaviour after a duplicate guard: of boxes of one name that overlap by the lowest duplicate "
+        "IoU, the first stays (`evaluation/matched.py`)."
+    ),
     "confidence": "What the scores know (`evaluation/confidence.py`).",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
 }
@@ -80,6 +94,9 @@ def parameters_markdown(stages: Stages) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, stages),
         *_blocks(Profile, PROFILE_FILE, stages),
+        "### `source` with `kind: datasets`",
+        _DATASETS,
+        _parameter_table(field_specs(DatasetsConfig, "source."), PROFILE_FILE, stages),
         "## Removed keys",
         "Keys of earlier designs are refused with their remedy.",
         table(["key", "remedy"], removed, "ll"),
@@ -121,7 +138,7 @@ def _tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
 def metrics_markdown() -> str:
     """The page of all metrics and logged diagnostics; thresholds in names are the defaults of the evaluator."""
     by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
-    for spec in metric_specs(EvalSettings()).values():
+    for spec in metric_specs(EvalSettings(), lvis=True).values():
         by_area[spec.key.split(".")[0]].append(spec)
     logged = {**MEANINGS, "coord_tokens": "number of those slots"}
     diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]
@@ -132,6 +149,10 @@ def metrics_markdown() -> str:
         *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),
+        "## Bad input",
+        "Decided in `evaluation/input_checks.py`: an error, by exit code 2 and a message naming the place, for what "
+        "would make a number wrong; a counter for what a model may well answer.",
+        table(["input", "outcome", "why"], [[_cell(b.what), _cell(b.outcome), _cell(b.why)] for b in BAD_INPUT], "lll"),
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),
@@ -154,7 +175,8 @@ def _cell(words: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
-    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown()}
+    readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
+    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}
 
 
 def main() -> None:

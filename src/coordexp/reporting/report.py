@@ -18,12 +18,14 @@ from coordexp.evaluation.settings import iou_key
 from coordexp.reporting import provenance, tables
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.explanation import explain, explanation_table
+from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.markdown import escape, number, percent, signed
 from coordexp.reporting.outcomes import Outcomes, judge
+from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
 from coordexp.reporting.training_tables import counters_table, training_sentence, training_table, w1_sentence
 from coordexp.reporting.verdicts import RULE, Verdict, difference_from, verdict_of
@@ -39,7 +41,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
     """
     data = load_report_data(inputs)
-    outcomes = {name: judge(results, data.categories) for name, results in data.results.items()}
+    outcomes = {name: judge(results, data.categories, inputs.settings) for name, results in data.results.items()}
     dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
     picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
@@ -49,6 +51,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
             old.unlink()  # a smaller gallery must not leave pictures of the last one behind
     write_training_figures(data.logs, inputs.params, out_dir / "figures")
     write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
+    write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     path = out_dir / "progress.md"
     path.write_text(text, encoding="utf-8")
@@ -80,13 +83,23 @@ def _context(
         "comparison_table": tables.comparison_table(data.comparison),
         "resamples": settings.bootstrap_resamples,
         "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
-        "mapping_table": tables.mapping_table(data.details),
+        "protocol_table": tables.protocol_table(metrics),
+        "absent_table": tables.metrics_table(metrics, ["protocol.absent_name_rate"], settings),
+        "area_table": tables.metrics_table(metrics, tables.AREA_KEYS, settings),
+        "size_table": tables.size_table(data.details, "by_side_px", "side_px"),
+        "category_table": tables.category_table(data.details[SHOWN]),
+        "mapping": settings.mapping,
+        "mapping_table": tables.mapping_table(metrics),
         "n_known": sum(category.split == "train" for category in data.categories),
         "n_held_out": sum(category.split == "held_out" for category in data.categories),
         "confusion_table": tables.confusion_table(outcomes[SHOWN]),
         "n_confused": outcomes[SHOWN].confusions().total(),
         "set_table": tables.metrics_table(metrics, tables.set_keys(metrics, settings), settings),
-        "guarded_table": tables.guarded_table(metrics, data.details),
+        "guarded_table": tables.guarded_table(metrics, settings),
+        "omission_table": tables.omission_table(data.details),
+        "worst_duplicates": tables.worst_duplicates_table(data.details[SHOWN]),
+        "scores_table": tables.scores_table(data.details),
+        "published": "" if inputs.composed else published_markdown(metrics),
         "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
         "explanation_table": explanation_table(metrics),
         "explanations": [explain(metrics, data.comparison, name) for name in COMPARISONS],

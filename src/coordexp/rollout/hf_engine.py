@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.pixels import load_rgb, patchify
+from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.rollout.hf_constraints import GrammarProcessor
@@ -93,7 +93,7 @@ class HfEngine:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        images = [load_rgb(self._image_root / s.image, s.resized_width, s.resized_height) for s in samples]
+        images = [load_sample_rgb(self._image_root, s.image, s.resized_width, s.resized_height) for s in samples]
         grids = [(1, image.shape[0] // pixels.patch_size, image.shape[1] // pixels.patch_size) for image in images]
         inputs = {
             "input_ids": torch.from_numpy(ids),

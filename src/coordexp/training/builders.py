@@ -15,7 +15,7 @@ from coordexp.training.objective_step import Objective
 from coordexp.training.soft_context import SoftContext
 
 # New coordinate rows start far from where they belong; the rest of the model is pretrained.
-ROW_LR_FACTOR = 1.0
+ROW_LR_FACTOR = 2.0
 
 
 def first_coord_id(checkpoint: Checkpoint) -> int:

@@ -1,21 +1,31 @@
-"""COCO instances JSON to records: pixel xyxy boxes, one record per image, every dropped box counted with a reason."""
+"""COCO instances JSON, and what LVIS and Objects365 share with it."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.geometry.boxes import as_boxes, reading_order
 from coordexp.records.categories import Category
-from coordexp.records.schema import ObjectRecord, Record
+from coordexp.records.policy import Policies, refuse_bad_images, to_records
+from coordexp.records.schema import Record
+from coordexp.records.sources.base import (
+    Problem,
+    Reading,
+    SourceImage,
+    SourceObject,
+    SplitFiles,
+    corners_of_xywh,
+    is_whole,
+    polygon_rings,
+    read_json,
+)
 
-MIN_SIDE_PX = 1.0
-SECTIONS = ("images", "annotations", "categories")
+LAYOUT = "COCO's instances layout"
 # What every entry must have: key -> is it a whole number (else a name).
 _FIELDS = {
     "images": {"id": True, "file_name": False, "width": True, "height": True},
@@ -32,95 +42,138 @@ class Conversion:
     drops: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """A checked instances file: annotations by image, the rest as problems."""
+
+    path: Path
+    images: dict[int, dict[str, Any]]
+    categories: tuple[Category, ...]
+    rows: dict[int, dict[str, Any]]  # the categories as they stand in the file
+    annotations: dict[int, list[tuple[str, dict[str, Any]]]]  # image id -> (key, annotation)
+    problems: list[Problem]
+
+    def name_of(self, category_id: Any) -> str:
+        """Name of a category that the file declares."""
+        return str(self.rows[category_id]["name"])
+
+
+def read(files: SplitFiles) -> Reading:
+    """COCO: `file_name` is relative to the image folder."""
+    instances = load_instances(files.path)
+    return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
+
+
 def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     """Convert one instances file; `image_prefix` is put before each file name (path relative to the image root).
 
-    Boxes are clipped to the image. A box is dropped, and counted, if it is not finite, thinner than 1 px after
-    clipping, or of an unknown category or image. Crowd boxes are kept with `metadata.iscrowd` (ignored in training,
-    ignore regions in evaluation). Objects are in reading order.
+    The default policies of `records.policy` hold: boxes are clipped to the image; a box is dropped, and counted, if it
+    is not finite, thinner than 1 px after clipping, or of an unknown category or image. Crowd boxes are kept with
+    `metadata.iscrowd` (ignored in training, ignore regions in evaluation). Objects are in reading order.
+
+    Raises:
+        DataError: naming the file and what is missing, or the images whose path or size cannot be used.
+    """
+    instances = load_instances(annotations, strict=True)
+    reading = instances_reading(instances, lambda image: f"{image_prefix}{image['file_name']}")
+    result = to_records(reading, Policies())
+    refuse_bad_images(result.bad_images)
+    return Conversion(tuple(result.records), reading.categories, dict(Counter(p.reason for p in result.problems)))
+
+
+def instances_reading(
+    instances: Instances,
+    image_name: Callable[[dict[str, Any]], object],
+    image_metadata: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Reading:
+    """The images of a loaded file in id order."""
+
+    def images() -> Iterator[SourceImage]:
+        for image_id in sorted(instances.images):
+            image = instances.images[image_id]
+            yield SourceImage(
+                file_name=image_name(image),
+                key=f"image {image_id}",
+                image_id=image_id,
+                width=image["width"],
+                height=image["height"],
+                objects=tuple(_to_object(key, a, instances) for key, a in instances.annotations.get(image_id, ())),
+                file=str(instances.path),
+                metadata=image_metadata(image) if image_metadata else {},
+            )
+
+    return Reading(images(), instances.categories, instances.problems)
+
+
+def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> SourceObject:
+    return SourceObject(
+        desc=instances.name_of(annotation["category_id"]),
+        box_xyxy=corners_of_xywh(annotation.get("bbox")),
+        key=key,
+        iscrowd=bool(annotation.get("iscrowd")),
+        rings=polygon_rings(annotation.get("segmentation")),
+    )
+
+
+def load_instances(path: Path, names_images: bool = True, strict: bool = False) -> Instances:
+    """Read and check an instances file; single annotations that fit nowhere become problems.
+
+    Args:
+        path: the file.
+        names_images: each image must have a `file_name` (LVIS has urls instead).
+        strict: sizes that cannot be, and annotations that are no objects, are errors too; else they become problems.
 
     Raises:
         DataError: naming the file, and the entry that is missing or has no valid id, name or size.
     """
-    source = _load(annotations)
-    categories = tuple(
-        Category(int(c["id"]), c["name"], "held_out" if c.get("supercategory") == "held_out" else "train")
-        for c in source["categories"]
-    )
-    names = {c.id: c.name for c in categories}
-    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    drops: Counter[str] = Counter()
-    images = {int(image["id"]): image for image in source["images"]}
-    for annotation in source["annotations"]:
-        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-        if not _is_whole(image_id) or image_id not in images:
-            drops["unknown_image"] += 1
-        elif not _is_whole(category_id) or category_id not in names:
-            drops["unknown_category"] += 1
-        else:
-            by_image[image_id].append(annotation)
-    records = []
-    for image_id in sorted(images):
-        image = images[image_id]
-        objects = [_to_object(a, image, names, drops) for a in by_image[image_id]]
-        kept = [o for o in objects if o is not None]
-        order = reading_order(as_boxes([o.bbox_xyxy_px for o in kept]))
-        records.append(
-            Record(
-                image=f"{image_prefix}{image['file_name']}",
-                width=int(image["width"]),
-                height=int(image["height"]),
-                objects=tuple(kept[i] for i in order),
-                metadata={"image_id": image_id},
-            )
-        )
-    return Conversion(tuple(records), categories, dict(drops))
-
-
-def _load(annotations: Path) -> dict[str, list[dict[str, Any]]]:
-    """The file's three sections, each a list of objects; images and categories have valid fields and distinct ids."""
-    if not annotations.is_file():
-        raise DataError(f"{annotations}: not found; expected a COCO instances JSON file.")
-    try:
-        source = json.loads(annotations.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{annotations}:{error.lineno}: not valid JSON ({error.msg}); expected a COCO instances file. Export again."
-        ) from error
-    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
-        raise DataError(
-            f"{annotations}: not JSON in UTF-8 ({error}); expected a COCO instances file. Export again."
-        ) from error
-    missing = set(SECTIONS) - set(source if isinstance(source, dict) else ())
+    source = read_json(path, "a COCO instances file")
+    missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
     if missing:
-        raise DataError(f"{annotations}: keys {sorted(missing)} are missing; expected COCO's instances layout.")
-    for section in SECTIONS:
-        _check_section(source[section], section, f"{annotations}: {section}")
-    return source
+        raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
+    for section in ("images", "annotations", "categories"):
+        skipped = {"file_name"} if section == "images" and not names_images else set()
+        _check_section(source[section], section, f"{path}: {section}", skipped, strict)
+    images = {int(image["id"]): image for image in source["images"]}
+    rows = {int(row["id"]): row for row in source["categories"]}
+    categories = tuple(
+        Category(key, row["name"], "held_out" if row.get("supercategory") == "held_out" else "train")
+        for key, row in rows.items()
+    )
+    instances = Instances(path, images, categories, rows, defaultdict(list), [])
+    seen: set[Any] = set()
+    for i, annotation in enumerate(source["annotations"]):
+        _place(i, annotation, instances, seen)
+    return instances
 
 
-def _check_section(entries: Any, section: str, where: str) -> None:
+def _check_section(entries: Any, section: str, where: str, skipped: set[str], strict: bool) -> None:
     if not isinstance(entries, list):
-        raise DataError(
-            f"{where} is {_shown(entries)}, expected a list, as in COCO's instances layout. Export it again."
-        )
-    fields = _FIELDS.get(section, {})
+        raise DataError(f"{where} is {_shown(entries)}, expected a list, as in {LAYOUT}. Export it again.")
+    if section == "annotations" and not strict:
+        return
+    fields = {key: whole for key, whole in _FIELDS.get(section, {}).items() if key not in skipped}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise DataError(
                 f"{where}[{i}] is {_shown(entry)}, expected an object. Remove it, or export the file again."
             )
         if absent := [key for key in fields if key not in entry]:
-            raise DataError(f"{where}[{i}] has no {absent}; expected COCO's instances layout.")
-        for key, is_whole in fields.items():
-            value = entry[key]
-            if is_whole and not (_is_whole(value) and (key == "id" or value > 0)):
-                wanted = "a whole number" if key == "id" else "a size in whole pixels"
-                raise DataError(f"{where}[{i}].{key} is {_shown(value)}, expected {wanted}. Correct or remove it.")
-            if not is_whole and not (isinstance(value, str) and value.strip()):
-                raise DataError(f"{where}[{i}].{key} is {_shown(value)}, expected a name. Correct or remove it.")
-    if "id" in fields and len({entry["id"] for entry in entries}) != len(entries):
+            raise DataError(f"{where}[{i}] has no {absent}; expected {LAYOUT}.")
+        for key, whole in fields.items():
+            _check_value(entry[key], key, whole, f"{where}[{i}].{key}", strict)
+    if fields and len({entry["id"] for entry in entries}) != len(entries):
         raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
+
+
+def _check_value(value: Any, key: str, whole: bool, where: str, strict: bool) -> None:
+    is_size = key in ("width", "height")
+    if is_size and not strict:  # left to records.policy, which finds all of them
+        return
+    if whole and not (is_whole(value) and (not is_size or value > 0)):
+        wanted = "a size in whole pixels" if is_size else "a whole number"
+        raise DataError(f"{where} is {_shown(value)}, expected {wanted}. Correct or remove it.")
+    if not whole and not (isinstance(value, str) and value.strip()):
+        raise DataError(f"{where} is {_shown(value)}, expected a name. Correct or remove it.")
 
 
 def _shown(value: Any) -> str:
@@ -129,27 +182,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _to_object(
-    annotation: dict[str, Any], image: dict[str, Any], names: dict[int, str], drops: Counter[str]
-) -> ObjectRecord | None:
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-        drops["bbox_malformed"] += 1
-        return None
-    x, y, w, h = (float(v) for v in box)
-    x1, x2 = (min(max(v, 0.0), float(image["width"])) for v in (x, x + w))
-    y1, y2 = (min(max(v, 0.0), float(image["height"])) for v in (y, y + h))
-    if x2 - x1 < MIN_SIDE_PX or y2 - y1 < MIN_SIDE_PX:
-        drops["bbox_too_thin"] += 1
-        return None
-    metadata = {"iscrowd": 1} if annotation.get("iscrowd") else {}
-    return ObjectRecord(names[annotation["category_id"]], (x1, y1, x2, y2), None, metadata)
+def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) -> None:
+    """File one annotation under its image, or among the problems."""
+    fields = annotation if isinstance(annotation, dict) else {}
+    annotation_id = fields.get("id")
+    key = f"annotations[{index}]" if annotation_id is None else f"annotation {annotation_id}"
+    reason = ""
+    if not _declared(fields.get("image_id"), instances.images):
+        reason = "unknown_image"
+    elif not _declared(fields.get("category_id"), instances.rows):
+        reason = "unknown_category"
+    elif isinstance(annotation_id, int | str):
+        if annotation_id in seen:
+            reason = "duplicate_id"
+        seen.add(annotation_id)
+    if reason:
+        instances.problems.append(Problem(reason, str(instances.path), key))
+    else:
+        instances.annotations[fields["image_id"]].append((key, fields))
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-
-
-def _is_whole(value: Any) -> bool:
-    """A whole number, also one that a table program wrote as 3.0."""
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+def _declared(value: Any, table: dict[int, dict[str, Any]]) -> bool:
+    return is_whole(value) and value in table

@@ -1,0 +1,120 @@
+"""One set of predictions with its matches, and the same set with some of the predictions left out.
+
+The headline numbers are taken of three sets: all predictions, those of categories annotated in their image (protocol
+P1), and those that a duplicate guard keeps. They are always shown together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, match_categories, overlapping_pairs
+from coordexp.evaluation.f1 import (
+    GreedyMatches,
+    Mode,
+    match_greedily,
+    mean_f1,
+    micro_f1,
+    named_in_image,
+    precision_recall,
+)
+from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, first_of_duplicates, set_metrics
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.table import Bools, DetectionTable
+
+PROTOCOL_KEYS = ("mAP", "AP50", "AP75", "full_50", "full_95", "full_mean")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matched:
+    """A table, its overlapping pairs, and both matchings: by category and score (AP), by IoU alone (F1)."""
+
+    table: DetectionTable
+    pairs: Pairs
+    by_score: list[CategoryMatches]
+    by_iou: GreedyMatches
+
+    @classmethod
+    def of(cls, table: DetectionTable, settings: EvalSettings, pairs: Pairs | None = None) -> Matched:
+        """Match a table; `pairs` are its own, if at hand."""
+        pairs = pairs or overlapping_pairs(table)
+        return cls(table, pairs, match_categories(table, pairs), match_greedily(table, min(settings.all_f1_ious)))
+
+    def keep(self, keep_P: Bools, settings: EvalSettings) -> Matched:
+        """Match the kept predictions alone."""
+        return Matched.of(self.table.keep_predictions(keep_P), settings, self.pairs.keep_predictions(keep_P))
+
+    def annotated(self, settings: EvalSettings) -> Matched:
+        """Only predictions of categories annotated in their image: GT-positive classes, the scope `annotated`."""
+        return self.keep(named_in_image(self.table), settings)
+
+    def guarded(self, duplicates: Duplicates, settings: EvalSettings) -> Matched:
+        """Only predictions that no earlier one of the same name covers at the lowest duplicate IoU."""
+        iou = min(settings.duplicate_ious)
+        return self.keep(first_of_duplicates(len(self.table.pred_score_P), duplicates, iou), settings)
+
+
+def headline(matched: Matched) -> dict[str, float | int | None]:
+    """mAP, AP50, AP75, F1 (loc_50, full_50, full_95, full_mean), precision_50, recall_50, n_pred."""
+    ap_KT = unweighted_ap(matched.by_score, matched.table.n_images)
+    matches = matched.by_iou
+    precision, recall = precision_recall(matches.counts(0.5, "full").sum(axis=0))
+    return {
+        "mAP": mean_ap(ap_KT),
+        "AP50": mean_ap(ap_KT[:, :1]),
+        "AP75": mean_ap(ap_KT[:, 5:6]),
+        **{f"{mode}_{key}": micro_f1(matches, iou, mode) for mode, key, iou in _HEADLINE_F1},
+        "full_mean": mean_f1(matches, "full"),
+        "precision_50": precision,
+        "recall_50": recall,
+        "n_pred": len(matched.table.pred_score_P),
+    }
+
+
+_HEADLINE_F1: tuple[tuple[Mode, str, float], ...] = (("loc", "50", 0.5), ("full", "50", 0.5), ("full", "95", 0.95))
+
+
+def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float | None]:
+    """The `protocol` area: GT-positive classes (P1), the gap to the full vocabulary (P2), and what lies between.
+
+    The full vocabulary is what the areas `coco` and `f1` hold. P1 is taken from the same answers, by leaving out
+    predictions of categories that their image does not show; a prompt that lists an image's classes may differ.
+    """
+    full, restricted = headline(everything), headline(positive)
+    metrics: dict[str, float | None] = {f"positive_{key}": restricted[key] for key in PROTOCOL_KEYS}
+    for key in PROTOCOL_KEYS:
+        low, high = full[key], restricted[key]
+        metrics[f"gap_{key}"] = None if low is None or high is None else high - low
+    n_pred, n_named = len(everything.table.pred_score_P), len(positive.table.pred_score_P)
+    return metrics | {"absent_name_rate": (n_pred - n_named) / n_pred if n_pred else 0.0}
+
+
+def guarded_metrics(everything: Matched, guarded: Matched, settings: EvalSettings) -> dict[str, float | int | None]:
+    """The `guarded` area: the headline and the set behaviour after duplicates are removed."""
+    left = find_duplicates(guarded.table, min(settings.duplicate_ious))
+    removed = len(everything.table.pred_score_P) - len(guarded.table.pred_score_P)
+    return {
+        **headline(guarded),
+        "n_removed": removed,
+        **set_metrics(guarded.table, guarded.by_iou, left, settings),
+    }
+
+
+def worst_duplicates(table: DetectionTable, duplicates: Duplicates, settings: EvalSettings) -> list[dict[str, Any]]:
+    """The ten images with most duplicate pairs at the lowest duplicate IoU, most first; none without a pair."""
+    pairs_I = duplicates.per_image(min(settings.duplicate_ious))
+    worst = np.argsort(-pairs_I, kind="stable")[:10]
+    return [
+        {
+            "image_id": int(table.image_ids_I[i]),
+            "pairs": int(pairs_I[i]),
+            "n_pred": int(table.n_pred_I[i]),
+            "n_gt": int(table.n_gt_I[i]),
+        }
+        for i in worst
+        if pairs_I[i]
+    ]

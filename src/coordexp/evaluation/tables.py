@@ -1,0 +1,33 @@
+"""The tables of one evaluation as files: CSV for people and spreadsheets, JSON for the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from coordexp.evaluation.evaluator import Evaluation, rounded
+
+# File name -> table of Evaluation.details.
+CSV_TABLES = {
+    "per_class.csv": "per_category",
+    "by_area.csv": "by_area",
+    "by_side_px.csv": "by_side_px",
+    "by_gt_count.csv": "by_gt_count",
+    "scores.csv": "scores",
+    "reliability.csv": "reliability",
+    "worst_duplicates.csv": "worst_duplicates",
+}
+
+
+def write_tables(evaluation: Evaluation, folder: Path) -> None:
+    """Write the CSV tables, per_image.json and pr_curve.json; undefined values are empty cells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, key in CSV_TABLES.items():
+        rows = rounded(evaluation.details[key])
+        with (folder / name).open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    for name, value in (("per_image.json", evaluation.per_image), ("pr_curve.json", evaluation.pr_curve)):
+        (folder / name).write_text(json.dumps(rounded(value)) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""What a run will need, estimated from the records alone: tokens, packs, passes over the data, disk, memory.
+
+Image tokens are exact (the same resize as in training), as are the scaffold and the coordinates. Names and prompts are
+estimates by their length.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from coordexp.config.profile import Profile
+from coordexp.errors import CheckpointError
+from coordexp.packing.pixels import PixelSpec, resized_size
+from coordexp.records.schema import Record
+from coordexp.text.codecs import Role, TextObject, get_codec
+
+PROMPT_TOKENS = 20  # role headers, image markers and the shortest instruction
+CHARACTERS_PER_TOKEN = 4
+# float32 weights and gradients, and AdamW's two moments; activations come on top.
+BYTES_PER_TRAINED_PARAMETER = 16
+CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The plan of a run; sizes in bytes."""
+
+    train_records: int
+    image_tokens: int
+    text_tokens: int
+    longest_tokens: int
+    over_pack: int  # records longer than a pack: they cannot be trained on
+    packs: int
+    stage1_passes: float  # how often stage 1 sees the training records
+    parameters: int
+    disk_bytes: int
+    optimizer_bytes: int
+
+
+def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
+    """Estimate the needs of training on these records.
+
+    Raises:
+        CheckpointError: the model folder of the profile has no safetensors, or no readable config.json.
+        DataError: an image is too long and thin to be given to the model.
+    """
+    folder = Path(profile.model.path)
+    spec = _pixel_spec(folder, profile)
+    per_object = tokens_per_object(folder, codec)
+    lengths, image_tokens = [], 0
+    for record in records:
+        visual = spec.tokens(*resized_size(record.width, record.height, spec))
+        image_tokens += visual
+        lengths.append(visual + _text_tokens(record, per_object))
+    parameters = count_parameters(folder)
+    pack_tokens = profile.packing.pack_tokens
+    packs = max(1, ceil(sum(lengths) / pack_tokens))
+    return Needs(
+        train_records=len(lengths),
+        image_tokens=image_tokens,
+        text_tokens=sum(lengths) - image_tokens,
+        longest_tokens=max(lengths, default=0),
+        over_pack=sum(length > pack_tokens for length in lengths),
+        packs=packs,
+        stage1_passes=profile.stage1.steps * profile.stage1.packs_per_step / packs,
+        parameters=parameters,
+        disk_bytes=CHECKPOINTS_WRITTEN * 2 * parameters + 8 * sum(lengths),
+        optimizer_bytes=BYTES_PER_TRAINED_PARAMETER * parameters,
+    )
+
+
+def _text_tokens(record: Record, per_object: int) -> int:
+    prompt: Mapping[str, list[str]] = record.metadata.get("prompt", {})
+    asked = sum(len(name) // CHARACTERS_PER_TOKEN + 2 for name in prompt.get("names", []))
+    objects = [o for o in record.objects if not o.metadata.get("iscrowd")]
+    names = sum(len(o.desc) // CHARACTERS_PER_TOKEN + 1 for o in objects)
+    return PROMPT_TOKENS + asked + names + per_object * len(objects)
+
+
+def tokens_per_object(folder: Path, codec: str) -> int:
+    """Scaffold and coordinate tokens of one object without its name; CheckpointError without a tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; model.path must be a checkpoint folder with its tokenizer.")
+    tokenizer = Tokenizer.from_file(str(path))
+    pair = get_codec(codec).segments([TextObject("a", (1, 2, 3, 4))] * 2)
+    second = [segment for segment in pair if segment.object_index == 1 and segment.role != Role.DESC]
+    # A coordinate is one token once norm1000 has added them to the tokenizer.
+    return sum(1 if s.role is Role.COORD else len(tokenizer.encode(s.text).ids) for s in second)
+
+
+def _pixel_spec(folder: Path, profile: Profile) -> PixelSpec:
+    path = folder / "config.json"
+    try:
+        vision = json.loads(path.read_text(encoding="utf-8"))["vision_config"]
+        patch, merge, temporal = (int(vision[k]) for k in ("patch_size", "spatial_merge_size", "temporal_patch_size"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no Qwen3-VL configuration ({error!r}); model.path must be a checkpoint folder."
+        ) from error
+    return PixelSpec(patch, merge, temporal, profile.model.min_pixels, profile.model.max_pixels)
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters of a checkpoint, from the headers of its safetensors files; raises CheckpointError without any."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as handle:
+                (size,) = struct.unpack("<Q", handle.read(8))
+                header = json.loads(handle.read(min(size, 100_000_000)))
+            total += sum(prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error!r}); fetch it again.") from error
+    if not total:
+        raise CheckpointError(f"{folder}: holds no *.safetensors; model.path must be a checkpoint folder.")
+    return total

@@ -1,0 +1,147 @@
+"""Views of a training picture: flip, crop and scale, with boxes that stay exact.
+
+A view is part of the image's name in a record, `coco/train2017/1.jpg#crop=10,20,300,400&flip`, so that it is decided
+once, by `convert`, and every reader of the image sees the same pixels. Scale needs no pixels: the record's size and
+boxes are scaled, and the image is resized to what the model takes for that size anyway.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from coordexp.errors import DataError
+from coordexp.records.schema import ObjectRecord, Record
+
+_VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
+_SIDE = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|wards?\b)", re.IGNORECASE)
+SMALLEST_CROP = 0.6  # of each side
+# Less of a box inside the crop makes the object an ignore region: too little to ask for, too much to punish.
+MIN_VISIBLE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """How often training records are changed; all zero is off."""
+
+    flip: float  # share of records
+    crop: float  # share of records
+    scale_jitter: float  # sides are scaled by a factor in [1 - j, 1 + j]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether records stay as they are."""
+        return not (self.flip or self.crop or self.scale_jitter)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A part of a picture in whole pixels (None: all of it), then possibly mirrored."""
+
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+
+    def suffix(self) -> str:
+        """What is added to the image's name; empty for the whole picture."""
+        parts = [f"crop={','.join(map(str, self.crop))}"] if self.crop else []
+        parts += ["flip"] if self.flip else []
+        return f"#{'&'.join(parts)}" if parts else ""
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """The pixels of the view."""
+        if self.crop:
+            image = image.crop(self.crop)
+        return ImageOps.mirror(image) if self.flip else image
+
+
+def split_view(name: str) -> tuple[str, View]:
+    """The file's name and the view; a name without one is the whole picture."""
+    found = _VIEW.search(name)
+    if not found or found.end() - found.start() == 1:
+        return name, View()
+    x1, y1, x2, y2, flip = found.groups()
+    crop = None if x1 is None else (int(x1), int(y1), int(x2), int(y2))
+    return name[: found.start()], View(crop, flip is not None)
+
+
+def augment(record: Record, how: Augmentation, rng: random.Random) -> Record:
+    """One random view of a record. Phrases say where things are, so their pictures are not cropped.
+
+    Raises:
+        DataError: the image's own name already looks like that of a view.
+    """
+    if split_view(record.image)[0] != record.image:
+        raise DataError(f"image {record.image!r} is named like a view of an image; rename the file.")
+    crop, flip, scale = rng.random() < how.crop, rng.random() < how.flip, rng.uniform(-1, 1) * how.scale_jitter
+    box = _random_crop(record, rng) if crop and "phrase" not in record.metadata else None
+    out = _cropped(record, box) if box else record
+    if flip:
+        out = _flipped(out)
+    out = replace(out, image=record.image + View(box, flip).suffix())
+    return _scaled(out, 1 + scale) if scale else out
+
+
+def _random_crop(record: Record, rng: random.Random) -> tuple[int, int, int, int] | None:
+    sides = [max(1, round(side * rng.uniform(SMALLEST_CROP, 1))) for side in (record.width, record.height)]
+    x, y = rng.randint(0, record.width - sides[0]), rng.randint(0, record.height - sides[1])
+    box = (x, y, x + sides[0], y + sides[1])
+    return None if box == (0, 0, record.width, record.height) else box
+
+
+def _cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
+    left, top, right, bottom = crop
+    objects = []
+    for obj in record.objects:
+        x1, y1, x2, y2 = obj.bbox_xyxy_px
+        box = (max(x1, left) - left, max(y1, top) - top, min(x2, right) - left, min(y2, bottom) - top)
+        width, height = box[2] - box[0], box[3] - box[1]
+        if width < 1 or height < 1:
+            continue
+        is_seen = width * height >= MIN_VISIBLE * (x2 - x1) * (y2 - y1)
+        metadata = _without_rings(obj) if is_seen else {**_without_rings(obj), "iscrowd": 1}
+        objects.append(ObjectRecord(obj.desc, box, None, metadata))
+    return replace(record, width=right - left, height=bottom - top, objects=tuple(objects))
+
+
+def _flipped(record: Record) -> Record:
+    objects = []
+    for obj in record.objects:
+        x1, y1, x2, y2 = obj.bbox_xyxy_px
+        box = (record.width - x2, y1, record.width - x1, y2)
+        objects.append(ObjectRecord(swap_sides(obj.desc), box, None, _without_rings(obj)))
+    metadata = dict(record.metadata)
+    if "phrase" in metadata:
+        metadata["phrase"] = swap_sides(metadata["phrase"])
+    objects.sort(key=lambda o: (o.bbox_xyxy_px[1], o.bbox_xyxy_px[0]))
+    return replace(record, objects=tuple(objects), metadata=metadata)
+
+
+def _scaled(record: Record, factor: float) -> Record:
+    width, height = max(1, round(record.width * factor)), max(1, round(record.height * factor))
+    fx, fy = width / record.width, height / record.height
+    objects = []
+    for obj in record.objects:
+        x1, y1, x2, y2 = obj.bbox_xyxy_px
+        objects.append(ObjectRecord(obj.desc, (x1 * fx, y1 * fy, x2 * fx, y2 * fy), None, _without_rings(obj)))
+    return replace(record, width=width, height=height, objects=tuple(objects))
+
+
+def _without_rings(obj: ObjectRecord) -> dict[str, Any]:
+    return {key: value for key, value in obj.metadata.items() if key != "segmentation"}
+
+
+def swap_sides(text: str) -> str:
+    """ "the Left cat, rightmost" -> "the Right cat, leftmost"; other words stay, "bright" too."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        swapped = "right" if word.lower() == "left" else "left"
+        if word.isupper():
+            return swapped.upper()
+        return swapped.capitalize() if word[0].isupper() else swapped
+
+    return _SIDE.sub(other, text)

@@ -1,0 +1,31 @@
+"""What an object may be called: descriptions are data, and may not pose as markup of the prompt or the answer."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MAX_DESC_CHARS = 256
+# <|im_end|>, <|coord_5|>, <|image_pad|>: the surface form of Qwen's special tokens, and of ours.
+MARKER = re.compile(r"<\|[^<>|]{0,40}\|>|</?think>|</?tool_(?:call|response)>")
+
+
+def clean_desc(desc: object) -> object:
+    """Outer and repeated white space removed; anything but a string is returned as it is."""
+    return " ".join(desc.split()) if isinstance(desc, str) else desc
+
+
+def desc_problem(desc: object) -> str:
+    """The drop reason of a description, or the empty string.
+
+    `desc_missing` is no text at all, `desc_marker` holds a chat marker or coordinate token, `desc_characters` holds
+    control, private-use or half characters (the parser keeps the private-use area for coordinates), `desc_too_long` is
+    over 256 characters.
+    """
+    if not isinstance(desc, str) or not desc.strip():
+        return "desc_missing"
+    if MARKER.search(desc):
+        return "desc_marker"
+    if any(unicodedata.category(char) in ("Cc", "Co", "Cs") for char in desc):
+        return "desc_characters"
+    return "desc_too_long" if len(desc) > MAX_DESC_CHARS else ""

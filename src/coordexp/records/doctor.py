@@ -1,0 +1,126 @@
+"""Every fault of a profile's data in one pass, before anything is trained on them.
+
+What the raw and convert stages would do is done here without writing anything, and an error does not end the search: it
+becomes a finding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.profile import DatasetConfig, RecordsConfig
+from coordexp.errors import DataError
+from coordexp.records.convert import policies_of
+from coordexp.records.manifest import SPLITS, dataset_root, inspect_all, open_split
+from coordexp.records.policy import to_records
+from coordexp.records.schema import Record
+from coordexp.records.sources.base import Problem, Reading, SourceImage
+from coordexp.records.splits import overlap
+
+BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One kind of fault in one split of one set."""
+
+    set_name: str
+    split: str
+    reason: str
+    count: int
+    stops: bool  # the stages would stop here; otherwise it is dropped and counted
+    examples: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Examination:
+    """What was found, and what remains to train on and to judge by."""
+
+    findings: list[Finding] = field(default_factory=list)
+    records: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    image_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a run would stop at any of the findings."""
+        return any(f.stops for f in self.findings)
+
+
+def examine(
+    sets: Mapping[str, DatasetConfig], config: RecordsConfig, decode: bool, workers: int, examples: int = 3
+) -> Examination:
+    """Look at every annotation and every image of the sets.
+
+    Args:
+        sets: the data sets of a profile.
+        config: its policies.
+        decode: unpack every image, which is what finds files that were cut off.
+        workers: threads that read images.
+        examples: how many places a finding names.
+    """
+    result = Examination()
+    content: dict[str, str] = {}
+    for name, dataset in sets.items():
+        try:
+            described = dataset.model_dump() | {"root": str(dataset_root(dataset.root, name))}
+        except DataError as error:
+            result.findings.append(Finding(name, "all", "root_missing", 1, True, (str(error),)))
+            continue
+        for split in SPLITS:
+            _examine_split(name, split, described, config, decode, workers, examples, result, content)
+    _examine_overlap(result, content, config, examples)
+    for split in SPLITS:
+        if not result.records[split]:
+            result.findings.append(Finding("all", split, "no_record_left", 1, True, ()))
+    return result
+
+
+def _examine_split(
+    name: str,
+    split: str,
+    described: Mapping[str, Any],
+    config: RecordsConfig,
+    decode: bool,
+    workers: int,
+    examples: int,
+    result: Examination,
+    content: dict[str, str],
+) -> None:
+    try:
+        reading = open_split(described, split)
+        images: list[SourceImage] = list(reading.images) if reading else []
+    except DataError as error:
+        result.findings.append(Finding(name, split, "annotations_unusable", 1, True, (str(error),)))
+        return
+    if reading is None:
+        return
+    names = {str(image.file_name) for image in images}
+    facts = inspect_all(Path(described["root"]), names, decode, workers)
+    found = to_records(
+        Reading(images, reading.categories, reading.problems), policies_of(config, split), facts, f"{name}/"
+    )
+    result.records[split] += found.records
+    result.image_bytes += sum(f.n_bytes for f in facts.values())
+    result.problems += found.problems
+    content.update({f"{name}/{f.name}": f.sha256 for f in facts.values()})
+    for reason, count in sorted(Counter(p.reason for p in found.problems).items()):
+        shown = [str(p) for p in found.problems if p.reason == reason][:examples]
+        stops = reason.startswith(BAD_IMAGE) and config.bad_images == "error"
+        result.findings.append(Finding(name, split, reason, count, stops, tuple(shown)))
+
+
+def _examine_overlap(result: Examination, content: Mapping[str, str], config: RecordsConfig, examples: int) -> None:
+    shared = overlap(result.records["train"], result.records["val"], content)
+    if shared:
+        shown = tuple(f"{a} is {b}" for a, b in sorted(shared.items())[:examples])
+        stops = config.overlap == "error"
+        result.findings.append(Finding("all", "train", "train_image_in_val", len(shared), stops, shown))
+    images = {content[r.image] for r in result.records["train"]}
+    if images and config.dev_images >= len(images):
+        where = f"records.dev_images is {config.dev_images} of {len(images)} different training images"
+        result.findings.append(Finding("all", "train", "no_image_left_beside_dev", 1, True, (where,)))

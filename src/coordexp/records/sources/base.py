@@ -1,0 +1,161 @@
+"""What every source format becomes first: images with annotations as the file gives them, nothing checked yet.
+
+A reader only knows its format. What may be kept is decided once, for all formats, in `records.policy`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from coordexp.errors import DataError
+from coordexp.records.categories import Category
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that was not kept: why, in which file, under which id there."""
+
+    reason: str
+    file: str
+    key: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """One annotation. `box_xyxy` is None where the file holds nothing of that form."""
+
+    desc: Any
+    box_xyxy: Box | None  # pixels; shares of width and height if `in_unit_frame`
+    key: str  # its id in the file, for messages
+    iscrowd: bool = False  # an ignore region: a crowd, or what the source calls difficult
+    truncated: bool = False  # the source says that the object goes on outside the image or behind another
+    rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
+    in_unit_frame: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image, or one question about an image, with its annotations."""
+
+    file_name: Any  # relative to the root of the set
+    key: str
+    image_id: int | None  # the source's number; None where it has none, or where one image gives several records
+    width: Any  # as annotated; None where the format has no size
+    height: Any
+    objects: tuple[SourceObject, ...]
+    file: str  # the annotation file, for messages
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader found. `problems` is complete once `images` was iterated to its end."""
+
+    images: Iterable[SourceImage]
+    categories: tuple[Category, ...]
+    problems: list[Problem]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitFiles:
+    """Where one split of a set lies. `annotations` and `images` are relative to `root`; `split` is "train" or "val"."""
+
+    root: Path
+    annotations: str
+    images: str
+    split: str
+
+    @property
+    def path(self) -> Path:
+        """The annotation file."""
+        return self.root / self.annotations
+
+    def image_name(self, name: object) -> object:
+        """A file name relative to the image folder, made relative to the root; other values stay as they are."""
+        if not isinstance(name, str) or self.images in ("", "."):
+            return name
+        return f"{self.images.rstrip('/')}/{name}"
+
+
+class Reader(Protocol):
+    """Reads one split of one format.
+
+    Raises:
+        DataError: the file is missing or is not of this format at all; single broken entries are problems instead.
+    """
+
+    def __call__(self, files: SplitFiles) -> Reading:
+        """Read the split."""
+        ...
+
+
+def corners_of_xywh(values: Any) -> Box | None:
+    """[x, y, width, height] as corners, or None if it is not four finite numbers."""
+    if not isinstance(values, list | tuple) or len(values) != 4 or not all(map(is_finite, values)):
+        return None
+    x, y, w, h = (float(v) for v in values)
+    return x, y, x + w, y + h
+
+
+def corners(values: Any) -> Box | None:
+    """[x1, y1, x2, y2] checked for four finite numbers."""
+    if not isinstance(values, list | tuple) or len(values) != 4 or not all(map(is_finite, values)):
+        return None
+    return float(values[0]), float(values[1]), float(values[2]), float(values[3])
+
+
+def is_finite(value: Any) -> bool:
+    """A finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number, also one that a table program wrote as 3.0."""
+    return is_finite(value) and float(value).is_integer()
+
+
+def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
+    """COCO's polygon form; a run-length mask or anything else gives no ring."""
+    if not isinstance(value, list):
+        return ()
+    return tuple(
+        tuple(float(v) for v in ring)
+        for ring in value
+        if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(map(is_finite, ring))
+    )
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The value of a JSON file; raises DataError naming the file, the line and what was expected."""
+    refuse_pickle(path)
+    if not path.is_file():
+        raise DataError(f"{path}: not found; expected {expected}.")
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
+    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
+        raise DataError(f"{path}: not JSON in UTF-8 ({error}); expected {expected}.") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply to be annotations; expected {expected}.") from error
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise DataError for a pickle, by its name: loading one runs whatever code it holds."""
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        raise DataError(
+            f"{path}: pickles are not read, because loading one can run code. Use the JSON form or the Hugging Face "
+            "parquet form of the same annotations (docs/data.md says which)."
+        )

@@ -1,0 +1,66 @@
+"""Ready JSONL in the record contract (`records.schema`), checked line by line: a broken line is a counted problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from coordexp.errors import DataError
+from coordexp.records.schema import ObjectRecord, Record, parse_record
+from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, SplitFiles
+
+
+def read(files: SplitFiles) -> Reading:
+    """One record a line; image paths are relative to the image folder."""
+    path = files.path
+    if not path.is_file():
+        raise DataError(f"{path}: not found; expected records, one JSON object a line.")
+    problems: list[Problem] = []
+
+    def images() -> Iterator[SourceImage]:
+        seen: set[object] = set()
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = parse_record(json.loads(line), f"line {number}")
+                except (DataError, ValueError, RecursionError) as error:
+                    problems.append(Problem("record_invalid", str(path), f"line {number}", str(error)))
+                    continue
+                image_id = _image_id(record)
+                if image_id is not None and image_id in seen:
+                    problems.append(Problem("duplicate_id", str(path), f"line {number}", f"image_id {image_id}"))
+                    continue
+                seen.add(image_id)
+                yield _source_image(files, record, number, image_id)
+
+    return Reading(images(), (), problems)
+
+
+def _image_id(record: Record) -> int | None:
+    value = record.metadata.get("image_id")
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+
+
+def _source_image(files: SplitFiles, record: Record, number: int, image_id: int | None) -> SourceImage:
+    metadata = {key: value for key, value in record.metadata.items() if key != "image_id"}
+    return SourceImage(
+        file_name=files.image_name(record.image),
+        key=f"line {number}",
+        image_id=image_id,
+        width=record.width,
+        height=record.height,
+        objects=tuple(_source_object(obj, i) for i, obj in enumerate(record.objects)),
+        file=str(files.path),
+        metadata=metadata,
+    )
+
+
+def _source_object(obj: ObjectRecord, index: int) -> SourceObject:
+    return SourceObject(
+        desc=obj.desc,
+        box_xyxy=obj.bbox_xyxy_px,
+        key=f"objects[{index}]",
+        iscrowd=bool(obj.metadata.get("iscrowd")),
+        rings=(obj.poly_px,) if obj.poly_px else (),
+        metadata={key: value for key, value in obj.metadata.items() if key != "iscrowd"},
+    )

@@ -1,0 +1,48 @@
+"""LVIS v1: COCO's layout without file names, and federated labels.
+
+An image was searched only for its annotated categories and for those in `neg_category_ids` (verified absent);
+categories in `not_exhaustive_category_ids` may have further instances. Both go into the record's metadata, as names, so
+that prompts name only what is known and an evaluation can ignore the rest (Gupta et al. 2019, arXiv:1908.03195).
+
+LVIS val holds images of COCO's train2017: the path comes from `coco_url`, below the image folder of the set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from coordexp.records.sources.base import Reading, SplitFiles, is_whole
+from coordexp.records.sources.coco import instances_reading, load_instances
+
+
+def read(files: SplitFiles) -> Reading:
+    """LVIS v1; the image folder is the one that holds `train2017` and `val2017`."""
+    instances = load_instances(files.path, names_images=False)
+    for row in instances.rows.values():
+        row["name"] = spoken_name(str(row["name"]))
+    named = replace(instances, categories=tuple(replace(c, name=spoken_name(c.name)) for c in instances.categories))
+
+    def names(image: dict[str, Any], key: str) -> list[str]:
+        listed = image.get(key)
+        ids = listed if isinstance(listed, list) else []
+        return sorted(named.name_of(i) for i in ids if is_whole(i) and i in named.rows)
+
+    def metadata(image: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "absent": names(image, "neg_category_ids"),
+            "not_exhaustive": names(image, "not_exhaustive_category_ids"),
+        }
+
+    return instances_reading(named, lambda image: files.image_name(_path(image)), metadata)
+
+
+def spoken_name(name: str) -> str:
+    """ "bow_(weapon)" -> "bow (weapon)"."""
+    return name.replace("_", " ")
+
+
+def _path(image: dict[str, Any]) -> object:
+    """`http://images.cocodataset.org/train2017/000000391895.jpg` -> `train2017/000000391895.jpg`."""
+    url = image.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if isinstance(url, str) and url.count("/") >= 2 else image.get("file_name")

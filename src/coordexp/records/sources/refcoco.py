@@ -1,0 +1,150 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: one record for each referring expression, answered by one box.
+
+Four forms are read; the original `refs(*.p)` is a pickle and is refused by name:
+* the refs as JSON, a list of {ref_id, ann_id, split, sentences}, with `instances.json` beside it (of the split asked);
+* MDETR's `finetune_refcoco*_{train,val,...}.json`: COCO's layout with a `caption` on each image;
+* parquet with `image_path`, `captions` and `bbox` as corners (as jxu124/refcoco on the Hub);
+* parquet with `file_name`, `answer` and `bbox` as x, y, w, h (as lmms-lab/RefCOCO on the Hub).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from coordexp.errors import DataError
+from coordexp.records.sources.base import (
+    Box,
+    Problem,
+    Reading,
+    SourceImage,
+    SourceObject,
+    SplitFiles,
+    corners,
+    corners_of_xywh,
+    read_json,
+    refuse_pickle,
+)
+from coordexp.records.sources.coco import load_instances
+
+FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
+# A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
+_OF_ANNOTATION = re.compile(r"(COCO_[a-z]+\d{4}_\d{12})_\d+(\.jpg)$")
+
+
+def read(files: SplitFiles) -> Reading:
+    """RefCOCO and its relatives; the image folder is the one that holds `COCO_train2014_*.jpg`."""
+    refuse_pickle(files.path)
+    if files.path.suffix == ".parquet":
+        return _read_parquet(files)
+    source = read_json(files.path, FORMS)
+    if isinstance(source, list):
+        return _read_refs(files, source)
+    return _read_mdetr(files)
+
+
+def plain_name(name: object) -> object:
+    """The COCO image of a ref's file name, without folders."""
+    if not isinstance(name, str):
+        return name
+    return _OF_ANNOTATION.sub(r"\1\2", name.split("/")[-1])
+
+
+def _question(
+    files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None)
+) -> SourceImage:
+    """One expression about one image."""
+    return SourceImage(
+        file_name=files.image_name(plain_name(name)),
+        key=key,
+        image_id=None,
+        width=size[0],
+        height=size[1],
+        objects=(SourceObject(phrase, box, "object"),),
+        file=str(files.path),
+        metadata={"phrase": " ".join(phrase.split()) if isinstance(phrase, str) else ""},
+    )
+
+
+def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
+    instances = load_instances(files.path.parent / "instances.json")
+    by_annotation = {row["id"]: row for rows in instances.annotations.values() for _, row in rows if "id" in row}
+    problems: list[Problem] = []
+
+    def images() -> Iterator[SourceImage]:
+        for i, ref in enumerate(refs):
+            fields = ref if isinstance(ref, dict) else {}
+            if fields.get("split") != files.split:
+                continue
+            annotation = by_annotation.get(fields.get("ann_id"))
+            if annotation is None:
+                problems.append(Problem("unknown_annotation", str(files.path), f"ref {fields.get('ref_id', i)}"))
+                continue
+            image, box = instances.images[annotation["image_id"]], corners_of_xywh(annotation.get("bbox"))
+            for j, phrase in enumerate(_sentences(fields.get("sentences"))):
+                key = f"ref {fields.get('ref_id', i)}, sentence {j}"
+                yield _question(files, image["file_name"], phrase, box, key, (image["width"], image["height"]))
+
+    if not any(isinstance(ref, dict) and ref.get("split") == files.split for ref in refs):
+        raise DataError(f"{files.path}: no ref of split {files.split!r}; expected {FORMS}.")
+    return Reading(images(), (), problems)
+
+
+def _sentences(value: Any) -> Iterator[Any]:
+    for sentence in value if isinstance(value, list) else []:
+        yield sentence.get("sent", sentence.get("raw")) if isinstance(sentence, dict) else sentence
+
+
+def _read_mdetr(files: SplitFiles) -> Reading:
+    instances = load_instances(files.path)
+    if not all("caption" in image for image in instances.images.values()):
+        raise DataError(f"{files.path}: images have no caption; expected {FORMS}.")
+
+    def images() -> Iterator[SourceImage]:
+        for image_id, image in instances.images.items():
+            for key, row in instances.annotations.get(image_id, ()):
+                box = corners_of_xywh(row.get("bbox"))
+                size = (image["width"], image["height"])
+                yield _question(files, image["file_name"], image["caption"], box, f"image {image_id}, {key}", size)
+
+    return Reading(images(), (), instances.problems)
+
+
+def _read_parquet(files: SplitFiles) -> Reading:
+    if not files.path.is_file():
+        raise DataError(f"{files.path}: not found; expected {FORMS}.")
+    try:
+        table = pq.ParquetFile(files.path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{files.path}: not a parquet file ({error}); expected {FORMS}.") from error
+    names = set(table.schema_arrow.names)
+    if names >= {"image_path", "captions", "bbox"}:
+        columns, box_of, phrases = ("image_path", "captions", "bbox"), corners, "captions"
+    elif names >= {"file_name", "answer", "bbox"}:
+        columns, box_of, phrases = ("file_name", "answer", "bbox"), corners_of_xywh, "answer"
+    else:
+        raise DataError(f"{files.path}: has the columns {sorted(names)}; expected {FORMS}.")
+    return Reading(_parquet_images(files, table, columns, box_of, phrases), (), [])
+
+
+def _parquet_images(
+    files: SplitFiles,
+    table: pq.ParquetFile,
+    columns: tuple[str, ...],
+    box_of: Callable[[Any], Box | None],
+    phrases: str,
+) -> Iterator[SourceImage]:
+    row_number = 0
+    for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
+        for row in batch.to_pylist():
+            for j, phrase in enumerate(_listed(row[phrases])):
+                yield _question(files, row[columns[0]], phrase, box_of(row["bbox"]), f"row {row_number}, sentence {j}")
+            row_number += 1
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,83 @@
+"""Visual Genome: `objects.json` (names) or `region_descriptions.json` (phrases), with `image_data.json` beside it.
+
+Boxes are x, y, w, h in pixels. Images lie in `VG_100K` and `VG_100K_2`; which one is in the image's url. Annotations
+are exhaustive for nothing, so prompts may not claim that a name is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from coordexp.errors import DataError
+from coordexp.records.sources.base import (
+    Problem,
+    Reading,
+    SourceImage,
+    SourceObject,
+    SplitFiles,
+    corners_of_xywh,
+    read_json,
+)
+
+LAYOUT = "Visual Genome's objects.json or region_descriptions.json"
+
+
+def read(files: SplitFiles) -> Reading:
+    """Visual Genome; the image folder is the one that holds `VG_100K` and `VG_100K_2`."""
+    entries = read_json(files.path, LAYOUT)
+    if not isinstance(entries, list):
+        raise DataError(f"{files.path}: holds no list; expected {LAYOUT}.")
+    known = _image_data(files)
+    problems: list[Problem] = []
+
+    def images() -> Iterator[SourceImage]:
+        seen: set[int] = set()
+        for i, entry in enumerate(entries):
+            fields = entry if isinstance(entry, dict) else {}
+            image_id = fields.get("image_id", fields.get("id"))
+            if not isinstance(image_id, int) or image_id not in known:
+                problems.append(Problem("unknown_image", str(files.path), f"[{i}]", f"image_id {image_id!r}"))
+                continue
+            if image_id in seen:
+                problems.append(Problem("duplicate_id", str(files.path), f"image {image_id}"))
+                continue
+            seen.add(image_id)
+            data = known[image_id]
+            yield SourceImage(
+                file_name=files.image_name(_path(data)),
+                key=f"image {image_id}",
+                image_id=image_id,
+                width=data.get("width"),
+                height=data.get("height"),
+                objects=tuple(_objects(fields)),
+                file=str(files.path),
+                metadata={"absent": []},
+            )
+
+    return Reading(images(), (), problems)
+
+
+def _image_data(files: SplitFiles) -> dict[int, dict[str, Any]]:
+    path = files.path.parent / "image_data.json"
+    rows = read_json(path, "Visual Genome's image_data.json")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: holds no list of images; expected Visual Genome's image_data.json.")
+    return {row["image_id"]: row for row in rows if isinstance(row.get("image_id"), int)}
+
+
+def _path(data: dict[str, Any]) -> object:
+    url = data.get("url")
+    return "/".join(url.split("/")[-2:]) if isinstance(url, str) else None
+
+
+def _objects(entry: dict[str, Any]) -> Iterator[SourceObject]:
+    listed = entry.get("regions", entry.get("objects"))
+    for i, obj in enumerate(listed if isinstance(listed, list) else []):
+        fields = obj if isinstance(obj, dict) else {}
+        names = fields.get("names")
+        desc = fields.get("phrase", names[0] if isinstance(names, list) and names else None)
+        number = fields.get("region_id", fields.get("object_id"))
+        size = [fields.get("w", fields.get("width")), fields.get("h", fields.get("height"))]
+        box = corners_of_xywh([fields.get("x"), fields.get("y"), *size])
+        yield SourceObject(desc, box, f"object {i if number is None else number}")

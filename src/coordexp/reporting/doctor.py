@@ -1,0 +1,101 @@
+"""What `coordexp doctor` prints: findings of the data, and the needs of a run beside what the machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
+from coordexp.config.schema import Params
+from coordexp.errors import CheckpointError
+from coordexp.packing.needs import Needs, needs_of
+from coordexp.records.doctor import Examination, examine
+from coordexp.records.schema import Record, read_records
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The text, every problem as a JSON line, and whether the stages would stop."""
+
+    lines: tuple[str, ...]
+    problem_lines: tuple[str, ...]
+    stops: bool
+
+
+def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diagnosis:
+    """Examine the data of a profile, estimate its needs, and put both into words.
+
+    Args:
+        profile: the profile; composed scenes have nothing to examine, their needs come from the records on file.
+        params: the parameters, of which the codec decides the tokens of an answer.
+        data: the folder of the data stages' outputs.
+        decode: unpack every image.
+    """
+    source: SourceConfig | DatasetsConfig = profile.source
+    lines: list[str] = []
+    problems: tuple[str, ...] = ()
+    stops = False
+    if isinstance(source, DatasetsConfig):
+        found = examine(source.sets, profile.records, decode, workers=os.cpu_count() or 1)
+        lines += _data_lines(found)
+        problems = tuple(json.dumps(asdict(p), ensure_ascii=False) for p in found.problems)
+        train, stops = found.records["train"], found.stops
+    else:
+        lines.append("data: scenes are composed by the raw stage; nothing to examine")
+        on_file = data / params.profile / "records" / "train.jsonl"
+        train = list(read_records(on_file)) if on_file.is_file() else []
+    needed, lacks = _need_lines(train, profile, params)
+    lines += needed
+    stops = stops or lacks
+    lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
+    return Diagnosis(tuple(lines), problems, stops)
+
+
+def _data_lines(found: Examination) -> Iterator[str]:
+    for split, records in found.records.items():
+        objects = sum(len(r.objects) for r in records)
+        yield f"{split}: {len(records)} records, {objects} objects"
+    yield f"images: {_gigabytes(found.image_bytes)} on disk, read where they are"
+    if not found.findings:
+        yield "no fault found"
+    for finding in found.findings:
+        fate = "STOP" if finding.stops else "dropped"
+        yield f"{fate}: {finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
+        yield from (f"    {example}" for example in finding.examples)
+
+
+def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[list[str], bool]:
+    if not train:
+        return ["needs: no training record to estimate from"], False
+    try:
+        needs = needs_of(train, profile, params.text.codec)
+    except CheckpointError as error:
+        return [f"STOP: model: {error}"], True
+    free = shutil.disk_usage(Path()).free
+    lines = [
+        f"model: {needs.parameters:,} parameters",
+        f"tokens: {needs.image_tokens:,} of images, about {needs.text_tokens:,} of text; longest record about "
+        f"{needs.longest_tokens:,}",
+        f"packs: about {needs.packs:,} of {profile.packing.pack_tokens:,} tokens; stage 1 passes over them "
+        f"{needs.stage1_passes:.2f} times",
+        f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice that if the cache cannot link "
+        f"files; {_gigabytes(free)} free",
+        f"memory: {_gigabytes(needs.optimizer_bytes)} for float32 weights, gradients and AdamW if all parameters are "
+        "trained; activations come on top",
+    ]
+    too_long, too_full = _shortages(needs, free)
+    return [*lines, *too_long, *too_full], bool(too_long or too_full)
+
+
+def _shortages(needs: Needs, free_bytes: int) -> tuple[list[str], list[str]]:
+    too_long = f"STOP: {needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
+    too_full = f"STOP: the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
+    return [too_long] if needs.over_pack else [], [too_full] if needs.disk_bytes > free_bytes else []
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"

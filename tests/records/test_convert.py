@@ -1,0 +1,313 @@
+"""Data sets on disk to the splits of a profile: the manifest, the policies, mixing, and an account of every loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from coordexp.errors import ConfigError, DataError
+from coordexp.records.convert import Converted, convert_datasets
+from coordexp.records.manifest import image_path, read_manifest, write_manifest
+from coordexp.records.schema import Record, parse_record
+from records_folders import annotation, coco_set, edit, picture, records_config, write_split
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Twelve training and six val pictures."""
+    root = tmp_path / "coco"
+    write_split(root, "train2017", 100, 12)
+    write_split(root, "val2017", 500, 6)
+    return root
+
+
+def convert(tmp_path: Path, sets, **config) -> Converted:
+    raw = tmp_path / "raw"
+    write_manifest(raw, sets, decode=True, workers=2)
+    result = convert_datasets(raw, records_config(**config), seed=17)
+    for records in result.splits.values():
+        for record in records:
+            parse_record(json.loads(json.dumps(record.to_json())), "converted")
+            assert image_path(raw, record.image).is_file()
+    return result
+
+
+def images(records: list[Record]) -> list[str]:
+    return [record.image for record in records]
+
+
+def test_a_coco_folder_converts_without_a_loss(coco, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(coco)})
+    assert {split: len(records) for split, records in result.splits.items()} == {"train": 10, "dev": 2, "val": 6}
+    assert result.drops() == {"train": {}, "val": {}}
+    assert images(result.splits["val"]) == [f"coco/val2017/{i:012d}.jpg" for i in range(500, 506)]
+    assert [r.metadata["image_id"] for r in result.splits["val"]] == list(range(500, 506))
+    assert [(c.id, c.name, c.split) for c in result.categories] == [
+        (1, "person", "train"), (2, "traffic light", "train"), (3, "cat", "train"), (4, "red mug", "held_out"),
+    ]  # fmt: skip
+    assert result.sets == {"coco": {"train": 10, "dev": 2, "val": 6}}
+
+
+def test_images_are_never_copied(coco, tmp_path):
+    convert(tmp_path, {"coco": coco_set(coco)})
+    assert sorted(p.name for p in (tmp_path / "raw").iterdir()) == ["images.parquet", "manifest.json"]
+    manifest, facts = read_manifest(tmp_path / "raw")
+    assert manifest["sets"]["coco"]["images"] == len(facts["coco"]) == 18
+    assert manifest["sets"]["coco"]["bytes"] == sum(p.stat().st_size for p in coco.rglob("*.jpg"))
+
+
+def test_the_manifest_does_not_depend_on_the_number_of_workers(coco, tmp_path):
+    for workers in (1, 4):
+        write_manifest(tmp_path / str(workers), {"coco": coco_set(coco)}, decode=True, workers=workers)
+    one, four = ((tmp_path / name / "images.parquet").read_bytes() for name in "14")
+    assert one == four
+
+
+def test_changed_annotations_are_noticed(coco, tmp_path):
+    write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1)
+    edit(coco, "val2017", info={"changed": 1})
+    with pytest.raises(DataError, match=r"instances_val2017\.json: changed since the raw stage .*dvc repro --force"):
+        convert_datasets(tmp_path / "raw", records_config(), 17)
+    (coco / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(DataError, match="gone since the raw stage"):
+        convert_datasets(tmp_path / "raw", records_config(), 17)
+
+
+def test_a_root_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"source\.sets\.coco\.root: .*nowhere is no folder.*ln -s"):
+        write_manifest(tmp_path / "raw", {"coco": coco_set(tmp_path / "nowhere")}, decode=False, workers=1)
+
+
+def test_annotations_outside_of_the_root_are_refused(coco, tmp_path):
+    with pytest.raises(DataError, match="leaves the image root"):
+        write_manifest(tmp_path / "raw", {"coco": coco_set(coco, train="../x.json")}, decode=False, workers=1)
+
+
+# Bad images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(coco: Path) -> Path:
+    """Seven of the training images cannot be used, each for its own reason."""
+    folder = coco / "train2017"
+    (folder / f"{100:012d}.jpg").unlink()
+    cut = folder / f"{101:012d}.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    picture(102, 48, 64).save(folder / f"{102:012d}.jpg")
+    exif = picture(103).getexif()
+    exif[0x0112] = 6
+    picture(103).save(folder / f"{103:012d}.jpg", exif=exif)
+
+    def change(entries):
+        by_id = {entry["id"]: entry for entry in entries}
+        by_id[104]["width"] = 0
+        by_id[105]["height"] = -48
+        by_id[106]["file_name"] = "../../../etc/passwd"
+        return entries
+
+    edit(coco, "train2017", images=change)
+    return coco
+
+
+EXPECTED = {
+    "image_missing": "image 100", "image_unreadable": "image 101", "image_size_differs": "image 102",
+    "image_exif_rotated": "image 103", "image_path_unsafe": "image 106",
+}  # fmt: skip
+
+
+def test_bad_images_are_one_error_that_names_them(spoiled, tmp_path):
+    with pytest.raises(DataError) as caught:
+        convert(tmp_path, {"coco": coco_set(spoiled)})
+    message = str(caught.value)
+    assert message.startswith("7 images cannot be used (image_exif_rotated 1, image_missing 1, image_path_unsafe 1, ")
+    assert "instances_train2017.json: image 100: image_missing" in message
+    assert "and 2 more" in message
+
+
+def test_bad_images_can_be_dropped_and_are_counted_with_file_and_id(spoiled, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(spoiled)}, bad_images="drop")
+    found = {p.reason: p for p in result.problems["train"]}
+    assert {reason: p.key for reason, p in found.items() if reason in EXPECTED} == EXPECTED
+    assert result.drops()["train"]["image_size_invalid"] == 2
+    assert all(p.file.endswith("instances_train2017.json") for p in found.values())
+    assert len(result.splits["train"]) + len(result.splits["dev"]) == 12 - 7
+
+
+# Annotations ----------------------------------------------------------------------------------------------------------
+
+ODD = {
+    "unknown_image": [annotation(1, 4711), {"id": 2, "category_id": 1, "bbox": [1, 1, 5, 5]}, "text", None],
+    "unknown_category": [annotation(3, 100, 99), annotation(4, 100, True), annotation(5, 100, [1])],
+    "duplicate_id": [annotation(1000, 100, 2, [9, 9, 9, 9])],
+    "bbox_malformed": [
+        annotation(6 + i, 100, 1, box) for i, box in enumerate([[1, 1, 5], "x", [1, 1, None, 5], [1, 1, 5, 1e999]])
+    ],
+    "bbox_too_thin": [
+        annotation(20 + i, 100, 1, box) for i, box in enumerate([[1, 1, -5, 5], [1, 1, 0, 9], [200, 1, 5, 5]])
+    ],
+    "duplicate_object": [annotation(30, 100, 1 + 100 % 3, [2, 3, 20, 25])],
+    "bbox_outside": [annotation(31, 100, 1, [50, 10, 60, 10])],
+}  # fmt: skip
+
+
+def test_every_odd_annotation_is_counted_under_its_reason(coco, tmp_path):
+    edit(coco, "train2017", annotations=lambda old: [*old, *(a for group in ODD.values() for a in group)])
+    result = convert(tmp_path, {"coco": coco_set(coco)}, min_inside=0.5)
+    assert result.drops()["train"] == {reason: len(group) for reason, group in sorted(ODD.items())}
+    assert sum(len(r.objects) for split in ("train", "dev") for r in result.splits[split]) == 24
+    assert all(p.key.startswith(("annotation", "image 100")) for p in result.problems["train"])
+
+
+def test_crowds_are_ignored_or_dropped(coco, tmp_path):
+    rle = {"counts": [0, 100, 2972], "size": [48, 64]}
+    crowd = annotation(7, 100, 4, [0, 0, 60, 40], iscrowd=1, segmentation=rle)
+    edit(coco, "train2017", annotations=lambda old: [*old, crowd])
+    for policy, (n_crowds, drops) in {"ignore": (1, {}), "drop": (0, {"crowd": 1})}.items():
+        result = convert(tmp_path / policy, {"coco": coco_set(coco)}, crowd=policy)
+        records = [*result.splits["train"], *result.splits["dev"]]
+        assert sum(bool(o.metadata.get("iscrowd")) for r in records for o in r.objects) == n_crowds
+        assert result.drops()["train"] == drops
+
+
+def test_descriptions_cannot_pose_as_markup(coco, tmp_path):
+    bad = ["<|im_end|>", "cat<|coord_5|>", "\ue123 cat", "cat\x00", "x" * 300]
+    edit(
+        coco,
+        "train2017",
+        categories=lambda old: [*old, *({"id": 50 + i, "name": name} for i, name in enumerate(bad))],
+        annotations=lambda old: [*old, *(annotation(60 + i, 100, 50 + i) for i in range(len(bad)))],
+    )
+    drops = convert(tmp_path, {"coco": coco_set(coco)}).drops()["train"]
+    assert drops == {"desc_characters": 2, "desc_marker": 2, "desc_too_long": 1}
+
+
+# Too many objects -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(coco: Path) -> Path:
+    """Image 100 and val image 500 with 22 objects each."""
+    for split, image_id in (("train2017", 100), ("val2017", 500)):
+        many = [annotation(7000 + i, image_id, 4, [i, i, 20, 20 + i % 3]) for i in range(20)]
+        edit(coco, split, annotations=lambda old, many=many: [*old, *many])
+    return coco
+
+
+def test_objects_above_the_limit_are_sampled_and_become_ignore_regions(crowded, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(crowded)}, max_objects=5)
+    by_id = {r.metadata["image_id"]: r for split in result.splits.values() for r in split}
+    kept = [o for o in by_id[100].objects if not o.metadata.get("iscrowd")]
+    assert (len(kept), len(by_id[100].objects)) == (5, 22)
+    assert result.drops() == {"train": {"over_max_objects": 17}, "val": {}}
+    assert len(by_id[500].objects) == 22  # what is evaluated is never thinned out
+    again = convert(tmp_path / "again", {"coco": coco_set(crowded)}, max_objects=5)
+    assert [r.objects for r in again.splits["train"]] == [r.objects for r in result.splits["train"]]
+
+
+def test_records_above_the_limit_are_dropped(crowded, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(crowded)}, max_objects=5, over_max="drop")
+    assert result.drops() == {"train": {"record_over_max_objects": 1}, "val": {}}
+    assert len(result.splits["train"]) + len(result.splits["dev"]) == 11
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_image_in_val_is_an_error(coco, tmp_path):
+    shutil.copy(coco / "val2017" / f"{503:012d}.jpg", coco / "train2017" / f"{104:012d}.jpg")
+    with pytest.raises(
+        DataError, match=r"1 training images have the same content.*\n  coco/train2017/0+104\.jpg is coco"
+    ):
+        convert(tmp_path, {"coco": coco_set(coco)})
+    result = convert(tmp_path, {"coco": coco_set(coco)}, overlap="drop_train")
+    assert result.drops()["train"] == {"image_in_val": 1}
+    assert f"coco/train2017/{104:012d}.jpg" not in images(result.splits["train"] + result.splits["dev"])
+
+
+@pytest.mark.parametrize("dev_images", range(1, 11))
+def test_one_picture_under_two_names_is_in_one_split(coco, tmp_path, dev_images):
+    shutil.copy(coco / "train2017" / f"{107:012d}.jpg", coco / "train2017" / f"{104:012d}.jpg")
+    result = convert(tmp_path, {"coco": coco_set(coco)}, dev_images=dev_images)
+    twins = {f"coco/train2017/{i:012d}.jpg" for i in (104, 107)}
+    assert len(twins & set(images(result.splits["dev"]))) in (0, 2)
+    assert len(result.splits["train"]) + len(result.splits["dev"]) == 12
+
+
+def test_a_split_without_records_is_an_error(coco, tmp_path):
+    edit(coco, "val2017", images=[], annotations=[])
+    with pytest.raises(DataError, match="no val record is left"):
+        convert(tmp_path, {"coco": coco_set(coco)})
+
+
+# Mixing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_repeat_training_records_and_ids_do_not_clash(coco, tmp_path):
+    other = tmp_path / "other"
+    write_split(other, "train2017", 100, 12)
+    for path in (other / "train2017").iterdir():
+        picture(1000 + int(path.stem)).save(path)  # other pictures under the same names and ids
+    sets = {"coco": coco_set(coco, weight=0.5), "mine": coco_set(other, val="none", weight=2.5)}
+    result = convert(tmp_path, sets, dev_images=4)
+    counts = Counter(images(result.splits["train"]))
+    mine = [n for name, n in counts.items() if name.startswith("mine/")]
+    assert set(mine) == {2, 3}
+    assert {n for name, n in counts.items() if name.startswith("coco/")} == {1}
+    assert result.sets["mine"]["train"] == sum(mine)
+    ids = {r.metadata["image_id"]: r.image for split in result.splits.values() for r in split}
+    assert len(ids) == sum(map(len, result.splits.values()))
+    assert {r.metadata["source_image_id"] for r in result.splits["val"]} == set(range(500, 506))
+
+
+def test_dev_and_val_are_not_weighted(coco, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(coco, weight=3.0)})
+    assert {split: len(records) for split, records in result.splits.items()} == {"train": 30, "dev": 2, "val": 6}
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def prompts(records: list[Record]) -> list[dict]:
+    return [record.metadata["prompt"] for record in records if "prompt" in record.metadata]
+
+
+def present(record: Record) -> set[str]:
+    return {o.desc for o in record.objects}
+
+
+def test_open_prompts_are_paraphrased_in_training_only(coco, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(coco, weight=4.0)})
+    assert {p["style"] for p in prompts(result.splits["train"])} >= {1, 2, 3}
+    assert prompts(result.splits["dev"] + result.splits["val"]) == []
+
+
+def test_closed_prompts_name_every_class(coco, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(coco, prompt="closed")})
+    for records in result.splits.values():
+        assert all(p["names"] == ["person", "traffic light", "cat", "red mug"] for p in prompts(records))
+        assert len(prompts(records)) == len(records)
+
+
+def test_listed_prompts_mix_present_and_absent_names(coco, tmp_path):
+    result = convert(tmp_path, {"coco": coco_set(coco, prompt="listed", weight=20.0)}, negative_rate=0.25)
+    records = result.splits["train"]
+    asked = [(set(p["names"]), present(r)) for p, r in zip(prompts(records), records, strict=True)]
+    assert all(1 <= len(names) <= 3 for names, _ in asked)
+    negatives = [names for names, there in asked if not names & there]
+    assert len(negatives) / len(asked) == pytest.approx(0.25, abs=0.1)
+    positives = [(names, there) for names, there in asked if names & there]
+    assert all(names >= there for names, there in positives)
+    assert any(names > there for names, there in positives)
+    assert all(
+        p["names"] == sorted(["person", "traffic light", "cat", "red mug"]) for p in prompts(result.splits["val"])
+    )
+
+
+def test_too_many_names_for_a_closed_prompt(coco, tmp_path):
+    edit(coco, "val2017", categories=lambda old: old + [{"id": 10 + i, "name": f"thing {i}"} for i in range(300)])
+    with pytest.raises(ConfigError, match="closed, but the set has 304 names"):
+        convert(tmp_path, {"coco": coco_set(coco, prompt="closed")})

@@ -1,0 +1,421 @@
+"""Every source format, in files laid out as its publisher does, down to records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from coordexp.errors import DataError
+from coordexp.records.images import ImageFacts
+from coordexp.records.policy import Policies, RecordSet, to_records
+from coordexp.records.sources.base import Reading, SplitFiles
+from coordexp.records.sources.objects365 import patch_path
+from coordexp.records.sources.registry import READERS
+from coordexp.records.sources.yolo import label_path
+
+COCO_URL = "http://images.cocodataset.org"
+
+
+def dump(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def read(fmt: str, root: Path, annotations: str, images: str, split: str = "train") -> Reading:
+    return READERS[fmt](SplitFiles(root, annotations, images, split))
+
+
+def convert(reading: Reading, width: int = 100, height: int = 80, **policies: Any) -> RecordSet:
+    """Records, as if every image were there in one size."""
+    images = list(reading.images)
+    names = [str(image.file_name) for image in images]
+    facts = {name: ImageFacts(name, 1, name, width, height, "RGB") for name in names}
+    return to_records(Reading(images, reading.categories, reading.problems), Policies(**policies), facts)
+
+
+def shown(result: RecordSet) -> list[tuple[str, list[tuple[str, tuple[float, ...]]]]]:
+    return [(r.image, [(o.desc, o.bbox_xyxy_px) for o in r.objects]) for r in result.records]
+
+
+def reasons(result: RecordSet) -> list[str]:
+    return [p.reason for p in result.problems]
+
+
+# COCO -----------------------------------------------------------------------------------------------------------------
+
+COCO = {
+    "info": {"description": "COCO 2017 Dataset", "year": 2017},
+    "licenses": [{"id": 1, "name": "x", "url": "http://x"}],
+    "images": [
+        {
+            "license": 4, "file_name": "000000397133.jpg", "coco_url": f"{COCO_URL}/val2017/000000397133.jpg",
+            "height": 80, "width": 100, "date_captured": "2013-11-14 17:02:52", "flickr_url": "http://f", "id": 397133,
+        }
+    ],
+    "annotations": [
+        {
+            "segmentation": [[10, 10, 30, 10, 30, 30.5]], "area": 205.0, "iscrowd": 0, "image_id": 397133,
+            "bbox": [10, 10, 20, 20.5], "category_id": 44, "id": 82445,
+        },
+        {
+            "segmentation": {"counts": [0, 8000], "size": [80, 100]}, "area": 8000, "iscrowd": 1, "image_id": 397133,
+            "bbox": [0, 0, 100, 80], "category_id": 1, "id": 900100397133,
+        },
+    ],
+    "categories": [
+        {"supercategory": "person", "id": 1, "name": "person"},
+        {"supercategory": "kitchen", "id": 44, "name": "bottle"},
+    ],
+}  # fmt: skip
+
+
+def test_coco(tmp_path):
+    dump(tmp_path / "annotations" / "instances_val2017.json", COCO)
+    reading = read("coco", tmp_path, "annotations/instances_val2017.json", "val2017")
+    result = convert(reading, polygons="keep")
+    assert shown(result) == [
+        ("val2017/000000397133.jpg", [("person", (0, 0, 100, 80)), ("bottle", (10, 10, 30, 30.5))])
+    ]
+    assert [o.metadata for o in result.records[0].objects] == [
+        {"iscrowd": 1},
+        {"segmentation": [[10, 10, 30, 10, 30, 30.5]]},
+    ]
+    assert result.records[0].metadata == {"image_id": 397133}
+    assert result.problems == []
+    assert [(c.id, c.name) for c in reading.categories] == [(1, "person"), (44, "bottle")]
+
+
+def test_a_repeated_annotation_id_is_counted_with_its_id(tmp_path):
+    again = COCO["annotations"][0] | {"bbox": [1, 1, 5, 5]}
+    dump(tmp_path / "i.json", COCO | {"annotations": [*COCO["annotations"], again]})
+    (problem,) = convert(read("coco", tmp_path, "i.json", ".")).problems
+    assert (problem.reason, problem.key) == ("duplicate_id", "annotation 82445")
+
+
+def test_an_object_annotated_twice_is_counted_once(tmp_path):
+    again = COCO["annotations"][0] | {"id": 5}
+    dump(tmp_path / "i.json", COCO | {"annotations": [*COCO["annotations"], again]})
+    result = convert(read("coco", tmp_path, "i.json", "."))
+    assert [str(p) for p in result.problems] == [f"{tmp_path}/i.json: image 397133, annotation 5: duplicate_object"]
+
+
+# LVIS -----------------------------------------------------------------------------------------------------------------
+
+
+def test_lvis_takes_the_path_from_the_url_and_keeps_the_federated_fields(tmp_path):
+    lvis = {
+        "images": [
+            {
+                "id": 391895, "height": 80, "width": 100, "coco_url": f"{COCO_URL}/train2017/000000391895.jpg",
+                "neg_category_ids": [3, 2, 999], "not_exhaustive_category_ids": [1],
+            }
+        ],
+        "annotations": [{"id": 1, "image_id": 391895, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12.0}],
+        "categories": [
+            {"id": 1, "name": "aerosol_can", "synset": "aerosol.n.02", "frequency": "c", "synonyms": ["aerosol_can"]},
+            {"id": 2, "name": "bow_(weapon)", "synset": "bow.n.04", "frequency": "r"},
+            {"id": 3, "name": "cat", "synset": "cat.n.01", "frequency": "f"},
+        ],
+    }  # fmt: skip
+    dump(tmp_path / "lvis_v1_val.json", lvis)
+    reading = read("lvis", tmp_path, "lvis_v1_val.json", ".")
+    (record,) = convert(reading).records
+    assert record.image == "train2017/000000391895.jpg"
+    assert record.metadata == {
+        "image_id": 391895,
+        "absent": ["bow (weapon)", "cat"],
+        "not_exhaustive": ["aerosol can"],
+    }
+    assert [c.name for c in reading.categories] == ["aerosol can", "bow (weapon)", "cat"]
+    assert record.objects[0].desc == "aerosol can"
+
+
+# Objects365 -----------------------------------------------------------------------------------------------------------
+
+
+def test_objects365_finds_images_in_their_patches(tmp_path):
+    source = COCO | {
+        "images": [COCO["images"][0] | {"file_name": "images/v1/patch8/objects365_v1_00420917.jpg"}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 397133,
+                "category_id": 44,
+                "bbox": [1, 1, 9, 9],
+                "iscrowd": 0,
+                "isfake": 0,
+                "area": 81,
+            }
+        ],
+    }
+    dump(tmp_path / "zhiyuan_objv2_train.json", source)
+    result = convert(read("objects365", tmp_path, "zhiyuan_objv2_train.json", "train"))
+    assert shown(result) == [("train/patch8/objects365_v1_00420917.jpg", [("bottle", (1, 1, 10, 10))])]
+    assert patch_path("a.jpg") == "a.jpg"
+
+
+# RefCOCO --------------------------------------------------------------------------------------------------------------
+
+REF_IMAGE = {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 100, "height": 80}
+REFS = [
+    {
+        "ref_id": 0, "ann_id": 1719310, "category_id": 1, "image_id": 581857, "split": split,
+        "file_name": "COCO_train2014_000000581857_16.jpg",
+        "sentences": [
+            {"tokens": ["the", "lady"], "raw": "THE LADY", "sent_id": 0, "sent": "the lady"},
+            {"tokens": ["blue", "shirt"], "raw": "blue shirt", "sent_id": 1, "sent": "blue shirt"},
+        ],
+    }
+    for split in ("train", "testA")
+]  # fmt: skip
+THE_LADY = [
+    ("train2014/COCO_train2014_000000581857.jpg", [("the lady", (10, 20, 40, 60))]),
+    ("train2014/COCO_train2014_000000581857.jpg", [("blue shirt", (10, 20, 40, 60))]),
+]
+
+
+def write_instances(folder: Path) -> None:
+    annotation = {"id": 1719310, "image_id": 581857, "category_id": 1, "bbox": [10, 20, 30, 40]}
+    dump(folder / "instances.json", COCO | {"images": [REF_IMAGE], "annotations": [annotation]})
+
+
+def test_refcoco_as_a_list_of_refs(tmp_path):
+    write_instances(tmp_path / "refcoco")
+    dump(tmp_path / "refcoco" / "refs(unc).json", REFS)
+    result = convert(read("refcoco", tmp_path, "refcoco/refs(unc).json", "train2014"))
+    assert shown(result) == THE_LADY
+    assert [r.metadata for r in result.records] == [{"phrase": "the lady"}, {"phrase": "blue shirt"}]
+
+
+def test_a_ref_without_its_annotation_is_counted(tmp_path):
+    write_instances(tmp_path)
+    dump(tmp_path / "refs.json", [REFS[0], REFS[0] | {"ann_id": 4, "ref_id": 77}])
+    result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
+    assert [(p.reason, p.key) for p in result.problems] == [("unknown_annotation", "ref 77")]
+    with pytest.raises(DataError, match="no ref of split 'val'"):
+        read("refcoco", tmp_path, "refs.json", "train2014", "val")
+
+
+def test_refcoco_as_mdetr_writes_it(tmp_path):
+    image = REF_IMAGE | {"caption": "the lady", "dataset_name": "refcoco", "original_id": 581857, "tokens_negative": []}
+    annotation = {"id": 0, "image_id": 581857, "category_id": 1, "bbox": [10, 20, 30, 40], "tokens_positive": [[0, 8]]}
+    source = {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": "object"}], "info": []}
+    dump(tmp_path / "finetune_refcoco_train.json", source)
+    assert shown(convert(read("refcoco", tmp_path, "finetune_refcoco_train.json", "train2014"))) == THE_LADY[:1]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {
+            "image_path": ["coco/train2014/COCO_train2014_000000581857.jpg"],
+            "captions": [["the lady", "blue shirt"]],
+            "bbox": [[10.0, 20.0, 40.0, 60.0]],
+            "split": ["train"],
+        },
+        {
+            "question_id": ["1"],
+            "file_name": ["COCO_train2014_000000581857_16.jpg"],
+            "answer": [["the lady", "blue shirt"]],
+            "bbox": [[10.0, 20.0, 30.0, 40.0]],
+            "iscrowd": [0],
+        },
+    ],
+    ids=["corners", "width and height"],
+)
+def test_refcoco_as_parquet(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert shown(convert(read("refcoco", tmp_path, "train.parquet", "train2014"))) == THE_LADY
+
+
+@pytest.mark.parametrize("name", ["refs(unc).p", "refs(google).pkl"])
+def test_pickles_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(DataError, match=r"pickles are not read.*parquet"):
+        read("refcoco", tmp_path, name, "train2014")
+
+
+def test_other_parquet_files_are_refused(tmp_path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"has the columns \['a'\]"):
+        read("refcoco", tmp_path, "a.parquet", ".")
+    with pytest.raises(DataError, match="not a parquet file"):
+        read("refcoco", tmp_path, "b.parquet", ".")
+
+
+# Visual Genome --------------------------------------------------------------------------------------------------------
+
+
+def write_image_data(folder: Path) -> None:
+    url = "https://cs.stanford.edu/people/rak248/VG_100K_2/1.jpg"
+    row = {"image_id": 1, "url": url, "width": 100, "height": 80, "coco_id": None, "flickr_id": None}
+    dump(folder / "image_data.json", [row])
+
+
+def test_visual_genome_objects(tmp_path):
+    write_image_data(tmp_path)
+    objects = [
+        {"object_id": 1058498, "names": ["clock"], "x": 42, "y": 9, "w": 7, "h": 33, "synsets": ["clock.n.01"]},
+        {"object_id": 5046, "names": [], "x": 1, "y": 1, "w": 7, "h": 3, "synsets": []},
+    ]
+    entries = [{"image_id": 1, "objects": objects, "image_url": "x"}, {"image_id": 2, "objects": []}]
+    dump(tmp_path / "objects.json", entries)
+    result = convert(read("visual_genome", tmp_path, "objects.json", "."))
+    assert shown(result) == [("VG_100K_2/1.jpg", [("clock", (42, 9, 49, 42))])]
+    assert reasons(result) == ["unknown_image", "desc_missing"]
+    assert result.records[0].metadata == {"image_id": 1, "absent": []}
+
+
+def test_visual_genome_regions(tmp_path):
+    write_image_data(tmp_path)
+    region = {
+        "region_id": 1382,
+        "width": 82,
+        "height": 29,
+        "image_id": 1,
+        "phrase": "the clock is green ",
+        "x": 3,
+        "y": 4,
+    }
+    dump(tmp_path / "region_descriptions.json", [{"id": 1, "regions": [region]}])
+    result = convert(read("visual_genome", tmp_path, "region_descriptions.json", "images"))
+    assert shown(result) == [("images/VG_100K_2/1.jpg", [("the clock is green", (3, 4, 85, 33))])]
+
+
+# YOLO -----------------------------------------------------------------------------------------------------------------
+
+
+def test_yolo(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / "train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "train" / f"{name}.jpg").touch()
+    labels = tmp_path / "labels" / "train"
+    labels.mkdir(parents=True)
+    (labels / "a.txt").write_text("1 0.5 0.5 0.2 0.25\n0 0.1 0.1 0.3 0.1 0.2 0.4\n\n")
+    (labels / "b.txt").write_text("7 0.5 0.5 0.1 0.1\n0 0.5 0.5\n0 a b c d\n0 0.5 0.5 nan 0.1\n")
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: images/train\nnames:\n  0: cat\n  1: red mug\n")
+    reading = read("yolo", tmp_path, "data.yaml", "images/train")
+    result = convert(reading)
+    assert [name for name, _ in shown(result)] == [f"images/train/{name}.jpg" for name in ("a", "b", "c")]
+    ((cat, cat_box), (mug, mug_box)) = shown(result)[0][1]
+    assert (cat, mug) == ("cat", "red mug")
+    assert cat_box == pytest.approx((10, 8, 30, 32))
+    assert mug_box == pytest.approx((40, 30, 60, 50))
+    assert reasons(result) == ["unknown_category", "bbox_malformed", "bbox_malformed", "bbox_malformed"]
+    assert {Path(p.file).name for p in result.problems} == {"b.txt"}
+
+
+def test_yolo_labels_lie_beside_the_last_folder_named_images():
+    assert label_path("images/images/train/a.b.jpg") == "images/labels/train/a.b.txt"
+    assert label_path("train/a.png") == "train/a.txt"
+
+
+@pytest.mark.parametrize("names", ["names: 3", "nc: 2", "names: {a: cat}"])
+def test_yolo_without_names(tmp_path, names):
+    (tmp_path / "data.yaml").write_text(f"{names}\n")
+    with pytest.raises(DataError, match="expected a list of names"):
+        read("yolo", tmp_path, "data.yaml", ".")
+
+
+# VOC ------------------------------------------------------------------------------------------------------------------
+
+VOC = """<annotation><folder>VOC2012</folder><filename>{stem}.jpg</filename>
+<size><width>{width}</width><height>80</height><depth>3</depth></size><segmented>0</segmented>{objects}</annotation>"""
+VOC_OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated>
+<difficult>{difficult}</difficult><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>{xmax}</xmax><ymax>60</ymax></bndbox></object>"""
+
+
+def write_voc(root: Path, stem: str, *objects: dict[str, Any], width: int = 100) -> None:
+    defaults = {"name": "dog", "truncated": 0, "difficult": 0, "xmax": 40}
+    body = "".join(VOC_OBJECT.format(**(defaults | o)) for o in objects)
+    (root / "Annotations").mkdir(exist_ok=True)
+    (root / "Annotations" / f"{stem}.xml").write_text(VOC.format(stem=stem, width=width, objects=body))
+    listing = root / "ImageSets" / "Main" / "train.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text((listing.read_text() if listing.exists() else "") + f"{stem}\n")
+
+
+def test_voc_boxes_count_from_one_and_difficult_objects_are_ignored(tmp_path):
+    write_voc(tmp_path, "2007_000027", {}, {"name": "cat", "difficult": 1, "truncated": 1}, {"xmax": "nan"})
+    write_voc(tmp_path, "2007_000032", width=0)
+    result = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"))
+    assert shown(result) == [
+        ("JPEGImages/2007_000027.jpg", [("dog", (10, 20, 40, 60)), ("cat", (10, 20, 40, 60))]),
+        ("JPEGImages/2007_000032.jpg", []),
+    ]
+    assert result.records[0].objects[1].metadata == {"difficult": 1, "iscrowd": 1}
+    assert reasons(result) == ["bbox_malformed"]
+    dropped = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"), truncated="drop")
+    assert reasons(dropped) == ["truncated", "bbox_malformed"]
+
+
+def test_voc_files_that_cannot_be_read_are_counted(tmp_path):
+    write_voc(tmp_path, "good", {})
+    for stem, text in (
+        ("cut", "<annotation><size>"),
+        ("bomb", '<!DOCTYPE a [<!ENTITY b "b">]><annotation>&b;</annotation>'),
+    ):
+        write_voc(tmp_path, stem)
+        (tmp_path / "Annotations" / f"{stem}.xml").write_text(text)
+    write_voc(tmp_path, "gone")
+    (tmp_path / "Annotations" / "gone.xml").unlink()
+    write_voc(tmp_path, "good", {})
+    result = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"))
+    assert len(result.records) == 1
+    assert [(p.reason, p.key) for p in result.problems] == [
+        ("annotation_unreadable", "cut"), ("annotation_unreadable", "bomb"), ("annotation_unreadable", "gone"),
+        ("duplicate_id", "good"),
+    ]  # fmt: skip
+
+
+# JSONL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_keeps_good_lines_and_counts_the_others(tmp_path):
+    good = {"images": ["a.jpg"], "width": 100, "height": 80, "metadata": {"image_id": 4, "site": "x"}}
+    poly = {"desc": "leaf", "poly": [1, 1, 9, 1, 9, 9]}
+    tokens = {"desc": "cup", "bbox_2d": [f"<|coord_{k}|>" for k in (100, 200, 300, 400)]}
+    lines = [
+        good | {"objects": [poly]},
+        good | {"objects": [tokens], "metadata": {}},
+        good | {"objects": []},
+        good | {"objects": [poly, tokens], "metadata": {}},
+        good | {"images": ["../../etc/passwd.jpg"], "objects": []},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n")
+    result = convert(read("jsonl", tmp_path, "train.jsonl", "pictures"), polygons="keep")
+    assert shown(result) == [
+        ("pictures/a.jpg", [("leaf", (1, 1, 9, 9))]),
+        ("pictures/a.jpg", [("cup", (10, 16, 30, 32))]),
+    ]
+    assert result.records[0].metadata == {"image_id": 4, "site": "x"}
+    assert [(p.reason, p.key) for p in result.problems] == [
+        ("duplicate_id", "line 3"),
+        ("record_invalid", "line 4"),
+        ("record_invalid", "line 5"),
+        ("record_invalid", "line 6"),
+    ]
+    assert "leaves the image root" in result.problems[2].detail
+
+
+# All ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", READERS)
+def test_a_missing_file_is_named(tmp_path, fmt):
+    with pytest.raises(DataError, match=r"nowhere\.json: not found"):
+        read(fmt, tmp_path, "nowhere.json", ".")
+
+
+@pytest.mark.parametrize("fmt", ["coco", "lvis", "objects365", "refcoco", "visual_genome"])
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"\xff\xfe", b"[" * 100_000, b'{"images": 3}'])
+def test_a_file_of_another_kind_is_named(tmp_path, fmt, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json"):
+        read(fmt, tmp_path, "a.json", ".")

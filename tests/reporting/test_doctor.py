@@ -1,0 +1,134 @@
+"""`coordexp doctor`: all faults in one pass, what stops a run and what is dropped, and what a run needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from coordexp import cli
+from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.models.loading import load_checkpoint
+from coordexp.packing.needs import count_parameters, needs_of
+from coordexp.records.doctor import examine
+from coordexp.records.schema import ObjectRecord, Record
+from records_folders import annotation, coco_set, edit, picture, records_config, write_split
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    root = tmp_path / "coco"
+    write_split(root, "train2017", 100, 12)
+    write_split(root, "val2017", 500, 6)
+    return root
+
+
+def found(examination) -> dict[tuple[str, str], tuple[int, bool]]:
+    return {(f.split, f.reason): (f.count, f.stops) for f in examination.findings}
+
+
+def test_good_data_have_no_findings(coco):
+    result = examine({"coco": coco_set(coco)}, records_config(), decode=True, workers=2)
+    assert (result.findings, result.stops) == ([], False)
+    assert {split: len(records) for split, records in result.records.items()} == {"train": 12, "val": 6}
+
+
+def spoil(coco: Path) -> None:
+    train = coco / "train2017"
+    (train / f"{100:012d}.jpg").unlink()
+    picture(503).save(train / f"{104:012d}.jpg")
+    picture(503).save(coco / "val2017" / f"{503:012d}.jpg")
+    (coco / "val2017" / f"{501:012d}.jpg").write_bytes(b"no image")
+    edit(
+        coco, "train2017", annotations=lambda old: [*old, annotation(1, 101, 99), annotation(2, 101, 1, [0, 0, -3, 4])]
+    )
+
+
+def test_every_fault_is_found_in_one_pass(coco, tmp_path):
+    spoil(coco)
+    sets = {
+        "coco": coco_set(coco),
+        "gone": coco_set(tmp_path / "gone"),
+        "pickled": coco_set(coco, format="refcoco", train="refs(unc).p", val="none"),
+    }
+    result = examine(sets, records_config(), decode=True, workers=2)
+    assert found(result) == {
+        ("train", "bbox_too_thin"): (1, False),
+        ("train", "image_missing"): (1, True),
+        ("train", "unknown_category"): (1, False),
+        ("val", "image_unreadable"): (1, True),
+        ("all", "root_missing"): (1, True),
+        ("train", "annotations_unusable"): (1, True),
+        ("train", "train_image_in_val"): (1, True),
+    }
+    lenient = examine({"coco": coco_set(coco)}, records_config(bad_images="drop", overlap="drop_train"), True, 2)
+    assert not lenient.stops
+
+
+def test_a_dev_split_that_takes_everything_is_a_finding(coco):
+    result = examine({"coco": coco_set(coco)}, records_config(dev_images=12), decode=False, workers=1)
+    assert found(result) == {("train", "no_image_left_beside_dev"): (1, True)}
+
+
+def test_parameters_are_counted_without_loading_them(repository):
+    folder = repository / "models" / "tiny-base"
+    checkpoint = load_checkpoint(folder, 4096, 9216)
+    assert count_parameters(folder) == sum(p.numel() for p in checkpoint.model.parameters())
+
+
+def test_needs_by_hand(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    profile = load_profile(repository / "configs" / "smoke.yaml")  # 64 x 64 to 96 x 96 px
+    image = load_checkpoint(repository / "models" / "tiny-base", 4096, 9216).pixels
+    record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
+    needs = needs_of([record] * 10, profile, "json")
+    assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)
+    assert needs.text_tokens == 10 * (20 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
+    assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
+    assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // profile.packing.pack_tokens)
+    assert needs.over_pack == 0
+    assert needs_of([record] * 10, profile, "tags").text_tokens < needs.text_tokens
+
+
+def write_profile(repository: Path, coco: Path, folder: Path) -> Path:
+    profile = read_yaml(repository / "configs" / "smoke.yaml")
+    profile["source"] = {"kind": "datasets", "verify": "decode", "sets": {"coco": coco_set(coco).model_dump()}}
+    profile["model"]["path"] = str(repository / "models" / "tiny-base")
+    (folder / "configs").mkdir()
+    YAML().dump(profile, folder / "configs" / "mine.yaml")
+    YAML().dump(read_yaml(repository / "params.yaml") | {"profile": "mine"}, folder / "params.yaml")
+    return folder / "params.yaml"
+
+
+def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
+    params = write_profile(repository, coco, tmp_path)
+    assert load_params(params).profile == "mine"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--params", str(params)])
+    assert not stopped.value.code
+    out = capfd.readouterr().out
+    assert "train: 12 records, 24 objects" in out
+    assert "no fault found" in out
+    assert "nothing here stops a run" in out
+    spoil(coco)
+    listing = tmp_path / "faults" / "all.jsonl"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--params", str(params), "--out", str(listing)])
+    assert stopped.value.code == 2
+    out = capfd.readouterr().out
+    assert "STOP: coco/train: image_missing: 1\n" in out
+    assert "dropped: coco/train: unknown_category: 1\n" in out
+    assert "annotation 1: unknown_category" in out
+    problems = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert {"reason", "file", "key", "detail"} == set(problems[0])
+    assert len(problems) == 4
+
+
+def test_composed_scenes_need_no_doctor(repository, capfd, monkeypatch):
+    monkeypatch.chdir(repository)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--profile", "smoke"])
+    assert not stopped.value.code
+    assert "scenes are composed by the raw stage" in capfd.readouterr().out
