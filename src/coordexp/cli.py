@@ -6,12 +6,11 @@ libraries are imported by the commands that need them, so that `coordexp --help`
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -19,6 +18,7 @@ import typer
 
 import coordexp
 from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
+from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
 
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHOWN_METRICS = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
     *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
@@ -155,27 +154,6 @@ def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_json(path, coco_predictions(rows))
 
 
-def expand_images(arguments: Iterable[str]) -> list[Path]:
-    """The image files that the arguments mean, each once: files, the images of a folder, the matches of a glob.
-
-    Raises:
-        DataError: an argument means no file.
-    """
-    paths: dict[Path, None] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if p.is_file())
-        if not matches:
-            raise DataError(f"{argument}: no image there; expected an image file, a folder of images, or a glob.")
-        paths |= dict.fromkeys(matches)
-    return list(paths)
-
-
 def _picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
     """Where each drawn picture goes; in a folder, names that repeat get a number."""
     if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
@@ -185,19 +163,10 @@ def _picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
         targets = {paths[0]: save}
     else:
         save.mkdir(parents=True, exist_ok=True)
-        targets = {path: save / f"{name}.png" for path, name in zip(paths, _distinct_stems(paths), strict=True)}
+        targets = {path: save / f"{name}.png" for path, name in zip(paths, distinct_stems(paths), strict=True)}
     if lost := {path.resolve() for path in paths} & {target.resolve() for target in targets.values()}:
         raise DataError(f"--save {save}: the drawing would replace the image {min(lost)}; choose another place.")
     return targets
-
-
-def _distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
-    taken: set[str] = set()
-    for path in paths:
-        candidates = (f"{path.stem}-{number}" for number in count(2))
-        name = next(n for n in chain([path.stem], candidates) if n not in taken)
-        taken.add(name)
-        yield name
 
 
 def _load_detector(

@@ -46,7 +46,7 @@ BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
 SERVER_TRIES = 4
 REQUESTS_PER_SERVER = 16
-READOUT = Readout(box="argmax", score="coord_logprob")
+READOUT = Readout(box="median", score="quality")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -144,8 +144,8 @@ class RolloutConfig(Block):
     """What generates, and on how many images of the training split."""
 
     engine: Literal["hf", "vllm"] = Field(description="what generates, here and in evaluation: transformers or vLLM")
-    vllm_python: Text = Field(description="vllm: interpreter for `servers: [start]`, which `make vllm` installs")
-    servers: TextList = Field(description="vllm: URLs of running servers, or `start`: one of our own")
+    vllm_python: Text = Field(description="vllm: interpreter that starts a server; make vllm installs it")
+    servers: TextList = Field(description="vllm: URLs of running servers, or start: one of our own")
     requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
     timeout_seconds: float = Field(gt=0, le=86400, description="vllm: time limit of one request")
     tries: PositiveCount = Field(description="vllm: attempts at one request, over all servers")

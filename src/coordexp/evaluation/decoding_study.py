@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.evaluation.evaluator import Evaluation, compare, evaluate
+from coordexp.evaluation.comparison import compare
+from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction

@@ -27,7 +27,6 @@ MAX_IMAGE_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MAX_ASPECT_RATIO = 200  # as Qwen3-VL's processor
 EXIF_ORIENTATION = 0x0112
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # What Pillow's decoders raise on broken files.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 

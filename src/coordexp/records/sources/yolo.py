@@ -13,7 +13,7 @@ from typing import Any
 from coordexp.config.loading import read_yaml
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
-from coordexp.records.images import IMAGE_SUFFIXES
+from coordexp.records.image_files import IMAGE_SUFFIXES
 from coordexp.records.sources.base import (
     Box,
     Problem,

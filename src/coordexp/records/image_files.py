@@ -1,0 +1,43 @@
+"""Image files as arguments name them, and distinct names for what is made from them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count
+from pathlib import Path
+
+from coordexp.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def expand_images(arguments: Iterable[str]) -> list[Path]:
+    """The image files that the arguments mean, each once: files, the images of a folder, the matches of a glob.
+
+    Raises:
+        DataError: an argument means no file.
+    """
+    paths: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if p.is_file())
+        if not matches:
+            raise DataError(f"{argument}: no image there; expected an image file, a folder of images, or a glob.")
+        paths |= dict.fromkeys(matches)
+    return list(paths)
+
+
+def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
+    """A name for each file; names that repeat get a number."""
+    taken: set[str] = set()
+    for path in paths:
+        candidates = (f"{path.stem}-{number}" for number in count(2))
+        name = next(n for n in chain([path.stem], candidates) if n not in taken)
+        taken.add(name)
+        yield name
