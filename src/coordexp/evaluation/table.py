@@ -101,7 +101,8 @@ def build_table(
     if repeated.size:
         raise DataError(f"Image id {repeated[0]} appears twice; each image is evaluated once.")
     found = map_descriptions({p.desc for r in ordered for p in r.pred}, index, settings or EvalSettings())
-    names = {name: number for number, name in enumerate(sorted({normalise_desc(desc) for desc in found}))}
+    normalised = {desc: normalise_desc(desc) for desc in found}  # once a description, not once a prediction
+    names = {name: number for number, name in enumerate(sorted(set(normalised.values())))}
     return DetectionTable(
         index=index,
         image_ids_I=image_ids,
@@ -113,7 +114,7 @@ def build_table(
         pred_image_P=_repeat([len(r.pred) for r in ordered]),
         pred_boxes_P4=_boxes([(r, "pred", p.bbox_xyxy_px) for r in ordered for p in r.pred]),
         pred_category_P=np.array([found[p.desc][0] for r in ordered for p in r.pred], dtype=np.int64),
-        pred_name_P=np.array([names[normalise_desc(p.desc)] for r in ordered for p in r.pred], dtype=np.int64),
+        pred_name_P=np.array([names[normalised[p.desc]] for r in ordered for p in r.pred], dtype=np.int64),
         pred_score_P=np.array([s for r in ordered for s in _scores(r)], dtype=np.float64),
         candidates=_candidates([p for r in ordered for p in r.pred]),
         found=found,
