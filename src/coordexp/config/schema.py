@@ -7,11 +7,14 @@ coordinate bins; a `_bins` width of 10 is one percent of the image side.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, IouList, Share, Text, Weight
+
+# A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
+SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
@@ -35,6 +38,15 @@ class CoordWeights(Block):
         return self
 
 
+class AnnealParams(Block):
+    """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
+
+    sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; `truncate` widens in proportion")
+    sigma_share: Share = Field(description="share of the steps over which the width goes linearly to `sigma`")
+    temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
+    temperature_share: Share = Field(description="share of the steps over which it goes linearly to `temperature`")
+
+
 class TextParams(Block):
     """The answer's text."""
 
@@ -53,7 +65,9 @@ class Stage2Params(Block):
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
     coord_ctx_embed_mode: Literal["st", "soft", "hard"] = Field(description="embedding of a predicted coordinate")
-    coord_decode_mode: Literal["exp", "st", "hard"] = Field(description="coordinate that the box losses see")
+    coord_decode_mode: Literal["exp", "st", "hard", "local", "top_k"] = Field(
+        description="coordinate that the box losses see (losses/coord_decode.py)"
+    )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
     eos_weight: Weight = Field(description="factor on the cross-entropy of the end token")
     passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
@@ -139,7 +153,9 @@ class Params(CoordWeights):
 
     profile: Text = Field(description="name of the file in configs/ that says where and how big")
     seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
-    entropy_weight: Weight = Field(description="stage 2: entropy of the coordinate distribution")
+    entropy_weight: SignedWeight = Field(
+        description="stage 2: entropy of the coordinate distribution; above 0 sharpens, below 0 keeps it broad"
+    )
     target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
     sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
     truncate: int = Field(ge=1, le=999, description="half-width in bins outside which the soft target is 0")
@@ -148,7 +164,9 @@ class Params(CoordWeights):
     bbox_ciou_weight: Weight = Field(description="stage 2: 1 - CIoU")
     bbox_giou_weight: Weight = Field(description="stage 2: 1 - GIoU")
     bbox_l1_weight: Weight = Field(description="stage 2: L1 of boxes in [0, 1] units")
+    bbox_log_wh_weight: Weight = Field(description="stage 2: SmoothL1 of log width and log height")
     smoothl1_beta_bins: float = Field(gt=0, le=999, description="error in bins at which SmoothL1 turns linear")
+    anneal: AnnealParams
     text: TextParams
     stage1: Stage1Params
     stage2: Stage2Params

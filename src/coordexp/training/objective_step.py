@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,23 @@ from coordexp.models.forward import slot_logits
 from coordexp.packing.collator import PackedBatch, Segment
 from coordexp.text.codecs import Role
 from coordexp.training.loop import LogRow, MicroBatch
+from coordexp.training.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Annealing:
+    """Width of the soft target in bins, and temperature, by step."""
+
+    sigma: Schedule
+    temperature: Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: weights, target family, temperature, and how a box is read from its distributions."""
+    """What is minimised: weights, target family, temperature, and how a box is read from its distributions.
+
+    With `annealing`, `target` and `temperature` are where it ends; `at` says what holds in a step.
+    """
 
     weights: ObjectiveWeights
     target: SoftTarget
@@ -34,6 +46,16 @@ class Objective:
     first_coord_id: int
     smoothl1_beta_bins: float
     coord_decode_mode: str
+    annealing: Annealing | None = None
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step; a wider target is cut off as much farther out."""
+        if self.annealing is None:
+            return self
+        sigma = self.annealing.sigma(step)
+        truncate = round(self.target.truncate * sigma / self.target.sigma)
+        target = replace(self.target, sigma=sigma, truncate=truncate)
+        return replace(self, target=target, temperature=self.annealing.temperature(step), annealing=None)
 
 
 def denominators(segments: Sequence[Segment]) -> dict[str, Tensor]:

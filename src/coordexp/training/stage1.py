@@ -24,7 +24,7 @@ from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session
 from coordexp.training.teacher_task import TeacherTask
 
-SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature")
+SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
 def _load(profile: Profile, folder: Path) -> Checkpoint:
@@ -69,7 +69,8 @@ def _teach(
     data = paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
     source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
-    task = TeacherTask(checkpoint.model, stage1_objective(params, checkpoint), source, collator, packs_by_step)
+    objective = stage1_objective(params, checkpoint, len(packs_by_step))
+    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step)
     settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,

@@ -31,7 +31,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     encoder = make_encoder(params, checkpoint)
     task = Stage2Task(
         checkpoint.model,
-        stage2_objective(params, checkpoint),
+        stage2_objective(params, checkpoint, optim.steps),
         soft_context(params, checkpoint),
         SampleSource(store, encoder, params.text.object_order, params.seed),
         rollouts,

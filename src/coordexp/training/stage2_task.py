@@ -101,13 +101,14 @@ class Stage2Task:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """All segments of the step as one batch; both passes of channel B share its forward."""
-        plan = self._plan[step]
+        plan, objective = self._plan[step], self._objective.at(step)
         segments, logs = plan_segments(plan, step, self._source, self._rollouts, self._encoder, self._channel_b)
         batch = self._collator(segments)
         # Channel B already runs on the model's own context; soft self-context is channel A's.
-        context = self._soft_context if plan.channel == "A" else replace(self._soft_context, n_iter=1)
+        n_iter = self._soft_context.n_iter if plan.channel == "A" else 1
+        context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
         first, last = self_context_forwards(self._model, batch, context)
-        terms, coord_logits = objective_terms(self._model, self._objective, batch, first, last)
+        terms, coord_logits = objective_terms(self._model, objective, batch, first, last)
         logs |= {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
-        yield to_micro_batch(terms, self._objective, denominators(segments), logs)
+        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        yield to_micro_batch(terms, objective, denominators(segments), logs)

@@ -39,7 +39,7 @@ class TeacherTask:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """The packs of the step as one batch."""
-        packs = self._packs_by_step[step]
+        packs, objective = self._packs_by_step[step], self._objective.at(step)
         segments: list[Segment] = []
         rows = []
         for pack in packs:
@@ -47,7 +47,7 @@ class TeacherTask:
             segments += [teacher_segment(self._source.get(i, step)) for i in pack]
         batch = self._collator.layout(segments, rows)
         hidden = hidden_states(self._model, batch)
-        terms, coord_logits = objective_terms(self._model, self._objective, batch, hidden, hidden)
+        terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
         logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
-        yield to_micro_batch(terms, self._objective, denominators(segments), logs)
+        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        yield to_micro_batch(terms, objective, denominators(segments), logs)
