@@ -52,7 +52,8 @@ def test_every_weight_reaches_its_term(repository, checkpoint):
 
 def test_the_target_is_shared(repository, checkpoint):
     params = params_with(repository, sigma=1.5, truncate=5, target="triangular", temperature=0.7)
-    stage1, stage2 = builders.stage1_objective(params, checkpoint, 10), builders.stage2_objective(params, checkpoint, 10)
+    stage1 = builders.stage1_objective(params, checkpoint, 10)
+    stage2 = builders.stage2_objective(params, checkpoint, 10)
     assert stage1.target == stage2.target
     assert (stage1.target.sigma, stage1.target.truncate, stage1.target.kind) == (1.5, 5, "triangular")
     assert stage1.temperature == stage2.temperature == 0.7

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from coordexp.config.block import Block, IouList, Share, Text, Weight
+from coordexp.config.block import Block, Count, IouList, Share, Text, Weight
 
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
@@ -68,10 +68,34 @@ class Stage2Params(Block):
     coord_decode_mode: Literal["exp", "st", "hard", "local", "top_k"] = Field(
         description="coordinate that the box losses see (losses/coord_decode.py)"
     )
+    a1_coord_weight: Weight = Field(
+        description="factor on the coordinate objective of the first forward, if channel A has several"
+    )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
-    eos_weight: Weight = Field(description="factor on the cross-entropy of the end token")
+    eos_weight: Weight = Field(description="channel B: factor on the cross-entropy of the end-of-turn token")
+    close_weight: Weight = Field(description="channel B: factor on the cross-entropy of the closing brackets")
     passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
     missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
+    extras: Literal["context", "drop"] = Field(
+        description="channel B, passes one: unmatched predictions stay as context, or are left out"
+    )
+    over_generation: Literal["keep", "truncate"] = Field(
+        description="channel B: with more predictions than objects, add missed objects, or end after the matched ones"
+    )
+    over_close_weight: Weight = Field(
+        description="channel B: with more predictions than objects, further factor on closing brackets and end of turn"
+    )
+    duplicate_unlikelihood_weight: Weight = Field(
+        description="channel B: -log(1 - P) of the token where a duplicate parts from the answer without it"
+    )
+    refresh_steps: Count = Field(
+        description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
+    )
+    curriculum_share: Share = Field(
+        description="channel B: share of the steps over which gate and lambda_sem go to those of `matching`; 0 is off"
+    )
+    gate_from: Share = Field(description="matching.gate_threshold at step 0 of the curriculum")
+    lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
 
 
 class MatchingParams(Block):
@@ -79,7 +103,7 @@ class MatchingParams(Block):
 
     lambda_l1: Weight = Field(description="cost factor of the L1 distance of boxes in [0, 1] units")
     lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
-    lambda_sem: Weight = Field(description="cost factor of the distance of the two names")
+    lambda_sem: Weight = Field(description="cost factor of the distance of two names: 1 - shared words / all words")
     gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
     gate_threshold: Share = Field(description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair")
 

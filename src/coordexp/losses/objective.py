@@ -44,6 +44,7 @@ class ObjectiveWeights:
     bbox_giou: float = 0.0
     bbox_ciou: float = 0.0
     bbox_log_wh: float = 0.0
+    duplicate_unlikelihood: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in self.as_dict().items():

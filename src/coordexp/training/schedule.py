@@ -47,7 +47,7 @@ def legs_schedule(leg_steps: Sequence[int], warmup_steps: int, decay_share: floa
 
 
 def ramp(start: float, end: float, steps: int) -> Schedule:
-    """A value that goes linearly from `start` at step 0 to `end` at `steps` and stays there; 0 steps is `end` at once."""
+    """A value that goes linearly from `start` at step 0 to `end` at `steps` and stays there; 0 steps: `end` at once."""
 
     def value(step: int) -> float:
         return end if step >= steps else start + (end - start) * step / steps
