@@ -28,15 +28,6 @@ class CoordWeights(Block):
     coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
     text_gate_weight: Weight = Field(description="-log P(no coordinate token) at text slots")
 
-    @model_validator(mode="after")
-    def _coordinates_are_supervised(self) -> CoordWeights:
-        if not any(getattr(self, term) for term in COORD_TERMS):
-            raise ValueError(
-                f"{', '.join(COORD_TERMS)} are all 0, so nothing would train the coordinate tokens; "
-                "set at least one above 0."
-            )
-        return self
-
 
 class AnnealParams(Block):
     """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
@@ -50,7 +41,9 @@ class AnnealParams(Block):
 class TextParams(Block):
     """The answer's text."""
 
-    codec: Literal["json", "tags"] = Field(description="answer format: strict JSON, or the tokenizer's box markers")
+    codec: Literal["json", "tags", "digits"] = Field(
+        description="answer format: JSON or box markers with coordinate tokens, or JSON with numbers"
+    )
     object_order: Literal["top_left", "random"] = Field(description="order of objects in training answers")
 
 
@@ -80,19 +73,19 @@ class Stage2Params(Block):
         description="channel B, passes one: unmatched predictions stay as context, or are left out"
     )
     over_generation: Literal["keep", "truncate"] = Field(
-        description="channel B: with more predictions than objects, add missed objects, or end after the matched ones"
+        description="channel B, too many predictions: add missed objects, or end after the matched"
     )
     over_close_weight: Weight = Field(
-        description="channel B: with more predictions than objects, further factor on closing brackets and end of turn"
+        description="channel B, too many predictions: further factor on brackets and end of turn"
     )
     duplicate_unlikelihood_weight: Weight = Field(
-        description="channel B: -log(1 - P) of the token where a duplicate parts from the answer without it"
+        description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
     )
     refresh_steps: Count = Field(
         description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
     )
     curriculum_share: Share = Field(
-        description="channel B: share of the steps over which gate and lambda_sem go to those of `matching`; 0 is off"
+        description="channel B: share of the steps over which gate and lambda_sem go to `matching`'s"
     )
     gate_from: Share = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
@@ -178,7 +171,7 @@ class Params(CoordWeights):
     profile: Text = Field(description="name of the file in configs/ that says where and how big")
     seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
     entropy_weight: SignedWeight = Field(
-        description="stage 2: entropy of the coordinate distribution; above 0 sharpens, below 0 keeps it broad"
+        description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"
     )
     target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
     sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
@@ -197,3 +190,24 @@ class Params(CoordWeights):
     matching: MatchingParams
     decode: DecodeParams
     eval: EvalParams
+
+    @model_validator(mode="after")
+    def _coordinates_are_supervised(self) -> Params:
+        if self.text.codec == "digits":  # plain numbers are text, and trained as text
+            return self
+        for weights, prefix in ((self, ""), (self.stage1, "stage1.")):
+            if not any(getattr(weights, term) for term in COORD_TERMS):
+                raise ValueError(
+                    f"{', '.join(prefix + term for term in COORD_TERMS)} are all 0, so nothing would train the "
+                    "coordinate tokens; set at least one above 0."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_numbers_have_no_distribution(self) -> Params:
+        if self.text.codec == "digits" and (self.stage2.b_ratio > 0 or self.stage2.n_softctx_iter > 1):
+            raise ValueError(
+                f"stage2.b_ratio {self.stage2.b_ratio} and stage2.n_softctx_iter {self.stage2.n_softctx_iter} need "
+                "coordinate tokens, which text.codec digits does without; set them to 0 and 1, or choose json or tags."
+            )
+        return self
