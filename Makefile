@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help env demo test vllm test-vllm preset decoding-study smoke checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation decoding-study smoke checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ base: env  ## pretrain the embedded base model again (one to two hours) and put 
 
 preset: env  ## run the graph under a named recipe of configs/presets: make preset PRESET=mixture
 	dvc exp run $$(PYTHONPATH=src python -m coordexp.config.presets $(PRESET))
+
+ablation: env  ## train and compare the recipes of the objective, into reports/ablations/ (hours; resumable; ARGS="--seeds 17")
+	PYTHONPATH=src python -m pipelines.ablation $(ARGS)
 
 decoding-study: env  ## what decoding choices are worth on val, into reports/<profile>/decoding.md (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study

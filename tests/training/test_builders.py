@@ -89,6 +89,29 @@ def test_soft_context_of_the_parameters(repository, checkpoint):
     assert (context.temperature, context.first_coord_id) == (2.0, checkpoint.coord.first_id)
 
 
+def test_channel_b_of_the_parameters(repository):
+    changes = {
+        **{"passes": "one", "missed": "sorted", "extras": "drop", "over_generation": "truncate"},
+        **{"eos_weight": 2.0, "close_weight": 3.0, "over_close_weight": 4.0, "duplicate_unlikelihood_weight": 0.1},
+    }
+    settings = builders.channel_b_settings(params_with(repository, stage2=changes))
+    for name, value in changes.items():
+        if name != "duplicate_unlikelihood_weight":
+            assert getattr(settings, name) == value
+    assert settings.mark_duplicates
+    assert not builders.channel_b_settings(params_with(repository)).mark_duplicates
+
+
+def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):
+    matching = {"gate_threshold": 0.2, "lambda_sem": 1.0}
+    stage2 = {"curriculum_share": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
+    schedule = builders.match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)
+    assert [schedule(s).gate_threshold for s in range(6)] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+    assert [schedule(s).lambda_sem for s in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
+    off = builders.match_schedule(params_with(repository, matching=matching), 8)
+    assert (off(0).gate_threshold, off(0).lambda_sem) == (0.2, 1.0)
+
+
 def test_a_checkpoint_without_coordinate_tokens_is_refused(repository, checkpoint):
     with pytest.raises(CheckpointError, match="norm1000"):
         builders.stage1_objective(params_with(repository), replace(checkpoint, coord=None), 10)
