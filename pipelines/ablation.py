@@ -4,7 +4,8 @@
     python -m pipelines.ablation --arms seed_recipe pure_ce          those arms, with their baselines
 
 Needs data/<profile>/ as `dvc repro pack` leaves it. Writes reports/ablations/objective.json and objective.md after each
-seed, from all seeds that are finished. Stop it at any time (exit code 75); the same command goes on.
+seed, from all seeds that are finished. Stop it at any time (exit code 75); the same command goes on. Finished arms are
+kept in runs/<profile>/ablation/; they know their parameters and data, not the code: remove the folder to start over.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
 from coordexp.losses.coord_decode import DECODE_RULES
 from coordexp.training import builders
+from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from helpers import new_checkpoint
 
 
@@ -94,21 +95,21 @@ def test_channel_b_of_the_parameters(repository):
         **{"passes": "one", "missed": "sorted", "extras": "drop", "over_generation": "truncate"},
         **{"eos_weight": 2.0, "close_weight": 3.0, "over_close_weight": 4.0, "duplicate_unlikelihood_weight": 0.1},
     }
-    settings = builders.channel_b_settings(params_with(repository, stage2=changes))
+    settings = channel_b_settings(params_with(repository, stage2=changes))
     for name, value in changes.items():
         if name != "duplicate_unlikelihood_weight":
             assert getattr(settings, name) == value
     assert settings.mark_duplicates
-    assert not builders.channel_b_settings(params_with(repository)).mark_duplicates
+    assert not channel_b_settings(params_with(repository)).mark_duplicates
 
 
 def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):
     matching = {"gate_threshold": 0.2, "lambda_sem": 1.0}
     stage2 = {"curriculum_share": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
-    schedule = builders.match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)
+    schedule = match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)
     assert [schedule(s).gate_threshold for s in range(6)] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
     assert [schedule(s).lambda_sem for s in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
-    off = builders.match_schedule(params_with(repository, matching=matching), 8)
+    off = match_schedule(params_with(repository, matching=matching), 8)
     assert (off(0).gate_threshold, off(0).lambda_sem) == (0.2, 1.0)
 
 

@@ -69,6 +69,19 @@ def test_the_example_is_matched_as_described(checkpoint):
     assert rollout.pairs == ((0, 1), (2, 0))
 
 
+CHANNEL_A = {
+    "json": '{"objects": [{"desc": "dog", "bbox_2d": ["<500|500>", "<110|110>", "<800|800>", "<400|400>"]}]}<|im_end|>',
+    "tags": "<|object_ref_start|>dog<|object_ref_end|><|box_start|><500|500><110|110><800|800><400|400><|box_end|>"
+    "<|im_end|>",
+    "digits": '{"objects": [{"desc": "dog", "bbox_2d": [500, 110, 800, 400]}]}<|im_end|>',
+}
+
+
+@pytest.mark.parametrize("codec", CHANNEL_A)
+def test_channel_a_teaches_all_text_and_every_coordinate(checkpoint, codec):
+    assert shown(teacher_segment(sample_of(checkpoint, codec, ("dog",))), checkpoint) == CHANNEL_A[codec]
+
+
 def test_two_passes_in_json(checkpoint):
     own_context, completion = segments_of(checkpoint, "json", TWO)
     pear = n_text(checkpoint, "pear")

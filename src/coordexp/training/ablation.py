@@ -32,16 +32,15 @@ from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import decode_split, run_rollouts
 from coordexp.training.builders import (
-    channel_b_settings,
     make_collator,
     make_encoder,
-    match_schedule,
     stage1_objective,
 )
+from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from coordexp.training.objective_step import diagnose
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.sample_source import SampleSource
-from coordexp.training.stage1 import train_control, train_stage1
+from coordexp.training.stage1 import SHARED_KEYS, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import plan_segments, plan_steps
 
@@ -81,6 +80,7 @@ class Ablation:
             if json.loads(folder.read_text(encoding="utf-8"))["key"] == key:
                 return folder.parent  # this arm, or one of another name that is the same
         log.info("arm %s, seed %d", arm.name, seed)
+        (paths.own / "done.json").unlink(missing_ok=True)  # of other settings: no longer true once training writes
         profile = self._profile
         if arm.stage == "stage2":
             steps = steps_for_tokens(params, profile, paths, self._stage2_tokens(seed))
@@ -117,8 +117,13 @@ class Ablation:
         inputs = [paths.norm1000 / name for name in ("init/model.safetensors", "train.parquet", "dev.parquet")]
         inputs += [paths.norm1000 / "val.parquet", paths.packed / "plan.parquet"]
         inputs += [path if path.is_file() else path / _MAIN_FILE[name] for name, path in paths.shared.items()]
-        settings = {"stage": arm.stage, "params": params.model_dump(), "profile": self._profile.model_dump()}
-        return fingerprint(settings | {"images": [self._budget.dev_images, self._budget.val_images]}, inputs)
+        settings: dict[str, Any] = {"stage": arm.stage, "images": [self._budget.dev_images, self._budget.val_images]}
+        if arm.stage == "stage2":  # how stage 1 was trained is in its checkpoint
+            settings["params"] = params.model_dump(exclude={"profile", "stage1", "eval"})
+        else:
+            settings["params"] = params.model_dump(include={*SHARED_KEYS, "text", "stage1", "decode"})
+        sizes = {"model", "packing", "rollout"} | ({"stage1"} if arm.stage == "stage1" else {"stage2"})
+        return fingerprint(settings | {"profile": self._profile.model_dump(include=sizes)}, inputs)
 
     def _rollouts(self, seed: int, stage1: Path) -> Path:
         """Answers of the shared checkpoint on training images, generated once."""
@@ -127,6 +132,7 @@ class Ablation:
         settings = {"params": params.model_dump(), "rollout": self._profile.rollout.model_dump()}
         key, note = fingerprint(settings, [stage1 / "model.safetensors"]), folder / "key.json"
         if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != key:
+            note.unlink(missing_ok=True)
             run_rollouts(
                 params,
                 self._profile,

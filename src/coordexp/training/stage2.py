@@ -16,13 +16,12 @@ from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import allowed_names, decode_settings, make_reader
 from coordexp.training.builders import (
     ROW_LR_FACTOR,
-    channel_b_settings,
     make_collator,
     make_encoder,
-    match_schedule,
     soft_context,
     stage2_objective,
 )
+from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session
