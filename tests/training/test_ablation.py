@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pipelines.ablation import run
 
@@ -139,11 +140,10 @@ def test_tokens_are_known_before_training(space, with_rollouts):
 
 
 def test_the_nearest_number_of_steps(space, with_rollouts):
-    tokens = step_tokens(space.params, space.profile, with_rollouts, 6)
-    for steps in (1, 3, 6):
-        budget = sum(tokens[:steps])
-        for offset in (0, tokens[steps - 1] // 3, -(tokens[steps - 1] // 3)):
-            assert steps_for_tokens(space.params, space.profile, with_rollouts, budget + offset) == steps
+    seen = np.cumsum(step_tokens(space.params, space.profile, with_rollouts, 16))
+    for budget in (1, int(seen[0]), int(seen[2]) + 40, int(seen[5]) - 40, int(seen[9])):
+        expected = int(np.abs(seen - budget).argmin()) + 1
+        assert steps_for_tokens(space.params, space.profile, with_rollouts, budget) == expected
 
 
 def test_arms_that_do_not_exist_in_the_parameters_fail_before_anything_runs(space):

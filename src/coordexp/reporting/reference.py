@@ -37,7 +37,8 @@ Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big.
 a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
 value out of range stop a stage with exit code 2 and a message that names the key in full.
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
-of a profile. What the terms compute: [concepts.md](concepts.md).
+of a profile; `make preset PRESET=mixture` runs a named recipe of `configs/presets/` (`mixture`, `pure_ce`,
+`raw_digits`, `seed`). What the terms compute: [concepts.md](concepts.md).
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
