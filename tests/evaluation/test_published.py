@@ -19,10 +19,11 @@ def test_our_f1_reproduces_the_decision_note_from_its_counts():
     for row in published_tables()["stage2_decision_note"]["rows"]:
         counts = MatchCounts(n_pred=row["n_pred"], n_gt=row["matched"] + row["fn"], n_matched=row["matched"])
         assert (counts.n_false_positive, counts.n_false_negative) == (row["fp"], row["fn"])
-        ours = round(counts.precision, 4), round(counts.recall, 4), round(counts.f1, 4)
-        assert ours == (row["precision"], row["recall"], row["f1"])
+        published = row["precision"], row["recall"], row["f1"]
+        # Half a digit, and a little more: the note rounds 2394 of 3755, which is .637550 less a hair, up.
+        assert (counts.precision, counts.recall, counts.f1) == pytest.approx(published, abs=5.1e-5)
         resampled = f1_from_counts(np.array([[row["matched"], row["fp"], row["fn"]]], np.float64))
-        assert round(float(resampled[0]), 4) == row["f1"]
+        assert float(resampled[0]) == pytest.approx(counts.f1)
 
 
 def test_the_counts_of_the_decision_note_are_consistent():

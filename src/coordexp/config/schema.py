@@ -32,10 +32,10 @@ class CoordWeights(Block):
 class AnnealParams(Block):
     """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
 
-    sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; `truncate` widens in proportion")
-    sigma_share: Share = Field(description="share of the steps over which the width goes linearly to `sigma`")
+    sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; truncate widens in proportion")
+    sigma_share: Share = Field(description="share of the steps over which the width goes linearly to sigma")
     temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
-    temperature_share: Share = Field(description="share of the steps over which it goes linearly to `temperature`")
+    temperature_share: Share = Field(description="share of the steps over which it goes linearly to temperature")
 
 
 class TextParams(Block):
@@ -85,7 +85,7 @@ class Stage2Params(Block):
         description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
     )
     curriculum_share: Share = Field(
-        description="channel B: share of the steps over which gate and lambda_sem go to `matching`'s"
+        description="channel B: share of the steps over which gate and lambda_sem go to those of matching"
     )
     gate_from: Share = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
