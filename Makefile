@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help env demo test vllm test-vllm decoding-study smoke checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation decoding-study smoke checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,12 @@ report: env  ## rebuild the report from what the stages left, without running th
 base: env  ## pretrain the embedded base model again (one to two hours) and put it into models/tiny-base
 	cd pipelines/base && dvc repro
 	rm -rf models/tiny-base && cp -rL pipelines/base/checkpoint models/tiny-base
+
+preset: env  ## run the graph under a named recipe of configs/presets: make preset PRESET=mixture
+	dvc exp run $$(PYTHONPATH=src python -m coordexp.config.presets $(PRESET))
+
+ablation: env  ## train and compare the recipes of the objective, into reports/ablations/ (hours; resumable; ARGS="--seeds 17")
+	PYTHONPATH=src python -m pipelines.ablation $(ARGS)
 
 decoding-study: env  ## what decoding choices are worth on val, into reports/<profile>/decoding.md (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study

@@ -168,6 +168,18 @@ def build_world(folder: Path, codec: str = "json") -> World:
     return World(folder, SampleStore(folder / "train.parquet"), codec)
 
 
+# Pixels of a 100 x 100 image, so that a bin is a tenth of a pixel; the corner 30.04 lies between two bins.
+TRUTH = {"cat": (10.0, 10.0, 30.04, 30.0), "dog": (50.0, 11.0, 80.0, 40.0), "cup": (10.0, 60.0, 40.0, 90.0)}
+CROWD = ObjectRecord("crowd", (0.0, 0.0, 99.0, 99.0), metadata={"iscrowd": 1})
+
+
+def sample_of(checkpoint: Checkpoint, codec: str, names: tuple[str, ...] = tuple(TRUTH)) -> Sample:
+    """A sample without a picture, annotated with these objects of TRUTH and a crowd box."""
+    objects = tuple(ObjectRecord(name, TRUTH[name], metadata={}) for name in names)
+    record = Record("x.png", 100, 100, (*objects, CROWD), metadata={"image_id": 1})
+    return SamplePreparer(checkpoint.tokenizer, get_codec(codec), tiny_pixels()).prepare(record)
+
+
 def answer_reader(checkpoint: Checkpoint, codec: str = "json") -> AnswerReader:
     """A reader of this checkpoint's answers."""
     return AnswerReader(TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord), codec, {"model": "tiny"})

@@ -212,7 +212,7 @@ def _note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
 
 def _note_absent(names: Sequence[str], seen: set[str]) -> None:
     """Say which of the wanted names no object had: a typing error, or truly nothing."""
-    from coordexp.evaluation.categories import normalise_desc
+    from coordexp.records.descriptions import normalise_desc
 
     called = {normalise_desc(desc) for desc in seen}
     absent = [name for name in names if normalise_desc(name) not in called]

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from coordexp.errors import CheckpointError, ConfigError, DataError
-from coordexp.evaluation.categories import normalise_desc
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
+from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.schema import Record
 from coordexp.rollout.decode import Readout

@@ -188,7 +188,16 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
     ("block", "changes", "message"),
     [
         (Params, dict.fromkeys(COORD_TERMS, 0), f"{', '.join(COORD_TERMS)} are all 0"),
-        (Params, {f"stage1.{term}": 0 for term in COORD_TERMS}, f"stage1: {', '.join(COORD_TERMS)} are all 0"),
+        (
+            Params,
+            {f"stage1.{term}": 0 for term in COORD_TERMS},
+            f"{', '.join(f'stage1.{t}' for t in COORD_TERMS)} are all 0",
+        ),
+        (
+            Params,
+            {"text.codec": "digits", "stage2.b_ratio": 0.5},
+            "stage2.b_ratio 0.5 and stage2.n_softctx_iter 1 need",
+        ),
         (Params, NO_COST, "matching: lambda_l1, lambda_iou, lambda_sem are all 0: every assignment costs the same"),
         (Params, {"decode.temperature": 0, "decode.top_p": 0.9}, "decode: top_p 0.9 has no effect at temperature 0"),
         (Params, {"eval.f1_ious": [0.5, 0.3]}, "eval: f1_ious is [0.5, 0.3]; list each threshold once, in ascending"),

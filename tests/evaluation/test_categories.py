@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, normalise_desc
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex
 from coordexp.records.categories import Category
+from coordexp.records.descriptions import normalise_desc
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ CHAIN = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "c
 STAGES = {*CHAIN, "stage1-control"}
 UNTRACKED = {"profile"}  # it is in every command and path
 OBJECTIVE = {"softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight", "entropy_weight"}
-TARGET = {"target", "sigma", "truncate", "temperature", "seed"}
+TARGET = {"target", "sigma", "truncate", "temperature", "anneal", "seed"}
 
 
 @dataclass(slots=True)

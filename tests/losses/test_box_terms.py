@@ -98,6 +98,15 @@ def test_alpha_of_ciou_is_detached():
     assert relative_gap > 0.05  # so this test can tell the two apart
 
 
+@pytest.mark.parametrize("name", [name for name in BOX_TERMS if name != "bbox_ciou"])  # whose alpha is detached
+def test_gradients_against_finite_differences(name):
+    generator = torch.Generator().manual_seed(9)
+    pred_B4, target_B4 = (torch.rand(12, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    assert torch.autograd.gradcheck(
+        lambda boxes: box_terms(boxes, target_B4, 10.0, {name})[name].sum, (pred_B4.requires_grad_(),)
+    )
+
+
 def test_smooth_l1_by_hand():
     """beta 10 bins: an error of 4 bins is quadratic, of 30 bins linear."""
     target_14 = torch.zeros(1, 4, dtype=torch.float64)

@@ -146,11 +146,29 @@ def test_unknown_or_unweighted_terms_are_bugs():
         combine({"w1": term(1.0, 1.0)}, ObjectiveWeights(softce=1.0))
 
 
-@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", TERM_ORDER)
+BAD_WEIGHTS = [(name, bad) for name in TERM_ORDER for bad in (-0.1, float("nan"), float("inf"))]
+
+
+@pytest.mark.parametrize(("name", "bad"), [case for case in BAD_WEIGHTS if case != ("entropy", -0.1)])
 def test_weights_out_of_range_name_their_key(name, bad):
     with pytest.raises(ConfigError, match=f"{name}_weight: found"):
         ObjectiveWeights(**{name: bad})
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_entropy_is_paid_for_or_rewarded(sign):
+    """One step down the gradient sharpens a distribution for a positive weight and flattens it for a negative one."""
+    logits_NV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def entropy(logits):
+        y_N = torch.full((3,), 500.0)
+        return coordinate_terms(logits, y_N, FIRST_ID, SoftTarget(), 1.0, {"entropy"})
+
+    loss, logs = combine(entropy(logits_NV), ObjectiveWeights(entropy=sign * 0.5))
+    assert logs["loss/entropy"].item() == pytest.approx(sign * 0.5 * logs["raw/entropy"].item())
+    (gradient,) = torch.autograd.grad(loss, logits_NV)
+    moved = entropy(logits_NV.detach() - 100 * gradient)["entropy"].mean()
+    assert (logs["raw/entropy"] - moved).item() * sign > 0.01
 
 
 @pytest.mark.parametrize("name", COORD_SUPERVISION)

@@ -80,6 +80,22 @@ def test_a_vocabulary_without_coordinate_tokens_has_text_ce_alone():
         text_terms(logits_NV, torch.tensor([3, 4]), None, 1.0, {"text_gate"})
 
 
+def test_gradients_of_both_terms_against_finite_differences():
+    generator = torch.Generator().manual_seed(4)
+    logits_NV = torch.randn(4, 1008, dtype=torch.float64, generator=generator).requires_grad_()
+    # Only the ids around the edge of the coordinate block are moved: all 1008 would take minutes.
+    moved = [0, 3, 4, 5, 500, 1003, 1004, 1007]
+    ids_N = torch.tensor([0, 3, 1005, 1007])
+
+    def both(part_NM):
+        logits = logits_NV.detach().clone()
+        logits[:, moved] = part_NM
+        terms = text_terms(logits, ids_N, 4, 0.7, {"text_ce", "text_gate"})
+        return terms["text_ce"].sum, terms["text_gate"].sum
+
+    assert torch.autograd.gradcheck(both, (logits_NV.detach()[:, moved].requires_grad_(),))
+
+
 def test_no_slots_and_extreme_logits():
     empty_NV = torch.zeros(0, VOCAB, requires_grad=True)
     extreme_NV = torch.full((2, VOCAB), -1e4).bfloat16()

@@ -10,7 +10,9 @@ import pytest
 from coordexp.config.loading import load_params
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
+from coordexp.losses.coord_decode import DECODE_RULES
 from coordexp.training import builders
+from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from helpers import new_checkpoint
 
 
@@ -31,15 +33,15 @@ def params_with(repository: Path, **changes) -> Params:
 
 # A different number for every weight, so that a swap shows.
 COORDINATE = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight")
-BOX = ("bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight")
+BOX = ("bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight", "bbox_log_wh_weight")
 TOP = {name: 2.0 + i for i, name in enumerate([*COORDINATE, "entropy_weight", *BOX])}
 STAGE1 = {name: 20.0 + i for i, name in enumerate(COORDINATE)}
 
 
 def test_every_weight_reaches_its_term(repository, checkpoint):
     params = params_with(repository, **TOP, stage1=STAGE1, stage2={"text_ce_weight": 0.5})
-    stage1 = builders.stage1_objective(params, checkpoint).weights
-    stage2 = builders.stage2_objective(params, checkpoint).weights
+    stage1 = builders.stage1_objective(params, checkpoint, 10).weights
+    stage2 = builders.stage2_objective(params, checkpoint, 10).weights
     for field in fields(stage2):
         if field.name == "text_ce":
             continue
@@ -51,11 +53,34 @@ def test_every_weight_reaches_its_term(repository, checkpoint):
 
 def test_the_target_is_shared(repository, checkpoint):
     params = params_with(repository, sigma=1.5, truncate=5, target="triangular", temperature=0.7)
-    stage1, stage2 = builders.stage1_objective(params, checkpoint), builders.stage2_objective(params, checkpoint)
+    stage1 = builders.stage1_objective(params, checkpoint, 10)
+    stage2 = builders.stage2_objective(params, checkpoint, 10)
     assert stage1.target == stage2.target
     assert (stage1.target.sigma, stage1.target.truncate, stage1.target.kind) == (1.5, 5, "triangular")
     assert stage1.temperature == stage2.temperature == 0.7
     assert stage1.first_coord_id == checkpoint.coord.first_id
+
+
+def test_targets_narrow_and_distributions_cool_over_their_shares(repository, checkpoint):
+    ramps = {"sigma_from": 6.0, "sigma_share": 0.5, "temperature_from": 3.0, "temperature_share": 0.2}
+    params = params_with(repository, sigma=2.0, truncate=8, temperature=1.0, anneal=ramps)
+    objective = builders.stage1_objective(params, checkpoint, 8)
+    steps = [objective.at(step) for step in range(8)]
+    assert [o.target.sigma for o in steps] == [6.0, 5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0]
+    assert [o.target.truncate for o in steps] == [24, 20, 16, 12, 8, 8, 8, 8]  # as many sigmas as at the end
+    assert [o.temperature for o in steps] == [3.0, 2.0, *[1.0] * 6]
+    assert builders.stage2_objective(params, checkpoint, 8).at(1).target.sigma == 5.0
+
+
+def test_without_shares_every_step_has_the_same_objective(repository, checkpoint):
+    objective = builders.stage2_objective(params_with(repository), checkpoint, 10)
+    assert objective.at(0) is objective
+
+
+@pytest.mark.parametrize("mode", ["exp", "st", "hard", "local", "top_k"])
+def test_every_decode_mode_of_the_parameters_is_a_rule(repository, checkpoint, mode):
+    params = params_with(repository, stage2={"coord_decode_mode": mode})
+    assert builders.stage2_objective(params, checkpoint, 10).coord_decode_mode in DECODE_RULES
 
 
 def test_soft_context_of_the_parameters(repository, checkpoint):
@@ -65,6 +90,29 @@ def test_soft_context_of_the_parameters(repository, checkpoint):
     assert (context.temperature, context.first_coord_id) == (2.0, checkpoint.coord.first_id)
 
 
+def test_channel_b_of_the_parameters(repository):
+    changes = {
+        **{"passes": "one", "missed": "sorted", "extras": "drop", "over_generation": "truncate"},
+        **{"eos_weight": 2.0, "close_weight": 3.0, "over_close_weight": 4.0, "duplicate_unlikelihood_weight": 0.1},
+    }
+    settings = channel_b_settings(params_with(repository, stage2=changes))
+    for name, value in changes.items():
+        if name != "duplicate_unlikelihood_weight":
+            assert getattr(settings, name) == value
+    assert settings.mark_duplicates
+    assert not channel_b_settings(params_with(repository)).mark_duplicates
+
+
+def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):
+    matching = {"gate_threshold": 0.2, "lambda_sem": 1.0}
+    stage2 = {"curriculum_share": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
+    schedule = match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)
+    assert [schedule(s).gate_threshold for s in range(6)] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+    assert [schedule(s).lambda_sem for s in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
+    off = match_schedule(params_with(repository, matching=matching), 8)
+    assert (off(0).gate_threshold, off(0).lambda_sem) == (0.2, 1.0)
+
+
 def test_a_checkpoint_without_coordinate_tokens_is_refused(repository, checkpoint):
     with pytest.raises(CheckpointError, match="norm1000"):
-        builders.stage1_objective(params_with(repository), replace(checkpoint, coord=None))
+        builders.stage1_objective(params_with(repository), replace(checkpoint, coord=None), 10)

@@ -12,20 +12,14 @@ import numpy as np
 import pytest
 
 from coordexp.packing.collator import Segment, teacher_segment
-from coordexp.packing.prepare import SamplePreparer
-from coordexp.packing.samples import Sample
-from coordexp.records.schema import ObjectRecord, Record
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.records import Rollout, match_rollout
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
-from helpers import MATCHING, answer_reader, new_checkpoint, rollout_of, tiny_pixels
+from helpers import MATCHING, TRUTH, answer_reader, new_checkpoint, rollout_of, sample_of
 
 TWO = ChannelBSettings(passes="two", missed="append", eos_weight=1.0)
 ONE = replace(TWO, passes="one")
-# Pixels of a 100 x 100 image, so that a bin is a tenth of a pixel; the corner 30.04 lies between two bins.
-TRUTH = {"cat": (10.0, 10.0, 30.04, 30.0), "dog": (50.0, 11.0, 80.0, 40.0), "cup": (10.0, 60.0, 40.0, 90.0)}
-CROWD = ObjectRecord("crowd", (0.0, 0.0, 99.0, 99.0), metadata={"iscrowd": 1})
 # The rollout: a dog one bin off, something that is not annotated, the cat under a wrong name; the cup is missed.
 DOG, EXTRA, CAT = (
     TextObject("dog", (501, 110, 800, 400)),
@@ -41,12 +35,6 @@ def checkpoint():
 
 def encoder(checkpoint, codec: str) -> AnswerEncoder:
     return AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
-
-
-def sample_of(checkpoint, codec: str, names: tuple[str, ...] = tuple(TRUTH)) -> Sample:
-    objects = tuple(ObjectRecord(name, TRUTH[name], metadata={}) for name in names)
-    record = Record("x.png", 100, 100, (*objects, CROWD), metadata={"image_id": 1})
-    return SamplePreparer(checkpoint.tokenizer, get_codec(codec), tiny_pixels()).prepare(record)
 
 
 def shown(segment: Segment, checkpoint) -> str:
@@ -79,6 +67,19 @@ CUP_BOX = "<100|100>{s}<600|600>{s}<400|400>{s}<900|900>"
 def test_the_example_is_matched_as_described(checkpoint):
     rollout = rollout_of(checkpoint, sample_of(checkpoint, "json"), (DOG, EXTRA, CAT))
     assert rollout.pairs == ((0, 1), (2, 0))
+
+
+CHANNEL_A = {
+    "json": '{"objects": [{"desc": "dog", "bbox_2d": ["<500|500>", "<110|110>", "<800|800>", "<400|400>"]}]}<|im_end|>',
+    "tags": "<|object_ref_start|>dog<|object_ref_end|><|box_start|><500|500><110|110><800|800><400|400><|box_end|>"
+    "<|im_end|>",
+    "digits": '{"objects": [{"desc": "dog", "bbox_2d": [500, 110, 800, 400]}]}<|im_end|>',
+}
+
+
+@pytest.mark.parametrize("codec", CHANNEL_A)
+def test_channel_a_teaches_all_text_and_every_coordinate(checkpoint, codec):
+    assert shown(teacher_segment(sample_of(checkpoint, codec, ("dog",))), checkpoint) == CHANNEL_A[codec]
 
 
 def test_two_passes_in_json(checkpoint):
@@ -180,15 +181,67 @@ def test_the_order_of_the_annotations_does_not_matter(checkpoint, settings):
 
 
 @pytest.mark.parametrize("settings", [TWO, ONE])
-def test_the_weight_of_stopping(checkpoint, settings):
-    plain, heavy, silent = (
-        segments_of(checkpoint, "json", replace(settings, eos_weight=w))[-1] for w in (1.0, 4.0, 0.0)
+@pytest.mark.parametrize("objects", [(DOG, EXTRA, CAT), (DOG, EXTRA, CAT, CAT)], ids=["three", "four"])
+def test_the_weights_of_stopping(checkpoint, settings, objects):
+    """The closing brackets and the end token each have their own; both weigh more where too much was said."""
+
+    def weights(**changes) -> np.ndarray:
+        return segments_of(checkpoint, "json", replace(settings, **changes), objects)[-1].text_weights
+
+    plain, over = weights(), len(objects) > 3
+    assert plain[-2:].tolist() == [1, 1]
+    for changes, close in (
+        ({"eos_weight": 4.0}, [1, 4]),
+        ({"close_weight": 3.0}, [3, 1]),
+        ({"eos_weight": 0.0, "close_weight": 0.0}, [0, 0]),
+        ({"eos_weight": 4.0, "close_weight": 3.0, "over_close_weight": 2.0}, [6, 8] if over else [3, 4]),
+    ):
+        changed = weights(**changes)
+        assert changed[-2:].tolist() == close
+        np.testing.assert_array_equal(changed[:-2], plain[:-2])
+
+
+def test_the_end_token_of_tags_has_no_brackets_before_it(checkpoint):
+    plain, heavy = (
+        segments_of(checkpoint, "tags", replace(TWO, eos_weight=w, close_weight=9.0))[-1].text_weights for w in (1, 5)
     )
-    closing = plain.answer_roles == Role.CLOSE
-    assert closing.sum() == 2
-    np.testing.assert_array_equal(heavy.text_weights, np.where(closing, 4 * plain.text_weights, plain.text_weights))
-    assert not silent.text_weights[closing].any()
-    np.testing.assert_array_equal(silent.text_weights[~closing], plain.text_weights[~closing])
+    assert (plain[-1], heavy[-1]) == (1, 5)
+    np.testing.assert_array_equal(plain[:-1], heavy[:-1])
+
+
+def names_in(checkpoint, segment: Segment) -> list[str]:
+    text = checkpoint.tokenizer.decode(segment.answer_ids)
+    return sorted((name for name in ("dog", "cat", "cup", "pear") if name in text), key=text.index)
+
+
+def test_extras_can_be_left_out_of_one_pass(checkpoint):
+    (segment,) = segments_of(checkpoint, "json", replace(ONE, extras="drop"))
+    s = '", "'
+    name = {name: n_text(checkpoint, name) for name in ("dog", "cup")}
+    assert shown(segment, checkpoint) == (
+        '{"objects": [{"desc": "' + name["dog"] + '", "bbox_2d": ["' + DOG_BOX.format(s=s)
+        + '"]}, {"desc": "' + name["cup"] + '", "bbox_2d": ["' + CAT_BOX.format(s=s)
+        + '"]}, {"desc": "cup", "bbox_2d": ["' + CUP_BOX.format(s=s) + '"]}]}<|im_end|>'
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["json", "tags"])
+def test_the_target_ends_early_where_too_much_was_said(checkpoint, codec):
+    """Four predictions of three objects: the missed cup is not asked for; three predictions: it is."""
+    short = replace(TWO, over_generation="truncate")
+    cut = segments_of(checkpoint, codec, short, (DOG, EXTRA, CAT, EXTRA))[-1]
+    kept = segments_of(checkpoint, codec, short)[-1]
+    assert names_in(checkpoint, cut) == ["dog", "cat"]
+    assert cut.box_tokens.shape == (0, 4)
+    assert names_in(checkpoint, kept) == ["dog", "cat", "cup"]
+    (one,) = segments_of(checkpoint, codec, replace(short, passes="one"), (DOG, EXTRA, CAT, EXTRA))
+    assert len(one.box_tokens) == 2
+
+
+def test_nothing_right_is_no_reason_to_teach_silence(checkpoint):
+    short = replace(TWO, over_generation="truncate")
+    completion = segments_of(checkpoint, "json", short, (EXTRA, EXTRA, EXTRA, EXTRA))[-1]
+    assert names_in(checkpoint, completion) == ["cat", "dog", "cup"]
 
 
 @pytest.mark.parametrize("settings", [TWO, ONE])

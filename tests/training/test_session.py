@@ -15,6 +15,7 @@ from coordexp.errors import Interrupted
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
+from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import write_rollouts
 from coordexp.training.session import summarise_log, write_curve
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
@@ -83,8 +84,43 @@ def test_resumed_equals_uninterrupted(ready, stage, stop_in_step):
     assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
 
 
+def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready, stop_in_step, monkeypatch):
+    """Generated before step 2, from weights that no longer exist when step 3 runs in another process."""
+    asked, generate = [], HfEngine.generate
+
+    def counting(self, samples, settings):
+        asked.append(len(samples))
+        return generate(self, samples, settings)
+
+    monkeypatch.setattr(HfEngine, "generate", counting)
+    space = ready.set(stage2__b_ratio=1.0, stage2__refresh_steps=2, decode__max_new_tokens=12)
+    summary = train(space, "stage2")
+    out = space.paths.run("stage2")
+    expected_weights, expected_rows = weights(out), log_rows(out)
+    assert len(asked) == 1
+    assert read_compute(space.paths) == {
+        name: summary[name] for name in ("steps", "tokens", "refresh_prompt_tokens", "refresh_generated_tokens")
+    }
+    assert 0 < summary["refresh_generated_tokens"] <= 12 * asked[0]
+    stop_in_step(2)
+    with pytest.raises(Interrupted, match="after step 3 of 4"):
+        train(space, "stage2")
+    stop_in_step(None)
+    train(space, "stage2")
+    assert len(asked) == 2
+    assert log_rows(out) == expected_rows
+    assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
+
+
 @pytest.mark.parametrize(
-    "change", [{"sigma": 3.0}, {"stage1__softce_weight": 2.0}, {"seed": 1}, {"text__object_order": "random"}]
+    "change",
+    [
+        {"sigma": 3.0},
+        {"anneal__sigma_share": 0.5},
+        {"stage1__softce_weight": 2.0},
+        {"seed": 1},
+        {"text__object_order": "random"},
+    ],
 )
 def test_stage_1_does_not_resume_from_another_experiment(ready, stop_in_step, change):
     stop_in_step(1)
@@ -140,7 +176,10 @@ def test_stage_2_runs_both_channels_and_tells_the_control_what_it_took(ready):
     rows = log_rows(ready.paths.run("stage2"))
     assert [row["channel"] for row in rows] == ["A", "B", "A", "B"]
     compute = read_compute(ready.paths)
-    assert compute == {"steps": STEPS, "tokens": sum(row["tokens"] for row in rows)}
+    assert compute == {
+        **{"steps": STEPS, "tokens": sum(row["tokens"] for row in rows)},
+        **{"refresh_prompt_tokens": 0, "refresh_generated_tokens": 0},
+    }
     assert summary["tokens"] == compute["tokens"]
 
 
@@ -164,7 +203,8 @@ def test_summary_and_curve_of_a_log_by_hand(tmp_path):
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert summarise_log(log) == {
-        "steps": 20, "samples": 40, "tokens": 390, "step_seconds": 5.0, "final_loss": 1.5
+        "steps": 20, "samples": 40, "tokens": 390, "step_seconds": 5.0, "final_loss": 1.5,
+        "refresh_prompt_tokens": 0, "refresh_generated_tokens": 0
     }  # fmt: skip
     write_curve(log, tmp_path / "curves" / "a.tsv", ("loss/total", "loss/box"), every=8)
     lines = (tmp_path / "curves" / "a.tsv").read_text().splitlines()

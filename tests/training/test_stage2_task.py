@@ -11,11 +11,12 @@ from coordexp.losses.objective import combine
 from coordexp.packing.collator import teacher_segment
 from coordexp.training.channel_b import ChannelBSettings
 from coordexp.training.objective_step import denominators, objective_terms
+from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.schedule import is_channel_b
 from coordexp.training.soft_context import SoftContext, self_context_forwards
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_segments, plan_steps
 from coordexp.training.teacher_task import TeacherTask
-from helpers import build_world, new_checkpoint, objective, teacher_rollouts
+from helpers import ALL_WEIGHTS, MATCHING, build_world, new_checkpoint, objective, teacher_rollouts
 
 ALL = tuple(range(6))
 TWO = ChannelBSettings(passes="two", missed="append", eos_weight=2.0)
@@ -87,17 +88,18 @@ def test_channel_a_is_teacher_forcing(world, checkpoint):
     assert logs == {"channel": "A"}
 
 
-def stage2(world, checkpoint, rollouts, context, plan, settings=TWO, pack_tokens=256) -> Stage2Task:
+def stage2(world, checkpoint, rollouts, context, plan, settings=TWO, pack_tokens=256, **options) -> Stage2Task:
     return Stage2Task(
         checkpoint.model,
         objective(checkpoint),
         context,
         world.source(checkpoint),
-        rollouts,
+        RolloutPool(rollouts, lambda _: MATCHING),
         world.encoder(checkpoint),
         settings,
         world.collator(checkpoint, pack_tokens),
         plan,
+        **options,
     )
 
 
@@ -183,3 +185,63 @@ def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, 
     assert untouched == []
     assert micro.logs["channel"] == "B"
     assert micro.logs["samples"] == 11
+
+
+def test_the_first_forward_is_diagnosed_beside_the_last(world, checkpoint, rollouts, context):
+    plan = [StepPlan("A", ALL)]
+    once, twice = (run(stage2(world, checkpoint, rollouts, replace(context, n_iter=n), plan)).logs for n in (1, 2))
+    assert not [name for name in once if name.startswith("coord_diag_a1/")]
+    first = {name.removeprefix("coord_diag_a1/"): v for name, v in twice.items() if name.startswith("coord_diag_a1/")}
+    plain = {name.removeprefix("coord_diag/"): v for name, v in once.items() if name.startswith("coord_diag/")}
+    assert first == pytest.approx(plain)  # teacher forcing is the first forward
+    assert twice["coord_diag/expected_bin_mae"] != pytest.approx(plain["expected_bin_mae"], rel=1e-5)
+
+
+def test_the_anchor_is_the_coordinate_objective_of_the_first_forward(world, checkpoint, rollouts, context):
+    """Its terms are those of teacher forcing, times the factor, and its gradient is added to that of the rest."""
+    plan, twice = [StepPlan("A", ALL)], replace(context, n_iter=2, grad_mode="em_detach")
+    plain = run(stage2(world, checkpoint, rollouts, twice, plan))
+    anchored = run(stage2(world, checkpoint, rollouts, twice, plan, a1_coord_weight=0.5))
+    teacher = run(stage2(world, checkpoint, rollouts, context, plan))
+    names = ("softce", "w1", "gate", "coord_ce")
+    for name in names:
+        assert anchored.logs[f"loss/a1_{name}"] == pytest.approx(0.5 * teacher.logs[f"loss/{name}"], rel=1e-5)
+    added = sum(anchored.logs[f"loss/a1_{name}"] for name in names)
+    assert float(anchored.loss.detach()) == pytest.approx(float(plain.loss.detach()) + added, rel=1e-5)
+    assert {k: v for k, v in anchored.logs.items() if "/a1_" not in k} == pytest.approx(plain.logs)
+    difference = gradient(checkpoint, anchored.loss) - gradient(checkpoint, plain.loss)
+    assert difference.norm() > 1e-3
+
+
+def test_one_forward_takes_no_anchor(world, checkpoint, rollouts, context):
+    for plan in (StepPlan("A", ALL), StepPlan("B", ALL)):
+        with_anchor, without = (
+            run(stage2(world, checkpoint, rollouts, context, [plan], a1_coord_weight=w)) for w in (0.5, 0.0)
+        )
+        assert with_anchor.logs == without.logs
+
+
+def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, rollouts, context):
+    """Every option of channel B at once; the second object of each rollout is found twice."""
+    settings = replace(TWO, mark_duplicates=True, over_generation="truncate", close_weight=3.0, over_close_weight=2.0)
+    weights = replace(ALL_WEIGHTS, duplicate_unlikelihood=0.5)
+    results = []
+    for pack_tokens in (1200, 300):
+        task = Stage2Task(
+            checkpoint.model,
+            objective(checkpoint, weights),
+            context,
+            world.source(checkpoint),
+            RolloutPool(rollouts, lambda _: MATCHING),
+            world.encoder(checkpoint),
+            settings,
+            world.collator(checkpoint, pack_tokens),
+            [StepPlan("B", ALL)],
+        )
+        results.append(run(task))
+    packed, alone = results
+    assert packed.logs["stage2_ab/unlikely_total"] > 0
+    assert packed.logs["loss/duplicate_unlikelihood"] == pytest.approx(alone.logs["loss/duplicate_unlikelihood"])
+    assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()

@@ -34,6 +34,11 @@ def load_params(path: Path) -> Params:
     return _parse(path, read_yaml(path), Params)
 
 
+def parse_params(where: str, tree: dict[str, Any]) -> Params:
+    """Check a tree of parameters that was read elsewhere; errors are as for `load_params` and name `where`."""
+    return _parse(Path(where), tree, Params)
+
+
 def load_profile(path: Path) -> Profile:
     """Read one `configs/<profile>.yaml`; raises ConfigError like `load_params`, and lists the profiles there are."""
     if not path.is_file():

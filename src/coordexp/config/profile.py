@@ -126,6 +126,7 @@ class OptimConfig(Block):
     precision: Literal["bf16", "fp32"] = Field(description="number format of the forward (bf16: autocast)")
     max_grad_norm: float = Field(gt=0, le=1000, description="gradient norm above which a step is scaled down")
     log_every: PositiveCount = Field(description="steps between two lines of the training log")
+    grad_monitor_every: Count = Field(description="steps between two logs of each term's gradient; 0 is never")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> OptimConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_BOX_WEIGHTS = "bbox_smoothl1_weight, bbox_ciou_weight, bbox_giou_weight, bbox_l1_weight"
+_BOX_WEIGHTS = "bbox_smoothl1_weight, bbox_ciou_weight, bbox_giou_weight, bbox_l1_weight, bbox_log_wh_weight"
 
 # Dotted key -> remedy. The longest key that fits is reported.
 REMOVED = {

@@ -7,11 +7,14 @@ coordinate bins; a `_bins` width of 10 is one percent of the image side.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from coordexp.config.block import Block, IouList, Share, Text, Weight
+from coordexp.config.block import Block, Count, IouList, Share, Text, Weight
+
+# A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
+SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
@@ -25,20 +28,22 @@ class CoordWeights(Block):
     coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
     text_gate_weight: Weight = Field(description="-log P(no coordinate token) at text slots")
 
-    @model_validator(mode="after")
-    def _coordinates_are_supervised(self) -> CoordWeights:
-        if not any(getattr(self, term) for term in COORD_TERMS):
-            raise ValueError(
-                f"{', '.join(COORD_TERMS)} are all 0, so nothing would train the coordinate tokens; "
-                "set at least one above 0."
-            )
-        return self
+
+class AnnealParams(Block):
+    """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
+
+    sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; truncate widens in proportion")
+    sigma_share: Share = Field(description="share of the steps over which the width goes linearly to sigma")
+    temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
+    temperature_share: Share = Field(description="share of the steps over which it goes linearly to temperature")
 
 
 class TextParams(Block):
     """The answer's text."""
 
-    codec: Literal["json", "tags"] = Field(description="answer format: strict JSON, or the tokenizer's box markers")
+    codec: Literal["json", "tags", "digits"] = Field(
+        description="answer format: JSON or box markers with coordinate tokens, or JSON with numbers"
+    )
     object_order: Literal["top_left", "random"] = Field(description="order of objects in training answers")
 
 
@@ -53,11 +58,37 @@ class Stage2Params(Block):
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
     coord_ctx_embed_mode: Literal["st", "soft", "hard"] = Field(description="embedding of a predicted coordinate")
-    coord_decode_mode: Literal["exp", "st", "hard"] = Field(description="coordinate that the box losses see")
+    coord_decode_mode: Literal["exp", "st", "hard", "local", "top_k"] = Field(
+        description="coordinate that the box losses see (losses/coord_decode.py)"
+    )
+    a1_coord_weight: Weight = Field(
+        description="factor on the coordinate objective of the first forward, if channel A has several"
+    )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
-    eos_weight: Weight = Field(description="factor on the cross-entropy of the end token")
+    eos_weight: Weight = Field(description="channel B: factor on the cross-entropy of the end-of-turn token")
+    close_weight: Weight = Field(description="channel B: factor on the cross-entropy of the closing brackets")
     passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
     missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
+    extras: Literal["context", "drop"] = Field(
+        description="channel B, passes one: unmatched predictions stay as context, or are left out"
+    )
+    over_generation: Literal["keep", "truncate"] = Field(
+        description="channel B, too many predictions: add missed objects, or end after the matched"
+    )
+    over_close_weight: Weight = Field(
+        description="channel B, too many predictions: further factor on brackets and end of turn"
+    )
+    duplicate_unlikelihood_weight: Weight = Field(
+        description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
+    )
+    refresh_steps: Count = Field(
+        description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
+    )
+    curriculum_share: Share = Field(
+        description="channel B: share of the steps over which gate and lambda_sem go to those of matching"
+    )
+    gate_from: Share = Field(description="matching.gate_threshold at step 0 of the curriculum")
+    lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
 
 
 class MatchingParams(Block):
@@ -65,7 +96,7 @@ class MatchingParams(Block):
 
     lambda_l1: Weight = Field(description="cost factor of the L1 distance of boxes in [0, 1] units")
     lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
-    lambda_sem: Weight = Field(description="cost factor of the distance of the two names")
+    lambda_sem: Weight = Field(description="cost factor of the distance of two names: 1 - shared words / all words")
     gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
     gate_threshold: Share = Field(description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair")
 
@@ -139,7 +170,9 @@ class Params(CoordWeights):
 
     profile: Text = Field(description="name of the file in configs/ that says where and how big")
     seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
-    entropy_weight: Weight = Field(description="stage 2: entropy of the coordinate distribution")
+    entropy_weight: SignedWeight = Field(
+        description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"
+    )
     target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
     sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
     truncate: int = Field(ge=1, le=999, description="half-width in bins outside which the soft target is 0")
@@ -148,10 +181,33 @@ class Params(CoordWeights):
     bbox_ciou_weight: Weight = Field(description="stage 2: 1 - CIoU")
     bbox_giou_weight: Weight = Field(description="stage 2: 1 - GIoU")
     bbox_l1_weight: Weight = Field(description="stage 2: L1 of boxes in [0, 1] units")
+    bbox_log_wh_weight: Weight = Field(description="stage 2: SmoothL1 of log width and log height")
     smoothl1_beta_bins: float = Field(gt=0, le=999, description="error in bins at which SmoothL1 turns linear")
+    anneal: AnnealParams
     text: TextParams
     stage1: Stage1Params
     stage2: Stage2Params
     matching: MatchingParams
     decode: DecodeParams
     eval: EvalParams
+
+    @model_validator(mode="after")
+    def _coordinates_are_supervised(self) -> Params:
+        if self.text.codec == "digits":  # plain numbers are text, and trained as text
+            return self
+        for weights, prefix in ((self, ""), (self.stage1, "stage1.")):
+            if not any(getattr(weights, term) for term in COORD_TERMS):
+                raise ValueError(
+                    f"{', '.join(prefix + term for term in COORD_TERMS)} are all 0, so nothing would train the "
+                    "coordinate tokens; set at least one above 0."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_numbers_have_no_distribution(self) -> Params:
+        if self.text.codec == "digits" and (self.stage2.b_ratio > 0 or self.stage2.n_softctx_iter > 1):
+            raise ValueError(
+                f"stage2.b_ratio {self.stage2.b_ratio} and stage2.n_softctx_iter {self.stage2.n_softctx_iter} need "
+                "coordinate tokens, which text.codec digits does without; set them to 0 and 1, or choose json or tags."
+            )
+        return self

@@ -5,22 +5,16 @@ Nearest by meaning, for those that neither finds: semantics.py.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable
 from typing import Literal, get_args
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category, Split
+from coordexp.records.descriptions import normalise_desc
 
 MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
 MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
 NO_CATEGORY = -1  # row of a description that names no category of the list
-
-
-def normalise_desc(desc: str) -> str:
-    """Lower case; `_`, parentheses and control characters become spaces; spaces are squeezed and stripped."""
-    spaced = "".join(" " if c in "_()" or unicodedata.category(c) == "Cc" else c for c in desc.lower())
-    return " ".join(spaced.split())
 
 
 class CategoryIndex:

@@ -11,7 +11,6 @@ import numpy as np
 
 from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
-from coordexp.evaluation.categories import normalise_desc
 from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.settings import EvalSettings
@@ -20,6 +19,7 @@ from coordexp.evaluation.table import Floats, Ints, build_table
 from coordexp.geometry.bins import decode_boxes, encode_boxes
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.records.categories import Category
+from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.records.schema import Record
 

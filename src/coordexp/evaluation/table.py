@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy, normalise_desc
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy
 from coordexp.evaluation.semantics import map_descriptions
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.geometry.boxes import as_boxes
 from coordexp.records.categories import Category
+from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
 Ints = NDArray[np.int64]

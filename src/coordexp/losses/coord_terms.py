@@ -7,7 +7,7 @@ P = softmax(z / T) over V, m = P(coordinate ids), target distribution q, rounded
     w1        sum |CDF_p - CDF_q| / (K - 1)   bounded by sd(p) / (T (K - 1)): refines, cannot repair
     gate      -log m                          the only term that sees the other V - K ids
     coord_ce  -log p_t, always at T = 1       coord_ce + gate at T = 1 is ordinary cross-entropy, exactly
-    entropy   -sum p log p                    minimising it discourages several modes
+    entropy   -sum p log p                    weight > 0 discourages several modes, < 0 overconfidence
 
 N slots, V vocabulary, K bins. Everything is float32 inside (float64 stays float64).
 """

@@ -8,6 +8,7 @@ micro-batches add up to those of the step, however the slots are packed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -18,13 +19,17 @@ from coordexp.errors import ConfigError, TrainingError
 from coordexp.losses.terms import TermSum, positive_or_one
 
 COORD_SUPERVISION = ("softce", "w1", "gate", "coord_ce")
+SIGNED = frozenset({"entropy"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveWeights:
-    """Weight of each term, >= 0; 0 means the term is not computed. The order of the fields is the order of the terms.
+    """Weight of each term; 0 means the term is not computed. The order of the fields is the order of the terms.
 
-    Raises ConfigError for a negative or non-finite weight.
+    Weights are >= 0, but for those in SIGNED: a positive entropy weight sharpens distributions against several modes, a
+    negative one rewards spread against overconfidence (Pereyra et al. 2017, arXiv:1701.06548).
+
+    Raises ConfigError for a weight out of range or not finite.
     """
 
     text_ce: float = 0.0
@@ -39,11 +44,14 @@ class ObjectiveWeights:
     bbox_giou: float = 0.0
     bbox_ciou: float = 0.0
     bbox_log_wh: float = 0.0
+    duplicate_unlikelihood: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in self.as_dict().items():
-            if not 0 <= weight < float("inf"):
-                raise ConfigError(f"{name}_weight: found {weight}, expected a finite number >= 0 (0 turns it off).")
+            lowest = -math.inf if name in SIGNED else 0.0
+            if not (math.isfinite(weight) and weight >= lowest):
+                wanted = "a finite number" if name in SIGNED else "a finite number >= 0"
+                raise ConfigError(f"{name}_weight: found {weight}, expected {wanted} (0 turns it off).")
 
     def as_dict(self) -> dict[str, float]:
         """Weights by term name, in order."""
@@ -52,7 +60,7 @@ class ObjectiveWeights:
     @property
     def wanted(self) -> frozenset[str]:
         """Names of the terms with a weight: what the term functions are asked to compute."""
-        return frozenset(name for name, weight in self.as_dict().items() if weight > 0)
+        return frozenset(name for name, weight in self.as_dict().items() if weight != 0)
 
     def require_coord_supervision(self, key_prefix: str = "") -> None:
         """Raise ConfigError if coordinate tokens would get no token loss at all; for a run that supervises them.
@@ -90,7 +98,7 @@ def weighted_terms(
     return {
         name: weight_of[name] * normalised(name, terms[name], denominators)
         for name in TERM_ORDER
-        if name in terms and weight_of[name] > 0
+        if name in terms and weight_of[name] != 0
     }
 
 

@@ -37,7 +37,7 @@ def pair_cost(
         if semantic_NM is None:
             raise ConfigError(
                 f"matching.lambda_sem is {settings.lambda_sem}, but this matching computes no description distances; "
-                "set it to 0, or match where a text encoder is at hand."
+                "set it to 0, or match where names are at hand (matching/names.py)."
             )
         assert semantic_NM.shape == cost_NM.shape, (semantic_NM.shape, cost_NM.shape)
         cost_NM += settings.lambda_sem * semantic_NM

@@ -3,13 +3,14 @@
 A *slot* is the position whose logits predict a token: the token at flat position i of a row is predicted at i - 1.
 Slots are listed per loss family, so the head runs on supervised positions only and no label tensor is shifted later.
 
-Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, P patches, I images.
+Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, U slots of tokens to push down,
+P patches, I images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ class Segment:
     """One sequence to run: a sample's image and prompt, some answer, and what in it is supervised.
 
     Per answer token (length A): `text_weights` (0 = no text loss). `box_tokens` (G, 4) are the answer positions of the
-    coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins.
+    coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins. `unlikely_tokens` (U,) are the
+    answer positions of tokens to push down.
     """
 
     sample: Sample
@@ -42,6 +44,7 @@ class Segment:
     text_weights: NDArray[np.float32]
     box_tokens: NDArray[np.int64]
     box_targets: NDArray[np.float32]
+    unlikely_tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def length(self) -> int:
@@ -83,15 +86,17 @@ class PackedBatch:
     text_roles: Tensor  # (S,) uint8
     coord_slots: Tensor  # (N,) int64, grouped by box: x1, y1, x2, y2
     coord_targets: Tensor  # (N,) float32 bins
+    unlikely_slots: Tensor  # (U,) int64
+    unlikely_ids: Tensor  # (U,) int64 token ids
     n_segments: int
     n_tokens: int  # without padding
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
         tensors = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            slot.name: value.to(device)
+            for slot in fields(self)
+            if isinstance(value := getattr(self, slot.name), Tensor)
         }
         return PackedBatch(**tensors, n_segments=self.n_segments, n_tokens=self.n_tokens)
 
@@ -168,6 +173,8 @@ class _Slots:
         self.roles: list[NDArray] = []
         self.coord: list[NDArray] = []
         self.bins: list[NDArray] = []
+        self.unlikely: list[NDArray] = []
+        self.unlikely_ids: list[NDArray] = []
 
     def add(self, segment: Segment, answer_start: int) -> None:
         """Add a segment whose answer starts at this flat position; the slot of a token is the position before it."""
@@ -178,6 +185,8 @@ class _Slots:
         self.roles.append(segment.answer_roles[supervised])
         self.coord.append(segment.box_tokens.reshape(-1) + answer_start - 1)
         self.bins.append(segment.box_targets.reshape(-1))
+        self.unlikely.append(segment.unlikely_tokens + answer_start - 1)
+        self.unlikely_ids.append(segment.answer_ids[segment.unlikely_tokens].astype(np.int64))
 
     def tensors(self) -> dict[str, Tensor]:
         """The collected slots under the field names of `PackedBatch`."""
@@ -188,4 +197,6 @@ class _Slots:
             "text_roles": torch.from_numpy(np.concatenate(self.roles)),
             "coord_slots": torch.from_numpy(np.concatenate(self.coord).astype(np.int64)),
             "coord_targets": torch.from_numpy(np.concatenate(self.bins).astype(np.float32)),
+            "unlikely_slots": torch.from_numpy(np.concatenate(self.unlikely)),
+            "unlikely_ids": torch.from_numpy(np.concatenate(self.unlikely_ids)),
         }

@@ -29,3 +29,9 @@ def desc_problem(desc: object) -> str:
     if any(unicodedata.category(char) in ("Cc", "Co", "Cs") for char in desc):
         return "desc_characters"
     return "desc_too_long" if len(desc) > MAX_DESC_CHARS else ""
+
+
+def normalise_desc(desc: str) -> str:
+    """Lower case; `_`, parentheses and control characters become spaces; spaces are squeezed and stripped."""
+    spaced = "".join(" " if c in "_()" or unicodedata.category(c) == "Cc" else c for c in desc.lower())
+    return " ".join(spaced.split())

@@ -11,7 +11,10 @@ from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
 from coordexp.reporting.tables import required
 
 SHARED_WEIGHTS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight")
-STAGE2_WEIGHTS = ("entropy_weight", "bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight")
+STAGE2_WEIGHTS = (
+    *("entropy_weight", "bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight"),
+    "bbox_log_wh_weight",
+)
 
 
 def what_ran(

@@ -37,7 +37,8 @@ Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big.
 a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
 value out of range stop a stage with exit code 2 and a message that names the key in full.
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
-of a profile. What the terms compute: [concepts.md](concepts.md).
+of a profile; `make preset PRESET=mixture` runs a named recipe of `configs/presets/` (`mixture`, `pure_ce`,
+`raw_digits`, `seed`). What the terms compute: [concepts.md](concepts.md).
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
@@ -61,8 +62,11 @@ _LOGS = """\
 `train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
 `lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`, `time/step_s`; in stage 2
-also `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`. The diagnostics below are taken at the
-supervised coordinate slots of the step."""
+also `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
+`rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
+`grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
+`grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
+slots of the step; those of a first forward beside the last are `coord_diag_a1/*`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",

@@ -99,7 +99,7 @@ def w1_sentence(log: TrainingLog) -> str:
 def counters_table(log: TrainingLog) -> str:
     """What channel B met: counters (`*_total`) summed over its steps, anything else it logged as its ends."""
     own = {"lr", "grad_norm", "tokens", "samples"}
-    areas = ("loss/", "raw/", "coord_diag/", "time/")
+    areas = ("loss/", "raw/", "coord_diag/", "coord_diag_a1/", "grad/", "time/")
     names = sorted(name for name in log.columns if name not in own and not name.startswith(areas))
     rows = []
     for name in names:

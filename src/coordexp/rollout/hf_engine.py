@@ -47,7 +47,8 @@ class HfEngine:
         for first in range(0, len(order), self._batch_images):
             chunk = order[first : first + self._batch_images]
             torch.manual_seed(settings.seed + first)
-            results |= zip(chunk, self._run([samples[i] for i in chunk], settings, grammar), strict=True)
+            with torch.autocast(model.device.type, enabled=False):  # also when asked from within a training step
+                results |= zip(chunk, self._run([samples[i] for i in chunk], settings, grammar), strict=True)
             tokens = sum(len(g.ids) for g in results.values())
             rate = tokens / (time.monotonic() - started)
             log.info("generated %d of %d images, %.0f tokens/s", len(results), len(samples), rate)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from coordexp.geometry.bins import box_scale, decode_norm
-from coordexp.matching.assign import match
+from coordexp.matching.assign import MatchResult, match
+from coordexp.matching.names import name_distance
 from coordexp.matching.settings import MatchSettings
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import Generation
@@ -43,20 +44,37 @@ class Rollout:
 
 
 def match_rollout(sample: Sample, generation: Generation, answer: ParsedAnswer, settings: MatchSettings) -> Rollout:
-    """Match the parsed objects of one generation to the sample's (non-crowd) ground truth, in [0, 1] units."""
-    keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
-    gt = sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height)
-    pred = decode_norm([o.bins for o in answer.objects]).reshape(-1, 4)
-    matched = match(pred, gt, settings)
-    return Rollout(
+    """The parsed objects of one generation, matched to the sample's (non-crowd) ground truth."""
+    objects = tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects)
+    rollout = Rollout(
         image_id=sample.image_id,
         ids=tuple(int(i) for i in generation.ids),
         finish_reason=generation.finish_reason,
         usable=answer.report.container_found,
-        objects=tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects),
+        objects=objects,
+        pairs=(),
+        pair_ious=(),
+    )
+    return rematch(rollout, sample, settings)
+
+
+def rematch(rollout: Rollout, sample: Sample, settings: MatchSettings) -> Rollout:
+    """The same answer matched anew: what stage 2 does in each step, where gate and costs may follow a curriculum."""
+    matched = _match_objects(rollout.objects, sample, settings)
+    return replace(
+        rollout,
         pairs=tuple((int(i), int(j)) for i, j in matched.pairs),
         pair_ious=tuple(round(float(v), 4) for v in matched.iou_P),
     )
+
+
+def _match_objects(objects: Sequence[RolloutObject], sample: Sample, settings: MatchSettings) -> MatchResult:
+    """In [0, 1] units, crowd regions left out."""
+    keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
+    gt = sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height)
+    pred = decode_norm([o.bins for o in objects]).reshape(-1, 4)
+    names = [o.desc for o in objects], [sample.descs[i] for i in keep]
+    return match(pred, gt, settings, name_distance(*names) if settings.lambda_sem > 0 else None)
 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:

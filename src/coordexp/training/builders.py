@@ -11,7 +11,8 @@ from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator
 from coordexp.text.codecs import AnswerEncoder, get_codec
-from coordexp.training.objective_step import Objective
+from coordexp.training.objective_step import Annealing, Objective
+from coordexp.training.schedule import ramp
 from coordexp.training.soft_context import SoftContext
 
 # New coordinate rows start far from where they belong; the rest of the model is pretrained.
@@ -51,27 +52,32 @@ def _coordinate_weights(weights: CoordWeights) -> dict[str, float]:
     }
 
 
-def stage1_objective(params: Params, checkpoint: Checkpoint) -> Objective:
-    """Token cross-entropy on text plus the coordinate objective with stage 1's weights; no box terms."""
+def stage1_objective(params: Params, checkpoint: Checkpoint, steps: int) -> Objective:
+    """Token cross-entropy on text plus the coordinate objective with stage 1's weights; no box terms.
+
+    `steps` is the length of the run, of which annealing takes its share.
+    """
     weights = ObjectiveWeights(text_ce=1.0, **_coordinate_weights(params.stage1))
-    return _objective(params, checkpoint, weights)
+    return _objective(params, checkpoint, weights, steps)
 
 
-def stage2_objective(params: Params, checkpoint: Checkpoint) -> Objective:
-    """The full objective with the top-level weights."""
+def stage2_objective(params: Params, checkpoint: Checkpoint, steps: int) -> Objective:
+    """The full objective with the top-level weights, for a run of that many steps."""
     weights = ObjectiveWeights(
         text_ce=params.stage2.text_ce_weight,
+        duplicate_unlikelihood=params.stage2.duplicate_unlikelihood_weight,
         entropy=params.entropy_weight,
         bbox_smoothl1=params.bbox_smoothl1_weight,
         bbox_l1=params.bbox_l1_weight,
         bbox_giou=params.bbox_giou_weight,
         bbox_ciou=params.bbox_ciou_weight,
+        bbox_log_wh=params.bbox_log_wh_weight,
         **_coordinate_weights(params),
     )
-    return _objective(params, checkpoint, weights)
+    return _objective(params, checkpoint, weights, steps)
 
 
-def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights) -> Objective:
+def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights, steps: int) -> Objective:
     return Objective(
         weights=weights,
         target=SoftTarget(kind=params.target, sigma=params.sigma, truncate=params.truncate),
@@ -79,6 +85,19 @@ def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights
         first_coord_id=first_coord_id(checkpoint),
         smoothl1_beta_bins=params.smoothl1_beta_bins,
         coord_decode_mode=params.stage2.coord_decode_mode,
+        annealing=_annealing(params, steps),
+    )
+
+
+def _annealing(params: Params, steps: int) -> Annealing | None:
+    """The ramps at the start of a stage of that many steps; None if both are off."""
+    anneal = params.anneal
+    sigma_steps, temperature_steps = round(anneal.sigma_share * steps), round(anneal.temperature_share * steps)
+    if not (sigma_steps or temperature_steps):
+        return None
+    return Annealing(
+        ramp(anneal.sigma_from, params.sigma, sigma_steps),
+        ramp(anneal.temperature_from, params.temperature, temperature_steps),
     )
 
 

@@ -24,16 +24,43 @@ from coordexp.geometry.boxes import reading_order
 from coordexp.packing.collator import Segment, coordinate_positions, teacher_segment
 from coordexp.packing.samples import Sample
 from coordexp.rollout.records import Rollout
-from coordexp.text.codecs import AnswerEncoder, Role, TextObject
+from coordexp.text.codecs import AnswerEncoder, EncodedAnswer, Role, TextObject
+from coordexp.training.duplicates import divergence_positions, duplicate_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelBSettings:
-    """Policies of channel B. `eos_weight` scales the text loss of the closing tokens."""
+    """Policies of channel B.
+
+    `close_weight` and `eos_weight` scale the text loss of the closing scaffold and of the end-of-turn token after it;
+    where the rollout has more objects than there are, `over_close_weight` scales both again.
+    """
 
     passes: str  # "two" or "one"
     missed: str  # "append" or "sorted"
     eos_weight: float
+    close_weight: float = 1.0
+    extras: str = "context"  # "context" or "drop"; passes: one
+    over_generation: str = "keep"  # "keep" or "truncate"
+    over_close_weight: float = 1.0
+    mark_duplicates: bool = False
+
+    def close_weights(self, over_generated: bool) -> tuple[float, float]:
+        """Weight of the closing scaffold and of the end-of-turn token."""
+        factor = self.over_close_weight if over_generated else 1.0
+        return factor * self.close_weight, factor * self.eos_weight
+
+
+_NO_TOKENS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An object of the one-pass target: its text, the ground truth it stands for and the prediction it is, if any."""
+
+    text: TextObject
+    truth: int | None
+    prediction: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +80,10 @@ def channel_b_segments(
         return [teacher_segment(sample)]
     truth = _truth(sample)
     if settings.passes == "two":
-        return [_self_context(sample, rollout, truth), _completion(sample, rollout, truth, encoder, settings)]
+        return [
+            _self_context(sample, rollout, truth, encoder, settings),
+            _completion(sample, rollout, truth, encoder, settings),
+        ]
     return [_clean_prefix(sample, rollout, truth, encoder, settings)]
 
 
@@ -65,7 +95,9 @@ def _truth(sample: Sample) -> _Truth:
     return _Truth(objects, target_bins(boxes, sample.width, sample.height).astype(np.float32), boxes)
 
 
-def _self_context(sample: Sample, rollout: Rollout, truth: _Truth) -> Segment:
+def _self_context(
+    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, settings: ChannelBSettings
+) -> Segment:
     """The rollout as it was generated; no text loss, boxes of accepted matches against their ground truth."""
     ids = np.array(rollout.ids, np.int32)
     positions = [rollout.objects[i].coord_positions for i, _ in rollout.pairs]
@@ -76,21 +108,53 @@ def _self_context(sample: Sample, rollout: Rollout, truth: _Truth) -> Segment:
         text_weights=np.zeros(len(ids), np.float32),
         box_tokens=np.array(positions, np.int64).reshape(-1, 4),
         box_targets=truth.targets_M4[[j for _, j in rollout.pairs]].reshape(-1, 4),
+        unlikely_tokens=_diverging_tokens(rollout, encoder) if settings.mark_duplicates else _NO_TOKENS,
     )
 
 
-def completion_order(rollout: Rollout, boxes_M4: NDArray, missed_policy: str) -> list[int]:
+def _diverging_tokens(rollout: Rollout, encoder: AnswerEncoder) -> NDArray[np.int64]:
+    """Where duplicates part from the clean answer, in the tokens as they were generated.
+
+    Found in the canonical tokens of the objects. A generated answer that differs from those before such a position (an
+    object was dropped, or a name was split otherwise) has other tokens there, and the position is left out.
+    """
+    canonical = encoder.encode([TextObject(o.desc, o.bins) for o in rollout.objects])
+    generated = np.array(rollout.ids, np.int32)
+    shared = min(len(generated), len(canonical.ids))
+    differs = np.flatnonzero(generated[:shared] != canonical.ids[:shared])
+    agreeing = int(differs[0]) if len(differs) else shared
+    positions = divergence_positions(canonical, duplicate_ranks(rollout))
+    return positions[positions < agreeing]
+
+
+def is_over_generated(rollout: Rollout, n_true: int) -> bool:
+    """Whether the rollout has more (valid) objects than are annotated."""
+    return len(rollout.objects) > n_true
+
+
+def missed_objects(rollout: Rollout, n_true: int, settings: ChannelBSettings) -> list[int]:
+    """Ground truth that the target adds to what was found.
+
+    With `over_generation: truncate`, none where the rollout has too many objects already and any of them is right: the
+    target then ends early, so that it teaches to stop rather than to go on.
+    """
+    matched = {j for _, j in rollout.pairs}
+    if settings.over_generation == "truncate" and matched and is_over_generated(rollout, n_true):
+        return []
+    return [j for j in range(n_true) if j not in matched]
+
+
+def completion_order(rollout: Rollout, boxes_M4: NDArray, settings: ChannelBSettings) -> list[int]:
     """Ground-truth indices in the order of the completion: matched ones by prediction rank, missed ones by policy."""
-    matched = [j for _, j in sorted(rollout.pairs)]
-    missed = [j for j in range(len(boxes_M4)) if j not in set(matched)]
-    order = matched + missed
-    return [order[i] for i in reading_order(boxes_M4[order])] if missed_policy == "sorted" and order else order
+    order = [j for _, j in sorted(rollout.pairs)] + missed_objects(rollout, len(boxes_M4), settings)
+    return [order[i] for i in reading_order(boxes_M4[order])] if settings.missed == "sorted" and order else order
 
 
 def _completion(
     sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, settings: ChannelBSettings
 ) -> Segment:
-    order = completion_order(rollout, truth.boxes_M4, settings.missed)
+    order = completion_order(rollout, truth.boxes_M4, settings)
+    over_generated = is_over_generated(rollout, len(truth.objects))
     answer = encoder.encode([truth.objects[j] for j in order])
     matched = {j for _, j in rollout.pairs}
     rows = [rank for rank, j in enumerate(order) if j not in matched]
@@ -99,7 +163,7 @@ def _completion(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(weights, answer.roles, settings.eos_weight),
+        text_weights=_close_weighted(weights, answer.roles, *settings.close_weights(over_generated)),
         box_tokens=coordinate_positions(answer.roles)[rows].reshape(-1, 4),
         box_targets=truth.targets_M4[[order[r] for r in rows]].reshape(-1, 4),
     )
@@ -110,36 +174,50 @@ def _clean_prefix(
 ) -> Segment:
     """Predictions re-serialised (matched: scaffold and GT boxes; extras: context), then missed objects in full."""
     partner = dict(rollout.pairs)
-    predicted = [TextObject(o.desc, o.bins) for o in rollout.objects]
-    missed = [j for j in range(len(truth.objects)) if j not in set(partner.values())]
-    entries: list[tuple[TextObject, int | None, bool]] = [  # object, its ground truth, is it a prediction
-        *((obj, partner.get(i), True) for i, obj in enumerate(predicted)),
-        *((truth.objects[j], j, False) for j in missed),
+    n_true = len(truth.objects)
+    predicted = [
+        _Entry(TextObject(o.desc, o.bins), partner.get(i), i)
+        for i, o in enumerate(rollout.objects)
+        if i in partner or settings.extras == "context"
     ]
+    missed = [_Entry(truth.objects[j], j, None) for j in missed_objects(rollout, n_true, settings)]
+    entries = predicted + missed
     if settings.missed == "sorted":
-        entries = [entries[i] for i in _order_by_bins([e[0] for e in entries])]
-    answer = encoder.encode([e[0] for e in entries])
-    weights = np.zeros(len(answer.ids), np.float32)
-    for rank, (_, gt_index, is_prediction) in enumerate(entries):
-        if gt_index is None:
-            continue
-        roles = (Role.STRUCT,) if is_prediction else (Role.STRUCT, Role.DESC)
-        weights[(answer.object_index == rank) & np.isin(answer.roles, roles)] = 1.0
-    weights[answer.roles == Role.CLOSE] = 1.0
-    supervised = [(rank, j) for rank, (_, j, _) in enumerate(entries) if j is not None]
+        entries = [entries[i] for i in _order_by_bins([e.text for e in entries])]
+    answer = encoder.encode([e.text for e in entries])
+    repeated = set(duplicate_ranks(rollout)) if settings.mark_duplicates else set()
+    duplicates = [rank for rank, e in enumerate(entries) if e.prediction in repeated]
+    close_weights = settings.close_weights(is_over_generated(rollout, n_true))
+    supervised = [(rank, e.truth) for rank, e in enumerate(entries) if e.truth is not None]
     return Segment(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(weights, answer.roles, settings.eos_weight),
+        text_weights=_close_weighted(_prefix_weights(entries, answer), answer.roles, *close_weights),
         box_tokens=coordinate_positions(answer.roles)[[r for r, _ in supervised]].reshape(-1, 4),
         box_targets=truth.targets_M4[[j for _, j in supervised]].reshape(-1, 4),
+        unlikely_tokens=divergence_positions(answer, duplicates),
     )
+
+
+def _prefix_weights(entries: Sequence[_Entry], answer: EncodedAnswer) -> NDArray[np.float32]:
+    """Scaffold of matched predictions, scaffold and name of missed objects, and the close."""
+    weights = (answer.roles == Role.CLOSE).astype(np.float32)
+    for rank, entry in enumerate(entries):
+        if entry.truth is not None:
+            roles = (Role.STRUCT, Role.DESC) if entry.prediction is None else (Role.STRUCT,)
+            weights[(answer.object_index == rank) & np.isin(answer.roles, roles)] = 1.0
+    return weights
 
 
 def _order_by_bins(objects: Sequence[TextObject]) -> NDArray[np.int64]:
     return reading_order(np.array([o.bins for o in objects], np.float64).reshape(-1, 4))
 
 
-def _close_weighted(weights: NDArray[np.float32], roles: NDArray[np.uint8], eos_weight: float) -> NDArray[np.float32]:
-    return np.where(roles == Role.CLOSE, weights * np.float32(eos_weight), weights).astype(np.float32)
+def _close_weighted(
+    weights: NDArray[np.float32], roles: NDArray[np.uint8], close_weight: float, eos_weight: float
+) -> NDArray[np.float32]:
+    """Scale the close of a complete answer, whose last token is the end of the turn."""
+    scaled = np.where(roles == Role.CLOSE, weights * np.float32(close_weight), weights)
+    scaled[-1] = weights[-1] * eos_weight
+    return scaled.astype(np.float32)

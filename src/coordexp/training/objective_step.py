@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.geometry.bins import NUM_BINS
@@ -14,19 +14,33 @@ from coordexp.losses.box_terms import BOX_TERMS, box_terms
 from coordexp.losses.coord_decode import DECODE_RULES
 from coordexp.losses.coord_terms import COORD_TERMS, coordinate_terms
 from coordexp.losses.diagnostics import CoordDiagnostics, coord_diagnostics
-from coordexp.losses.objective import ObjectiveWeights, combine
+from coordexp.losses.objective import COORD_SUPERVISION, ObjectiveWeights, combine, weighted_terms
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.losses.terms import TermSum
 from coordexp.losses.text_terms import text_terms
+from coordexp.losses.unlikelihood import UNLIKELIHOOD_TERMS, unlikelihood_terms
 from coordexp.models.forward import slot_logits
 from coordexp.packing.collator import PackedBatch, Segment
 from coordexp.text.codecs import Role
+from coordexp.training.grad_monitor import gradient_logs
 from coordexp.training.loop import LogRow, MicroBatch
+from coordexp.training.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Annealing:
+    """Width of the soft target in bins, and temperature, by step."""
+
+    sigma: Schedule
+    temperature: Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimised: weights, target family, temperature, and how a box is read from its distributions."""
+    """What is minimised: weights, target family, temperature, and how a box is read from its distributions.
+
+    With `annealing`, `target` and `temperature` are where it ends; `at` says what holds in a step.
+    """
 
     weights: ObjectiveWeights
     target: SoftTarget
@@ -34,6 +48,25 @@ class Objective:
     first_coord_id: int
     smoothl1_beta_bins: float
     coord_decode_mode: str
+    annealing: Annealing | None = None
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step; a wider target is cut off as much farther out."""
+        if self.annealing is None:
+            return self
+        sigma = self.annealing.sigma(step)
+        truncate = round(self.target.truncate * sigma / self.target.sigma)
+        target = replace(self.target, sigma=sigma, truncate=truncate)
+        return replace(self, target=target, temperature=self.annealing.temperature(step), annealing=None)
+
+
+@dataclass(frozen=True, slots=True)
+class LossPart:
+    """Terms with their weights; `prefix` keeps the names of one forward's terms apart from another's in the log."""
+
+    terms: dict[str, TermSum]
+    weights: ObjectiveWeights
+    prefix: str = ""
 
 
 def denominators(segments: Sequence[Segment]) -> dict[str, Tensor]:
@@ -47,6 +80,7 @@ def denominators(segments: Sequence[Segment]) -> dict[str, Tensor]:
     counts = {"text_ce": text, "text_gate": float(gated)}
     counts |= {name: 4.0 * boxes for name in COORD_TERMS}
     counts |= {name: float(boxes) for name in BOX_TERMS}
+    counts |= {name: float(sum(len(s.unlikely_tokens) for s in segments)) for name in UNLIKELIHOOD_TERMS}
     return {name: torch.tensor(count) for name, count in counts.items()}
 
 
@@ -73,15 +107,10 @@ def objective_terms(
             batch.text_weights,
             (batch.text_roles != int(Role.CLOSE)).float(),
         )
+        unlikely_logits_UV = slot_logits(model, text_hidden.float(), batch.unlikely_slots)
+        terms |= unlikelihood_terms(unlikely_logits_UV, batch.unlikely_ids, wanted)
         coord_logits_NV = slot_logits(model, coord_hidden.float(), batch.coord_slots)
-        terms |= coordinate_terms(
-            coord_logits_NV,
-            batch.coord_targets,
-            objective.first_coord_id,
-            objective.target,
-            objective.temperature,
-            wanted,
-        )
+        terms |= _coordinate_terms(objective, batch, coord_logits_NV, wanted)
         if not wanted.isdisjoint(BOX_TERMS):
             first = objective.first_coord_id
             decode = DECODE_RULES[objective.coord_decode_mode]
@@ -92,6 +121,36 @@ def objective_terms(
     return terms, coord_logits_NV
 
 
+def _coordinate_terms(
+    objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor, wanted: Collection[str]
+) -> dict[str, TermSum]:
+    return coordinate_terms(
+        coord_logits_NV,
+        batch.coord_targets,
+        objective.first_coord_id,
+        objective.target,
+        objective.temperature,
+        wanted,
+    )
+
+
+def anchor_part(
+    model: Qwen3VLForConditionalGeneration, objective: Objective, batch: PackedBatch, hidden: Tensor, factor: float
+) -> tuple[LossPart | None, Tensor]:
+    """Token terms at the coordinate slots of an earlier forward, at `factor` times their weights; its logits (N, V).
+
+    No part if the factor is 0: then the logits are there for diagnosis alone.
+    """
+    with torch.autocast(hidden.device.type, enabled=False), torch.set_grad_enabled(factor > 0):
+        coord_logits_NV = slot_logits(model, hidden.float(), batch.coord_slots)
+        if factor == 0:
+            return None, coord_logits_NV
+        weights = objective.weights.as_dict()
+        scaled = ObjectiveWeights(**{name: factor * weights[name] for name in COORD_SUPERVISION})
+        terms = _coordinate_terms(objective, batch, coord_logits_NV, scaled.wanted)
+    return LossPart(terms, scaled, "a1_"), coord_logits_NV
+
+
 def diagnose(objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor) -> CoordDiagnostics:
     """`coord_diag/*` sums of a batch."""
     return coord_diagnostics(
@@ -100,12 +159,26 @@ def diagnose(objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor) 
 
 
 def to_micro_batch(
-    terms: dict[str, TermSum], objective: Objective, counts: dict[str, Tensor], extra: LogRow
+    parts: Sequence[LossPart], counts: Mapping[str, Tensor], extra: LogRow, monitored: Sequence[nn.Parameter] = ()
 ) -> MicroBatch:
-    """Combine terms into a loss with its logs."""
-    loss, logs = combine(terms, objective.weights, counts)
-    plain: LogRow = {name: float(value) for name, value in logs.items() if not name.startswith("count/")}
-    return MicroBatch(loss, plain | extra)
+    """Combine terms into a loss with its logs; with `monitored` parameters, also the gradient of each term on them."""
+    losses: list[Tensor] = []
+    weighted: dict[str, Tensor] = {}
+    row: LogRow = {}
+    for part in parts:
+        loss, logs = combine(part.terms, part.weights, counts)
+        losses.append(loss)
+        for name, value in logs.items():
+            area, term = name.split("/")
+            if area != "count":
+                row[f"{area}/{part.prefix}{term}"] = float(value)
+        if monitored:
+            found = weighted_terms(part.terms, part.weights, counts)
+            weighted |= {part.prefix + name: value for name, value in found.items()}
+    if monitored:
+        row |= gradient_logs(weighted, monitored)
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return MicroBatch(loss, row | extra)
 
 
 def coord_logs(diagnostics: CoordDiagnostics, prefix: str = "coord_diag") -> dict[str, float]:

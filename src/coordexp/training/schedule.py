@@ -46,6 +46,15 @@ def legs_schedule(leg_steps: Sequence[int], warmup_steps: int, decay_share: floa
     return factor
 
 
+def ramp(start: float, end: float, steps: int) -> Schedule:
+    """A value that goes linearly from `start` at step 0 to `end` at `steps` and stays there; 0 steps: `end` at once."""
+
+    def value(step: int) -> float:
+        return end if step >= steps else start + (end - start) * step / steps
+
+    return value
+
+
 def epoch_order(n_items: int, seed: int) -> Iterator[int]:
     """Endless item indices, each epoch a fresh permutation drawn from (seed, epoch)."""
     epoch = 0

@@ -22,6 +22,7 @@ from coordexp.training.schedule import cosine_schedule
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
+GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +42,17 @@ class Session:
     row_lr_factor: float
     out: Path
 
+    def state_folder(self) -> Path:
+        """Where this very run keeps what an interrupted one goes on from."""
+        return resume_folder(self.stage, fingerprint(self.settings, self.inputs.values()))
+
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`."""
     if session.threads:
         torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
-    key = fingerprint(session.settings, session.inputs.values())
-    state = resume_folder(session.stage, key)
+    state = session.state_folder()
     log_path = state / "train_log.jsonl"
     started = time.monotonic()
     train(checkpoint.model, task, _loop_settings(session), state, log_path)
@@ -81,13 +85,17 @@ def _loop_settings(session: Session) -> LoopSettings:
 
 
 def summarise_log(path: Path) -> dict[str, Any]:
-    """Totals of a training log: steps, samples, tokens, seconds in steps, and the mean loss of the last tenth."""
+    """Totals of a training log: steps, samples, tokens, seconds in steps, and the mean loss of the last tenth.
+
+    `tokens` went through a training forward; those that fresh rollouts read and wrote are counted apart.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     last = rows[-max(1, len(rows) // 10) :]
     return {
         "steps": len(rows),
         "samples": int(sum(r["samples"] for r in rows)),
         "tokens": int(sum(r["tokens"] for r in rows)),
+        **{f"refresh_{name}": int(sum(r.get(f"rollout/{name}", 0) for r in rows)) for name in GENERATION_TOKENS},
         "step_seconds": round(sum(r["time/step_s"] for r in rows), 1),
         "final_loss": round(sum(r["loss/total"] for r in last) / len(last), 4),
     }

@@ -24,7 +24,7 @@ from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session
 from coordexp.training.teacher_task import TeacherTask
 
-SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature")
+SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
 def _load(profile: Profile, folder: Path) -> Checkpoint:
@@ -44,7 +44,10 @@ def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
 
 
 def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
-    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that ran."""
+    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that trained on.
+
+    What stage 2 spent on generating is not in this budget; stage2-compute.json says how much that was.
+    """
     start = paths.run("stage1")
     checkpoint = _load(profile, start)
     packs = read_packs(paths.packed / "plan.parquet")
@@ -69,7 +72,8 @@ def _teach(
     data = paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
     source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
-    task = TeacherTask(checkpoint.model, stage1_objective(params, checkpoint), source, collator, packs_by_step)
+    objective = stage1_objective(params, checkpoint, len(packs_by_step))
+    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, optim.grad_monitor_every)
     settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,
@@ -89,5 +93,5 @@ def _teach(
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:
-    """Steps and forward tokens of stage 2: what the control is given."""
+    """Steps and tokens of stage 2's training forwards, which the control is given; and of its fresh rollouts."""
     return json.loads(paths.run("stage2-compute.json").read_text(encoding="utf-8"))

@@ -8,50 +8,100 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
-from coordexp.models.loading import load_checkpoint
+from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.samples import SampleStore
+from coordexp.rollout.decode import EMITTED
+from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import read_rollouts
-from coordexp.training.builders import ROW_LR_FACTOR, make_collator, make_encoder, soft_context, stage2_objective
-from coordexp.training.channel_b import ChannelBSettings
+from coordexp.rollout.stages import allowed_names, decode_settings, make_reader
+from coordexp.training.builders import (
+    ROW_LR_FACTOR,
+    make_collator,
+    make_encoder,
+    soft_context,
+    stage2_objective,
+)
+from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
+from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
-from coordexp.training.session import Session, run_session
-from coordexp.training.stage2_task import Stage2Task, plan_steps
+from coordexp.training.session import GENERATION_TOKENS, Session, run_session
+from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
+
+READOUT_KEYS = {"score", "box"}  # of `decode`: how an answer is judged, not how it is generated
 
 
 def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
-    """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took."""
-    start, data = paths.run("stage1"), paths.norm1000 / "train.parquet"
-    rollout_file = paths.run("rollout") / "rollouts.jsonl"
-    checkpoint = load_checkpoint(start, profile.model.min_pixels, profile.model.max_pixels)
-    store, rollouts, optim = SampleStore(data), read_rollouts(rollout_file), profile.stage2
+    """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took.
+
+    The compute is in tokens of training forwards, which the control is given too, and apart from them the tokens that
+    fresh rollouts read and wrote, which it is not.
+    """
+    session = _session(params, profile, paths)
+    optim = profile.stage2
+    checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
+    store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
         len(store), rolled_out, optim.samples_per_step, optim.steps, params.stage2.b_ratio, params.seed + 1
     )
     encoder = make_encoder(params, checkpoint)
+    refresher = _refresher(params, profile, paths, session, checkpoint, plan)
     task = Stage2Task(
         checkpoint.model,
-        stage2_objective(params, checkpoint),
+        stage2_objective(params, checkpoint, optim.steps),
         soft_context(params, checkpoint),
         SampleSource(store, encoder, params.text.object_order, params.seed),
-        rollouts,
+        RolloutPool(rollouts, match_schedule(params, optim.steps), refresher),
         encoder,
-        ChannelBSettings(passes=params.stage2.passes, missed=params.stage2.missed, eos_weight=params.stage2.eos_weight),
+        channel_b_settings(params),
         make_collator(checkpoint, paths.raw, profile.packing.pack_tokens),
         plan,
+        params.stage2.a1_coord_weight,
+        optim.grad_monitor_every,
     )
-    settings = params.model_dump(exclude={"profile", "stage1", "decode", "eval"}) | {"optim": optim.model_dump()}
-    session = Session(
+    summary = run_session(session, checkpoint, task)
+    names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
+    write_json(paths.run("stage2-compute.json"), {name: summary[name] for name in names})
+    return summary
+
+
+def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
+    settings = params.model_dump(exclude={"profile": True, "stage1": True, "decode": READOUT_KEYS, "eval": True})
+    return Session(
         stage="stage2",
-        settings=settings,
-        inputs={"start": start / "model.safetensors", "samples": data, "rollouts": rollout_file},
-        optim=optim,
-        steps=optim.steps,
+        settings=settings | {"optim": profile.stage2.model_dump()},
+        inputs={
+            "start": paths.run("stage1") / "model.safetensors",
+            "samples": paths.norm1000 / "train.parquet",
+            "rollouts": paths.run("rollout") / "rollouts.jsonl",
+        },
+        optim=profile.stage2,
+        steps=profile.stage2.steps,
         threads=profile.launch.threads,
         seed=params.seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run("stage2"),
     )
-    summary = run_session(session, checkpoint, task)
-    write_json(paths.run("stage2-compute.json"), {"steps": summary["steps"], "tokens": summary["tokens"]})
-    return summary
+
+
+def _refresher(
+    params: Params,
+    profile: Profile,
+    paths: ProfilePaths,
+    session: Session,
+    checkpoint: Checkpoint,
+    plan: list[StepPlan],
+) -> Refresher | None:
+    """What makes fresh rollouts; None if they are off. Always the engine in memory: no server knows these weights."""
+    if params.stage2.refresh_steps == 0:
+        return None
+    of_channel_b = {step: p.items for step, p in enumerate(plan) if p.channel == "B"}
+    codec = params.text.codec
+    return Refresher(
+        plan_refreshes(of_channel_b, params.stage2.refresh_steps),
+        HfEngine(checkpoint, paths.raw, profile.rollout.batch_images),
+        make_reader(checkpoint, codec, EMITTED, {}).parse,
+        decode_settings(params, codec, allowed_names(params, paths)),
+        SampleStore(session.inputs["samples"]),
+        session.state_folder(),
+    )

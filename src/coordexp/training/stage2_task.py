@@ -11,16 +11,20 @@ from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.packing.samples import Sample
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
-from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
-from coordexp.training.loop import MicroBatch
+from coordexp.training.channel_b import ChannelBSettings, channel_b_segments, missed_objects
+from coordexp.training.grad_monitor import monitored_parameters
+from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
+    LossPart,
     Objective,
+    anchor_part,
     coord_logs,
     denominators,
     diagnose,
     objective_terms,
     to_micro_batch,
 )
+from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import is_channel_b, step_items
 from coordexp.training.soft_context import SoftContext, self_context_forwards
@@ -56,7 +60,7 @@ def plan_segments(
     rollouts: Mapping[int, Rollout],
     encoder: AnswerEncoder,
     settings: ChannelBSettings,
-) -> tuple[list[Segment], dict[str, float | str]]:
+) -> tuple[list[Segment], LogRow]:
     """Segments of one step and what channel B found: objects matched and missed, extras, fallbacks."""
     if plan.channel == "A":
         return [teacher_segment(source.get(i, step)) for i in plan.items], {"channel": "A"}
@@ -64,12 +68,16 @@ def plan_segments(
     mine = [rollouts[s.image_id] for s in samples]
     segments = [seg for s, r in zip(samples, mine, strict=True) for seg in channel_b_segments(s, r, encoder, settings)]
     matched = sum(len(r.pairs) for r in mine)
-    logs: dict[str, float | str] = {
+    n_true = [len(s.descs) - sum(s.iscrowd) for s in samples]
+    appended = [len(missed_objects(r, n, settings)) if r.usable else n for r, n in zip(mine, n_true, strict=True)]
+    logs: LogRow = {
         "channel": "B",
         "stage2_ab/matched_total": matched,
-        "stage2_ab/fn_appended_total": sum(len(s.descs) - sum(s.iscrowd) for s in samples) - matched,
+        "stage2_ab/fn_appended_total": sum(appended),
         "stage2_ab/fp_context_total": sum(len(r.objects) for r in mine) - matched,
         "stage2_ab/fallback_total": sum(not r.usable for r in mine),
+        "stage2_ab/fn_truncated_total": sum(n_true) - matched - sum(appended),
+        "stage2_ab/unlikely_total": sum(len(segment.unlikely_tokens) for segment in segments),
     }
     return segments, logs
 
@@ -83,11 +91,13 @@ class Stage2Task:
         objective: Objective,
         soft_context: SoftContext,
         source: SampleSource,
-        rollouts: Mapping[int, Rollout],
+        rollouts: RolloutPool,
         encoder: AnswerEncoder,
         channel_b: ChannelBSettings,
         collator: Collator,
         plan: Sequence[StepPlan],
+        a1_coord_weight: float = 0.0,
+        grad_monitor_every: int = 0,
     ) -> None:
         self._model = model
         self._objective = objective
@@ -98,16 +108,34 @@ class Stage2Task:
         self._channel_b = channel_b
         self._collator = collator
         self._plan = plan
+        self._a1_coord_weight = a1_coord_weight
+        self._grad_monitor_every = grad_monitor_every
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """All segments of the step as one batch; both passes of channel B share its forward."""
-        plan = self._plan[step]
-        segments, logs = plan_segments(plan, step, self._source, self._rollouts, self._encoder, self._channel_b)
+        plan, objective = self._plan[step], self._objective.at(step)
+        rollouts, logs = self._rollouts_of(step)
+        segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
         batch = self._collator(segments)
         # Channel B already runs on the model's own context; soft self-context is channel A's.
-        context = self._soft_context if plan.channel == "A" else replace(self._soft_context, n_iter=1)
+        n_iter = self._soft_context.n_iter if plan.channel == "A" else 1
+        context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
         first, last = self_context_forwards(self._model, batch, context)
-        terms, coord_logits = objective_terms(self._model, self._objective, batch, first, last)
-        logs |= {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
-        yield to_micro_batch(terms, self._objective, denominators(segments), logs)
+        terms, coord_logits = objective_terms(self._model, objective, batch, first, last)
+        parts = [LossPart(terms, objective.weights)]
+        logs |= found | {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
+        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        if n_iter > 1:
+            anchor, a1_logits = anchor_part(self._model, objective, batch, first, self._a1_coord_weight)
+            parts += [anchor] if anchor else []
+            logs |= coord_logs(diagnose(objective, batch, a1_logits), "coord_diag_a1")
+        monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
+        yield to_micro_batch(parts, denominators(segments), logs, monitored)
+
+    def _rollouts_of(self, step: int) -> tuple[Mapping[int, Rollout], LogRow]:
+        """Rollouts of the step's samples and what fresh ones took; none for channel A."""
+        plan = self._plan[step]
+        if plan.channel == "A":
+            return {}, {}
+        rollouts, logs = self._rollouts.at(step, [self._source.store[i] for i in plan.items])
+        return rollouts, {**logs}

@@ -8,8 +8,10 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import MicroBatch
 from coordexp.training.objective_step import (
+    LossPart,
     Objective,
     coord_logs,
     denominators,
@@ -30,16 +32,18 @@ class TeacherTask:
         source: SampleSource,
         collator: Collator,
         packs_by_step: Sequence[Sequence[Sequence[int]]],
+        grad_monitor_every: int = 0,
     ) -> None:
         self._model = model
         self._objective = objective
         self._source = source
         self._collator = collator
         self._packs_by_step = packs_by_step
+        self._grad_monitor_every = grad_monitor_every
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """The packs of the step as one batch."""
-        packs = self._packs_by_step[step]
+        packs, objective = self._packs_by_step[step], self._objective.at(step)
         segments: list[Segment] = []
         rows = []
         for pack in packs:
@@ -47,7 +51,8 @@ class TeacherTask:
             segments += [teacher_segment(self._source.get(i, step)) for i in pack]
         batch = self._collator.layout(segments, rows)
         hidden = hidden_states(self._model, batch)
-        terms, coord_logits = objective_terms(self._model, self._objective, batch, hidden, hidden)
+        terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
         logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
-        yield to_micro_batch(terms, self._objective, denominators(segments), logs)
+        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
+        yield to_micro_batch([LossPart(terms, objective.weights)], denominators(segments), logs, monitored)

@@ -1,0 +1,61 @@
+"""Duplicates in a rollout, and the one token where each of them parts from the answer without it.
+
+Only that token is to blame: what leads to it is shared with the clean answer, what follows is its consequence.
+
+Shapes: N objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordexp.geometry.bins import decode_norm
+from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.records.descriptions import normalise_desc
+from coordexp.rollout.records import Rollout
+from coordexp.text.codecs import EncodedAnswer, Role
+
+DUPLICATE_IOU = 0.9
+
+
+def duplicate_ranks(rollout: Rollout) -> list[int]:
+    """Unmatched objects that repeat an earlier one: the same normalised name and an IoU of at least DUPLICATE_IOU.
+
+    Never by place alone: boxes of two names may well coincide.
+    """
+    iou_NN = pairwise_iou(*[as_boxes(decode_norm([o.bins for o in rollout.objects]).reshape(-1, 4))] * 2)
+    names = [normalise_desc(o.desc) for o in rollout.objects]
+    matched = {i for i, _ in rollout.pairs}
+    return [
+        i
+        for i, name in enumerate(names)
+        if i not in matched and any(names[j] == name and iou_NN[i, j] >= DUPLICATE_IOU for j in range(i))
+    ]
+
+
+def divergence_positions(answer: EncodedAnswer, ranks: Collection[int]) -> NDArray[np.int64]:
+    """For each object in `ranks`, the position of its first token that differs from what would stand there without it.
+
+    That is the next object not in `ranks`, or the close. An object whose tokens all agree has no such position.
+    """
+    found = []
+    for rank in sorted(ranks):
+        own = np.flatnonzero(answer.object_index == rank)
+        start, length = int(own[0]), len(own)
+        clean = _clean_continuation(answer, rank, ranks)
+        instead = answer.ids[clean : clean + length]
+        differs = np.flatnonzero(answer.ids[start : start + len(instead)] != instead)
+        if len(differs):
+            found.append(start + int(differs[0]))
+    return np.array(found, np.int64)
+
+
+def _clean_continuation(answer: EncodedAnswer, rank: int, ranks: Collection[int]) -> int:
+    """Where the answer goes on after an object and the ones in `ranks` that follow it."""
+    later = sorted({int(i) for i in answer.object_index if i > rank} - set(ranks))
+    if later:
+        return int(np.flatnonzero(answer.object_index == later[0])[0])
+    return int(np.flatnonzero(answer.roles == Role.CLOSE)[0])

@@ -1,0 +1,125 @@
+"""The rollouts that channel B trains on: those on file, and fresh ones every so many steps, matched anew in each step.
+
+A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
+moment, for the images of that window alone. It is written to the resume folder before it is used: a resumed run reads
+it, and goes on exactly as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from coordexp.matching.settings import MatchSettings
+from coordexp.packing.samples import Sample, SampleStore
+from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.records import Rollout, match_rollout, read_rollouts, rematch, write_rollouts
+from coordexp.text.parser import ParsedAnswer
+from coordexp.training.checkpoint import fsync_file
+
+log = logging.getLogger(__name__)
+
+MatchSchedule = Callable[[int], MatchSettings]
+SEED_STRIDE = 1_000_003  # fresh sets sample with other seeds, of which none is near another
+SEEDS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """A fresh set: the step of channel B before which it is generated, and the samples (store indices) it holds."""
+
+    step: int
+    items: tuple[int, ...]
+
+
+def plan_refreshes(items_by_step: Mapping[int, Sequence[int]], every: int) -> list[Refresh]:
+    """The fresh sets of a run, from what each step of channel B trains on; none in the first window, or if 0 steps."""
+    windows: dict[int, list[int]] = {}
+    for step in sorted(items_by_step):
+        if every > 0 and step >= every:
+            windows.setdefault(step // every, []).append(step)
+    return [
+        Refresh(steps[0], tuple(sorted({item for step in steps for item in items_by_step[step]})))
+        for steps in windows.values()
+    ]
+
+
+class Refresher:
+    """Generates, keeps and reads back fresh sets. The engine runs the weights in training, as they are."""
+
+    def __init__(
+        self,
+        refreshes: Sequence[Refresh],
+        engine: Engine,
+        parse: Callable[[Generation], ParsedAnswer],
+        decode: DecodeSettings,
+        store: SampleStore,
+        folder: Path,
+    ) -> None:
+        self._refreshes = refreshes
+        self._engine = engine
+        self._parse = parse
+        self._decode = decode
+        self._store = store
+        self._folder = folder
+        self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
+
+    def at(self, step: int, matching: MatchSettings) -> tuple[dict[int, Rollout], dict[str, float]] | None:
+        """The set of a step of channel B by image, and what generating it took if it is made for this step.
+
+        None before the first refresh.
+        """
+        current = [refresh for refresh in self._refreshes if refresh.step <= step]
+        if not current:
+            return None
+        refresh = current[-1]
+        if self._loaded is None or self._loaded[0] != refresh:
+            path = self._folder / f"rollouts-{refresh.step}.jsonl"
+            if not path.is_file():
+                self._generate(refresh, matching, path)
+            self._loaded = refresh, read_rollouts(path)
+        rollouts = self._loaded[1]
+        return rollouts, self._compute(refresh, rollouts) if refresh.step == step else {}
+
+    def _generate(self, refresh: Refresh, matching: MatchSettings, path: Path) -> None:
+        log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
+        samples = [self._store[i] for i in refresh.items]
+        settings = replace(self._decode, seed=(self._decode.seed + refresh.step * SEED_STRIDE) % SEEDS)
+        with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
+            generations = self._engine.generate(samples, settings)
+        pairs = zip(samples, generations, strict=True)
+        rollouts = [match_rollout(sample, g, self._parse(g), matching) for sample, g in pairs]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        write_rollouts(temporary, rollouts)
+        fsync_file(temporary)
+        temporary.replace(path)
+
+    def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
+        """Tokens read and written, from the set itself, so that a resumed run logs the same."""
+        return {
+            "rollout/prompt_tokens": sum(self._store[i].prompt_length for i in refresh.items),
+            "rollout/generated_tokens": sum(len(rollout.ids) for rollout in rollouts.values()),
+        }
+
+
+class RolloutPool:
+    """Rollouts by step. Matching has its one place here: gate and cost of the step decide, not those of the file."""
+
+    def __init__(
+        self, on_file: Mapping[int, Rollout], matching: MatchSchedule, refresher: Refresher | None = None
+    ) -> None:
+        self._on_file = on_file
+        self._matching = matching
+        self._refresher = refresher
+
+    def at(self, step: int, samples: Sequence[Sample]) -> tuple[dict[int, Rollout], dict[str, float]]:
+        """Matched rollouts of these samples by image, and numbers to log."""
+        matching = self._matching(step)
+        fresh = self._refresher.at(step, matching) if self._refresher else None
+        rollouts, logs = (self._on_file, {}) if fresh is None else fresh
+        return {s.image_id: rematch(rollouts[s.image_id], s, matching) for s in samples}, logs

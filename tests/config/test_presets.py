@@ -1,0 +1,84 @@
+"""Presets: every key exists, every value is accepted, and what each one stands for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordexp.config.loading import read_yaml
+from coordexp.config.presets import overrides, preset_names, read_preset, with_changes
+from coordexp.config.schema import COORD_TERMS, Params
+from coordexp.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+NAMES = preset_names(ROOT)
+
+
+def applied(name: str) -> Params:
+    return with_changes(read_yaml(ROOT / "params.yaml"), read_preset(name, ROOT), name)
+
+
+def test_the_recipes_are_there():
+    assert NAMES == ["mixture", "pure_ce", "raw_digits", "seed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_one_of_the_parameter_file_and_reaches_the_parameters(name):
+    params = applied(name).model_dump()
+    for key, value in read_preset(name, ROOT).items():
+        found = params
+        for part in key.split("."):
+            found = found[part]
+        assert found == value, key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "raw_digits"])
+def test_both_stages_have_the_weights_of_the_recipe(name):
+    """No weight of a recipe is left to what params.yaml happens to say."""
+    changes = read_preset(name, ROOT)
+    for term in (*COORD_TERMS, "text_gate_weight"):
+        assert changes[term] == changes[f"stage1.{term}"], term
+
+
+def test_pure_cross_entropy_is_hard_ce_plus_gate():
+    stage1 = applied("pure_ce").stage1
+    assert {term for term in COORD_TERMS if getattr(stage1, term)} == {"gate_weight", "coord_ce_weight"}
+    assert stage1.gate_weight == stage1.coord_ce_weight
+
+
+def test_raw_digits_train_text_alone():
+    params = applied("raw_digits")
+    assert params.text.codec == "digits"
+    assert not any(getattr(weights, term) for weights in (params, params.stage1) for term in COORD_TERMS)
+    assert params.stage2.b_ratio == 0
+
+
+def test_overrides_by_hand():
+    changes = {"text.codec": "digits", "stage1.w1_weight": 0.0, "truncate": 8, "eval.f1_ious": [0.3, 0.5]}
+    expected = ["text.codec=digits", "stage1.w1_weight=0.0", "truncate=8", "eval.f1_ious=[0.3, 0.5]"]
+    assert overrides(changes) == [part for value in expected for part in ("-S", value)]
+
+
+def test_an_unknown_preset_and_an_unknown_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"preset 'mixtur'.*Did you mean 'mixture'"):
+        read_preset("mixtur", ROOT)
+    with pytest.raises(ConfigError, match=r"here: wrong parameters\.\n  stage1\.w1_wt: unknown key"):
+        with_changes(read_yaml(ROOT / "params.yaml"), {"stage1.w1_wt": 1.0}, "here")
+
+
+def test_as_a_command(repository):
+    def run(*names: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "coordexp.config.presets", *names]
+        environment = {"PYTHONPATH": "src"}
+        return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("seed")
+    assert done.returncode == 0
+    assert "-S stage1.w1_weight=0.1" in done.stdout
+    assert run().stdout.split() == NAMES
+    wrong = run("nothing")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: preset 'nothing'")

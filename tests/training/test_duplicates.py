@@ -1,0 +1,98 @@
+"""Duplicates in a rollout, and the token at which each parts from the clean answer, in both codecs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from coordexp.rollout.records import Rollout
+from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
+from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
+from coordexp.training.duplicates import divergence_positions, duplicate_ranks
+from helpers import new_checkpoint, rollout_of, sample_of
+
+CAT, DOG = TextObject("cat", (100, 100, 300, 300)), TextObject("dog", (500, 110, 800, 400))
+NEAR_CAT, FAR_CAT = TextObject("cat", (101, 100, 300, 300)), TextObject("cat", (600, 600, 900, 900))
+TWO = ChannelBSettings(passes="two", missed="append", eos_weight=1.0, mark_duplicates=True)
+CODECS = ("json", "tags")
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+def rolled_out(checkpoint, objects, codec="json") -> Rollout:
+    return rollout_of(checkpoint, sample_of(checkpoint, codec), objects, codec)
+
+
+def unlikely(checkpoint, objects, codec: str, settings=TWO) -> list[str]:
+    """The tokens that channel B pushes down, each with what stands before it."""
+    sample = sample_of(checkpoint, codec)
+    encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
+    segment = channel_b_segments(sample, rolled_out(checkpoint, objects, codec), encoder, settings)[0]
+    return [checkpoint.tokenizer.decode(segment.answer_ids[: p + 1]) for p in segment.unlikely_tokens]
+
+
+def test_a_duplicate_repeats_name_and_place_and_has_no_object_of_its_own(checkpoint):
+    assert duplicate_ranks(rolled_out(checkpoint, (CAT, DOG, NEAR_CAT))) == [2]
+    assert duplicate_ranks(rolled_out(checkpoint, (CAT, FAR_CAT))) == []  # another place
+    assert duplicate_ranks(rolled_out(checkpoint, (CAT, replace(CAT, desc="dog")))) == []  # another name
+    twice = rolled_out(checkpoint, (FAR_CAT, FAR_CAT, FAR_CAT))
+    assert duplicate_ranks(twice) == [1, 2]
+    assert duplicate_ranks(replace(twice, pairs=((1, 0),))) == [2]  # annotated twice at one place
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_blame_falls_on_the_name_if_another_name_follows(checkpoint, codec):
+    (found,) = unlikely(checkpoint, (CAT, NEAR_CAT, DOG), codec)
+    assert found.endswith("cat")
+    assert found.count("cat") == 2
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_blame_falls_on_the_coordinate_if_the_same_name_follows(checkpoint, codec):
+    (found,) = unlikely(checkpoint, (CAT, NEAR_CAT, FAR_CAT), codec)
+    assert found.endswith("<|coord_101|>")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_blame_falls_on_going_on_if_nothing_follows(checkpoint, codec):
+    (found,) = unlikely(checkpoint, (CAT, DOG, NEAR_CAT), codec)
+    assert found.endswith('"]}, {"desc": "' if codec == "json" else "<|box_end|><|object_ref_start|>")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_run_of_duplicates_is_compared_with_what_comes_after_it(checkpoint, codec):
+    found = unlikely(checkpoint, (CAT, NEAR_CAT, CAT, DOG), codec)
+    assert [text.count("cat") for text in found] == [2, 3]
+    assert all(text.endswith("cat") for text in found)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_one_pass_marks_them_in_its_own_target(checkpoint, codec):
+    (found,) = unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, replace(TWO, passes="one"))
+    assert found.endswith("cat")  # the missed cup follows
+    assert unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, replace(TWO, passes="one", extras="drop")) == []
+
+
+def test_nothing_is_marked_unless_asked(checkpoint):
+    assert unlikely(checkpoint, (CAT, NEAR_CAT, DOG), "json", replace(TWO, mark_duplicates=False)) == []
+
+
+def test_an_answer_in_other_tokens_is_left_alone_from_there_on(checkpoint):
+    """Its positions would point at tokens that are not the duplicate's."""
+    sample, encoder = sample_of(checkpoint, "json"), AnswerEncoder(checkpoint.tokenizer, get_codec("json"))
+    rollout = rolled_out(checkpoint, (CAT, NEAR_CAT, DOG))
+    moved = replace(rollout, ids=(*rollout.ids[:3], rollout.ids[2], *rollout.ids[3:]))
+    segment = channel_b_segments(sample, moved, encoder, TWO)[0]
+    assert segment.unlikely_tokens.tolist() == []
+
+
+def test_tokens_that_agree_throughout_have_no_divergence(checkpoint):
+    encoder = AnswerEncoder(checkpoint.tokenizer, get_codec("tags"))
+    answer = encoder.encode([CAT, CAT, CAT])
+    assert divergence_positions(answer, {1}).tolist() == []
+    np.testing.assert_array_equal(divergence_positions(answer, set()), np.empty(0, np.int64))

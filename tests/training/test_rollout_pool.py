@@ -1,0 +1,101 @@
+"""Which rollouts a step trains on: on file or fresh, matched under the settings of the step, and kept for a resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.training.rollout_pool import Refresh, Refresher, RolloutPool, plan_refreshes
+from helpers import MATCHING, answer_reader, new_checkpoint, teacher_rollouts
+
+DECODE = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=17)
+
+
+class TruthTeller:
+    """An engine that answers with the annotation, notes what it was asked, and draws random numbers like a real one."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []
+
+    def generate(self, samples, settings):
+        torch.manual_seed(settings.seed)
+        self.asked.append(([s.image_id for s in samples], settings.seed))
+        return [Generation(s.answer_ids, "stop") for s in samples]
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return new_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def on_file(world, checkpoint):
+    return teacher_rollouts(checkpoint, world)
+
+
+def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
+    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, DECODE, world.store, folder)
+
+
+def test_a_plan_by_hand():
+    """Windows of 4 steps; channel B in steps 1, 5, 7, 9; the first window trains on what is on file."""
+    items = {1: (0, 1), 5: (2, 0), 7: (2, 5), 9: (3,)}
+    assert plan_refreshes(items, 4) == [Refresh(5, (0, 2, 5)), Refresh(9, (3,))]
+    assert plan_refreshes(items, 0) == []
+    assert plan_refreshes(items, 100) == []
+    assert plan_refreshes({}, 4) == []
+
+
+def test_fresh_rollouts_replace_those_on_file_from_their_step_on(world, checkpoint, on_file, tmp_path):
+    engine, sample = TruthTeller(), world.store[0]
+    sets = [Refresh(5, (0, 2)), Refresh(9, (0,))]
+    pool = RolloutPool(on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, engine, sets))
+    n_true = len(sample.descs) - sum(sample.iscrowd)
+    found, logs = pool.at(1, [sample])
+    assert found[sample.image_id] == on_file[sample.image_id]
+    assert (logs, engine.asked) == ({}, [])
+    found, logs = pool.at(5, [sample])
+    assert len(found[sample.image_id].pairs) == n_true  # on file one is missed
+    assert logs == {
+        "rollout/prompt_tokens": sum(world.store[i].prompt_length for i in (0, 2)),
+        "rollout/generated_tokens": sum(len(world.store[i].answer_ids) for i in (0, 2)),
+    }
+    assert pool.at(7, [sample])[1] == {}
+    pool.at(9, [sample])
+    assert [images for images, _ in engine.asked] == [[100, 102], [100]]
+    assert len({seed for _, seed in engine.asked} | {DECODE.seed}) == 3
+
+
+def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_file, tmp_path):
+    first, second = TruthTeller(), TruthTeller()
+    made, read = (
+        RolloutPool(on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, engine, [Refresh(2, (0, 1))]))
+        for engine in (first, second)
+    )
+    samples = [world.store[0], world.store[1]]
+    assert made.at(2, samples) == read.at(2, samples)
+    assert (len(first.asked), len(second.asked)) == (1, 0)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_generating_does_not_disturb_the_random_numbers_of_training(world, checkpoint, on_file, tmp_path):
+    pool = RolloutPool(
+        on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, TruthTeller(), [Refresh(2, (0,))])
+    )
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    pool.at(2, [world.store[0]])
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_matching_follows_the_step(world, on_file):
+    """A gate that only exact boxes pass lets none of the shifted ones through; relaxed, all but the missed object."""
+    strict = replace(MATCHING, gate_threshold=1.0)
+    pool = RolloutPool(on_file, lambda step: strict if step < 3 else MATCHING)
+    sample = world.store[0]
+    assert pool.at(2, [sample])[0][sample.image_id].pairs == ()
+    assert pool.at(3, [sample])[0][sample.image_id] == on_file[sample.image_id]
