@@ -126,7 +126,8 @@ def test_a_stage_2_weight_does_not_retrain_stage_1(clone: Clone, reproduced: str
     after = read_yaml(clone.root / "dvc.lock")["stages"]
     assert {name for name in STAGES if before[name] != after[name]} == AFTER_STAGE_2
     table = clone.succeed("dvc", "metrics", "diff", "--all")
-    assert re.search(r"reports/smoke/metrics\.json +stage2\.eval\.", table)
+    assert len(table.strip().splitlines()) <= 25
+    assert re.search(r"reports/smoke/headline\.json +stage2\.eval\.", table)
 
 
 @pytest.mark.parametrize(
