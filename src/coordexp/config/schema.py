@@ -7,13 +7,16 @@ coordinate bins; a `_bins` width of 10 is one percent of the image side.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, IouList, Share, Text, Weight
 
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
+
+SeedOffset = Annotated[int, Field(ge=0, le=999)]
+SEED_STRIDE = 1000  # apart from the small offsets by which stages tell their random choices apart
 
 
 class CoordWeights(Block):
@@ -45,10 +48,13 @@ class TextParams(Block):
 class Stage1Params(CoordWeights):
     """Stage 1: its own weights of the coordinate objective."""
 
+    seed: SeedOffset = Field(description="repetition of stage 1 and the control: another order of the same data")
+
 
 class Stage2Params(Block):
     """Stage 2: channel schedule, soft self-context (channel A) and rollout targets (channel B)."""
 
+    seed: SeedOffset = Field(description="repetition of stage 2: another order of the same data and rollouts")
     b_ratio: Share = Field(description="share of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
@@ -138,7 +144,11 @@ class Params(CoordWeights):
     """All of `params.yaml`."""
 
     profile: Text = Field(description="name of the file in configs/ that says where and how big")
-    seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
+    seed: int = Field(
+        ge=0,
+        le=2**31 - 1,
+        description="seed of data, initialisation, order and sampling; repetitions: stage1.seed, stage2.seed",
+    )
     entropy_weight: Weight = Field(description="stage 2: entropy of the coordinate distribution")
     target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
     sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
@@ -155,3 +165,13 @@ class Params(CoordWeights):
     matching: MatchingParams
     decode: DecodeParams
     eval: EvalParams
+
+    @property
+    def stage1_seed(self) -> int:
+        """Seed of what is random in the training of stage 1 and of the control; the data depend on `seed` alone."""
+        return self.seed + SEED_STRIDE * self.stage1.seed
+
+    @property
+    def stage2_seed(self) -> int:
+        """Seed of what is random in the training of stage 2."""
+        return self.seed + SEED_STRIDE * self.stage2.seed

@@ -53,10 +53,10 @@ _METRICS_INTRO = """\
 that kind, no prediction) is `null`, never an invented 0. Two digits at the end of a name are an IoU threshold:
 `full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md).
 
-`dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys: {headline}
-of each trained checkpoint, and the paired difference `comparison.stage2_vs_control.coco.mAP` with its interval. The
-whole file between two revisions: `dvc metrics diff --targets reports/<profile>/metrics.json -- HEAD`, or
-`coordexp compare` for intervals."""
+`dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys:
+{headline} of each trained checkpoint, and
+`comparison.stage2_vs_control.coco.mAP` with its interval. All of metrics.json between two revisions:
+`dvc metrics diff HEAD --targets reports/<profile>/metrics.json`; with intervals: `coordexp compare`."""
 
 _COMPARISON = """\
 At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and

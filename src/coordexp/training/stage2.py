@@ -26,14 +26,14 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     store, rollouts, optim = SampleStore(data), read_rollouts(rollout_file), profile.stage2
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
-        len(store), rolled_out, optim.samples_per_step, optim.steps, params.stage2.b_ratio, params.seed + 1
+        len(store), rolled_out, optim.samples_per_step, optim.steps, params.stage2.b_ratio, params.stage2_seed + 1
     )
     encoder = make_encoder(params, checkpoint)
     task = Stage2Task(
         checkpoint.model,
         stage2_objective(params, checkpoint),
         soft_context(params, checkpoint),
-        SampleSource(store, encoder, params.text.object_order, params.seed),
+        SampleSource(store, encoder, params.text.object_order, params.stage2_seed),
         rollouts,
         encoder,
         ChannelBSettings(passes=params.stage2.passes, missed=params.stage2.missed, eos_weight=params.stage2.eos_weight),
@@ -48,7 +48,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         optim=optim,
         steps=optim.steps,
         threads=profile.launch.threads,
-        seed=params.seed,
+        seed=params.stage2_seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run("stage2"),
     )
