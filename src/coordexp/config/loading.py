@@ -34,6 +34,11 @@ def load_params(path: Path) -> Params:
     return _parse(path, read_yaml(path), Params)
 
 
+def check_params(path: Path, tree: dict[str, Any]) -> Params:
+    """Parameters from a tree that was read from `path` and then changed; raises ConfigError like `load_params`."""
+    return _parse(path, tree, Params)
+
+
 def load_profile(path: Path) -> Profile:
     """Read one `configs/<profile>.yaml`; raises ConfigError like `load_params`, and lists the profiles there are."""
     if not path.is_file():

@@ -125,12 +125,12 @@ def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
 def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Stages) -> str:
     rows = []
     for spec in specs:
-        trackers = [name for name, stage in stages.items() if _tracks(stage, file, spec.key)]
+        trackers = [name for name, stage in stages.items() if tracks(stage, file, spec.key)]
         rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(trackers)])
     return table(["key", "meaning", "accepts", "tracked by"], rows, "llll")
 
 
-def _tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
+def tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
     """Whether a stage tracks a key of a file, by its own name or by that of a block that holds it."""
     tracked: list[str] = []
     for item in stage["params"]:
