@@ -142,3 +142,22 @@ def test_a_wrong_parameter_stops_the_experiment(clone: Clone, reproduced: str, a
     clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
     assert done.returncode != 0, done.stdout[-3000:]
     assert words in done.stdout
+
+
+def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone, reproduced: str) -> None:
+    clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+    command = ("-m", "coordexp.cli", "ab", "-S", "softce_weight=0.1,0.2", "--seeds", "2", "--name", "softce")
+    first = clone.succeed("env", "PYTHONPATH=src", "python", *command)
+    assert "`softce_weight=0.2` against `softce_weight=0.1`:" in first
+    assert first.count("softce_weight=0.") >= 4
+    report = clone.root / "reports" / "ab"
+    numbers = json.loads((report / "softce.json").read_text())
+    assert [arm["arm"] for arm in numbers["arms"]] == ["softce_weight=0.1", "softce_weight=0.2"]
+    names = [name for arm in numbers["arms"] for name in arm["experiments"]]
+    assert len(set(names)) == 4
+    assert set(names) <= set(clone.succeed("dvc", "exp", "list", "--name-only").split())
+    assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
+    before = (report / "softce.md").read_bytes()
+    second = clone.succeed("env", "PYTHONPATH=src", "python", *command)
+    assert second.count("there already") == 4
+    assert (report / "softce.md").read_bytes() == before
