@@ -161,3 +161,45 @@ def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone, re
     second = clone.succeed("env", "PYTHONPATH=src", "python", *command)
     assert second.count("there already") == 4
     assert (report / "softce.md").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def shared(clone: Clone, reproduced: str, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone on another machine: git from a bare repository, data from a DVC remote, no cache of its own."""
+    clone.succeed("git", "checkout", "--quiet", "--force", "main")
+    store, bare = tmp_path_factory.mktemp("store"), tmp_path_factory.mktemp("git") / "bare.git"
+    clone.succeed("dvc", "remote", "add", "--default", "store", str(store))
+    clone.commit("remote")
+    clone.succeed("dvc", "push")
+    clone.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(bare))
+    clone.succeed("git", "remote", "add", "origin", str(bare))
+    clone.succeed("git", "push", "--quiet", "origin", "main")
+    other = Clone(tmp_path_factory.mktemp("other") / "clone", tmp_path_factory.mktemp("home"))
+    clone.succeed("git", "clone", "--quiet", str(bare), str(other.root))
+    return other
+
+
+def test_on_a_clone_an_evaluation_setting_runs_evaluation_and_report_only(shared: Clone) -> None:
+    assert not (shared.root / "runs").exists()
+    params = shared.root / "params.yaml"
+    params.write_text(params.read_text().replace("mapping: normalised", "mapping: exact"))
+    output = shared.succeed("dvc", "repro", "--pull", "--allow-missing")
+    assert ran(output) == {"coco-eval", "report"}
+    assert (shared.root / "runs" / "smoke" / "stage2" / "model.safetensors").is_file()
+
+
+def test_a_clone_pulls_the_checkpoints(shared: Clone) -> None:
+    shared.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+    shared.succeed("dvc", "pull", "--allow-missing")
+    assert (shared.root / "runs" / "smoke" / "stage1" / "model.safetensors").is_file()
+    assert shared.run("dvc", "status", "--quiet").returncode == 0
+
+
+def test_an_experiment_travels(clone: Clone, shared: Clone) -> None:
+    clone.succeed("dvc", "exp", "run", "--temp", "--name", "traveller", "--set-param", "eval.mapping=exact")
+    clone.succeed("dvc", "exp", "push", "origin", "traveller")
+    shared.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+    shared.succeed("dvc", "exp", "pull", "origin", "traveller")
+    shared.succeed("dvc", "exp", "apply", "traveller")
+    assert read_yaml(shared.root / "params.yaml")["eval"]["mapping"] == "exact"
+    assert (shared.root / "reports" / "smoke" / "progress.md").read_text()
