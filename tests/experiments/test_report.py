@@ -61,6 +61,13 @@ def test_one_seed_is_said_to_know_nothing_of_training_noise() -> None:
     assert "nothing of training noise" in verdict_sentence(tree["effects"][0], tree)
 
 
+def test_runs_that_never_differ_are_no_verdict_on_the_budget() -> None:
+    tree = numbers(0.0, 0.0, 0.0, "the same in every resample and seed")
+    sentence = verdict_sentence(tree["effects"][0], tree)
+    assert "nothing can be told" in sentence
+    assert "could have shown" not in sentence
+
+
 def test_an_undefined_metric_is_no_verdict() -> None:
     tree = numbers(0.0, -0.1, 0.1, "better")
     tree["effects"][0]["metrics"]["coco.mAP"] = None

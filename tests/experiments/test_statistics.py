@@ -56,6 +56,7 @@ def test_undefined_resamples_are_left_out_and_all_undefined_is_none() -> None:
         (-0.03, -0.01, ArmVerdict.WORSE),
         (-0.01, 0.02, ArmVerdict.NO_DIFFERENCE),
         (0.0, 0.02, ArmVerdict.NO_DIFFERENCE),
+        (0.0, 0.0, ArmVerdict.IDENTICAL),
     ],
 )
 def test_the_verdict_is_whether_the_interval_excludes_zero(lo: float, hi: float, verdict: ArmVerdict) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from coordexp.experiments.statistics import PRIMARY, RULE, ArmVerdict
-from coordexp.reporting.markdown import MISSING, escape, number, signed, table
+from coordexp.reporting.markdown import MISSING, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
 from coordexp.reporting.training_log import TrainingLog, read_training_log, smoothed
 
@@ -78,6 +78,8 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     seeds = numbers["seeds"]
     covered = f"{numbers['n_images']} images, {seeds} seeds" if seeds > 1 else f"{numbers['n_images']} images, one seed"
     text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {bounds} ({covered})"
+    if found["verdict"] == ArmVerdict.IDENTICAL.value:
+        return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
     if found["verdict"] == ArmVerdict.NO_DIFFERENCE.value:
         text += f"; the smallest effect it could have shown is {number(found['smallest'])}"
     if seeds == 1:
@@ -115,7 +117,7 @@ def _arms_table(numbers: Numbers) -> str:
     for arm in numbers["arms"]:
         means = [_mean_text(arm["values"][key]) for key in keys]
         cost = [_mean_text(arm["seconds"], 0), _mean_text(arm["tokens"], 0)]
-        rows.append([f"`{escape(arm['arm'])}`", *means, *cost])
+        rows.append([f"`{arm['arm']}`", *means, *cost])
     return table(["arm, mean over seeds", *(f"`{key}`" for key in keys), "seconds", "tokens"], rows)
 
 
@@ -126,7 +128,7 @@ def _mean_text(values: Sequence[float | None], digits: int = 4) -> str:
 
 def _seeds_table(numbers: Numbers) -> str:
     rows = [
-        [f"`{name}`", f"`{escape(arm['arm'])}`", str(seed), number(arm["values"][PRIMARY][seed])]
+        [f"`{name}`", f"`{arm['arm']}`", str(seed), number(arm["values"][PRIMARY][seed])]
         for arm in numbers["arms"]
         for seed, name in enumerate(arm["experiments"])
     ]

@@ -45,6 +45,7 @@ class ArmVerdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     NO_DIFFERENCE = "no difference that this budget could show"
+    IDENTICAL = "the same in every resample and seed"
     UNDEFINED = "not defined on this data"
 
 
@@ -62,6 +63,8 @@ class Effect:
     @property
     def verdict(self) -> ArmVerdict:
         """For a metric of which higher is better."""
+        if self.lo == self.hi == 0:
+            return ArmVerdict.IDENTICAL
         if self.lo <= 0 <= self.hi:
             return ArmVerdict.NO_DIFFERENCE
         return ArmVerdict.BETTER if self.lo > 0 else ArmVerdict.WORSE
