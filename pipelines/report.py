@@ -17,7 +17,6 @@ def run(context: StageContext) -> None:
         context.params.model_dump(),
         gallery,
         composed=composed,
-        profile_settings={f"configs/{context.paths.profile}.yaml": context.profile.model_dump()},
         baseline=experiment_baseline(context.paths.profile),
     )
     context.log.info("report: %s", build_report(inputs, context.paths.reports))

@@ -45,6 +45,7 @@ def test_the_baseline_is_read_from_the_commit_that_dvc_names(tmp_path: Path, mon
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "params.yaml").write_text("w: 0.2\n")
+    (tmp_path / "configs" / "p.yaml").write_text("steps: 8\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_EXP_BASELINE_REV", raising=False)
     assert experiment_baseline("p") is None
@@ -52,3 +53,4 @@ def test_the_baseline_is_read_from_the_commit_that_dvc_names(tmp_path: Path, mon
     found = experiment_baseline("p")
     assert found is not None
     assert (found.settings, found.headline) == ({"w": 0.001, "configs/p.yaml": {"steps": 4}}, {"m": 0.5})
+    assert "| `configs/p.yaml.steps` | 4 | 8 |" in baseline_markdown(found, {"w": 0.001}, {"m": 0.5})

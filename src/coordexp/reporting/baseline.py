@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -27,6 +28,7 @@ class Baseline:
     revision: str
     settings: Mapping[str, Any]  # params.yaml and, under its file name, the profile
     headline: Mapping[str, Any]  # reports/<profile>/headline.json; empty if it was not made then
+    profile: Mapping[str, Any] = field(default_factory=dict)  # the profile as it is now, under its file name
 
 
 def experiment_baseline(profile: str) -> Baseline | None:
@@ -36,9 +38,10 @@ def experiment_baseline(profile: str) -> Baseline | None:
     if not revision or params is None:
         return None
     config, headline = f"configs/{profile}.yaml", _tracked(revision, f"reports/{profile}/headline.json")
-    settings = YAML(typ="safe").load(params)
-    settings[config] = YAML(typ="safe").load(_tracked(revision, config) or "{}")
-    return Baseline(revision, settings, json.loads(headline) if headline else {})
+    yaml = YAML(typ="safe")
+    settings = yaml.load(params) | {config: yaml.load(_tracked(revision, config) or "{}")}
+    now = {config: yaml.load(Path(config))}
+    return Baseline(revision, settings, json.loads(headline) if headline else {}, now)
 
 
 def _tracked(revision: str, path: str) -> str | None:
@@ -62,7 +65,7 @@ def baseline_markdown(baseline: Baseline | None, settings: Mapping[str, Any], he
         )
     changed = [
         [f"`{key}`", _value(old), _value(new)]
-        for key, old, new in settings_delta(settings, baseline.settings)
+        for key, old, new in settings_delta({**settings, **baseline.profile}, baseline.settings)
         if key != "profile"
     ]
     moved = []

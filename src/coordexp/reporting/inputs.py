@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +52,6 @@ class ReportInputs:
     params: Mapping[str, Any]  # params.yaml as the run resolved it
     gallery_images: int
     composed: bool = True  # the data are composed scenes, which no published number is about
-    profile_settings: Mapping[str, Any] = field(default_factory=dict)  # configs/<profile>.yaml, under its file name
     baseline: Baseline | None = None  # of the experiment, if this is one
 
     @classmethod
@@ -63,7 +62,6 @@ class ReportInputs:
         gallery_images: int,
         *,
         composed: bool = True,
-        profile_settings: Mapping[str, Any] | None = None,
         baseline: Baseline | None = None,
     ) -> ReportInputs:
         """The files where the stages of a profile write them."""
@@ -81,7 +79,6 @@ class ReportInputs:
             params=params,
             gallery_images=gallery_images,
             composed=composed,
-            profile_settings=profile_settings or {},
             baseline=baseline,
         )
 

@@ -140,8 +140,7 @@ def _context(
 
 def _against_baseline(inputs: ReportInputs, data: ReportData) -> str:
     everything = {name: {"eval": areas} for name, areas in data.metrics.items()} | {"comparison": data.comparison}
-    settings = {**inputs.params, **inputs.profile_settings}
-    return baseline_markdown(inputs.baseline, settings, headline_numbers(everything, inputs.settings))
+    return baseline_markdown(inputs.baseline, inputs.params, headline_numbers(everything, inputs.settings))
 
 
 def headline(data: ReportData, comparison: str) -> str:
