@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coordexp.config.process import StageContext, stage_main
+from coordexp.reporting.baseline import experiment_baseline
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.report import build_report
 
@@ -11,7 +12,13 @@ def run(context: StageContext) -> None:
     """Write `progress.md` with its pictures."""
     gallery = context.profile.report.gallery_images
     composed = context.profile.source.kind == "scenes"
-    inputs = ReportInputs.of(context.paths, context.params.model_dump(), gallery, composed=composed)
+    inputs = ReportInputs.of(
+        context.paths,
+        context.params.model_dump(),
+        gallery,
+        composed=composed,
+        baseline=experiment_baseline(context.paths.profile),
+    )
     context.log.info("report: %s", build_report(inputs, context.paths.reports))
 
 

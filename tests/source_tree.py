@@ -14,7 +14,7 @@ BASE = ROOT / "pipelines" / "base"
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
     "errors", "config", "geometry", "records", "text", "packing", "models", "losses",
-    "matching", "rollout", "training", "evaluation", "reporting", "detector", "cli",
+    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "cli",
 )  # fmt: skip
 
 

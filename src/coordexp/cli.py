@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | convert | doctor`, useful without DVC.
+"""The command line: `coordexp predict | evaluate | compare | ab | report | monitor | convert | doctor`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
+from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, DataError, Interrupted
+from coordexp.experiments.command import ab, monitor
 from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
+from coordexp.reporting.command import report
 
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
@@ -44,7 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A vision-language model as an object detector: predict, evaluate, compare, convert, doctor.",
+    help="A vision-language model as an object detector, and what tells whether a change made it better.",
 )
 GtVsPred = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
@@ -57,11 +59,18 @@ CategoriesFile = Annotated[
     typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
 ]
 
+app.command()(ab)
+app.command()(report)
+app.command()(monitor)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console entry: runs one command and exits."""
     try:
         app(args=argv, prog_name="coordexp")
+    except Interrupted as error:
+        _note(f"interrupted: {error}")
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except CoordExpError as error:
         _fail(str(error))
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:

@@ -134,6 +134,17 @@ def test_stage_1_does_not_resume_from_another_experiment(ready, stop_in_step, ch
         train(ready, "stage1")
 
 
+@pytest.mark.parametrize(("stage", "key"), [("stage1", "stage1__seed"), ("stage2", "stage2__seed")])
+def test_a_repetition_orders_the_same_data_otherwise(ready, stage, key):
+    other = "stage2__seed" if stage == "stage1" else "stage1__seed"
+    train(ready.set(**{other: 1}), stage)
+    first = log_rows(ready.paths.run(stage))
+    train(ready, stage)
+    assert log_rows(ready.paths.run(stage)) == first, "the other stage's repetition changes nothing"
+    train(ready.set(**{key: 1}), stage)
+    assert log_rows(ready.paths.run(stage)) != first
+
+
 def test_stage_1_resumes_whatever_only_stage_2_reads(ready, stop_in_step):
     stop_in_step(1)
     with pytest.raises(Interrupted):

@@ -18,6 +18,9 @@ SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
+SeedOffset = Annotated[int, Field(ge=0, le=999)]
+SEED_STRIDE = 1000  # apart from the small offsets by which stages tell their random choices apart
+
 
 class CoordWeights(Block):
     """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
@@ -50,10 +53,13 @@ class TextParams(Block):
 class Stage1Params(CoordWeights):
     """Stage 1: its own weights of the coordinate objective."""
 
+    seed: SeedOffset = Field(description="repetition of stage 1 and the control: another order of the same data")
+
 
 class Stage2Params(Block):
     """Stage 2: channel schedule, soft self-context (channel A) and rollout targets (channel B)."""
 
+    seed: SeedOffset = Field(description="repetition of stage 2: another order of the same data and rollouts")
     b_ratio: Share = Field(description="share of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
@@ -169,7 +175,11 @@ class Params(CoordWeights):
     """All of `params.yaml`."""
 
     profile: Text = Field(description="name of the file in configs/ that says where and how big")
-    seed: int = Field(ge=0, le=2**31 - 1, description="seed of data, initialisation, order and sampling")
+    seed: int = Field(
+        ge=0,
+        le=2**31 - 1,
+        description="seed of data, initialisation, order and sampling; repetitions: stage1.seed, stage2.seed",
+    )
     entropy_weight: SignedWeight = Field(
         description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"
     )
@@ -190,6 +200,16 @@ class Params(CoordWeights):
     matching: MatchingParams
     decode: DecodeParams
     eval: EvalParams
+
+    @property
+    def stage1_seed(self) -> int:
+        """Seed of what is random in the training of stage 1 and of the control; the data depend on `seed` alone."""
+        return self.seed + SEED_STRIDE * self.stage1.seed
+
+    @property
+    def stage2_seed(self) -> int:
+        """Seed of what is random in the training of stage 2."""
+        return self.seed + SEED_STRIDE * self.stage2.seed
 
     @model_validator(mode="after")
     def _coordinates_are_supervised(self) -> Params:

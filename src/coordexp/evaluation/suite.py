@@ -10,6 +10,7 @@ from coordexp.config.schema import Params
 from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
+from coordexp.evaluation.headline import headline
 from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.matching.settings import MatchSettings
@@ -54,6 +55,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
     }
     write_json(paths.reports / "metrics.json", metrics)
+    write_json(paths.reports / "headline.json", headline(metrics, settings))
     _write_pr_curve(evaluations["stage2"], paths)
     return metrics
 

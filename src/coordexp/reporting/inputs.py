@@ -19,6 +19,7 @@ from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.suite import eval_settings
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
+from coordexp.reporting.baseline import Baseline
 from coordexp.reporting.training_log import TrainingLog, read_training_log
 
 Json = dict[str, Any]
@@ -51,10 +52,17 @@ class ReportInputs:
     params: Mapping[str, Any]  # params.yaml as the run resolved it
     gallery_images: int
     composed: bool = True  # the data are composed scenes, which no published number is about
+    baseline: Baseline | None = None  # of the experiment, if this is one
 
     @classmethod
     def of(
-        cls, paths: ProfilePaths, params: Mapping[str, Any], gallery_images: int, *, composed: bool = True
+        cls,
+        paths: ProfilePaths,
+        params: Mapping[str, Any],
+        gallery_images: int,
+        *,
+        composed: bool = True,
+        baseline: Baseline | None = None,
     ) -> ReportInputs:
         """The files where the stages of a profile write them."""
         return cls(
@@ -71,6 +79,7 @@ class ReportInputs:
             params=params,
             gallery_images=gallery_images,
             composed=composed,
+            baseline=baseline,
         )
 
     @property

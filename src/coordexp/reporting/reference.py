@@ -18,6 +18,7 @@ from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.evaluation.comparison import COMPARED
+from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
@@ -51,7 +52,12 @@ _METRICS_INTRO = """\
 `reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
 `stage1-control` and `stage2`, rounded to four digits when written. A metric that the data leave undefined (no object of
 that kind, no prediction) is `null`, never an invented 0. Two digits at the end of a name are an IoU threshold:
-`full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md)."""
+`full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md).
+
+`dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys:
+{headline} of each trained checkpoint, and
+`comparison.stage2_vs_control.coco.mAP` with its interval. All of metrics.json between two revisions:
+`dvc metrics diff HEAD --targets reports/<profile>/metrics.json`; with intervals: `coordexp compare`."""
 
 _COMPARISON = """\
 At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and
@@ -123,12 +129,12 @@ def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
 def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Stages) -> str:
     rows = []
     for spec in specs:
-        trackers = [name for name, stage in stages.items() if _tracks(stage, file, spec.key)]
+        trackers = [name for name, stage in stages.items() if tracks(stage, file, spec.key)]
         rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(trackers)])
     return table(["key", "meaning", "accepts", "tracked by"], rows, "llll")
 
 
-def _tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
+def tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
     """Whether a stage tracks a key of a file, by its own name or by that of a block that holds it."""
     tracked: list[str] = []
     for item in stage["params"]:
@@ -149,7 +155,7 @@ def metrics_markdown() -> str:
     parts = [
         "# Metrics",
         GENERATED,
-        _METRICS_INTRO,
+        _METRICS_INTRO.format(headline=", ".join(f"`{key}`" for key in headline_keys(EvalSettings()))),
         *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),

@@ -14,11 +14,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.evaluation.headline import headline as headline_numbers
 from coordexp.evaluation.settings import iou_key
 from coordexp.reporting import provenance, tables
+from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
+from coordexp.reporting.baseline import baseline_markdown
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_confidence import write_confidence_figure
+from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
@@ -45,12 +49,14 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
     picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
-    text = _render(_context(inputs, data, outcomes, picks, dup_key))
+    strips = choose_strips(outcomes[SHOWN])
+    text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
     for folder in ("figures", "gallery"):
         for old in (out_dir / folder).glob("*.png"):
             old.unlink()  # a smaller gallery must not leave pictures of the last one behind
     write_training_figures(data.logs, inputs.params, out_dir / "figures")
     write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
+    write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     path = out_dir / "progress.md"
@@ -68,7 +74,12 @@ def _render(context: Mapping[str, Any]) -> str:
 
 
 def _context(
-    inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outcomes], picks: list[GalleryPick], dup_key: str
+    inputs: ReportInputs,
+    data: ReportData,
+    outcomes: Mapping[str, Outcomes],
+    picks: list[GalleryPick],
+    strips: list[Strip],
+    dup_key: str,
 ) -> dict[str, Any]:
     metrics, settings, params = data.metrics, inputs.settings, inputs.params
     counts = metrics["stage2"]["coco"]
@@ -78,6 +89,11 @@ def _context(
         "headlines": [headline(data, name) for name in _HEADLINES],
         "rule": RULE,
         "what_ran": provenance.what_ran(inputs.profile, data.metadata, params, counts["n_images"], counts["n_gt"]),
+        "against_baseline": _against_baseline(inputs, data),
+        "improved": improved_and_flat(data),
+        "answers": standing_answers(data, params),
+        "suggestions": suggestions_table(suggestions(data, params)),
+        "has_strips": bool(strips),
         "failed_checks": [check.claim for check in checks if check.passed is False],
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
         "comparison_table": tables.comparison_table(data.comparison),
@@ -120,6 +136,11 @@ def _context(
         "checklist": checklist_table(checks),
         "commit": data.metadata["stage2"]["git"]["commit"] or "<commit>",
     }
+
+
+def _against_baseline(inputs: ReportInputs, data: ReportData) -> str:
+    everything = {name: {"eval": areas} for name, areas in data.metrics.items()} | {"comparison": data.comparison}
+    return baseline_markdown(inputs.baseline, inputs.params, headline_numbers(everything, inputs.settings))
 
 
 def headline(data: ReportData, comparison: str) -> str:

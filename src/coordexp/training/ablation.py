@@ -179,12 +179,12 @@ def step_tokens(params: Params, profile: Profile, paths: ProfilePaths, steps: in
     """Tokens that the forwards of each step of stage 2 will take, known from the plan and the rollouts on file."""
     checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
     encoder, store = make_encoder(params, checkpoint), SampleStore(paths.norm1000 / "train.parquet")
-    source = SampleSource(store, encoder, params.text.object_order, params.seed)
+    source = SampleSource(store, encoder, params.text.object_order, params.stage2_seed)
     rollouts = read_rollouts(paths.run("rollout") / "rollouts.jsonl")
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     pool, settings = RolloutPool(rollouts, match_schedule(params, steps)), channel_b_settings(params)
     plan = plan_steps(
-        len(store), rolled_out, profile.stage2.samples_per_step, steps, params.stage2.b_ratio, params.seed + 1
+        len(store), rolled_out, profile.stage2.samples_per_step, steps, params.stage2.b_ratio, params.stage2_seed + 1
     )
     tokens = []
     for step, planned in enumerate(plan):

@@ -38,7 +38,8 @@ def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     packs = read_packs(paths.packed / "plan.parquet")
     optim = profile.stage1
     packs_by_step = [
-        [packs[i] for i in items] for items in step_items(len(packs), optim.packs_per_step, optim.steps, params.seed)
+        [packs[i] for i in items]
+        for items in step_items(len(packs), optim.packs_per_step, optim.steps, params.stage1_seed)
     ]
     return _teach(params, profile, paths, "stage1", checkpoint, init, packs_by_step, optim)
 
@@ -54,7 +55,7 @@ def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict
     lengths = SampleStore(paths.norm1000 / "train.parquet").lengths()
     budget = read_compute(paths)["tokens"]
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
-    chosen = packs_for_budget(pack_tokens, budget, profile.stage2.steps, params.seed + 2)
+    chosen = packs_for_budget(pack_tokens, budget, profile.stage2.steps, params.stage1_seed + 2)
     packs_by_step = [[packs[i] for i in items] for items in chosen]
     return _teach(params, profile, paths, "stage1-control", checkpoint, start, packs_by_step, profile.stage2)
 
@@ -71,7 +72,9 @@ def _teach(
 ) -> dict[str, Any]:
     data = paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
-    source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
+    source = SampleSource(
+        SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.stage1_seed
+    )
     objective = stage1_objective(params, checkpoint, len(packs_by_step))
     task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, optim.grad_monitor_every)
     settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
@@ -85,7 +88,7 @@ def _teach(
         optim=optim,
         steps=len(packs_by_step),
         threads=profile.launch.threads,
-        seed=params.seed,
+        seed=params.stage1_seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run(stage),
     )

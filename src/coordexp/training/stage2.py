@@ -42,7 +42,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
-        len(store), rolled_out, optim.samples_per_step, optim.steps, params.stage2.b_ratio, params.seed + 1
+        len(store), rolled_out, optim.samples_per_step, optim.steps, params.stage2.b_ratio, params.stage2_seed + 1
     )
     encoder = make_encoder(params, checkpoint)
     refresher = _refresher(params, profile, paths, session, checkpoint, plan)
@@ -50,7 +50,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         checkpoint.model,
         stage2_objective(params, checkpoint, optim.steps),
         soft_context(params, checkpoint),
-        SampleSource(store, encoder, params.text.object_order, params.seed),
+        SampleSource(store, encoder, params.text.object_order, params.stage2_seed),
         RolloutPool(rollouts, match_schedule(params, optim.steps), refresher),
         encoder,
         channel_b_settings(params),
@@ -78,7 +78,7 @@ def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
         optim=profile.stage2,
         steps=profile.stage2.steps,
         threads=profile.launch.threads,
-        seed=params.seed,
+        seed=params.stage2_seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run("stage2"),
     )

@@ -1,0 +1,108 @@
+"""Is an arm better than the reference? The difference over images and seeds, and a verdict under a rule fixed before.
+
+Two things vary: which images were evaluated, and how the training happened to go. For S seeds, each trained once per
+arm, and the paired difference d_s of a metric on the same images:
+
+    delta  = mean_s d_s
+    SE^2   = Var_images(delta) + Var_s(d_s) / S
+    interval = delta +- t_(1 - a/2, df) SE,   df = SE^4 / ((Var_s(d_s) / S)^2 / (S - 1))    (Welch-Satterthwaite)
+
+Var_images is that of the paired bootstrap, which knows hundreds of images and is given no cost in degrees of freedom;
+with few seeds df is small and the interval honestly wide. With one seed the seed term is unknown and left out, which
+the verdict says. The smallest effect that could be shown is what a test of this level finds with 80 % probability.
+
+Legend: S seeds, B bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from coordexp.evaluation.table import Floats
+
+LEVEL = 0.05  # of a wrong "better" or "worse" over all arms of one report
+POWER = 0.8
+PRIMARY = "coco.mAP"  # the one metric that decides
+SECONDARY = ("coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean")
+
+RULE = (
+    f"Fixed before any number was seen: `{PRIMARY}` decides. An arm is **better** or **worse** than the reference when "
+    "the interval of its paired difference, over images and training seeds, excludes 0; otherwise there is **no "
+    "difference that this budget could show**. The intervals of {arms} hold together with 95 % confidence "
+    "(Bonferroni). The smallest effect that could be shown is the true difference that this budget would have found "
+    "with 80 % probability. The other metrics are context and decide nothing."
+)
+
+
+class ArmVerdict(StrEnum):
+    """What an arm amounts to."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NO_DIFFERENCE = "no difference that this budget could show"
+    IDENTICAL = "the same in every resample and seed"
+    UNDEFINED = "not defined on this data"
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """The difference arm - reference of one metric."""
+
+    delta: float
+    lo: float
+    hi: float
+    smallest: float  # true difference found with 80 % probability
+    se_images: float
+    se_seeds: float | None  # None with one seed
+
+    @property
+    def verdict(self) -> ArmVerdict:
+        """For a metric of which higher is better."""
+        if self.lo == self.hi == 0:
+            return ArmVerdict.IDENTICAL
+        if self.lo <= 0 <= self.hi:
+            return ArmVerdict.NO_DIFFERENCE
+        return ArmVerdict.BETTER if self.lo > 0 else ArmVerdict.WORSE
+
+
+def effect(deltas_S: Floats, resampled_SB: Floats, level: float = LEVEL) -> Effect | None:
+    """The effect from the paired difference of each seed and its bootstrap resamples.
+
+    Args:
+        deltas_S: arm minus reference on the evaluated images, one value a seed.
+        resampled_SB: the same in each resample of the images; one resample draws the same images for all seeds.
+        level: probability of excluding a true 0, two-sided.
+
+    Returns None where no resample has a value.
+    """
+    delta = float(deltas_S.mean())
+    mean_B = resampled_SB.mean(axis=0)
+    mean_B = mean_B[~np.isnan(mean_B)]
+    if not mean_B.size or np.isnan(delta):
+        return None
+    var_images = float(mean_B.var(ddof=1))
+    n_seeds = len(deltas_S)
+    var_seeds = float(deltas_S.var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
+    se = float(np.sqrt(var_images + var_seeds))
+    found, likely = _quantiles(var_images, var_seeds, n_seeds, level)
+    return Effect(
+        delta=delta,
+        lo=delta - found * se,
+        hi=delta + found * se,
+        smallest=(found + likely) * se,
+        se_images=float(np.sqrt(var_images)),
+        se_seeds=float(np.sqrt(var_seeds)) if n_seeds > 1 else None,
+    )
+
+
+def _quantiles(var_images: float, var_seeds: float, n_seeds: int, level: float) -> tuple[float, float]:
+    """Quantiles of the two-sided test and of its power; of the normal distribution where seeds add nothing."""
+    if not var_seeds:
+        return float(norm.ppf(1 - level / 2)), float(norm.ppf(POWER))
+    df = (var_images + var_seeds) ** 2 / (var_seeds**2 / (n_seeds - 1))
+    return float(student.ppf(1 - level / 2, df)), float(student.ppf(POWER, df))

@@ -1,0 +1,167 @@
+"""One self-contained HTML page to browse predictions: no network, no server, pictures and data inside the file.
+
+A row for each image, sortable; a click shows annotation and prediction with scores and what is on file of the
+coordinate distributions; filters by name and by failure; two runs side by side. The text is made by the page's own
+script from the data below it, by way of text nodes, so that no name can act as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from coordexp.errors import DataError
+from coordexp.evaluation.details import per_image
+from coordexp.evaluation.set_behaviour import find_duplicates
+from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
+from coordexp.records.images import read_rgb
+from coordexp.records.manifest import image_path
+from coordexp.reporting.outcomes import Fate, Outcomes, judge
+
+MAX_RUNS = 2
+FATES = {Fate.RIGHT: "right", Fate.FALSE: "false", Fate.WRONG_NAME: "name"}
+_DATA = "/*DATA*/"
+
+
+@dataclass(frozen=True, slots=True)
+class PageSettings:
+    """What bounds the size of the page: the number of images and their longer side in pixels."""
+
+    images: int = 500
+    side_px: int = 256
+    jpeg_quality: int = 72
+
+
+def write_page(
+    files: Sequence[Path],
+    categories: Sequence[Category],
+    image_root: Path,
+    out: Path,
+    settings: EvalSettings | None = None,
+    page: PageSettings | None = None,
+) -> int:
+    """Write the page of one or two gt_vs_pred files of the same images; returns its size in bytes.
+
+    With more images than `page.images` those with the lowest F1 of the first run are kept, and the page says so.
+
+    Raises:
+        DataError: no file or more than two, files of different images, or an image that is not there.
+    """
+    if not 1 <= len(files) <= MAX_RUNS:
+        raise DataError(f"found {len(files)} prediction files, expected one or two of them.")
+    chosen, page = settings or EvalSettings(), page or PageSettings()
+    results = {label: list(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
+    data = page_data(results, categories, chosen, page.images)
+    for row in data["images"]:
+        row["src"] = _inline(image_path(image_root, row["image"]), page)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render_page(data), encoding="utf-8")
+    return out.stat().st_size
+
+
+def render_page(data: dict[str, Any]) -> str:
+    """The page around its data; `<` is escaped, so that no text can end the script element."""
+    template = resources.files("coordexp.reporting").joinpath("templates", "page.html").read_text(encoding="utf-8")
+    assert template.count(_DATA) == 1
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return template.replace(_DATA, text.replace("<", "\\u003c"))
+
+
+def page_data(
+    results: dict[str, list[ImageResult]], categories: Sequence[Category], settings: EvalSettings, limit: int
+) -> dict[str, Any]:
+    """Everything the page shows but the pictures: labels, names, and a row for each image with its boxes."""
+    outcomes = {label: judge(rows, categories, settings) for label, rows in results.items()}
+    labels = list(results)
+    ids = {label: tuple(r.image_id for r in outcome.results) for label, outcome in outcomes.items()}
+    if len(set(ids.values())) > 1:
+        raise DataError(f"{' and '.join(labels)} hold different images; only answers to the same images can be paired.")
+    dup_key = f"dup_pairs_{iou_key(min(settings.duplicate_ious))}"
+    tables = {label: _rows(outcome, settings) for label, outcome in outcomes.items()}
+    order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
+    names = sorted({g.desc for rows in results.values() for r in rows for g in r.gt})
+    images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
+    return {"labels": labels, "names": names, "n_all": len(ids[labels[0]]), "images": images}
+
+
+def _rows(outcome: Outcomes, settings: EvalSettings) -> dict[int, dict[str, Any]]:
+    duplicates = find_duplicates(outcome.table, min(settings.duplicate_ious))
+    rows = per_image(outcome.results, outcome.table, outcome.matches, duplicates, settings)
+    return {row["image_id"]: row for row in rows}
+
+
+def _image(
+    image_id: int, outcomes: dict[str, Outcomes], tables: dict[str, dict[int, dict[str, Any]]], dup_key: str
+) -> dict[str, Any]:
+    first = next(iter(outcomes.values())).of_image(image_id)[0]
+    runs = []
+    for label, outcome in outcomes.items():
+        result, preds, objects = outcome.of_image(image_id)
+        row = tables[label][image_id]
+        runs.append(
+            {
+                "f1": round(row["f1_full_50"], 3),
+                "dup": row[dup_key],
+                "fp": row["fp_50"],
+                "miss": row["fn_50"],
+                "parse": result.parse.ok,
+                "found": outcome.found_G[objects].tolist(),
+                "pred": [
+                    _prediction(pred, FATES[Fate(fate)], truth)
+                    for pred, fate, truth in zip(
+                        result.pred, outcome.fate_P[preds].tolist(), outcome.true_name_P[preds], strict=True
+                    )
+                ],
+            }
+        )
+    gt = [{"desc": g.desc, "box": _tenths(g.bbox_xyxy_px), "crowd": g.iscrowd} for g in first.gt]
+    size = {"w": first.width, "h": first.height}
+    return {"id": image_id, "image": first.image, **size, "gt": gt, "runs": runs}
+
+
+def _prediction(pred: Prediction, fate: str, truth: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"desc": pred.desc, "box": _tenths(pred.bbox_xyxy_px), "fate": fate}
+    shown |= {"score": None if pred.score is None else round(pred.score, 4), "bins": list(pred.bins)}
+    if fate == "name":
+        shown["truth"] = truth
+    if pred.coord_logprobs is not None:
+        shown["logprob"] = [round(v, 2) for v in pred.coord_logprobs]
+    if pred.coord_sd_bins is not None:
+        shown["sd"] = [round(v, 1) for v in pred.coord_sd_bins]
+    if "expectation" in pred.boxes_xyxy_px:
+        shown["mean"] = _tenths(pred.boxes_xyxy_px["expectation"])
+    return shown
+
+
+def _tenths(box: Sequence[float]) -> list[float]:
+    return [round(v, 1) for v in box]
+
+
+def _labels(files: Sequence[Path]) -> list[str]:
+    """The folder of each file (a checkpoint's name), with as much of the path as tells two apart."""
+    paths = [file.resolve() for file in files]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        labels = ["/".join(path.parent.parts[-depth:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{file} ({n})" for n, file in enumerate(files, 1)]
+
+
+def _inline(path: Path, page: PageSettings) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such image, but the predictions name it. Give its folder with --images.")
+    image = read_rgb(path)
+    image.thumbnail((page.side_px, page.side_px), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=page.jpeg_quality, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"

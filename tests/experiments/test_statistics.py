@@ -1,0 +1,84 @@
+"""Effects over images and seeds, against hand-computed values and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from coordexp.experiments.statistics import ArmVerdict, Effect, effect
+
+
+def test_two_seeds_by_hand() -> None:
+    # Seeds differ by 2, so s^2 = 2 and its share of the mean's variance is 1; the image term is exactly 1 as well.
+    resampled = np.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    found = effect(np.array([1.0, 3.0]), resampled)
+    assert found is not None
+    assert (found.delta, found.se_images, found.se_seeds) == (2.0, 1.0, 1.0)
+    df = (1 + 1) ** 2 / (1**2 / 1)
+    assert found.hi - found.delta == pytest.approx(student.ppf(0.975, df) * np.sqrt(2))
+    assert found.smallest == pytest.approx((student.ppf(0.975, df) + student.ppf(0.8, df)) * np.sqrt(2))
+    assert found.verdict == ArmVerdict.NO_DIFFERENCE
+
+
+def test_one_seed_leaves_the_seeds_out() -> None:
+    rng = np.random.default_rng(0)
+    resampled = rng.normal(0.1, 0.01, (1, 4000))
+    found = effect(np.array([0.1]), resampled)
+    assert found is not None
+    assert found.se_seeds is None
+    assert found.hi - found.delta == pytest.approx(norm.ppf(0.975) * resampled.std(ddof=1))
+    assert found.verdict == ArmVerdict.BETTER
+
+
+def test_a_stricter_level_gives_a_wider_interval() -> None:
+    resampled = np.random.default_rng(0).normal(size=(3, 500))
+    deltas = np.array([0.1, 0.2, 0.4])
+    wide, narrow = effect(deltas, resampled, 0.01), effect(deltas, resampled, 0.05)
+    assert wide is not None
+    assert narrow is not None
+    assert wide.lo < narrow.lo < narrow.hi < wide.hi
+
+
+def test_undefined_resamples_are_left_out_and_all_undefined_is_none() -> None:
+    resampled = np.array([[1.0, np.nan, 3.0, 2.0]])
+    found = effect(np.array([2.0]), resampled)
+    assert found is not None
+    assert found.se_images == 1.0
+    assert effect(np.array([2.0]), np.full((1, 3), np.nan)) is None
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "verdict"),
+    [
+        (0.01, 0.03, ArmVerdict.BETTER),
+        (-0.03, -0.01, ArmVerdict.WORSE),
+        (-0.01, 0.02, ArmVerdict.NO_DIFFERENCE),
+        (0.0, 0.02, ArmVerdict.NO_DIFFERENCE),
+        (0.0, 0.0, ArmVerdict.IDENTICAL),
+    ],
+)
+def test_the_verdict_is_whether_the_interval_excludes_zero(lo: float, hi: float, verdict: ArmVerdict) -> None:
+    assert Effect((lo + hi) / 2, lo, hi, 0.02, 0.01, 0.01).verdict == verdict
+
+
+def test_coverage_and_power_in_simulation() -> None:
+    """A true effect is covered about 19 times in 20, and one of the size called showable is found 4 times in 5."""
+    rng = np.random.default_rng(5)
+    sd_images, sd_seeds, n_seeds, trials = 0.01, 0.008, 4, 3000
+    truth = (norm.ppf(0.975) + norm.ppf(0.8)) * np.sqrt(sd_images**2 + sd_seeds**2 / n_seeds)
+    covered = found_better = 0
+    showable = []
+    for _ in range(trials):
+        image_error = rng.normal(0, sd_images)
+        deltas = truth + image_error + rng.normal(0, sd_seeds, n_seeds)
+        resampled = np.tile(deltas.mean() + rng.normal(0, sd_images, 200), (n_seeds, 1))
+        result = effect(deltas, resampled)
+        assert result is not None
+        covered += result.lo <= truth <= result.hi
+        found_better += result.verdict == ArmVerdict.BETTER
+        showable.append(result.smallest)
+    assert 0.93 <= covered / trials <= 0.975
+    assert 0.70 <= found_better / trials <= 0.85
+    assert np.median(showable) == pytest.approx(truth, rel=0.15)

@@ -1,0 +1,200 @@
+"""The page to browse predictions: complete data, no network, nothing that text could break; then a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from browser import Browser, find_browser
+from coordexp.errors import DataError
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
+from coordexp.reporting.page import PageSettings, page_data, write_page
+
+EVIL = "</script><img src=x onerror=alert(1)>"
+BOX, OFF, FAR = (10.0, 10.0, 50.0, 50.0), (11.0, 10.0, 51.0, 50.0), (60.0, 5.0, 90.0, 30.0)
+CATEGORIES = [Category(1, "cat"), Category(2, "dog"), Category(3, EVIL)]
+
+
+def prediction(desc: str, box: Any, score: float = 0.5) -> Prediction:
+    spread = {"coord_sd_bins": (12.0, 3.0, 40.0, 5.0), "boxes_xyxy_px": {"expectation": box}}
+    return Prediction(desc, box, (100, 125, 500, 625), (-1.0, -2.0, -3.0, -0.5), -0.1, score, **spread)
+
+
+def answer(image_id: int, gt: list[tuple[str, Any]], pred: list[Prediction], *, ok: bool = True) -> ImageResult:
+    return ImageResult(
+        image_id, f"images/{image_id}.png", 100, 80, tuple(GroundTruth(d, b) for d, b in gt), tuple(pred), "{}",
+        ParseReport(ok, len(pred)), "stop", 9,
+    )  # fmt: skip
+
+
+def runs() -> dict[str, list[ImageResult]]:
+    """Image 1 right, 2 a duplicate pair, 3 a wrong name, 4 missed and not parsed, 5 an evil name."""
+    cat = [("cat", BOX)]
+    first = [
+        answer(1, cat, [prediction("cat", OFF)]),
+        answer(2, cat, [prediction("cat", BOX), prediction("cat", OFF)]),
+        answer(3, cat, [prediction("dog", BOX)]),
+        answer(4, [*cat, ("dog", FAR)], [], ok=False),
+        answer(5, [(EVIL, FAR)], [prediction(EVIL, FAR)]),
+    ]
+    second = [answer(r.image_id, [(g.desc, g.bbox_xyxy_px) for g in r.gt], []) for r in first]
+    return {"one": first, "two": second}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "images").mkdir()
+    for n in range(1, 6):
+        Image.new("RGB", (100, 80), (40 * n, 90, 120)).save(folder / "images" / f"{n}.png")
+    files = []
+    for label, results in runs().items():
+        (folder / label).mkdir()
+        write_results(folder / label / "gt_vs_pred.jsonl", results)
+        files.append(folder / label / "gt_vs_pred.jsonl")
+    write_page(files, CATEGORIES, folder, folder / "page.html")
+    return folder / "page.html"
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of every script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.scripts[-1] += data
+
+
+class TestWithoutABrowser:
+    def test_the_data_say_what_became_of_every_box(self) -> None:
+        data = page_data(runs(), CATEGORIES, settings(), limit=10)
+        assert (data["labels"], data["names"]) == (["one", "two"], sorted(["cat", "dog", EVIL]))
+        fates = [[p["fate"] for p in image["runs"][0]["pred"]] for image in data["images"]]
+        assert fates == [["right"], ["right", "false"], ["name"], [], ["right"]]
+        counts = [[image["runs"][0][key] for key in ("f1", "dup", "fp", "miss")] for image in data["images"]]
+        assert counts == [[1, 0, 0, 0], [0.667, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 2], [1, 0, 0, 0]]
+        wrong = data["images"][2]["runs"][0]["pred"][0]
+        assert (wrong["truth"], wrong["sd"], wrong["logprob"]) == ("cat", [12, 3, 40, 5], [-1, -2, -3, -0.5])
+        assert data["images"][3]["runs"][0]["found"] == [False, False]
+
+    def test_a_limit_keeps_the_lowest_f1_and_says_how_many_there_are(self) -> None:
+        data = page_data(runs(), CATEGORIES, settings(), limit=3)
+        assert [image["id"] for image in data["images"]] == [2, 3, 4]
+        assert data["n_all"] == 5
+
+    def test_nothing_is_fetched_and_no_text_ends_the_script(self, page: Path) -> None:
+        text = page.read_text(encoding="utf-8")
+        elements = Elements(text)
+        assert [tag for tag, _ in elements.tags].count("script") == len(elements.scripts) == 2
+        assert not [a for _, a in elements.tags if {"src", "href"} & a.keys()]
+        assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"http://www\.w3\.org/2000/svg", "", text))
+        assert EVIL not in text
+        data = json.loads(elements.scripts[0])
+        assert EVIL in data["names"]
+        assert all(image["src"].startswith("data:image/jpeg;base64,") for image in data["images"])
+
+    def test_every_element_that_the_script_looks_up_is_there(self, page: Path) -> None:
+        elements = Elements(page.read_text(encoding="utf-8"))
+        ids = {attributes["id"] for _, attributes in elements.tags if "id" in attributes}
+        assert set(re.findall(r'getElementById\("(\w+)"\)', elements.scripts[1])) <= ids
+        assert "innerHTML" not in elements.scripts[1]
+
+    def test_wrong_input_is_refused(self, page: Path, tmp_path: Path) -> None:
+        file = page.parent / "one" / "gt_vs_pred.jsonl"
+        with pytest.raises(DataError, match="one or two"):
+            write_page([file] * 3, CATEGORIES, page.parent, tmp_path / "x.html")
+        with pytest.raises(DataError, match=r"1\.png: no such image"):
+            write_page([file], CATEGORIES, tmp_path, tmp_path / "x.html")
+        (tmp_path / "few").mkdir()
+        write_results(tmp_path / "few" / "gt_vs_pred.jsonl", runs()["one"][:2])
+        with pytest.raises(DataError, match="different images"):
+            write_page([file, tmp_path / "few" / "gt_vs_pred.jsonl"], CATEGORIES, page.parent, tmp_path / "x.html")
+
+    def test_pictures_are_no_larger_than_asked_for(self, page: Path, tmp_path: Path) -> None:
+        file = page.parent / "one" / "gt_vs_pred.jsonl"
+        small = write_page([file], CATEGORIES, page.parent, tmp_path / "x.html", page=PageSettings(2, 16))
+        assert small < page.stat().st_size
+        assert small < 30_000
+
+
+def settings() -> Any:
+    from coordexp.evaluation.settings import EvalSettings
+
+    return EvalSettings()
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path; apt-get install chromium")
+class TestInABrowser:
+    @pytest.fixture
+    def browser(self, page: Path) -> Iterator[Browser]:
+        with Browser(str(find_browser())) as browser:
+            browser.open(page)
+            yield browser
+
+    def test_a_person_sorts_filters_and_opens_an_image(self, browser: Browser, tmp_path: Path) -> None:
+        rows = "[...document.querySelectorAll('#images tbody tr')].map(r => Number(r.dataset.id))"
+        assert browser.evaluate(rows) == [3, 4, 2, 1, 5]  # by F1 of the first run, lowest first
+        head = "[...document.querySelectorAll('#images th')].find(h => h.textContent === '{}').click()"
+        browser.evaluate(head.format("missed 1"))
+        assert browser.evaluate(rows)[0] == 4
+        browser.evaluate(head.format("missed 1"))
+        assert browser.evaluate(rows)[-1] == 4
+        choose = "{{ const s = document.getElementById('{}'); s.value = '{}'; s.dispatchEvent(new Event('change')); }}"
+        for failure, expected in {
+            "duplicates": [2],
+            "wrong names": [3],
+            "answers that do not parse whole": [4],
+            "first run better": [1, 2, 5],
+        }.items():
+            browser.evaluate(choose.format("failure", failure))
+            assert sorted(browser.evaluate(rows)) == expected, failure
+        browser.evaluate("document.getElementById('reset').click()")
+        browser.evaluate(choose.format("name", "dog"))
+        assert sorted(browser.evaluate(rows)) == [3, 4]
+        browser.evaluate("document.getElementById('reset').click()")
+        browser.evaluate("document.querySelector('#images tr[data-id=\"2\"]').click()")
+        assert browser.evaluate("document.querySelector('#right h1').textContent").startswith("images/2.png (id 2")
+        assert browser.evaluate("document.querySelectorAll('figure.run').length") == 2
+        assert (
+            browser.evaluate("document.querySelectorAll('figure.run')[0].querySelectorAll('svg rect[data-n]').length")
+            == 2
+        )
+        browser.evaluate("document.querySelector('figure.run details').open = true")
+        row = "document.querySelector('figure.run details').querySelectorAll('tr')[1]"
+        cells = f"[...{row}.cells].map(c => c.textContent)"
+        assert browser.evaluate(cells)[:5] == ["x1", "100", "-1.00", "100", "12.0"]  # mean: 10 of 100 px
+        tops = "[...document.querySelectorAll('figure')].map(f => Math.round(f.getBoundingClientRect().top))"
+        assert len(set(browser.evaluate(tops))) == 1  # annotation and both runs side by side
+        browser.screenshot(tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as shot:
+            assert shot.size == (1400, 900)
+
+    def test_no_request_no_error_and_a_name_stays_text(self, browser: Browser) -> None:
+        browser.evaluate("document.querySelector('#images tr[data-id=\"5\"]').click()")
+        assert EVIL in browser.evaluate("document.querySelector('figure.truth svg').textContent")
+        assert browser.evaluate("document.querySelectorAll('#right img').length") == 0
+        assert {address.split(":")[0] for address in browser.requests()} <= {"file", "data"}
+        assert browser.problems() == []
