@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from coordexp.models.pixel_format import pixel_spec
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 MODEL_TYPE = Qwen3VLConfig.model_type
 
 
@@ -101,5 +104,10 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
 def save_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a plain checkpoint that Hugging Face and vLLM load without code of ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        if number := _OS_ERROR.search(str(error)):  # the disk is full, or not writable
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        raise
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordexp.config.files import replacing
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.matching.assign import match
 from coordexp.matching.settings import MatchSettings
@@ -61,7 +62,7 @@ def match_rollout(sample: Sample, generation: Generation, answer: ParsedAnswer, 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON line per rollout."""
-    with path.open("w", encoding="utf-8") as out:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for rollout in rollouts:
             out.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import file_hash, fingerprint, resume_folder, write_json
+from coordexp.config.provenance import code_hash, file_hash, fingerprint, resume_folder, write_json
 from coordexp.config.schema import Params
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
@@ -27,7 +27,7 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.opening import open_engine
+from coordexp.rollout.opening import DECODE_LAYERS, open_engine
 from coordexp.rollout.records import Rollout, match_rollout, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
@@ -201,7 +201,7 @@ def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder:
         "engine": profile.rollout.engine,
         "names": allowed_names(params, paths),
         "seed": params.seed,
-        "code": code_hash(),
+        "code": code_hash(DECODE_LAYERS),
     }
     inputs = [folder / "model.safetensors", paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
@@ -257,14 +257,3 @@ def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
     """The samples with the prompt as this checkpoint's own tokenizer writes it (it may lack the coordinate tokens)."""
     prompt = prompt_ids(checkpoint.tokenizer)
     return [replace(sample, prompt_ids=prompt) for sample in samples]
-
-
-def code_hash() -> str:
-    """Hash of the sources that decide what a decode contains; an edit there must not reuse older predictions."""
-    package = Path(__file__).parents[1]
-    files = [
-        p
-        for part in ("models", "packing", "rollout", "text", "geometry")
-        for p in sorted((package / part).glob("*.py"))
-    ]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]

@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from coordexp.config.files import write_text
 from coordexp.errors import Interrupted, TrainingError
 from coordexp.training.checkpoint import load_state, save_state
 from coordexp.training.optimizers import build_optimizer
@@ -94,9 +97,7 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
     peaks = [group["lr"] for group in optimizer.param_groups]
     first = 0
     if (state := load_state(state_folder)) is not None:
-        model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-        torch.set_rng_state(state.torch_rng)
+        state.restore(model, optimizer)
         first = state.step
         log.info("resumed at step %d of %d from %s", first, settings.steps, state_folder)
     _truncate_log(log_path, first)
@@ -117,17 +118,22 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
             row |= {"step": step, "lr": settings.lr * factor, "grad_norm": norm}
             row["time/step_s"] = seconds = time.monotonic() - started
             out.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-            out.flush()  # a state must never be ahead of the log that it goes on with
+            out.flush()
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
             if stop.signal is not None and step + 1 < settings.steps:
-                save_state(state_folder, step + 1, model, optimizer)
+                _save(state_folder, step + 1, model, optimizer, out)
                 raise Interrupted(
                     f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again."
                 )
             if time.monotonic() - saved_at > settings.save_every_seconds:
-                save_state(state_folder, step + 1, model, optimizer)
+                _save(state_folder, step + 1, model, optimizer, out)
                 saved_at = time.monotonic()
+
+
+def _save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, log_file: TextIO) -> None:
+    os.fsync(log_file.fileno())  # a state must never be ahead of the log that it goes on with
+    save_state(folder, step, model, optimizer)
 
 
 def _run_step(task: Task, step: int) -> LogRow:
@@ -152,7 +158,7 @@ def _truncate_log(path: Path, first_step: int) -> None:
         return
     complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in complete if json.loads(line)["step"] < first_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def _console_line(row: LogRow, done: int, steps: int, seconds: float) -> str:

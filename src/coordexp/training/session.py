@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from coordexp.config.files import only_process, replace_folder
 from coordexp.config.profile import OptimConfig
-from coordexp.config.provenance import fingerprint, resume_folder, run_metadata, write_json
+from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, write_json
 from coordexp.models.loading import Checkpoint, save_checkpoint
-from coordexp.training.checkpoint import replace_folder
 from coordexp.training.loop import LoopSettings, Task, train
 from coordexp.training.schedule import cosine_schedule
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
+# Whatever a training step runs: a state that older code left is not gone on with.
+CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records", "rollout", "text", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,22 @@ class Session:
 
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
-    """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`."""
+    """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
+        BusyError: another process runs the same session.
+    """
     if session.threads:
         torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
-    key = fingerprint(session.settings, session.inputs.values())
+    key = fingerprint({**session.settings, "code": code_hash(CODE_LAYERS)}, session.inputs.values())
     state = resume_folder(session.stage, key)
+    with only_process(state):
+        return _run_alone(session, checkpoint, task, state)
+
+
+def _run_alone(session: Session, checkpoint: Checkpoint, task: Task, state: Path) -> dict[str, Any]:
     log_path = state / "train_log.jsonl"
     started = time.monotonic()
     train(checkpoint.model, task, _loop_settings(session), state, log_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile
+from coordexp.config.provenance import image_inputs
 from coordexp.config.schema import Params
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.plan_file import read_packs
@@ -77,7 +78,8 @@ def _teach(
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
-        inputs={"start": start / "model.safetensors", "samples": data, "plan": paths.packed / "plan.parquet"},
+        inputs={"start": start / "model.safetensors", "samples": data, "plan": paths.packed / "plan.parquet"}
+        | image_inputs(paths.raw),
         optim=optim,
         steps=len(packs_by_step),
         threads=profile.launch.threads,

@@ -6,7 +6,7 @@ from typing import Any
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import write_json
+from coordexp.config.provenance import image_inputs, write_json
 from coordexp.config.schema import Params
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
@@ -40,11 +40,15 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         make_collator(checkpoint, paths.raw, profile.packing.pack_tokens),
         plan,
     )
-    settings = params.model_dump(exclude={"profile", "stage1", "decode", "eval"}) | {"optim": optim.model_dump()}
+    settings = params.model_dump(exclude={"profile", "stage1", "decode", "eval"}) | {
+        "optim": optim.model_dump(),
+        "pack_tokens": profile.packing.pack_tokens,
+    }
+    inputs = {"start": start / "model.safetensors", "samples": data, "rollouts": rollout_file}
     session = Session(
         stage="stage2",
         settings=settings,
-        inputs={"start": start / "model.safetensors", "samples": data, "rollouts": rollout_file},
+        inputs=inputs | image_inputs(paths.raw),
         optim=optim,
         steps=optim.steps,
         threads=profile.launch.threads,
