@@ -17,11 +17,13 @@ from coordexp.config.files import only_process, replace_folder
 from coordexp.config.profile import OptimConfig
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, write_json
 from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.training.distributed import world
 from coordexp.training.loop import LoopSettings, Task, train
 from coordexp.training.schedule import cosine_schedule
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
+LOG_NAME = "train_log.jsonl"
 # Whatever a training step runs: a state that older code left is not gone on with.
 CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records", "rollout", "text", "training")
 
@@ -47,6 +49,8 @@ class Session:
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
+    Of several processes, all train; the main one writes, and the others return an empty summary.
+
     Raises:
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
         BusyError: another process runs the same session.
@@ -56,18 +60,21 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[st
     torch.manual_seed(session.seed)
     key = fingerprint({**session.settings, "code": code_hash(CODE_LAYERS)}, session.inputs.values())
     state = resume_folder(session.stage, key)
+    if not world().is_main:
+        train(checkpoint.model, task, _loop_settings(session), state, state / LOG_NAME)
+        return {}
     with only_process(state):
-        return _run_alone(session, checkpoint, task, state)
+        return _run_main(session, checkpoint, task, state)
 
 
-def _run_alone(session: Session, checkpoint: Checkpoint, task: Task, state: Path) -> dict[str, Any]:
-    log_path = state / "train_log.jsonl"
+def _run_main(session: Session, checkpoint: Checkpoint, task: Task, state: Path) -> dict[str, Any]:
+    log_path = state / LOG_NAME
     started = time.monotonic()
     train(checkpoint.model, task, _loop_settings(session), state, log_path)
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
-    shutil.copyfile(log_path, temporary / "train_log.jsonl")
+    shutil.copyfile(log_path, temporary / LOG_NAME)
     summary = summarise_log(log_path)
     metadata = run_metadata(session.stage, session.settings, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / "run_metadata.json", metadata)

@@ -18,8 +18,10 @@ from coordexp.training.builders import (
     ROW_LR_FACTOR,
     make_collator,
     make_encoder,
+    own_share,
     stage1_objective,
 )
+from coordexp.training.distributed import world
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session
@@ -29,7 +31,9 @@ SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature")
 
 
 def _load(profile: Profile, folder: Path) -> Checkpoint:
-    return load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    return checkpoint
 
 
 def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def _teach(
     data = paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
     source = SampleSource(SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.seed)
-    task = TeacherTask(checkpoint.model, stage1_objective(params, checkpoint), source, collator, packs_by_step)
+    objective = stage1_objective(params, checkpoint)
+    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, own_share(profile))
     settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,

@@ -11,8 +11,16 @@ from coordexp.config.schema import Params
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
-from coordexp.training.builders import ROW_LR_FACTOR, make_collator, make_encoder, soft_context, stage2_objective
+from coordexp.training.builders import (
+    ROW_LR_FACTOR,
+    make_collator,
+    make_encoder,
+    own_share,
+    soft_context,
+    stage2_objective,
+)
 from coordexp.training.channel_b import ChannelBSettings
+from coordexp.training.distributed import world
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import Session, run_session
 from coordexp.training.stage2_task import Stage2Task, plan_steps
@@ -23,6 +31,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     start, data = paths.run("stage1"), paths.norm1000 / "train.parquet"
     rollout_file = paths.run("rollout") / "rollouts.jsonl"
     checkpoint = load_checkpoint(start, profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
     store, rollouts, optim = SampleStore(data), read_rollouts(rollout_file), profile.stage2
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
@@ -39,6 +48,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         ChannelBSettings(passes=params.stage2.passes, missed=params.stage2.missed, eos_weight=params.stage2.eos_weight),
         make_collator(checkpoint, paths.raw, profile.packing.pack_tokens),
         plan,
+        own_share(profile),
     )
     settings = params.model_dump(exclude={"profile", "stage1", "decode", "eval"}) | {
         "optim": optim.model_dump(),
@@ -57,5 +67,6 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         out=paths.run("stage2"),
     )
     summary = run_session(session, checkpoint, task)
-    write_json(paths.run("stage2-compute.json"), {"steps": summary["steps"], "tokens": summary["tokens"]})
+    if world().is_main:
+        write_json(paths.run("stage2-compute.json"), {"steps": summary["steps"], "tokens": summary["tokens"]})
     return summary

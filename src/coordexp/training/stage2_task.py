@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.packing.samples import Sample
+from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
@@ -88,6 +90,7 @@ class Stage2Task:
         channel_b: ChannelBSettings,
         collator: Collator,
         plan: Sequence[StepPlan],
+        share: Share = WHOLE,
     ) -> None:
         self._model = model
         self._objective = objective
@@ -98,16 +101,24 @@ class Stage2Task:
         self._channel_b = channel_b
         self._collator = collator
         self._plan = plan
+        self._share = share
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """All segments of the step as one batch; both passes of channel B share its forward."""
+        """This process's share of the rows of the step; both passes of channel B share its forwards."""
         plan = self._plan[step]
         segments, logs = plan_segments(plan, step, self._source, self._rollouts, self._encoder, self._channel_b)
-        batch = self._collator(segments)
+        counts = denominators(segments)
         # Channel B already runs on the model's own context; soft self-context is channel A's.
         context = self._soft_context if plan.channel == "A" else replace(self._soft_context, n_iter=1)
-        first, last = self_context_forwards(self._model, batch, context)
-        terms, coord_logits = objective_terms(self._model, self._objective, batch, first, last)
-        logs |= {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
-        yield to_micro_batch(terms, self._objective, denominators(segments), logs)
+        for on_cpu in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
+            batch = on_cpu.to(self._model.device)
+            first, last = self_context_forwards(self._model, batch, context)
+            terms, coord_logits = objective_terms(self._model, self._objective, batch, first, last)
+            logs |= {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
+            logs |= coord_logs(diagnose(self._objective, batch, coord_logits))
+            yield to_micro_batch(terms, self._objective, counts, logs)
+
+    def items(self, step: int) -> dict[str, Any]:
+        """Channel and images of a step."""
+        plan = self._plan[step]
+        return {"channel": plan.channel, "images": [self._source.store[i].image_id for i in plan.items]}
