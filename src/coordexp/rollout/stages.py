@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
 from coordexp.text.prompts import prompt_ids
 from coordexp.text.symbols import TokenTable
+
+log = logging.getLogger(__name__)
+MOST_UNUSABLE = 0.1
 
 
 def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeSettings:
@@ -133,7 +137,21 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     write_rollouts(out / "rollouts.jsonl", rollouts)
     summary = rollout_summary(samples, rollouts, results) | {"seconds": round(time.monotonic() - started, 1)}
     write_json(out / "summary.json", summary)
+    warn_of_unusable(summary)
     return summary
+
+
+def warn_of_unusable(summary: Mapping[str, Any]) -> None:
+    """Say loudly that channel B will find little to train on."""
+    if summary["unusable"] > MOST_UNUSABLE * summary["images"]:
+        log.warning(
+            "%d of %d rollouts do not parse: channel B falls back to ground truth for them. Expected nearly none: "
+            "train stage 1 longer, or set decode.grammar.",
+            summary["unusable"],
+            summary["images"],
+        )
+    if summary["n_pred"] == 0:
+        log.warning("the rollouts hold no object at all: matching finds nothing, and channel B only appends misses.")
 
 
 def rollout_summary(

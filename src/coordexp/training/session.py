@@ -16,7 +16,7 @@ import torch
 from coordexp.config.files import only_process, replace_folder
 from coordexp.config.profile import OptimConfig
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, write_json
-from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
 from coordexp.training.loop import LoopSettings, Task, train
 from coordexp.training.schedule import cosine_schedule
@@ -24,6 +24,7 @@ from coordexp.training.schedule import cosine_schedule
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
 LOG_NAME = "train_log.jsonl"
+LEAST_COORD_MASS = 0.5
 # Whatever a training step runs: a state that older code left is not gone on with.
 CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records", "rollout", "text", "training")
 
@@ -77,7 +78,8 @@ def _run_main(session: Session, checkpoint: Checkpoint, task: Task, state: Path)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     summary = summarise_log(log_path)
     metadata = run_metadata(session.stage, session.settings, session.inputs, time.monotonic() - started, summary)
-    write_json(temporary / "run_metadata.json", metadata)
+    write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
+    warn_of_collapse(log_path)
     replace_folder(temporary, session.out)
     shutil.rmtree(state)
     return summary
@@ -110,6 +112,20 @@ def summarise_log(path: Path) -> dict[str, Any]:
         "step_seconds": round(sum(r["time/step_s"] for r in rows), 1),
         "final_loss": round(sum(r["loss/total"] for r in last) / len(last), 4),
     }
+
+
+def warn_of_collapse(path: Path) -> None:
+    """Say loudly that a model no longer, or not yet, answers a coordinate slot with a coordinate token."""
+    name = "coord_diag/coord_vocab_mass_mean"
+    masses = [row[name] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if name in row]
+    last = masses[-max(1, len(masses) // 10) :]
+    if last and sum(last) / len(last) < LEAST_COORD_MASS:
+        log.warning(
+            "the probability of coordinate tokens where one belongs is %.3f at the end of training, expected above %s: "
+            "answers will not parse. Raise gate_weight, or train longer.",
+            sum(last) / len(last),
+            LEAST_COORD_MASS,
+        )
 
 
 def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
