@@ -128,7 +128,7 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
-        TrainingError: when the loss of a step is not finite; what the step trained on is kept in `state_folder`.
+        TrainingError: the loss or gradient of a step is not finite; what it trained on is kept in `state_folder`.
     """
     optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -147,11 +147,10 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
                 group["lr"] = peak * factor
             try:
                 row = _run_step(model, task, step, settings.precision)
+                norm = _clipped_norm(model, settings.max_grad_norm)
             except TrainingError as error:
                 disk.save(step, model, optimizer)
                 raise _kept_for_replay(error, task, step, state_folder) from error
-            sum_gradients(model.parameters())
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row |= {"step": step, "lr": settings.lr * factor, "grad_norm": norm}
@@ -181,13 +180,22 @@ def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow
     return gathered_row(merge_rows(rows))
 
 
+def _clipped_norm(model: nn.Module, limit: float) -> float:
+    """Sum the gradients of all processes, scale them down to the limit, and return their norm before."""
+    sum_gradients(model.parameters())
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    if not math.isfinite(norm):
+        raise TrainingError(f"the norm of the gradient is {norm}, though the loss is finite.")
+    return norm
+
+
 def _kept_for_replay(error: TrainingError, task: Task, step: int, folder: Path) -> TrainingError:
     """Put what the failing step trained on beside the resume state; the new error says where."""
     path = folder / f"failed-process-{world().rank}.json"
     write_json(path, {"step": step, "error": str(error), "items": task.items(step)})
     return TrainingError(
         f"step {step}: {error} What it trained on is in {path}, beside the state before it, so that the same command "
-        "meets it again. Expected a finite loss: look at those images and answers, or lower the learning rate."
+        "meets it again. Expected finite numbers: look at those images and answers, or lower the learning rate."
     )
 
 
