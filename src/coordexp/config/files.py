@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -19,6 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A file that DVC linked from its cache is replaced, never written through. Parents are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():  # said of `path` now, not of the temporary name later
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
