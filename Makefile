@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help env demo test vllm test-vllm preset ablation decoding-study smoke checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation decoding-study smoke test-faults checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,7 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
 test: env  ## run the test-suite
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm"
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
 
 vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server (once; 3.5 GB on CPU)
 
@@ -54,6 +54,9 @@ test-vllm: env vllm  ## test the vLLM engine against real servers
 
 smoke: env  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
+
+test-faults: env  ## kill the graph of the smoke profile at 20 places and compare the results (half an hour)
+	OMP_NUM_THREADS=1 pytest -s tests/graph/test_kill.py
 
 checks: env  ## lint and type-check
 	ruff check

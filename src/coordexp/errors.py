@@ -34,6 +34,10 @@ class TrainingError(CoordExpError):
     """Training cannot go on: a loss is not finite, or a rollout engine failed."""
 
 
+class BusyError(CoordExpError):
+    """Another process is at the same work."""
+
+
 class Interrupted(CoordExpError):
     """The stage was asked to stop and saved its state; running it again resumes."""
 

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from coordexp.config.block import Block, expectation, field_specs, nested_block
 from coordexp.config.loading import load_params, load_profile, read_yaml
-from coordexp.config.profile import DatasetConfig, DatasetsProfile, Profile
+from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import COORD_TERMS, Params
 from coordexp.errors import ConfigError
@@ -338,6 +338,23 @@ def test_data_sets_are_read_by_name(tmp_path: Path) -> None:
     profile = load_profile(written(tmp_path / "sets.yaml", with_value(tree, "records.dev_images", 10**6)))
     assert isinstance(profile, DatasetsProfile)
     assert profile.source.sets == {"coco": DatasetConfig(**COCO_SET)}
+
+
+DATASET_LEAVES = [
+    *((f"source.{name}", field) for name, field in DatasetsConfig.model_fields.items() if name != "sets"),
+    *((f"source.sets.coco.{name}", field) for name, field in DatasetConfig.model_fields.items()),
+]
+
+
+@pytest.mark.parametrize(("key", "field"), DATASET_LEAVES, ids=[key for key, _ in DATASET_LEAVES])
+def test_every_key_of_a_data_set_can_be_wrong_in_every_way(tmp_path: Path, key: str, field: FieldInfo) -> None:
+    for value in [*wrong_types(field), *out_of_range(field)]:
+        message = datasets_error(tmp_path, {key: value})
+        assert f"  {key}: found " in message, value
+        assert f", expected {expectation(field)}." in message, value
+    if key != "source.kind":  # without it, the source would be read as composed scenes
+        assert f"  {key}: missing, expected {expectation(field)}." in datasets_error(tmp_path, {key: ...})
+    assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean" in datasets_error(tmp_path, {f"{key}_": 0.25})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import pytest
 
 from coordexp.config.loading import load_profile
 from coordexp.config.process import StageContext, stage_main, tune_allocator
-from coordexp.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from coordexp.errors import BusyError, CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -41,7 +45,12 @@ def failing(error: BaseException) -> Callable[[StageContext], None]:
         (CheckpointError("runs/x: no config.json"), 2, "error: runs/x: no config.json"),
         (TrainingError("the loss is not finite"), 1, "error: the loss is not finite"),
         (Interrupted("saved step 3 of 8"), 75, "interrupted: saved step 3 of 8"),
-        (KeyboardInterrupt(), 75, "interrupted: stopped from the keyboard"),
+        (KeyboardInterrupt(), 75, "interrupted: stopped by a signal"),
+        (BusyError("x: another process works in it"), 2, "error: x: another process works in it"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: cannot be written: No space left"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "error: a/b: cannot be written: Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "error: a/b: cannot be written: Permission"),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: an output of this stage: cannot be written: Input"),
     ],
 )
 def test_errors_a_user_can_mend_become_one_message(
@@ -49,6 +58,24 @@ def test_errors_a_user_can_mend_become_one_message(
 ) -> None:
     assert stage_main(failing(error), ["--params", str(params_file)]) == code
     assert capsys.readouterr().err.startswith(prefix)
+
+
+def test_sigterm_ends_a_stage_as_ctrl_c_does(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(context: StageContext) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    assert stage_main(run, ["--params", str(params_file)]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_faults_of_the_system_are_bugs(params_file: Path) -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    with pytest.raises(FileNotFoundError):
+        stage_main(failing(missing), ["--params", str(params_file)])
 
 
 def test_a_bug_keeps_its_traceback(params_file: Path) -> None:

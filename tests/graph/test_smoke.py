@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS
+from smoke_clone import STAGES, Clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]  # one worker: the clone is made once
 
-STAGES = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "stage1-control", "coco-eval", "report")
 AFTER_STAGE_2 = {"stage2", "coco-eval", "report"}
-
-
-@dataclass(frozen=True, slots=True)
-class Clone:
-    """A temporary repository with this working tree as its only commit, and the smoke profile chosen."""
-
-    root: Path
-    home: Path
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the clone as a user with an empty home would; stderr is merged into stdout."""
-        environment = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(self.home),
-            "DVC_SITE_CACHE_DIR": str(self.home / "dvc"),
-            "DVC_NO_ANALYTICS": "1",
-            "OMP_NUM_THREADS": "1",
-            "GIT_AUTHOR_NAME": "test",
-            "GIT_AUTHOR_EMAIL": "test@localhost",
-            "GIT_COMMITTER_NAME": "test",
-            "GIT_COMMITTER_EMAIL": "test@localhost",
-        }
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-
-    def succeed(self, *command: str) -> str:
-        done = self.run(*command)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}"
-        return done.stdout
-
-    def commit(self, message: str) -> None:
-        self.succeed("git", "add", "--all")
-        self.succeed("git", "commit", "--quiet", "--message", message)
 
 
 def ran(output: str) -> set[str]:
@@ -69,38 +22,6 @@ def ran(output: str) -> set[str]:
 
 def unchanged(output: str) -> set[str]:
     return set(re.findall(r"Stage '([^':]+)' didn't change, skipping", output))  # a colon: of another dvc.yaml
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Clone:
-    """The clone before its first run."""
-    copy = Clone(tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("home"))
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (source := repository / name).is_file():  # a file deleted but not yet committed is listed too
-            target = copy.root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
-    params = copy.root / "params.yaml"
-    params.write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params.read_text()))
-    (copy.root / "dvc.lock").unlink(missing_ok=True)  # it names another profile's outputs
-    copy.succeed("git", "init", "--quiet", "--initial-branch", "main")
-    copy.commit("working tree")
-    return copy
-
-
-@pytest.fixture(scope="module")
-def reproduced(clone: Clone) -> str:
-    """The output of the first `dvc repro`; its results are committed."""
-    output = clone.succeed("dvc", "repro")
-    clone.commit("smoke results")
-    return output
 
 
 def test_every_stage_runs_and_leaves_a_report(clone: Clone, reproduced: str) -> None:

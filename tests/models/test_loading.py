@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coordexp.errors import CheckpointError
-from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.loading import METADATA, checkpoint_hashes, load_checkpoint, save_checkpoint
 from helpers import new_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -93,3 +94,65 @@ def test_weights_of_another_shape_are_named(folder):
     config = json.loads((folder / "config.json").read_text())
     change_config(folder, text_config=config["text_config"] | {"intermediate_size": 64})
     refused(folder, "first model.language_model.layers.0.mlp.down_proj.weight)")
+
+
+def record_hashes(folder: Path) -> None:
+    (folder / METADATA).write_text(json.dumps({"files": checkpoint_hashes(folder)}))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_file_that_training_did_not_write_is_refused(folder, name):
+    record_hashes(folder)
+    load_checkpoint(folder, 4096, 16384)
+    content = (folder / name).read_bytes()
+    # A byte of the weights, or in text a space that changes nothing but the hash.
+    (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
+    refused(folder, f"but {METADATA} records")
+
+
+def test_a_recorded_file_that_is_gone_is_refused(folder):
+    record_hashes(folder)
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "tokenizer.json: sha256 no file")
+
+
+def edit_tokenizer(folder: Path, edit) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    edit(content["added_tokens"])
+    path.write_text(json.dumps(content))
+
+
+def position(added: list[dict], token: str) -> int:
+    return next(i for i, entry in enumerate(added) if entry["content"] == token)
+
+
+def drop(added: list[dict]) -> None:
+    del added[position(added, "<|coord_500|>")]
+
+
+def swap(added: list[dict]) -> None:
+    first, second = position(added, "<|coord_7|>"), position(added, "<|coord_8|>")
+    added[first]["content"], added[second]["content"] = added[second]["content"], added[first]["content"]
+
+
+def double(added: list[dict]) -> None:
+    added.append(added[position(added, "<|coord_7|>")] | {"id": added[-1]["id"] + 1})
+
+
+@pytest.mark.parametrize("edit", [drop, swap, double], ids=["lacking", "other order", "twice"])
+def test_a_tokenizer_with_other_coordinate_tokens_is_refused(folder, edit):
+    edit_tokenizer(folder, edit)
+    with pytest.raises(CheckpointError, match=r"coord_\d+\|>|coordinate token ids"):
+        load_checkpoint(folder, 4096, 16384)
+
+
+def test_code_in_a_model_folder_is_not_run(folder, tmp_path):
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    change_config(folder, auto_map={"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"})
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    with suppress(CheckpointError):  # refused or ignored, but not run
+        load_checkpoint(folder, 4096, 16384)
+    assert not ran.exists()

@@ -44,6 +44,10 @@ def lose_a_step(logs: Any) -> None:
     logs["stage1"].step_S[3] = 2
 
 
+def lose_mass(logs: Any) -> None:
+    logs["stage2"].columns["coord_diag/coord_vocab_mass_mean"] *= 0.5
+
+
 def raise_softce(logs: Any) -> None:
     logs["stage2"].columns["raw/softce"] += 0.5
 
@@ -56,6 +60,8 @@ WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
     [
         ("metrics.json counts", "metrics", set_in("stage2", "f1", "tp_50", to=1)),
         ("At least 99 % of the answers", "metrics", set_in("stage2", "parse", "parse_rate", to=0.5)),
+        ("Every checkpoint found something", "metrics", set_in("stage1", "coco", "n_pred", to=0)),
+        ("Where a coordinate belongs", "logs", lose_mass),
         ("Every step is logged once", "logs", lose_a_step),
         ("softCE minus KL", "logs", raise_softce),
         ("The control trained on as much", "metadata", set_in("stage1-control", "tokens", to=5)),

@@ -11,6 +11,7 @@ import torch
 from coordexp.packing.collator import teacher_segment
 from coordexp.rollout.engine import DecodeSettings
 from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.journal import Journal
 from helpers import new_checkpoint
 
 GREEDY = DecodeSettings(max_new_tokens=10, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=17)
@@ -38,6 +39,34 @@ def test_batched_equals_one_by_one(world, checkpoint, one_by_one, batch_images):
     assert lengths != sorted(lengths)
     assert len({tuple(ids) for ids in one_by_one}) > 1  # the answers do depend on the image
     assert answers(HfEngine(checkpoint, world.root, batch_images).generate(world.samples, GREEDY)) == one_by_one
+
+
+class Killed(BaseException):
+    """Stands for `kill -9` in the middle of a batch."""
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_path, monkeypatch, settings):
+    undisturbed = answers(HfEngine(checkpoint, world.root, 2).generate(world.samples, settings))
+    original, batches = HfEngine._run, []
+
+    def run(self, samples, *rest):
+        batches.append(len(samples))
+        if len(batches) == 3:
+            raise Killed
+        return original(self, samples, *rest)
+
+    monkeypatch.setattr(HfEngine, "_run", run)
+    journal = Journal(tmp_path / "generations.jsonl")
+    engine = HfEngine(checkpoint, world.root, 2, journal)
+    with pytest.raises(Killed):
+        engine.generate(world.samples, settings)
+    assert len(journal.read()) == 4
+    whole = (tmp_path / "generations.jsonl").read_text()
+    (tmp_path / "generations.jsonl").write_text(whole[:-20])  # the write that the kill cut
+    assert answers(engine.generate(world.samples, settings)) == undisturbed
+    assert len(batches) == 3 + 2  # the batch of the cut line and the third one
+    assert answers(engine.generate(world.samples, replace(settings, max_new_tokens=5))) != undisturbed
 
 
 def test_the_order_of_the_samples_does_not_matter(world, checkpoint, one_by_one):

@@ -64,6 +64,9 @@ class SmallTask:
             loss = self.model(ids) / 2
             yield MicroBatch(loss, {f"loss/half{half}": float(loss.detach()), "samples": 3})
 
+    def items(self, step: int):
+        return {"images": [step]}
+
 
 def run(folder: Path, settings: LoopSettings = SETTINGS, on_step=lambda step: None) -> nn.Module:
     """Train a new small model in this folder, resuming from whatever lies there."""
@@ -176,18 +179,39 @@ def test_a_signal_in_the_last_step_lets_it_finish(tmp_path, uninterrupted):
     assert torch.equal(weights(run(tmp_path, on_step=raise_at(STEPS - 1, terminate))), uninterrupted[0])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_loss_stops_with_its_terms(tmp_path, value):
-    class Broken(SmallTask):
-        def micro_batches(self, step: int):
-            for micro in super().micro_batches(step):
-                yield replace(micro, loss=micro.loss * value) if step == 2 else micro
+class Spoiled(SmallTask):
+    """Its second micro-batch of step 2 is not finite, in the loss itself or only in its gradient."""
 
-    model = Small()
-    with pytest.raises(TrainingError, match=r"loss of step 2 is (nan|inf); terms: .*loss/half0"):
-        train(model, Broken(model), SETTINGS, tmp_path / "state", tmp_path / "log.jsonl")
+    def __init__(self, model: nn.Module, spoil) -> None:
+        super().__init__(model)
+        self.spoil = spoil
+
+    def micro_batches(self, step: int):
+        for half, micro in enumerate(super().micro_batches(step)):
+            yield replace(micro, loss=self.spoil(micro.loss)) if (step, half) == (2, 1) else micro
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda loss: loss * math.nan, "the loss is nan; terms: .*loss/half1"),
+        (lambda loss: loss * math.inf, "the loss is inf; terms: .*loss/half1"),
+        (lambda loss: loss + (loss - loss.detach()).abs().sqrt(), "the norm of the gradient is nan"),
+    ],
+    ids=["nan", "inf", "gradient"],
+)
+def test_what_is_not_finite_stops_and_can_be_replayed(tmp_path, uninterrupted, spoil, words):
+    model, state = Small(), tmp_path / "state"
+    torch.manual_seed(1)
+    with pytest.raises(TrainingError, match=f"step 2: {words}"):
+        train(model, Spoiled(model, spoil), SETTINGS, state, tmp_path / "log.jsonl")
     assert [row["step"] for row in log_rows(tmp_path)] == [0, 1]
     assert torch.isfinite(weights(model)).all()
+    kept = json.loads((state / "failed-process-0.json").read_text())
+    assert (kept["step"], kept["items"]) == (2, {"images": [2]})
+    assert load_state(state).step == 2
+    assert torch.isfinite(weights(run(tmp_path))).all()  # with what spoiled it mended, the run goes on
+    assert [row["step"] for row in log_rows(tmp_path)] == list(range(STEPS))
 
 
 def test_rows_of_the_log(uninterrupted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordexp.errors import Interrupted
+from coordexp.config.files import only_process
+from coordexp.errors import BusyError, CheckpointError, Interrupted
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import write_rollouts
+from coordexp.training import session
 from coordexp.training.session import summarise_log, write_curve
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -164,6 +167,68 @@ def test_other_inputs_start_over(ready, stop_in_step):
     stop_in_step(0)
     with pytest.raises(Interrupted, match="after step 1 of 4"):
         train(ready, "stage2")
+
+
+def test_other_code_starts_over(ready, stop_in_step, monkeypatch):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    monkeypatch.setattr(session, "code_hash", lambda layers: "edited")
+    stop_in_step(0)
+    with pytest.raises(Interrupted, match="after step 1 of 4"):
+        train(ready, "stage1")
+
+
+def test_other_images_start_over(ready, stop_in_step):
+    for step, manifest in ((1, "{}"), (0, '{"sets": {}}')):
+        (ready.paths.raw / "manifest.json").write_text(manifest)
+        stop_in_step(step)
+        with pytest.raises(Interrupted, match=f"after step {step + 1} of 4"):
+            train(ready, "stage1")
+
+
+def test_two_runs_of_one_session_do_not_share_its_state(ready, stop_in_step):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    (state,) = (ready.paths.root / ".resume").iterdir()
+    stop_in_step(None)
+    with only_process(state), pytest.raises(BusyError, match="another process works in it"):
+        train(ready, "stage1")
+    assert train(ready, "stage1")["steps"] == STEPS
+
+
+def test_a_damaged_state_is_named(ready, stop_in_step):
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    (state,) = (ready.paths.root / ".resume").iterdir()
+    content = (state / "state.pt").read_bytes()
+    for damaged in (content[:1000], b"", b"x" * 1000):
+        (state / "state.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"delete {state} to start"):
+            train(ready, "stage1")
+
+
+def test_a_full_disk_stops_with_its_name_and_damages_nothing(ready, stop_in_step):
+    """The limit on file sizes is what a full disk is to one file; the weights do not fit under it."""
+    train(ready, "stage1")
+    out = ready.paths.run("stage1")
+    before = weights(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):  # the checkpoint
+            train(ready, "stage1")
+        stop_in_step(1)
+        with pytest.raises(OSError, match="File too large"):  # the resume state
+            train(ready, "stage1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+    stop_in_step(None)
+    assert train(ready, "stage1")["steps"] == STEPS  # with room again
+    assert not list(out.parent.glob("*.tmp"))
 
 
 def test_what_a_stage_leaves_behind(ready):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,10 @@ MALLOPT = {
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),
 }
+
+
+# Faults of the disk, not of the program.
+WRITE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +90,33 @@ def stage_main(run: Callable[[StageContext], None], argv: Sequence[str] | None =
     """
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
+    # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
+    on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(_context(run, argv))
     except Interrupted as error:
         return _fail(f"interrupted: {error}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail("interrupted: stopped from the keyboard; run the same command again.", EXIT_INTERRUPTED)
+        return _fail("interrupted: stopped by a signal; run the same command again.", EXIT_INTERRUPTED)
     except TrainingError as error:
         return _fail(f"error: {error}", EXIT_BUG)
     except CoordExpError as error:
         return _fail(f"error: {error}", EXIT_USAGE)
+    except OSError as error:
+        if error.errno not in WRITE_FAULTS:
+            raise
+        return _fail(f"error: {_write_fault(error)}", EXIT_USAGE)
+    finally:
+        signal.signal(signal.SIGTERM, on_terminate)
     return EXIT_DONE
+
+
+def _write_fault(error: OSError) -> str:
+    where = error.filename or "an output of this stage"
+    return (
+        f"{where}: cannot be written: {error.strerror}. Nothing was recorded, and what was there before is unharmed. "
+        "Make room, or make the folder writable, and run the same command again: it goes on from the last saved state."
+    )
 
 
 def _context(run: Callable[[StageContext], None], argv: Sequence[str] | None) -> StageContext:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from coordexp.config.files import write_text
+
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
 
 
@@ -33,6 +35,22 @@ def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
     for path in sorted(inputs):
         digest.update(f"{path.name}:{file_hash(path)}".encode())
     return digest.hexdigest()[:12]
+
+
+def code_hash(layers: Iterable[str]) -> str:
+    """First 16 hex digits over the Python files of some layers: an edit there must not reuse what older code made."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for layer in sorted(layers):
+        for path in sorted((package / layer).rglob("*.py")):
+            digest.update(f"{path.relative_to(package)}:{file_hash(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def image_inputs(raw: Path) -> dict[str, Path]:
+    """The file of the raw stage that names and hashes what training looks at, if it wrote one."""
+    found = [raw / name for name in ("images.parquet", "manifest.json") if (raw / name).is_file()]
+    return {"images": found[0]} if found else {}
 
 
 def resume_folder(stage: str, key: str) -> Path:
@@ -78,6 +96,5 @@ def _versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a newline at the end; parents are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Indented JSON with a newline at the end, whole or not at all; parents are made."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -141,8 +141,8 @@ class MiniLM:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
-        model = AutoModel.from_pretrained(self.folder).eval()
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True).eval()
         vectors = []
         for first in range(0, len(texts), _BATCH_TEXTS):
             batch = tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
 from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
@@ -64,6 +65,4 @@ def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
     """Recall and precision at IoU 0.5 as TSV, the table that `dvc plots` draws."""
     curve = evaluation.pr_curve
     rows = zip(curve["recall"], curve["precision_50"], strict=True)
-    out = paths.curve("pr")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("recall\tprecision\n" + "".join(f"{r:.2f}\t{p:.4f}\n" for r, p in rows), encoding="utf-8")
+    write_text(paths.curve("pr"), "recall\tprecision\n" + "".join(f"{r:.2f}\t{p:.4f}\n" for r, p in rows))

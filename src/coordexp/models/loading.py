@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,14 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from coordexp.config.provenance import file_hash
 from coordexp.errors import CheckpointError
 from coordexp.models.pixel_format import pixel_spec
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
+METADATA = "run_metadata.json"
 MODEL_TYPE = Qwen3VLConfig.model_type
 
 
@@ -41,11 +47,13 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
 
     Raises:
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
-            damaged or not those of its config, or its coordinate tokens are broken.
+            damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, or a
+            file is not the one that training wrote.
     """
     _check_files(folder)
+    _check_hashes(folder)
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _load_tokenizer(folder)
     model = _load_model(folder, dtype)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     return Checkpoint(model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels), coord)
@@ -69,6 +77,52 @@ def _check_files(folder: Path) -> None:
         )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
+
+
+def _check_hashes(folder: Path) -> None:
+    """Compare the files with the hashes that training recorded; a checkpoint from elsewhere records none."""
+    path = folder / METADATA
+    recorded = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.is_file() else {}
+    for name, expected in recorded.items():
+        found = file_hash(folder / name) if (folder / name).is_file() else "no file"
+        if found != expected:
+            raise CheckpointError(
+                f"{folder / name}: sha256 {found}, but {METADATA} records {expected}. Expected the file that training "
+                f"wrote: copy the checkpoint again, or delete {METADATA} if the change is yours."
+            )
+
+
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of the files that decide what a checkpoint answers, for its `run_metadata.json`."""
+    decisive = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    return {path.name: file_hash(path) for path in sorted(decisive)}
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded ({error}). Expected tokenizer files of Qwen3-VL that need no "
+            "code of their own; take them from the checkpoint that the model came from."
+        ) from error
+    _check_added_tokens(folder / "tokenizer.json")
+    return tokenizer
+
+
+def _check_added_tokens(path: Path) -> None:
+    """Refuse a token with two ids: which one a library takes is its own affair, and no two agree."""
+    if not path.is_file():
+        return
+    tokens = [token["content"] for token in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]]
+    twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
+    if twice:
+        raise CheckpointError(
+            f"{path}: {len(twice)} added tokens stand there twice (first: {twice[0]}). Expected one id for each; "
+            "rebuild it from a tokenizer without them."
+        )
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
@@ -101,5 +155,10 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
 def save_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a plain checkpoint that Hugging Face and vLLM load without code of ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        if number := _OS_ERROR.search(str(error)):  # the disk is full, or not writable
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        raise
     tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ P patches, I images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +148,13 @@ class Collator:
             n_segments=len(segments),
             n_tokens=sum(s.length for s in segments),
         )
+
+    def idle(self, segment: Segment) -> PackedBatch:
+        """A batch of this segment alone in which nothing is supervised and nothing is counted."""
+        nothing = np.zeros(len(segment.answer_ids), np.float32)
+        no_tokens, no_targets = np.empty((0, 4), np.int64), np.empty((0, 4), np.float32)
+        bare = Segment(segment.sample, segment.answer_ids, segment.answer_roles, nothing, no_tokens, no_targets)
+        return replace(self.layout([bare], [[0]]), n_segments=0, n_tokens=0)
 
     def _load(self, sample: Sample) -> NDArray[np.uint8]:
         return load_sample_rgb(self._image_root, sample.image, sample.resized_width, sample.resized_height)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coordexp.config.files import replacing
 from coordexp.packing.planner import PackPlan
 
 
@@ -16,7 +17,8 @@ def write_plan(path: Path, plan: PackPlan) -> None:
     """Write the plan as parquet."""
     packs = np.repeat(np.arange(len(plan.packs)), [len(p) for p in plan.packs])
     samples = np.concatenate([np.asarray(p) for p in plan.packs])
-    pq.write_table(pa.table({"pack": packs.astype(np.int32), "sample": samples.astype(np.int32)}), path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.table({"pack": packs.astype(np.int32), "sample": samples.astype(np.int32)}), temporary)
 
 
 def read_packs(path: Path) -> list[list[int]]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from coordexp.config.files import replacing
 from coordexp.geometry.bins import encode_boxes
 from coordexp.geometry.boxes import as_boxes
 from coordexp.packing.pixels import PixelSpec, resized_size
@@ -109,7 +110,7 @@ def write_split(
 ) -> PreparedCounts:
     """Prepare every record and write the parquet file of one split."""
     samples = objects = tokens = longest = collapsed = 0
-    with SampleWriter(path) as writer:
+    with replacing(path) as temporary, SampleWriter(temporary) as writer:
         for record, task in zip(records, tasks, strict=False):
             sample = preparer.prepare(record, task)
             writer.add(sample)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coordexp.config.files import replacing
 from coordexp.errors import DataError
 
 Box = tuple[float, float, float, float]
@@ -164,7 +165,7 @@ def read_results(path: Path) -> Iterator[ImageResult]:
 def write_results(path: Path, results: Iterable[ImageResult]) -> int:
     """Write one line per image and return their number."""
     count = 0
-    with path.open("w", encoding="utf-8") as out:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for result in results:
             out.write(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
             count += 1

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coordexp.config.files import replacing
 from coordexp.config.profile import NO_SPLIT, DatasetConfig
 from coordexp.config.provenance import file_hash, write_json
 from coordexp.errors import DataError
@@ -49,7 +50,8 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
         names = {str(image) for split in SPLITS for image in _image_names(described[name], split)}
         facts[name] = inspect_all(root, names, decode, workers)
         described[name] |= _summary(described[name], facts[name].values())
-    pq.write_table(_table(facts), folder / IMAGES, compression="zstd")
+    with replacing(folder / IMAGES) as temporary:
+        pq.write_table(_table(facts), temporary, compression="zstd")
     manifest = {"sets": described}
     write_json(folder / MANIFEST, manifest)
     image_roots.cache_clear()

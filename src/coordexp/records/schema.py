@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coordexp.config.files import replacing
 from coordexp.errors import DataError, closest
 from coordexp.geometry.bins import COORD_PATTERN, decode_norm
 
@@ -192,7 +193,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def write_records(path: Path, records: Iterable[Record]) -> int:
     """Write records as JSONL and return their number."""
     count = 0
-    with path.open("w", encoding="utf-8") as out:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for record in records:
             out.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
             count += 1

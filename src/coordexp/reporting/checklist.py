@@ -19,6 +19,7 @@ from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
 from coordexp.reporting.verdicts import Verdict, difference_from
 
 PARSE_RATE = 0.99
+COORD_MASS = 0.95
 CONTROL_SHARE = 0.9  # of the tokens of stage 2 that the control must have trained on
 FLOOR_TOLERANCE = 0.05  # borders cut the target, so its entropy is a little lower there
 
@@ -48,6 +49,8 @@ def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[C
         _counts_agree,
         _one_decode,
         _answers_parse,
+        _answers_hold_objects,
+        _coordinate_mass_holds,
         _logs_are_whole,
         _softce_above_floor,
         _schedule_realised,
@@ -101,6 +104,22 @@ def _answers_parse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> 
     evidence = ", ".join(f"{name} {number(rate)}" for name, rate in rates.items())
     claim = f"At least {percent(PARSE_RATE)} of the answers parse whole"
     return Check(claim, min(rates.values()) >= PARSE_RATE, evidence)
+
+
+def _answers_hold_objects(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    found = {name: metric(data.metrics, name, "coco.n_pred") or 0 for name in CHECKPOINTS}
+    evidence = ", ".join(f"{name} {count:,.0f} boxes" for name, count in found.items())
+    return Check("Every checkpoint found something", min(found.values()) > 0, evidence)
+
+
+def _coordinate_mass_holds(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    claim = f"Where a coordinate belongs, at least {percent(COORD_MASS)} of the probability is on coordinate tokens"
+    ends = {name: data.logs[name].ends("coord_diag/coord_vocab_mass_mean") for name in TRAINED}
+    masses = {name: values[1] for name, values in ends.items() if values}
+    if not masses:
+        return Check(claim, None, "not logged")
+    evidence = ", ".join(f"{name} {number(mass)} at the end" for name, mass in masses.items())
+    return Check(claim, min(masses.values()) >= COORD_MASS, evidence)
 
 
 def _logs_are_whole(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.rollout.hf_constraints import GrammarProcessor
+from coordexp.rollout.journal import Journal, request_key
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.prompts import expand_image
@@ -25,13 +27,24 @@ from coordexp.text.vocabulary import token_id
 log = logging.getLogger(__name__)
 
 
+def batch_keys(samples: Sequence[Sample], settings: DecodeSettings, first: int) -> list[str]:
+    """A journal key for each answer of a batch. The whole batch is in it: padding and draws depend on its company."""
+    own = [request_key(sample, settings) for sample in samples]
+    company = hashlib.sha256(f"{first}:{own}".encode()).hexdigest()[:16]
+    return [f"{company}-{key}" for key in own]
+
+
 class HfEngine:
     """Runs `generate` on the model in memory; the weights are used as they are at the time of the call."""
 
-    def __init__(self, checkpoint: Checkpoint, image_root: Path, batch_images: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, image_root: Path, batch_images: int, journal: Journal | None = None
+    ) -> None:
+        """With a journal, finished batches survive an interruption; without one, nothing is kept."""
         self._checkpoint = checkpoint
         self._image_root = image_root
         self._batch_images = batch_images
+        self._journal = journal
         self._end_id = token_id(checkpoint.tokenizer, END_OF_TURN)
         self._pad_id = int(checkpoint.tokenizer.pad_token_id)
 
@@ -39,6 +52,7 @@ class HfEngine:
         """One generation per sample; batches hold prompts of similar length, results keep the samples' order."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
         results: dict[int, Generation] = {}
+        done = self._journal.read() if self._journal else {}
         grammar = AnswerGrammar(self._checkpoint.tokenizer, settings.constraints) if settings.constraints else None
         model = self._checkpoint.model
         was_training = model.training
@@ -46,14 +60,24 @@ class HfEngine:
         started = time.monotonic()
         for first in range(0, len(order), self._batch_images):
             chunk = order[first : first + self._batch_images]
-            torch.manual_seed(settings.seed + first)
-            with torch.autocast(model.device.type, enabled=False):  # also when asked from within a training step
-                results |= zip(chunk, self._run([samples[i] for i in chunk], settings, grammar), strict=True)
+            batch = [samples[i] for i in chunk]
+            keys = batch_keys(batch, settings, first)
+            if not done.keys() >= set(keys):
+                torch.manual_seed(settings.seed + first)
+                with torch.autocast(model.device.type, enabled=False):  # also when asked from within a training step
+                    done |= zip(keys, self._run(batch, settings, grammar), strict=True)
+                self._keep(keys, done)
+            results |= zip(chunk, (done[key] for key in keys), strict=True)
             tokens = sum(len(g.ids) for g in results.values())
             rate = tokens / (time.monotonic() - started)
             log.info("generated %d of %d images, %.0f tokens/s", len(results), len(samples), rate)
         model.train(was_training)
         return [results[i] for i in range(len(samples))]
+
+    def _keep(self, keys: Sequence[str], done: Mapping[str, Generation]) -> None:
+        if self._journal:
+            for key in keys:
+                self._journal.append(key, done[key])
 
     @torch.inference_mode()
     def _run(

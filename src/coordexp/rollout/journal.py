@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Journal:
         with self._lock, self._path.open("a", encoding="utf-8") as out:
             # A cut line of an earlier run must not swallow this one.
             out.write(("\n" if _ends_mid_line(self._path) else "") + json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
 
     def remove(self) -> None:
         """Forget everything: the run is complete."""

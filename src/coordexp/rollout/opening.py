@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import fingerprint, resume_folder
+from coordexp.config.provenance import code_hash, fingerprint, resume_folder
 from coordexp.models.loading import Checkpoint
 from coordexp.rollout.engine import Engine
 from coordexp.rollout.hf_engine import HfEngine
@@ -16,6 +16,8 @@ from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
 
+# What decides the contents of a decode; an edit there must not reuse older answers.
+DECODE_LAYERS = ("models", "packing", "rollout", "text", "geometry")
 START = ("start",)  # value of rollout.servers
 
 
@@ -29,11 +31,12 @@ def open_engine(
     Answers are kept until the block ends without an error, so that a failed run goes on from them.
     """
     settings = profile.rollout
-    if settings.engine == "hf":
-        yield HfEngine(checkpoint, image_root, batch_images)
-        return
-    key = fingerprint({}, sorted(folder.glob("*.safetensors")))
+    key = fingerprint({"code": code_hash(DECODE_LAYERS)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
+    if settings.engine == "hf":
+        yield HfEngine(checkpoint, image_root, batch_images, journal)
+        journal.remove()
+        return
 
     def engine(urls: tuple[str, ...]) -> VllmEngine:
         pool = ServerPool(urls, settings.timeout_seconds, settings.tries)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordexp.config.files import replacing
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.matching.assign import MatchResult, match
 from coordexp.matching.names import name_distance
@@ -79,7 +80,7 @@ def _match_objects(objects: Sequence[RolloutObject], sample: Sample, settings: M
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON line per rollout."""
-    with path.open("w", encoding="utf-8") as out:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for rollout in rollouts:
             out.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import file_hash, fingerprint, resume_folder, write_json
+from coordexp.config.provenance import code_hash, file_hash, fingerprint, resume_folder, write_json
 from coordexp.config.schema import Params
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
@@ -27,12 +28,15 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.opening import open_engine
+from coordexp.rollout.opening import DECODE_LAYERS, open_engine
 from coordexp.rollout.records import Rollout, match_rollout, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
 from coordexp.text.prompts import prompt_ids
 from coordexp.text.symbols import TokenTable
+
+log = logging.getLogger(__name__)
+MOST_UNUSABLE = 0.1
 
 
 def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeSettings:
@@ -133,7 +137,21 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     write_rollouts(out / "rollouts.jsonl", rollouts)
     summary = rollout_summary(samples, rollouts, results) | {"seconds": round(time.monotonic() - started, 1)}
     write_json(out / "summary.json", summary)
+    warn_of_unusable(summary)
     return summary
+
+
+def warn_of_unusable(summary: Mapping[str, Any]) -> None:
+    """Say loudly that channel B will find little to train on."""
+    if summary["unusable"] > MOST_UNUSABLE * summary["images"]:
+        log.warning(
+            "%d of %d rollouts do not parse: channel B falls back to ground truth for them. Expected nearly none: "
+            "train stage 1 longer, or set decode.grammar.",
+            summary["unusable"],
+            summary["images"],
+        )
+    if summary["n_pred"] == 0:
+        log.warning("the rollouts hold no object at all: matching finds nothing, and channel B only appends misses.")
 
 
 def rollout_summary(
@@ -201,7 +219,7 @@ def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder:
         "engine": profile.rollout.engine,
         "names": allowed_names(params, paths),
         "seed": params.seed,
-        "code": code_hash(),
+        "code": code_hash(DECODE_LAYERS),
     }
     inputs = [folder / "model.safetensors", paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
@@ -257,14 +275,3 @@ def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
     """The samples with the prompt as this checkpoint's own tokenizer writes it (it may lack the coordinate tokens)."""
     prompt = prompt_ids(checkpoint.tokenizer)
     return [replace(sample, prompt_ids=prompt) for sample in samples]
-
-
-def code_hash() -> str:
-    """Hash of the sources that decide what a decode contains; an edit there must not reuse older predictions."""
-    package = Path(__file__).parents[1]
-    files = [
-        p
-        for part in ("models", "packing", "rollout", "text", "geometry")
-        for p in sorted((package / part).glob("*.py"))
-    ]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from coordexp.config.profile import Profile
 from coordexp.config.schema import CoordWeights, Params
 from coordexp.errors import CheckpointError
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator
+from coordexp.packing.shares import Share
 from coordexp.text.codecs import AnswerEncoder, get_codec
+from coordexp.training.distributed import world
 from coordexp.training.objective_step import Annealing, Objective
 from coordexp.training.schedule import ramp
 from coordexp.training.soft_context import SoftContext
@@ -35,6 +38,11 @@ def make_collator(checkpoint: Checkpoint, image_root: Path, pack_tokens: int) ->
         checkpoint.tokenizer.pad_token_id,
         pack_tokens,
     )
+
+
+def own_share(profile: Profile) -> Share:
+    """The rows of every step that this process runs."""
+    return Share(world().rank, world().size, profile.launch.rows_per_forward)
 
 
 def make_encoder(params: Params, checkpoint: Checkpoint) -> AnswerEncoder:

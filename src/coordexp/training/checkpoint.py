@@ -1,9 +1,8 @@
-"""Resume state and final checkpoints: written under a temporary name, then renamed, so that no half file is read."""
+"""The resume state of a training run: one file, replaced whole, that holds everything the next step depends on."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,50 +11,67 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from coordexp.config.files import replacing
+from coordexp.errors import CheckpointError
+
 STATE_NAME = "state.pt"
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """Where training stood: the next step to run, and everything that step depends on."""
+    """Where training stood: the next step to run, weights, optimizer, and the random generators (CPU, each GPU)."""
 
     step: int
     model: dict[str, Any]
     optimizer: dict[str, Any]
     torch_rng: torch.Tensor
+    cuda_rng: list[torch.Tensor]
 
-
-def fsync_file(path: Path) -> None:
-    """Flush a file to the disk, so that the rename that follows never exposes an empty one."""
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put everything back to where it stood."""
+        model.load_state_dict(self.model)
+        optimizer.load_state_dict(self.optimizer)
+        torch.set_rng_state(self.torch_rng)
+        if self.cuda_rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.cuda_rng)
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Replace the resume state of a run atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Replace the resume state of a run, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; the state before this one is still there.
+    """
     state = {
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    temporary = folder / f"{STATE_NAME}.tmp"
-    torch.save(state, temporary)
-    fsync_file(temporary)
-    temporary.replace(folder / STATE_NAME)
+    with replacing(folder / STATE_NAME) as temporary, temporary.open("wb") as out:
+        try:
+            torch.save(state, out)
+        except RuntimeError as error:
+            # torch's writer notices at its end that bytes are missing, and hides why.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def load_state(folder: Path) -> ResumeState | None:
-    """The resume state of a run, or None if there is none. Tensors only: nothing in it is executed."""
+    """The resume state of a run, or None if there is none. Tensors only: nothing in it is executed.
+
+    Raises:
+        CheckpointError: the file is damaged; it was written whole, so the disk or another program changed it.
+    """
     path = folder / STATE_NAME
     if not path.is_file():
         return None
-    return ResumeState(**torch.load(path, map_location="cpu", weights_only=True))
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Move a finished folder into place, removing an older one."""
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
+    try:
+        return ResumeState(**torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError, TypeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: the resume state cannot be read ({error}). Expected what an interrupted run saved; delete "
+            f"{folder} to start this stage at step 0."
+        ) from error

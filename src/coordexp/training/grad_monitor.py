@@ -1,4 +1,7 @@
-"""How hard each term of the objective pulls, and whether it pulls with the text loss or against it."""
+"""How hard each term of the objective pulls, and whether it pulls with the text loss or against it.
+
+Of a step that is split over several forwards or processes, the log holds what the first forward of the main one found.
+"""
 
 from __future__ import annotations
 

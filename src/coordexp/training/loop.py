@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from coordexp.config.files import write_text
+from coordexp.config.provenance import write_json
 from coordexp.errors import Interrupted, TrainingError
 from coordexp.training.checkpoint import load_state, save_state
+from coordexp.training.distributed import any_process, gathered_row, merge_rows, sum_gradients, world
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.schedule import Schedule
 
@@ -43,6 +48,10 @@ class Task(Protocol):
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Run the forwards of one step; each loss is back-propagated before the next is computed."""
+        ...
+
+    def items(self, step: int) -> Mapping[str, Any]:
+        """What one step trains on, for a message: JSON values."""
         ...
 
 
@@ -83,66 +92,111 @@ class StopRequest:
         self.signal = number
 
 
+class _Recorder:
+    """Log and resume state of a run on disk; of several processes only the main one writes."""
+
+    def __init__(self, state_folder: Path, log_path: Path, first_step: int) -> None:
+        self._state_folder = state_folder
+        self._log: TextIO | None = None
+        if world().is_main:
+            _truncate_log(log_path, first_step)
+            self._log = log_path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log:
+            self._log.close()
+
+    def log(self, row: LogRow) -> None:
+        """Append a row."""
+        if self._log:
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            self._log.write(json.dumps(rounded) + "\n")
+            self._log.flush()
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Save the state from which `step` runs next."""
+        if self._log:
+            os.fsync(self._log.fileno())  # a state must never be ahead of the log that it goes on with
+            save_state(self._state_folder, step, model, optimizer)
+
+
 def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Path, log_path: Path) -> None:
     """Train in place for `settings.steps` steps, resuming from `state_folder` if it holds a state.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
-        TrainingError: when the loss of a step is not finite.
+        TrainingError: the loss or gradient of a step is not finite; what it trained on is kept in `state_folder`.
     """
     optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay, settings.row_lr_factor)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first = 0
     if (state := load_state(state_folder)) is not None:
-        model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-        torch.set_rng_state(state.torch_rng)
+        state.restore(model, optimizer)
         first = state.step
         log.info("resumed at step %d of %d from %s", first, settings.steps, state_folder)
-    _truncate_log(log_path, first)
     model.train()
-    device_type = next(model.parameters()).device.type
     saved_at = time.monotonic()
-    with StopRequest().watching() as stop, log_path.open("a", encoding="utf-8") as out:
+    with StopRequest().watching() as stop, _Recorder(state_folder, log_path, first) as disk:
         for step in range(first, settings.steps):
             started = time.monotonic()
             factor = settings.schedule(step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-                row = _run_step(task, step)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+            try:
+                row = _run_step(model, task, step, settings.precision)
+                norm = _clipped_norm(model, settings.max_grad_norm)
+            except TrainingError as error:
+                disk.save(step, model, optimizer)
+                raise _kept_for_replay(error, task, step, state_folder) from error
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row |= {"step": step, "lr": settings.lr * factor, "grad_norm": norm}
             row["time/step_s"] = seconds = time.monotonic() - started
-            out.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-            out.flush()  # a state must never be ahead of the log that it goes on with
+            disk.log(row)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
-            if stop.signal is not None and step + 1 < settings.steps:
-                save_state(state_folder, step + 1, model, optimizer)
-                raise Interrupted(
-                    f"stopped by signal {stop.signal} after step {step + 1} of {settings.steps}; run it again."
-                )
+            if any_process(stop.signal is not None) and step + 1 < settings.steps:
+                disk.save(step + 1, model, optimizer)
+                why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
+                raise Interrupted(f"stopped by {why} after step {step + 1} of {settings.steps}; run it again.")
             if time.monotonic() - saved_at > settings.save_every_seconds:
-                save_state(state_folder, step + 1, model, optimizer)
+                disk.save(step + 1, model, optimizer)
                 saved_at = time.monotonic()
 
 
-def _run_step(task: Task, step: int) -> LogRow:
-    total = 0.0
-    row: LogRow = {}
-    for micro in task.micro_batches(step):
-        value = float(micro.loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"loss of step {step} is {value}; terms: {micro.logs}. Lower the learning rate or inspect the pack."
-            )
-        micro.loss.backward()
-        total += value
-        row |= micro.logs
-    return {"loss/total": total, **row}
+def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow:
+    rows: list[LogRow] = []
+    device_type = next(model.parameters()).device.type
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        for micro in task.micro_batches(step):
+            value = float(micro.loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss is {value}; terms: {micro.logs}.")
+            micro.loss.backward()
+            rows.append({"loss/total": value, **micro.logs})
+    return gathered_row(merge_rows(rows))
+
+
+def _clipped_norm(model: nn.Module, limit: float) -> float:
+    """Sum the gradients of all processes, scale them down to the limit, and return their norm before."""
+    sum_gradients(model.parameters())
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    if not math.isfinite(norm):
+        raise TrainingError(f"the norm of the gradient is {norm}, though the loss is finite.")
+    return norm
+
+
+def _kept_for_replay(error: TrainingError, task: Task, step: int, folder: Path) -> TrainingError:
+    """Put what the failing step trained on beside the resume state; the new error says where."""
+    path = folder / f"failed-process-{world().rank}.json"
+    write_json(path, {"step": step, "error": str(error), "items": task.items(step)})
+    return TrainingError(
+        f"step {step}: {error} What it trained on is in {path}, beside the state before it, so that the same command "
+        "meets it again. Expected finite numbers: look at those images and answers, or lower the learning rate."
+    )
 
 
 def _truncate_log(path: Path, first_step: int) -> None:
@@ -152,7 +206,7 @@ def _truncate_log(path: Path, first_step: int) -> None:
         return
     complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in complete if json.loads(line)["step"] < first_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def _console_line(row: LogRow, done: int, steps: int, seconds: float) -> str:

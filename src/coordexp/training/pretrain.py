@@ -120,6 +120,11 @@ class TextTask:
             logs["localiser/bin_mae"] = float(((log_p.detach().exp() @ bins) - batch.coord_targets).abs().mean())
         yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
 
+    def items(self, step: int) -> dict[str, Any]:
+        """Phase and images of a step."""
+        phase, items = self._plan[step]
+        return {"phase": phase, "images": [self._stores[phase][i].image_id for i in items]}
+
 
 def prepare_base_samples(
     coco_folder: Path,

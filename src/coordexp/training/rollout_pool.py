@@ -2,7 +2,7 @@
 
 A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
 moment, for the images of that window alone. It is written to the resume folder before it is used: a resumed run reads
-it, and goes on exactly as if it had not been interrupted.
+it, and goes on exactly as if it had not been interrupted. Of several processes the main one generates, the others wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.records import Rollout, match_rollout, read_rollouts, rematch, write_rollouts
 from coordexp.text.parser import ParsedAnswer
-from coordexp.training.checkpoint import fsync_file
+from coordexp.training.distributed import wait_for_all, world
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,9 @@ class Refresher:
         refresh = current[-1]
         if self._loaded is None or self._loaded[0] != refresh:
             path = self._folder / f"rollouts-{refresh.step}.jsonl"
-            if not path.is_file():
+            if world().is_main and not path.is_file():
                 self._generate(refresh, matching, path)
+            wait_for_all()
             self._loaded = refresh, read_rollouts(path)
         rollouts = self._loaded[1]
         return rollouts, self._compute(refresh, rollouts) if refresh.step == step else {}
@@ -93,11 +94,7 @@ class Refresher:
             generations = self._engine.generate(samples, settings)
         pairs = zip(samples, generations, strict=True)
         rollouts = [match_rollout(sample, g, self._parse(g), matching) for sample, g in pairs]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        write_rollouts(temporary, rollouts)
-        fsync_file(temporary)
-        temporary.replace(path)
+        write_rollouts(path, rollouts)
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
         """Tokens read and written, from the set itself, so that a resumed run logs the same."""

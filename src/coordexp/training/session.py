@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 
+from coordexp.config.files import only_process, replace_folder
 from coordexp.config.profile import OptimConfig
-from coordexp.config.provenance import fingerprint, resume_folder, run_metadata, write_json
-from coordexp.models.loading import Checkpoint, save_checkpoint
-from coordexp.training.checkpoint import replace_folder
+from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, write_json
+from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
+from coordexp.training.distributed import world
 from coordexp.training.loop import LoopSettings, Task, train
 from coordexp.training.schedule import cosine_schedule
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
+LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
+LEAST_COORD_MASS = 0.5
+# Whatever a training step runs: a state that older code left is not gone on with.
+CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records", "rollout", "text", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +49,42 @@ class Session:
 
     def state_folder(self) -> Path:
         """Where this very run keeps what an interrupted one goes on from."""
-        return resume_folder(self.stage, fingerprint(self.settings, self.inputs.values()))
+        key = fingerprint({**self.settings, "code": code_hash(CODE_LAYERS)}, self.inputs.values())
+        return resume_folder(self.stage, key)
 
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
-    """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`."""
+    """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
+
+    Of several processes, all train; the main one writes, and the others return an empty summary.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
+        BusyError: another process runs the same session.
+    """
     if session.threads:
         torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
     state = session.state_folder()
-    log_path = state / "train_log.jsonl"
+    if not world().is_main:
+        train(checkpoint.model, task, _loop_settings(session), state, state / LOG_NAME)
+        return {}
+    with only_process(state):
+        return _run_main(session, checkpoint, task, state)
+
+
+def _run_main(session: Session, checkpoint: Checkpoint, task: Task, state: Path) -> dict[str, Any]:
+    log_path = state / LOG_NAME
     started = time.monotonic()
     train(checkpoint.model, task, _loop_settings(session), state, log_path)
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
-    shutil.copyfile(log_path, temporary / "train_log.jsonl")
+    shutil.copyfile(log_path, temporary / LOG_NAME)
     summary = summarise_log(log_path)
     metadata = run_metadata(session.stage, session.settings, session.inputs, time.monotonic() - started, summary)
-    write_json(temporary / "run_metadata.json", metadata)
+    write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
+    warn_of_collapse(log_path)
     replace_folder(temporary, session.out)
     shutil.rmtree(state)
     return summary
@@ -99,6 +121,20 @@ def summarise_log(path: Path) -> dict[str, Any]:
         "step_seconds": round(sum(r["time/step_s"] for r in rows), 1),
         "final_loss": round(sum(r["loss/total"] for r in last) / len(last), 4),
     }
+
+
+def warn_of_collapse(path: Path) -> None:
+    """Say loudly that a model no longer, or not yet, answers a coordinate slot with a coordinate token."""
+    name = "coord_diag/coord_vocab_mass_mean"
+    masses = [row[name] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if name in row]
+    last = masses[-max(1, len(masses) // 10) :]
+    if last and sum(last) / len(last) < LEAST_COORD_MASS:
+        log.warning(
+            "the probability of coordinate tokens where one belongs is %.3f at the end of training, expected above %s: "
+            "answers will not parse. Raise gate_weight, or train longer.",
+            sum(last) / len(last),
+            LEAST_COORD_MASS,
+        )
 
 
 def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:

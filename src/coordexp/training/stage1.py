@@ -9,6 +9,7 @@ from typing import Any
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile
+from coordexp.config.provenance import image_inputs
 from coordexp.config.schema import Params
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.plan_file import read_packs
@@ -17,8 +18,10 @@ from coordexp.training.builders import (
     ROW_LR_FACTOR,
     make_collator,
     make_encoder,
+    own_share,
     stage1_objective,
 )
+from coordexp.training.distributed import world
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session
@@ -28,7 +31,9 @@ SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
 def _load(profile: Profile, folder: Path) -> Checkpoint:
-    return load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    return checkpoint
 
 
 def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
@@ -76,7 +81,8 @@ def _teach(
         SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.stage1_seed
     )
     objective = stage1_objective(params, checkpoint, len(packs_by_step))
-    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, optim.grad_monitor_every)
+    share = own_share(profile)
+    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, share, optim.grad_monitor_every)
     settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,
@@ -84,7 +90,8 @@ def _teach(
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
-        inputs={"start": start / "model.safetensors", "samples": data, "plan": paths.packed / "plan.parquet"},
+        inputs={"start": start / "model.safetensors", "samples": data, "plan": paths.packed / "plan.parquet"}
+        | image_inputs(paths.raw),
         optim=optim,
         steps=len(packs_by_step),
         threads=profile.launch.threads,

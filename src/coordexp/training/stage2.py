@@ -6,7 +6,7 @@ from typing import Any
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import write_json
+from coordexp.config.provenance import image_inputs, write_json
 from coordexp.config.schema import Params
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.samples import SampleStore
@@ -18,10 +18,12 @@ from coordexp.training.builders import (
     ROW_LR_FACTOR,
     make_collator,
     make_encoder,
+    own_share,
     soft_context,
     stage2_objective,
 )
 from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
+from coordexp.training.distributed import world
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session
@@ -39,6 +41,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     session = _session(params, profile, paths)
     optim = profile.stage2
     checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
+    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
     store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
@@ -56,25 +59,28 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         channel_b_settings(params),
         make_collator(checkpoint, paths.raw, profile.packing.pack_tokens),
         plan,
+        own_share(profile),
         params.stage2.a1_coord_weight,
         optim.grad_monitor_every,
     )
     summary = run_session(session, checkpoint, task)
-    names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
-    write_json(paths.run("stage2-compute.json"), {name: summary[name] for name in names})
+    if world().is_main:
+        names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
+        write_json(paths.run("stage2-compute.json"), {name: summary[name] for name in names})
     return summary
 
 
 def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
     settings = params.model_dump(exclude={"profile": True, "stage1": True, "decode": READOUT_KEYS, "eval": True})
+    inputs = {
+        "start": paths.run("stage1") / "model.safetensors",
+        "samples": paths.norm1000 / "train.parquet",
+        "rollouts": paths.run("rollout") / "rollouts.jsonl",
+    }
     return Session(
         stage="stage2",
-        settings=settings | {"optim": profile.stage2.model_dump()},
-        inputs={
-            "start": paths.run("stage1") / "model.safetensors",
-            "samples": paths.norm1000 / "train.parquet",
-            "rollouts": paths.run("rollout") / "rollouts.jsonl",
-        },
+        settings=settings | {"optim": profile.stage2.model_dump(), "pack_tokens": profile.packing.pack_tokens},
+        inputs=inputs | image_inputs(paths.raw),
         optim=profile.stage2,
         steps=profile.stage2.steps,
         threads=profile.launch.threads,

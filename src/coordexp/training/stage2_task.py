@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import Qwen3VLForConditionalGeneration
 
-from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.samples import Sample
+from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments, missed_objects
@@ -96,6 +98,7 @@ class Stage2Task:
         channel_b: ChannelBSettings,
         collator: Collator,
         plan: Sequence[StepPlan],
+        share: Share = WHOLE,
         a1_coord_weight: float = 0.0,
         grad_monitor_every: int = 0,
     ) -> None:
@@ -108,29 +111,36 @@ class Stage2Task:
         self._channel_b = channel_b
         self._collator = collator
         self._plan = plan
+        self._share = share
         self._a1_coord_weight = a1_coord_weight
         self._grad_monitor_every = grad_monitor_every
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """All segments of the step as one batch; both passes of channel B share its forward."""
+        """This process's share of the rows of the step; both passes of channel B share its forwards."""
         plan, objective = self._plan[step], self._objective.at(step)
         rollouts, logs = self._rollouts_of(step)
         segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
-        batch = self._collator(segments)
+        counts, logs = denominators(segments), logs | found
         # Channel B already runs on the model's own context; soft self-context is channel A's.
         n_iter = self._soft_context.n_iter if plan.channel == "A" else 1
         context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
+        monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
+        for on_cpu in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
+            parts, measured = self._forward(on_cpu.to(self._model.device), objective, context)
+            yield to_micro_batch(parts, counts, logs | measured, monitored)
+
+    def _forward(self, batch: PackedBatch, objective: Objective, context: SoftContext) -> tuple[list[LossPart], LogRow]:
+        """Terms of one batch, with what is measured on the way."""
         first, last = self_context_forwards(self._model, batch, context)
         terms, coord_logits = objective_terms(self._model, objective, batch, first, last)
         parts = [LossPart(terms, objective.weights)]
-        logs |= found | {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
+        logs: LogRow = {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
         logs |= coord_logs(diagnose(objective, batch, coord_logits))
-        if n_iter > 1:
+        if context.n_iter > 1:
             anchor, a1_logits = anchor_part(self._model, objective, batch, first, self._a1_coord_weight)
             parts += [anchor] if anchor else []
             logs |= coord_logs(diagnose(objective, batch, a1_logits), "coord_diag_a1")
-        monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        yield to_micro_batch(parts, denominators(segments), logs, monitored)
+        return parts, logs
 
     def _rollouts_of(self, step: int) -> tuple[Mapping[int, Rollout], LogRow]:
         """Rollouts of the step's samples and what fresh ones took; none for channel A."""
@@ -139,3 +149,8 @@ class Stage2Task:
             return {}, {}
         rollouts, logs = self._rollouts.at(step, [self._source.store[i] for i in plan.items])
         return rollouts, {**logs}
+
+    def items(self, step: int) -> dict[str, Any]:
+        """Channel and images of a step."""
+        plan = self._plan[step]
+        return {"channel": plan.channel, "images": [self._source.store[i].image_id for i in plan.items]}

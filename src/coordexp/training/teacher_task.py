@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import MicroBatch
 from coordexp.training.objective_step import (
@@ -32,6 +34,7 @@ class TeacherTask:
         source: SampleSource,
         collator: Collator,
         packs_by_step: Sequence[Sequence[Sequence[int]]],
+        share: Share = WHOLE,
         grad_monitor_every: int = 0,
     ) -> None:
         self._model = model
@@ -39,20 +42,27 @@ class TeacherTask:
         self._source = source
         self._collator = collator
         self._packs_by_step = packs_by_step
+        self._share = share
         self._grad_monitor_every = grad_monitor_every
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """The packs of the step as one batch."""
+        """This process's share of the packs of the step."""
         packs, objective = self._packs_by_step[step], self._objective.at(step)
         segments: list[Segment] = []
         rows = []
         for pack in packs:
             rows.append(list(range(len(segments), len(segments) + len(pack))))
             segments += [teacher_segment(self._source.get(i, step)) for i in pack]
-        batch = self._collator.layout(segments, rows)
-        hidden = hidden_states(self._model, batch)
-        terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
-        logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        counts = denominators(segments)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        yield to_micro_batch([LossPart(terms, objective.weights)], denominators(segments), logs, monitored)
+        for on_cpu in shared_batches(self._collator, segments, rows, self._share):
+            batch = on_cpu.to(self._model.device)
+            hidden = hidden_states(self._model, batch)
+            terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
+            logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
+            logs |= coord_logs(diagnose(objective, batch, coord_logits))
+            yield to_micro_batch([LossPart(terms, objective.weights)], counts, logs, monitored)
+
+    def items(self, step: int) -> dict[str, Any]:
+        """The images of each pack of a step."""
+        return {"packs": [[self._source.store[i].image_id for i in pack] for pack in self._packs_by_step[step]]}

@@ -1,0 +1,79 @@
+"""Writing so that no half file is ever read: a temporary name in the same folder, fsync of file and folder, rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coordexp.errors import BusyError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` when the block ends, and is removed if the block fails.
+
+    A file that DVC linked from its cache is replaced, never written through. Parents are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():  # said of `path` now, not of the temporary name later
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk: a rename may survive a power cut that its data do not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder into its place; an older one is removed only when the new one stands there."""
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    temporary.replace(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go of it however the process ends, `kill -9` included.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(
+                f"{folder}: another process works in it. Expected one run of a stage at a time: wait for the other "
+                "one, or stop it and run this again."
+            ) from error
+        yield

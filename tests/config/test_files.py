@@ -1,0 +1,107 @@
+"""Writing files whole or not at all, whatever stops the writer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordexp.config.files import only_process, replace_folder, replacing, write_text
+from coordexp.errors import BusyError
+
+SOURCE = str(Path(__file__).parents[2] / "src")
+
+
+def python(code: str, *args: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, env={"PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+    assert path.read_text() == "half"
+    with pytest.raises(TypeError), replacing(path) as temporary:
+        temporary.write_text(3)  # type: ignore[arg-type]
+    assert path.read_text() == "half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
+    """DVC links outputs from its cache, read-only: the cache must keep what it has."""
+    (tmp_path / "cache").write_text("cached")
+    (tmp_path / "cache").chmod(0o444)
+    os.link(tmp_path / "cache", tmp_path / "out")
+    write_text(tmp_path / "out", "new")
+    assert (tmp_path / "cache").read_text() == "cached"
+    assert (tmp_path / "out").read_text() == "new"
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 1000 bytes: what a full disk is to one file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_text(path, "x" * 5000)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    code = (
+        "import sys, time; from pathlib import Path; from coordexp.config.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); print('wrote', flush=True); time.sleep(60)\n"
+    )
+    with python(code, path) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "wrote\n"
+        writer.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+    write_text(path, "new")  # over what the killed one left
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        write_text(tmp_path / "x.tmp" / "inner" / "a", content)
+        replace_folder(tmp_path / "x.tmp", tmp_path / "x")
+        assert (tmp_path / "x" / "inner" / "a").read_text() == content
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from coordexp.config.files import only_process\n"
+        "with only_process(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    with python(code, tmp_path / "state") as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match="another process works in it"), only_process(tmp_path / "state"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with only_process(tmp_path / "state"):
+        pass

@@ -1,0 +1,162 @@
+"""The graph under `kill`: whatever is stopped wherever, running `dvc repro` again ends in the undisturbed results.
+
+A campaign runs the smoke profile once and kills it at four places on the way. The default suite runs the first
+campaign, `make test-faults` all of them: 20 places, drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from coordexp.config.loading import read_yaml
+from smoke_clone import STAGES, Clone, new_clone
+
+CAMPAIGNS, POINTS = 5, 4
+LONG = ("stage1", "rollout", "stage2", "stage1-control", "coco-eval")  # where a run spends its time
+SETTLES_WITHIN_S = 120.0
+BUSY = r"Unable to acquire lock|is busy, it is being"  # in the words of DVC
+COMPARED = ("metrics.json", "curves/stage1.tsv", "curves/stage2.tsv", "curves/stage1-control.tsv", "curves/pr.tsv")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Kill `target` with `number`, `delay_s` after `stage` began."""
+
+    stage: str
+    delay_s: float
+    number: signal.Signals
+    target: str  # "group": dvc and the stage; "stage": the stage alone
+
+
+def campaign(seed: int) -> list[Point]:
+    """The places of one campaign, in the order of the graph."""
+    rng = random.Random(seed)
+    stages = [*rng.sample(LONG, POINTS - 1), rng.choice([s for s in STAGES if s not in LONG])]
+    signals = [signal.SIGKILL, signal.SIGTERM] * (POINTS // 2)
+    rng.shuffle(signals)
+    return [
+        Point(stage, round(rng.uniform(0.0, 8.0 if stage in LONG else 3.0), 2), number, rng.choice(["group", "stage"]))
+        for stage, number in zip(sorted(stages, key=STAGES.index), signals, strict=True)
+    ]
+
+
+def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
+    points = [point for seed in range(CAMPAIGNS) for point in campaign(seed)]
+    assert len(points) == 20
+    assert {p.stage for p in points} >= set(LONG)
+    assert {(p.number, p.target) for p in points} == {
+        (number, target) for number in (signal.SIGKILL, signal.SIGTERM) for target in ("group", "stage")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, CAMPAIGNS))], ids=str
+)
+def test_a_killed_run_ends_where_an_undisturbed_one_does(
+    seed: int, clone: Clone, reproduced: str, repository: Path, tmp_path: Path
+) -> None:
+    copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
+    report = [kill_at(copy, point) for point in campaign(seed)]
+    print(*report, sep="\n")
+    copy.succeed("dvc", "repro")
+    for name in COMPARED:
+        expected, found = (c.root / "reports" / "smoke" / name for c in (clone, copy))
+        assert found.read_bytes() == expected.read_bytes(), f"{name} after {report}"
+    for stage in ("stage1", "stage2", "stage1-control"):
+        assert trace(copy, stage) == trace(clone, stage), f"{stage} after {report}"
+    rollouts = [c.root / "runs" / "smoke" / "rollout" / "rollouts.jsonl" for c in (clone, copy)]
+    assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
+    assert not list(copy.root.rglob(".*.tmp")), "litter of a cut write"
+    assert copy.run("dvc", "status", "--quiet").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smoke")
+def test_a_second_repro_in_the_same_tree_is_told_so(repository: Path, tmp_path: Path) -> None:
+    copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
+    with copy.start("dvc", "repro", "convert") as first:
+        wait_for_stage(first, "raw")
+        while not (running := stage_processes(first.pid)):
+            time.sleep(0.05)
+        os.kill(running[0], signal.SIGSTOP)  # however slow the second is, it meets the first
+        second = copy.run("dvc", "repro", "convert")
+        os.kill(running[0], signal.SIGCONT)
+        first.communicate()
+    assert second.returncode != 0
+    assert re.search(BUSY, second.stdout), second.stdout[-2000:]
+    assert first.returncode == 0
+    assert "didn't change" in copy.succeed("dvc", "repro", "convert")
+
+
+def kill_at(copy: Clone, point: Point) -> str:
+    """Run until the place is reached, kill, and wait until nothing of the run is left; returns what happened."""
+    with copy.start("dvc", "repro") as process:
+        seen = wait_for_stage(process, point.stage)
+        time.sleep(point.delay_s)
+        victims = stage_processes(process.pid) if point.target == "stage" else []
+        with suppress(ProcessLookupError):  # it ended just before
+            if point.target == "group":
+                os.killpg(process.pid, point.number)
+            for victim in victims:
+                os.kill(victim, point.number)
+        rest, _ = process.communicate()
+        wait_until_gone(process.pid)
+    exits = re.findall(r"exited with (-?\d+)", rest)
+    last = re.findall(r"Running stage '([^']+)'", seen + rest)[-1:]
+    if exits and (lock := copy.root / "dvc.lock").is_file():
+        assert not set(last) & read_yaml(lock)["stages"].keys(), "an interrupted stage was recorded"
+    return f"{point}: dvc {process.returncode}, stage {exits or '-'}"
+
+
+def wait_for_stage(process: subprocess.Popen[str], stage: str) -> str:
+    """Read the output until the stage begins, or was skipped, or the run ends."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if f"'{stage}'" in line and ("Running stage" in line or "skipping" in line):
+            break
+    return "".join(seen)
+
+
+def members(session: int) -> Iterator[tuple[int, str]]:
+    """Living processes of a session, with their command lines."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            yield int(folder.name), command
+
+
+def stage_processes(session: int) -> list[int]:
+    return [pid for pid, command in members(session) if re.search(r"python\S* -m pipelines\.", command)]
+
+
+def wait_until_gone(session: int) -> None:
+    deadline = time.monotonic() + SETTLES_WITHIN_S
+    while any(members(session)):
+        assert time.monotonic() < deadline, f"still running: {list(members(session))}"
+        time.sleep(0.1)
+
+
+def trace(copy: Clone, stage: str) -> list[dict[str, float | str]]:
+    """The log of a training stage without its timings."""
+    lines = (copy.root / "runs" / "smoke" / stage / "train_log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]

@@ -1,0 +1,83 @@
+"""A temporary repository with this working tree in it, where tests run the graph of the smoke profile."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "stage1-control", "coco-eval", "report")
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A temporary repository with this working tree as its only commit, and the smoke profile chosen."""
+
+    root: Path
+    home: Path
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the clone to its end; stderr is merged into stdout."""
+        with self.start(*command) as process:
+            output, _ = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command as a user with an empty home would, as the leader of a session and process group."""
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.home),
+            "DVC_SITE_CACHE_DIR": str(self.home / "dvc"),
+            "DVC_NO_ANALYTICS": "1",
+            "OMP_NUM_THREADS": "1",
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@localhost",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@localhost",
+        }
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def succeed(self, *command: str) -> str:
+        done = self.run(*command)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def commit(self, message: str) -> None:
+        self.succeed("git", "add", "--all")
+        self.succeed("git", "commit", "--quiet", "--message", message)
+
+
+def new_clone(repository: Path, root: Path, home: Path) -> Clone:
+    """The clone before its first run."""
+    copy = Clone(root, home)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (source := repository / name).is_file():  # a file deleted but not yet committed is listed too
+            target = copy.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    params = copy.root / "params.yaml"
+    params.write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params.read_text()))
+    (copy.root / "dvc.lock").unlink(missing_ok=True)  # it names another profile's outputs
+    copy.succeed("git", "init", "--quiet", "--initial-branch", "main")
+    copy.commit("working tree")
+    return copy
