@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
+from coordexp.config.formats import Format
 from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
 from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from coordexp.evaluation.evaluator import Evaluation
     from coordexp.records.categories import Category
     from coordexp.records.gt_vs_pred import ImageResult
-    from coordexp.records.schema import Record
 
 T = TypeVar("T")
 
@@ -330,49 +329,31 @@ def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
 
 @app.command()
 def convert(
-    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="COCO instances JSON.")],
+    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The annotation file of the format.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
     out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
-    source: Annotated[Literal["coco"], typer.Option(help="Format of the annotations.")] = "coco",
+    source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
+    split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
 ) -> None:
     """Turn annotations into records.
 
     One JSON line an image with boxes in pixels; every image must be there in its annotated size, and dropped boxes are
     counted by reason.
     """
+    from coordexp.records.convert_file import convert_coco, convert_file
     from coordexp.records.schema import write_records
-    from coordexp.records.sources.coco import read_coco
 
-    conversion = read_coco(annotations, image_prefix="")
-    records = conversion.records
-    for record in _progress(records, len(records), "check images"):
-        _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
+    if source == "coco":
+        converted = convert_coco(annotations, images, lambda records: _progress(records, len(records), "check images"))
+    else:
+        converted = convert_file(source, annotations, images, split)
+    records, drops = converted.records, converted.drops
     out.parent.mkdir(parents=True, exist_ok=True)
     write_records(out, records)
     objects = [o for record in records for o in record.objects]
     crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
     print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
-    drops = Counter(conversion.drops)
     print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
-
-
-def _check_image(record: Record, folder: Path, where: str) -> None:
-    """Raise DataError unless the record keeps the contract and its image is there in the size that it says."""
-    from PIL import Image
-
-    from coordexp.records.schema import parse_record
-
-    parse_record(record.to_json(), where)
-    path = folder / record.image
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image, but {where} names it. Is --images the right folder?") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
-    if size != (record.width, record.height):
-        raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
+from coordexp.config.formats import Format
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
@@ -16,7 +17,6 @@ ObjectSide = Annotated[float, Field(gt=0, lt=1)]
 
 
 SourceKind = Literal["scenes", "datasets"]
-Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
 
 
 class SourceConfig(Block):
@@ -97,7 +97,7 @@ class RecordsConfig(Block):
 class ModelConfig(Block):
     """The pretrained model and its image size."""
 
-    path: Text = Field(description="folder of the pretrained checkpoint")
+    path: Text = Field(description="folder of the pretrained checkpoint; dvc.yaml tracks models/base/<profile>")
     coord_init: Literal["mean", "digits", "ordinal"] = Field(description="first value of the 1000 coordinate rows")
     min_pixels: PositiveCount = Field(description="smallest image area the model is given, in pixels")
     max_pixels: PositiveCount = Field(description="largest image area the model is given, in pixels")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from coordexp.config.profile import OptimConfig
-from coordexp.config.provenance import fingerprint, resume_folder, run_metadata, write_json
+from coordexp.config.provenance import fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.training.checkpoint import replace_folder
 from coordexp.training.loop import LoopSettings, Task, train
@@ -40,6 +40,12 @@ class Session:
     seed: int
     row_lr_factor: float
     out: Path
+
+
+def start_files(folder: Path) -> dict[str, Path]:
+    """The weights that a run starts from, as inputs by name."""
+    files = weight_files(folder)
+    return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
 
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:

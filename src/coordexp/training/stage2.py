@@ -14,7 +14,7 @@ from coordexp.rollout.records import read_rollouts
 from coordexp.training.builders import ROW_LR_FACTOR, make_collator, make_encoder, soft_context, stage2_objective
 from coordexp.training.channel_b import ChannelBSettings
 from coordexp.training.sample_source import SampleSource
-from coordexp.training.session import Session, run_session
+from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, plan_steps
 
 
@@ -44,7 +44,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     session = Session(
         stage="stage2",
         settings=settings,
-        inputs={"start": start / "model.safetensors", "samples": data, "rollouts": rollout_file},
+        inputs={**start_files(start), "samples": data, "rollouts": rollout_file},
         optim=optim,
         steps=optim.steps,
         threads=profile.launch.threads,
