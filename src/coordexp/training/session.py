@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from coordexp.config.profile import OptimConfig
+from coordexp.config.profile import OptimConfig, TuningConfig
 from coordexp.config.provenance import fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.training.checkpoint import replace_folder
 from coordexp.training.loop import LoopSettings, Task, train
@@ -35,6 +36,7 @@ class Session:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
     optim: OptimConfig
+    tuning: TuningConfig
     steps: int
     threads: int
     seed: int
@@ -53,17 +55,22 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[st
     if session.threads:
         torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
-    key = fingerprint(session.settings, session.inputs.values())
+    settings = {**session.settings, "tuning": session.tuning.model_dump()}
+    key = fingerprint(settings, session.inputs.values())
     state = resume_folder(session.stage, key)
     log_path = state / "train_log.jsonl"
     started = time.monotonic()
+    assert checkpoint.coord is not None
+    undo = apply_tuning(checkpoint.model, session.tuning, checkpoint.coord)
+    log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     train(checkpoint.model, task, _loop_settings(session), state, log_path)
+    undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
     shutil.copyfile(log_path, temporary / "train_log.jsonl")
     summary = summarise_log(log_path)
-    metadata = run_metadata(session.stage, session.settings, session.inputs, time.monotonic() - started, summary)
+    metadata = run_metadata(session.stage, settings, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / "run_metadata.json", metadata)
     replace_folder(temporary, session.out)
     shutil.rmtree(state)

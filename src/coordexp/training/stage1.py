@@ -79,6 +79,7 @@ def _teach(
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
         inputs={**start_files(start), "samples": data, "plan": paths.packed / "plan.parquet"},
         optim=optim,
+        tuning=profile.tuning,
         steps=len(packs_by_step),
         threads=profile.launch.threads,
         seed=params.seed,

@@ -46,6 +46,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         settings=settings,
         inputs={**start_files(start), "samples": data, "rollouts": rollout_file},
         optim=optim,
+        tuning=profile.tuning,
         steps=optim.steps,
         threads=profile.launch.threads,
         seed=params.seed,
