@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | convert | doctor`, useful without DVC.
+"""The command line: `coordexp predict | evaluate | compare | convert | doctor | export`, useful without DVC.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -21,6 +21,8 @@ from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
 from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
 
 if TYPE_CHECKING:
+    from coordexp.config.profile import Profile
+    from coordexp.config.schema import Params
     from coordexp.detector import Detections, Detector
     from coordexp.evaluation.evaluator import Evaluation
     from coordexp.records.categories import Category
@@ -43,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A vision-language model as an object detector: predict, evaluate, compare, convert, doctor.",
+    help="A vision-language model as an object detector: predict, evaluate, compare, convert, doctor, export.",
 )
 GtVsPred = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
@@ -55,6 +57,8 @@ CategoriesFile = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
 ]
+ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")]
+ParamsFile = Annotated[Path, typer.Option(help="Parameter file of the repository.")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -357,9 +361,43 @@ def convert(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="New folder, or with --predictions a JSON file.")],
+    checkpoint: Annotated[Literal["stage1", "stage1-control", "stage2"], typer.Option(help="Which one.")] = "stage2",
+    profile: ProfileName = None,
+    params: ParamsFile = Path("params.yaml"),
+    predictions: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Only results: what predict --out wrote.")
+    ] = None,
+    image_info: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --predictions: COCO's image_info JSON.")
+    ] = None,
+) -> None:
+    """Publish a run.
+
+    A Hugging Face folder with a model card and COCO results; or with --predictions and --image-info only the results,
+    for a test server that keeps the annotations.
+    """
+    from coordexp.config.paths import ProfilePaths
+    from coordexp.reporting import export as exporting
+
+    parameters, chosen = _settings(params, profile)
+    paths = ProfilePaths(parameters.profile, params.parent)
+    if (predictions is None) != (image_info is None):
+        raise DataError("--predictions and --image-info belong together; give both or none.")
+    if predictions and image_info:
+        written, unmapped = exporting.write_server_results(predictions, image_info, paths, out)
+    else:
+        done = exporting.export(parameters, chosen, paths, checkpoint, out)
+        written, unmapped = done.results, done.unmapped
+        print(f"{out}: {', '.join(done.files)}")
+    print(f"{written} results; {unmapped} predictions name no category")
+
+
+@app.command()
 def doctor(
-    profile: Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file of the repository.")] = Path("params.yaml"),
+    profile: ProfileName = None,
+    params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
 ) -> None:
@@ -367,12 +405,9 @@ def doctor(
 
     Nothing is written unless --out is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.config.loading import load_params, load_profile
     from coordexp.reporting.doctor import diagnose
 
-    parameters = load_params(params)
-    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
-    chosen = load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
+    parameters, chosen = _settings(params, profile)
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
@@ -380,6 +415,15 @@ def doctor(
         out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
+
+
+def _settings(params: Path, profile: str | None) -> tuple[Params, Profile]:
+    """The parameters with the wanted profile, and that profile."""
+    from coordexp.config.loading import load_params, load_profile
+
+    parameters = load_params(params)
+    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
+    return parameters, load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
 
 
 def _number(value: float | None) -> str:

@@ -23,6 +23,7 @@ from coco_oddities import (
     VAL,
     write_coco,
 )
+from coordexp import cli
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.process import stage_main
@@ -136,3 +137,20 @@ def test_every_checkpoint_is_judged_on_every_val_image(paths: ProfilePaths) -> N
         assert {r.image_id for r in results} == {139 + 31 * i for i in range(VAL)}
         assert metrics[name]["eval"]["coco"]["n_images"] == VAL
     assert (paths.reports / "progress.md").read_text().strip()
+
+
+def test_the_run_can_be_published(paths: ProfilePaths, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "published"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", "--params", str(paths.root / "params.yaml"), "--out", str(out)])
+    assert not stopped.value.code, capfd.readouterr().err
+    loaded = load_checkpoint(out, 4096, 9216)
+    assert loaded.coord is not None
+    results = json.loads((out / "coco_results.json").read_text())
+    assert {row["image_id"] for row in results} <= {139 + 31 * i for i in range(VAL)}
+    assert {row["category_id"] for row in results} <= CATEGORIES.keys()
+    _, header, card = (out / "README.md").read_text().split("---\n", 2)
+    assert YAML(typ="safe").load(header)["pipeline_tag"] == "image-text-to-text"
+    assert f"On {VAL} images with" in card
+    assert "coco (coco)" in card
+    assert not list(out.glob("*.jsonl"))

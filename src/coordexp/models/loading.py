@@ -43,7 +43,9 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
             damaged or not those of its config, or its coordinate tokens are broken.
     """
-    _check_files(folder)
+    check_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = _load_model(folder, dtype)
@@ -51,7 +53,8 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
     return Checkpoint(model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels), coord)
 
 
-def _check_files(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Raise CheckpointError unless the folder has a tokenizer and the configuration of a Qwen3-VL."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -67,8 +70,6 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(
             f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
         )
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:

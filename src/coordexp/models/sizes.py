@@ -7,9 +7,12 @@ tests compare these with the published totals.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from coordexp.models.loading import check_config, save_checkpoint
 
 VOCABULARY_ROWS = 151_936
 
@@ -97,3 +100,18 @@ def build_shrunken(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGen
     """A random model of `shrunken_config`, in float32."""
     torch.manual_seed(seed)
     return Qwen3VLForConditionalGeneration(shrunken_config(config))
+
+
+def write_shrunken(folder: Path, out: Path, seed: int) -> int:
+    """Write a shrunken model with config and tokenizer of a checkpoint folder; returns its number of parameters.
+
+    Raises:
+        CheckpointError: the folder is no Qwen3-VL checkpoint; its weights are not looked at.
+    """
+    check_config(folder)
+    model = build_shrunken(Qwen3VLConfig.from_pretrained(folder, local_files_only=True), seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    save_checkpoint(out, model, tokenizer)
+    return sum(parameter.numel() for parameter in model.parameters())
