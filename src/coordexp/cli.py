@@ -17,8 +17,8 @@ import typer
 
 import coordexp
 from coordexp.config.formats import Format
-from coordexp.errors import EXIT_USAGE, CoordExpError, DataError
-from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
+from coordexp.errors import EXIT_USAGE, CoordExpError
+from coordexp.records.image_files import expand_images, picture_targets
 
 if TYPE_CHECKING:
     from coordexp.config.profile import Profile
@@ -127,7 +127,7 @@ def predict(
     everything = expand_images(images)
     log = PredictionLog(out, str(checkpoint)) if out else None
     paths = [path for path in everything if log is None or str(path) not in log.rows]
-    targets = _picture_targets(paths, save) if save else {}
+    targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
     seen: set[str] = set()
     rows = dict(log.rows) if log else {}
@@ -155,21 +155,6 @@ def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     from coordexp.records.prediction_log import coco_predictions
 
     write_json(path, coco_predictions(rows))
-
-
-def _picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
-    """Where each drawn picture goes; in a folder, names that repeat get a number."""
-    if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
-        if len(paths) > 1:
-            raise DataError(f"--save {save}: one file for {len(paths)} images; give a folder.")
-        save.parent.mkdir(parents=True, exist_ok=True)
-        targets = {paths[0]: save}
-    else:
-        save.mkdir(parents=True, exist_ok=True)
-        targets = {path: save / f"{name}.png" for path, name in zip(paths, distinct_stems(paths), strict=True)}
-    if lost := {path.resolve() for path in paths} & {target.resolve() for target in targets.values()}:
-        raise DataError(f"--save {save}: the drawing would replace the image {min(lost)}; choose another place.")
-    return targets
 
 
 def _load_detector(
@@ -379,19 +364,11 @@ def export(
     for a test server that keeps the annotations.
     """
     from coordexp.config.paths import ProfilePaths
-    from coordexp.reporting import export as exporting
+    from coordexp.reporting.export import publish
 
     parameters, chosen = _settings(params, profile)
     paths = ProfilePaths(parameters.profile, params.parent)
-    if (predictions is None) != (image_info is None):
-        raise DataError("--predictions and --image-info belong together; give both or none.")
-    if predictions and image_info:
-        written, unmapped = exporting.write_server_results(predictions, image_info, paths, out)
-    else:
-        done = exporting.export(parameters, chosen, paths, checkpoint, out)
-        written, unmapped = done.results, done.unmapped
-        print(f"{out}: {', '.join(done.files)}")
-    print(f"{written} results; {unmapped} predictions name no category")
+    print("\n".join(publish(parameters, chosen, paths, checkpoint, out, predictions, image_info)))
 
 
 @app.command()

@@ -50,6 +50,28 @@ class Exported:
     unmapped: int
 
 
+def publish(
+    params: Params,
+    profile: Profile,
+    paths: ProfilePaths,
+    checkpoint: str,
+    out: Path,
+    predictions: Path | None,
+    image_info: Path | None,
+) -> list[str]:
+    """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user."""
+    if (predictions is None) != (image_info is None):
+        raise DataError("--predictions and --image-info belong together; give both or none.")
+    if predictions and image_info:
+        written, unmapped = write_server_results(predictions, image_info, paths, out)
+        return [f"{out}: {written} results; {unmapped} predictions name no category"]
+    done = export(params, profile, paths, checkpoint, out)
+    return [
+        f"{out}: {', '.join(done.files)}",
+        f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
+    ]
+
+
 def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: str, out: Path) -> Exported:
     """Fill the folder `out` from the run of a profile.
 
