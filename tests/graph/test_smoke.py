@@ -120,6 +120,20 @@ def test_a_second_run_changes_nothing(clone: Clone, reproduced: str) -> None:
     assert clone.run("dvc", "status", "--quiet").returncode == 0
 
 
+def test_results_travel_through_a_local_remote(clone: Clone, reproduced: str, tmp_path: Path) -> None:
+    """A colleague's clone has every output after `dvc pull`, and nothing left to run."""
+    clone.succeed("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    clone.succeed("dvc", "push")
+    clone.commit("a remote")
+    theirs = Clone(tmp_path / "theirs", tmp_path / "home")
+    theirs.home.mkdir()
+    clone.succeed("git", "clone", "--quiet", str(clone.root), str(theirs.root))
+    theirs.succeed("dvc", "pull")
+    name = "runs/smoke/stage2/model.safetensors"
+    assert (theirs.root / name).read_bytes() == (clone.root / name).read_bytes()
+    assert ran(theirs.succeed("dvc", "repro")) == set()
+
+
 def test_a_stage_2_weight_does_not_retrain_stage_1(clone: Clone, reproduced: str) -> None:
     before = read_yaml(clone.root / "dvc.lock")["stages"]
     output = clone.succeed("dvc", "exp", "run", "--set-param", "softce_weight=0.2")

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer
 
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
-from coordexp.packing.memory import Memory, step_memory
+from coordexp.packing.memory import WEIGHT, Memory, step_memory
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
 
 PROMPT_TOKENS = 20  # role headers, image markers and the shortest instruction
 CHARACTERS_PER_TOKEN = 4
-CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2
+CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2, in float32; a resume state comes beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
+    memory = _step_memory(folder, profile, sum(lengths), image_tokens)
     return Needs(
         train_records=len(lengths),
         image_tokens=image_tokens,
@@ -71,8 +72,8 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
         packs=packs,
         stage1_passes=profile.stage1.steps * profile.stage1.packs_per_step / packs,
         parameters=parameters,
-        disk_bytes=CHECKPOINTS_WRITTEN * 2 * parameters + 8 * sum(lengths),
-        memory=_step_memory(folder, profile, sum(lengths), image_tokens),
+        disk_bytes=CHECKPOINTS_WRITTEN * WEIGHT * parameters + memory.weights + memory.moments + 8 * sum(lengths),
+        memory=memory,
         training_flops=_training_flops(profile, parameters, sum(lengths) / max(1, len(lengths))),
     )
 
