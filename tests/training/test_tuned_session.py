@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from coordexp.errors import Interrupted
 from coordexp.models.loading import load_checkpoint
+from coordexp.rollout.records import write_rollouts
 from coordexp.training.stage1 import train_stage1
+from coordexp.training.stage2 import train_stage2
 from coordexp.training.teacher_task import TeacherTask
-from helpers import Workspace
+from helpers import Workspace, teacher_rollouts
 
 
 def tuned(space: Workspace, **changes) -> Workspace:
@@ -59,3 +61,21 @@ def test_an_interrupted_run_with_adapters_resumes(workspace, monkeypatch):
     resumed = train(space)
     assert seen == [0, 1, 2, 3]
     assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+
+
+def test_soft_context_sees_the_rows_in_training(workspace, world):
+    """Stage 2 reads the embedding table itself, of which adapters train only some rows."""
+    pytest.importorskip("peft")
+    space = tuned(workspace.set(stage2__n_softctx_iter=2), method="lora", rank=4)
+    start = load_file(space.paths.run("stage1") / "model.safetensors")
+    checkpoint = load_checkpoint(space.paths.run("stage1"), 64 * 64, 128 * 128)
+    space.paths.run("rollout").mkdir()
+    write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    train_stage2(space.params, space.profile, space.paths)
+    trained = load_file(space.paths.run("stage2") / "model.safetensors")
+    assert trained.keys() == start.keys()
+    name = "model.language_model.embed_tokens.weight"
+    assert checkpoint.coord is not None
+    first, end = checkpoint.coord.first_id, checkpoint.coord.end_id
+    assert not torch.equal(trained[name][first:end], start[name][first:end])
+    assert torch.equal(trained[name][:first], start[name][:first])
