@@ -80,12 +80,16 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
 
 def _step_memory(folder: Path, profile: Profile, tokens: int, image_tokens: int) -> Memory:
     """Of full packs with the mixture of the data; answers are nearly all of the text."""
-    rows = profile.stage1.packs_per_step
-    in_forward = rows * profile.packing.pack_tokens
+    in_forward = rows_in_forward(profile) * profile.packing.pack_tokens
     visual = round(in_forward * image_tokens / max(1, tokens))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     optimizer = profile.stage1.optimizer
     return step_memory(config, profile.tuning, optimizer, in_forward, visual, in_forward - visual)
+
+
+def rows_in_forward(profile: Profile) -> int:
+    """Packs that one device takes through the model at a time."""
+    return profile.stage1.packs_per_step
 
 
 def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> float:
