@@ -12,7 +12,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help env demo test vllm test-vllm preset ablation decoding-study smoke test-faults checks report base clean-resume
+PROFILE ?= coco-qwen3vl-4b
+
+.PHONY: help env demo test vllm test-vllm preset ablation decoding-study check-profile smoke test-faults checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +79,9 @@ ablation: env  ## train and compare the recipes of the objective, into reports/a
 
 decoding-study: env  ## what decoding choices are worth on val, into reports/<profile>/decoding.md (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study
+
+check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
+	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)
 
 clean-resume:  ## forget interrupted runs: the next one starts at step 0
 	rm -rf .resume

@@ -30,7 +30,7 @@ def run(context: StageContext) -> None:
     for name, records in converted.splits.items():
         write_records(out / f"{name}.jsonl", records)
         context.log.info("%s: %d records, %d objects", name, len(records), sum(len(r.objects) for r in records))
-    write_json(out / "categories.json", [asdict(c) for c in converted.categories])
+    write_json(out / "categories.json", [c.to_json() for c in converted.categories])
     write_json(out / "drops.json", drops)
     context.log.info("dropped: %s", drops)
 

@@ -71,10 +71,11 @@ def new_clone(repository: Path, root: Path, home: Path) -> Clone:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (source := repository / name).is_file():  # a file deleted but not yet committed is listed too
+        source = repository / name
+        if source.is_symlink() or source.is_file():  # a file deleted but not yet committed is listed too
             target = copy.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+            shutil.copy2(source, target, follow_symlinks=False)
     params = copy.root / "params.yaml"
     params.write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params.read_text()))
     (copy.root / "dvc.lock").unlink(missing_ok=True)  # it names another profile's outputs

@@ -355,6 +355,26 @@ def test_convert_stops_at_an_image_of_another_size(run: Run, coco: SimpleNamespa
     assert (done.code, f"{coco.images / '2.png'}: is 48 x 64 px" in done.err) == (2, True)
 
 
+def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
+    """Image names are relative to --images whatever else lies around it."""
+    images, labels = tmp_path / "set" / "images" / "val", tmp_path / "set" / "labels" / "val"
+    for folder in (images, labels):
+        folder.mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(images / "a.png")
+    (labels / "a.txt").write_text("0 0.5 0.5 0.25 0.5\n9 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "set" / "data.yaml").write_text("names: [cat]\n")
+    out = tmp_path / "records.jsonl"
+    arguments = ["convert", "--source", "yolo", "--images", images, "--out", out, "--annotations"]
+    done = run(*arguments, tmp_path / "set" / "data.yaml")
+    assert (done.code, done.err) == (0, "")
+    (record,) = read_records(out)
+    assert (record.image, [o.bbox_xyxy_px for o in record.objects]) == ("a.png", [(24.0, 12.0, 40.0, 36.0)])
+    assert done.out.splitlines()[-1] == "dropped: 1 boxes, unknown_category 1"
+    (images / "a.png").write_bytes(b"no image")
+    done = run(*arguments, tmp_path / "set" / "data.yaml")
+    assert (done.code, "image_unreadable" in done.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -389,7 +409,7 @@ def test_convert_refuses_what_is_not_coco(
         (["evaluate", "nowhere.jsonl", "--out", "m.json"], "'nowhere.jsonl' does not exist"),
         (["evaluate", "{half_right}", "--out", "m.json", "--categories", "{scene}"], "expected a categories.json"),
         (["evaluat"], "Did you mean 'evaluate'?"),
-        (["convert", "--source", "voc"], "'coco'"),
+        (["convert", "--source", "cvat"], "'coco', 'lvis'"),
     ],
 )
 def test_errors_are_messages(

@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | ab | report | monitor | convert | doctor`.
+"""The command line: `coordexp predict | evaluate | compare | ab | report | monitor | convert | doctor | export`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,17 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, DataError, Interrupted
+from coordexp.config.formats import Format
+from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
 from coordexp.experiments.command import ab, monitor
-from coordexp.records.image_files import IMAGE_SUFFIXES, distinct_stems, expand_images
+from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
 if TYPE_CHECKING:
+    from coordexp.config.profile import Profile
+    from coordexp.config.schema import Params
     from coordexp.detector import Detections, Detector
     from coordexp.evaluation.evaluator import Evaluation
     from coordexp.records.categories import Category
     from coordexp.records.gt_vs_pred import ImageResult
-    from coordexp.records.schema import Record
 
 T = TypeVar("T")
 
@@ -58,6 +59,8 @@ CategoriesFile = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
 ]
+ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")]
+ParamsFile = Annotated[Path, typer.Option(help="Parameter file of the repository.")]
 
 app.command()(ab)
 app.command()(report)
@@ -133,7 +136,7 @@ def predict(
     everything = expand_images(images)
     log = PredictionLog(out, str(checkpoint)) if out else None
     paths = [path for path in everything if log is None or str(path) not in log.rows]
-    targets = _picture_targets(paths, save) if save else {}
+    targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
     seen: set[str] = set()
     rows = dict(log.rows) if log else {}
@@ -161,21 +164,6 @@ def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     from coordexp.records.prediction_log import coco_predictions
 
     write_json(path, coco_predictions(rows))
-
-
-def _picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
-    """Where each drawn picture goes; in a folder, names that repeat get a number."""
-    if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
-        if len(paths) > 1:
-            raise DataError(f"--save {save}: one file for {len(paths)} images; give a folder.")
-        save.parent.mkdir(parents=True, exist_ok=True)
-        targets = {paths[0]: save}
-    else:
-        save.mkdir(parents=True, exist_ok=True)
-        targets = {path: save / f"{name}.png" for path, name in zip(paths, distinct_stems(paths), strict=True)}
-    if lost := {path.resolve() for path in paths} & {target.resolve() for target in targets.values()}:
-        raise DataError(f"--save {save}: the drawing would replace the image {min(lost)}; choose another place.")
-    return targets
 
 
 def _load_detector(
@@ -339,55 +327,63 @@ def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
 
 @app.command()
 def convert(
-    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="COCO instances JSON.")],
+    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The annotation file of the format.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
     out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
-    source: Annotated[Literal["coco"], typer.Option(help="Format of the annotations.")] = "coco",
+    source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
+    split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
 ) -> None:
     """Turn annotations into records.
 
     One JSON line an image with boxes in pixels; every image must be there in its annotated size, and dropped boxes are
     counted by reason.
     """
+    from coordexp.records.convert_file import convert_coco, convert_file
     from coordexp.records.schema import write_records
-    from coordexp.records.sources.coco import read_coco
 
-    conversion = read_coco(annotations, image_prefix="")
-    records = conversion.records
-    for record in _progress(records, len(records), "check images"):
-        _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
+    if source == "coco":
+        converted = convert_coco(annotations, images, lambda records: _progress(records, len(records), "check images"))
+    else:
+        converted = convert_file(source, annotations, images, split)
+    records, drops = converted.records, converted.drops
     out.parent.mkdir(parents=True, exist_ok=True)
     write_records(out, records)
     objects = [o for record in records for o in record.objects]
     crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
     print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
-    drops = Counter(conversion.drops)
     print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
 
 
-def _check_image(record: Record, folder: Path, where: str) -> None:
-    """Raise DataError unless the record keeps the contract and its image is there in the size that it says."""
-    from PIL import Image
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="New folder, or with --predictions a JSON file.")],
+    checkpoint: Annotated[Literal["stage1", "stage1-control", "stage2"], typer.Option(help="Which one.")] = "stage2",
+    profile: ProfileName = None,
+    params: ParamsFile = Path("params.yaml"),
+    predictions: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Only results: what predict --out wrote.")
+    ] = None,
+    image_info: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --predictions: COCO's image_info JSON.")
+    ] = None,
+) -> None:
+    """Publish a run.
 
-    from coordexp.records.schema import parse_record
+    A Hugging Face folder with a model card and COCO results; or with --predictions and --image-info only the results,
+    for a test server that keeps the annotations.
+    """
+    from coordexp.config.paths import ProfilePaths
+    from coordexp.reporting.export import publish
 
-    parse_record(record.to_json(), where)
-    path = folder / record.image
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image, but {where} names it. Is --images the right folder?") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
-    if size != (record.width, record.height):
-        raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
+    parameters, chosen = _settings(params, profile)
+    paths = ProfilePaths(parameters.profile, params.parent)
+    print("\n".join(publish(parameters, chosen, paths, checkpoint, out, predictions, image_info)))
 
 
 @app.command()
 def doctor(
-    profile: Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file of the repository.")] = Path("params.yaml"),
+    profile: ProfileName = None,
+    params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
 ) -> None:
@@ -395,12 +391,9 @@ def doctor(
 
     Nothing is written unless --out is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.config.loading import load_params, load_profile
     from coordexp.reporting.doctor import diagnose
 
-    parameters = load_params(params)
-    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
-    chosen = load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
+    parameters, chosen = _settings(params, profile)
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
@@ -408,6 +401,15 @@ def doctor(
         out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
+
+
+def _settings(params: Path, profile: str | None) -> tuple[Params, Profile]:
+    """The parameters with the wanted profile, and that profile."""
+    from coordexp.config.loading import load_params, load_profile
+
+    parameters = load_params(params)
+    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
+    return parameters, load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
 
 
 def _number(value: float | None) -> str:

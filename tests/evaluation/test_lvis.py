@@ -18,12 +18,16 @@ from coordexp.evaluation.lvis import (
     MAX_DETECTIONS,
     FederatedLabels,
     check_federated,
+    federated_from,
+    federated_of,
     frequency_rows,
     lvis_ap,
     match_federated,
 )
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.table import build_table
+from coordexp.records.categories import Category
+from coordexp.records.schema import Record
 from evaluation.builders import CAT, DOG, FAST, box, image, pred, random_results
 
 HIT = pred("cat", box(0, 0), 0.5)
@@ -138,3 +142,16 @@ def test_labels_are_read_from_an_annotation_file(tmp_path):
     file.write_text("[]")
     with pytest.raises(DataError, match="expected COCO or LVIS annotations"):
         read_annotations(file)
+
+
+def test_labels_travel_with_records_and_categories():
+    """What `convert` keeps of an LVIS file says the same as the file itself."""
+    names = ({"id": 1, "name": "barn_owl", "frequency": "c"}, {"id": 2, "name": "cat", "frequency": "f"})
+    image = {"id": 7, "neg_category_ids": [1], "not_exhaustive_category_ids": [2]}
+    direct = federated_from({"categories": names, "images": [image]}, "lvis.json")
+    categories = [Category(1, "barn owl", frequency="c"), Category(2, "cat", frequency="f")]
+    metadata = {"image_id": 7, "absent": ["barn owl"], "not_exhaustive": ["cat"]}
+    record = Record("7.jpg", 64, 48, (), metadata=metadata)
+    assert federated_of([record], categories) == direct
+    assert federated_of([replace(record, metadata={"image_id": 7})], categories) is None
+    assert federated_of([record], [*categories, Category(3, "dog")]) is None

@@ -116,6 +116,13 @@ def test_each_output_has_one_writer(profile: str) -> None:
     assert clashes == []
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_base_model_that_a_profile_names_is_a_dependency(profile: str) -> None:
+    path = read_yaml(ROOT / "configs" / f"{profile}.yaml")["model"]["path"]
+    assert path == f"models/base/{profile}"
+    assert {name for name, node in graph(profile).items() if path in node.deps} == {"norm1000", "coco-eval"}
+
+
 def test_profiles_do_not_share_outputs() -> None:
     outs = [(profile, out) for profile in PROFILES for node in graph(profile).values() for out in node.outs]
     assert all(profile in PurePosixPath(out).parts for profile, out in outs)

@@ -16,6 +16,14 @@ def test_read_categories(tmp_path):
     assert read_categories(path) == (Category(1, "cat", "held_out"), Category(2, "dog", "train"))
 
 
+def test_a_category_survives_its_file(tmp_path):
+    path = tmp_path / "categories.json"
+    categories = (Category(1, "cat", "held_out", "r"), Category(2, "dog"))
+    path.write_text(json.dumps([c.to_json() for c in categories]))
+    assert read_categories(path) == categories
+    assert "frequency" not in categories[1].to_json()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -26,6 +34,7 @@ def test_read_categories(tmp_path):
         b'[{"id": "1", "name": "cat"}]',
         b'[{"id": 1, "name": " "}]',
         b'[{"id": 1, "name": "a", "split": "val"}]',
+        b'[{"id": 1, "name": "a", "frequency": "often"}]',
     ],
     ids=lambda content: repr(content[:40]),
 )

@@ -132,6 +132,7 @@ def test_lvis_takes_the_path_from_the_url_and_keeps_the_federated_fields(tmp_pat
         "not_exhaustive": ["aerosol can"],
     }
     assert [c.name for c in reading.categories] == ["aerosol can", "bow (weapon)", "cat"]
+    assert [c.frequency for c in reading.categories] == ["c", "r", "f"]
     assert record.objects[0].desc == "aerosol can"
 
 

@@ -135,5 +135,5 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ConfigError, match="'lion', expected 'muon' or 'adamw'"):
+    with pytest.raises(ConfigError, match="'lion', expected 'muon', 'adamw' or 'adamw_8bit'"):
         build_optimizer(Small(), "lion", 0.1, 0.0)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
+from coordexp.config.formats import Format
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
@@ -16,7 +17,6 @@ ObjectSide = Annotated[float, Field(gt=0, lt=1)]
 
 
 SourceKind = Literal["scenes", "datasets"]
-Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
 
 
 class SourceConfig(Block):
@@ -97,7 +97,7 @@ class RecordsConfig(Block):
 class ModelConfig(Block):
     """The pretrained model and its image size."""
 
-    path: Text = Field(description="folder of the pretrained checkpoint")
+    path: Text = Field(description="folder of the pretrained checkpoint; dvc.yaml tracks models/base/<profile>")
     coord_init: Literal["mean", "digits", "ordinal"] = Field(description="first value of the 1000 coordinate rows")
     min_pixels: PositiveCount = Field(description="smallest image area the model is given, in pixels")
     max_pixels: PositiveCount = Field(description="largest image area the model is given, in pixels")
@@ -115,10 +115,31 @@ class PackingConfig(Block):
     pack_tokens: int = Field(ge=32, le=1_000_000, description="tokens of one packed sequence")
 
 
+class TuningConfig(Block):
+    """What of the model trains, in both stages and the control. The coordinate rows always do."""
+
+    method: Literal["full", "lora", "dora"] = Field(description="all weights, or low-rank adapters that are merged")
+    vision: Literal["train", "freeze"] = Field(description="the vision tower")
+    projector: Literal["train", "freeze"] = Field(description="the mergers between vision and language")
+    language: Literal["train", "freeze"] = Field(description="the language model with embedding and head")
+    rank: int = Field(ge=1, le=1024, description="lora, dora: rank of an adapter")
+    alpha: float = Field(gt=0, le=4096, description="lora, dora: the update is scaled by alpha / rank")
+    dropout: float = Field(ge=0, lt=1, description="lora, dora: dropout before an adapter")
+    activations: Literal["keep", "recompute"] = Field(description="recompute in the backward pass: less memory, slower")
+
+    @model_validator(mode="after")
+    def _something_is_adapted(self) -> TuningConfig:
+        if self.method != "full" and {self.vision, self.projector, self.language} == {"freeze"}:
+            raise ValueError(f"method {self.method} with all parts frozen adapts nothing; set one to train.")
+        return self
+
+
 class OptimConfig(Block):
     """How one training stage steps."""
 
-    optimizer: Literal["muon", "adamw"] = Field(description="Muon on matrices with AdamW on the rest, or AdamW on all")
+    optimizer: Literal["muon", "adamw", "adamw_8bit"] = Field(
+        description="Muon on matrices with AdamW on the rest, or AdamW on all (8-bit: one-byte moments)"
+    )
     steps: PositiveCount = Field(description="optimizer steps")
     lr: float = Field(gt=0, le=1, description="peak learning rate")
     warmup_steps: Count = Field(description="steps of linear warm-up; the rate then falls as a cosine")
@@ -188,12 +209,20 @@ class Profile(Block):
     records: RecordsConfig
     model: ModelConfig
     packing: PackingConfig
+    tuning: TuningConfig
     stage1: Stage1Config
     rollout: RolloutConfig
     stage2: Stage2Config
     eval: EvalConfig
     report: ReportConfig
     launch: LaunchConfig
+
+    @model_validator(mode="after")
+    def _frozen_rows_do_not_decay(self) -> Profile:
+        decays = self.stage1.weight_decay or self.stage2.weight_decay
+        if self.tuning.method == "full" and self.tuning.language == "freeze" and decays:
+            raise ValueError("tuning.language is frozen, but weight_decay would shrink its rows; set it to 0.")
+        return self
 
     @model_validator(mode="after")
     def _dev_leaves_training_images(self) -> Profile:

@@ -26,6 +26,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a checkpoint folder: large models come in several safetensors files."""
+    return sorted(folder.glob("*.safetensors"))
+
+
 def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
     """12 hex digits over a stage's own settings and the contents of its input files: the key of its resume state.
 

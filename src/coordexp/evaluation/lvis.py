@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from coordexp.evaluation.coco import detection_dataset, ground_truth_dataset, se
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, Rules, match_categories
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Ints
+from coordexp.records.categories import Category, Frequency
 from coordexp.records.descriptions import normalise_desc
+from coordexp.records.schema import Record
 
-Frequency = Literal["r", "c", "f"]  # in at most 10, at most 100, or more training images
 FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
 MAX_DETECTIONS = 300  # per image over all categories, highest score first
 # Position of each number in COCOeval_faster.all_stats with lvis_style and one detection limit.
@@ -62,6 +63,18 @@ def federated_from(source: Mapping[str, Any], where: str) -> FederatedLabels:
         ) from error
     if unknown := set(frequency.values()) - set(FREQUENCIES):
         raise DataError(f"{where}: category frequencies {sorted(unknown)}, expected {', '.join(FREQUENCIES)}.")
+    return FederatedLabels(frequency=frequency, absent=absent, not_exhaustive=partial)
+
+
+def federated_of(records: Sequence[Record], categories: Sequence[Category]) -> FederatedLabels | None:
+    """The labels that records and categories carry since their conversion; None unless all of them come from LVIS."""
+    frequency = {normalise_desc(c.name): c.frequency for c in categories if c.frequency}
+    keys = ("absent", "not_exhaustive")
+    if len(frequency) < len(categories) or not all(key in r.metadata for r in records for key in keys):
+        return None
+    absent, partial = (
+        {r.metadata["image_id"]: frozenset(map(normalise_desc, r.metadata[key])) for r in records} for key in keys
+    )
     return FederatedLabels(frequency=frequency, absent=absent, not_exhaustive=partial)
 
 

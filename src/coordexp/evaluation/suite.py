@@ -13,6 +13,7 @@ from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.headline import headline
 from coordexp.evaluation.input_checks import check_known_images
+from coordexp.evaluation.lvis import federated_of
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.matching.settings import MatchSettings
 from coordexp.records.categories import read_categories
@@ -39,13 +40,14 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     settings, categories = eval_settings(params), read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
+    federated = federated_of(records, categories)
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
         results = list(read_results(folder / "gt_vs_pred.jsonl"))
         if known:  # records without ids are numbered by their decoder
             check_known_images(results, known, str(paths.records / "val.jsonl"))
-        evaluation = evaluate(results, categories, settings)
+        evaluation = evaluate(results, categories, settings, federated)
         write_json(folder / "per_image.json", evaluation.per_image)
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))

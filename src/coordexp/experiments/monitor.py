@@ -32,7 +32,6 @@ from coordexp.rollout.stages import (
     make_reader,
     make_readout,
     predict_samples,
-    prompted,
 )
 from coordexp.training.checkpoint import STATE_NAME, load_state
 
@@ -63,7 +62,7 @@ class Monitor:
         self._categories = read_categories(paths.records / "categories.json")
         store = SampleStore(paths.norm1000 / "dev.parquet")
         order = np.random.default_rng([params.seed, _SUBSET]).permutation(len(store))[:images]
-        self._samples = prompted(self._checkpoint, [store[i] for i in np.sort(order).tolist()])
+        self._samples = [store[i] for i in np.sort(order).tolist()]
         codec = self._checkpoint.codec_name or params.text.codec
         self._decode = decode_settings(params, codec, allowed_names(params, paths))
         self._reader = make_reader(self._checkpoint, codec, make_readout(params), identity={})

@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, D hidden size, S slots, V vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
@@ -33,9 +35,8 @@ def hidden_states(
 
 def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:
     """The embedding of the input tokens, weights (V, D)."""
-    table = model.get_input_embeddings()
-    assert isinstance(table, nn.Embedding)
-    return table
+    # While rows train beside frozen ones (models/adapters.py) it is PEFT's wrapper, whose `weight` holds both.
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def slot_logits(model: Qwen3VLForConditionalGeneration, hidden_flat: Tensor, slots_S: Tensor) -> Tensor:

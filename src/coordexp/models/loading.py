@@ -50,7 +50,9 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
             damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, or a
             file is not the one that training wrote.
     """
-    _check_files(folder)
+    check_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     _check_hashes(folder)
     transformers_logging.disable_progress_bar()
     tokenizer = _load_tokenizer(folder)
@@ -59,7 +61,8 @@ def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch
     return Checkpoint(model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels), coord)
 
 
-def _check_files(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Raise CheckpointError unless the folder has a tokenizer and the configuration of a Qwen3-VL."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -75,8 +78,6 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(
             f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
         )
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
 
 
 def _check_hashes(folder: Path) -> None:

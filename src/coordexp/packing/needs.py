@@ -17,15 +17,14 @@ from tokenizers import Tokenizer
 
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
+from coordexp.packing.memory import WEIGHT, Memory, step_memory
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
 
 PROMPT_TOKENS = 20  # role headers, image markers and the shortest instruction
 CHARACTERS_PER_TOKEN = 4
-# float32 weights and gradients, and AdamW's two moments; activations come on top.
-BYTES_PER_TRAINED_PARAMETER = 16
-CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2
+CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2, in float32; a resume state comes beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,8 @@ class Needs:
     stage1_passes: float  # how often stage 1 sees the training records
     parameters: int
     disk_bytes: int
-    optimizer_bytes: int
+    memory: Memory  # of one step of stage 1 on one device
+    training_flops: float  # of stage 1, stage 2 and the control
 
 
 def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
@@ -62,6 +62,7 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
+    memory = _step_memory(folder, profile, sum(lengths), image_tokens)
     return Needs(
         train_records=len(lengths),
         image_tokens=image_tokens,
@@ -71,9 +72,33 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
         packs=packs,
         stage1_passes=profile.stage1.steps * profile.stage1.packs_per_step / packs,
         parameters=parameters,
-        disk_bytes=CHECKPOINTS_WRITTEN * 2 * parameters + 8 * sum(lengths),
-        optimizer_bytes=BYTES_PER_TRAINED_PARAMETER * parameters,
+        disk_bytes=CHECKPOINTS_WRITTEN * WEIGHT * parameters + memory.weights + memory.moments + 8 * sum(lengths),
+        memory=memory,
+        training_flops=_training_flops(profile, parameters, sum(lengths) / max(1, len(lengths))),
     )
+
+
+def _step_memory(folder: Path, profile: Profile, tokens: int, image_tokens: int) -> Memory:
+    """Of full packs with the mixture of the data; answers are nearly all of the text."""
+    in_forward = rows_in_forward(profile) * profile.packing.pack_tokens
+    visual = round(in_forward * image_tokens / max(1, tokens))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    optimizer = profile.stage1.optimizer
+    return step_memory(config, profile.tuning, optimizer, in_forward, visual, in_forward - visual)
+
+
+def rows_in_forward(profile: Profile) -> int:
+    """Packs that one device takes through the model at a time."""
+    most = -(-profile.stage1.packs_per_step // profile.launch.processes)
+    return min(profile.launch.rows_per_forward or most, most)
+
+
+def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> float:
+    """6 N a token (Kaplan et al., 2001.08361), 8 N if activations are recomputed; channel B runs two forwards."""
+    stage1 = profile.stage1.steps * profile.stage1.packs_per_step * profile.packing.pack_tokens
+    stage2 = 2 * profile.stage2.steps * profile.stage2.samples_per_step * tokens_per_sample
+    per_token = 8 if profile.tuning.activations == "recompute" else 6
+    return per_token * parameters * (stage1 + 2 * stage2)  # the control gets the tokens of stage 2
 
 
 def _text_tokens(record: Record, per_object: int) -> int:

@@ -1,15 +1,19 @@
-"""The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...]."""
+"""The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...].
+
+LVIS also says how frequent a category is in its training images: "r" in at most 10, "c" in at most 100, else "f".
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from coordexp.errors import DataError
 
 Split = Literal["train", "held_out"]
+Frequency = Literal["r", "c", "f"]
 _EXPECTED = "expected a categories.json, as `convert` writes it"
 
 
@@ -20,6 +24,12 @@ class Category:
     id: int
     name: str
     split: Split = "train"
+    frequency: Frequency | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON value, without a frequency where the source has none."""
+        row: dict[str, Any] = {"id": self.id, "name": self.name, "split": self.split}
+        return row | ({"frequency": self.frequency} if self.frequency else {})
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:
@@ -40,9 +50,13 @@ def read_categories(path: Path) -> tuple[Category, ...]:
 
 
 def _category(row: object, where: str) -> Category:
-    match row:
-        case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
-            return Category(id_, name, split)
-        case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
-            return Category(id_, name)
-    raise DataError(f"{where} is {row!r}, expected an integer id, a name, and split 'train' or 'held_out'.")
+    frequency = row.get("frequency") if isinstance(row, dict) else None
+    if frequency in (None, "r", "c", "f"):
+        match row:
+            case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
+                return Category(id_, name, split, frequency)
+            case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
+                return Category(id_, name, "train", frequency)
+    raise DataError(
+        f"{where} is {row!r}, expected an integer id, a name, split 'train' or 'held_out', frequency r, c or f."
+    )

@@ -41,3 +41,22 @@ def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
         name = next(n for n in chain([path.stem], candidates) if n not in taken)
         taken.add(name)
         yield name
+
+
+def picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
+    """Where each drawn picture goes; in a folder, names that repeat get a number.
+
+    Raises:
+        DataError: one file for several images, or a drawing would replace an image.
+    """
+    if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
+        if len(paths) > 1:
+            raise DataError(f"--save {save}: one file for {len(paths)} images; give a folder.")
+        save.parent.mkdir(parents=True, exist_ok=True)
+        targets = {paths[0]: save}
+    else:
+        save.mkdir(parents=True, exist_ok=True)
+        targets = {path: save / f"{name}.png" for path, name in zip(paths, distinct_stems(paths), strict=True)}
+    if lost := {path.resolve() for path in paths} & {target.resolve() for target in targets.values()}:
+        raise DataError(f"--save {save}: the drawing would replace the image {min(lost)}; choose another place.")
+    return targets

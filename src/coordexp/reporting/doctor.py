@@ -12,9 +12,12 @@ from pathlib import Path
 from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
+from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
 from coordexp.records.schema import Record, read_records
+
+ASSUMED_FLOPS = 4e14  # a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,28 @@ def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[
         f"{needs.stage1_passes:.2f} times",
         f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice that if the cache cannot link "
         f"files; {_gigabytes(free)} free",
-        f"memory: {_gigabytes(needs.optimizer_bytes)} for float32 weights, gradients and AdamW if all parameters are "
-        "trained; activations come on top",
+        _memory_line(needs.memory),
+        _training_line(profile, needs.training_flops),
     ]
     too_long, too_full = _shortages(needs, free)
     return [*lines, *too_long, *too_full], bool(too_long or too_full)
+
+
+def _memory_line(memory: Memory) -> str:
+    states = memory.weights + memory.gradients + memory.moments
+    return (
+        f"memory of a step on one device: about {_gigabytes(memory.total)}: {_gigabytes(states)} of weights, gradients "
+        f"and moments ({memory.trained:,} parameters train), {_gigabytes(memory.activations)} of activations, "
+        f"{_gigabytes(memory.logits)} of logits"
+    )
+
+
+def _training_line(profile: Profile, flops: float) -> str:
+    return (
+        f"training: {profile.stage1.steps} steps of stage 1, {profile.stage2.steps} of stage 2 and of the control; "
+        f"{flops:.2g} floating-point operations, {flops / ASSUMED_FLOPS / 3600:.2g} hours on one device at "
+        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16); decoding comes on top"
+    )
 
 
 def _shortages(needs: Needs, free_bytes: int) -> tuple[list[str], list[str]]:

@@ -76,7 +76,7 @@ slots of the step; those of a first forward beside the last are `coord_diag_a1/*
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
-    "lvis": "Only with LVIS annotations, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
+    "lvis": "Only with LVIS labels: a run on one `lvis` set, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",

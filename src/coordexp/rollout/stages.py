@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import code_hash, file_hash, fingerprint, resume_folder, write_json
+from coordexp.config.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
 from coordexp.config.schema import Params
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
@@ -32,7 +31,6 @@ from coordexp.rollout.opening import DECODE_LAYERS, open_engine
 from coordexp.rollout.records import Rollout, match_rollout, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
-from coordexp.text.prompts import prompt_ids
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def decode_identity(
     """Short hashes of weights, prompt and decode settings: two files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
     decode = hashlib.sha256(f"{settings}{codec}{readout}".encode()).hexdigest()[:16]
-    return {"model": file_hash(folder / "model.safetensors"), "prompt": prompt, "decode": decode}
+    return {"model": fingerprint({}, weight_files(folder)), "prompt": prompt, "decode": decode}
 
 
 def predict_samples(
@@ -221,7 +219,7 @@ def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder:
         "seed": params.seed,
         "code": code_hash(DECODE_LAYERS),
     }
-    inputs = [folder / "model.safetensors", paths.norm1000 / f"{split}.parquet"]
+    inputs = [*weight_files(folder), paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
 
 
@@ -233,7 +231,7 @@ def _decode_into(
     settings = decode_settings(params, codec, allowed_names(params, paths))
     readout = make_readout(params).for_codec(codec)
     count = min(profile.eval.images or len(store), len(store))
-    samples = prompted(checkpoint, [store[i] for i in range(count)])
+    samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(checkpoint, codec, readout, identity)
     batch_images = profile.eval.batch_images
@@ -269,9 +267,3 @@ class _Timed:
         generations = self._engine.generate(samples, settings)
         self.seconds += time.monotonic() - started
         return generations
-
-
-def prompted(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with the prompt as this checkpoint's own tokenizer writes it (it may lack the coordinate tokens)."""
-    prompt = prompt_ids(checkpoint.tokenizer)
-    return [replace(sample, prompt_ids=prompt) for sample in samples]

@@ -63,6 +63,10 @@ def build_optimizer(
     if name == "adamw":
         others = [p for n, p in named if not ("embed_tokens" in n or "lm_head" in n)]
         return AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
+    if name == "adamw_8bit":
+        others = [p for n, p in named if not ("embed_tokens" in n or "lm_head" in n)]
+        groups = _adam_groups(others, rows, lr, weight_decay, row_lr_factor)
+        return _eight_bit_adamw()(groups, betas=(0.9, 0.95))
     if name == "muon":
         matrices = [p for n, p in named if p.ndim == 2 and not any(key in n for key in _NOT_FOR_MUON)]
         chosen = {id(p) for p in [*matrices, *rows]}
@@ -71,7 +75,18 @@ def build_optimizer(
         return MuonWithAdamW(
             muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
         )
-    raise ConfigError(f"optimizer is {name!r}, expected 'muon' or 'adamw'.")
+    raise ConfigError(f"optimizer is {name!r}, expected 'muon', 'adamw' or 'adamw_8bit'.")
+
+
+def _eight_bit_adamw() -> Callable[..., Optimizer]:
+    """AdamW whose moments take one byte each (Dettmers et al., 2110.02861)."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optimizer is 'adamw_8bit', which needs bitsandbytes and a GPU: pip install bitsandbytes, or set adamw."
+        ) from error
+    return AdamW8bit
 
 
 def _adam_groups(

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from coordexp.config.files import only_process, replace_folder
-from coordexp.config.profile import OptimConfig
-from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, write_json
+from coordexp.config.profile import OptimConfig, TuningConfig
+from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
 from coordexp.training.loop import LoopSettings, Task, train
@@ -41,16 +42,28 @@ class Session:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
     optim: OptimConfig
+    tuning: TuningConfig
     steps: int
     threads: int
     seed: int
     row_lr_factor: float
     out: Path
 
+    @property
+    def tracked(self) -> dict[str, Any]:
+        """Everything that is set and changes the result."""
+        return {**self.settings, "tuning": self.tuning.model_dump()}
+
     def state_folder(self) -> Path:
         """Where this very run keeps what an interrupted one goes on from."""
-        key = fingerprint({**self.settings, "code": code_hash(CODE_LAYERS)}, self.inputs.values())
+        key = fingerprint({**self.tracked, "code": code_hash(CODE_LAYERS)}, self.inputs.values())
         return resume_folder(self.stage, key)
+
+
+def start_files(folder: Path) -> dict[str, Path]:
+    """The weights that a run starts from, as inputs by name."""
+    files = weight_files(folder)
+    return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
 
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
@@ -66,23 +79,29 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[st
         torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
     state = session.state_folder()
+    assert checkpoint.coord is not None
+    undo = apply_tuning(checkpoint.model, session.tuning, checkpoint.coord)
     if not world().is_main:
         train(checkpoint.model, task, _loop_settings(session), state, state / LOG_NAME)
         return {}
+    log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        return _run_main(session, checkpoint, task, state)
+        return _run_main(session, checkpoint, task, state, undo)
 
 
-def _run_main(session: Session, checkpoint: Checkpoint, task: Task, state: Path) -> dict[str, Any]:
+def _run_main(
+    session: Session, checkpoint: Checkpoint, task: Task, state: Path, undo: Callable[[], None]
+) -> dict[str, Any]:
     log_path = state / LOG_NAME
     started = time.monotonic()
     train(checkpoint.model, task, _loop_settings(session), state, log_path)
+    undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     summary = summarise_log(log_path)
-    metadata = run_metadata(session.stage, session.settings, session.inputs, time.monotonic() - started, summary)
+    metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
     replace_folder(temporary, session.out)

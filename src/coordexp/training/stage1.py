@@ -24,7 +24,7 @@ from coordexp.training.builders import (
 from coordexp.training.distributed import world
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
-from coordexp.training.session import Session, run_session
+from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.teacher_task import TeacherTask
 
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
@@ -90,9 +90,9 @@ def _teach(
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
-        inputs={"start": start / "model.safetensors", "samples": data, "plan": paths.packed / "plan.parquet"}
-        | image_inputs(paths.raw),
+        inputs={**start_files(start), "samples": data, "plan": paths.packed / "plan.parquet"} | image_inputs(paths.raw),
         optim=optim,
+        tuning=profile.tuning,
         steps=len(packs_by_step),
         threads=profile.launch.threads,
         seed=params.stage1_seed,

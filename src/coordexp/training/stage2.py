@@ -26,7 +26,7 @@ from coordexp.training.channel_b_builders import channel_b_settings, match_sched
 from coordexp.training.distributed import world
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
-from coordexp.training.session import GENERATION_TOKENS, Session, run_session
+from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 
 READOUT_KEYS = {"score", "box"}  # of `decode`: how an answer is judged, not how it is generated
@@ -73,7 +73,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
 def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
     settings = params.model_dump(exclude={"profile": True, "stage1": True, "decode": READOUT_KEYS, "eval": True})
     inputs = {
-        "start": paths.run("stage1") / "model.safetensors",
+        **start_files(paths.run("stage1")),
         "samples": paths.norm1000 / "train.parquet",
         "rollouts": paths.run("rollout") / "rollouts.jsonl",
     }
@@ -82,6 +82,7 @@ def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
         settings=settings | {"optim": profile.stage2.model_dump(), "pack_tokens": profile.packing.pack_tokens},
         inputs=inputs | image_inputs(paths.raw),
         optim=profile.stage2,
+        tuning=profile.tuning,
         steps=profile.stage2.steps,
         threads=profile.launch.threads,
         seed=params.stage2_seed,

@@ -10,10 +10,11 @@ LVIS val holds images of COCO's train2017: the path comes from `coco_url`, below
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
+from coordexp.records.categories import Frequency
 from coordexp.records.sources.base import Reading, SplitFiles, is_whole
-from coordexp.records.sources.coco import instances_reading, load_instances
+from coordexp.records.sources.coco import Instances, instances_reading, load_instances
 
 
 def read(files: SplitFiles) -> Reading:
@@ -21,7 +22,10 @@ def read(files: SplitFiles) -> Reading:
     instances = load_instances(files.path, names_images=False)
     for row in instances.rows.values():
         row["name"] = spoken_name(str(row["name"]))
-    named = replace(instances, categories=tuple(replace(c, name=spoken_name(c.name)) for c in instances.categories))
+    categories = (
+        replace(c, name=spoken_name(c.name), frequency=frequency_of(instances, c.id)) for c in instances.categories
+    )
+    named = replace(instances, categories=tuple(categories))
 
     def names(image: dict[str, Any], key: str) -> list[str]:
         listed = image.get(key)
@@ -40,6 +44,12 @@ def read(files: SplitFiles) -> Reading:
 def spoken_name(name: str) -> str:
     """ "bow_(weapon)" -> "bow (weapon)"."""
     return name.replace("_", " ")
+
+
+def frequency_of(instances: Instances, category_id: int) -> Frequency | None:
+    """How frequent a category is in the training images of LVIS; None if the file says nothing that is valid."""
+    found = instances.rows[category_id].get("frequency")
+    return found if found in get_args(Frequency) else None
 
 
 def _path(image: dict[str, Any]) -> object:

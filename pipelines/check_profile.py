@@ -1,0 +1,72 @@
+"""Try a profile before it costs anything (`make check-profile PROFILE=...`); not in the graph.
+
+The data stages on 16 images of each set, one real training step of a shrunken model of the same family with the real
+tokenizer, and the plan of the whole run. Works in a temporary folder and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.process import StageContext, stage_main
+from coordexp.config.profile import DatasetsConfig, DatasetsProfile, Profile, SourceConfig
+from coordexp.errors import DataError
+from coordexp.models.sizes import write_shrunken
+from coordexp.records.sample_set import write_sample
+from coordexp.reporting.doctor import diagnose
+from pipelines import convert, norm1000, pack, raw, stage1
+
+IMAGES = 16
+
+
+def run(context: StageContext) -> None:
+    """Run the sample through the data stages and one training step, then print the plan."""
+    with TemporaryDirectory(prefix="coordexp-check-") as folder:
+        small = _shrunken(context, Path(folder))
+        for stage in (raw, convert, norm1000, pack, stage1):
+            stage.run(small)
+        _summary(small)
+    diagnosis = diagnose(context.profile, context.params, context.paths.root / "data", decode=False)
+    context.log.info("the plan of the whole run:\n  %s", "\n  ".join(diagnosis.lines))
+    if diagnosis.stops:
+        raise DataError("the sample went through, but the whole run would stop at what is marked STOP above.")
+
+
+def _shrunken(context: StageContext, folder: Path) -> StageContext:
+    profile, base = context.profile, folder / "base"
+    parameters = write_shrunken(Path(profile.model.path), base, context.params.seed)
+    context.log.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
+    source: SourceConfig | DatasetsConfig = profile.source
+    if isinstance(source, DatasetsConfig):
+        sets = write_sample(source.sets, profile.records, folder / "sets", IMAGES)
+        source = source.model_copy(update={"sets": sets, "verify": "decode"})
+    else:
+        source = source.model_copy(update={"train_images": IMAGES, "val_images": IMAGES})
+    step = {"steps": 1, "warmup_steps": 0, "packs_per_step": 1, "log_every": 1}
+    changes = {
+        "source": source,
+        "records": profile.records.model_copy(update={"dev_images": 2}),
+        "model": profile.model.model_copy(update={"path": str(base)}),
+        "stage1": profile.stage1.model_copy(update=step),
+    }
+    kind: type[Profile] = DatasetsProfile if isinstance(source, DatasetsConfig) else Profile
+    small = kind.model_validate(profile.model_copy(update=changes).model_dump())
+    return replace(context, profile=small, paths=ProfilePaths(context.paths.profile, folder))
+
+
+def _summary(small: StageContext) -> None:
+    paths = small.paths
+    summary = json.loads((paths.norm1000 / "summary.json").read_text(encoding="utf-8"))
+    trained = json.loads((paths.run("stage1") / "run_metadata.json").read_text(encoding="utf-8"))
+    for split in ("train", "dev", "val"):
+        small.log.info("sample: %s: %s", split, summary[split])
+    loss, seconds = trained["final_loss"], trained["step_seconds"]
+    small.log.info("sample: one training step, loss %s, %s s on this machine (shrunken: no forecast)", loss, seconds)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

@@ -1,0 +1,119 @@
+"""What of a model trains: all of it, some parts, or low-rank adapters on them; and the way back to plain weights.
+
+    undo = apply_tuning(model, profile.tuning, coord)   # freezes, wraps
+    ...train...
+    undo()                                              # merges: the model is a plain checkpoint again
+
+Adapters are PEFT's (LoRA: Hu et al., 2106.09685; DoRA: Liu et al., 2402.09353), injected in place, so whoever holds the
+model keeps holding it. The 1000 coordinate rows train in every mode, as rows (`trainable_token_indices`) and not as
+low-rank updates: a served adapter cannot carry embedding rows, so what a stage leaves is always merged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.config.profile import TuningConfig
+from coordexp.errors import ConfigError
+from coordexp.text.vocabulary import CoordVocabulary
+
+PARTS = ("vision", "projector", "language")
+# Full names of the linear layers that get adapters, by part.
+ADAPTED = {
+    "vision": r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
+    "projector": r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
+    "language": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+}
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+
+
+def part_of(parameter: str) -> str:
+    """The part that a parameter belongs to by its name: vision, projector or language (embedding and head included)."""
+    if re.match(r"model\.visual\.(merger|deepstack_merger_list)\.", parameter):
+        return "projector"
+    return "vision" if parameter.startswith("model.visual.") else "language"
+
+
+def apply_tuning(
+    model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary
+) -> Callable[[], None]:
+    """Freeze and wrap the model in place; returns what merges the adapters and makes all of it trainable again.
+
+    Raises:
+        ConfigError: adapters are asked for and PEFT is not installed.
+    """
+    if tuning.activations == "recompute":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    merge = _freeze(model, tuning, coord) if tuning.method == "full" else _inject(model, tuning, coord)
+
+    def undo() -> None:
+        merge()
+        if tuning.activations == "recompute":
+            model.gradient_checkpointing_disable()
+        model.requires_grad_(True)
+
+    return undo
+
+
+def _freeze(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary) -> Callable[[], None]:
+    frozen = {part for part in PARTS if getattr(tuning, part) == "freeze"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in frozen)
+    if "language" not in frozen:
+        return lambda: None
+    tables = [p for name, p in model.named_parameters() if EMBEDDING in name or HEAD in name]  # one, if they are tied
+    hooks = [_train_rows_only(table.requires_grad_(True), coord) for table in tables]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove
+
+
+def _train_rows_only(table_VD: Tensor, coord: CoordVocabulary) -> torch.utils.hooks.RemovableHandle:
+    """Zero the gradient of every row but the coordinate ones."""
+    keep_V1 = torch.zeros(table_VD.shape[0], 1, device=table_VD.device)
+    keep_V1[coord.first_id : coord.end_id] = 1.0
+
+    def masked(gradient_VD: Tensor) -> Tensor:
+        return gradient_VD * keep_V1.to(gradient_VD)
+
+    return table_VD.register_hook(masked)
+
+
+def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary) -> Callable[[], None]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            f"tuning.method is {tuning.method!r}, which needs PEFT: pip install --no-deps peft (or set method: full)."
+        ) from error
+    patterns = [ADAPTED[part] for part in PARTS if getattr(tuning, part) == "train"]
+    rows = list(range(coord.first_id, coord.end_id))
+    tables = [EMBEDDING] if model.config.tie_word_embeddings else [EMBEDDING, HEAD]
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        use_dora=tuning.method == "dora",
+        target_modules="|".join(f"({pattern})" for pattern in patterns),
+        trainable_token_indices={table: rows for table in tables},
+    )
+    wrapped = get_peft_model(model, config)
+
+    def merge() -> None:
+        wrapped.merge_and_unload(safe_merge=True)
+        model.tie_weights()
+
+    return merge
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of parameters that train; a tied table counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

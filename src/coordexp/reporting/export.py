@@ -1,0 +1,211 @@
+"""A trained checkpoint as a folder to publish: plain weights, a generated model card, and results for a test server.
+
+The card's `pipeline_tag` is image-text-to-text, which is how transformers loads the model; object detection is a tag:
+the `object-detection` pipeline expects a head that returns boxes, and this model writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.profile import DatasetsConfig, Profile
+from coordexp.config.provenance import weight_files, write_json
+from coordexp.config.schema import Params
+from coordexp.errors import CheckpointError, DataError
+from coordexp.evaluation.categories import normalise_desc
+from coordexp.records.categories import Category, read_categories
+from coordexp.records.gt_vs_pred import read_results
+from coordexp.reporting.markdown import number, table
+
+CARD, RESULTS = "README.md", "coco_results.json"
+_SHOWN = {
+    "coco.mAP": "AP (COCO, .50:.95)",
+    "coco.AP50": "AP at IoU .50",
+    "coco.AP75": "AP at IoU .75",
+    "coco.APs": "AP of small objects",
+    "coco.APm": "AP of medium objects",
+    "coco.APl": "AP of large objects",
+    "f1.full_50": "F1 at IoU .50, box and name",
+    "held_out.AP50": "AP50 of names never trained on",
+    "set.dup_pairs_90": "duplicate pairs an image (IoU .90)",
+    "parse.parse_rate": "answers that parse whole",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written, and predictions whose name is no category of the data set."""
+
+    files: tuple[str, ...]
+    results: int
+    unmapped: int
+
+
+def publish(
+    params: Params,
+    profile: Profile,
+    paths: ProfilePaths,
+    checkpoint: str,
+    out: Path,
+    predictions: Path | None,
+    image_info: Path | None,
+) -> list[str]:
+    """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user."""
+    if (predictions is None) != (image_info is None):
+        raise DataError("--predictions and --image-info belong together; give both or none.")
+    if predictions and image_info:
+        written, unmapped = write_server_results(predictions, image_info, paths, out)
+        return [f"{out}: {written} results; {unmapped} predictions name no category"]
+    done = export(params, profile, paths, checkpoint, out)
+    return [
+        f"{out}: {', '.join(done.files)}",
+        f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
+    ]
+
+
+def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: str, out: Path) -> Exported:
+    """Fill the folder `out` from the run of a profile.
+
+    Args:
+        params: the parameters of the run.
+        profile: its profile.
+        paths: its folders.
+        checkpoint: stage1, stage1-control or stage2.
+        out: an empty or new folder.
+
+    Raises:
+        CheckpointError: the run left no such checkpoint, or it is an adapter that was not merged.
+        DataError: the folder is not empty, or the run was not evaluated.
+    """
+    source = paths.run(checkpoint)
+    if not weight_files(source) or (source / "adapter_config.json").is_file():
+        raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
+    if out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty; give a new folder.")
+    metrics = _read(paths.reports / "metrics.json")
+    predictions = paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
+    categories = read_categories(paths.records / "categories.json")
+    rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
+    results, unmapped = coco_results(rows, categories)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name != "train_log.jsonl":
+            _link_or_copy(file, out / file.name)
+    write_json(out / RESULTS, results)
+    facts = _facts(params, profile, paths, checkpoint, metrics)
+    (out / CARD).write_text(_card(facts), encoding="utf-8")
+    return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
+
+
+def coco_results(
+    images: Iterable[tuple[int, Sequence[tuple[str, Sequence[float], float | None]]]], categories: Sequence[Category]
+) -> tuple[list[dict[str, Any]], int]:
+    """Results in COCO's list form, which its test server reads, and how many predictions name no category.
+
+    Args:
+        images: image id, and name, box (xyxy pixels) and score of each prediction.
+        categories: with the ids of the source.
+    """
+    ids = {normalise_desc(category.name): category.id for category in categories}
+    results, unmapped = [], 0
+    for image_id, predictions in images:
+        for desc, (x1, y1, x2, y2), score in predictions:
+            category_id = ids.get(normalise_desc(desc))
+            if category_id is None:
+                unmapped += 1
+                continue
+            box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+            row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": round(float(score or 0), 5)}
+            results.append(row)
+    return results, unmapped
+
+
+def write_server_results(predictions: Path, image_info: Path, paths: ProfilePaths, out: Path) -> tuple[int, int]:
+    """Results for a server that keeps the annotations; returns their number and that of predictions of no category.
+
+    Args:
+        predictions: the lines that `coordexp predict --out` wrote: `image` (its file name counts) and `objects`.
+        image_info: COCO's image_info JSON of the split, which gives the image ids.
+        paths: the profile, whose categories.json gives the category ids.
+        out: the JSON file to write.
+
+    Raises:
+        DataError: an image is not in the file, or the file is none of COCO's.
+    """
+    source = _read(image_info)
+    try:
+        ids = {image["file_name"]: int(image["id"]) for image in source["images"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{image_info}: not COCO's image_info layout ({error!r}).") from error
+    found = []
+    lines = predictions.read_text(encoding="utf-8").splitlines()
+    for row in (json.loads(line) for line in lines if line):
+        name = Path(row["image"]).name
+        if name not in ids:
+            raise DataError(f"{row['image']}: no image of {image_info} has that file name.")
+        found.append((ids[name], [(o["desc"], o["bbox_xyxy_px"], o["score"]) for o in row["objects"]]))
+    results, unmapped = coco_results(found, read_categories(paths.records / "categories.json"))
+    write_json(out, results)
+    return len(results), unmapped
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; run the graph up to coco-eval first: dvc repro.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Large weights take no second place on the disk where links work."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _facts(
+    params: Params, profile: Profile, paths: ProfilePaths, checkpoint: str, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    trained, base = metrics[checkpoint]["eval"], metrics["base"]["eval"]
+    rows = []
+    for key, words in _SHOWN.items():
+        area, name = key.split(".")
+        interval = trained["interval"].get(key)
+        shown = number(trained[area][name]) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
+        rows.append([words, shown, number(base[area][name])])
+    source = profile.source
+    sets = source.sets if isinstance(source, DatasetsConfig) else {}
+    return {
+        "profile": params.profile,
+        "checkpoint": checkpoint,
+        "codec": params.text.codec,
+        "sets": [f"{name} ({config.format})" for name, config in sets.items()] or ["composed scenes of emoji sprites"],
+        "tuning": profile.tuning.model_dump(),
+        "model": profile.model.model_dump(),
+        "n_images": trained["coco"]["n_images"],
+        "n_objects": trained["coco"]["n_gt"],
+        "decode": params.decode.model_dump(),
+        "truncated_rate": number(trained["parse"]["truncated_rate"]),
+        "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
+        "metadata": _read(paths.run(checkpoint) / "run_metadata.json"),
+    }
+
+
+def _card(facts: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("coordexp.reporting"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("model_card.md.jinja").render(facts)

@@ -1,0 +1,57 @@
+"""The evaluation of a run from its files: LVIS labels that `convert` kept reach the metrics."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from coordexp.config.loading import load_params
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.evaluation.suite import evaluate_run
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import write_results
+from coordexp.records.schema import ObjectRecord, Record, write_records
+from evaluation.builders import box, image, pred
+
+NAMES = [Category(1, "cat", frequency="f"), Category(2, "dog", frequency="r")]
+
+
+@pytest.fixture
+def paths(tmp_path) -> ProfilePaths:
+    """Two images: a cat that is found with a dog that nobody looked for, and one verified to hold no dog."""
+    found = ProfilePaths("mine", tmp_path)
+    results = [
+        image(1, [("cat", box(0, 0))], [pred("cat", box(0, 0), 0.9), pred("dog", box(3, 3), 0.8)]),
+        image(2, [], []),
+    ]
+    for name in CHECKPOINTS:
+        found.evaluation(name).mkdir(parents=True)
+        write_results(found.evaluation(name) / "gt_vs_pred.jsonl", results)
+    found.records.mkdir(parents=True)
+    return found
+
+
+def write(paths: ProfilePaths, categories: list[Category], labelled: bool) -> None:
+    (paths.records / "categories.json").write_text(json.dumps([c.to_json() for c in categories]))
+    labels = [{"absent": [], "not_exhaustive": []}, {"absent": ["dog"], "not_exhaustive": []}] if labelled else [{}, {}]
+    objects = [(ObjectRecord("cat", tuple(map(float, box(0, 0)))),), ()]
+    records = [Record(f"{i}.jpg", 100, 100, objects[i - 1], metadata={"image_id": i, **labels[i - 1]}) for i in (1, 2)]
+    write_records(paths.records / "val.jsonl", records)
+
+
+def test_labels_of_lvis_reach_the_metrics(paths, repository):
+    params = load_params(repository / "params.yaml")
+    write(paths, NAMES, labelled=True)
+    metrics = evaluate_run(params, paths)["stage2"]["eval"]
+    assert metrics["lvis"]["APf"] == 1.0
+    assert metrics["interval"]["lvis.mAP"] == [1.0, 1.0]
+    assert json.loads((paths.reports / "metrics.json").read_text())["stage2"]["eval"]["lvis"] == metrics["lvis"]
+
+
+@pytest.mark.parametrize("lacks", ["frequency", "labels"])
+def test_other_data_have_no_such_area(paths, repository, lacks):
+    categories = [replace(c, frequency=None) for c in NAMES] if lacks == "frequency" else NAMES
+    write(paths, categories, labelled=lacks == "frequency")
+    assert "lvis" not in evaluate_run(load_params(repository / "params.yaml"), paths)["stage2"]["eval"]

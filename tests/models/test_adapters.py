@@ -1,0 +1,178 @@
+"""Freezing and adapters: what trains, what stays, and that merging gives the same model as plain weights."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from coordexp.config.profile import TuningConfig
+from coordexp.errors import ConfigError
+from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
+from coordexp.models.forward import hidden_states, input_table, slot_logits
+from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
+from coordexp.packing.collator import teacher_segment
+from coordexp.training.optimizers import build_optimizer
+from helpers import new_checkpoint
+
+ADAPTERS = ("lora", "dora")
+
+
+def tuning(**changes) -> TuningConfig:
+    keys = {"method": "full", "vision": "train", "projector": "train", "language": "train", "rank": 4, "alpha": 8.0}
+    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep"} | changes))
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    model = checkpoint.model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() + 0.01)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    return checkpoint
+
+
+@pytest.fixture(params=["tied", "untied"])
+def checkpoint(request) -> Checkpoint:
+    made = new_checkpoint()
+    return untied(made) if request.param == "untied" else made
+
+
+@pytest.fixture
+def batch(world):
+    return world.collator(new_checkpoint())([teacher_segment(s) for s in world.samples[:3]])
+
+
+def logits(checkpoint: Checkpoint, batch) -> torch.Tensor:
+    """At every supervised slot."""
+    slots = torch.cat([batch.text_slots, batch.coord_slots])
+    return slot_logits(checkpoint.model, hidden_states(checkpoint.model, batch), slots)
+
+
+def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
+    """A few real optimizer steps, large enough to show."""
+    optimizer = build_optimizer(checkpoint.model, "adamw", 0.01, 0.0)
+    targets = torch.cat([batch.text_targets, batch.coord_targets.round().long() + checkpoint.coord.first_id])
+    for _ in range(count):
+        torch.nn.functional.cross_entropy(logits(checkpoint, batch), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def moved(before: dict[str, torch.Tensor], model) -> set[str]:
+    """The parts whose weights changed; rows of the vocabulary are looked at on their own."""
+    after = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
+    return {part_of(name) for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_merged_equals_adapted_and_is_a_plain_checkpoint(checkpoint, batch, method, tmp_path):
+    pytest.importorskip("peft")
+    names, before = list(snapshot(checkpoint.model)), logits(checkpoint, batch).detach()
+    undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
+    torch.testing.assert_close(logits(checkpoint, batch), before, atol=1e-4, rtol=0)  # adapters start as nothing
+    steps(checkpoint, batch)
+    adapted = logits(checkpoint, batch).detach()
+    assert (adapted - before).abs().max() > 0.1
+    undo()
+    torch.testing.assert_close(logits(checkpoint, batch), adapted, atol=1e-4, rtol=0)
+    assert list(snapshot(checkpoint.model)) == names
+    is_tied = checkpoint.model.config.tie_word_embeddings
+    assert (checkpoint.model.lm_head.weight is input_table(checkpoint.model).weight) == is_tied
+    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer)
+    assert not list(tmp_path.glob("adapter*"))
+    loaded = load_checkpoint(tmp_path, 64 * 64, 128 * 128)
+    torch.testing.assert_close(logits(loaded, batch), adapted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_coordinate_rows_train_and_all_others_stay(checkpoint, batch, method):
+    pytest.importorskip("peft")
+    before = snapshot(checkpoint.model)
+    undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
+    steps(checkpoint, batch)
+    undo()
+    assert_only_coordinate_rows_moved(before, checkpoint)
+
+
+def assert_only_coordinate_rows_moved(before, checkpoint: Checkpoint) -> None:
+    span = slice(checkpoint.coord.first_id, checkpoint.coord.end_id)
+    tables = {n: p for n, p in checkpoint.model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    assert len(tables) == (1 if checkpoint.model.config.tie_word_embeddings else 2)
+    for name, table_VD in tables.items():
+        change_V = (table_VD - before[name]).abs().sum(1)
+        assert change_V[span].max() > 0
+        change_V[span] = 0
+        assert change_V.max() == 0
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("method", ["full", *ADAPTERS])
+def test_a_part_that_is_frozen_stays(batch, part, method):
+    if method != "full":
+        pytest.importorskip("peft")
+    checkpoint = new_checkpoint()
+    before = snapshot(checkpoint.model)
+    undo = apply_tuning(checkpoint.model, tuning(method=method, **{part: "freeze"}), checkpoint.coord)
+    steps(checkpoint, batch)
+    undo()
+    assert moved(before, checkpoint.model) == set(PARTS) - {part}
+    if part == "language":
+        assert_only_coordinate_rows_moved(before, checkpoint)
+    assert all(p.requires_grad for p in checkpoint.model.parameters())
+
+
+def test_adapters_train_few_parameters():
+    pytest.importorskip("peft")
+    checkpoint = new_checkpoint()
+    everything = count_trainable(checkpoint.model)
+    apply_tuning(checkpoint.model, tuning(method="lora", vision="freeze"), checkpoint.coord)
+    hidden = checkpoint.model.config.text_config.hidden_size
+    rows = 1000 * hidden
+    assert rows < count_trainable(checkpoint.model) < rows + 0.1 * everything
+
+
+def test_gradient_checkpointing_changes_no_gradient(batch):
+    plain, recomputing = new_checkpoint(), new_checkpoint()
+    undo = apply_tuning(recomputing.model, tuning(activations="recompute"), recomputing.coord)
+    calls = []
+    recomputing.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpoint in (plain, recomputing):
+        checkpoint.model.train()
+        logits(checkpoint, batch).square().mean().backward()
+    assert len(calls) == 2  # once forward, once again backward
+    for (name, a), b in zip(plain.model.named_parameters(), recomputing.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    undo()
+    assert not recomputing.model.is_gradient_checkpointing
+
+
+def test_frozen_language_lets_no_gradient_into_other_rows(batch):
+    checkpoint = new_checkpoint()
+    reference = copy.deepcopy(checkpoint)
+    apply_tuning(checkpoint.model, tuning(language="freeze"), checkpoint.coord)
+    for each in (checkpoint, reference):
+        logits(each, batch).square().mean().backward()
+    span = slice(checkpoint.coord.first_id, checkpoint.coord.end_id)
+    masked, whole = input_table(checkpoint.model).weight.grad, input_table(reference.model).weight.grad
+    torch.testing.assert_close(masked[span], whole[span])
+    assert masked.abs().sum() == masked[span].abs().sum() < whole.abs().sum()
+
+
+def test_missing_packages_are_named(monkeypatch):
+    checkpoint = new_checkpoint()
+    for package in ("peft", "bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"tuning.method is 'lora', which needs PEFT"):
+        apply_tuning(checkpoint.model, tuning(method="lora"), checkpoint.coord)
+    with pytest.raises(ConfigError, match=r"'adamw_8bit', which needs bitsandbytes"):
+        build_optimizer(checkpoint.model, "adamw_8bit", 0.001, 0.0)
+
+
+def test_adapting_nothing_is_refused():
+    with pytest.raises(ValueError, match="adapts nothing"):
+        tuning(method="lora", vision="freeze", projector="freeze", language="freeze")

@@ -1,0 +1,117 @@
+"""Memory by arithmetic, against real models: their parameters, their adapters, and what autograd keeps of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from coordexp.config.profile import TuningConfig
+from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
+from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
+from coordexp.packing.memory import (
+    adapters_by_part,
+    parameters_by_part,
+    step_memory,
+    text_layer_bytes,
+    trained_parameters,
+    vision_block_bytes,
+)
+from coordexp.text.vocabulary import CoordVocabulary
+
+
+def tuning(**changes: Any) -> TuningConfig:
+    keys = {"method": "full", "vision": "train", "projector": "train", "language": "train", "rank": 8, "alpha": 16.0}
+    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep"} | changes))
+
+
+@pytest.mark.parametrize("size", DENSE_SIZES)
+def test_parameters_by_part_are_those_of_the_model(size):
+    config = qwen3_vl_config(size)
+    counted = dict.fromkeys(PARTS, 0)
+    for name, parameter in on_meta(config).named_parameters():
+        counted[part_of(name)] += parameter.numel()
+    parts = parameters_by_part(config.to_dict())
+    assert {part: getattr(parts, part) for part in PARTS} == counted
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied
+@pytest.mark.parametrize("frozen", [None, "vision", "language"])
+def test_trained_parameters_are_those_that_peft_trains(size, method, frozen):
+    pytest.importorskip("peft")
+    how = tuning(method=method, **({frozen: "freeze"} if frozen else {}))
+    model = build_shrunken(qwen3_vl_config(size), seed=0)
+    apply_tuning(model, how, CoordVocabulary(1000))
+    assert count_trainable(model) == trained_parameters(shrunken_config(qwen3_vl_config(size)).to_dict(), how)
+    assert adapters_by_part(model.config.to_dict(), how).total > 0
+
+
+SHAPES = [{}, {"hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 6, "num_key_value_heads": 2}]
+
+
+def build(layers: int, text: dict[str, int], vision: dict[str, int]) -> Qwen3VLForConditionalGeneration:
+    tree = shrunken_config(qwen3_vl_config("2b"), layers=layers).to_dict()
+    tree["text_config"] |= {"vocab_size": 512, **text}
+    tree["text_config"].pop("layer_types", None)
+    tree["vision_config"] |= {"out_hidden_size": tree["text_config"]["hidden_size"], "depth": layers, **vision}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(tree)).train()
+
+
+def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of all tensors that autograd saves, each storage once, weights left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    found: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def per_unit_and_layer(measure: Callable[[int, int], int], few: int, many: int) -> float:
+    """What one more layer keeps for one more token: the second difference, which no constant part survives."""
+    return (measure(4, many) - measure(4, few) - measure(2, many) + measure(2, few)) / (2 * (many - few))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["narrow", "wide"])
+def test_what_a_decoder_layer_keeps(shape):
+    def measure(layers: int, tokens: int) -> int:
+        model = build(layers, shape, {}).model.language_model
+        embeds = torch.randn(1, tokens, model.config.hidden_size, requires_grad=True)
+        positions = torch.arange(tokens).expand(4, 1, tokens)
+        return kept_bytes(model, lambda: model(inputs_embeds=embeds, position_ids=positions, use_cache=False))
+
+    assert per_unit_and_layer(measure, 256, 512) == text_layer_bytes(build(2, shape, {}).config.to_dict())
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 96, "num_heads": 3, "intermediate_size": 300}])
+def test_what_a_vision_block_keeps(shape):
+    def measure(layers: int, side: int) -> int:
+        model = build(layers, {}, shape).model.visual
+        grid, patches = torch.tensor([[1, side, side]]), torch.randn(side * side, 3 * 2 * 16 * 16)
+        return kept_bytes(model, lambda: model(patches, grid_thw=grid))
+
+    found = (measure(4, 32) - measure(4, 16) - measure(2, 32) + measure(2, 16)) / (2 * (32 * 32 - 16 * 16))
+    assert found == vision_block_bytes(build(2, {}, shape).config.to_dict())
+
+
+def test_the_plan_of_the_real_sizes():
+    """Full training of 4B needs 16 bytes a parameter; adapters need little beside the frozen weights."""
+    config = qwen3_vl_config("4b").to_dict()
+    forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
+    full = step_memory(config, tuning(activations="recompute"), "adamw", **forward)
+    assert full.weights + full.gradients + full.moments == 16 * 4_437_815_808
+    keep = step_memory(config, tuning(), "adamw", **forward)
+    lora = step_memory(config, tuning(method="lora", rank=16, activations="recompute"), "adamw", **forward)
+    eight = step_memory(config, tuning(activations="recompute"), "adamw_8bit", **forward)
+    assert lora.total < eight.total < full.total < keep.total
+    assert lora.trained < 0.02 * lora.parameters
+    assert lora.gradients + lora.moments < 0.02 * (full.gradients + full.moments)
