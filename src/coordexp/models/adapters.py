@@ -99,7 +99,7 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord:
     tables = [EMBEDDING] if model.config.tie_word_embeddings else [EMBEDDING, HEAD]
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.alpha,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # any number scales
         lora_dropout=tuning.dropout,
         use_dora=tuning.method == "dora",
         target_modules="|".join(f"({pattern})" for pattern in patterns),
