@@ -46,7 +46,12 @@ def test_every_term_is_measured_and_the_step_stays_as_it_is(world):
         checkpoint = new_checkpoint()
         goal = objective(checkpoint)
         task = TeacherTask(
-            checkpoint.model, goal, world.source(checkpoint), world.collator(checkpoint), [[[0, 1], [2]]], every
+            checkpoint.model,
+            goal,
+            world.source(checkpoint),
+            world.collator(checkpoint),
+            [[[0, 1], [2]]],
+            grad_monitor_every=every,
         )
         torch.manual_seed(3)
         (micro,) = task.micro_batches(0)
