@@ -77,8 +77,9 @@ preset: env  ## run the graph under a named recipe of configs/presets: make pres
 ablation: env  ## train and compare the recipes of the objective, into reports/ablations/ (hours; resumable; ARGS="--seeds 17")
 	PYTHONPATH=src python -m pipelines.ablation $(ARGS)
 
-decoding-study: env  ## what decoding choices are worth on val, into reports/<profile>/decoding.md (minutes)
+decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study
+	dvc repro --single-item --force report
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
 	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)

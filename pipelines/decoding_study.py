@@ -45,11 +45,14 @@ def _study(context: StageContext, name: str) -> dict[str, Any]:
     runs: dict[str, list[ImageResult]] = {}
     speed: dict[str, dict[str, float]] = {}
     for label, changes in CONSTRAINTS.items():
-        runs[label], speed[label] = _decode(context, name, changes, context.params.seed)
+        runs[label], summary = _decode(context, name, changes, context.params.seed)
+        seconds = summary["generate_seconds"]
+        speed[label] = {f"{unit}_per_second": summary[unit] / seconds for unit in ("tokens", "images")}
     sampled = [_decode(context, name, SAMPLED, context.params.seed + k)[0] for k in range(SAMPLES)]
     voted = {"greedy": runs["and corners"], "one sample": sampled[0]}
     voted |= {f"vote {n} of {SAMPLES}": vote(sampled, n) for n in (2, SAMPLES // 2)}
     return {
+        "model": summary["identity"]["model"],
         "constraints": between_runs(runs, "off", categories, settings, speed),
         "boxes": box_table(runs["off"], categories, settings),
         "scores": score_table(runs["off"], categories, settings),
@@ -60,16 +63,14 @@ def _study(context: StageContext, name: str) -> dict[str, Any]:
 
 def _decode(
     context: StageContext, name: str, changes: dict[str, Any], seed: int
-) -> tuple[list[ImageResult], dict[str, float]]:
-    """Results on val under changed decode parameters, and their throughput."""
+) -> tuple[list[ImageResult], dict[str, Any]]:
+    """Results on val under changed decode parameters, and the summary of the decode."""
     decode = context.params.decode.model_copy(update=changes)
     params = context.params.model_copy(update={"decode": decode, "seed": seed})
     folder = decode_split(params, context.profile, context.paths, context.paths.run(name), "val")
     summary = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
     context.log.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
-    seconds = summary["generate_seconds"]
-    speed = {"tokens_per_second": summary["tokens"] / seconds, "images_per_second": summary["images"] / seconds}
-    return list(read_results(folder / "gt_vs_pred.jsonl")), speed
+    return list(read_results(folder / "gt_vs_pred.jsonl")), summary
 
 
 if __name__ == "__main__":

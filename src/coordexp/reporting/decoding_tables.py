@@ -1,4 +1,8 @@
-"""The decoding study as Markdown: constraints, box rules, scores, and several samples per image."""
+"""The decoding study as Markdown: constraints, box rules, scores, and several samples per image.
+
+The study is made on demand (`make decoding-study`) and is no part of the graph, so the report includes it only where it
+was made with the very weights that the report is about.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +25,44 @@ _TITLES = {
 }
 
 
-def decoding_markdown(study: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tables of every checkpoint; `study` is what pipelines/decoding_study.py writes as JSON."""
-    parts = ["# Decoding study", "On val. Differences are of mAP, paired over images, with 95 % intervals."]
+_ON_DEMAND = "`make decoding-study` measures what constraints, box rules, scores and several samples are worth"
+
+
+def decoding_markdown(study: Mapping[str, Mapping[str, Any]], level: int = 1) -> str:
+    """The tables of every checkpoint; `study` is what pipelines/decoding_study.py writes as JSON.
+
+    `level` is that of the first heading.
+    """
+    mark = "#" * level
+    parts = [
+        f"{mark} Decoding study",
+        "On val. Differences are of mAP, paired over images, with 95 % intervals. One choice is changed at a time; the "
+        "first row is what the others are compared with.",
+    ]
     for checkpoint, tables in study.items():
-        parts.append(f"## {checkpoint}")
+        parts.append(f"{mark}# {checkpoint}")
         for key, title in _TITLES.items():
-            parts += [f"### {title}", _table(tables[key], _COLUMNS[key])]
+            parts += [f"**{title}**", _table(tables[key], _COLUMNS[key])]
         parts.append(_oracle(tables["oracle_k"]))
     return "\n\n".join(parts) + "\n"
+
+
+def decoding_section(
+    study: Mapping[str, Mapping[str, Any]] | None, decodes: Mapping[str, Mapping[str, Any]], level: int
+) -> str:
+    """The study as a section of the report, or a sentence on why it is not there.
+
+    Args:
+        study: the study on file, or None.
+        decodes: checkpoint -> its decode.json, whose identity names the weights.
+        level: of the section's heading.
+    """
+    if study is None:
+        return f"{_ON_DEMAND}; it has not been run."
+    other = [name for name, tables in study.items() if tables["model"] != decodes[name]["identity"]["model"]]
+    if other:
+        return f"{_ON_DEMAND}; the study on file is of other weights ({', '.join(other)}) and left out."
+    return decoding_markdown(study, level).rstrip()
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

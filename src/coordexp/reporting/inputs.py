@@ -49,6 +49,7 @@ class ReportInputs:
     drops: Path
     categories: Path
     image_root: Path
+    decoding_study: Path  # made on demand: may be absent
     params: Mapping[str, Any]  # params.yaml as the run resolved it
     gallery_images: int
     composed: bool = True  # the data are composed scenes, which no published number is about
@@ -76,6 +77,7 @@ class ReportInputs:
             drops=paths.records / "drops.json",
             categories=paths.records / "categories.json",
             image_root=paths.raw,
+            decoding_study=paths.reports / "decoding.json",
             params=params,
             gallery_images=gallery_images,
             composed=composed,
@@ -105,6 +107,7 @@ class ReportData:
     packing: Json
     ceiling: Json
     drops: Json
+    decoding_study: Json | None
     categories: tuple[Category, ...]
 
 
@@ -130,6 +133,9 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         packing=read_json(inputs.packing_stats, "pack"),
         ceiling=read_json(inputs.ceiling, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),
+        decoding_study=json.loads(inputs.decoding_study.read_text(encoding="utf-8"))
+        if inputs.decoding_study.is_file()
+        else None,
         categories=read_categories(_existing(inputs.categories, "convert")),
     )
 

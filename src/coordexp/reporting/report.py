@@ -20,6 +20,7 @@ from coordexp.reporting import provenance, tables
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
 from coordexp.reporting.baseline import baseline_markdown
 from coordexp.reporting.checklist import checklist_table, run_checks
+from coordexp.reporting.decoding_tables import decoding_section
 from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
@@ -115,6 +116,7 @@ def _context(
         "omission_table": tables.omission_table(data.details),
         "worst_duplicates": tables.worst_duplicates_table(data.details[SHOWN]),
         "scores_table": tables.scores_table(data.details),
+        "decoding_study": decoding_section(data.decoding_study, data.decodes, level=3),
         "published": "" if inputs.composed else published_markdown(metrics),
         "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
         "explanation_table": explanation_table(metrics),
