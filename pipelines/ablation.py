@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from coordexp.config.ablation import Arm, Budget, all_arms, choose_arms
+from coordexp.config.files import write_text
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
 from coordexp.evaluation.ablation import ablation_summary, seed_result
@@ -47,10 +48,11 @@ def _report(context: StageContext, budget: Budget, arms: Sequence[Arm], folders:
     }
     done = len(next(iter(folders.values())))
     shown = asdict(budget) | {"seeds": budget.seeds[:done]}
-    report = {"profile": context.params.profile, "budget": shown, **ablation_summary(arms, results, settings.seed)}
+    summary = ablation_summary(arms, results, settings.seed)
+    report = rounded({"profile": context.params.profile, "budget": shown, **summary})
     out = context.paths.root / "reports" / "ablations"
-    write_json(out / "objective.json", rounded(report))
-    (out / "objective.md").write_text(ablation_markdown(rounded(report)), encoding="utf-8")
+    write_json(out / "objective.json", report)
+    write_text(out / "objective.md", ablation_markdown(report))
     context.log.info("ablation: %d of %d seeds in %s", done, len(budget.seeds), out / "objective.md")
 
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from coordexp.config.files import write_text
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
 from coordexp.evaluation.best_of_k import oracle_k, vote
@@ -37,7 +38,7 @@ def run(context: StageContext) -> None:
     """Write reports/<profile>/decoding.json and decoding.md."""
     study = {name: _study(context, name) for name in ("stage1", "stage2") if context.paths.run(name).is_dir()}
     write_json(context.paths.reports / "decoding.json", rounded(study))
-    (context.paths.reports / "decoding.md").write_text(decoding_markdown(study), encoding="utf-8")
+    write_text(context.paths.reports / "decoding.md", decoding_markdown(study))
 
 
 def _study(context: StageContext, name: str) -> dict[str, Any]:
