@@ -48,7 +48,7 @@ def _report(context: StageContext, budget: Budget, arms: Sequence[Arm], folders:
     }
     done = len(next(iter(folders.values())))
     shown = asdict(budget) | {"seeds": budget.seeds[:done]}
-    summary = ablation_summary(arms, results, settings.seed)
+    summary = ablation_summary(arms, results)
     report = rounded({"profile": context.params.profile, "budget": shown, **summary})
     out = context.paths.root / "reports" / "ablations"
     write_json(out / "objective.json", report)

@@ -82,3 +82,8 @@ def test_as_a_command(repository):
     wrong = run("nothing")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: preset 'nothing'")
+
+
+def test_a_value_where_a_block_is_meant_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"here: sigma\.x: 'sigma' is no block"):
+        with_changes(read_yaml(ROOT / "params.yaml"), {"sigma.x": 1.0}, "here")

@@ -15,10 +15,10 @@ from coordexp.evaluation.ablation import (
     METRICS,
     SeedResult,
     ablation_summary,
-    arm_difference,
+    arm_effect,
     judged,
-    verdict,
 )
+from coordexp.evaluation.effect import Effect, Verdict
 from coordexp.reporting.ablation_tables import ablation_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -69,39 +69,22 @@ def test_choosing_arms_brings_their_baselines():
 def test_noise_of_the_images_cancels_in_a_pair(noise_B):
     """Both arms see the same resamples: what is left of the interval is the spread of the seeds."""
     ours, theirs = [[result(v, noise_B) for v in values] for values in ((0.30, 0.32), (0.25, 0.27))]
-    found = arm_difference(ours, theirs, "coco.mAP", seed=0)
-    assert found["delta"] == pytest.approx(0.05)
-    assert (found["lo"], found["hi"]) == pytest.approx((0.05, 0.05))
-    assert found["p_superior"] == 1
+    found = arm_effect(ours, theirs, "coco.mAP")
+    assert found.delta == pytest.approx(0.05)
+    assert (found.lo, found.hi) == pytest.approx((0.05, 0.05))
 
 
 def test_a_difference_that_changes_sign_with_the_seed_is_not_shown(noise_B):
     ours, theirs = [[result(v, noise_B) for v in values] for values in ((0.30, 0.20, 0.27), (0.25, 0.25, 0.25))]
-    found = arm_difference(ours, theirs, "coco.mAP", seed=0)
-    assert found["lo"] < 0 < found["hi"]
-    assert verdict("coco.mAP", found) == "no difference shown"
+    found = arm_effect(ours, theirs, "coco.mAP")
+    assert found.lo < 0 < found.hi
+    assert found.verdict == Verdict.NO_DIFFERENCE
 
 
-def test_seeds_are_drawn_in_pairs(noise_B):
-    """A seed that lifts both sides widens neither: only the two differences 0.01 and 0.03 are ever averaged."""
+def test_seeds_are_paired(noise_B):
+    """A seed that lifts both sides by 0.4 widens nothing: the standard error is that of 0.01 and 0.03."""
     ours, theirs = [[result(v, noise_B) for v in values] for values in ((0.11, 0.53), (0.10, 0.50))]
-    found = arm_difference(ours, theirs, "coco.mAP", seed=0)
-    assert (found["lo"], found["hi"]) == pytest.approx((0.01, 0.03), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("metric", "lo", "hi", "expected"),
-    [
-        ("coco.mAP", 0.01, 0.03, "better"),
-        ("coco.mAP", -0.03, -0.01, "worse"),
-        ("coco.mAP", -0.01, 0.03, "no difference shown"),
-        ("coco.mAP", 0.0, 0.03, "no difference shown"),
-        ("set.dup_pairs_90", 0.01, 0.03, "worse"),
-        ("set.dup_pairs_90", -0.03, -0.01, "better"),
-    ],
-)
-def test_the_rule(metric, lo, hi, expected):
-    assert verdict(metric, {"delta": (lo + hi) / 2, "lo": lo, "hi": hi}) == expected
+    assert arm_effect(ours, theirs, "coco.mAP").se_seeds == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +98,7 @@ def test_the_rule(metric, lo, hi, expected):
 def test_claims_are_judged_by_the_same_rule(expected, above, across, below):
     claim = Claim(text="", source="", arm="a", baseline="b", metric="coco.mAP", expected=expected)
     for (lo, hi), judgement in (((0.01, 0.02), above), ((-0.01, 0.02), across), ((-0.02, -0.01), below)):
-        assert judged(claim, {"delta": (lo + hi) / 2, "lo": lo, "hi": hi}) == judgement
+        assert judged(claim, Effect((lo + hi) / 2, lo, hi, 0.01, 0.005, None)) == judgement
 
 
 def test_summary_and_page(noise_B):
@@ -126,7 +109,7 @@ def test_summary_and_page(noise_B):
         "mixture": [result(0.1, noise_B)],
     }
     on_dev = {name: [result(0.2 + 0.1 * (name == "mixture"), noise_B)] for name in on_val}
-    summary = ablation_summary(arms, {"val": on_val, "dev": on_dev}, seed=0)
+    summary = ablation_summary(arms, {"val": on_val, "dev": on_dev})
     assert [(row["name"], row["verdict"]) for row in summary["arms"]] == [
         *[("seed_recipe", "baseline"), ("pure_ce", "better"), ("mixture", "worse")],
     ]
@@ -142,7 +125,7 @@ def test_summary_and_page(noise_B):
 def test_no_arm_of_a_type_is_no_table(noise_B):
     arm = Arm(name="seed_recipe", stage="stage1", changes={}, baseline="seed_recipe")
     only = {"seed_recipe": [result(0.2, noise_B)]}
-    summary = ablation_summary([arm], {"val": only, "dev": only}, seed=0)
+    summary = ablation_summary([arm], {"val": only, "dev": only})
     budget = {"seeds": [17], "stage1_steps": 2, "stage2_steps": 2, "dev_images": 2, "val_images": 0}
     page = ablation_markdown(summary | {"budget": budget})
     assert "Stage 2" not in page.split("## ", 1)[1]

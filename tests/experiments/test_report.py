@@ -47,7 +47,7 @@ def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) ->
     }
 
 
-@pytest.mark.parametrize("verdict", ["better", "worse", "no difference that this budget could show"])
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
 def test_the_verdict_comes_first_and_says_what_could_have_been_shown(verdict: str) -> None:
     tree = numbers(0.012, -0.001, 0.025, verdict)
     sentence = verdict_sentence(tree["effects"][0], tree)

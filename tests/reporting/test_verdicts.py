@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordexp.reporting.verdicts import Difference, Verdict, difference_from, verdict_of
+from coordexp.evaluation.effect import Verdict
+from coordexp.reporting.verdicts import Difference, difference_from, verdict_of
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str
         *blocks, name = key.split(".")
         node = changed
         for block in blocks:
-            node = node.setdefault(block, {})
+            node = node.get(block)
+            if not isinstance(node, dict):
+                raise ConfigError(f"{where}: {key}: {block!r} is no block of parameters. See docs/parameters.md.")
         node[name] = value
     return parse_params(where, changed)
 

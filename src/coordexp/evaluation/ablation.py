@@ -1,16 +1,13 @@
-"""Differences between training recipes over several seeds: a bootstrap over images and seeds at once.
+"""Differences between training recipes over several seeds, paired by image and by seed, and what they say of claims.
 
-A resample draws images, the same for every arm and seed, and seeds, the same for both sides of a pair: what is left in
-the interval is how much the difference would move with other images and other seeds.
-
-Legend: B resamples, S seeds, I images.
+Legend: B resamples, I images.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ import numpy as np
 
 from coordexp.config.ablation import CLAIMS, DUPLICATES, MAIN_METRIC, Arm, Claim
 from coordexp.config.provenance import file_hash, fingerprint, write_json
-from coordexp.evaluation.bootstrap import difference, resample_weights
+from coordexp.evaluation.bootstrap import resample_weights
+from coordexp.evaluation.effect import Effect, Verdict, effect, verdict_of_interval
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Floats
@@ -26,7 +24,6 @@ from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import read_results
 
 METRICS = (MAIN_METRIC, "coco.AP75", "f1.full_50", DUPLICATES)
-LOWER_IS_BETTER = frozenset({DUPLICATES})
 BIN_MAE = "expected_bin_mae"
 
 
@@ -60,56 +57,37 @@ def _statistics(predictions: Path, categories: Sequence[Category], settings: Eva
     return {"values": values, "samples": {name: np.nan_to_num(samples[name]).tolist() for name in METRICS}}
 
 
-def arm_difference(
-    ours: Sequence[SeedResult], theirs: Sequence[SeedResult], metric: str, seed: int
-) -> dict[str, float]:
-    """Mean difference ours - theirs over paired seeds: `delta`, its 95 % interval `lo`, `hi`, and `p_superior`.
-
-    Args:
-        ours, theirs: results of two arms, seed by seed in the same order.
-        metric: one of METRICS.
-        seed: of the draws of seeds.
-    """
-    a_SB, b_SB = (np.stack([result.samples[metric] for result in side]) for side in (ours, theirs))
-    n_seeds, n_resamples = a_SB.shape
-    drawn_SB = np.random.default_rng(seed).integers(0, n_seeds, (n_seeds, n_resamples))
-    a_B, b_B = (np.take_along_axis(side, drawn_SB, axis=0).mean(axis=0) for side in (a_SB, b_SB))
-    delta = float(np.mean([a.values[metric] - b.values[metric] for a, b in zip(ours, theirs, strict=True)]))
-    found = difference(a_B, b_B, delta)
+def arm_effect(ours: Sequence[SeedResult], theirs: Sequence[SeedResult], metric: str) -> Effect:
+    """The effect ours - theirs on one of METRICS; both list their results seed by seed in the same order."""
+    pairs = list(zip(ours, theirs, strict=True))
+    deltas_S = np.array([a.values[metric] - b.values[metric] for a, b in pairs])
+    found = effect(deltas_S, np.stack([a.samples[metric] - b.samples[metric] for a, b in pairs]))
     assert found is not None, "resamples without a value are counted as 0"
     return found
 
 
-def verdict(metric: str, found: Mapping[str, float]) -> str:
-    """The rule, fixed before any run: an interval that excludes 0 decides, nothing else does."""
-    if found["lo"] <= 0 <= found["hi"]:
-        return "no difference shown"
-    return "better" if (found["delta"] > 0) != (metric in LOWER_IS_BETTER) else "worse"
-
-
-def judged(claim: Claim, found: Mapping[str, float]) -> str:
-    """Whether a difference agrees with a claim, under the same rule."""
-    side = "same" if found["lo"] <= 0 <= found["hi"] else "higher" if found["delta"] > 0 else "lower"
+def judged(claim: Claim, found: Effect) -> str:
+    """Whether an effect agrees with a claim."""
+    sides = {Verdict.BETTER: "higher", Verdict.WORSE: "lower"}
+    side = sides.get(verdict_of_interval(found.lo, found.hi), "same")
     if side == claim.expected:
         return "agrees (no difference shown)" if side == "same" else "agrees"
     return "not shown" if side == "same" else "disagrees"
 
 
-def ablation_summary(
-    arms: Sequence[Arm], results: Mapping[str, Mapping[str, Sequence[SeedResult]]], seed: int
-) -> dict[str, Any]:
+def ablation_summary(arms: Sequence[Arm], results: Mapping[str, Mapping[str, Sequence[SeedResult]]]) -> dict[str, Any]:
     """What the report shows: per arm the means over seeds and differences, the choice on dev, and the claims on val.
 
     Args:
         arms: the arms that were run, in order.
         results: split -> arm name -> its results, seed by seed.
-        seed: of the draws of seeds.
     """
     on_val = results["val"]
     rows = []
     for arm in arms:
         base = on_val[arm.baseline]
-        differences = {m: arm_difference(on_val[arm.name], base, m, seed) for m in METRICS} if base else {}
+        compared = arm.name != arm.baseline
+        effects = {m: arm_effect(on_val[arm.name], base, m) for m in METRICS} if compared else {}
         rows.append(
             {
                 "name": arm.name,
@@ -118,16 +96,16 @@ def ablation_summary(
                 "changes": dict(arm.changes),
                 "val": _means(on_val[arm.name]),
                 "dev": _means(results["dev"][arm.name]),
-                "difference": differences if arm.name != arm.baseline else {},
-                "verdict": verdict(MAIN_METRIC, differences[MAIN_METRIC]) if arm.name != arm.baseline else "baseline",
+                "difference": {m: asdict(found) for m, found in effects.items()},
+                "verdict": effects[MAIN_METRIC].verdict.value if compared else "baseline",
             }
         )
     claims = []
     for claim in CLAIMS:
         if claim.arm in on_val and claim.baseline in on_val:
-            found = arm_difference(on_val[claim.arm], on_val[claim.baseline], claim.metric, seed)
+            found = arm_effect(on_val[claim.arm], on_val[claim.baseline], claim.metric)
             named = {name: getattr(claim, name) for name in ("text", "source", "arm", "baseline", "metric", "expected")}
-            claims.append(named | {"difference": found, "judgement": judged(claim, found)})
+            claims.append(named | {"difference": asdict(found), "judgement": judged(claim, found)})
     return {"arms": rows, "claims": claims, "chosen_on_dev": _chosen(rows)}
 
 

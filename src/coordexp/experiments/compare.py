@@ -17,12 +17,13 @@ from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.provenance import write_json
 from coordexp.errors import ConfigError, DataError
+from coordexp.evaluation.effect import LEVEL, effect
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.suite import eval_settings
 from coordexp.experiments.grid import Arm, Grid, plan_grid
+from coordexp.experiments.protocol import PRIMARY, SECONDARY
 from coordexp.experiments.runs import Repository
-from coordexp.experiments.statistics import LEVEL, PRIMARY, SECONDARY, effect
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from coordexp.config.loading import parse_params, read_yaml
+from coordexp.config.loading import read_yaml
+from coordexp.config.presets import with_changes
 from coordexp.errors import ConfigError
 from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
 
@@ -98,17 +99,8 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
 
 def _check(arm: Arm, params_path: Path) -> None:
     """The values of params.yaml, read as its own; those of a profile are checked by the stages."""
-    tree = read_yaml(params_path)
-    for key, text in arm.settings:
-        if ":" not in key:
-            *blocks, leaf = key.split(".")
-            inner: Any = tree
-            for block in blocks:
-                inner = inner.get(block)
-                if not isinstance(inner, dict):
-                    raise ConfigError(f"-S {key}: {block!r} is no block of {params_path}. See docs/parameters.md.")
-            inner[leaf] = YAML(typ="safe").load(text)
-    parse_params(str(params_path), tree)
+    changes = {key: YAML(typ="safe").load(text) for key, text in arm.settings if ":" not in key}
+    with_changes(read_yaml(params_path), changes, f"{params_path} with {arm.name}")
 
 
 def _tracks(stage: Mapping[str, Any], key: str) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from coordexp.experiments.statistics import PRIMARY, RULE, ArmVerdict
+from coordexp.evaluation.effect import Verdict
+from coordexp.experiments.protocol import PRIMARY, RULE
 from coordexp.reporting.markdown import MISSING, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
 from coordexp.reporting.training_log import TrainingLog, read_training_log, smoothed
@@ -73,14 +74,14 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     reference, found = numbers["arms"][0]["arm"], row["metrics"][PRIMARY]
     subject = f"`{row['arm']}` against `{reference}`"
     if found is None:
-        return f"{subject}: **{ArmVerdict.UNDEFINED.value}**."
+        return f"{subject}: **{Verdict.UNDEFINED.value}**."
     bounds = f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]"
     seeds = numbers["seeds"]
     covered = f"{numbers['n_images']} images, {seeds} seeds" if seeds > 1 else f"{numbers['n_images']} images, one seed"
     text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {bounds} ({covered})"
-    if found["verdict"] == ArmVerdict.IDENTICAL.value:
+    if found["verdict"] == Verdict.IDENTICAL.value:
         return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
-    if found["verdict"] == ArmVerdict.NO_DIFFERENCE.value:
+    if found["verdict"] == Verdict.NO_DIFFERENCE.value:
         text += f"; the smallest effect it could have shown is {number(found['smallest'])}"
     if seeds == 1:
         text += ". With one seed the interval knows nothing of training noise; a repetition may say otherwise"
@@ -101,7 +102,7 @@ def _effects_table(numbers: Numbers) -> str:
     for row in numbers["effects"]:
         for key, found in row["metrics"].items():
             if found is None:
-                rows.append([f"`{row['arm']}`", f"`{key}`", *[MISSING] * 5, ArmVerdict.UNDEFINED.value])
+                rows.append([f"`{row['arm']}`", f"`{key}`", *[MISSING] * 5, Verdict.UNDEFINED.value])
                 continue
             bounds = f"[{signed(found['lo'])}, {signed(found['hi'])}]"
             errors = [number(found[name]) for name in ("se_images", "se_seeds", "smallest")]

@@ -16,9 +16,10 @@ that the default stage 2 takes in {stage2_steps} steps; what its rollouts cost c
 control."""
 _RULE = """\
 The rule, fixed before any run: an arm is better or worse if the 95 % interval of its difference in mAP on val excludes
-0, and otherwise no difference is shown. Intervals are of a bootstrap over images and seeds, paired in both; with one
-seed they are over images alone. No correction is made for the number of arms: of 20 that do nothing, one is expected to
-look like something. Choices are made on dev, numbers are on val."""
+0, and otherwise no difference is shown; `could show` is the difference that this budget would have found with 80 %
+probability. Intervals are over images and seeds, paired in both (docs/concepts.md); with one seed they are over images
+alone. No correction is made for the number of arms: of 20 that do nothing, one is expected to look like something.
+Choices are made on dev, numbers are on val."""
 _COLUMNS = {
     MAIN_METRIC: "mAP",
     "coco.AP75": "AP75",
@@ -63,8 +64,10 @@ def _differences(rows: list[Mapping[str, Any]]) -> str:
     for row in rows:
         if row["difference"]:
             cells = [_measured(row["difference"][metric]) for metric in metrics]
-            body.append([f"`{row['name']}`", f"`{row['baseline']}`", *cells, row["verdict"]])
-    return table(["arm", "baseline", *(_COLUMNS[m] for m in metrics), "verdict"], body, "ll" + "r" * len(metrics) + "l")
+            reach = number(row["difference"][MAIN_METRIC]["smallest"])
+            body.append([f"`{row['name']}`", f"`{row['baseline']}`", *cells, reach, row["verdict"]])
+    header = ["arm", "baseline", *(_COLUMNS[m] for m in metrics), "could show (mAP)", "verdict"]
+    return table(header, body, "ll" + "r" * (len(metrics) + 1) + "l")
 
 
 def _measured(found: Mapping[str, float]) -> str:

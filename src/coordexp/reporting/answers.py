@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordexp.config.paths import COMPARISONS
+from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.inputs import Json, ReportData
 from coordexp.reporting.markdown import number, percent, signed, table
 from coordexp.reporting.tables import metric
-from coordexp.reporting.verdicts import Difference, Verdict, difference_from, verdict_of
+from coordexp.reporting.verdicts import Difference, difference_from, verdict_of
 
 W1_INERT = 0.01  # share of softCE + W1 below which W1 decides next to nothing
 HEADROOM_WORTH = 0.03  # mAP that a better ranking could gain, from which a score is worth a study

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.inputs import TRAINED, ReportData
 from coordexp.reporting.markdown import interval, number, percent, signed, table
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
 from coordexp.reporting.tables import metric, required
 from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
-from coordexp.reporting.verdicts import Verdict, difference_from
+from coordexp.reporting.verdicts import difference_from
 
 PARSE_RATE = 0.99
 COORD_MASS = 0.95

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordexp.config.paths import COMPARISONS
+from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.inputs import Json
 from coordexp.reporting.markdown import MISSING, signed, table
 from coordexp.reporting.tables import Metrics, metric
-from coordexp.reporting.verdicts import Verdict, difference_from, verdict_of
+from coordexp.reporting.verdicts import difference_from, verdict_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.headline import headline as headline_numbers
 from coordexp.evaluation.settings import iou_key
 from coordexp.reporting import provenance, tables
@@ -33,7 +34,7 @@ from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
 from coordexp.reporting.training_tables import counters_table, training_sentence, training_table, w1_sentence
-from coordexp.reporting.verdicts import RULE, Verdict, difference_from, verdict_of
+from coordexp.reporting.verdicts import RULE, difference_from, verdict_of
 
 SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
 _HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")

@@ -7,12 +7,13 @@ from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.errors import DataError
+from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.reporting.inputs import Json
 from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, signed, table
 from coordexp.reporting.outcomes import Outcomes
-from coordexp.reporting.verdicts import Verdict, difference_from, verdict_of
+from coordexp.reporting.verdicts import difference_from, verdict_of
 
 Metrics = Mapping[str, Json]  # checkpoint -> area -> metric
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}

@@ -1,29 +1,17 @@
-"""Words for numbers, under a rule that is fixed before the numbers are seen.
-
-The rule: a paired difference is called better or worse when its 95 % interval excludes 0. Otherwise no difference was
-shown, which is not the same as no difference: the half-width of the interval says what this data set could have shown.
-"""
+"""The paired differences of metrics.json with their verdicts, and the rule in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
+
+from coordexp.evaluation.effect import Verdict, verdict_of_interval
 
 RULE = (
     "A difference is called **better** or **worse** when its 95 % interval (paired bootstrap over images) excludes 0, "
     "and **no difference shown** otherwise. The interval covers the choice of images, not of the training seed."
 )
-
-
-class Verdict(StrEnum):
-    """What a paired difference amounts to."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    NO_DIFFERENCE = "no difference shown"
-    UNDEFINED = "not defined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +31,7 @@ class Difference:
     @property
     def verdict(self) -> Verdict:
         """The verdict, for a metric of which higher is better; all compared metrics are of that kind."""
-        if self.lo <= 0 <= self.hi:
-            return Verdict.NO_DIFFERENCE
-        return Verdict.BETTER if self.lo > 0 else Verdict.WORSE
+        return verdict_of_interval(self.lo, self.hi)
 
 
 def difference_from(row: Mapping[str, Any] | None) -> Difference | None:

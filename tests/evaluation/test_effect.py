@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from coordexp.experiments.statistics import ArmVerdict, Effect, effect
+from coordexp.evaluation.effect import Effect, Verdict, effect
 
 
 def test_two_seeds_by_hand() -> None:
@@ -19,7 +19,7 @@ def test_two_seeds_by_hand() -> None:
     df = (1 + 1) ** 2 / (1**2 / 1)
     assert found.hi - found.delta == pytest.approx(student.ppf(0.975, df) * np.sqrt(2))
     assert found.smallest == pytest.approx((student.ppf(0.975, df) + student.ppf(0.8, df)) * np.sqrt(2))
-    assert found.verdict == ArmVerdict.NO_DIFFERENCE
+    assert found.verdict == Verdict.NO_DIFFERENCE
 
 
 def test_one_seed_leaves_the_seeds_out() -> None:
@@ -29,7 +29,7 @@ def test_one_seed_leaves_the_seeds_out() -> None:
     assert found is not None
     assert found.se_seeds is None
     assert found.hi - found.delta == pytest.approx(norm.ppf(0.975) * resampled.std(ddof=1))
-    assert found.verdict == ArmVerdict.BETTER
+    assert found.verdict == Verdict.BETTER
 
 
 def test_a_stricter_level_gives_a_wider_interval() -> None:
@@ -52,14 +52,14 @@ def test_undefined_resamples_are_left_out_and_all_undefined_is_none() -> None:
 @pytest.mark.parametrize(
     ("lo", "hi", "verdict"),
     [
-        (0.01, 0.03, ArmVerdict.BETTER),
-        (-0.03, -0.01, ArmVerdict.WORSE),
-        (-0.01, 0.02, ArmVerdict.NO_DIFFERENCE),
-        (0.0, 0.02, ArmVerdict.NO_DIFFERENCE),
-        (0.0, 0.0, ArmVerdict.IDENTICAL),
+        (0.01, 0.03, Verdict.BETTER),
+        (-0.03, -0.01, Verdict.WORSE),
+        (-0.01, 0.02, Verdict.NO_DIFFERENCE),
+        (0.0, 0.02, Verdict.NO_DIFFERENCE),
+        (0.0, 0.0, Verdict.IDENTICAL),
     ],
 )
-def test_the_verdict_is_whether_the_interval_excludes_zero(lo: float, hi: float, verdict: ArmVerdict) -> None:
+def test_the_verdict_is_whether_the_interval_excludes_zero(lo: float, hi: float, verdict: Verdict) -> None:
     assert Effect((lo + hi) / 2, lo, hi, 0.02, 0.01, 0.01).verdict == verdict
 
 
@@ -77,7 +77,7 @@ def test_coverage_and_power_in_simulation() -> None:
         result = effect(deltas, resampled)
         assert result is not None
         covered += result.lo <= truth <= result.hi
-        found_better += result.verdict == ArmVerdict.BETTER
+        found_better += result.verdict == Verdict.BETTER
         showable.append(result.smallest)
     assert 0.93 <= covered / trials <= 0.975
     assert 0.70 <= found_better / trials <= 0.85

@@ -1,4 +1,4 @@
-"""Is an arm better than the reference? The difference over images and seeds, and a verdict under a rule fixed before.
+"""Is one training better than another? The one rule of every verdict, and the difference over images and seeds.
 
 Two things vary: which images were evaluated, and how the training happened to go. For S seeds, each trained once per
 arm, and the paired difference d_s of a metric on the same images:
@@ -25,28 +25,28 @@ from scipy.stats import t as student
 
 from coordexp.evaluation.table import Floats
 
-LEVEL = 0.05  # of a wrong "better" or "worse" over all arms of one report
+LEVEL = 0.05  # of a wrong "better" or "worse"
 POWER = 0.8
-PRIMARY = "coco.mAP"  # the one metric that decides
-SECONDARY = ("coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean")
-
-RULE = (
-    f"Fixed before any number was seen: `{PRIMARY}` decides. An arm is **better** or **worse** than the reference when "
-    "the interval of its paired difference, over images and training seeds, excludes 0; otherwise there is **no "
-    "difference that this budget could show**. The intervals of {arms} hold together with 95 % confidence "
-    "(Bonferroni). The smallest effect that could be shown is the true difference that this budget would have found "
-    "with 80 % probability. The other metrics are context and decide nothing."
-)
 
 
-class ArmVerdict(StrEnum):
-    """What an arm amounts to."""
+class Verdict(StrEnum):
+    """What a paired difference amounts to."""
 
     BETTER = "better"
     WORSE = "worse"
-    NO_DIFFERENCE = "no difference that this budget could show"
+    NO_DIFFERENCE = "no difference shown"
     IDENTICAL = "the same in every resample and seed"
-    UNDEFINED = "not defined on this data"
+    UNDEFINED = "not defined"
+
+
+def verdict_of_interval(lo: float, hi: float) -> Verdict:
+    """The rule, fixed before any number is seen: an interval that excludes 0 decides, nothing else does.
+
+    For a metric of which higher is better. No difference shown is not the same as no difference.
+    """
+    if lo <= 0 <= hi:
+        return Verdict.NO_DIFFERENCE
+    return Verdict.BETTER if lo > 0 else Verdict.WORSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,9 @@ class Effect:
     se_seeds: float | None  # None with one seed
 
     @property
-    def verdict(self) -> ArmVerdict:
+    def verdict(self) -> Verdict:
         """For a metric of which higher is better."""
-        if self.lo == self.hi == 0:
-            return ArmVerdict.IDENTICAL
-        if self.lo <= 0 <= self.hi:
-            return ArmVerdict.NO_DIFFERENCE
-        return ArmVerdict.BETTER if self.lo > 0 else ArmVerdict.WORSE
+        return Verdict.IDENTICAL if self.lo == self.hi == 0 else verdict_of_interval(self.lo, self.hi)
 
 
 def effect(deltas_S: Floats, resampled_SB: Floats, level: float = LEVEL) -> Effect | None:
