@@ -21,7 +21,7 @@ def run(context: StageContext) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
-    save_checkpoint(out / "init", base.model, base.tokenizer)
+    save_checkpoint(context.paths.init, base.model, base.tokenizer)
     preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)
     summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
     for split in ("train", "dev", "val"):

@@ -14,13 +14,15 @@ from pipelines.ablation import run
 from coordexp.config.ablation import Arm, Budget, all_arms
 from coordexp.config.process import StageContext
 from coordexp.errors import ConfigError, Interrupted
-from coordexp.models.loading import load_checkpoint
+from coordexp.models.forward import input_table
+from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.tiny import build_tiny
 from coordexp.rollout.records import write_rollouts
 from coordexp.training import ablation
 from coordexp.training.ablation import Ablation, ArmPaths, step_tokens, steps_for_tokens
 from coordexp.training.session import summarise_log
 from coordexp.training.stage2 import train_stage2
-from helpers import Workspace, teacher_rollouts
+from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, new_tokenizer, teacher_rollouts
 
 BUDGET = Budget(seeds=(17, 18), stage1_steps=2, stage2_steps=2, dev_images=2, val_images=0)
 
@@ -150,3 +152,23 @@ def test_arms_that_do_not_exist_in_the_parameters_fail_before_anything_runs(spac
     ablated = Ablation(space.params, space.profile, space.paths, BUDGET)
     with pytest.raises(ConfigError, match="ablation arm typo: wrong parameters"):
         ablated.run(Arm(name="typo", stage="stage1", changes={"sigm": 1.0}, baseline="seed_recipe"), 17)
+
+
+@pytest.mark.slow
+def test_an_arm_with_other_coordinate_rows_starts_from_them(space, trained, tmp_path):
+    tokenizer = new_tokenizer()
+    save_checkpoint(tmp_path / "base", build_tiny(tokenizer, 17), tokenizer)
+    model = space.profile.model.model_copy(update={"path": str(tmp_path / "base")})
+    profile = space.profile.model_copy(update={"model": model})
+    ablated = Ablation(space.params, profile, space.paths, BUDGET)
+    arms = {arm.name: arm for arm in all_arms(Path())}
+    folders = {name: ablated.run(arms[name], 17) for name in ("seed_recipe", "init_mean", "init_digits")}
+    assert len(set(folders.values())) == len(trained) == 3
+    starts = {
+        name: json.loads((folder / "stage1" / "run_metadata.json").read_text())["inputs"]["start"]
+        for name, folder in folders.items()
+    }
+    assert len(set(starts.values())) == 3
+    mean = load_checkpoint(space.paths.run("ablation") / "init-mean", MIN_PIXELS, MAX_PIXELS)
+    rows = input_table(mean.model).weight[mean.coord.first_id : mean.coord.end_id]
+    assert (rows == rows[0]).all()

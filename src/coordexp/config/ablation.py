@@ -22,12 +22,16 @@ DUPLICATES = "set.dup_pairs_90"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One training recipe: changes to params.yaml by dotted key, and the arm that it is compared with."""
+    """One training recipe: changes to params.yaml by dotted key, and the arm that it is compared with.
+
+    `coord_init` makes stage 1 start from coordinate rows of that kind instead of the profile's.
+    """
 
     name: str
     stage: Literal["stage1", "stage2", "control"]
     changes: Mapping[str, Any]
     baseline: str
+    coord_init: Literal["", "mean", "digits", "ordinal"] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,8 @@ def all_arms(root: Path) -> list[Arm]:
         stage1("sigma_4", {"sigma": 4.0, "truncate": 16}),
         stage1("two_bin", {"target": "two_bin"}),
         stage1("w1_weight_5", {"stage1.w1_weight": 5.0}),
+        Arm(name="init_mean", stage="stage1", changes=recipe, baseline=SEED_RECIPE, coord_init="mean"),
+        Arm(name="init_digits", stage="stage1", changes=recipe, baseline=SEED_RECIPE, coord_init="digits"),
         Arm(name=STAGE1_DEFAULT, stage="stage1", changes={}, baseline=SEED_RECIPE),
         Arm(name=CONTROL, stage="control", changes={}, baseline=STAGE1_DEFAULT),
         stage2(STAGE2_DEFAULT, {}),

@@ -37,6 +37,11 @@ class ProfilePaths:
         return self.root / "data" / self.profile / "norm1000"
 
     @property
+    def init(self) -> Path:
+        """The checkpoint with coordinate tokens that stage 1 starts from."""
+        return self.norm1000 / "init"
+
+    @property
     def packed(self) -> Path:
         """Pack plan and its statistics."""
         return self.root / "data" / self.profile / "packed"

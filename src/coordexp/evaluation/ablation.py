@@ -93,7 +93,7 @@ def ablation_summary(arms: Sequence[Arm], results: Mapping[str, Mapping[str, Seq
                 "name": arm.name,
                 "stage": arm.stage,
                 "baseline": arm.baseline,
-                "changes": dict(arm.changes),
+                "changes": dict(arm.changes) | ({"model.coord_init": arm.coord_init} if arm.coord_init else {}),
                 "val": _means(on_val[arm.name]),
                 "dev": _means(results["dev"][arm.name]),
                 "difference": {m: asdict(found) for m, found in effects.items()},

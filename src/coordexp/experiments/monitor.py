@@ -57,7 +57,7 @@ class Monitor:
     """Decodes the same images with the weights of one state after another."""
 
     def __init__(self, params: Params, profile: Profile, paths: ProfilePaths, stage: str, images: int) -> None:
-        start = paths.norm1000 / "init" if stage == "stage1" else paths.run("stage1")
+        start = paths.init if stage == "stage1" else paths.run("stage1")
         self._checkpoint = load_checkpoint(start, profile.model.min_pixels, profile.model.max_pixels)
         self._categories = read_categories(paths.records / "categories.json")
         store = SampleStore(paths.norm1000 / "dev.parquet")

@@ -25,8 +25,9 @@ from coordexp.config.profile import OptimConfig, Profile
 from coordexp.config.provenance import fingerprint, write_json
 from coordexp.config.schema import Params
 from coordexp.losses.diagnostics import CoordDiagnostics
+from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.forward import hidden_states, slot_logits
-from coordexp.models.loading import load_checkpoint
+from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.packing.collator import teacher_segment
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
@@ -57,6 +58,11 @@ class ArmPaths(ProfilePaths):
     own: Path = Path()
     shared: Mapping[str, Path] = field(default_factory=dict)
 
+    @property
+    def init(self) -> Path:
+        """Where stage 1 starts."""
+        return self.shared.get("init", self.norm1000 / "init")
+
     def run(self, stage: str) -> Path:
         """Output of a stage of this arm, or the shared one."""
         return self.shared.get(stage, self.own / stage)
@@ -75,13 +81,13 @@ class Ablation:
     def run(self, arm: Arm, seed: int) -> Path:
         """The folder of a finished arm: trains and decodes what is not there yet."""
         params, paths = self._params(arm, seed), self._arm_paths(arm, seed)
-        key = self._key(arm, params, paths)
+        profile = _with_init(self._profile, arm.coord_init)
+        key = self._key(arm, params, profile, paths)
         for folder in sorted((self._root / f"seed-{seed}").glob("*/done.json")):
             if json.loads(folder.read_text(encoding="utf-8"))["key"] == key:
                 return folder.parent  # this arm, or one of another name that is the same
         log.info("arm %s, seed %d", arm.name, seed)
         (paths.own / "done.json").unlink(missing_ok=True)  # of other settings: no longer true once training writes
-        profile = self._profile
         if arm.stage == "stage2":
             steps = steps_for_tokens(params, profile, paths, self._stage2_tokens(seed))
             profile = profile.model_copy(update={"stage2": _with_steps(profile.stage2, steps)})
@@ -100,6 +106,8 @@ class Ablation:
 
     def _arm_paths(self, arm: Arm, seed: int) -> ArmPaths:
         shared: dict[str, Path] = {}
+        if arm.coord_init:
+            shared["init"] = self._initial(arm.coord_init)
         if arm.stage != "stage1":
             shared["stage1"] = self._default(STAGE1_DEFAULT, "stage1", seed) / "stage1"
         if arm.stage == "stage2":
@@ -112,10 +120,18 @@ class Ablation:
         """The finished arm of params.yaml as it stands."""
         return self.run(Arm(name=name, stage=stage, changes={}, baseline=CONTROL), seed)
 
-    def _key(self, arm: Arm, params: Params, paths: ArmPaths) -> str:
+    def _initial(self, coord_init: str) -> Path:
+        """The base model with coordinate rows of another kind."""
+        config, folder = self._profile.model, self._root / f"init-{coord_init}"
+        base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+        add_coordinate_tokens(base.model, base.tokenizer, coord_init, self._tree["seed"])
+        save_checkpoint(folder, base.model, base.tokenizer)
+        return folder
+
+    def _key(self, arm: Arm, params: Params, profile: Profile, paths: ArmPaths) -> str:
         """What an arm depends on; its name is not part of it."""
-        inputs = [paths.norm1000 / name for name in ("init/model.safetensors", "train.parquet", "dev.parquet")]
-        inputs += [paths.norm1000 / "val.parquet", paths.packed / "plan.parquet"]
+        inputs = [paths.norm1000 / f"{split}.parquet" for split in ("train", "dev", "val")]
+        inputs += [paths.init / "model.safetensors", paths.packed / "plan.parquet"]
         inputs += [path if path.is_file() else path / _MAIN_FILE[name] for name, path in paths.shared.items()]
         settings: dict[str, Any] = {"stage": arm.stage, "images": [self._budget.dev_images, self._budget.val_images]}
         if arm.stage == "stage2":  # how stage 1 was trained is in its checkpoint
@@ -123,7 +139,7 @@ class Ablation:
         else:
             settings["params"] = params.model_dump(include={*SHARED_KEYS, "text", "stage1", "decode"})
         sizes = {"model", "packing", "rollout"} | ({"stage1"} if arm.stage == "stage1" else {"stage2"})
-        return fingerprint(settings | {"profile": self._profile.model_dump(include=sizes)}, inputs)
+        return fingerprint(settings | {"profile": profile.model_dump(include=sizes)}, inputs)
 
     def _rollouts(self, seed: int, stage1: Path) -> Path:
         """Answers of the shared checkpoint on training images, generated once."""
@@ -157,7 +173,12 @@ class Ablation:
         shutil.rmtree(cache)
 
 
-_MAIN_FILE = {"stage1": "model.safetensors", "rollout": "rollouts.jsonl"}
+_MAIN_FILE = {"stage1": "model.safetensors", "rollout": "rollouts.jsonl", "init": "config.json"}
+
+
+def _with_init(profile: Profile, coord_init: str) -> Profile:
+    model = profile.model.model_copy(update={"coord_init": coord_init or profile.model.coord_init})
+    return profile.model_copy(update={"model": model})
 
 
 def _resized(profile: Profile, budget: Budget) -> Profile:

@@ -38,15 +38,14 @@ def _load(profile: Profile, folder: Path) -> Checkpoint:
 
 def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
     """Teacher forcing from the initial checkpoint on the planned packs."""
-    init = paths.norm1000 / "init"
-    checkpoint = _load(profile, init)
+    checkpoint = _load(profile, paths.init)
     packs = read_packs(paths.packed / "plan.parquet")
     optim = profile.stage1
     packs_by_step = [
         [packs[i] for i in items]
         for items in step_items(len(packs), optim.packs_per_step, optim.steps, params.stage1_seed)
     ]
-    return _teach(params, profile, paths, "stage1", checkpoint, init, packs_by_step, optim)
+    return _teach(params, profile, paths, "stage1", checkpoint, paths.init, packs_by_step, optim)
 
 
 def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
