@@ -16,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from coordexp.config.profile import TuningConfig
 from coordexp.errors import TrainingError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.models.adapters import apply_tuning
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
@@ -37,16 +40,40 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm"
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 GREEDY = DecodeSettings(max_new_tokens=48, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+LORA = TuningConfig(
+    method="lora",
+    vision="train",
+    projector="train",
+    language="train",
+    rank=4,
+    alpha=8.0,
+    dropout=0.0,
+    activations="keep",
+)
 BUDGET = 60
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
-    """An untrained model with coordinate tokens, saved and loaded again."""
+    """A random model with coordinate tokens whose adapters moved and were merged, saved and loaded again.
+
+    So every test here is also one that a merged checkpoint is served whole.
+    """
     folder = tmp_path_factory.mktemp("checkpoint")
     made = new_checkpoint()
+    _move_and_merge_adapters(made)
     save_checkpoint(folder, made.model, made.tokenizer)
     return load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS), folder
+
+
+def _move_and_merge_adapters(made: Checkpoint) -> None:
+    assert made.coord is not None
+    merge = apply_tuning(made.model, LORA, made.coord)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in made.model.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    merge()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ def write_coco_folder(
     return totals
 
 
+@lru_cache(maxsize=1)
+def _catalog_of_worker(sprites: Path) -> SpriteCatalog:
+    """Read once in each process: it hashes every sprite, which costs as much as dozens of scenes."""
+    return load_catalog(sprites)
+
+
 def _write_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
-    catalog = load_catalog(chunk.sprites)
+    catalog = _catalog_of_worker(chunk.sprites)
     rows = []
     for index in range(chunk.first, chunk.last):
         scene = compose_scene(chunk.spec, catalog, chunk.seed, chunk.split, index)
