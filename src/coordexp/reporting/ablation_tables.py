@@ -49,13 +49,21 @@ _BUDGET_SHOWN = ("stage1_steps", "stage2_steps")
 
 
 def _means(rows: list[Mapping[str, Any]]) -> str:
+    changes = {row["name"]: row["changes"] for row in rows}
     body = []
     for row in rows:
-        changed = ", ".join(f"{key} {value}" for key, value in row["changes"].items())
+        stated = _stated(row["changes"], {} if row["name"] == row["baseline"] else changes.get(row["baseline"], {}))
         shown = [number(row["val"][column]) for column in _COLUMNS]
-        body.append([f"`{row['name']}`", *shown, number(row["dev"][MAIN_METRIC]), escape(changed or "as committed")])
-    header = ["arm", *_COLUMNS.values(), "mAP on dev", "parameters that it states"]
+        body.append([f"`{row['name']}`", *shown, number(row["dev"][MAIN_METRIC]), escape(stated)])
+    header = ["arm", *_COLUMNS.values(), "mAP on dev", "what it states"]
     return table(header, body, "l" + "r" * (len(_COLUMNS) + 1) + "l")
+
+
+def _stated(changes: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """What an arm has otherwise than its baseline; all of it where the baseline states nothing."""
+    if not changes:
+        return "as committed"
+    return ", ".join(f"{key} {value}" for key, value in changes.items() if baseline.get(key) != value)
 
 
 def _differences(rows: list[Mapping[str, Any]]) -> str:
