@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
@@ -130,7 +131,7 @@ def write_look(look: Look, out: Path) -> None:
     cells = ["" if value is None else f"{value:.4f}" for value in look.values.values()]
     rows[look.step] = "\t".join([str(look.step), *cells])
     lines = ["\t".join(["step", *look.values]), *(rows[step] for step in sorted(rows))]
-    curve.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(curve, "\n".join(lines) + "\n")
 
 
 def tensorboard_writer(folder: Path) -> Callable[[Look], None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
+from coordexp.config.files import write_text
 from coordexp.config.loading import read_yaml
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
@@ -192,8 +193,7 @@ def pages(root: Path) -> dict[Path, str]:
 def main() -> None:
     """Rewrite the pages in the working directory."""
     for path, text in pages(Path()).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         print(path)
 
 

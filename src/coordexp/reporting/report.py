@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.evaluation.headline import headline as headline_numbers
 from coordexp.evaluation.settings import iou_key
@@ -25,10 +26,12 @@ from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
+from coordexp.reporting.figures_looks import write_looks_figure
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.markdown import escape, number, percent, signed
+from coordexp.reporting.monitor_tables import checkpoint_counts_table, looks_sentence, looks_table
 from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
@@ -52,17 +55,23 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
-    for folder in ("figures", "gallery"):
-        for old in (out_dir / folder).glob("*.png"):
-            old.unlink()  # a smaller gallery must not leave pictures of the last one behind
     write_training_figures(data.logs, inputs.params, out_dir / "figures")
+    write_looks_figure(data.looks, out_dir / "figures" / "looks.png")
     write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     path = out_dir / "progress.md"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)  # after its pictures: what it shows is there
+    _remove_pictures_of_an_older_report(out_dir, text)
     return path
+
+
+def _remove_pictures_of_an_older_report(out_dir: Path, text: str) -> None:
+    for folder in ("figures", "gallery"):
+        for picture in (out_dir / folder).glob("*.png"):
+            if f"({folder}/{picture.name})" not in text:
+                picture.unlink()
 
 
 def _render(context: Mapping[str, Any]) -> str:
@@ -98,6 +107,9 @@ def _context(
         "failed_checks": [check.claim for check in checks if check.passed is False],
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
         "comparison_table": tables.comparison_table(data.comparison),
+        "checkpoint_counts": checkpoint_counts_table(metrics, settings),
+        "looks_sentence": looks_sentence(data.looks, data.metadata),
+        "looks_table": looks_table(data.looks),
         "resamples": settings.bootstrap_resamples,
         "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
         "protocol_table": tables.protocol_table(metrics),
