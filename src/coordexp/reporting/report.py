@@ -91,9 +91,21 @@ def _context(
     strips: list[Strip],
     dup_key: str,
 ) -> dict[str, Any]:
-    metrics, settings, params = data.metrics, inputs.settings, inputs.params
-    counts = metrics["stage2"]["coco"]
-    checks = run_checks(data, outcomes, params)
+    checks = run_checks(data, outcomes, inputs.params)
+    return {
+        **_summary(inputs, data),
+        **_scores(inputs, data, outcomes),
+        **_behind_the_scores(inputs, data),
+        "has_strips": bool(strips),
+        "gallery": _gallery(data, picks, dup_key),
+        "failed_checks": [check.claim for check in checks if check.passed is False],
+        "checklist": checklist_table(checks),
+    }
+
+
+def _summary(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+    """What the first page says."""
+    params, counts = inputs.params, data.metrics["stage2"]["coco"]
     return {
         "profile": inputs.profile,
         "headlines": [headline(data, name) for name in _HEADLINES],
@@ -103,8 +115,13 @@ def _context(
         "improved": improved_and_flat(data),
         "answers": standing_answers(data, params),
         "suggestions": suggestions_table(suggestions(data, params)),
-        "has_strips": bool(strips),
-        "failed_checks": [check.claim for check in checks if check.passed is False],
+    }
+
+
+def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
+    """Sections 1 to 5: what was found, and why F1 and mAP are what they are."""
+    metrics, settings = data.metrics, inputs.settings
+    return {
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
         "comparison_table": tables.comparison_table(data.comparison),
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
@@ -133,6 +150,13 @@ def _context(
         "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
         "explanation_table": explanation_table(metrics),
         "explanations": [explain(metrics, data.comparison, name) for name in COMPARISONS],
+    }
+
+
+def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+    """Sections 6 to 12: training, rollouts, ceiling, provenance."""
+    params = inputs.params
+    return {
         "training": _training(data, params),
         "w1": w1_sentence(data.logs["stage2"]),
         "rollout_table": tables.leaves_table(data.rollout, ["rollouts of stage 1", "value"]),
@@ -140,14 +164,12 @@ def _context(
         "matching": params["matching"],
         "ceiling_headline": _ceiling(data),
         "ceiling_table": tables.ceiling_table(data.ceiling),
-        "gallery": _gallery(data, picks, dup_key),
         "runs_table": provenance.runs_table(data.metadata),
         "decode_table": provenance.decode_table(data.decodes),
         "weights_table": provenance.weights_table(params),
         "params_table": provenance.params_table(params),
         "packing_table": tables.leaves_table(data.packing, ["packing", "value"]),
         "drops_table": tables.leaves_table(data.drops, ["annotations dropped by `convert`", "number"]),
-        "checklist": checklist_table(checks),
         "commit": data.metadata["stage2"]["git"]["commit"] or "<commit>",
     }
 
