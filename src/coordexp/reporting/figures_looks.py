@@ -64,6 +64,7 @@ def _finish(axes: Sequence[Axes], seam: int, rows: Mapping[str, list[Json]]) -> 
     for ax in axes[:2]:
         ax.set_ylim(0, 1)
     axes[0].set_ylabel(f"on {shown['images']} dev images")
+    axes[2].set_ylim(0, 1.05 * max(axes[2].get_ylim()[1], shown["objects"]))
     axes[2].axhline(shown["objects"], color=INK, linewidth=0.8)
     axes[2].annotate(
         "annotated", (0.02, shown["objects"]), (0, -3), xycoords=("axes fraction", "data"),

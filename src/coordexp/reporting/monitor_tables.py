@@ -19,7 +19,7 @@ _COUNTS = ("predictions", "right", "false", "missed")
 def checkpoint_counts_table(metrics: Metrics, settings: EvalSettings) -> str:
     """Scores and the counts they rest on, one row a checkpoint."""
     pairs = f"set.dup_pairs_{iou_key(min(settings.duplicate_ious))}"
-    keys = ("coco.mAP", "f1.full_50", "f1.precision_50", "f1.recall_50")
+    keys: tuple[str, ...] = ("coco.mAP", "f1.full_50", "f1.precision_50", "f1.recall_50")
     keys += ("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", pairs, "parse.parse_rate")
     header = ["checkpoint", "mAP", "F1", "precision", "recall", *_COUNTS, "duplicate pairs an image", "parse rate"]
     return table(header, [[name, *(number(metric(metrics, name, key)) for key in keys)] for name in CHECKPOINTS])

@@ -124,8 +124,7 @@ def _tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
         image,
         as_boxes([p.bbox_xyxy_px for p in answer.result.pred]) * shrink,
         [signs[located.get(i)] + p.desc for i, p in enumerate(answer.result.pred)],
-        [p.score for p in answer.result.pred],
-        [RIGHT if located.get(i) else FALSE for i in range(len(answer.result.pred))],
-        enlarge,
+        styles=[RIGHT if located.get(i) else FALSE for i in range(len(answer.result.pred))],
+        scale=enlarge,
     )
     return side_by_side([("annotated", truth), (title, predicted)])
