@@ -68,3 +68,39 @@ def test_recipes_set_parameters_that_exist() -> None:
     for page in PAGES:
         for key in re.findall(r"-S ([a-z][a-z0-9_.]*)=", page.read_text(encoding="utf-8")):
             assert key in keys or key == "key", f"{page.name}: {key}"
+
+
+def class_of(file: Path, name: str) -> ast.ClassDef:
+    return next(node for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    detector, detections = (class_of(PACKAGE / "detector.py", name) for name in ("Detector", "Detections"))
+    methods = {node.name: node for node in detector.body if isinstance(node, ast.FunctionDef)}
+    heading = re.search(r"^## `Detector.from_checkpoint\(folder, \*, (.+)\)`$", page, flags=re.MULTILINE)[1]
+    assert [part.split("=")[0] for part in heading.split(", ")] == [
+        argument.arg for argument in methods["from_checkpoint"].args.kwonlyargs
+    ]
+    attributes = {node.target.id for node in detections.body if isinstance(node, ast.AnnAssign)}
+    shown = re.findall(r"^\| (`.+?`) \|", page.split("## `Detections`")[1], flags=re.MULTILINE)
+    assert {name for cell in shown for name in re.findall(r"`(\w+)`", cell)} | {"height"} == attributes
+    functions = {node.name for node in detections.body if isinstance(node, ast.FunctionDef)}
+    assert set(re.findall(r"`?found\.(\w+)\(", page)) <= functions
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = set(syntax_doc(PACKAGE / "cli.py").split("`coordexp ")[1].split("`")[0].split(" | "))
+    assert set(re.findall(r"^    coordexp ([a-z]+)", text, flags=re.MULTILINE)) <= commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    named = re.findall(r"python -m ((?:coordexp|pipelines)[\w.]+)", text)
+    for name in named:
+        base = ROOT if name.startswith("pipelines") else PACKAGE.parent
+        assert (base / Path(*name.split("."))).with_suffix(".py").is_file(), f"{page.name}: {name}"
+
+
+def syntax_doc(file: Path) -> str:
+    return ast.get_docstring(syntax(file)) or ""
