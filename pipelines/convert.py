@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from coordexp.config.files import replacing
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
 from coordexp.records.convert import Converted, convert_datasets
@@ -22,7 +23,7 @@ def run(context: StageContext) -> None:
         converted = convert_datasets(raw, context.profile.records, context.params.seed)
         drops = converted.drops()
         write_json(out / "sets.json", converted.sets)
-        with (out / "dropped.jsonl").open("w", encoding="utf-8") as file:
+        with replacing(out / "dropped.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for split, problems in converted.problems.items():
                 file.writelines(json.dumps({"split": split} | asdict(p), ensure_ascii=False) + "\n" for p in problems)
     else:

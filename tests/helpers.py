@@ -244,7 +244,7 @@ def build_workspace(root: Path, world: World) -> Workspace:
     checkpoint = new_checkpoint()
     for folder in (paths.norm1000 / "init", paths.run("stage1")):
         save_checkpoint(folder, checkpoint.model, checkpoint.tokenizer)
-    for split in ("train", "val"):
+    for split in ("train", "dev", "val"):
         shutil.copy(world.root / "train.parquet", paths.norm1000 / f"{split}.parquet")
     paths.packed.mkdir(parents=True)
     write_plan(

@@ -13,7 +13,7 @@ BASE = ROOT / "pipelines" / "base"
 
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
-    "errors", "config", "geometry", "records", "text", "packing", "models", "losses",
+    "errors", "config", "geometry", "records", "drawing", "text", "packing", "models", "losses",
     "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "cli",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
+from coordexp.config.files import write_text
 from coordexp.config.formats import Format
 from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
 from coordexp.experiments.command import ab, monitor
@@ -220,7 +221,7 @@ def _note_absent(names: Sequence[str], seen: set[str]) -> None:
 
 def _draw(path: Path, found: Detections, target: Path) -> None:
     from coordexp.detector import open_picture
-    from coordexp.reporting.drawing import draw_detections
+    from coordexp.drawing.boxes import draw_detections
 
     draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)
 
@@ -397,8 +398,7 @@ def doctor(
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(f"{line}\n" for line in diagnosis.problem_lines), encoding="utf-8")
+        write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
 

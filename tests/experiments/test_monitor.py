@@ -58,12 +58,14 @@ def test_a_run_is_watched_to_its_end_and_does_not_notice(ready, tmp_path, monkey
     interrupt_after(monkeypatch, ready, 1)
     state, out = find_state(tmp_path, "stage1"), tmp_path / "out"
     before = (state / "state.pt").read_bytes()
-    looks = []
-    for look in watch(monitor_of(ready), state, out, 0.01, lambda _look: None):
+    looks: list[Look] = []
+    followed: list[Path] = []
+    for look in watch(monitor_of(ready), state, out, 0.01, followed.append):
         looks.append(look)
         assert (state / "state.pt").read_bytes() == before
         train_stage1(ready.params, ready.profile, ready.paths)  # resumes, ends, and removes its state
     assert [look.step for look in looks] == [2]
+    assert set(followed) == {state}
     assert (ready.paths.run("stage1") / "model.safetensors").read_bytes() == undisturbed
     results = list(read_results(out / "step_000002.jsonl"))
     assert len(results) == 2

@@ -50,8 +50,57 @@ def test_the_paper_index_names_files_and_functions_that_exist(row: str) -> None:
         assert function in defined, function
 
 
+def test_the_readme_says_of_every_term_of_the_objective_where_it_lives() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("### Where a loss lives")[1].split("\n[")[0]
+    rows = dict(re.findall(r"^\| `(?:stage2\.)?([a-z0-9_]+)_weight` \| (.+) \|$", text, flags=re.MULTILINE))
+    objective = syntax(PACKAGE / "losses" / "objective.py")
+    weights = next(n for n in ast.walk(objective) if isinstance(n, ast.ClassDef) and n.name == "ObjectiveWeights")
+    terms = {n.target.id for n in weights.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert rows.keys() == terms
+    for term, place in rows.items():
+        file, function = re.match(r"`(losses/[a-z_]+\.py)`: `([a-z0-9_]+)`", place).groups()
+        defined = {n.name for n in ast.walk(syntax(PACKAGE / file)) if isinstance(n, ast.FunctionDef)}
+        assert function in defined, term
+
+
 def test_recipes_set_parameters_that_exist() -> None:
     keys = {spec.key for spec in field_specs(Params)}
     for page in PAGES:
         for key in re.findall(r"-S ([a-z][a-z0-9_.]*)=", page.read_text(encoding="utf-8")):
             assert key in keys or key == "key", f"{page.name}: {key}"
+
+
+def class_of(file: Path, name: str) -> ast.ClassDef:
+    return next(node for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    detector, detections = (class_of(PACKAGE / "detector.py", name) for name in ("Detector", "Detections"))
+    methods = {node.name: node for node in detector.body if isinstance(node, ast.FunctionDef)}
+    heading = re.search(r"^## `Detector.from_checkpoint\(folder, \*, (.+)\)`$", page, flags=re.MULTILINE)[1]
+    assert [part.split("=")[0] for part in heading.split(", ")] == [
+        argument.arg for argument in methods["from_checkpoint"].args.kwonlyargs
+    ]
+    attributes = {node.target.id for node in detections.body if isinstance(node, ast.AnnAssign)}
+    shown = re.findall(r"^\| (`.+?`) \|", page.split("## `Detections`")[1], flags=re.MULTILINE)
+    assert {name for cell in shown for name in re.findall(r"`(\w+)`", cell)} | {"height"} == attributes
+    functions = {node.name for node in detections.body if isinstance(node, ast.FunctionDef)}
+    assert set(re.findall(r"`?found\.(\w+)\(", page)) <= functions
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = set(syntax_doc(PACKAGE / "cli.py").split("`coordexp ")[1].split("`")[0].split(" | "))
+    assert set(re.findall(r"^    coordexp ([a-z]+)", text, flags=re.MULTILINE)) <= commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    named = re.findall(r"python -m ((?:coordexp|pipelines)[\w.]+)", text)
+    for name in named:
+        base = ROOT if name.startswith("pipelines") else PACKAGE.parent
+        assert (base / Path(*name.split("."))).with_suffix(".py").is_file(), f"{page.name}: {name}"
+
+
+def syntax_doc(file: Path) -> str:
+    return ast.get_docstring(syntax(file)) or ""

@@ -183,6 +183,7 @@ def _write_small_files(inputs: ReportInputs) -> None:
                 "samples": 9600,
                 "tokens": 1_000_000 + 1000 * number,
                 "step_seconds": 200.1 + 10 * number,
+                "monitor_seconds": 4.4 if number else 6.6,
                 "final_loss": 2.7183,
             },
         )
@@ -211,6 +212,19 @@ def _write_logs(inputs: ReportInputs, steps: int) -> None:
         row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total")
         rows.append(row)
     write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows)
+    for stage, length in (("stage1", steps), ("stage1-control", steps // 2), ("stage2", steps // 2)):
+        write_rows(inputs.runs / stage / "monitor.jsonl", [_look(rng, n * length // 4) for n in range(1, 5)])
+
+
+def _look(rng: np.random.Generator, step: int) -> dict[str, Any]:
+    objects, predictions = 44, int(rng.integers(30, 60))
+    right = int(rng.integers(5, 30))
+    return {
+        **{"step": step, "images": 16, "objects": objects, "predictions": predictions, "right": right},
+        **{"false": predictions - right, "missed": objects - right},
+        **{"precision": right / predictions, "recall": right / objects, "f1": 2 * right / (predictions + objects)},
+        **{"f1_boxes": 0.8, "dup_pairs_90": int(rng.integers(0, 3)), "parse_rate": 0.9375, "seconds": 1.1},
+    }
 
 
 def _row(rng: np.random.Generator, step: int, steps: int, floor: float, weights: Any, start: float) -> dict[str, Any]:

@@ -38,6 +38,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small binary file, a picture for one, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk: a rename may survive a power cut that its data do not."""
     handle = os.open(path, os.O_RDONLY)

@@ -181,6 +181,14 @@ class Stage2Config(OptimConfig):
     samples_per_step: PositiveCount = Field(description="images of one optimizer step")
 
 
+class MonitorConfig(Block):
+    """A look at the model while it trains: a fixed few images of dev, decoded, counted and drawn."""
+
+    every_steps: Count = Field(description="optimizer steps between two looks, and one at the end; 0 is never")
+    images: int = Field(ge=1, le=512, description="images of dev, the same ones at every look")
+    batch_images: PositiveCount = Field(description="images decoded together")
+
+
 class EvalConfig(Block):
     """Size of the evaluation."""
 
@@ -213,6 +221,7 @@ class Profile(Block):
     stage1: Stage1Config
     rollout: RolloutConfig
     stage2: Stage2Config
+    monitor: MonitorConfig
     eval: EvalConfig
     report: ReportConfig
     launch: LaunchConfig

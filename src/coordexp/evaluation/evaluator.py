@@ -26,7 +26,7 @@ from coordexp.evaluation.matched import Matched, guarded_metrics, protocol_metri
 from coordexp.evaluation.parse import parse_metrics
 from coordexp.evaluation.registry import PROTOCOL_SAMPLES, interval_keys
 from coordexp.evaluation.scores import CONSTANT, IN_USE, PERFECT, compare_scores
-from coordexp.evaluation.set_behaviour import find_duplicates, omission_by_gt_count, set_metrics
+from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
 from coordexp.evaluation.settings import RECALL_GRID, EvalSettings
 from coordexp.evaluation.sizes import recall_by_side
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table
@@ -89,7 +89,6 @@ def evaluate(
     positive, guarded = everything.annotated(settings), everything.guarded(duplicates, settings)
     coco = coco_ap(table, settings)
     scores = compare_scores(table, everything.pairs, settings)
-    categories_table = per_category(table, coco, everything.by_iou)
     metrics: Metrics = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
@@ -120,20 +119,25 @@ def evaluate(
             "precision_50": coco.pr_curve(0.5),
             "precision_75": coco.pr_curve(0.75),
         },
-        details={
-            "per_category": categories_table,
-            "by_area": by_area(table, coco, everything.by_iou, settings),
-            "by_side_px": recall_by_side(table, everything.by_iou),
-            "by_gt_count": omission_by_gt_count(everything.by_iou),
-            "reliability": reliability(table, everything.by_score, settings),
-            "scores": scores,
-            "worst_duplicates": worst_duplicates(table, duplicates, settings),
-            "coco_backend": {"name": coco.backend, "reason": coco.reason},
-        },
+        details=_details(everything, coco, duplicates, settings) | {"scores": scores},
         samples=samples,
         table=table,
         settings=settings,
     )
+
+
+def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, settings: EvalSettings) -> dict[str, Any]:
+    """The tables beneath the metrics."""
+    table = matched.table
+    return {
+        "per_category": per_category(table, coco, matched.by_iou),
+        "by_area": by_area(table, coco, matched.by_iou, settings),
+        "by_side_px": recall_by_side(table, matched.by_iou),
+        "by_gt_count": omission_by_gt_count(matched.by_iou),
+        "reliability": reliability(table, matched.by_score, settings),
+        "worst_duplicates": worst_duplicates(table, duplicates, settings),
+        "coco_backend": {"name": coco.backend, "reason": coco.reason},
+    }
 
 
 def _value(metrics: Metrics, key: str) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
+from coordexp.config.files import write_text
 from coordexp.evaluation.evaluator import Evaluation, rounded
 
 # File name -> table of Evaluation.details.
@@ -22,12 +24,12 @@ CSV_TABLES = {
 
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
     """Write the CSV tables, per_image.json and pr_curve.json; undefined values are empty cells."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, key in CSV_TABLES.items():
         rows = rounded(evaluation.details[key])
-        with (folder / name).open("w", encoding="utf-8", newline="") as out:
-            writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder / name, out.getvalue())
     for name, value in (("per_image.json", evaluation.per_image), ("pr_curve.json", evaluation.pr_curve)):
-        (folder / name).write_text(json.dumps(rounded(value)) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(rounded(value)) + "\n")

@@ -57,7 +57,8 @@ def monitor(
 
     from coordexp.config.loading import load_params, load_profile
     from coordexp.config.paths import ProfilePaths
-    from coordexp.experiments.monitor import STAGES, Monitor, find_state, tensorboard_writer, watch
+    from coordexp.experiments.events import Events
+    from coordexp.experiments.monitor import STAGES, Monitor, find_state, watch
 
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected {', '.join(STAGES)}.{closest(stage, STAGES)}")
@@ -67,11 +68,15 @@ def monitor(
     folder = out or Path("runs") / "monitor" / params.profile / stage
     state = find_state(Path(), stage)
     os.nice(10)
-    report = tensorboard_writer(folder / "tensorboard") if tensorboard else lambda _look: None
+    events = Events(folder / "tensorboard") if tensorboard else None
     watcher = Monitor(params, load_profile(Path("configs") / f"{params.profile}.yaml"), paths, stage, images)
-    for look in watch(watcher, state, folder, poll, report):
+    for look in watch(watcher, state, folder, poll, events.follow if events else lambda _run: None):
+        if events:
+            events.look(look.step, look.values)
         shown = "  ".join(f"{key} {'n/a' if value is None else f'{value:.4g}'}" for key, value in look.values.items())
         print(f"step {look.step}: {shown}", flush=True)
         if once:
             break
+    if events:
+        events.follow(paths.run(stage))  # what was added after the last glance, if the run has ended
     print(f"curve: {folder / 'curve.tsv'}")

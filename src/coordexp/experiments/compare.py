@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.files import write_text
 from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.provenance import write_json
@@ -85,7 +86,7 @@ def _one_run(repository: Repository, grid: Grid, arm: Arm, seed: int, name: str,
         for target, path in wanted.items():
             repository.fetch(revision, path, folder / target)
         repository.fetch(revision, "params.yaml", folder / "params.yaml")
-        (folder / "revision").write_text(revision, encoding="utf-8")  # last: what is above is complete
+        write_text(folder / "revision", revision)  # last: what is above is complete
     settings = eval_settings(load_params(folder / "params.yaml"))
     categories = read_categories(paths.records / "categories.json")
     results = list(read_results(folder / "eval" / "gt_vs_pred.jsonl"))

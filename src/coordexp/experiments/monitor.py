@@ -1,7 +1,7 @@
 """Watch a training run from outside: decode a fixed part of dev with each resume state that it saves.
 
-A process of its own, at low priority: training computes what it would compute without it, a resumed run too, and no
-stage depends on decoding code because of it. Each look leaves the answers as `step_NNNNNN.jsonl` (gt_vs_pred, which
+A process of its own, at low priority, that evaluates with AP and on as many images as wanted: the stages' own looks
+(coordexp.training.monitor) are smaller. Each look leaves the answers as `step_NNNNNN.jsonl` (gt_vs_pred, which
 `coordexp report --html` draws, two steps side by side) and a line of `curve.tsv`; TensorBoard on request.
 """
 
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
-from coordexp.errors import ConfigError, DataError
+from coordexp.errors import DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.suite import eval_settings
 from coordexp.models.loading import load_checkpoint
@@ -100,11 +100,19 @@ def find_state(root: Path, stage: str) -> Path:
 
 
 def watch(
-    monitor: Monitor, state_folder: Path, out: Path, poll_seconds: float, report: Callable[[Look], None]
+    monitor: Monitor,
+    state_folder: Path,
+    out: Path,
+    poll_seconds: float,
+    follow: Callable[[Path], None] = lambda _run: None,
 ) -> Iterator[Look]:
-    """Look at every new state until the run ends and removes its folder; writes and reports each look."""
+    """Look at every new state until the run ends and removes its folder; writes each look.
+
+    `follow` is given the folder whenever there may be something new in it.
+    """
     seen = -1.0
     while True:
+        follow(state_folder)
         try:
             changed = (state_folder / STATE_NAME).stat().st_mtime
         except FileNotFoundError:
@@ -116,7 +124,6 @@ def watch(
         look = monitor.look(state_folder)
         if look is not None:
             write_look(look, out)
-            report(look)
             yield look
 
 
@@ -130,21 +137,4 @@ def write_look(look: Look, out: Path) -> None:
     cells = ["" if value is None else f"{value:.4f}" for value in look.values.values()]
     rows[look.step] = "\t".join([str(look.step), *cells])
     lines = ["\t".join(["step", *look.values]), *(rows[step] for step in sorted(rows))]
-    curve.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def tensorboard_writer(folder: Path) -> Callable[[Look], None]:
-    """Writes each look for TensorBoard; raises ConfigError if that is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("--tensorboard: the package is not installed; pip install tensorboard.") from error
-    writer: Any = SummaryWriter(str(folder))
-
-    def write(look: Look) -> None:
-        for key, value in look.values.items():
-            if value is not None:
-                writer.add_scalar(f"dev/{key.replace('.', '/')}", value, look.step)
-        writer.flush()
-
-    return write
+    write_text(curve, "\n".join(lines) + "\n")

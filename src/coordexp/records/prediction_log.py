@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coordexp.config.files import write_text
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import area, as_boxes, xyxy_to_xywh
 
@@ -33,7 +34,7 @@ class PredictionLog:
             for number, line in enumerate(kept, 1):
                 self._take(line, f"{path}:{number}")
             if len(kept) < len(lines):
-                path.write_text("".join(kept), encoding="utf-8")
+                write_text(path, "".join(kept))
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def _take(self, line: str, where: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.reporting.inputs import TRAINED, ReportInputs, read_json
 from coordexp.reporting.training_log import TrainingLog, read_training_log
@@ -60,9 +61,8 @@ def _pr_points(path: Path) -> Iterable[tuple[float, float]]:
 
 
 def _write_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(header), *("\t".join(_cell(value) for value in row) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.provenance import weight_files, write_json
@@ -98,11 +99,11 @@ def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: st
     results, unmapped = coco_results(rows, categories)
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "train_log.jsonl":
+        if file.is_file() and file.suffix != ".jsonl":  # logs of the training
             _link_or_copy(file, out / file.name)
     write_json(out / RESULTS, results)
     facts = _facts(params, profile, paths, checkpoint, metrics)
-    (out / CARD).write_text(_card(facts), encoding="utf-8")
+    write_text(out / CARD, _card(facts))
     return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
 
 

@@ -22,6 +22,7 @@ from coordexp.reporting.style import FAINT, GREEN, INK, LOOKS, RED, figure_style
 EDGES_BINS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 1000)
 SLOTS = ("x1", "y1", "x2", "y2")
 STRIPS_PER_RULE = 3
+_MARGIN_BINS = 15  # so that a mark on the border of the picture is seen whole
 RULES = ("widest", "largest error", "narrowest", "in between")
 
 
@@ -147,7 +148,7 @@ def _strips(strips: Sequence[Strip]) -> Figure:
         _strip(ax, float(y), strip)
     labels = [f"{s.rule}: {s.desc} {s.slot}, image {s.image_id}" for s in strips]
     ax.set_yticks(rows, labels)
-    ax.set(xlim=(0, NUM_BINS - 1), ylim=(-0.7, len(strips) - 0.3), xlabel="bin")
+    ax.set(xlim=(-_MARGIN_BINS, NUM_BINS - 1 + _MARGIN_BINS), ylim=(-0.7, len(strips) - 0.3), xlabel="bin")
     ax.set_title("stage2: where the model puts an edge, and how sure it is")
     handles, names = ax.get_legend_handles_labels()
     first = dict(zip(names, handles, strict=True))

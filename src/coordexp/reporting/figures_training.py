@@ -19,7 +19,7 @@ from coordexp.reporting.training_tables import loss_floor
 
 _PANELS_PER_ROW = 3
 _SMOOTHING_SHARE = 0.05  # of the rows
-_LOG_FROM_RATIO = 100.0  # a curve that spans more than this is drawn on a logarithmic axis
+_LOG_FROM_RATIO = 20.0  # a curve that spans more than this is drawn on a logarithmic axis
 _TITLES = {
     "total": "total",
     "text_ce": "text CE",
@@ -84,8 +84,9 @@ def _loss_panel(ax: Axes, curves: Sequence[Curve], column: str) -> None:
     ax.set_title(_TITLES.get(term, term))
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("weighted loss" if term.startswith(("bbox", "w1", "total")) else "weighted loss (nats)")
-    if term == "softce":
-        _draw_floors(ax, sorted({curve.softce_floor for curve in curves if column in curve.log.columns}))
+    floors = sorted({curve.softce_floor for curve in curves if column in curve.log.columns})
+    if term in ("softce", "total") and floors[0] > 0:  # no other term takes the total lower
+        _draw_floors(ax, floors)
     elif _spans_decades(curves, column):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")

@@ -9,25 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from coordexp.config.files import write_bytes
+from coordexp.drawing.boxes import draw_detections, readable_scale
+from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN, WRONG_NAME_SIGN, side_by_side
 from coordexp.errors import DataError
 from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
-from coordexp.reporting.drawing import BoxStyle, draw_detections, label_font, readable_scale
 from coordexp.reporting.outcomes import Fate, Outcomes
 
 Row = dict[str, Any]
-RIGHT = BoxStyle((0, 158, 115))
-FALSE = BoxStyle((214, 39, 40))
-MISSED = BoxStyle((245, 140, 0), dashed=True)
 SHOWN, BEFORE = "stage2", "stage1"
 RULES = ("most duplicates", "most misses", "biggest change", "random")
 MAX_PICTURE_BYTES = 80_000
 # Largest side of the photo (before small ones are enlarged) and its palette, best first.
 _QUALITIES = ((512, None), (512, 128), (400, 64), (320, 32), (256, 24))
-BAR_FONT_SIDE_PX = 512  # titles and legend keep one font size, whatever the panels measure
-_BAR_PX, _GAP_PX = 18, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ def write_gallery(
     for pick, path in zip(picks, image_paths(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
         data = _small_picture(read_rgb(path), pick.image_id, {name: outcomes[name] for name in shown})
-        (folder / pick.file_name).write_bytes(data)
+        write_bytes(folder / pick.file_name, data)
 
 
 def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> bytes:
@@ -129,7 +126,7 @@ def _picture(
     last = list(outcomes)[-1]
     panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))]
     panels += [(f"predicted, {name}", _prediction_panel(image, image_id, o, shrink)) for name, o in outcomes.items()]
-    return _side_by_side(panels)
+    return side_by_side(panels)
 
 
 def _truth_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
@@ -142,40 +139,9 @@ def _truth_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: 
 def _prediction_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
     result, rows, _ = outcomes.of_image(image_id)
     fates = outcomes.fate_P[rows].tolist()
-    # The sign says in black and white what the colour says.
-    sign = {Fate.RIGHT: "✓ ", Fate.WRONG_NAME: "≠ ", Fate.FALSE: "✗ "}
+    sign = {Fate.RIGHT: RIGHT_SIGN, Fate.WRONG_NAME: WRONG_NAME_SIGN, Fate.FALSE: FALSE_SIGN}
     labels = [sign[Fate(fate)] + p.desc for fate, p in zip(fates, result.pred, strict=True)]
     styles = [RIGHT if fate == Fate.RIGHT else FALSE for fate in fates]
     boxes = outcomes.table.pred_boxes_P4[rows] * shrink
     scores = [p.score for p in result.pred]
     return draw_detections(image, boxes, labels, scores, styles, readable_scale(*image.size))
-
-
-def _side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    font = label_font(BAR_FONT_SIDE_PX)
-    width = sum(panel.width for _, panel in panels) + _GAP_PX * (len(panels) - 1)
-    picture = Image.new("RGB", (width, panels[0][1].height + 2 * _BAR_PX), "white")
-    draw = ImageDraw.Draw(picture)
-    left = 0
-    for title, panel in panels:
-        draw.text((left + 2, 2), title, font=font, fill=(0, 0, 0))
-        picture.paste(panel, (left, _BAR_PX))
-        left += panel.width + _GAP_PX
-    _legend(draw, (2, picture.height - _BAR_PX), width)
-    return picture
-
-
-def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int) -> None:
-    font = label_font(BAR_FONT_SIDE_PX)
-    x, y = map(float, corner)
-    for style, text in ((RIGHT, "✓ right"), (FALSE, "✗ no such object, ≠ wrong name"), (MISSED, "missed")):
-        step = 14 + draw.textlength(text, font=font) + 10
-        if x + step > width + 10:
-            return
-        if style.dashed:
-            draw.line((x, y + 9, x + 4, y + 9), fill=style.colour, width=3)
-            draw.line((x + 7, y + 9, x + 11, y + 9), fill=style.colour, width=3)
-        else:
-            draw.line((x, y + 9, x + 11, y + 9), fill=style.colour, width=3)
-        draw.text((x + 14, y + 2), text, font=font, fill=(0, 0, 0))
-        x += step

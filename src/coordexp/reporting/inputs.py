@@ -24,6 +24,10 @@ from coordexp.reporting.training_log import TrainingLog, read_training_log
 
 Json = dict[str, Any]
 TRAINED = ("stage1", "stage1-control", "stage2")
+LOOK_KEYS = frozenset(
+    {"step", "images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
+    | {"f1_boxes", "dup_pairs_90", "parse_rate", "seconds"}
+)
 AREAS = (
     *("coco", "known", "held_out", "f1", "protocol", "rollout", "parse", "input", "set", "guarded", "confidence"),
     "interval",
@@ -35,8 +39,8 @@ class ReportInputs:
     """Where the files of one report lie, and the parameters the run was made with.
 
     `evaluations` holds a folder per checkpoint (gt_vs_pred.jsonl, per_image.json, pr_curve.json, details.json,
-    decode.json), `runs` one per training stage (train_log.jsonl, run_metadata.json). Image paths of the records are
-    relative to `image_root`.
+    decode.json), `runs` one per training stage (train_log.jsonl, monitor.jsonl, run_metadata.json). Image paths of the
+    records are relative to `image_root`.
     """
 
     profile: str
@@ -102,6 +106,7 @@ class ReportData:
     details: dict[str, Json]
     decodes: dict[str, Json]
     logs: dict[str, TrainingLog]
+    looks: dict[str, list[Json] | None]  # what the monitor saw; None if the run left no file of it
     metadata: dict[str, Json]
     rollout: Json
     packing: Json
@@ -128,6 +133,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
         logs={name: read_training_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
+        looks={name: _looks(inputs.runs / name / "monitor.jsonl", name) for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "rollout"),
         packing=read_json(inputs.packing_stats, "pack"),
@@ -188,6 +194,22 @@ def _comparison(metrics: Json, name: str, path: Path) -> dict[str, Json | None]:
 
 def _results(path: Path) -> list[ImageResult]:
     return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
+
+
+def _looks(path: Path, stage: str) -> list[Json] | None:
+    if not path.is_file():
+        return None
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{n}: not valid JSON ({error.msg}). Run `dvc repro {stage}`.") from error
+        missing = LOOK_KEYS - row.keys() if isinstance(row, dict) else LOOK_KEYS
+        if missing:
+            raise DataError(f"{path}:{n}: lacks {', '.join(sorted(missing))}. Run `dvc repro {stage}`.")
+        rows.append(row)
+    return rows
 
 
 def _per_image(path: Path) -> list[Json]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from coordexp.config.files import write_text
 from coordexp.errors import DataError
 from coordexp.evaluation.details import per_image
 from coordexp.evaluation.set_behaviour import find_duplicates
@@ -64,8 +65,7 @@ def write_page(
     data = page_data(results, categories, chosen, page.images)
     for row in data["images"]:
         row["src"] = _inline(image_path(image_root, row["image"]), page)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render_page(data), encoding="utf-8")
+    write_text(out, render_page(data))
     return out.stat().st_size
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
+from coordexp.config.files import write_text
 from coordexp.config.loading import read_yaml
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
@@ -72,7 +73,12 @@ also `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
 `grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
-slots of the step; those of a first forward beside the last are `coord_diag_a1/*`."""
+slots of the step; those of a first forward beside the last are `coord_diag_a1/*`.
+
+`monitor.jsonl` beside it holds one object for every look at the model in training (`monitor.every_steps`), over the
+same few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
+`precision`, `recall`, `f1`, `f1_boxes` (names ignored), `matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`,
+`tokens_mean`, `seconds`. The pairing is that of training, not the evaluator's."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -192,8 +198,7 @@ def pages(root: Path) -> dict[Path, str]:
 def main() -> None:
     """Rewrite the pages in the working directory."""
     for path, text in pages(Path()).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         print(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.headline import headline as headline_numbers
@@ -26,10 +27,12 @@ from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
+from coordexp.reporting.figures_looks import write_looks_figure
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.markdown import escape, number, percent, signed
+from coordexp.reporting.monitor_tables import checkpoint_counts_table, looks_sentence, looks_table
 from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
@@ -53,17 +56,23 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
-    for folder in ("figures", "gallery"):
-        for old in (out_dir / folder).glob("*.png"):
-            old.unlink()  # a smaller gallery must not leave pictures of the last one behind
     write_training_figures(data.logs, inputs.params, out_dir / "figures")
+    write_looks_figure(data.looks, out_dir / "figures" / "looks.png")
     write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     path = out_dir / "progress.md"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)  # after its pictures: what it shows is there
+    _remove_pictures_of_an_older_report(out_dir, text)
     return path
+
+
+def _remove_pictures_of_an_older_report(out_dir: Path, text: str) -> None:
+    for folder in ("figures", "gallery"):
+        for picture in (out_dir / folder).glob("*.png"):
+            if f"({folder}/{picture.name})" not in text:
+                picture.unlink()
 
 
 def _render(context: Mapping[str, Any]) -> str:
@@ -83,9 +92,21 @@ def _context(
     strips: list[Strip],
     dup_key: str,
 ) -> dict[str, Any]:
-    metrics, settings, params = data.metrics, inputs.settings, inputs.params
-    counts = metrics["stage2"]["coco"]
-    checks = run_checks(data, outcomes, params)
+    checks = run_checks(data, outcomes, inputs.params)
+    return {
+        **_summary(inputs, data),
+        **_scores(inputs, data, outcomes),
+        **_behind_the_scores(inputs, data),
+        "has_strips": bool(strips),
+        "gallery": _gallery(data, picks, dup_key),
+        "failed_checks": [check.claim for check in checks if check.passed is False],
+        "checklist": checklist_table(checks),
+    }
+
+
+def _summary(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+    """What the first page says."""
+    params, counts = inputs.params, data.metrics["stage2"]["coco"]
     return {
         "profile": inputs.profile,
         "headlines": [headline(data, name) for name in _HEADLINES],
@@ -95,10 +116,18 @@ def _context(
         "improved": improved_and_flat(data),
         "answers": standing_answers(data, params),
         "suggestions": suggestions_table(suggestions(data, params)),
-        "has_strips": bool(strips),
-        "failed_checks": [check.claim for check in checks if check.passed is False],
+    }
+
+
+def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
+    """Sections 1 to 5: what was found, and why F1 and mAP are what they are."""
+    metrics, settings = data.metrics, inputs.settings
+    return {
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
         "comparison_table": tables.comparison_table(data.comparison),
+        "checkpoint_counts": checkpoint_counts_table(metrics, settings),
+        "looks_sentence": looks_sentence(data.looks, data.metadata),
+        "looks_table": looks_table(data.looks),
         "resamples": settings.bootstrap_resamples,
         "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
         "protocol_table": tables.protocol_table(metrics),
@@ -122,6 +151,13 @@ def _context(
         "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
         "explanation_table": explanation_table(metrics),
         "explanations": [explain(metrics, data.comparison, name) for name in COMPARISONS],
+    }
+
+
+def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+    """Sections 6 to 12: training, rollouts, ceiling, provenance."""
+    params = inputs.params
+    return {
         "training": _training(data, params),
         "w1": w1_sentence(data.logs["stage2"]),
         "rollout_table": tables.leaves_table(data.rollout, ["rollouts of stage 1", "value"]),
@@ -129,14 +165,12 @@ def _context(
         "matching": params["matching"],
         "ceiling_headline": _ceiling(data),
         "ceiling_table": tables.ceiling_table(data.ceiling),
-        "gallery": _gallery(data, picks, dup_key),
         "runs_table": provenance.runs_table(data.metadata),
         "decode_table": provenance.decode_table(data.decodes),
         "weights_table": provenance.weights_table(params),
         "params_table": provenance.params_table(params),
         "packing_table": tables.leaves_table(data.packing, ["packing", "value"]),
         "drops_table": tables.leaves_table(data.drops, ["annotations dropped by `convert`", "number"]),
-        "checklist": checklist_table(checks),
         "commit": data.metadata["stage2"]["git"]["commit"] or "<commit>",
     }
 

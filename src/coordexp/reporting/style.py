@@ -13,6 +13,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from coordexp.config.files import replacing
+
 # Okabe and Ito 2008; line style and marker repeat what the colour says.
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"
 _DPI = 100
@@ -75,5 +77,5 @@ def save_figure(figure: Figure, path: Path) -> None:
     raw = io.BytesIO()
     figure.savefig(raw, format="png")
     picture = Image.open(raw).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "PNG", optimize=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", optimize=True)

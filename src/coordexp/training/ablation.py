@@ -67,6 +67,10 @@ class ArmPaths(ProfilePaths):
         """Output of a stage of this arm, or the shared one."""
         return self.shared.get(stage, self.own / stage)
 
+    def curve(self, name: str) -> Path:
+        """A curve of this arm, beside its runs: those in the reports are of the graph."""
+        return self.own / "curves" / f"{name}.tsv"
+
 
 class Ablation:
     """Runs arms of one profile. `params` and `profile` are those of the repository, the budget sets the sizes."""
@@ -186,6 +190,8 @@ def _resized(profile: Profile, budget: Budget) -> Profile:
         update={
             "stage1": _with_steps(profile.stage1, budget.stage1_steps),
             "stage2": _with_steps(profile.stage2, budget.stage2_steps),
+            # Arms are judged when they are finished, and their cost is measured.
+            "monitor": profile.monitor.model_copy(update={"every_steps": 0}),
         }
     )
 

@@ -55,6 +55,18 @@ class Task(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """What looks at the model between two steps; it may not change what the steps compute. Main process only."""
+
+    def resume(self, done_steps: int) -> None:
+        """So many steps are done: the run starts, or goes on."""
+        ...
+
+    def after(self, done_steps: int) -> None:
+        """So many steps are done, and no gradient is held."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
     """How long and how fast; learning rate is the peak of `schedule`."""
@@ -123,8 +135,17 @@ class _Recorder:
             save_state(self._state_folder, step, model, optimizer)
 
 
-def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Path, log_path: Path) -> None:
+def train(
+    model: nn.Module,
+    task: Task,
+    settings: LoopSettings,
+    state_folder: Path,
+    log_path: Path,
+    watch: Watch | None = None,
+) -> None:
     """Train in place for `settings.steps` steps, resuming from `state_folder` if it holds a state.
+
+    `watch` is asked after every step, before a state is saved: what it saw of a step is never behind the state.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
@@ -138,6 +159,8 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
         first = state.step
         log.info("resumed at step %d of %d from %s", first, settings.steps, state_folder)
     model.train()
+    if watch:
+        watch.resume(first)
     saved_at = time.monotonic()
     with StopRequest().watching() as stop, _Recorder(state_folder, log_path, first) as disk:
         for step in range(first, settings.steps):
@@ -158,6 +181,8 @@ def train(model: nn.Module, task: Task, settings: LoopSettings, state_folder: Pa
             disk.log(row)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
+            if watch:
+                watch.after(step + 1)
             if any_process(stop.signal is not None) and step + 1 < settings.steps:
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"

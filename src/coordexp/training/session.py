@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from coordexp.config.files import only_process, replace_folder
+from coordexp.config.files import only_process, replace_folder, write_text
 from coordexp.config.profile import OptimConfig, TuningConfig
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
-from coordexp.training.loop import LoopSettings, Task, train
+from coordexp.training.loop import LoopSettings, Task, Watch, train
 from coordexp.training.schedule import cosine_schedule
 
 log = logging.getLogger(__name__)
@@ -60,13 +60,29 @@ class Session:
         return resume_folder(self.stage, key)
 
 
+class Looks(Watch, Protocol):
+    """A watch that keeps what it saw, beside the resume state while the run lasts, then beside the checkpoint."""
+
+    def open(self, folder: Path) -> None:
+        """Keep it there."""
+        ...
+
+    def hand_over(self, folder: Path) -> None:
+        """Copy all of it into the finished checkpoint."""
+        ...
+
+    def seconds(self) -> float:
+        """How long the looks took."""
+        ...
+
+
 def start_files(folder: Path) -> dict[str, Path]:
     """The weights that a run starts from, as inputs by name."""
     files = weight_files(folder)
     return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
 
 
-def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
     Of several processes, all train; the main one writes, and the others return an empty summary.
@@ -86,21 +102,24 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task) -> dict[st
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        return _run_main(session, checkpoint, task, state, undo)
+        return _run_main(session, checkpoint, task, monitor, undo)
 
 
 def _run_main(
-    session: Session, checkpoint: Checkpoint, task: Task, state: Path, undo: Callable[[], None]
+    session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks, undo: Callable[[], None]
 ) -> dict[str, Any]:
+    state = session.state_folder()
     log_path = state / LOG_NAME
     started = time.monotonic()
-    train(checkpoint.model, task, _loop_settings(session), state, log_path)
+    monitor.open(state)
+    train(checkpoint.model, task, _loop_settings(session), state, log_path, monitor)
     undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
     shutil.copyfile(log_path, temporary / LOG_NAME)
-    summary = summarise_log(log_path)
+    monitor.hand_over(temporary)
+    summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}
     metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
@@ -159,11 +178,10 @@ def warn_of_collapse(path: Path) -> None:
 def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
     """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged."""
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(["step", *names])]
     for first in range(0, len(rows), every):
         chunk = rows[first : first + every]
         found = [[row[name] for row in chunk if name in row] for name in names]
         means = [f"{sum(values) / len(values):.4f}" if values else "" for values in found]
         lines.append("\t".join([str(chunk[-1]["step"]), *means]))
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out, "\n".join(lines) + "\n")

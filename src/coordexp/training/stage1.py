@@ -22,6 +22,7 @@ from coordexp.training.builders import (
     stage1_objective,
 )
 from coordexp.training.distributed import world
+from coordexp.training.monitor import make_monitor
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
@@ -98,7 +99,8 @@ def _teach(
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run(stage),
     )
-    return run_session(session, checkpoint, task)
+    monitor = make_monitor(params.text.codec, profile, paths, stage, checkpoint, len(packs_by_step))
+    return run_session(session, checkpoint, task, monitor)
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:

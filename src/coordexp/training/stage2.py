@@ -24,6 +24,7 @@ from coordexp.training.builders import (
 )
 from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from coordexp.training.distributed import world
+from coordexp.training.monitor import make_monitor
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
@@ -63,7 +64,8 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         params.stage2.a1_coord_weight,
         optim.grad_monitor_every,
     )
-    summary = run_session(session, checkpoint, task)
+    monitor = make_monitor(params.text.codec, profile, paths, "stage2", checkpoint, optim.steps)
+    summary = run_session(session, checkpoint, task, monitor)
     if world().is_main:
         names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
         write_json(paths.run("stage2-compute.json"), {name: summary[name] for name in names})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from coordexp.reporting.drawing import BoxStyle, draw_detections, name_style, place_label, readable_scale
+from coordexp.drawing.boxes import BoxStyle, draw_detections, name_style, place_label, readable_scale
 
 GREEN = BoxStyle((0, 158, 115))
 

@@ -1,0 +1,130 @@
+"""What a look at the model in training finds: counts over its answers to a few images, and a picture of some of them.
+
+The pairing is that of training (`matching`), gated at IoU .50 with names ignored; a located object is right if the
+normalised names agree too. Evaluation proper, with AP and intervals, is for finished checkpoints.
+
+Shapes: P pairs, N predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coordexp.drawing.boxes import draw_detections
+from coordexp.drawing.panels import (
+    FALSE,
+    FALSE_SIGN,
+    MISSED,
+    RIGHT,
+    RIGHT_SIGN,
+    WRONG_NAME_SIGN,
+    grid,
+    side_by_side,
+)
+from coordexp.geometry.bins import box_scale
+from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.matching.assign import match
+from coordexp.matching.settings import MatchSettings
+from coordexp.matching.summary import MatchCounts
+from coordexp.records.descriptions import normalise_desc
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
+from coordexp.records.images import read_rgb
+from coordexp.records.manifest import image_path
+from coordexp.training.duplicates import DUPLICATE_IOU
+
+PAIRING = MatchSettings(gate="iou", gate_threshold=0.5)
+DRAWN_IMAGES = 6
+_PANEL_PX = 320
+_COLUMNS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """One answer: objects without crowd regions, pairs of (prediction, object), which of those share their name."""
+
+    result: ImageResult
+    objects: tuple[GroundTruth, ...]
+    pairs: NDArray[np.int64]
+    iou_P: NDArray[np.float64]
+    right_P: NDArray[np.bool_]
+
+
+def judge_answer(result: ImageResult) -> Judged:
+    """Pair the predictions of one image with its objects."""
+    objects = tuple(gt for gt in result.gt if not gt.iscrowd)
+    scale = box_scale(result.width, result.height)
+    pred_N4 = as_boxes([p.bbox_xyxy_px for p in result.pred]) / scale
+    gt_M4 = as_boxes([gt.bbox_xyxy_px for gt in objects]) / scale
+    matched = match(pred_N4, gt_M4, PAIRING)
+    right = [normalise_desc(result.pred[i].desc) == normalise_desc(objects[j].desc) for i, j in matched.pairs]
+    return Judged(result, objects, matched.pairs, matched.iou_P, np.array(right, dtype=bool))
+
+
+def count_answers(answers: Sequence[Judged]) -> dict[str, float]:
+    """Counts over all answers, and the ratios of their sums; precision, recall and F1 ask for box and name."""
+    n_pred, n_gt = sum(len(a.result.pred) for a in answers), sum(len(a.objects) for a in answers)
+    n_located, n_right = sum(len(a.pairs) for a in answers), sum(int(a.right_P.sum()) for a in answers)
+    right, located = MatchCounts(n_pred, n_gt, n_right), MatchCounts(n_pred, n_gt, n_located)
+    iou_sum = sum(float(a.iou_P.sum()) for a in answers)
+    return {
+        "images": len(answers),
+        "objects": n_gt,
+        "predictions": n_pred,
+        "right": n_right,
+        "false": right.n_false_positive,
+        "missed": right.n_false_negative,
+        "precision": round(right.precision, 4),
+        "recall": round(right.recall, 4),
+        "f1": round(right.f1, 4),
+        "f1_boxes": round(located.f1, 4),
+        "matched_iou_mean": round(iou_sum / n_located if n_located else 0.0, 4),
+        "dup_pairs_90": sum(duplicate_pairs(a.result) for a in answers),
+        "parse_rate": round(sum(a.result.parse.ok for a in answers) / len(answers), 4),
+        "truncated": sum(a.result.parse.truncated for a in answers),
+        "tokens_mean": round(sum(a.result.n_generated_tokens for a in answers) / len(answers), 1),
+    }
+
+
+def duplicate_pairs(result: ImageResult) -> int:
+    """Pairs of predictions of one normalised name with an IoU of at least DUPLICATE_IOU."""
+    boxes_N4 = as_boxes([p.bbox_xyxy_px for p in result.pred])
+    names_N = np.array([normalise_desc(p.desc) for p in result.pred])
+    same_NN = (pairwise_iou(boxes_N4, boxes_N4) >= DUPLICATE_IOU) & (names_N[:, None] == names_N[None, :])
+    return int(np.triu(same_NN, 1).sum())
+
+
+def draw_answers(answers: Sequence[Judged], image_root: Path, title: str) -> Image.Image:
+    """The first few images, annotated beside predicted; `title` stands over the predictions."""
+    return grid([_tile(answer, image_root, title) for answer in answers[:DRAWN_IMAGES]], _COLUMNS)
+
+
+def _tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
+    image = read_rgb(image_path(image_root, answer.result.image))
+    shrink = min(1.0, _PANEL_PX / max(image.size))
+    if shrink < 1:
+        image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+    enlarge = max(1, round(_PANEL_PX / max(image.size)))
+    found = {int(j) for (_, j), right in zip(answer.pairs, answer.right_P, strict=True) if right}
+    truth = draw_detections(
+        image,
+        as_boxes([gt.bbox_xyxy_px for gt in answer.objects]) * shrink,
+        [gt.desc for gt in answer.objects],
+        styles=[RIGHT if j in found else MISSED for j in range(len(answer.objects))],
+        scale=enlarge,
+    )
+    located = {int(i): bool(right) for (i, _), right in zip(answer.pairs, answer.right_P, strict=True)}
+    signs = {True: RIGHT_SIGN, False: WRONG_NAME_SIGN, None: FALSE_SIGN}
+    predicted = draw_detections(
+        image,
+        as_boxes([p.bbox_xyxy_px for p in answer.result.pred]) * shrink,
+        [signs[located.get(i)] + p.desc for i, p in enumerate(answer.result.pred)],
+        styles=[RIGHT if located.get(i) else FALSE for i in range(len(answer.result.pred))],
+        scale=enlarge,
+    )
+    return side_by_side([("annotated", truth), (title, predicted)])
