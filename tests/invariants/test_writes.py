@@ -15,7 +15,6 @@ ALLOWED = {
     "coordexp.config.files": "the helpers themselves",
     "coordexp.records.scenes.coco_folder": "a new folder each time, and the base model's pipeline does without config",
     "coordexp.rollout.vllm_server": "a temporary folder of its own",
-    "coordexp.experiments.report": "in reports/ab, made again from the numbers by the same command",
 }
 
 

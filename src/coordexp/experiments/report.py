@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from coordexp.config.files import write_text
 from coordexp.evaluation.effect import Verdict
 from coordexp.experiments.protocol import PRIMARY, RULE
 from coordexp.reporting.markdown import MISSING, number, signed, table
@@ -38,7 +39,7 @@ def write_ab_report(numbers: Numbers, runs_folder: Path, out_dir: Path) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     draw_curves(logs, out_dir / f"{name}.png")
     path = out_dir / f"{name}.md"
-    path.write_text(ab_markdown(numbers), encoding="utf-8")
+    write_text(path, ab_markdown(numbers))
     return path
 
 
