@@ -212,16 +212,16 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same():
 def test_a_head_of_which_the_coordinate_rows_train(factors):
     case = Case()
     slots = case.slots(FUSED_TERMS)
-    limited = HeadSlots(**{name: getattr(slots, name) for name in HeadSlots.__slots__} | {"only_coord_rows": True})
-    both = [fused_terms(case.hidden_ND, case.weight_VD, s, tensors(factors), 5) for s in (slots, limited)]
-    whole, rows = (
-        gradients(loss_of(f.terms) + f.coord_MK.square().sum(), case.hidden_ND, case.weight_VD) for f in both
+    rows_KD = case.weight_VD[slots.span].detach().requires_grad_()
+    whole, frozen = (
+        fused_terms(case.hidden_ND, case.weight_VD, slots, tensors(factors), 5, rows) for rows in (None, rows_KD)
     )
-    torch.testing.assert_close(rows[0], whole[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(rows[1][slots.span], whole[1][slots.span], rtol=1e-5, atol=1e-7)
-    outside = torch.ones(VOCAB, dtype=torch.bool)
-    outside[slots.span] = False
-    assert not rows[1][outside].any()
+    loss = loss_of(frozen.terms) + frozen.coord_MK.square().sum()
+    grad_hidden_ND, grad_KD = gradients(loss, case.hidden_ND, rows_KD)
+    expected = gradients(loss_of(whole.terms) + whole.coord_MK.square().sum(), case.hidden_ND, case.weight_VD)
+    torch.testing.assert_close(grad_hidden_ND, expected[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad_KD, expected[1][slots.span], rtol=1e-5, atol=1e-7)
+    assert case.weight_VD.grad is None
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):

@@ -31,8 +31,6 @@ from coordexp.losses.text_terms import text_gate
 from coordexp.losses.unlikelihood import unlikelihood_at
 
 FUSED_TERMS = ("text_ce", "text_gate", "gate", "duplicate_unlikelihood")
-# Few enough for 3 % of the logits of 8,192 slots, enough that going through the head's gradient once a chunk is cheap.
-CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +40,12 @@ class HeadSlots:
     token_ids_N: the token to predict, or to push down; any id where no term looks at it.
     weights: weight of each slot in a term, (N,) >= 0, by name in FUSED_TERMS; a term that is not here is not computed.
     n_coord: the first so many slots also give their K coordinate logits.
-    only_coord_rows: of the head, the rows of the coordinate ids alone get a gradient.
     """
 
     token_ids_N: Tensor
     weights: Mapping[str, Tensor]
     first_coord_id: int
     n_coord: int
-    only_coord_rows: bool = False
 
     @property
     def span(self) -> slice:
@@ -71,7 +67,8 @@ def fused_terms(
     weight_VD: Tensor,
     slots: HeadSlots,
     expected: Mapping[str, Tensor] | None,
-    chunk: int = CHUNK_ROWS,
+    chunk: int,
+    coord_rows_KD: Tensor | None = None,
 ) -> FusedTerms:
     """Terms of N slots under the logits hidden_ND @ weight_VD.T; for a temperature, divide the hidden states by it.
 
@@ -81,6 +78,7 @@ def fused_terms(
         slots: what is asked at each slot.
         expected: factor of each sum in the loss, by name; None if no gradient, or one of unknown factors, is wanted.
         chunk: slots whose logits exist at a time.
+        coord_rows_KD: the coordinate rows of `weight_VD`, if they alone train: then they get its gradient.
     """
     vocab_size = len(weight_VD)
     assert vocab_size >= slots.span.stop, f"coordinate ids {slots.span} exceed {vocab_size} logits"
@@ -89,7 +87,8 @@ def fused_terms(
     if expected is not None and torch.is_grad_enabled():
         factors = [float(expected[name]) if name in slots.weights else 0.0 for name in FUSED_TERMS]
         factors_S = torch.tensor(factors, dtype=torch.float64, device=hidden_ND.device)
-    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, weight_VD, slots, factors_S, chunk)
+    whole, trained = (None, weight_VD) if coord_rows_KD is None else (weight_VD.detach(), coord_rows_KD)
+    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, chunk)
     terms = {
         name: TermSum(total, slots.weights[name].sum().to(total))
         for name, total in zip(FUSED_TERMS, sums_S.unbind(), strict=True)
@@ -101,15 +100,22 @@ def fused_terms(
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, slots: HeadSlots, factors_S: Tensor | None, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        trained: Tensor,
+        whole_VD: Tensor | None,
+        slots: HeadSlots,
+        factors_S: Tensor | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sweep = _Sweep(hidden_ND, weight_VD, slots, chunk)
+        """`trained` is the head, or its coordinate rows if the rest of `whole_VD` is frozen."""
+        sweep = _Sweep(hidden_ND, trained, whole_VD, slots, chunk)
         if factors_S is not None:
             sweep.want_gradients(factors_S, *ctx.needs_input_grad[:2])
         sweep.run()
-        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.save_for_backward(hidden_ND, trained, whole_VD)
         ctx.slots, ctx.chunk, ctx.factors_S = slots, chunk, factors_S
-        ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_weight_VD)
+        ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_trained)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sweep.text_log_odds_N)
         return sweep.sums_S, sweep.coord_MK, sweep.text_log_odds_N
@@ -117,38 +123,34 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: Tensor | None, grad_MK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD = ctx.saved_tensors
-        slots: HeadSlots = ctx.slots
-        grad_hidden_ND, grad_weight_VD = _gradients(ctx, grad_S, hidden_ND, weight_VD)
+        hidden_ND, trained, whole_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_trained = _gradients(ctx, grad_S)
         if grad_MK is not None:
+            n_coord, rows = ctx.slots.n_coord, ctx.slots.span if whole_VD is None else slice(None)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[: slots.n_coord].addmm_(grad_MK, weight_VD[slots.span].to(grad_MK))
-            if grad_weight_VD is not None:
-                grad_weight_VD[slots.span].addmm_(grad_MK.t(), hidden_ND[: slots.n_coord].to(grad_MK))
+                grad_hidden_ND[:n_coord].addmm_(grad_MK, trained[rows].to(grad_MK))
+            if grad_trained is not None:
+                grad_trained[rows].addmm_(grad_MK.t(), hidden_ND[:n_coord].to(grad_MK))
         return (
             None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype),
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None,
-            None,
-            None,
+            None if grad_trained is None else grad_trained.to(trained.dtype),
+            *(None,) * 4,
         )
 
 
-def _gradients(
-    ctx: Any, grad_S: Tensor | None, hidden_ND: Tensor, weight_VD: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the sums: those of the forward pass if they are what is asked for, else by a pass of their own."""
     if ctx.gradients is not None and grad_S is not None:
         factor = _common_factor(grad_S, ctx.factors_S)
         if factor is not None:
             found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
-            of_hidden, of_weight = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
-            return of_hidden, of_weight
-    sweep = _Sweep(hidden_ND, weight_VD, ctx.slots, ctx.chunk)
+            of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
+            return of_hidden, of_trained
+    sweep = _Sweep(*ctx.saved_tensors, ctx.slots, ctx.chunk)
     sweep.want_gradients(sweep.sums_S if grad_S is None else grad_S, *ctx.needs_input_grad[:2])
     if grad_S is not None:
         sweep.run()
-    return sweep.grad_hidden_ND, sweep.grad_weight_VD
+    return sweep.grad_hidden_ND, sweep.grad_trained
 
 
 def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
@@ -166,13 +168,17 @@ def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
 class _Sweep:
     """One pass over the slots, chunk by chunk; its results are attributes."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, slots: HeadSlots, chunk: int) -> None:
+    def __init__(
+        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, chunk: int
+    ) -> None:
+        weight_VD = trained if whole_VD is None else whole_VD
         dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
         # A half-precision product with a float32 result exists on GPUs; elsewhere the operands are widened.
         is_mixed = weight_VD.dtype != dtype and weight_VD.is_cuda
         self._hidden_ND = hidden_ND.to(weight_VD.dtype if is_mixed else dtype)
         self._weight_VD = weight_VD if is_mixed else weight_VD.to(dtype)
         self._slots = slots
+        self._trained_rows = slice(None) if whole_VD is None else slots.span
         size = min(chunk, len(hidden_ND))
         self._logits_RV = hidden_ND.new_empty(size, len(weight_VD), dtype=dtype)
         absent_N = self._logits_RV.new_zeros(len(hidden_ND))
@@ -182,14 +188,14 @@ class _Sweep:
         self.coord_MK = self._logits_RV.new_empty(slots.n_coord, NUM_BINS)
         self.text_log_odds_N = torch.empty_like(absent_N)
         self.grad_hidden_ND: Tensor | None = None
-        self.grad_weight_VD: Tensor | None = None
+        self.grad_trained: Tensor | None = None  # (V, D), or (K, D) of the coordinate rows alone
 
-    def want_gradients(self, factors_S: Tensor, of_hidden: bool, of_weight: bool) -> None:
+    def want_gradients(self, factors_S: Tensor, of_hidden: bool, of_trained: bool) -> None:
         """Make room for the gradients of sum(factors * sums), which `run` adds up."""
         self._factors_S = factors_S
         zeros = self._logits_RV.new_zeros
         self.grad_hidden_ND = zeros(self._hidden_ND.shape) if of_hidden else None
-        self.grad_weight_VD = zeros(self._weight_VD.shape) if of_weight else None
+        self.grad_trained = zeros(self._weight_VD[self._trained_rows].shape) if of_trained else None
 
     def run(self) -> None:
         """Go through all slots."""
@@ -238,13 +244,12 @@ class _Sweep:
         return derivatives
 
     def _add_gradients(self, grad_RV: Tensor, rows: slice) -> None:
-        hidden_RD, span = self._hidden_ND[rows], self._slots.span
+        hidden_RD = self._hidden_ND[rows]
         grad_RV = grad_RV.to(hidden_RD.dtype)
         if self.grad_hidden_ND is not None:
             _multiply(grad_RV, self._weight_VD, self.grad_hidden_ND[rows])
-        if self.grad_weight_VD is not None:
-            trained = span if self._slots.only_coord_rows else slice(None)
-            _multiply(grad_RV[:, trained].t(), hidden_RD, self.grad_weight_VD[trained], add=True)
+        if self.grad_trained is not None:
+            _multiply(grad_RV[:, self._trained_rows].t(), hidden_RD, self.grad_trained, add=True)
 
 
 def _values(text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor) -> tuple[Tensor, Tensor]:

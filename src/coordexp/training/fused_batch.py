@@ -16,10 +16,8 @@ from coordexp.losses.fused_linear import FUSED_TERMS, FusedTerms, HeadSlots, fus
 from coordexp.losses.soft_targets import rounded_bins
 from coordexp.models.forward import head_table, trains_coordinate_rows_only
 from coordexp.packing.collator import PackedBatch
+from coordexp.packing.memory import FUSED_ROWS, LARGE_VOCABULARY
 from coordexp.text.codecs import Role
-
-# Below it the logits of a step are megabytes, and going through them whole is as quick.
-LARGE_VOCABULARY = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,10 @@ def fused_batch_terms(
         },
         first_coord_id=first_coord_id,
         n_coord=len(batch.coord_slots),
-        only_coord_rows=trains_coordinate_rows_only(model),
     )
-    return fused_terms(torch.cat([_scaled_hidden(a, table_VD.dtype) for a in asked]), table_VD, slots, factors)
+    rows_KD = table_VD[slots.span] if trains_coordinate_rows_only(model) else None
+    hidden_ND = torch.cat([_scaled_hidden(a, table_VD.dtype) for a in asked])
+    return fused_terms(hidden_ND, table_VD, slots, factors, FUSED_ROWS, rows_KD)
 
 
 def _coord_slots(batch: PackedBatch, hidden: Tensor, first_coord_id: int, temperature: float) -> _Asked:
