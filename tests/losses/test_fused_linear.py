@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from coordexp.losses.coord_terms import coordinate_terms, slice_terms
-from coordexp.losses.fused_linear import FUSED_TERMS, HeadSlots, fused_terms
+from coordexp.losses.fused_linear import fused_terms
+from coordexp.losses.head_sweep import FUSED_TERMS, HeadSlots, HeadSweep
 from coordexp.losses.partition import CoordSlots
 from coordexp.losses.soft_targets import SoftTarget, rounded_bins
 from coordexp.losses.text_terms import text_terms
@@ -149,7 +150,7 @@ def test_the_gradient_of_one_term_and_then_that_of_the_loss_twice():
 def test_a_backward_pass_as_expected_needs_no_second_pass(monkeypatch):
     case = Case()
     terms, _ = case.fused(FUSED_TERMS)
-    monkeypatch.setattr("coordexp.losses.fused_linear._Sweep.run", lambda self: pytest.fail("ran again"))
+    monkeypatch.setattr(HeadSweep, "run", lambda *_: pytest.fail("ran again"))
     found = gradients(2.0 * loss_of(terms), case.hidden_ND, case.weight_VD)  # a scaled loss is a multiple
     assert all(torch.isfinite(g).all() for g in found)
 
@@ -226,7 +227,7 @@ def test_a_head_of_which_the_coordinate_rows_train(factors):
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     case = Case()
-    monkeypatch.setattr("coordexp.losses.fused_linear._Sweep.want_gradients", lambda *_: pytest.fail("not wanted"))
+    monkeypatch.setattr(HeadSweep, "_add_gradients", lambda *_: pytest.fail("not wanted"))
     with torch.no_grad():
         terms, _ = case.fused(FUSED_TERMS)
     assert not any(term.sum.requires_grad for term in terms.values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coordexp.config.profile import TuningConfig
-from coordexp.losses import fused_linear
+from coordexp.losses.head_sweep import HeadSweep
 from coordexp.models.adapters import apply_tuning
 from coordexp.training import fused_batch
 from coordexp.training.channel_b import ChannelBSettings
@@ -110,8 +110,8 @@ def test_a_step_runs_through_the_head_once(world, monkeypatch):
     """Denominators are known before the forward, so the gradient found on the way is the one asked for."""
     checkpoint = new_checkpoint()
     task = teacher(world, checkpoint, replace(objective(checkpoint, WEIGHTS), fused=True))
-    runs, original = [], fused_linear._Sweep.run
-    monkeypatch.setattr(fused_linear._Sweep, "run", lambda self: runs.append(1) or original(self))
+    runs, original = [], HeadSweep.run
+    monkeypatch.setattr(HeadSweep, "run", lambda *given: runs.append(1) or original(*given))
     step(checkpoint, task)
     assert len(runs) == 1
 

@@ -1,16 +1,13 @@
 """The terms that see the whole vocabulary, from hidden states and the head, without the logits of all slots.
 
-Each of these terms is a function of three numbers of a slot: the log of the mass on the text ids, that on the
-coordinate ids, and the logit of one token, which is kept out of both. So one pass over the slots is enough, some rows
-at a time: logits, the three numbers, the sums of the terms, their gradient on the logits, and from it the gradients of
-hidden states and head. What is ever stored of the logits is one chunk.
+One pass over the slots (losses/head_sweep.py) gives the sums of the terms and the gradients of hidden states and head;
+what is ever stored of the logits is one chunk.
 
-Gradients are found in the forward pass for the factors that the caller expects each sum to get in the loss (weight /
+Gradients are found in that pass for the factors that the caller expects each sum to get in the loss (weight /
 denominator, known beforehand). If a backward pass asks for that, or a multiple, they are handed over; if it asks for
-something else (the gradient of one term alone, a second backward pass), the pass is run again for what it asks.
+something else (the gradient of one term alone, a second backward pass), it is run again for what it asks.
 
-N slots, R slots of a chunk, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are wanted,
-S terms. Sums are float32 (float64 stays float64), also for a bf16 head.
+N slots, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are wanted, S terms.
 """
 
 from __future__ import annotations
@@ -20,37 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.coord_terms import gate
+from coordexp.losses.head_sweep import FUSED_TERMS, HeadSlots, HeadSweep
 from coordexp.losses.terms import TermSum
-from coordexp.losses.text_terms import text_gate
-from coordexp.losses.unlikelihood import unlikelihood_at
-
-FUSED_TERMS = ("text_ce", "text_gate", "gate", "duplicate_unlikelihood")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadSlots:
-    """What N slots ask of the whole vocabulary.
-
-    token_ids_N: the token to predict, or to push down; any id where no term looks at it.
-    weights: weight of each slot in a term, (N,) >= 0, by name in FUSED_TERMS; a term that is not here is not computed.
-    n_coord: the first so many slots also give their K coordinate logits.
-    """
-
-    token_ids_N: Tensor
-    weights: Mapping[str, Tensor]
-    first_coord_id: int
-    n_coord: int
-
-    @property
-    def span(self) -> slice:
-        """The coordinate ids."""
-        return slice(self.first_coord_id, self.first_coord_id + NUM_BINS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +80,8 @@ class _FusedLinear(torch.autograd.Function):
         factors_S: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`trained` is the head, or its coordinate rows if the rest of `whole_VD` is frozen."""
-        sweep = _Sweep(hidden_ND, trained, whole_VD, slots, chunk)
-        if factors_S is not None:
-            sweep.want_gradients(factors_S, *ctx.needs_input_grad[:2])
-        sweep.run()
+        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, chunk)
+        sweep.run(factors_S, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden_ND, trained, whole_VD)
         ctx.slots, ctx.chunk, ctx.factors_S = slots, chunk, factors_S
         ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_trained)
@@ -140,16 +109,22 @@ class _FusedLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the sums: those of the forward pass if they are what is asked for, else by a pass of their own."""
-    if ctx.gradients is not None and grad_S is not None:
+    if grad_S is None:  # of the coordinate logits alone
+        hidden_ND, trained, _ = ctx.saved_tensors
+        dtype = torch.promote_types(trained.dtype, torch.float32)
+        of_hidden, of_trained = (
+            torch.zeros_like(given, dtype=dtype) if is_needed else None
+            for given, is_needed in zip((hidden_ND, trained), ctx.needs_input_grad[:2], strict=True)
+        )
+        return of_hidden, of_trained
+    if ctx.gradients is not None:
         factor = _common_factor(grad_S, ctx.factors_S)
         if factor is not None:
             found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
             of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
             return of_hidden, of_trained
-    sweep = _Sweep(*ctx.saved_tensors, ctx.slots, ctx.chunk)
-    sweep.want_gradients(sweep.sums_S if grad_S is None else grad_S, *ctx.needs_input_grad[:2])
-    if grad_S is not None:
-        sweep.run()
+    sweep = HeadSweep(*ctx.saved_tensors, ctx.slots, ctx.chunk)
+    sweep.run(grad_S, *ctx.needs_input_grad[:2])
     return sweep.grad_hidden_ND, sweep.grad_trained
 
 
@@ -163,118 +138,3 @@ def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
     factor = found[largest] / expected[largest]
     is_multiple = all(abs(f - factor * e) <= rounding * abs(f) for f, e in zip(found, expected, strict=True))
     return factor if is_multiple else None
-
-
-class _Sweep:
-    """One pass over the slots, chunk by chunk; its results are attributes."""
-
-    def __init__(
-        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, chunk: int
-    ) -> None:
-        weight_VD = trained if whole_VD is None else whole_VD
-        dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
-        # A half-precision product with a float32 result exists on GPUs; elsewhere the operands are widened.
-        is_mixed = weight_VD.dtype != dtype and weight_VD.is_cuda
-        self._hidden_ND = hidden_ND.to(weight_VD.dtype if is_mixed else dtype)
-        self._weight_VD = weight_VD if is_mixed else weight_VD.to(dtype)
-        self._slots = slots
-        self._trained_rows = slice(None) if whole_VD is None else slots.span
-        size = min(chunk, len(hidden_ND))
-        self._logits_RV = hidden_ND.new_empty(size, len(weight_VD), dtype=dtype)
-        absent_N = self._logits_RV.new_zeros(len(hidden_ND))
-        self._weights_SN = torch.stack([slots.weights.get(name, absent_N).to(dtype) for name in FUSED_TERMS])
-        self._factors_S: Tensor | None = None
-        self.sums_S = self._logits_RV.new_zeros(len(FUSED_TERMS))
-        self.coord_MK = self._logits_RV.new_empty(slots.n_coord, NUM_BINS)
-        self.text_log_odds_N = torch.empty_like(absent_N)
-        self.grad_hidden_ND: Tensor | None = None
-        self.grad_trained: Tensor | None = None  # (V, D), or (K, D) of the coordinate rows alone
-
-    def want_gradients(self, factors_S: Tensor, of_hidden: bool, of_trained: bool) -> None:
-        """Make room for the gradients of sum(factors * sums), which `run` adds up."""
-        self._factors_S = factors_S
-        zeros = self._logits_RV.new_zeros
-        self.grad_hidden_ND = zeros(self._hidden_ND.shape) if of_hidden else None
-        self.grad_trained = zeros(self._weight_VD[self._trained_rows].shape) if of_trained else None
-
-    def run(self) -> None:
-        """Go through all slots."""
-        size = max(1, len(self._logits_RV))
-        for start in range(0, len(self._hidden_ND), size):
-            rows = slice(start, min(start + size, len(self._hidden_ND)))
-            logits_RV = self._logits_RV[: rows.stop - start]
-            _multiply(self._hidden_ND[rows], self._weight_VD.t(), logits_RV)
-            self._reduce(logits_RV, rows)
-            if self._factors_S is not None:
-                self._add_gradients(logits_RV, rows)
-
-    def _reduce(self, logits_RV: Tensor, rows: slice) -> None:
-        """Add up the terms of a chunk, and turn its logits into the gradient of the weighted sum on them."""
-        span, token_R1 = self._slots.span, self._slots.token_ids_N[rows, None]
-        inside = self.coord_MK[rows]
-        inside.copy_(logits_RV[: len(inside), span])
-        token_R = logits_RV.gather(1, token_R1)[:, 0]
-        logits_RV.scatter_(1, token_R1, -torch.inf)
-        coord_RK = logits_RV[:, span].clone()
-        logits_RV[:, span] = -torch.inf
-        highest_R1 = logits_RV.amax(1, keepdim=True)
-        mass_R = logits_RV.sub_(highest_R1).exp_().sum(1)
-        text_R = highest_R1[:, 0] + mass_R.log()
-        is_coord_R = (token_R1[:, 0] >= span.start) & (token_R1[:, 0] < span.stop)
-        by_text_R, by_coord_R, by_token_R = self._slot_terms(text_R, coord_RK.logsumexp(1), token_R, is_coord_R, rows)
-        if self._factors_S is not None:
-            logits_RV.mul_((by_text_R / mass_R)[:, None])
-            logits_RV[:, span] = coord_RK.softmax(1).mul_(by_coord_R[:, None])
-            logits_RV.scatter_(1, token_R1, by_token_R[:, None])
-
-    def _slot_terms(
-        self, text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor, rows: slice
-    ) -> tuple[Tensor, ...]:
-        """Terms from the three numbers of each slot; returns the derivatives of the weighted sum by them."""
-        weights_SR = self._weights_SN[:, rows]
-        with torch.enable_grad():
-            text_R, coord_R, token_R = (n_R.detach().requires_grad_() for n_R in (text_R, coord_R, token_R))
-            values_SR, odds_R = _values(text_R, coord_R, token_R, is_coord_R)
-            # A slot of weight 0 is absent: 0 * inf must not turn the whole sum into NaN.
-            sums_S = (torch.where(weights_SR > 0, values_SR, 0.0) * weights_SR).sum(1)
-            factors_S = torch.zeros_like(sums_S) if self._factors_S is None else self._factors_S
-            derivatives = torch.autograd.grad(sums_S @ factors_S.to(sums_S), (text_R, coord_R, token_R))
-        self.sums_S += sums_S.detach()
-        self.text_log_odds_N[rows] = odds_R.detach()
-        return derivatives
-
-    def _add_gradients(self, grad_RV: Tensor, rows: slice) -> None:
-        hidden_RD = self._hidden_ND[rows]
-        grad_RV = grad_RV.to(hidden_RD.dtype)
-        if self.grad_hidden_ND is not None:
-            _multiply(grad_RV, self._weight_VD, self.grad_hidden_ND[rows])
-        if self.grad_trained is not None:
-            _multiply(grad_RV[:, self._trained_rows].t(), hidden_RD, self.grad_trained, add=True)
-
-
-def _values(text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, R) values of FUSED_TERMS and (R,) log-odds of text; both masses are without the token.
-
-    Without it, the odds of the token against all others are exact where its probability is near 0 or 1.
-    """
-    token_log_odds_R = token_R - torch.logaddexp(text_R, coord_R)
-    all_text_R = torch.where(is_coord_R, text_R, torch.logaddexp(text_R, token_R))
-    all_coord_R = torch.where(is_coord_R, torch.logaddexp(coord_R, token_R), coord_R)
-    text_log_odds_R = all_text_R - all_coord_R
-    values = {
-        "text_ce": -F.logsigmoid(token_log_odds_R),
-        "text_gate": text_gate(text_log_odds_R),
-        "gate": gate(text_log_odds_R),
-        "duplicate_unlikelihood": unlikelihood_at(token_log_odds_R),
-    }
-    return torch.stack([values[name] for name in FUSED_TERMS]), text_log_odds_R
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = left @ right, or out += left @ right; accumulated in the dtype of `out`."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    elif add:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
