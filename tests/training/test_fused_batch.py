@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from coordexp.training.channel_b import ChannelBSettings
 from coordexp.training.objective_step import Objective
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.soft_context import SoftContext
+from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2_task import Stage2Task, StepPlan
 from coordexp.training.teacher_task import TeacherTask
 from helpers import ALL_WEIGHTS, MATCHING, new_checkpoint, objective, teacher_rollouts
@@ -114,6 +116,22 @@ def test_a_step_runs_through_the_head_once(world, monkeypatch):
     monkeypatch.setattr(HeadSweep, "run", lambda *given: runs.append(1) or original(*given))
     step(checkpoint, task)
     assert len(runs) == 1
+
+
+def test_a_stage_logs_the_same_losses(workspace, monkeypatch):
+    """From the parameters on: the builders decide by the vocabulary, and the loop runs under its own precision."""
+    rows = []
+    for smallest in (fused_batch.LARGE_VOCABULARY, 1):
+        monkeypatch.setattr(fused_batch, "LARGE_VOCABULARY", smallest)
+        train_stage1(workspace.params, workspace.profile, workspace.paths)
+        lines = (workspace.paths.run("stage1") / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [json.loads(line) for line in lines]
+        rows.append([{k: v for k, v in step.items() if not k.startswith("time/")} for step in steps])
+    plain, fused = rows
+    assert len(plain) > 1
+    assert fused[0] == pytest.approx(plain[0], rel=1e-3, abs=1e-4)
+    for ours, theirs in zip(fused[1:], plain[1:], strict=True):  # rounding to bf16 makes two runs of it
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-2)
 
 
 def test_a_vocabulary_of_the_size_of_qwens_is_fused_and_the_embedded_one_is_not():

@@ -109,8 +109,8 @@ class _FusedLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the sums: those of the forward pass if they are what is asked for, else by a pass of their own."""
+    hidden_ND, trained, whole_VD = ctx.saved_tensors
     if grad_S is None:  # of the coordinate logits alone
-        hidden_ND, trained, _ = ctx.saved_tensors
         dtype = torch.promote_types(trained.dtype, torch.float32)
         of_hidden, of_trained = (
             torch.zeros_like(given, dtype=dtype) if is_needed else None
@@ -123,7 +123,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
             found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
             of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
             return of_hidden, of_trained
-    sweep = HeadSweep(*ctx.saved_tensors, ctx.slots, ctx.chunk)
+    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.chunk)
     sweep.run(grad_S, *ctx.needs_input_grad[:2])
     return sweep.grad_hidden_ND, sweep.grad_trained
 
