@@ -14,7 +14,7 @@ way computes text CE, gate and softCE with the gradients of hidden states and he
 
 Each runs in a process of its own. Memory is the highest resident set (on a GPU: of allocated blocks) less what inputs
 and libraries held before, less the head's gradient, which every way leaves behind. On a CPU, `stock` runs on half of
-the pack, because it would need 17 GB for all of it, and its time and memory are doubled: both grow with the positions.
+the pack, because all of it would need more than 15 GB, and its time and memory are doubled: both grow with the positions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from coordexp.packing.memory import FUSED_ROWS
 K = 1000
 TARGET = SoftTarget()
 WANTED = {"text_ce", "gate", "softce"}
-# Twice what the tightest target compares, with everything else in between.
+# What the tightest target compares runs twice, with everything else in between.
 ORDER = ("bare", "fused", "plain", "usual", "stock", "bare", "fused")
 
 
@@ -230,7 +230,7 @@ def measure(size: Size) -> dict[str, dict[str, float]]:
     has_liger = size.device == "cuda" and find_spec("liger_kernel") is not None
     for way in (*ORDER, *(["liger"] if has_liger else [])):
         command = [sys.executable, "-m", "benchmarks.objective", "--child", way, *_arguments(size)]
-        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         if way not in found or result["seconds"] < found[way]["seconds"]:
             found[way] = result
     return found
