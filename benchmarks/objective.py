@@ -14,7 +14,7 @@ way computes text CE, gate and softCE with the gradients of hidden states and he
 
 Each runs in a process of its own. Memory is the highest resident set (on a GPU: of allocated blocks) less what inputs
 and libraries held before, less the head's gradient, which every way leaves behind. On a CPU, `stock` runs on half of
-the pack, because all of it would need more than 15 GB, and its time and memory are doubled: both grow with the positions.
+the pack, because all of it would need more than 15 GB. Its time and memory are doubled: both grow with the positions.
 """
 
 from __future__ import annotations
