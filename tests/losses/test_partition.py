@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coordexp.losses.partition import VocabularyPartition, at_least_float32
+from coordexp.losses.partition import CoordSlots, VocabularyPartition, at_least_float32
 
 
 @pytest.mark.parametrize(("first_id", "vocab_size"), [(7, 1020), (0, 1010), (30, 1030)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_coord_mass_is_the_softmax_mass(first_id, vocab_size, temperature):
     logits_NV = torch.randn(5, vocab_size, dtype=torch.float64) * 3
-    mass_N = VocabularyPartition.of(logits_NV, first_id).coord_mass(temperature)
+    mass_N = CoordSlots.of(logits_NV, first_id, temperature).mass_N
     expected_N = (logits_NV / temperature).softmax(-1)[:, first_id : first_id + 1000].sum(-1)
     torch.testing.assert_close(mass_N, expected_N, rtol=1e-12, atol=1e-14)
 
 
 def test_a_vocabulary_of_coordinates_alone_has_mass_one_and_no_nan_gradient():
     logits_NV = torch.randn(2, 1000, requires_grad=True)
-    mass_N = VocabularyPartition.of(logits_NV, 0).coord_mass(1.0)
+    mass_N = torch.sigmoid(-VocabularyPartition.of(logits_NV, 0).text_log_odds(1.0))
     mass_N.sum().backward()
     assert mass_N.tolist() == [1.0, 1.0]
     assert torch.equal(logits_NV.grad, torch.zeros_like(logits_NV))

@@ -48,18 +48,31 @@ def coordinate_terms(
         weights_N: weight of each slot, >= 0; default 1.
     """
     logits = VocabularyPartition.of(logits_NV, first_coord_id)
+    terms = slice_terms(logits.coord_NK, target_bins_N, target, temperature, wanted, weights_N)
+    if "gate" in wanted:
+        terms["gate"] = sum_slots(gate(logits.text_log_odds(temperature)), weights_N)
+    return terms
+
+
+def slice_terms(
+    coord_NK: Tensor,
+    target_bins_N: Tensor,
+    target: SoftTarget,
+    temperature: float,
+    wanted: Collection[str],
+    weights_N: Tensor | None = None,
+) -> dict[str, TermSum]:
+    """What `coordinate_terms` computes but for the gate: it needs float32 logits (N, K) of the coordinate ids alone."""
     values: dict[str, Tensor] = {}
-    log_p_NK = F.log_softmax(scale(logits.coord_NK, temperature), dim=-1)
+    log_p_NK = F.log_softmax(scale(coord_NK, temperature), dim=-1)
     if "softce" in wanted or "w1" in wanted:
         q_NK = target.distribution(target_bins_N, dtype=log_p_NK.dtype)
         if "softce" in wanted:
             values["softce"] = soft_cross_entropy(log_p_NK, q_NK)
         if "w1" in wanted:
             values["w1"] = wasserstein1(log_p_NK.exp(), q_NK)
-    if "gate" in wanted:
-        values["gate"] = gate(logits.text_log_odds(temperature))
     if "coord_ce" in wanted:
-        log_p1_NK = log_p_NK if temperature == 1 else F.log_softmax(logits.coord_NK, dim=-1)
+        log_p1_NK = log_p_NK if temperature == 1 else F.log_softmax(coord_NK, dim=-1)
         values["coord_ce"] = hard_cross_entropy(log_p1_NK, rounded_bins(target_bins_N))
     if "entropy" in wanted:
         values["entropy"] = entropy(log_p_NK)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coordexp.geometry.bins import MAX_BIN, NUM_BINS
 from coordexp.losses.coord_terms import soft_cross_entropy
-from coordexp.losses.partition import VocabularyPartition, scale
+from coordexp.losses.partition import CoordSlots, at_least_float32, scale
 from coordexp.losses.soft_targets import SoftTarget, rounded_bins, target_entropy
 
 COORD_METRICS = (
@@ -61,8 +61,15 @@ def coord_diagnostics(
     logits_NV: Tensor, target_bins_N: Tensor, first_coord_id: int, target: SoftTarget, temperature: float
 ) -> CoordDiagnostics:
     """Diagnostics of N coordinate slots, from the arguments of `coord_terms.coordinate_terms`; no gradient."""
-    logits = VocabularyPartition.of(logits_NV, first_coord_id)
-    log_p_NK = F.log_softmax(scale(logits.coord_NK, temperature), dim=-1)
+    return slot_diagnostics(CoordSlots.of(logits_NV, first_coord_id, temperature), target_bins_N, target, temperature)
+
+
+@torch.no_grad()
+def slot_diagnostics(
+    slots: CoordSlots, target_bins_N: Tensor, target: SoftTarget, temperature: float
+) -> CoordDiagnostics:
+    """Diagnostics from what is kept of the logits of N coordinate slots, made at the same temperature."""
+    log_p_NK = F.log_softmax(scale(at_least_float32(slots.logits_NK), temperature), dim=-1)
     p_NK = log_p_NK.exp()
     q_NK = target.distribution(target_bins_N, dtype=log_p_NK.dtype)
     t_N1 = rounded_bins(target_bins_N)[:, None]
@@ -77,7 +84,7 @@ def coord_diagnostics(
         "expected_bin_mae": abs_err_N,
         "w1_to_delta": (p_NK * (bins_K - t_N1).abs()).sum(-1) / MAX_BIN,
         "softce_kl": soft_cross_entropy(log_p_NK, q_NK) - target_entropy(q_NK),
-        "coord_vocab_mass_mean": logits.coord_mass(temperature),
+        "coord_vocab_mass_mean": slots.mass_N,
     }
     cells_N = (abs_err_N / CELL_BINS).long().clamp(0, NUM_CELLS - 1)
     return CoordDiagnostics(

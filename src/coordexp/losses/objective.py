@@ -102,6 +102,12 @@ def weighted_terms(
     }
 
 
+def loss_factors(weights: ObjectiveWeights, denominators: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """weight / denominator of each term with a weight: what its sum is multiplied by in `combine`."""
+    weight_of = weights.as_dict()
+    return {name: weight_of[name] / positive_or_one(denominators[name]) for name in weights.wanted}
+
+
 def normalised(name: str, term: TermSum, denominators: Mapping[str, Tensor] | None) -> Tensor:
     """sum / denominator of one term; the denominator is its own count if none are given."""
     return term.mean() if denominators is None else term.sum / positive_or_one(denominators[name].to(term.sum))

@@ -49,10 +49,6 @@ class VocabularyPartition:
         """
         return self._text_logsumexp(temperature) - scale(self.coord_NK, temperature).logsumexp(-1)
 
-    def coord_mass(self, temperature: float) -> Tensor:
-        """(N,) m = P(coordinate ids), in [0, 1]."""
-        return torch.sigmoid(-self.text_log_odds(temperature))
-
     def _text_logsumexp(self, temperature: float) -> Tensor:
         """(N,) log of the unnormalised mass on all other ids; -inf if there are none."""
         sides = [side for side in (self.before_NA, self.after_NB) if side.shape[-1]]
@@ -60,3 +56,26 @@ class VocabularyPartition:
             return torch.full_like(self.coord_NK[:, 0], -torch.inf)
         sums = [scale(side, temperature).logsumexp(-1) for side in sides]
         return sums[0] if len(sums) == 1 else torch.logaddexp(*sums)
+
+
+@dataclass(frozen=True, slots=True)
+class CoordSlots:
+    """What is kept of the logits of N coordinate slots: those of the coordinate ids, and the odds of all others.
+
+    text_log_odds_N: log((1 - m) / m) at the temperature of the objective, without a graph.
+    """
+
+    logits_NK: Tensor
+    text_log_odds_N: Tensor
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, first_coord_id: int, temperature: float) -> CoordSlots:
+        """From full-vocabulary logits (N, V)."""
+        with torch.no_grad():
+            odds_N = VocabularyPartition.of(logits_NV, first_coord_id).text_log_odds(temperature)
+        return cls(logits_NV[:, first_coord_id : first_coord_id + NUM_BINS], odds_N)
+
+    @property
+    def mass_N(self) -> Tensor:
+        """(N,) m = P(coordinate ids), in [0, 1]."""
+        return torch.sigmoid(-self.text_log_odds_N)

@@ -42,4 +42,9 @@ def unlikelihood(logits_NV: Tensor, unwanted_ids_N: Tensor) -> Tensor:
     logits_NV = at_least_float32(logits_NV)
     ids_N1 = unwanted_ids_N[:, None]
     rest_N = logits_NV.scatter(-1, ids_N1, -torch.inf).logsumexp(-1)
-    return F.softplus(logits_NV.gather(-1, ids_N1)[:, 0] - rest_N).clamp(max=MAX_UNLIKELIHOOD)
+    return unlikelihood_at(logits_NV.gather(-1, ids_N1)[:, 0] - rest_N)
+
+
+def unlikelihood_at(log_odds_N: Tensor) -> Tensor:
+    """(N,) the same, from the log-odds log(P / (1 - P)) of the unwanted token."""
+    return F.softplus(log_odds_N).clamp(max=MAX_UNLIKELIHOOD)

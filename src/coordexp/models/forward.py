@@ -39,6 +39,16 @@ def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def head_table(model: Qwen3VLForConditionalGeneration) -> Tensor:
+    """Weights (V, D) of the head; like `input_table`, of PEFT's wrapper while rows train beside frozen ones."""
+    return cast(nn.Linear, model.lm_head).weight
+
+
+def trains_coordinate_rows_only(model: Qwen3VLForConditionalGeneration) -> bool:
+    """Whether the head is such a wrapper: then a gradient on its other rows would be thrown away."""
+    return not isinstance(model.lm_head, nn.Linear)
+
+
 def slot_logits(model: Qwen3VLForConditionalGeneration, hidden_flat: Tensor, slots_S: Tensor) -> Tensor:
     """Logits (S, V) at the given flat positions."""
     return model.lm_head(torch.index_select(hidden_flat, 0, slots_S))

@@ -3,7 +3,8 @@
     trained      4 bytes of weight, 4 of gradient, 8 of AdamW's moments (2 with one-byte moments); frozen: the weight
     activations  what autograd keeps under bf16 autocast, in bytes a token and layer; the factors below are exact for
                  transformers' Qwen3-VL with scaled-dot-product attention (a test counts the saved tensors)
-    logits       of the supervised slots, over the whole vocabulary, in float32: values, log-softmax and gradient
+    logits       of the supervised slots, over the whole vocabulary, in float32: values, log-softmax and gradient; of a
+                 large vocabulary one chunk, the coordinate logits, and the gradient of the head before it is added
 
 What it leaves out: the allocator's fragments, the workspace of kernels, and the context of the GPU (1 to 2 GB).
 """
@@ -20,6 +21,10 @@ from coordexp.geometry.bins import NUM_BINS
 WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes of a parameter
 AUTOCAST_COPY = 2  # bytes of a weight's bf16 copy, kept for the backward pass
 LOGIT = 12
+# From here on the objective goes through the vocabulary in chunks of so many slots; below, logits are megabytes. A
+# chunk is 3 % of the logits of 8,192 tokens, and long enough that adding to the head's gradient once for each is cheap.
+LARGE_VOCABULARY = 32_768
+FUSED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +159,17 @@ def step_memory(
         gradients=GRADIENT * trained,
         moments=(MOMENTS_8BIT if optimizer == "adamw_8bit" else MOMENTS) * trained,
         activations=activations,
-        logits=LOGIT * supervised * t["vocab_size"],
+        logits=_logit_bytes(config, tuning, supervised),
     )
+
+
+def _logit_bytes(config: Mapping[str, Any], tuning: TuningConfig, supervised: int) -> int:
+    """Of the supervised slots; all of them are taken for coordinate slots where only those keep logits."""
+    vocab_size, hidden = config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
+    if vocab_size < LARGE_VOCABULARY:
+        return LOGIT * supervised * vocab_size
+    trained_rows = vocab_size if tuning.method == "full" else NUM_BINS
+    return 4 * FUSED_ROWS * vocab_size + LOGIT * supervised * NUM_BINS + GRADIENT * trained_rows * hidden
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

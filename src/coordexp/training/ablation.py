@@ -25,6 +25,7 @@ from coordexp.config.profile import OptimConfig, Profile
 from coordexp.config.provenance import fingerprint, write_json
 from coordexp.config.schema import Params
 from coordexp.losses.diagnostics import CoordDiagnostics
+from coordexp.losses.partition import CoordSlots
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import load_checkpoint, save_checkpoint
@@ -252,6 +253,7 @@ def teacher_forced(
     for first in range(0, count, size):
         batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))])
         logits_NV = slot_logits(model, hidden_states(model, batch), batch.coord_slots)
-        found = diagnose(objective, batch, logits_NV)
+        coord = CoordSlots.of(logits_NV, objective.first_coord_id, objective.temperature)
+        found = diagnose(objective, batch, coord)
         total = found if total is None else total + found
     return total.summary() if total is not None else {}

@@ -14,6 +14,7 @@ from coordexp.packing.collator import Collator
 from coordexp.packing.shares import Share
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.training.distributed import world
+from coordexp.training.fused_batch import fused_pays
 from coordexp.training.objective_step import Annealing, Objective
 from coordexp.training.schedule import ramp
 from coordexp.training.soft_context import SoftContext
@@ -94,6 +95,7 @@ def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights
         smoothl1_beta_bins=params.smoothl1_beta_bins,
         coord_decode_mode=params.stage2.coord_decode_mode,
         annealing=_annealing(params, steps),
+        fused=fused_pays(checkpoint.model),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +12,10 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.box_terms import BOX_TERMS, box_terms
 from coordexp.losses.coord_decode import DECODE_RULES
-from coordexp.losses.coord_terms import COORD_TERMS, coordinate_terms
-from coordexp.losses.diagnostics import CoordDiagnostics, coord_diagnostics
-from coordexp.losses.objective import COORD_SUPERVISION, ObjectiveWeights, combine, weighted_terms
+from coordexp.losses.coord_terms import COORD_TERMS, coordinate_terms, slice_terms
+from coordexp.losses.diagnostics import CoordDiagnostics, slot_diagnostics
+from coordexp.losses.objective import COORD_SUPERVISION, ObjectiveWeights, combine, loss_factors, weighted_terms
+from coordexp.losses.partition import CoordSlots, scale
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.losses.terms import TermSum
 from coordexp.losses.text_terms import text_terms
@@ -22,6 +23,7 @@ from coordexp.losses.unlikelihood import UNLIKELIHOOD_TERMS, unlikelihood_terms
 from coordexp.models.forward import slot_logits
 from coordexp.packing.collator import PackedBatch, Segment
 from coordexp.text.codecs import Role
+from coordexp.training.fused_batch import fused_batch_terms
 from coordexp.training.grad_monitor import gradient_logs
 from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.schedule import Schedule
@@ -39,7 +41,8 @@ class Annealing:
 class Objective:
     """What is minimised: weights, target family, temperature, and how a box is read from its distributions.
 
-    With `annealing`, `target` and `temperature` are where it ends; `at` says what holds in a step.
+    With `annealing`, `target` and `temperature` are where it ends; `at` says what holds in a step. `fused` says how:
+    logits over a large vocabulary are gone through in chunks instead of being stored.
     """
 
     weights: ObjectiveWeights
@@ -49,6 +52,7 @@ class Objective:
     smoothl1_beta_bins: float
     coord_decode_mode: str
     annealing: Annealing | None = None
+    fused: bool = False
 
     def at(self, step: int) -> Objective:
         """The objective of one step; a wider target is cut off as much farther out."""
@@ -90,72 +94,107 @@ def objective_terms(
     batch: PackedBatch,
     text_hidden: Tensor,
     coord_hidden: Tensor,
-) -> tuple[dict[str, TermSum], Tensor]:
-    """Terms of one batch and the coordinate logits (N, V) they were computed from.
+    counts: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, TermSum], CoordSlots]:
+    """Terms of one batch, and what is kept of the logits of its coordinate slots.
 
     `text_hidden` and `coord_hidden` (B * T, D) differ only under soft self-context, where text is anchored on the first
-    forward and coordinates on the last; otherwise pass the same tensor twice.
+    forward and coordinates on the last; otherwise pass the same tensor twice. `counts` are the denominators of the
+    step: a fused objective that knows them finds its gradients on the way, and otherwise in a second pass.
     """
     wanted = objective.weights.wanted
     with torch.autocast(text_hidden.device.type, enabled=False):
-        terms = text_terms(
-            slot_logits(model, text_hidden.float(), batch.text_slots),
-            batch.text_targets,
-            objective.first_coord_id,
-            objective.temperature,
-            wanted,
-            batch.text_weights,
-            (batch.text_roles != int(Role.CLOSE)).float(),
-        )
-        unlikely_logits_UV = slot_logits(model, text_hidden.float(), batch.unlikely_slots)
-        terms |= unlikelihood_terms(unlikely_logits_UV, batch.unlikely_ids, wanted)
-        coord_logits_NV = slot_logits(model, coord_hidden.float(), batch.coord_slots)
-        terms |= _coordinate_terms(objective, batch, coord_logits_NV, wanted)
+        if objective.fused:
+            terms, coord = _fused_terms(model, objective, batch, text_hidden, coord_hidden, counts)
+        else:
+            terms = _text_terms(model, objective, batch, text_hidden.float())
+            coord_terms, coord = _coordinate_terms(model, objective, batch, coord_hidden.float())
+            terms |= coord_terms
         if not wanted.isdisjoint(BOX_TERMS):
-            first = objective.first_coord_id
             decode = DECODE_RULES[objective.coord_decode_mode]
-            slice_NK = coord_logits_NV[:, first : first + NUM_BINS]
-            boxes_G4 = decode(slice_NK, objective.temperature).reshape(-1, 4)
+            boxes_G4 = decode(coord.logits_NK, objective.temperature).reshape(-1, 4)
             targets_G4 = batch.coord_targets.reshape(-1, 4) / NUM_BINS
             terms |= box_terms(boxes_G4, targets_G4, objective.smoothl1_beta_bins, wanted)
-    return terms, coord_logits_NV
+    return terms, coord
+
+
+def _fused_terms(
+    model: Qwen3VLForConditionalGeneration,
+    objective: Objective,
+    batch: PackedBatch,
+    text_hidden: Tensor | None,
+    coord_hidden: Tensor,
+    counts: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, TermSum], CoordSlots]:
+    """Token terms without logits at all slots; those of the coordinate slots alone if there is no `text_hidden`."""
+    wanted, temperature = objective.weights.wanted, objective.temperature
+    factors = None if counts is None else loss_factors(objective.weights, counts)
+    found = fused_batch_terms(
+        model, batch, text_hidden, coord_hidden, objective.first_coord_id, temperature, wanted, factors
+    )
+    coord = CoordSlots(scale(found.coord_MK, 1 / temperature), found.text_log_odds_N[: len(batch.coord_slots)])
+    terms = slice_terms(coord.logits_NK, batch.coord_targets, objective.target, temperature, wanted)
+    return found.terms | terms, coord
+
+
+def _text_terms(
+    model: Qwen3VLForConditionalGeneration, objective: Objective, batch: PackedBatch, hidden: Tensor
+) -> dict[str, TermSum]:
+    wanted = objective.weights.wanted
+    terms = text_terms(
+        slot_logits(model, hidden, batch.text_slots),
+        batch.text_targets,
+        objective.first_coord_id,
+        objective.temperature,
+        wanted,
+        batch.text_weights,
+        (batch.text_roles != int(Role.CLOSE)).float(),
+    )
+    unlikely_logits_UV = slot_logits(model, hidden, batch.unlikely_slots)
+    return terms | unlikelihood_terms(unlikely_logits_UV, batch.unlikely_ids, wanted)
 
 
 def _coordinate_terms(
-    objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor, wanted: Collection[str]
-) -> dict[str, TermSum]:
-    return coordinate_terms(
+    model: Qwen3VLForConditionalGeneration, objective: Objective, batch: PackedBatch, hidden: Tensor
+) -> tuple[dict[str, TermSum], CoordSlots]:
+    coord_logits_NV = slot_logits(model, hidden, batch.coord_slots)
+    terms = coordinate_terms(
         coord_logits_NV,
         batch.coord_targets,
         objective.first_coord_id,
         objective.target,
         objective.temperature,
-        wanted,
+        objective.weights.wanted,
     )
+    return terms, CoordSlots.of(coord_logits_NV, objective.first_coord_id, objective.temperature)
 
 
 def anchor_part(
-    model: Qwen3VLForConditionalGeneration, objective: Objective, batch: PackedBatch, hidden: Tensor, factor: float
-) -> tuple[LossPart | None, Tensor]:
-    """Token terms at the coordinate slots of an earlier forward, at `factor` times their weights; its logits (N, V).
+    model: Qwen3VLForConditionalGeneration,
+    objective: Objective,
+    batch: PackedBatch,
+    hidden: Tensor,
+    factor: float,
+    counts: Mapping[str, Tensor] | None = None,
+) -> tuple[LossPart | None, CoordSlots]:
+    """Token terms at the coordinate slots of an earlier forward, at `factor` times their weights.
 
-    No part if the factor is 0: then the logits are there for diagnosis alone.
+    No part if the factor is 0: then the slots are there for diagnosis alone. The rest as in `objective_terms`.
     """
+    weights = objective.weights.as_dict()
+    scaled = ObjectiveWeights(**{name: factor * weights[name] for name in COORD_SUPERVISION})
+    anchored = replace(objective, weights=scaled)
     with torch.autocast(hidden.device.type, enabled=False), torch.set_grad_enabled(factor > 0):
-        coord_logits_NV = slot_logits(model, hidden.float(), batch.coord_slots)
-        if factor == 0:
-            return None, coord_logits_NV
-        weights = objective.weights.as_dict()
-        scaled = ObjectiveWeights(**{name: factor * weights[name] for name in COORD_SUPERVISION})
-        terms = _coordinate_terms(objective, batch, coord_logits_NV, scaled.wanted)
-    return LossPart(terms, scaled, "a1_"), coord_logits_NV
+        if objective.fused:
+            terms, coord = _fused_terms(model, anchored, batch, None, hidden, counts)
+        else:
+            terms, coord = _coordinate_terms(model, anchored, batch, hidden.float())
+    return (LossPart(terms, scaled, "a1_") if factor > 0 else None), coord
 
 
-def diagnose(objective: Objective, batch: PackedBatch, coord_logits_NV: Tensor) -> CoordDiagnostics:
+def diagnose(objective: Objective, batch: PackedBatch, coord: CoordSlots) -> CoordDiagnostics:
     """`coord_diag/*` sums of a batch."""
-    return coord_diagnostics(
-        coord_logits_NV, batch.coord_targets, objective.first_coord_id, objective.target, objective.temperature
-    )
+    return slot_diagnostics(coord, batch.coord_targets, objective.target, objective.temperature)
 
 
 def to_micro_batch(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
@@ -126,20 +127,22 @@ class Stage2Task:
         context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
         for on_cpu in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
-            parts, measured = self._forward(on_cpu.to(self._model.device), objective, context)
+            parts, measured = self._forward(on_cpu.to(self._model.device), objective, context, counts)
             yield to_micro_batch(parts, counts, logs | measured, monitored)
 
-    def _forward(self, batch: PackedBatch, objective: Objective, context: SoftContext) -> tuple[list[LossPart], LogRow]:
+    def _forward(
+        self, batch: PackedBatch, objective: Objective, context: SoftContext, counts: Mapping[str, Tensor]
+    ) -> tuple[list[LossPart], LogRow]:
         """Terms of one batch, with what is measured on the way."""
         first, last = self_context_forwards(self._model, batch, context)
-        terms, coord_logits = objective_terms(self._model, objective, batch, first, last)
+        terms, coord = objective_terms(self._model, objective, batch, first, last, counts)
         parts = [LossPart(terms, objective.weights)]
         logs: LogRow = {"tokens": batch.n_tokens * context.n_iter, "samples": batch.n_segments}
-        logs |= coord_logs(diagnose(objective, batch, coord_logits))
+        logs |= coord_logs(diagnose(objective, batch, coord))
         if context.n_iter > 1:
-            anchor, a1_logits = anchor_part(self._model, objective, batch, first, self._a1_coord_weight)
+            anchor, a1_coord = anchor_part(self._model, objective, batch, first, self._a1_coord_weight, counts)
             parts += [anchor] if anchor else []
-            logs |= coord_logs(diagnose(objective, batch, a1_logits), "coord_diag_a1")
+            logs |= coord_logs(diagnose(objective, batch, a1_coord), "coord_diag_a1")
         return parts, logs
 
     def _rollouts_of(self, step: int) -> tuple[Mapping[int, Rollout], LogRow]:

@@ -58,9 +58,9 @@ class TeacherTask:
         for on_cpu in shared_batches(self._collator, segments, rows, self._share):
             batch = on_cpu.to(self._model.device)
             hidden = hidden_states(self._model, batch)
-            terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
+            terms, coord = objective_terms(self._model, objective, batch, hidden, hidden, counts)
             logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
-            logs |= coord_logs(diagnose(objective, batch, coord_logits))
+            logs |= coord_logs(diagnose(objective, batch, coord))
             yield to_micro_batch([LossPart(terms, objective.weights)], counts, logs, monitored)
 
     def items(self, step: int) -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""Time and memory of the token objective of one pack: fused, with stored logits, and at all positions.
+
+    PYTHONPATH=src python -m benchmarks.objective
+
+One pack of COCO's mixture: 70 % of its tokens are image and prompt, 15 % of the supervised ones are coordinates. Each
+way computes text CE, gate and softCE with the gradients of hidden states and head:
+
+    fused   losses/fused_linear.py: chunks of rows
+    plain   this package's terms on stored logits of the supervised slots
+    usual   one tensor of logits of the supervised slots, cross-entropy and log-sum-exps on it
+    stock   the same on logits of all positions, as a model computes them from labels
+    bare    the three matrix products of the supervised slots alone, into memory that is there
+    liger   on a GPU with liger-kernel: its fused cross-entropy of the text slots, no coordinate terms
+
+Each runs in a process of its own. Memory is the highest resident set (on a GPU: of allocated blocks) less what inputs
+and libraries held before, less the head's gradient, which every way leaves behind. On a CPU, `stock` runs on half of
+the pack, because all of it would need more than 15 GB. Its time and memory are doubled: both grow with the positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from benchmarks.harness import Row, save
+from torch import Tensor
+
+from coordexp.losses.coord_terms import coordinate_terms, slice_terms
+from coordexp.losses.fused_linear import fused_terms
+from coordexp.losses.head_sweep import HeadSlots
+from coordexp.losses.soft_targets import SoftTarget
+from coordexp.losses.terms import TermSum
+from coordexp.losses.text_terms import text_terms
+from coordexp.packing.memory import FUSED_ROWS
+
+K = 1000
+TARGET = SoftTarget()
+WANTED = {"text_ce", "gate", "softce"}
+# What the tightest target compares runs twice, with everything else in between.
+ORDER = ("bare", "fused", "plain", "usual", "stock", "bare", "fused")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of one measurement. `stock_share`: part of the pack that `stock` runs on."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    device: str
+    stock_share: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As one would train there."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head, and of its gradient."""
+        return self.vocab * self.hidden * self.dtype.itemsize
+
+
+class Pack:
+    """Hidden states of a pack's tokens, and what is supervised: coordinate slots first, then text."""
+
+    def __init__(self, size: Size, share: float = 1.0) -> None:
+        torch.manual_seed(17)
+        self.size = size
+        n_tokens = round(size.tokens * share)
+        n_supervised = round(0.3 * n_tokens)
+        self.n_coord = 4 * round(0.15 * n_supervised / 4)
+        self.n_text = n_supervised - self.n_coord
+        self.first_id = size.vocab - K
+        device = size.device
+        self.head_VD = torch.empty(size.vocab, size.hidden, device=device, dtype=size.dtype).normal_(std=0.02)
+        self.hidden_TD = torch.randn(n_tokens, size.hidden, device=device).to(size.dtype)
+        self.slots_N = torch.randperm(n_tokens, device=device)[:n_supervised]
+        self.bins_N = 999 * torch.rand(self.n_coord, device=device)
+        self.ids_N = torch.randint(self.first_id, (self.n_text,), device=device)
+        self.counts = {"text_ce": float(self.n_text), "gate": float(self.n_coord), "softce": float(self.n_coord)}
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Hidden states (T, D) and head (V, D), without gradients so far."""
+        return self.hidden_TD.detach().requires_grad_(), self.head_VD.detach().requires_grad_()
+
+    def loss(self, terms: dict[str, TermSum]) -> Tensor:
+        """Every term over its count."""
+        return torch.stack([term.sum / self.counts[name] for name, term in terms.items()]).sum()
+
+
+Outcome = tuple[Tensor, Tensor, Tensor]  # loss, gradients of hidden states and head
+
+
+def _outcome(loss: Tensor, hidden_TD: Tensor, head_VD: Tensor) -> Outcome:
+    loss.backward()
+    assert hidden_TD.grad is not None
+    assert head_VD.grad is not None
+    return loss.detach(), hidden_TD.grad, head_VD.grad
+
+
+def fused(pack: Pack) -> Outcome:
+    """The pass of this package."""
+    hidden_TD, head_VD = pack.leaves()
+    coord_N = torch.arange(len(pack.slots_N), device=hidden_TD.device) < pack.n_coord
+    slots = HeadSlots(
+        token_ids_N=torch.cat([pack.first_id + pack.bins_N.round().long(), pack.ids_N]),
+        weights={"text_ce": (~coord_N).float(), "gate": coord_N.float()},
+        first_coord_id=pack.first_id,
+        n_coord=pack.n_coord,
+    )
+    factors = {name: torch.tensor(1 / count) for name, count in pack.counts.items()}
+    found = fused_terms(hidden_TD[pack.slots_N], head_VD, slots, factors, FUSED_ROWS)
+    terms = found.terms | slice_terms(found.coord_MK, pack.bins_N, TARGET, 1.0, WANTED)
+    return _outcome(pack.loss(terms), hidden_TD, head_VD)
+
+
+def plain(pack: Pack) -> Outcome:
+    """This package's terms on logits."""
+    hidden_TD, head_VD = pack.leaves()
+    coord_ND, text_ND = hidden_TD[pack.slots_N].split([pack.n_coord, pack.n_text])
+    terms = text_terms(text_ND @ head_VD.t(), pack.ids_N, pack.first_id, 1.0, WANTED)
+    terms |= coordinate_terms(coord_ND @ head_VD.t(), pack.bins_N, pack.first_id, TARGET, 1.0, WANTED)
+    return _outcome(pack.loss(terms), hidden_TD, head_VD)
+
+
+def usual(pack: Pack) -> Outcome:
+    """One product, and terms on its rows."""
+    hidden_TD, head_VD = pack.leaves()
+    logits_NV = hidden_TD[pack.slots_N] @ head_VD.t()
+    labels_N = torch.cat([pack.ids_N.new_full((pack.n_coord,), -100), pack.ids_N])
+    return _outcome(_usual_loss(pack, logits_NV, labels_N, logits_NV[: pack.n_coord]), hidden_TD, head_VD)
+
+
+def stock(pack: Pack) -> Outcome:
+    """Logits of all positions; labels of what is not supervised are -100."""
+    hidden_TD, head_VD = pack.leaves()
+    logits_TV = hidden_TD @ head_VD.t()
+    labels_T = torch.full((len(hidden_TD),), -100, device=hidden_TD.device)
+    labels_T[pack.slots_N[pack.n_coord :]] = pack.ids_N
+    coord_MV = logits_TV[pack.slots_N[: pack.n_coord]]
+    return _outcome(_usual_loss(pack, logits_TV, labels_T, coord_MV), hidden_TD, head_VD)
+
+
+def _usual_loss(pack: Pack, logits_NV: Tensor, labels_N: Tensor, coord_MV: Tensor) -> Tensor:
+    slice_MK = coord_MV[:, pack.first_id :].float()
+    gate = (coord_MV.float().logsumexp(-1) - slice_MK.logsumexp(-1)).mean()
+    softce = -(TARGET.distribution(pack.bins_N) * slice_MK.log_softmax(-1)).sum(-1).mean()
+    return F.cross_entropy(logits_NV.float(), labels_N) + gate + softce
+
+
+def bare(pack: Pack) -> Callable[[], object]:
+    """The products of the supervised slots; makes and touches their results beforehand."""
+    hidden_ND = pack.hidden_TD[pack.slots_N]
+    logits_NV = hidden_ND.new_zeros(len(hidden_ND), pack.size.vocab).fill_(0.5)
+    grad_ND, grad_VD = torch.ones_like(hidden_ND), torch.ones_like(pack.head_VD)
+
+    def run() -> None:
+        torch.mm(hidden_ND, pack.head_VD.t(), out=logits_NV)
+        torch.mm(logits_NV, pack.head_VD, out=grad_ND)
+        torch.mm(logits_NV.t(), hidden_ND, out=grad_VD)
+
+    return run
+
+
+def liger(pack: Pack) -> Outcome:
+    """Cross-entropy of the text slots in one fused kernel."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    hidden_TD, head_VD = pack.leaves()
+    loss = LigerFusedLinearCrossEntropyLoss()(head_VD, hidden_TD[pack.slots_N[pack.n_coord :]], pack.ids_N)
+    return _outcome(loss, hidden_TD, head_VD)
+
+
+WAYS: dict[str, Callable[[Pack], Outcome]] = {f.__name__: f for f in (fused, plain, usual, stock, liger)}
+
+
+def measure_here(way: str, size: Size) -> dict[str, float]:
+    """Seconds of one step in this process, and the bytes it took beyond inputs and head gradient."""
+    _step(way, Pack(Size(512, 2 * K, 64, size.device, 1.0)))()  # libraries and their threads
+    share = size.stock_share if way == "stock" else 1.0
+    step = _step(way, Pack(size, share))
+    before = _held_bytes(size.device)
+    started = time.perf_counter()
+    outcome = step()
+    _wait(size.device)
+    seconds = time.perf_counter() - started
+    extra = max(0, _highest_bytes(size.device) - before - size.head_bytes)
+    del outcome  # held until here, as a trainer holds its gradients
+    return {"seconds": seconds / share, "extra_bytes": extra / share}
+
+
+def _step(way: str, pack: Pack) -> Callable[[], object]:
+    return bare(pack) if way == "bare" else lambda: WAYS[way](pack)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _held_bytes(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return _status_bytes("VmRSS")
+
+
+def _highest_bytes(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def measure(size: Size) -> dict[str, dict[str, float]]:
+    """Each way in a process of its own; of those that ran twice, the faster run."""
+    found: dict[str, dict[str, float]] = {}
+    has_liger = size.device == "cuda" and find_spec("liger_kernel") is not None
+    for way in (*ORDER, *(["liger"] if has_liger else [])):
+        command = [sys.executable, "-m", "benchmarks.objective", "--child", way, *_arguments(size)]
+        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        if way not in found or result["seconds"] < found[way]["seconds"]:
+            found[way] = result
+    return found
+
+
+def _arguments(size: Size) -> list[str]:
+    return [text for name, value in asdict(size).items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
+    """The table."""
+    limit = 1.3 if size.device == "cuda" else 1.1
+    where = f"{size.tokens} tokens, vocabulary {size.vocab}, hidden {size.hidden}, {size.device}"
+    logits = 4 * size.tokens * size.vocab
+    ours = found["fused"]
+
+    def time_row(other: str, beside: str, limit: float | None = None) -> Row:
+        ratio = ours["seconds"] / found[other]["seconds"]
+        target, met = ("", None) if limit is None else (f"<= {limit}", ratio <= limit)
+        return Row(f"fused / {other}: time", ratio, "x", f"{beside}; {where}", target, met)
+
+    def memory_row(way: str, limit: float | None = None) -> Row:
+        share = found[way]["extra_bytes"] / logits
+        target, met = ("", None) if limit is None else (f"<= {limit}", share <= limit)
+        beside = "peak beyond the head's gradient, beside float32 logits of the whole pack"
+        return Row(f"{way}: extra memory", share, "of full logits", beside, target, met)
+
+    rows = [
+        time_row("bare", "forward and two backward products of the supervised slots", limit),
+        time_row("stock", "logits at all positions", 0.5),
+        time_row("usual", "logits of the supervised slots in one tensor"),
+        time_row("plain", "this package's terms on logits of the supervised slots"),
+        memory_row("fused", 0.05),
+        *(memory_row(way) for way in ("plain", "usual", "stock")),
+    ]
+    if "liger" in found:
+        return [*rows, time_row("liger", "fused cross-entropy of the text slots alone"), memory_row("liger")]
+    why = "needs liger-kernel" if size.device == "cuda" else "needs a GPU"
+    return [*rows, Row("fused / liger: time", None, "x", why, "", None)]
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=152_936, help="the last 1000 ids are coordinates")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--stock-share", type=float, help="part of the pack that `stock` runs on (CPU: 0.5, GPU: 1)")
+    parser.add_argument("--quick", action="store_true", help="a toy size, to see that it works; writes nothing")
+    parser.add_argument("--child", choices=[*WAYS, "bare"], help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    share = a.stock_share or (1.0 if a.device == "cuda" else 0.5)
+    size = Size(a.tokens, a.vocab, a.hidden, a.device, share)
+    if a.child:
+        print(json.dumps(measure_here(a.child, size)))
+    elif a.quick:
+        small = Size(1024, 4096, 64, a.device, share)
+        print(*rows_of({way: measure_here(way, small) for way in ORDER}, small), sep="\n")
+    else:
+        save("objective", rows_of(measure(size), size))
+
+
+if __name__ == "__main__":
+    main()
