@@ -91,7 +91,8 @@ def write_instances(path: Path, n_images: int, seed: int = 17) -> int:
         categories = [{"id": i, "name": name, "supercategory": "thing"} for i, name in enumerate(names(), 1)]
         out.write(f', "categories": {json.dumps(categories)}, "annotations": [')
         for number, (image, box, name, crowd, n_points) in enumerate(rows, 1):
-            out.write((", " if number > 1 else "") + _annotation(rng, number, image + 1, box, name + 1, crowd, n_points))
+            comma = ", " if number > 1 else ""
+            out.write(comma + _annotation(rng, number, image + 1, box, name + 1, crowd, n_points))
         out.write("]}")
     return len(image_of)
 
@@ -142,8 +143,8 @@ def write_results(path: Path, n_images: int, n_predictions: int, seed: int = 17)
             ]
             boxes, found, logprobs = predictions(rng, *truth, (width, height), n_predictions)
             pred = [
-                f'{{"desc": {labels[name]}, "bbox_xyxy_px": {box}, "bins": [0, 0, 0, 0], "coord_logprobs": [{lp}, {lp}, '
-                f'{lp}, {lp}], "desc_logprob": {lp / 2:.5f}, "score": {score}}}'
+                f'{{"desc": {labels[name]}, "bbox_xyxy_px": {box}, "bins": [0, 0, 0, 0], "coord_logprobs": '
+                f'[{lp}, {lp}, {lp}, {lp}], "desc_logprob": {lp / 2:.5f}, "score": {score}}}'
                 for name, box, lp, score in zip(
                     found, boxes.tolist(), logprobs.tolist(), np.exp(logprobs).round(6).tolist(), strict=True
                 )

@@ -29,7 +29,7 @@ HEADER = ("what", "value", "unit", "beside", "target", "met")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. `value` is None where it could not be measured, and `beside` says why; `met` is None without target."""
+    """One figure. `value` is None where it could not be measured, and `beside` says why; `met` needs a target."""
 
     name: str
     value: float | None
@@ -68,7 +68,8 @@ def save(name: str, rows: Sequence[Row], folder: Path = RESULTS) -> None:
     """Write the rows and the machine they were measured on, and print them."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(), "rows": [asdict(row) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, default=np.generic.item) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, default=np.generic.item)
+    (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
     print(table(rows))
 
 
@@ -82,7 +83,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
     shown = {True: "yes", False: "NO", None: ""}
     cells = [[r.name, _number(r.value), r.unit, r.beside, r.target, shown[r.met]] for r in rows]
-    return tabulate(cells, HEADER, disable_numparse=True, colalign=("left", "right"), maxcolwidths=[38, None, 14, 54, 30])
+    widths = [38, None, 14, 54, 30]
+    return tabulate(cells, HEADER, disable_numparse=True, colalign=("left", "right"), maxcolwidths=widths)
 
 
 def _number(value: float | None) -> str:

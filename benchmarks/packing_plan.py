@@ -12,11 +12,11 @@ import argparse
 import importlib.util
 
 import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks import harness
 from benchmarks.coco_like import TRAIN_IMAGES, scenes
 from benchmarks.harness import Row, timed, unmeasured
+from numpy.typing import NDArray
+
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.packing.planner import plan_packs
 
@@ -32,8 +32,7 @@ def coco_lengths(n_samples: int) -> NDArray[np.int64]:
     """Tokens by sample."""
     made = scenes(n_samples)
     rng = np.random.default_rng(3)
-    visual_of = {tuple(wh): PIXELS.tokens(*resized_size(*wh, PIXELS)) for wh in np.unique(made.sizes_wh_I2, axis=0).tolist()}
-    visual = np.array([visual_of[tuple(wh)] for wh in made.sizes_wh_I2.tolist()])
+    visual = np.array([PIXELS.tokens(*resized_size(*wh, PIXELS)) for wh in made.sizes_wh_I2.tolist()])
     spelled = rng.binomial(made.counts_I, 0.3) + 4  # names of two tokens; container and end of turn
     return PROMPT_TOKENS + visual + TOKENS_PER_OBJECT * made.counts_I + spelled
 
@@ -59,10 +58,11 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     our_seconds, ours = timed(lambda: plan_packs(part, PACK_TOKENS, seed=17))
     their_fill = part.sum() / (len(bins) * PACK_TOKENS)
     beside = f"binpacking.to_constant_volume on the same {count:,} samples: {their_seconds:.2f} s"
+    gain, theirs = ours.fill - their_fill, f"their fill {their_fill:.5f}"
     return [
         *rows,
         Row("planner: times faster", their_seconds / our_seconds, "x", beside, "", None),
-        Row("planner: fill beside theirs", ours.fill - their_fill, "", f"their fill {their_fill:.5f}", ">= 0", ours.fill >= their_fill),
+        Row("planner: fill beside theirs", gain, "", theirs, ">= 0", gain >= 0),
     ]
 
 
