@@ -144,9 +144,9 @@ def write_results(path: Path, n_images: int, n_predictions: int, seed: int = 17)
             boxes, found, logprobs = predictions(rng, *truth, (width, height), n_predictions)
             pred = [
                 f'{{"desc": {labels[name]}, "bbox_xyxy_px": {box}, "bins": [0, 0, 0, 0], "coord_logprobs": '
-                f'[{lp}, {lp}, {lp}, {lp}], "desc_logprob": {lp / 2:.5f}, "score": {score}}}'
+                f'[{lp}, {lp}, {lp}, {lp}], "desc_logprob": {lp / 2:.8f}, "score": {score}}}'
                 for name, box, lp, score in zip(
-                    found, boxes.tolist(), logprobs.tolist(), np.exp(logprobs).round(6).tolist(), strict=True
+                    found, boxes.tolist(), logprobs.tolist(), np.exp(logprobs).round(9).tolist(), strict=True
                 )
             ]
             parse = f'{{"container_found": true, "n_valid": {n_predictions}}}'
@@ -173,8 +173,9 @@ def predictions(
             [np.minimum(moved[:, :2], moved[:, 2:]), np.maximum(moved[:, :2], moved[:, 2:])], axis=1
         )
         labels[near] = np.where(rng.random(near.sum()) < 0.85, names_M[target], labels[near])
-    logprobs = np.minimum(np.where(near, rng.normal(-0.8, 0.5, n), rng.normal(-1.4, 0.5, n)), 0.0)
-    return boxes.round(3), labels, logprobs.round(4)
+    # All different: the order of equal scores is nobody's to say, and results could not be compared digit by digit.
+    logprobs = -abs(np.where(near, rng.normal(-0.8, 0.5, n), rng.normal(-1.4, 0.5, n)))
+    return boxes.round(3), labels, logprobs.round(8)
 
 
 _NAMES = (
