@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python -m benchmarks.coco_evaluation [--images 5000] [--predictions 100]
 
-Both start from arrays or lists in memory. That the twelve numbers are the same is asserted, and so is that the package's
-own AP, which the bootstrap counts with, is the same again.
+Both start from arrays or lists in memory. It is asserted that the twelve numbers are the same, and the AP that the
+bootstrap counts with too.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         largest = max(abs(stats[key] - expected[key]) for key in STAT_NAMES)
         own = mean_ap(unweighted_ap(match_categories(table), table.n_images))
         assert largest < TOLERANCE, (stats, expected)
-        assert own is not None and abs(own - expected["mAP"]) < TOLERANCE, (own, expected["mAP"])
+        assert own is not None
+        assert abs(own - expected["mAP"]) < TOLERANCE, (own, expected["mAP"])
         contestants = {
             "ours": lambda: coco_ap(table, settings),
             "own AP": lambda: unweighted_ap(match_categories(table), table.n_images),

@@ -99,7 +99,8 @@ def write_instances(path: Path, n_images: int, seed: int = 17) -> int:
             mask = f'{{"counts": [{int(width * height)}], "size": [480, 640]}}' if crowd else polygons[shape]
             out.write(
                 f'{", " if number > 1 else ""}{{"segmentation": {mask}, "area": {area}, "iscrowd": {int(crowd)}, '
-                f'"image_id": {image}, "bbox": [{x1}, {y1}, {width}, {height}], "category_id": {category}, "id": {number}}}'
+                f'"image_id": {image}, "bbox": [{x1}, {y1}, {width}, {height}], "category_id": {category}, '
+                f'"id": {number}}}'
             )
         out.write("]}")
     return len(image_of)

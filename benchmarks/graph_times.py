@@ -32,7 +32,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         return [Row("graph: dvc --version", seconds, "s", "", "", None), *by_hand]
     if run_child([dvc, "status", "--quiet"], allowed=(0, 1)).code:
         return [unmeasured(name, "needs an up-to-date graph: run dvc repro", target), *by_hand]
-    times = side_by_side({"repro": lambda: run_child([dvc, "repro"]), "version": lambda: run_child([dvc, "--version"])}, 3)
+    commands = {"repro": [dvc, "repro"], "version": [dvc, "--version"]}
+    times = side_by_side({name: lambda c=command: run_child(c) for name, command in commands.items()}, rounds=3)
     seconds = times.of("repro")
     beside = f"dvc --version: {times.of('version'):.2f} s"
     return [Row(name, seconds, "s", beside, target, seconds <= SECONDS), *by_hand]

@@ -155,21 +155,22 @@ class ChildRun:
     seconds: float
     peak_gib: float  # resident memory at its highest
     output: str
+    code: int
 
 
-def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> ChildRun:
-    """Run a command to its end.
+def run_child(command: Sequence[str], allowed: Sequence[int] = (0,)) -> ChildRun:
+    """Run a command to its end; `allowed` are the exit codes that are no failure.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said on standard error is shown.
     """
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)  # of this child alone, unlike RUSAGE_CHILDREN
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
-    if child.returncode:
+    if child.returncode not in allowed:
         raise subprocess.CalledProcessError(child.returncode, command, output)
-    return ChildRun(seconds, usage.ru_maxrss / 2**20, output)
+    return ChildRun(seconds, usage.ru_maxrss / 2**20, output, child.returncode)

@@ -33,7 +33,10 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         }
         times = side_by_side(contestants, rounds=1 if arguments.quick else ROUNDS, warm_up=not arguments.quick)
     beside = f"an empty interpreter: {times.of('nothing'):.3f} s"
-    seconds = [("--help", times.of("help"), HELP_SECONDS), ("evaluate, 10 images", times.of("evaluate"), EVALUATE_SECONDS)]
+    seconds = [
+        ("--help", times.of("help"), HELP_SECONDS),
+        ("evaluate, 10 images", times.of("evaluate"), EVALUATE_SECONDS),
+    ]
     return [
         Row(f"start-up: coordexp {name}", value, "s", beside, f"<= {limit} s", value <= limit)
         for name, value, limit in seconds
