@@ -15,7 +15,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 
 PROFILE ?= coco-qwen3vl-4b
 
-.PHONY: help env demo test vllm test-vllm preset ablation decoding-study check-profile smoke test-faults checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation decoding-study bench check-profile smoke test-faults checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,9 @@ ablation: env  ## train and compare the recipes of the objective, into reports/a
 decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study
 	dvc repro --single-item --force report
+
+bench: $(DEV_STAMP)  ## measure speed and memory side by side, a quarter of an hour (BENCH="startup ..." for some)
+	PYTHONPATH=src python -m benchmarks $(BENCH)
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
 	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)

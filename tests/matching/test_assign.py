@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.matching.assign import match
-from coordexp.matching.cost import gate_mask, pair_cost
+from coordexp.matching.cost import Pairs, gate_mask, pair_cost
 from coordexp.matching.settings import MatchSettings
 
 CAT, DOG = [0.110, 0.310, 0.410, 0.705], [0.520, 0.285, 0.890, 0.660]
@@ -98,7 +98,7 @@ def test_gating_before_differs_from_gating_after():
     objects = [[0.19, 0.2, 0.59, 0.6], [0.30, 0.2, 0.70, 0.6]]
     ious = pairwise_iou(np.array(predictions), np.array(objects))
     settings = MatchSettings(gate_threshold=0.5, lambda_l1=0.0)
-    cost = pair_cost(np.array(predictions), np.array(objects), settings)
+    cost = pair_cost(Pairs.of(np.array(predictions), np.array(objects)), settings)
     rows, columns = linear_sum_assignment(cost)
     gated_after = int((ious[rows, columns] >= 0.5).sum())
     result = match(predictions, objects, settings)
@@ -148,8 +148,8 @@ def test_optimum_by_brute_force(seed, gate):
     predictions, objects = random_boxes(rng, n_pred), random_boxes(rng, n_gt)
     settings = MatchSettings(lambda_l1=2.0, lambda_sem=0.5, gate=gate, gate_threshold=0.1)
     semantic = rng.uniform(0, 1, (n_pred, n_gt))
-    cost = pair_cost(predictions, objects, settings, semantic)
-    allowed = gate_mask(predictions, objects, settings)
+    cost = pair_cost(Pairs.of(predictions, objects), settings, semantic)
+    allowed = gate_mask(Pairs.of(predictions, objects), settings)
     result = match(predictions, objects, settings, semantic)
     check_partition(result, n_pred, n_gt)
     rows, columns = result.pairs.T

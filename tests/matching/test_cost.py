@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coordexp.errors import ConfigError
-from coordexp.matching.cost import gate_mask, pair_cost, pairwise_l1
+from coordexp.matching.cost import Pairs, gate_mask, pair_cost, pairwise_l1
 from coordexp.matching.settings import MatchSettings
 
 LEFT = np.array([[0.0, 0.0, 0.4, 0.4]])
@@ -30,13 +30,13 @@ def test_l1_is_the_mean_over_four_corner_coordinates():
 )
 def test_cost_by_hand(weights, expected):
     semantic = np.array([[0.2, 0.8]])
-    cost = pair_cost(LEFT, np.concatenate([OVERLAPPING, APART]), MatchSettings(**weights), semantic)
+    cost = pair_cost(Pairs.of(LEFT, np.concatenate([OVERLAPPING, APART])), MatchSettings(**weights), semantic)
     assert cost == pytest.approx(np.array(expected))
 
 
 def test_semantic_weight_without_distances_is_refused():
     with pytest.raises(ConfigError, match=r"matching\.lambda_sem is 0\.5"):
-        pair_cost(LEFT, APART, MatchSettings(lambda_sem=0.5))
+        pair_cost(Pairs.of(LEFT, APART), MatchSettings(lambda_sem=0.5))
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,16 @@ def test_semantic_weight_without_distances_is_refused():
     ],
 )
 def test_gate(gate, threshold, accepted):
-    mask = gate_mask(LEFT, np.concatenate([OVERLAPPING, APART]), MatchSettings(gate=gate, gate_threshold=threshold))
+    pairs = Pairs.of(LEFT, np.concatenate([OVERLAPPING, APART]))
+    mask = gate_mask(pairs, MatchSettings(gate=gate, gate_threshold=threshold))
     assert mask.tolist() == [accepted]
 
 
 def test_the_threshold_itself_passes():
     half = np.array([[0.0, 0.0, 0.25, 0.5]])
     whole = np.array([[0.0, 0.0, 0.5, 0.5]])
-    assert gate_mask(half, whole, MatchSettings(gate="iou", gate_threshold=0.5)).all()
-    assert gate_mask(half, whole, MatchSettings(gate="l1", gate_threshold=0.0625)).all()
+    assert gate_mask(Pairs.of(half, whole), MatchSettings(gate="iou", gate_threshold=0.5)).all()
+    assert gate_mask(Pairs.of(half, whole), MatchSettings(gate="l1", gate_threshold=0.0625)).all()
 
 
 @pytest.mark.parametrize(

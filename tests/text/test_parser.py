@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from coordexp.errors import ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
+from coordexp.text import parser
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec, render
 from coordexp.text.parser import DROP_REASONS, ParsedAnswer, parse_answer
 from coordexp.text.symbols import FIRST_COORD, MARKERS, OTHER, RESERVED_SYMBOL, TokenTable
@@ -417,6 +420,18 @@ def run_mutations(n_answers: int, seed: int) -> dict[str, int]:
 def test_mutated_answers():
     seen = run_mutations(3_000, seed=17)
     assert min(seen.values()) > 0, seen
+
+
+def test_whole_objects_at_once_or_piece_by_piece_is_the_same(monkeypatch):
+    rng = random.Random(19)
+    drawn = [rng.choice(CODECS) for _ in range(3_000)]
+    answers = [(codec, random_answer(rng, codec) if rng.random() < 0.2 else mutate(rng, random_answer(rng, codec)))
+               for codec in drawn]  # fmt: skip
+    at_once = [parse_answer(ids, TABLE, codec) for codec, ids in answers]
+    bytes_only = replace(TABLE, texts=(None,) * len(TABLE.texts))
+    monkeypatch.setattr(parser, "_PLAIN_RECORD", re.compile("(?!)"))
+    monkeypatch.setitem(parser._WALKS, "json", partial(parser._walk_json, read_coords=parser._read_coord_tokens))
+    assert [parse_answer(ids, bytes_only, codec) for codec, ids in answers] == at_once
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_without_coordinate_tokens_they_are_special_tokens_like_others():
 def test_nothing_generated():
     symbols = TABLE.symbols([])
     assert symbols.text == ""
-    assert symbols.token_of.shape == (0,)
+    assert symbols.token_of == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -113,7 +113,7 @@ def test_broken_utf8_decodes_like_python_run_by_run(seed):
         "".join(REPLACEMENT if "\ue000" <= char <= "\uf8ff" else char for char in text) for text in expected
     ]
     markers = [i for i, char in enumerate(symbols.text) if char == chr(FIRST_COORD + 3)]
-    assert [int(symbols.token_of[i]) for i in markers] == [i for i, token in enumerate(ids) if token == marker]
+    assert [symbols.token_of[i] for i in markers] == [i for i, token in enumerate(ids) if token == marker]
 
 
 def test_a_character_belongs_to_the_token_of_its_first_byte():
@@ -121,7 +121,7 @@ def test_a_character_belongs_to_the_token_of_its_first_byte():
     text = "aé猫🐈z"
     symbols = table.symbols(list(text.encode()))
     assert symbols.text == text
-    assert symbols.token_of.tolist() == [0, 1, 3, 6, 10]
+    assert symbols.token_of == [0, 1, 3, 6, 10]
     assert symbols.token_span(1, 3) == (1, 4)
 
 
@@ -129,14 +129,14 @@ def test_a_cut_character_is_one_replacement():
     table = TokenTable.build([bytes([byte]) for byte in range(256)])
     symbols = table.symbols([*"a🐈".encode()[:-1], ord("b")])
     assert symbols.text == f"a{REPLACEMENT}b"
-    assert symbols.token_of.tolist() == [0, 1, 4]
+    assert symbols.token_of == [0, 1, 4]
 
 
 def test_one_token_may_hold_many_characters_and_ids_may_be_numpy():
     table = TokenTable.build([b"abc", b"", b"de"])
     symbols = table.symbols(np.array([0, 1, 2], dtype=np.int32))
     assert symbols.text == "abcde"
-    assert symbols.token_of.tolist() == [0, 0, 0, 2, 2]
+    assert symbols.token_of == [0, 0, 0, 2, 2]
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused():

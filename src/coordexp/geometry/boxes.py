@@ -18,33 +18,45 @@ def as_boxes(boxes: NDArray | list) -> Boxes:
 
 def area(boxes_N4: Boxes) -> NDArray[np.float64]:
     """Area of each box; a box with x2 < x1 or y2 < y1 has area 0."""
-    return np.clip(boxes_N4[..., 2] - boxes_N4[..., 0], 0, None) * np.clip(boxes_N4[..., 3] - boxes_N4[..., 1], 0, None)
+    return _area_of_sides(boxes_N4[..., 2:] - boxes_N4[..., :2])
 
 
 def pairwise_intersection(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
     """Intersection areas, shape (N, M)."""
     top_left = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
     bottom_right = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:])
-    sides = np.clip(bottom_right - top_left, 0, None)
-    return sides[..., 0] * sides[..., 1]
+    return _area_of_sides(bottom_right - top_left)
 
 
 def pairwise_iou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
     """IoU matrix, shape (N, M); 0 where the union is empty."""
-    intersection = pairwise_intersection(a_N4, b_M4)
-    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    return _iou_and_union(a_N4, b_M4)[0]
 
 
 def pairwise_giou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
-    """Generalised IoU matrix in [-1, 1], shape (N, M) (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1)."""
-    intersection = pairwise_intersection(a_N4, b_M4)
-    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
-    iou = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    """Generalised IoU matrix in [-1, 1], shape (N, M); see `pairwise_iou_giou`."""
+    return pairwise_iou_giou(a_N4, b_M4)[1]
+
+
+def pairwise_iou_giou(a_N4: Boxes, b_M4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """IoU and generalised IoU, both of shape (N, M) (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1)."""
+    iou, union = _iou_and_union(a_N4, b_M4)
     top_left = np.minimum(a_N4[:, None, :2], b_M4[None, :, :2])
     bottom_right = np.maximum(a_N4[:, None, 2:], b_M4[None, :, 2:])
-    hull = np.prod(np.clip(bottom_right - top_left, 0, None), axis=-1)
-    return iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
+    hull = _area_of_sides(bottom_right - top_left)
+    return iou, iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
+
+
+def _iou_and_union(a_N4: Boxes, b_M4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    intersection = pairwise_intersection(a_N4, b_M4)
+    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0), union
+
+
+def _area_of_sides(sides: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Width times height, negative sides as 0. (On a handful of boxes `np.clip` and `np.prod` would take most time.)"""
+    positive = np.maximum(sides, 0.0)
+    return positive[..., 0] * positive[..., 1]
 
 
 def reading_order(boxes_N4: Boxes) -> NDArray[np.int64]:

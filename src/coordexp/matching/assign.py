@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from coordexp.geometry.boxes import as_boxes, pairwise_iou
-from coordexp.matching.cost import gate_mask, pair_cost
+from coordexp.geometry.boxes import as_boxes
+from coordexp.matching.cost import Pairs, gate_mask, pair_cost
 from coordexp.matching.settings import MatchSettings
 
 # Equal costs (duplicates, symmetric neighbours) go to the earlier prediction and the earlier object. Order decides only
@@ -57,15 +57,23 @@ def match(
         semantic_NM: description distances, needed if `settings.lambda_sem` is positive.
     """
     pred, gt = as_boxes(pred_boxes_N4), as_boxes(gt_boxes_M4)
-    allowed_NM = gate_mask(pred, gt, settings)
-    pairs = _solve(pair_cost(pred, gt, settings, semantic_NM), allowed_NM)
+    between = Pairs.of(pred, gt)
+    allowed_NM = gate_mask(between, settings)
+    pairs = _solve(pair_cost(between, settings, semantic_NM), allowed_NM)
     return MatchResult(
         pairs=pairs,
-        unmatched_pred=np.setdiff1d(np.arange(len(pred)), pairs[:, 0]),
-        unmatched_gt=np.setdiff1d(np.arange(len(gt)), pairs[:, 1]),
-        iou_P=pairwise_iou(pred, gt)[pairs[:, 0], pairs[:, 1]],
-        rejected_pred=int((~allowed_NM.any(axis=1)).sum()),
+        unmatched_pred=_others(pairs[:, 0], len(pred)),
+        unmatched_gt=_others(pairs[:, 1], len(gt)),
+        iou_P=between.iou_NM[pairs[:, 0], pairs[:, 1]],
+        rejected_pred=len(pred) - int(np.count_nonzero(allowed_NM.any(axis=1))),
     )
+
+
+def _others(taken: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """The indices below n that are not taken, rising."""
+    is_left = np.ones(n, bool)
+    is_left[taken] = False
+    return np.flatnonzero(is_left)
 
 
 def _solve(cost_NM: NDArray[np.float64], allowed_NM: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -73,7 +81,8 @@ def _solve(cost_NM: NDArray[np.float64], allowed_NM: NDArray[np.bool_]) -> NDArr
     if not allowed_NM.any():
         return np.empty((0, 2), dtype=np.int64)
     cost_NM = cost_NM + _TIE_BREAK * _lateness(*cost_NM.shape)
-    low, high = cost_NM[allowed_NM].min(), cost_NM[allowed_NM].max()
+    allowed_costs = cost_NM[allowed_NM]
+    low, high = allowed_costs.min(), allowed_costs.max()
     # One forbidden pair costs more than any rearrangement of allowed ones can save. A bound, not a huge constant, so
     # that the solver keeps its precision.
     forbidden = 1.0 + high + min(cost_NM.shape) * (high - low)
@@ -84,6 +93,6 @@ def _solve(cost_NM: NDArray[np.float64], allowed_NM: NDArray[np.bool_]) -> NDArr
 
 def _lateness(n_pred: int, n_gt: int) -> NDArray[np.float64]:
     """Matrix in [0, 1) that rises with both indices and is cheapest when equals are paired in order."""
-    earliness_N = 1.0 - np.arange(n_pred) / n_pred
-    earliness_M = 1.0 - np.arange(n_gt) / n_gt
+    earliness_N = np.arange(n_pred, 0, -1) / n_pred
+    earliness_M = np.arange(n_gt, 0, -1) / n_gt
     return 1.0 - earliness_N[:, None] * earliness_M[None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -48,6 +49,8 @@ class SamplePreparer:
         self._encoder_of = {task: AnswerEncoder(tokenizer, other) for task, other in formats.items()}
         self._pixels = pixels
         self._prompts: dict[str, NDArray[np.int32]] = {}
+        # Few questions are asked often; those that list names may all differ.
+        self._question_ids = lru_cache(maxsize=4096)(lambda words: question_ids(tokenizer, words))
 
     def prepare(self, record: Record, task: str = "detect") -> Sample:
         """One record as a sample. Crowd objects are kept as annotations but not put into the answer.
@@ -69,7 +72,7 @@ class SamplePreparer:
             resized_width=width,
             resized_height=height,
             n_image_tokens=self._pixels.tokens(width, height),
-            prompt_ids=self._prompt_ids(task) if prompt is None else question_ids(self._tokenizer, question(prompt)),
+            prompt_ids=self._prompt_ids(task) if prompt is None else self._question_ids(question(prompt)),
             answer_ids=answer.ids,
             answer_roles=answer.roles,
             answer_objects=answer.object_index,
@@ -95,7 +98,7 @@ class SamplePreparer:
 
 def text_objects(descs: Sequence[str], bins_M4: NDArray[np.integer]) -> list[TextObject]:
     """Pair descriptions with their bins."""
-    return [TextObject(desc, tuple(int(b) for b in row)) for desc, row in zip(descs, bins_M4, strict=True)]  # type: ignore[arg-type]
+    return [TextObject(desc, tuple(row)) for desc, row in zip(descs, bins_M4.tolist(), strict=True)]
 
 
 def image_id_of(record: Record) -> int:

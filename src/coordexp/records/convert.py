@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     for split, records in (("train", train), ("val", val)):
         if not records:
             raise DataError(f"{raw}: no {split} record is left; the drops are {result.drops()[split]}.")
-    names = {name: _names(name, sets[name], [*train, *val]) for name in sets}
+    declared = {name: read[name]["val"].categories or read[name]["train"].categories for name in sets}
+    names = {name: _names(name, declared[name], [*train, *val]) for name in sets}
     plans = {
         name: PromptPlan(sets[name]["prompt"], names[name], config.listed_names, config.negative_rate, seed)
         for name in sets
@@ -76,7 +77,7 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     result.splits = {"train": _prompted(weighted, plans, True)}
     result.splits["dev"] = _prompted(dev, plans, False)
     result.splits["val"] = _prompted(with_unique_ids(val, is_single), plans, False)
-    result.categories = _categories(sets, result.splits)
+    result.categories = _categories(list(declared.values()), result.splits)
     result.sets = {name: {split: len(_of(rs, name)) for split, rs in result.splits.items()} for name in sets}
     return result
 
@@ -86,8 +87,8 @@ def _read_set(
 ) -> dict[str, RecordSet]:
     found = {}
     for split in SPLITS:
-        reading = open_split(described, split)
         policies = policies_of(config, split)
+        reading = open_split(described, split, polygons=policies.polygons == "keep")
         found[split] = to_records(reading, policies, facts, f"{name}/", seed) if reading else RecordSet()
     return found
 
@@ -110,26 +111,18 @@ def _of(records: Iterable[Record], name: str) -> list[Record]:
     return [r for r in records if r.image.startswith(f"{name}/")]
 
 
-def _names(name: str, described: Mapping[str, Any], records: Iterable[Record]) -> tuple[str, ...]:
+def _names(name: str, declared: Sequence[Category], records: Iterable[Record]) -> tuple[str, ...]:
     """The names that a set annotates: the declared ones, or those that occur."""
-    declared = [c.name for c in _declared(described)]
-    return tuple(declared) or tuple(sorted({o.desc for r in _of(records, name) for o in r.objects}))
+    names = tuple(c.name for c in declared)
+    return names or tuple(sorted({o.desc for r in _of(records, name) for o in r.objects}))
 
 
-def _declared(described: Mapping[str, Any]) -> tuple[Category, ...]:
-    for split in ("val", "train"):
-        reading = open_split(described, split)
-        if reading and reading.categories:
-            return reading.categories
-    return ()
-
-
-def _categories(sets: Mapping[str, Any], splits: Mapping[str, list[Record]]) -> list[Category]:
+def _categories(by_set: Sequence[Sequence[Category]], splits: Mapping[str, list[Record]]) -> list[Category]:
     """Every name that val may hold, and whether training does. One set keeps its own ids, for its test server."""
     trained = {o.desc for r in splits["train"] for o in r.objects}
-    declared = [c for described in sets.values() for c in _declared(described)]
+    declared = [c for categories in by_set for c in categories]
     found = {o.desc for r in splits["val"] for o in r.objects}
-    if len(sets) == 1 and found <= {c.name for c in declared}:
+    if len(by_set) == 1 and found <= {c.name for c in declared}:
         return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
     names = sorted(found | {c.name for c in declared})
     return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]

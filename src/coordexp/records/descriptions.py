@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 MAX_DESC_CHARS = 256
 # <|im_end|>, <|coord_5|>, <|image_pad|>: the surface form of Qwen's special tokens, and of ours.
@@ -22,7 +23,12 @@ def desc_problem(desc: object) -> str:
     control, private-use or half characters (the parser keeps the private-use area for coordinates), `desc_too_long` is
     over 256 characters.
     """
-    if not isinstance(desc, str) or not desc.strip():
+    return _text_problem(desc) if isinstance(desc, str) else "desc_missing"
+
+
+@lru_cache(maxsize=1 << 16)  # a data set has few names, and each of them many times
+def _text_problem(desc: str) -> str:
+    if not desc.strip():
         return "desc_missing"
     if MARKER.search(desc):
         return "desc_marker"

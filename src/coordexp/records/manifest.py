@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,15 @@ def dataset_root(root: str, name: str) -> Path:
 
 
 def _image_names(described: Mapping[str, Any], split: str) -> Iterable[object]:
-    reading = open_split(described, split)
+    reading = open_split(described, split, polygons=False)
     return (image.file_name for image in reading.images) if reading else ()
 
 
-def open_split(described: Mapping[str, Any], split: str) -> Reading | None:
+def open_split(described: Mapping[str, Any], split: str, polygons: bool = True) -> Reading | None:
     """Read one split of a set as manifest.json describes it; None if the set has no such split."""
     if described[split] == NO_SPLIT:
         return None
-    files = split_files(described, split)
+    files = replace(split_files(described, split), polygons=polygons)
     return READERS[described["format"]](files)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, reading_order
+from coordexp.records.categories import Category
 from coordexp.records.descriptions import clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
@@ -43,6 +44,7 @@ class RecordSet:
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that cost a whole image
+    categories: tuple[Category, ...] = ()  # those that the file declares
 
 
 def to_records(
@@ -61,7 +63,7 @@ def to_records(
         prefix: put before file names in records.
         seed: of the choice of objects where there are too many.
     """
-    result = RecordSet()
+    result = RecordSet(categories=reading.categories)
     for image in reading.images:
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
@@ -152,8 +154,8 @@ def _object(obj: SourceObject, width: int, height: int, policies: Policies) -> O
         return "crowd"
     if obj.truncated and policies.truncated == "drop":
         return "truncated"
-    scale = (width, height, width, height) if obj.in_unit_frame else (1, 1, 1, 1)
-    found: Box = tuple(v * s for v, s in zip(obj.box_xyxy, scale, strict=True))  # type: ignore[assignment]
+    x1, y1, x2, y2 = obj.box_xyxy
+    found = (x1 * width, y1 * height, x2 * width, y2 * height) if obj.in_unit_frame else obj.box_xyxy
     box = _clip(found, width, height)
     if box[2] - box[0] < policies.min_side_px or box[3] - box[1] < policies.min_side_px:
         return "bbox_too_thin"
@@ -166,9 +168,9 @@ def _object(obj: SourceObject, width: int, height: int, policies: Policies) -> O
 
 
 def _clip(box: Box, width: int, height: int) -> Box:
-    x1, x2 = (min(max(v, 0.0), float(width)) for v in (box[0], box[2]))
-    y1, y2 = (min(max(v, 0.0), float(height)) for v in (box[1], box[3]))
-    return x1, y1, x2, y2
+    right, bottom = float(width), float(height)
+    x1, y1, x2, y2 = box
+    return min(max(x1, 0.0), right), min(max(y1, 0.0), bottom), min(max(x2, 0.0), right), min(max(y2, 0.0), bottom)
 
 
 def _area(box: Box) -> float:

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coordexp.config.files import replacing
@@ -89,7 +89,8 @@ def parse_record(row: Any, where: str) -> Record:
     images = row.get("images")
     if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], str) and images[0]):
         raise DataError(f"{where}: images is {images!r}, expected a list with exactly one relative image path.")
-    if Path(images[0]).is_absolute() or ".." in Path(images[0]).parts:
+    path = PurePosixPath(images[0])
+    if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{where}: image path {images[0]!r} leaves the image root; use a relative path without '..'.")
     width, height = (_positive_int(row.get(key), f"{where}: {key}") for key in ("width", "height"))
     if not isinstance(row.get("objects"), list):

@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +46,7 @@ class TextObject:
     bins: tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of text with one role; `object_index` is -1 for text that belongs to no object."""
 
     role: Role
@@ -70,6 +71,7 @@ def _coordinate(value: int, role: Role) -> str:
     return COORD_TOKENS[value] if role is Role.COORD else str(value)
 
 
+@lru_cache(maxsize=1 << 16)
 def _json_desc(desc: str) -> str:
     return json.dumps(desc, ensure_ascii=False)[1:-1]
 
@@ -85,20 +87,18 @@ class _JsonLike:
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
         if not objects:
             return [Segment(Role.CLOSE, '{"objects": []}')]
+        # The scaffold between two objects is one segment: `]}, {"desc": "` continues, `]}]}` stops, so the decision to
+        # stop falls on the first token after the last coordinate.
+        opening, following = '{"objects": [{"desc": "', f'{self.quote}]}}, {{"desc": "'
+        middle, between = f'", "bbox_2d": [{self.quote}', f"{self.quote}, {self.quote}"
+        struct, role = Role.STRUCT, self.role
         out = []
         for i, obj in enumerate(objects):
-            # The scaffold between two objects is one segment: `]}, {"desc": "` continues, `]}]}` stops, so the
-            # decision to stop falls on the first token after the last coordinate.
-            opening = f'{self.quote}]}}, {{"desc": "' if i else '{"objects": [{"desc": "'
-            out += [
-                Segment(Role.STRUCT, opening, i),
-                Segment(Role.DESC, _json_desc(obj.desc), i),
-                Segment(Role.STRUCT, f'", "bbox_2d": [{self.quote}', i),
-            ]
+            out.append(Segment(struct, following if i else opening, i))
+            out.append(Segment(Role.DESC, _json_desc(obj.desc), i))
             for axis, value in enumerate(obj.bins):
-                if axis:
-                    out.append(Segment(Role.STRUCT, f"{self.quote}, {self.quote}", i))
-                out.append(Segment(self.role, _coordinate(value, self.role), i))
+                out.append(Segment(struct, between if axis else middle, i))
+                out.append(Segment(role, _coordinate(value, role), i))
         out.append(Segment(Role.CLOSE, f"{self.quote}]}}]}}"))
         return out
 
@@ -170,34 +170,35 @@ class AnswerEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec) -> None:
         self.codec = codec
         self._tokenizer = tokenizer
-        self._cache: dict[tuple[bool, str], list[int]] = {}
+        self._data: dict[str, list[int]] = {}
+        self._markup: dict[str, list[int]] = {}
         self._end_id = token_id(tokenizer, END_OF_TURN)
 
     def _ids(self, segment: Segment) -> list[int]:
         # A description is data: markers inside it are spelled out, they never become special tokens.
-        is_data = segment.role is Role.DESC
-        key = (is_data, segment.text)
-        if key not in self._cache:
-            self._cache[key] = self._tokenizer.encode(
-                segment.text, add_special_tokens=False, split_special_tokens=is_data
-            )
-        return self._cache[key]
+        role, text, _ = segment
+        is_data = role is Role.DESC
+        known = self._data if is_data else self._markup
+        ids = known.get(text)
+        if ids is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_data)
+            known[text] = ids
+        return ids
 
     def encode_segments(self, segments: Sequence[Segment], end: bool = True) -> EncodedAnswer:
         """Encode segments in order; `end` appends the end-of-turn token with role CLOSE."""
-        ids: list[int] = []
-        roles: list[int] = []
-        owners: list[int] = []
-        for segment in segments:
-            piece = self._ids(segment)
-            ids += piece
-            roles += [segment.role] * len(piece)
-            owners += [segment.object_index] * len(piece)
+        pieces = [self._ids(segment) for segment in segments]
+        roles, owners = [segment.role for segment in segments], [segment.object_index for segment in segments]
         if end:
-            ids.append(self._end_id)
+            pieces.append([self._end_id])
             roles.append(Role.CLOSE)
             owners.append(-1)
-        return EncodedAnswer(np.array(ids, np.int32), np.array(roles, np.uint8), np.array(owners, np.int16))
+        lengths = [len(piece) for piece in pieces]
+        return EncodedAnswer(
+            np.fromiter(chain.from_iterable(pieces), np.int32, sum(lengths)),
+            np.repeat(np.array(roles, np.uint8), lengths),
+            np.repeat(np.array(owners, np.int16), lengths),
+        )
 
     def encode(self, objects: Sequence[TextObject]) -> EncodedAnswer:
         """Encode a whole answer."""

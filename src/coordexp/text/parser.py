@@ -81,6 +81,13 @@ _STRUCTURAL = re.compile(r'["{}\[\]]')
 _STRING_STOP = re.compile(r'["\\]')
 _NUMBER = re.compile(r"\d+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Objects as the codecs themselves write them: the common case, read by one expression instead of piece by piece.
+_PLAIN_DESC = r'([^"\\\x00-\x1f\ud800-\udfff\ue000-\uf8ff]++)'
+_COORD = f"({COORD_SYMBOL.pattern})"
+_PLAIN_OBJECT = re.compile(
+    rf'\{{"desc": "{_PLAIN_DESC}", "bbox_2d": \["{_COORD}", "{_COORD}", "{_COORD}", "{_COORD}"\]\}}'
+)
+_PLAIN_RECORD = re.compile(f"{REF_START}{_PLAIN_DESC}{REF_END}{BOX_START}{_COORD * 4}{BOX_END}")
 _TAG_EDGE = re.compile(f"[{REF_START}{BOX_START}{BOX_END}]")
 _TAG_OBJECT = re.compile(f"{REF_START}([^{REF_END}]*){REF_END}{BOX_START}([^{BOX_END}]*){BOX_END}")
 
@@ -166,7 +173,9 @@ class _Span:
 _CoordReader = Callable[[SymbolText, _Span, list[Any]], tuple[list[int], list[int]]]
 
 
-def _walk_json(symbols: SymbolText, read_coords: _CoordReader) -> ParsedAnswer:
+def _walk_json(
+    symbols: SymbolText, read_coords: _CoordReader, plain_object: re.Pattern[str] | None = None
+) -> ParsedAnswer:
     text, tally = symbols.text, _Tally()
     container = _CONTAINER.search(text)
     if container is None:
@@ -174,17 +183,30 @@ def _walk_json(symbols: SymbolText, read_coords: _CoordReader) -> ParsedAnswer:
     position = _skip_space(text, container.end())
     expects_object = not text.startswith("]", position)
     while expects_object:
-        span = _scan_object(text, position)
-        if span is None:
-            break
-        tally.take(_check_json, symbols, span, read_coords)
-        position = _skip_space(text, span.end)
-        expects_object = span.depth > 0 and text.startswith(",", position)
+        if plain_object and (plain := plain_object.match(text, position)):
+            tally.take(_check_plain, symbols, plain)
+            is_whole, position = True, plain.end()
+        else:
+            span = _scan_object(text, position)
+            if span is None:
+                break
+            tally.take(_check_json, symbols, span, read_coords)
+            is_whole, position = span.depth > 0, span.end
+        position = _skip_space(text, position)
+        expects_object = is_whole and text.startswith(",", position)
         if expects_object:
             position = _skip_space(text, position + 1)
-        elif span.depth > 0 and position < len(text) and text[position] != "]":
+        elif is_whole and position < len(text) and text[position] != "]":
             tally.dropped["malformed"] += 1
     return tally.answer(container_found=True, truncated=_CLOSING.match(text, position) is None)
+
+
+def _check_plain(symbols: SymbolText, plain: re.Match[str]) -> ParsedObject:
+    desc, *coords = plain.groups()
+    if not desc.strip():
+        raise _Drop("missing_desc")
+    bins, coord_chars = [ord(coord) - FIRST_COORD for coord in coords], [plain.start(i) for i in range(2, 6)]
+    return _finish(symbols, desc, plain.span(1), bins, coord_chars, plain.span())
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -308,7 +330,10 @@ def _walk_tags(symbols: SymbolText) -> ParsedAnswer:
         return tally.answer(container_found=not text.strip(), truncated=False)
     start: int | None = None  # of the open record
     done = 0  # where the last record ended
-    for edge in _TAG_EDGE.finditer(text):
+    while plain := _PLAIN_RECORD.match(text, done):
+        tally.take(_check_plain, symbols, plain)
+        done = plain.end()
+    for edge in _TAG_EDGE.finditer(text, done):
         if start is not None and edge[0] != BOX_START:
             done = edge.end() if edge[0] == BOX_END else edge.start()
             tally.take(_check_tags, symbols, start, done)
@@ -364,13 +389,13 @@ def _finish(
     x1, y1, x2, y2 = bins
     if not (0 <= x1 < x2 <= MAX_NUMBER and 0 <= y1 < y2 <= MAX_NUMBER):
         raise _Drop("bbox_invalid")
-    t1, t2, t3, t4 = (int(symbols.token_of[char]) for char in coord_chars)
+    t1, t2, t3, t4 = (symbols.token_of[char] for char in coord_chars)
     desc_span, object_span = symbols.token_span(*desc_chars), symbols.token_span(*object_chars)
     return ParsedObject(desc, (x1, y1, x2, y2), (t1, t2, t3, t4), desc_span, object_span)
 
 
 _WALKS: dict[str, Callable[[SymbolText], ParsedAnswer]] = {
-    "json": partial(_walk_json, read_coords=_read_coord_tokens),
+    "json": partial(_walk_json, read_coords=_read_coord_tokens, plain_object=_PLAIN_OBJECT),
     "digits": partial(_walk_json, read_coords=_read_integers),
     "tags": _walk_tags,
 }

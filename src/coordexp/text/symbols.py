@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,29 +58,33 @@ class SymbolText:
     """Symbols of an answer, and for each character the index of the token that its first byte came from."""
 
     text: str
-    token_of: NDArray[np.int64]
+    token_of: list[int]
 
     def token_span(self, start: int, end: int) -> tuple[int, int]:
         """Token range [first, last + 1) that holds the characters start..end-1; the range must not be empty."""
-        return int(self.token_of[start]), int(self.token_of[end - 1]) + 1
+        return self.token_of[start], self.token_of[end - 1] + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTable:
     """For each token id its bytes, and whether they are a reserved character rather than text.
 
-    The last entry of `pieces` and `is_reserved` stands for every id that the tokenizer does not know.
+    `texts` are the symbols of a token wherever it stands, None where its neighbours decide (a part of a character) or
+    where it holds a character that could pose as a token. The last entry of each stands for every id that the tokenizer
+    does not know.
     """
 
     pieces: tuple[bytes, ...]
     is_reserved: NDArray[np.bool_]
+    texts: tuple[str | None, ...]
 
     @classmethod
     def build(cls, pieces: Sequence[bytes | str]) -> TokenTable:
         """Make a table from one piece per id: bytes are text, a str is a reserved character."""
         closed = [*pieces, OTHER]
         encoded = tuple(piece.encode() if isinstance(piece, str) else piece for piece in closed)
-        return cls(encoded, np.array([isinstance(piece, str) for piece in closed]))
+        texts = tuple(piece if isinstance(piece, str) else _symbols_alone(piece) for piece in closed)
+        return cls(encoded, np.array([isinstance(piece, str) for piece in closed]), texts)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, coord: CoordVocabulary | None) -> TokenTable:
@@ -109,7 +113,16 @@ class TokenTable:
         """Turn generated ids into symbols. Any ids are accepted; ids outside the table become a reserved character."""
         ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
         unknown = len(self.pieces) - 1
-        ids = np.where((ids >= 0) & (ids < unknown), ids, unknown)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < unknown:
+            ids = np.where((ids >= 0) & (ids < unknown), ids, unknown)
+        texts = [self.texts[i] for i in ids.tolist()]
+        if None in texts:
+            return self._symbols_of_bytes(ids)
+        whole = cast(list[str], texts)
+        return SymbolText("".join(whole), np.repeat(np.arange(len(ids)), list(map(len, whole))).tolist())
+
+    def _symbols_of_bytes(self, ids: NDArray[np.int64]) -> SymbolText:
+        """The same where characters are spread over tokens, broken, or forged."""
         pieces = [self.pieces[i] for i in ids.tolist()]
         token_of_byte = np.repeat(np.arange(len(ids)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
         # Reserved characters begin with a UTF-8 lead byte, so one decode of all bytes equals decoding run by run.
@@ -122,7 +135,15 @@ class TokenTable:
         is_private = (code >= PRIVATE_FIRST) & (code <= PRIVATE_LAST)
         is_forged = is_private & ~self.is_reserved[ids[token_of]]
         shown = np.where(is_broken | is_forged, _REPLACEMENT, code)
-        return SymbolText(shown.astype("<u4").tobytes().decode("utf-32-le"), token_of)
+        return SymbolText(shown.astype("<u4").tobytes().decode("utf-32-le"), token_of.tolist())
+
+
+def _symbols_alone(piece: bytes) -> str | None:
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        return None
+    return None if RESERVED_SYMBOL.search(text) else text
 
 
 def _byte_of_char() -> dict[str, int]:

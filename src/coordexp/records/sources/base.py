@@ -70,12 +70,16 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class SplitFiles:
-    """Where one split of a set lies. `annotations` and `images` are relative to `root`; `split` is "train" or "val"."""
+    """Where one split of a set lies. `annotations` and `images` are relative to `root`; `split` is "train" or "val".
+
+    Without `polygons` a reader may leave them out: in COCO's file they are most of the bytes.
+    """
 
     root: Path
     annotations: str
     images: str
     split: str
+    polygons: bool = True
 
     @property
     def path(self) -> Path:
@@ -118,7 +122,8 @@ def corners(values: Any) -> Box | None:
 
 def is_finite(value: Any) -> bool:
     """A finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    # A tuple: `int | float` would be built for each of a file's million numbers.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_whole(value: Any) -> bool:
@@ -137,13 +142,22 @@ def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
     )
 
 
-def read_json(path: Path, expected: str) -> Any:
-    """The value of a JSON file; raises DataError naming the file, the line and what was expected."""
+def read_json(path: Path, expected: str, unread: str = "") -> Any:
+    """The value of a JSON file, without the values of the key `unread`, which are dropped as they come.
+
+    Raises:
+        DataError: naming the file, the line and what was expected.
+    """
+
+    def without(row: dict[str, Any]) -> dict[str, Any]:
+        row.pop(unread, None)
+        return row
+
     refuse_pickle(path)
     if not path.is_file():
         raise DataError(f"{path}: not found; expected {expected}.")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_hook=without if unread else None)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
     except ValueError as error:  # not UTF-8, or a number beyond what Python reads

@@ -60,7 +60,7 @@ class Instances:
 
 def read(files: SplitFiles) -> Reading:
     """COCO: `file_name` is relative to the image folder."""
-    instances = load_instances(files.path)
+    instances = load_instances(files.path, polygons=files.polygons)
     return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
 
 
@@ -74,7 +74,7 @@ def read_coco(annotations: Path, image_prefix: str) -> Conversion:
     Raises:
         DataError: naming the file and what is missing, or the images whose path or size cannot be used.
     """
-    instances = load_instances(annotations, strict=True)
+    instances = load_instances(annotations, strict=True, polygons=False)
     reading = instances_reading(instances, lambda image: f"{image_prefix}{image['file_name']}")
     result = to_records(reading, Policies())
     refuse_bad_images(result.bad_images)
@@ -115,18 +115,19 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
     )
 
 
-def load_instances(path: Path, names_images: bool = True, strict: bool = False) -> Instances:
+def load_instances(path: Path, names_images: bool = True, strict: bool = False, polygons: bool = True) -> Instances:
     """Read and check an instances file; single annotations that fit nowhere become problems.
 
     Args:
         path: the file.
         names_images: each image must have a `file_name` (LVIS has urls instead).
         strict: sizes that cannot be, and annotations that are no objects, are errors too; else they become problems.
+        polygons: read `segmentation` as well.
 
     Raises:
         DataError: naming the file, and the entry that is missing or has no valid id, name or size.
     """
-    source = read_json(path, "a COCO instances file")
+    source = read_json(path, "a COCO instances file", unread="" if polygons else "segmentation")
     missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
     if missing:
         raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")

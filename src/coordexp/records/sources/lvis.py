@@ -19,7 +19,7 @@ from coordexp.records.sources.coco import Instances, instances_reading, load_ins
 
 def read(files: SplitFiles) -> Reading:
     """LVIS v1; the image folder is the one that holds `train2017` and `val2017`."""
-    instances = load_instances(files.path, names_images=False)
+    instances = load_instances(files.path, names_images=False, polygons=files.polygons)
     for row in instances.rows.values():
         row["name"] = spoken_name(str(row["name"]))
     categories = (

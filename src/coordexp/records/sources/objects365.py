@@ -12,7 +12,7 @@ from coordexp.records.sources.coco import instances_reading, load_instances
 
 def read(files: SplitFiles) -> Reading:
     """Objects365 v2; the image folder is the one that holds `patch0`, `patch1`, ..."""
-    instances = load_instances(files.path)
+    instances = load_instances(files.path, polygons=files.polygons)
     return instances_reading(instances, lambda image: files.image_name(patch_path(image["file_name"])))
 
 

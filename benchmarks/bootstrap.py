@@ -1,0 +1,93 @@
+"""Bootstrap intervals of F1 and AP, beside evaluating every resample anew.
+
+    PYTHONPATH=src python -m benchmarks.bootstrap [--images 5000] [--predictions 20]
+
+Ours matches once and re-counts under weights; the other builds each resample as a data set (drawn images repeated) and
+evaluates it: COCO numbers by the fast backend, F1 by matching again. It does so for a few resamples, and its time for
+all of them is that many times more. On those few, both give the same numbers, which is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from benchmarks.coco_like import VAL_IMAGES, names, write_results
+from benchmarks.harness import Row, timed
+from numpy.typing import NDArray
+
+from benchmarks import harness
+from coordexp.evaluation.bootstrap import resample_weights, resampled_ap, resampled_f1
+from coordexp.evaluation.coco import coco_ap
+from coordexp.evaluation.f1 import match_greedily, micro_f1
+from coordexp.evaluation.matched import Matched
+from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.table import DetectionTable, build_table
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import ImageResult, read_results
+
+CATEGORIES = [Category(i, name, "train") for i, name in enumerate(names(), 1)]
+SPEED, TOLERANCE = 100.0, 1e-9
+
+
+def resampled(table: DetectionTable, settings: EvalSettings) -> dict[str, NDArray[np.float64]]:
+    """The samples of mAP and F1 from one matching, which is part of the time."""
+    matched = Matched.of(table, settings)
+    weights_BI = resample_weights(table.n_images, settings)
+    samples = resampled_ap(matched.by_score, weights_BI, {"coco": list(range(len(CATEGORIES)))})
+    return samples | resampled_f1(matched.by_iou, weights_BI)
+
+
+def drawn_table(results: Sequence[ImageResult], weights_I: NDArray[np.int64]) -> DetectionTable:
+    """A resample as a data set of its own: an image that is drawn twice is there twice."""
+    images = [r for r, n in zip(results, weights_I.tolist(), strict=True) for _ in range(n)]
+    return build_table([replace(r, image_id=i) for i, r in enumerate(images, 1)], CATEGORIES)
+
+
+def evaluated(table: DetectionTable, settings: EvalSettings) -> tuple[float | None, float]:
+    """mAP and F1 of a data set, from the start."""
+    mean_ap = coco_ap(table, settings).stats["mAP"]
+    return mean_ap, micro_f1(match_greedily(table, min(settings.all_f1_ious)), 0.5, "full")
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Seconds of all resamples both ways."""
+    n_images, few = (80, 2) if arguments.quick else (arguments.images, arguments.few)
+    settings = EvalSettings(bootstrap_resamples=50 if arguments.quick else 1000, coco_backend="faster-coco-eval")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "gt_vs_pred.jsonl"
+        write_results(path, n_images, arguments.predictions)
+        results = list(read_results(path))
+    table = build_table(results, CATEGORIES)
+    our_seconds, samples = timed(lambda: resampled(table, settings))
+    their_seconds = 0.0
+    for b, weights_I in enumerate(resample_weights(n_images, settings)[:few]):
+        drawn = drawn_table(results, weights_I)
+        seconds, (mean_ap, f1) = timed(lambda t=drawn: evaluated(t, settings))
+        their_seconds += seconds
+        assert mean_ap is not None
+        assert abs(mean_ap - samples["coco.mAP"][b]) < TOLERANCE
+        assert abs(f1 - samples["f1.full_50"][b]) < TOLERANCE
+    n = settings.bootstrap_resamples
+    ratio = their_seconds / few * n / our_seconds
+    what = f"{n:,} resamples of {n_images:,} images with {arguments.predictions} predictions each"
+    beside = f"evaluating each resample: {their_seconds / few:.2f} s, from {few} of them"
+    return [
+        Row("bootstrap: times faster", ratio, "x", beside, f">= {SPEED:g} x", ratio >= SPEED),
+        Row("bootstrap: time", our_seconds, "s", what, "", None),
+    ]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """How large the set is, and how often the slow way is taken."""
+    parser.add_argument("--images", type=int, default=VAL_IMAGES)
+    parser.add_argument("--predictions", type=int, default=20, help="per image")
+    parser.add_argument("--few", type=int, default=3, help="resamples that are evaluated anew")
+
+
+if __name__ == "__main__":
+    harness.script("bootstrap", __doc__, measure, options)

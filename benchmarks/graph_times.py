@@ -1,0 +1,44 @@
+"""How long `dvc repro` takes when there is nothing to do.
+
+    PYTHONPATH=src python -m benchmarks.graph_times
+
+`dvc status` first says whether that is so here: a benchmark must not start an hour of training. A cold `make demo` and
+an A/B run take minutes of a fresh clone and are timed by hand (README and docs/experiments.md name the commands).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.harness import Row, run_child, side_by_side, unmeasured
+
+from benchmarks import harness
+
+SECONDS = 3.0
+BY_HAND = (
+    ("graph: make demo, cold", "by hand: time make demo, in a fresh clone", "<= 12 min"),
+    ("graph: an A/B run", "by hand: time dvc exp run -S softce_weight=0.2, after make demo", "<= half of the training"),
+)
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Median seconds of a `dvc repro` that runs nothing."""
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    name, target = "graph: dvc repro, nothing to do", f"<= {SECONDS:g} s"
+    by_hand = [unmeasured(what, how, goal) for what, how, goal in BY_HAND]
+    if arguments.quick:
+        seconds = run_child([dvc, "--version"]).seconds
+        return [Row("graph: dvc --version", seconds, "s", "", "", None), *by_hand]
+    if run_child([dvc, "status", "--quiet"], allowed=(0, 1)).code:
+        return [unmeasured(name, "needs an up-to-date graph: run dvc repro", target), *by_hand]
+    commands = {"repro": [dvc, "repro"], "version": [dvc, "--version"]}
+    times = side_by_side({name: lambda c=command: run_child(c) for name, command in commands.items()}, rounds=3)
+    seconds = times.of("repro")
+    beside = f"dvc --version: {times.of('version'):.2f} s"
+    return [Row(name, seconds, "s", beside, target, seconds <= SECONDS), *by_hand]
+
+
+if __name__ == "__main__":
+    harness.script("graph_times", __doc__, measure)

@@ -1,0 +1,176 @@
+"""Tokens and images a second of rollouts: hf and vLLM, `json` and `tags`, grammar off and on, batches of 1 to 64.
+
+    PYTHONPATH=src python -m benchmarks.rollout_tokens --profile tiny
+
+The stage-1 model speaks one codec. So that codecs differ in nothing but the tokens they need, their rows write the
+annotated answers: `generate` is held to them. Grammar rows generate freely. vLLM rows need `make vllm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from benchmarks.harness import Row, Times, side_by_side, unmeasured
+from benchmarks.tiny_run import TinyRun
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from benchmarks import harness, tiny_run
+from coordexp.config.process import LOG, tune_allocator
+from coordexp.models.loading import Checkpoint
+from coordexp.packing.samples import Sample
+from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.journal import Journal
+from coordexp.rollout.stages import decode_settings
+from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_engine import VllmEngine
+from coordexp.rollout.vllm_server import vllm_server
+from coordexp.text.codecs import CODECS, AnswerEncoder
+from coordexp.training.sample_source import permuted
+
+GRAMMAR_COST, CODEC_GAIN = 1.05, 2.0
+BATCHES = (1, 8, 64)
+
+
+class Dictation(LogitsProcessor):
+    """Leaves one token at each step: the next one of the row's answer, then padding."""
+
+    def __init__(self, answers: Sequence[np.ndarray], prompt_length: int, pad_id: int) -> None:
+        self._prompt_length = prompt_length
+        self._ids = np.full((len(answers), max(map(len, answers)) + 1), pad_id)
+        for row, answer in enumerate(answers):
+            self._ids[row, : len(answer)] = answer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with all but the dictated tokens at -inf."""
+        wanted = torch.from_numpy(self._ids[:, input_ids.shape[1] - self._prompt_length])[:, None].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
+
+
+@torch.inference_mode()
+def dictate(checkpoint: Checkpoint, engine: HfEngine, samples: Sequence[Sample], batch: int) -> None:
+    """Write the samples' own answers in batches, and check that they came out."""
+    pad_id = int(checkpoint.tokenizer.pad_token_id)
+    for first in range(0, len(samples), batch):
+        chunk = samples[first : first + batch]
+        inputs, answers = engine._inputs(chunk), [sample.answer_ids for sample in chunk]
+        width = inputs["input_ids"].shape[1]
+        processors = LogitsProcessorList([Dictation(answers, width, pad_id)])
+        options = {"max_new_tokens": max(map(len, answers)), "do_sample": False, "pad_token_id": pad_id}
+        output = checkpoint.model.generate(
+            **inputs, **options, logits_processor=processors, eos_token_id=int(answers[0][-1])
+        )
+        written = output[:, width:].cpu().numpy()
+        assert all((row[: len(answer)] == answer).all() for row, answer in zip(written, answers, strict=True))
+
+
+class ForgetfulVllm:
+    """The vLLM engine with a new journal each time: what was answered before is asked again."""
+
+    def __init__(self, pool: ServerPool, checkpoint: Checkpoint, image_root: Path, concurrency: int) -> None:
+        self._parts = (pool, checkpoint.tokenizer, image_root, concurrency)
+
+    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+        """One generation per sample."""
+        with TemporaryDirectory() as folder:
+            return VllmEngine(*self._parts, Journal(Path(folder) / "journal.jsonl")).generate(samples, settings)
+
+
+def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:
+    """Both codecs write the same answers."""
+    encoders = {name: AnswerEncoder(checkpoint.tokenizer, CODECS[name]) for name in ("json", "tags")}
+    samples = {name: [permuted(s, encoder, [0]) for s in stored] for name, encoder in encoders.items()}
+    tokens = {name: sum(len(s.answer_ids) for s in these) for name, these in samples.items()}
+    speed = None
+    for batch in BATCHES:
+        few = max(batch, len(stored) // 8) if batch < len(stored) else len(stored)
+        ways = {n: lambda t=t, b=batch, f=few: dictate(checkpoint, engine, t[:f], b) for n, t in samples.items()}
+        times = side_by_side(ways, rounds, warm_up=False)
+        for name, these in samples.items():
+            n_tokens = sum(len(s.answer_ids) for s in these[:few])
+            per_second = n_tokens / times.of(name)
+            speed = speed or per_second
+            beside = f"{per_second / speed:.2f} x json at batch 1; {few / times.of(name):.1f} images a second"
+            yield Row(f"hf {name}, batch {batch}", per_second, "tokens/s", beside, "", None)
+    gain, beside = times.ratio("json", "tags"), f"{tokens['tags'] / tokens['json']:.0%} of the tokens; batch {batch}"
+    yield Row("hf tags: images a second, beside json", gain, "x", beside, f">= {CODEC_GAIN:g} x", gain >= CODEC_GAIN)
+
+
+def grammar_ratio(
+    engine: Engine, samples: Sequence[Sample], settings: DecodeSettings, rounds: int
+) -> tuple[float, Times]:
+    """Seconds per token with the grammar beside without it: the two may write answers of different lengths."""
+    tokens = {}
+
+    def run(name: str, these: DecodeSettings) -> None:
+        tokens[name] = sum(len(g.ids) for g in engine.generate(samples, these))
+
+    free = replace(settings, constraints=None)
+    times = side_by_side(
+        {"free": lambda: run("free", free), "grammar": lambda: run("grammar", settings)}, rounds, False
+    )
+    return times.ratio("grammar", "free") * tokens["free"] / tokens["grammar"], times
+
+
+def engine_rows(
+    name: str, engine: Engine, samples: Sequence[Sample], settings: DecodeSettings, rounds: int
+) -> list[Row]:
+    """Free generation and what the grammar costs."""
+    cost, times = grammar_ratio(engine, samples, settings, rounds)
+    is_judged = name == "vLLM"
+    target, met = (f"<= {GRAMMAR_COST}", cost <= GRAMMAR_COST) if is_judged else ("", None)
+    speed = len(samples) / times.of("free")
+    return [
+        Row(f"{name}: images a second, free", speed, "images/s", f"{len(samples)} images", "", None),
+        Row(f"{name}: grammar, seconds a token", cost, "x", "without grammar", target, met),
+    ]
+
+
+def vllm_rows(
+    run: TinyRun, checkpoint: Checkpoint, folder: Path, samples: Sequence[Sample], settings: DecodeSettings
+) -> list[Row]:
+    """The same by a vLLM server, if its environment is there."""
+    rollout = run.profile.rollout
+    if not Path(rollout.vllm_python).exists():
+        return [unmeasured("vLLM: grammar, seconds a token", "needs make vllm", f"<= {GRAMMAR_COST}")]
+    with vllm_server(Path(rollout.vllm_python), folder, checkpoint.pixels, settings.max_new_tokens) as server:
+        pool = ServerPool((server.url,), rollout.timeout_seconds, rollout.tries)
+        engine = ForgetfulVllm(pool, checkpoint, run.paths.raw, rollout.requests_per_server)
+        engine.generate(samples[:4], settings)
+        return engine_rows("vLLM", engine, samples, settings, rounds=3)
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """The table."""
+    run = tiny_run.open_run(arguments)
+    folder = run.paths.run("stage1")
+    if missing := tiny_run.absent("rollouts", arguments, folder, run.paths.norm1000, run.paths.raw):
+        return missing
+    tune_allocator(LOG)
+    checkpoint = run.checkpoint(folder)
+    checkpoint.model.eval()
+    rounds, count = (1, 2) if arguments.quick else (2, arguments.images)
+    samples = run.samples("val", count)
+    params = run.params.model_copy(update={"decode": run.params.decode.model_copy(update={"grammar": "any"})})
+    settings = decode_settings(params, run.params.text.codec, [])
+    engine = HfEngine(checkpoint, run.paths.raw, max(BATCHES))
+    rows = list(codec_rows(checkpoint, engine, samples, rounds))
+    rows += engine_rows("hf", engine, samples, settings, rounds)
+    return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, samples, settings)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Which run, and how many pictures."""
+    tiny_run.options(parser)
+    parser.add_argument("--images", type=int, default=64)
+
+
+if __name__ == "__main__":
+    harness.script("rollout_tokens", __doc__, measure, options)

@@ -1,0 +1,219 @@
+"""A training step of the `tiny` profile: samples a second and memory, beside a plain loop.
+
+    PYTHONPATH=src python -m benchmarks.training_step --profile tiny
+
+ours    stage 1 as the stage runs it: packed rows, logits at supervised slots only, all coordinate losses, kept memory
+padded  a plain loop over the same Hugging Face model: padded batches, full logits, cross-entropy on the answers
+kept    the same with freed memory kept, as ours has it (config/process.py)
+
+The same samples, precision and optimizer (AdamW), in processes of their own that take turns. `ours` also says what part
+of a step it waits for data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.harness import Row, run_child, unmeasured
+from benchmarks.tiny_run import TinyRun
+from torch import Tensor
+
+from benchmarks import harness, tiny_run
+from coordexp.config.process import LOG, tune_allocator
+from coordexp.models.loading import Checkpoint
+from coordexp.packing.collator import PackedBatch, Segment
+from coordexp.packing.pixels import load_sample_rgb, patchify
+from coordexp.packing.plan_file import read_packs
+from coordexp.packing.samples import Sample, SampleStore
+from coordexp.text.prompts import expand_image
+from coordexp.training.builders import make_collator, make_encoder, stage1_objective
+from coordexp.training.loop import LoopSettings, train
+from coordexp.training.optimizers import build_optimizer
+from coordexp.training.sample_source import SampleSource
+from coordexp.training.teacher_task import TeacherTask
+
+SPEED, WAITING = 3.0, 0.03
+WARM_STEPS = 2
+LR = 1e-4
+BESIDE = {
+    "padded": "padded batches, full logits, cross-entropy alone",
+    "kept": "the same with freed memory kept, as ours",
+}
+NO_TRL = (
+    "trl 1.16 imports here, but its SFTTrainer asks for Qwen3-VL's processor, and the video part of that cannot be "
+    "built without torchvision"
+)
+
+
+class TimedCollator:
+    """A collator that adds up the seconds it takes."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+        self.seconds = 0.0
+
+    def layout(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> PackedBatch:
+        """As the collator's."""
+        started = time.perf_counter()
+        batch = self._collator.layout(segments, rows)
+        self.seconds += time.perf_counter() - started
+        return batch
+
+
+def step_packs(run: TinyRun, steps: int) -> list[list[list[int]]]:
+    """The packs of each step, as planned."""
+    packs, size = read_packs(run.paths.packed / "plan.parquet"), run.profile.stage1.packs_per_step
+    return [packs[i * size : (i + 1) * size] for i in range(steps)]
+
+
+def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
+    """Stage 1's own loop."""
+    tune_allocator(LOG)
+    store = SampleStore(run.paths.norm1000 / "train.parquet")
+    collator = TimedCollator(make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens))
+    source = SampleSource(store, make_encoder(run.params, checkpoint), run.params.text.object_order, seed=0)
+    objective = stage1_objective(run.params, checkpoint, steps)
+    task = TeacherTask(checkpoint.model, objective, source, collator, step_packs(run, steps))  # type: ignore[arg-type]
+    optim = run.profile.stage1
+    settings = LoopSettings(
+        steps=steps,
+        schedule=lambda _: 1.0,
+        lr=LR,
+        optimizer="adamw",
+        weight_decay=0.0,
+        row_lr_factor=1.0,
+        max_grad_norm=optim.max_grad_norm,
+        precision=optim.precision,
+        log_every=steps,
+        save_every_seconds=1e9,
+    )
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        train(checkpoint.model, task, settings, Path(folder), log)
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+    timed = rows[WARM_STEPS:]
+    seconds = [row["time/step_s"] / row["samples"] for row in timed]
+    waiting = collator.seconds / sum(row["time/step_s"] for row in rows)
+    return {"seconds_per_sample": median(seconds), "waiting": waiting}
+
+
+def padded_batch(checkpoint: Checkpoint, root: Path, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a processor and a padding collator make of the samples; labels are the answers."""
+    image_id, pixels = checkpoint.model.config.image_token_id, checkpoint.pixels
+    prompts = [expand_image(s.prompt_ids, image_id, s.n_image_tokens) for s in samples]
+    width = max(len(p) + len(s.answer_ids) for p, s in zip(prompts, samples, strict=True))
+    ids = np.full((len(samples), width), checkpoint.tokenizer.pad_token_id, np.int64)
+    mask, labels = np.zeros_like(ids), np.full_like(ids, -100)
+    for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        end = len(prompt) + len(sample.answer_ids)
+        ids[row, :end] = np.concatenate([prompt, sample.answer_ids])
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = sample.answer_ids
+    images = [load_sample_rgb(root, s.image, s.resized_width, s.resized_height) for s in samples]
+    grids = [(1, image.shape[0] // pixels.patch_size, image.shape[1] // pixels.patch_size) for image in images]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "mm_token_type_ids": torch.from_numpy((ids == image_id).astype(np.int64)),
+        "labels": torch.from_numpy(labels),
+        "pixel_values": torch.from_numpy(np.concatenate([patchify(image, pixels) for image in images])),
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
+def padded(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
+    """The loop of a tutorial."""
+    store, model = SampleStore(run.paths.norm1000 / "train.parquet"), checkpoint.model
+    optimizer, optim = build_optimizer(model, "adamw", LR, 0.0), run.profile.stage1
+    model.train()
+    seconds = []
+    for packs in step_packs(run, steps):
+        started = time.perf_counter()
+        samples = [store[i] for pack in packs for i in pack]
+        batch = padded_batch(checkpoint, run.paths.raw, samples)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=optim.precision == "bf16"):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append((time.perf_counter() - started) / len(samples))
+    return {"seconds_per_sample": median(seconds[WARM_STEPS:])}
+
+
+def kept(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
+    """The loop of a tutorial under our allocator settings."""
+    tune_allocator(LOG)
+    return padded(run, checkpoint, steps)
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Train one way and print its figures."""
+    run = tiny_run.open_run(arguments)
+    checkpoint = run.checkpoint(run.paths.norm1000 / "init")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = {"ours": ours, "padded": padded, "kept": kept}[arguments.child](run, checkpoint, arguments.steps)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(figures | {"extra_gib": (after - before) / 2**20}))
+
+
+def runs_of(arguments: argparse.Namespace, names: Sequence[str], rounds: int) -> Iterator[dict[str, dict[str, float]]]:
+    """Figures of each way, in turns."""
+    for _ in range(rounds):
+        found = {}
+        for name in names:
+            options = ["--child", name, "--profile", arguments.profile, "--root", str(arguments.root)]
+            command = [sys.executable, "-m", "benchmarks.training_step", *options]
+            output = run_child([*command, "--steps", str(arguments.steps)]).output
+            found[name] = json.loads(output.splitlines()[-1])
+        yield found
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Ratios of samples per second and of memory."""
+    if arguments.child:
+        child(arguments)
+        raise SystemExit(0)
+    run = tiny_run.open_run(arguments)
+    folders = (run.paths.norm1000 / "init", run.paths.packed, run.paths.raw)
+    if missing := tiny_run.absent("training step", arguments, *folders):
+        return missing
+    if arguments.quick:
+        arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1})
+    names = ["ours", *BESIDE]
+    found = list(runs_of(arguments, names, rounds=1 if arguments.quick else 2))
+    waiting = median(f["ours"]["waiting"] for f in found)
+    speed = 1 / median(f["ours"]["seconds_per_sample"] for f in found)
+    rows = [
+        Row("training step: ours", speed, "samples/s", "stage 1 of the profile with AdamW", "", None),
+        Row("training step: waiting for data", waiting, "", "of a step", f"< {WAITING}", waiting < WAITING),
+    ]
+    for name in names[1:]:
+        ratio = median(f[name]["seconds_per_sample"] / f["ours"]["seconds_per_sample"] for f in found)
+        memory = median(f["ours"]["extra_gib"] / f[name]["extra_gib"] for f in found)
+        target, met = (f">= {SPEED:g} x", ratio >= SPEED) if name == "padded" else ("", None)
+        rows.append(Row(f"training step: times faster than {name}", ratio, "x", BESIDE[name], target, met))
+        rows.append(Row(f"training step: memory beside {name}", memory, "", "growth while training", "", None))
+    return [*rows, unmeasured("training step: beside TRL", NO_TRL, f">= {SPEED:g} x")]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Which run, and how long."""
+    tiny_run.options(parser)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+
+
+if __name__ == "__main__":
+    harness.script("training_step", __doc__, measure, options)
