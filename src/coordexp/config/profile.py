@@ -200,6 +200,9 @@ class LaunchConfig(Block):
     threads: int = Field(ge=0, le=1024, description="CPU threads of the tensor library; 0 leaves its own choice")
     processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
+    sharding: Literal["none", "fsdp2"] = Field(
+        description="each training process holds all weights and moments, or its share of them (fsdp2)"
+    )
 
 
 class Profile(Block):
@@ -222,6 +225,27 @@ class Profile(Block):
         decays = self.stage1.weight_decay or self.stage2.weight_decay
         if self.tuning.method == "full" and self.tuning.language == "freeze" and decays:
             raise ValueError("tuning.language is frozen, but weight_decay would shrink its rows; set it to 0.")
+        return self
+
+    @model_validator(mode="after")
+    def _what_trains_can_be_sharded(self) -> Profile:
+        if self.launch.sharding == "none":
+            return self
+        unfit = [
+            ("tuning.method", self.tuning.method, "full", self.tuning.method != "full"),
+            ("tuning.language", self.tuning.language, "train", self.tuning.language == "freeze"),
+        ]
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            unfit += [
+                (f"{name}.optimizer", stage.optimizer, "adamw or muon", stage.optimizer == "adamw_8bit"),
+                (f"{name}.grad_monitor_every", stage.grad_monitor_every, "0", stage.grad_monitor_every > 0),
+            ]
+        for key, found, wanted, is_unfit in unfit:
+            if is_unfit:
+                raise ValueError(
+                    f"launch.sharding {self.launch.sharding} cannot spread {key} {found}; set it to {wanted}, "
+                    "or launch.sharding to none."
+                )
         return self
 
     @model_validator(mode="after")
