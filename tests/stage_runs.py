@@ -25,13 +25,18 @@ ENTRIES = {"stage1": "stage1", "stage1-control": "stage1_control", "stage2": "st
 EXACT = {"precision": "fp32", "optimizer": "adamw", "lr": 1e-4}
 
 
+def add_rollouts(space: Workspace, world: World) -> None:
+    """Put rollouts, one of which does not parse, and stage 2's compute on file."""
+    checkpoint = load_checkpoint(space.paths.run("stage1"), MIN_PIXELS, MAX_PIXELS)
+    space.paths.run("rollout").mkdir()
+    write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+
+
 @pytest.fixture
 def ready(workspace: Workspace, world: World) -> Workspace:
-    """With rollouts (one of which does not parse) and stage 2's compute on file, so that each stage can run."""
-    checkpoint = load_checkpoint(workspace.paths.run("stage1"), MIN_PIXELS, MAX_PIXELS)
-    workspace.paths.run("rollout").mkdir()
-    write_rollouts(workspace.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
-    workspace.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+    """A workspace in which each stage can run."""
+    add_rollouts(workspace, world)
     return workspace
 
 
@@ -41,7 +46,7 @@ def run_stage(
     launch: Mapping[str, Any],
     *,
     optim: Mapping[str, Any] = EXACT,
-    tuning: Mapping[str, Any] | None = None,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
     before: str = "",
     starter: Sequence[str] = (sys.executable,),
 ) -> tuple[int, str]:
@@ -52,7 +57,7 @@ def run_stage(
         stage: which one.
         launch: keys of the profile's `launch` that differ from the smoke profile's.
         optim: likewise, of both stages' optimizers.
-        tuning: likewise, of `tuning`.
+        params: keys of blocks of params.yaml that differ.
         before: code that each process runs first.
         starter: the command that is given the script.
     """
@@ -60,12 +65,14 @@ def run_stage(
     profile = read_yaml(REPOSITORY / "configs" / "smoke.yaml")
     profile["model"] |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
     profile["launch"] |= launch
-    profile["tuning"] |= tuning or {}
     for part in ("stage1", "stage2"):
         profile[part] |= optim
     (root / "configs").mkdir(exist_ok=True)
     YAML().dump(profile, root / "configs" / "smoke.yaml")
-    (root / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    tree = read_yaml(REPOSITORY / "params.yaml")
+    for block, changes in (params or {}).items():
+        tree[block] |= changes
+    YAML().dump(tree, root / "params.yaml")
     (root / "entry.py").write_text(
         f"import os\nimport sys\nfrom pipelines.{ENTRIES[stage]} import run\n"
         f"from coordexp.config.process import stage_main\n{before}\nsys.exit(stage_main(run))\n"
@@ -94,12 +101,14 @@ def trace(ready: Workspace, stage: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
-def assert_alike(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> None:
-    """The same rows, numbers within 1e-5; averages of quantiles are left out, because they are none."""
+def assert_alike(
+    found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], within: float = 1e-5
+) -> None:
+    """The same rows, numbers as near as that; averages of quantiles are left out, because they are none."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         for name, value in wanted.items():
             if isinstance(value, str):
                 assert row[name] == value
             elif not name.endswith("_p90"):
-                assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (wanted["step"], name)
+                assert row[name] == pytest.approx(value, rel=within, abs=within), (wanted["step"], name)

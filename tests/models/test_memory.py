@@ -14,7 +14,9 @@ from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_
 from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
 from coordexp.packing.memory import (
     adapters_by_part,
+    outside_layers,
     parameters_by_part,
+    sharded_memory,
     step_memory,
     text_layer_bytes,
     trained_parameters,
@@ -115,3 +117,16 @@ def test_the_plan_of_the_real_sizes():
     assert lora.total < eight.total < full.total < keep.total
     assert lora.trained < 0.02 * lora.parameters
     assert lora.gradients + lora.moments < 0.02 * (full.gradients + full.moments)
+
+
+@pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied
+def test_what_sharding_leaves_whole_is_what_is_no_layer(size):
+    config = qwen3_vl_config(size)
+    names = on_meta(config).named_parameters()
+    counted = sum(p.numel() for name, p in names if ".layers." not in name and ".blocks." not in name)
+    assert outside_layers(config.to_dict()) == counted
+    whole = step_memory(config.to_dict(), tuning(), "adamw", tokens=8192, image_tokens=5000, supervised=2500)
+    spread = sharded_memory(whole, config.to_dict(), 8)
+    assert spread.moments == whole.moments // 8
+    assert spread.weights == whole.weights // 8 + 4 * counted
+    assert spread.activations == whole.activations
