@@ -11,8 +11,16 @@ from safetensors.torch import load_file
 from coordexp.training.distributed import merge_rows
 from stage_runs import ENDS_WITHIN_S, assert_alike, run_stage, trace
 
-# Stage -> numbers of processes and rows in one forward. Of three processes, one finds no row left in some steps.
-SPREADS = {"stage1": [(1, 1), (3, 1)], "stage1-control": [(2, 0)], "stage2": [(2, 0), (3, 1)]}
+# Stage -> keys of `launch`. Of three processes, one finds no row left in some steps.
+SPREADS = {
+    "stage1": [{"processes": 1, "rows_per_forward": 1}, {"processes": 3, "rows_per_forward": 1}],
+    "stage1-control": [{"processes": 2, "sharding": "fsdp2"}],
+    "stage2": [
+        {"processes": 2},
+        {"processes": 3, "rows_per_forward": 1},
+        {"processes": 3, "rows_per_forward": 1, "sharding": "fsdp2"},
+    ],
+}
 
 
 @pytest.mark.slow
@@ -23,8 +31,7 @@ def test_the_trace_is_that_of_one_process(ready, stage):
     alone, weights = trace(ready, stage), load_file(ready.paths.run(stage) / "model.safetensors")
     if stage == "stage2":
         assert {row["channel"] for row in alone} == {"A", "B"}
-    for processes, rows_per_forward in SPREADS[stage]:
-        launch = {"processes": processes, "rows_per_forward": rows_per_forward}
+    for launch in SPREADS[stage]:
         code, output = run_stage(ready, stage, launch)
         assert code == 0, output
         assert_alike(trace(ready, stage), alone)

@@ -41,7 +41,7 @@ class Case:
     rows_per_forward: int = 0
     tied: bool = True
     interrupted: str = ""  # "sharded" or "alone": who is stopped after step 1, so that the other kind goes on
-    losses_within: float = 1e-5
+    within: float = 1e-5
 
 
 CASES = {
@@ -54,11 +54,11 @@ CASES = {
         {"stage2__n_softctx_iter": 3, "stage2__softctx_grad_mode": "em_detach", "stage2__passes": "one"},
         tuning={"activations": "recompute"},
     ),
-    "bf16": Case(optim={"precision": "bf16"}, losses_within=1e-3),
-    "muon": Case(optim={"optimizer": "muon"}, losses_within=1e-3),
+    "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
+    "muon": Case(optim={"optimizer": "muon"}),
     "saved sharded": Case(interrupted="sharded"),
     "saved alone": Case(interrupted="alone"),
-    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="sharded", losses_within=1e-3),
+    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="sharded"),
 }
 
 
@@ -156,8 +156,8 @@ def spaces(tmp_path_factory, world: World) -> dict[str, tuple[Workspace, Workspa
 @pytest.mark.parametrize("name", CASES)
 def test_the_run_is_that_of_one_process(spaces, name):
     case, (alone, sharded) = CASES[name], spaces[name]
-    assert_alike(trace(sharded, case.stage), trace(alone, case.stage), within=case.losses_within)
-    if case.losses_within <= 1e-5:
+    assert_alike(trace(sharded, case.stage), trace(alone, case.stage), within=case.within)
+    if case.within <= 1e-5:
         found, expected = (load_file(s.paths.run(case.stage) / "model.safetensors") for s in (sharded, alone))
         assert found.keys() == expected.keys()
         for weight, value in found.items():

@@ -231,20 +231,18 @@ class Profile(Block):
     def _what_trains_can_be_sharded(self) -> Profile:
         if self.launch.sharding == "none":
             return self
-        unfit = [
-            ("tuning.method", self.tuning.method, "full", self.tuning.method != "full"),
-            ("tuning.language", self.tuning.language, "train", self.tuning.language == "freeze"),
-        ]
+        wanted: dict[str, tuple[object, tuple[object, ...]]] = {
+            "tuning.method": (self.tuning.method, ("full",)),
+            "tuning.language": (self.tuning.language, ("train",)),
+        }
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
-            unfit += [
-                (f"{name}.optimizer", stage.optimizer, "adamw or muon", stage.optimizer == "adamw_8bit"),
-                (f"{name}.grad_monitor_every", stage.grad_monitor_every, "0", stage.grad_monitor_every > 0),
-            ]
-        for key, found, wanted, is_unfit in unfit:
-            if is_unfit:
+            wanted[f"{name}.optimizer"] = stage.optimizer, ("adamw", "muon")
+            wanted[f"{name}.grad_monitor_every"] = stage.grad_monitor_every, (0,)
+        for key, (found, fitting) in wanted.items():
+            if found not in fitting:
                 raise ValueError(
-                    f"launch.sharding {self.launch.sharding} cannot spread {key} {found}; set it to {wanted}, "
-                    "or launch.sharding to none."
+                    f"launch.sharding {self.launch.sharding} does not go with {key} {found}; set it to "
+                    f"{' or '.join(map(str, fitting))}, or launch.sharding to none."
                 )
         return self
 

@@ -143,9 +143,11 @@ class WholeMatrixMuon(Muon):
                     self._update(rows, settings)
 
     def _update(self, rows: nn.Parameter, settings: dict[str, Any]) -> None:
+        gradient = rows.grad
         assert isinstance(rows, DTensor)
+        assert isinstance(gradient, DTensor)
         matrix = nn.Parameter(rows.full_tensor())
-        matrix.grad = rows.grad.full_tensor()
+        matrix.grad = gradient.full_tensor()
         muon = Muon([matrix], **settings)
         if momentum := self.state[rows]:
             muon.state[matrix]["momentum_buffer"] = momentum["momentum_buffer"].full_tensor()
