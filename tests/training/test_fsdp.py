@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from coordexp.config.profile import Profile
-from coordexp.errors import Interrupted
+from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -183,3 +183,11 @@ def test_a_process_holds_its_share(spaces):
     held = json.loads((sharded.paths.root / "held.json").read_text())
     assert len(held) == sharded.profile.stage1.steps
     assert all(0.49 < share < 0.52 for share in held)
+
+
+def test_fresh_rollouts_and_sharding_are_refused_together(workspace):
+    tree = workspace.profile.model_dump()
+    tree["launch"]["sharding"] = "fsdp2"
+    space = replace(workspace, profile=Profile.model_validate(tree)).set(stage2__refresh_steps=2)
+    with pytest.raises(ConfigError, match=r"stage2\.refresh_steps is 2, but launch\.sharding is fsdp2"):
+        train_stage2(space.params, space.profile, space.paths)

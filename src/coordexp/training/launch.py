@@ -21,6 +21,8 @@ from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, Interrupt
 
 log = logging.getLogger(__name__)
 
+# Between SIGTERM and SIGKILL: to end the step and to save. Torch's 30 s are short for billions of parameters.
+SHUTDOWN_S = 120
 _WHO = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what init_process_group and the choice of GPU need
 # How `accelerate launch` tells a process that accelerate should wrap its model, in the words of its configuration.
 _ENGINES = {
@@ -60,6 +62,7 @@ def run_in_processes(wanted: int) -> bool:
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
         max_restarts=0,  # DVC starts a stage again, which resumes
+        shutdown_timeout=SHUTDOWN_S,
     )
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
