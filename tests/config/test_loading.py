@@ -236,6 +236,31 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
             {"records.dev_images": 40, "source.train_images": 40},
             "records.dev_images 40 leaves nothing of source.train_images 40 to train on; lower it.",
         ),
+        (
+            Profile,
+            {"launch.sharding": "fsdp2", "tuning.method": "lora"},
+            "launch.sharding fsdp2 does not go with tuning.method lora; set it to full, or launch.sharding to none.",
+        ),
+        (
+            Profile,
+            {"launch.sharding": "fsdp2", "tuning.language": "freeze"},
+            "launch.sharding fsdp2 does not go with tuning.language freeze; set it to train, or launch.sharding",
+        ),
+        (
+            Profile,
+            {"launch.sharding": "fsdp2", "stage2.optimizer": "adamw_8bit"},
+            "launch.sharding fsdp2 does not go with stage2.optimizer adamw_8bit; set it to adamw or muon, or launch",
+        ),
+        (
+            Profile,
+            {"launch.sharding": "fsdp2", "stage1.grad_monitor_every": 5},
+            "launch.sharding fsdp2 does not go with stage1.grad_monitor_every 5; set it to 0, or launch.sharding",
+        ),
+        (
+            Profile,
+            {"launch.sharding": "fsdp2", "monitor.every_steps": 5},
+            "launch.sharding fsdp2 does not go with monitor.every_steps 5; set it to 0, or launch.sharding",
+        ),
     ],
 )
 def test_rules_over_values(tmp_path: Path, block: type[Block], changes: dict[str, Any], message: str) -> None:

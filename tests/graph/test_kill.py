@@ -1,7 +1,8 @@
 """The graph under `kill`: whatever is stopped wherever, running `dvc repro` again ends in the undisturbed results.
 
 A campaign runs the smoke profile once and kills it at four places on the way. The default suite runs the first
-campaign, `make test-faults` all of them: 20 places, drawn from a seed.
+campaign, `make test-faults` all of them: 20 places, drawn from a seed. `make test-faults POINTS="16 19"` kills one run
+at the places of these numbers, counted from 0 over all campaigns.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from coordexp.config.loading import read_yaml
 from smoke_clone import STAGES, Clone, new_clone
@@ -52,6 +54,19 @@ def campaign(seed: int) -> list[Point]:
     ]
 
 
+def campaigns() -> list[ParameterSet]:
+    """Cases of places: the campaigns, of which all but the first are long; or those chosen by the environment."""
+    every = [campaign(seed) for seed in range(CAMPAIGNS)]
+    if numbers := [int(number) for number in os.environ.get("FAULT_POINTS", "").split()]:
+        places = [point for points in every for point in points]
+        chosen = sorted((places[number] for number in numbers), key=lambda point: STAGES.index(point.stage))
+        return [pytest.param(chosen, id="-".join(map(str, numbers)), marks=pytest.mark.faults)]
+    return [
+        pytest.param(points, id=str(seed), marks=[pytest.mark.faults] if seed else [])
+        for seed, points in enumerate(every)
+    ]
+
+
 def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
     points = [point for seed in range(CAMPAIGNS) for point in campaign(seed)]
     assert len(points) == 20
@@ -63,14 +78,12 @@ def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("smoke")
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, CAMPAIGNS))], ids=str
-)
+@pytest.mark.parametrize("points", campaigns())
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
-    seed: int, clone: Clone, reproduced: str, repository: Path, tmp_path: Path
+    points: list[Point], clone: Clone, reproduced: str, repository: Path, tmp_path: Path
 ) -> None:
     copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
-    report = [kill_at(copy, point) for point in campaign(seed)]
+    report = [kill_at(copy, point) for point in points]
     print(*report, sep="\n")
     copy.succeed("dvc", "repro")
     for name in COMPARED:

@@ -14,7 +14,9 @@ from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_
 from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
 from coordexp.packing.memory import (
     adapters_by_part,
+    outside_layers,
     parameters_by_part,
+    sharded_memory,
     step_memory,
     text_layer_bytes,
     trained_parameters,
@@ -128,3 +130,16 @@ def test_logits_of_a_large_vocabulary_are_one_chunk():
     assert lora == chunk + coordinates + 4 * 2560 * 1000
     config["text_config"]["vocab_size"] = 5000
     assert step_memory(config, tuning(), "adamw", **forward).logits == 12 * 2500 * 5000
+
+
+@pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied
+def test_what_sharding_leaves_whole_is_what_is_no_layer(size):
+    config = qwen3_vl_config(size)
+    names = on_meta(config).named_parameters()
+    counted = sum(p.numel() for name, p in names if ".layers." not in name and ".blocks." not in name)
+    assert outside_layers(config.to_dict()) == counted
+    whole = step_memory(config.to_dict(), tuning(), "adamw", tokens=8192, image_tokens=5000, supervised=2500)
+    spread = sharded_memory(whole, config.to_dict(), 8)
+    assert spread.moments == whole.moments // 8
+    assert spread.weights == whole.weights // 8 + 4 * counted
+    assert spread.activations == whole.activations

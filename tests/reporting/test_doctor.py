@@ -90,6 +90,11 @@ def test_needs_by_hand(repository, monkeypatch):
     assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // profile.packing.pack_tokens)
     assert needs.over_pack == 0
     assert needs_of([record] * 10, profile, "tags").text_tokens < needs.text_tokens
+    every_gpu = profile.model_copy(update={"launch": profile.launch.model_copy(update={"processes": 0})})
+    assert needs_of([record] * 10, every_gpu, "json") == needs  # how many there are is not known here
+    four = profile.launch.model_copy(update={"processes": 4, "sharding": "fsdp2", "rows_per_forward": 1})
+    spread = needs_of([record] * 10, profile.model_copy(update={"launch": four}), "json").memory
+    assert spread.moments == needs.memory.moments // 4
 
 
 def write_profile(repository: Path, coco: Path, folder: Path) -> Path:

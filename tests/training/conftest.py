@@ -1,5 +1,6 @@
 """Fixtures of this folder."""
 
 from helpers import workspace, world
+from stage_runs import ready
 
-__all__ = ["workspace", "world"]
+__all__ = ["ready", "workspace", "world"]

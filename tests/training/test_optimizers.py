@@ -103,7 +103,7 @@ def test_muon_takes_hidden_matrices_only():
     model = new_checkpoint().model
     optimizer = build_optimizer(model, "muon", 0.01, 0.0)
     assert isinstance(optimizer, MuonWithAdamW)
-    muon, adamw = optimizer._parts
+    muon, adamw = optimizer.parts
     assert isinstance(muon, Muon)
     assert isinstance(adamw, AdamW)
     name_of = {id(p): name for name, p in model.named_parameters()}

@@ -18,14 +18,14 @@ from coordexp.models.loading import load_checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.records import write_rollouts
 from coordexp.training import session
 from coordexp.training.session import summarise_log, write_curve
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
 from coordexp.training.teacher_task import TeacherTask
-from helpers import Workspace, teacher_rollouts
+from helpers import Workspace
+from permissions import permissions_hold
 
 STAGES = {"stage1": train_stage1, "stage1-control": train_control, "stage2": train_stage2}
 STEPS = 4  # of the smoke profile
@@ -42,16 +42,6 @@ def log_rows(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-@pytest.fixture
-def ready(workspace: Workspace, world) -> Workspace:
-    """With rollouts and stage 2's compute on file, so that each stage can run."""
-    checkpoint = load_checkpoint(workspace.paths.run("stage1"), 64 * 64, 128 * 128)
-    workspace.paths.run("rollout").mkdir()
-    write_rollouts(workspace.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
-    workspace.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
-    return workspace
 
 
 @pytest.fixture
@@ -229,6 +219,23 @@ def test_a_full_disk_stops_with_its_name_and_damages_nothing(ready, stop_in_step
     stop_in_step(None)
     assert train(ready, "stage1")["steps"] == STEPS  # with room again
     assert not list(out.parent.glob("*.tmp"))
+
+
+def test_read_only_outputs_stop_with_their_name_and_damage_nothing(ready, stop_in_step):
+    train(ready, "stage1")
+    out = ready.paths.run("stage1")
+    before = weights(out)
+    stop_in_step(1)
+    with pytest.raises(Interrupted):
+        train(ready, "stage1")
+    stop_in_step(None)
+    out.parent.chmod(0o555)
+    with permissions_hold(), pytest.raises(PermissionError, match=r"stage1\.tmp"):
+        train(ready, "stage1")
+    assert all(torch.equal(value, before[name]) for name, value in weights(out).items())
+    assert list((ready.paths.root / ".resume").iterdir()), "what it goes on from"
+    out.parent.chmod(0o755)
+    assert train(ready, "stage1")["steps"] == STEPS
 
 
 def test_what_a_stage_leaves_behind(ready):

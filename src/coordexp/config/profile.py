@@ -208,6 +208,9 @@ class LaunchConfig(Block):
     threads: int = Field(ge=0, le=1024, description="CPU threads of the tensor library; 0 leaves its own choice")
     processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
+    sharding: Literal["none", "fsdp2"] = Field(
+        description="each training process holds all weights and moments, or its share of them (fsdp2)"
+    )
 
 
 class Profile(Block):
@@ -231,6 +234,26 @@ class Profile(Block):
         decays = self.stage1.weight_decay or self.stage2.weight_decay
         if self.tuning.method == "full" and self.tuning.language == "freeze" and decays:
             raise ValueError("tuning.language is frozen, but weight_decay would shrink its rows; set it to 0.")
+        return self
+
+    @model_validator(mode="after")
+    def _what_trains_can_be_sharded(self) -> Profile:
+        if self.launch.sharding == "none":
+            return self
+        wanted: dict[str, tuple[object, tuple[object, ...]]] = {
+            "tuning.method": (self.tuning.method, ("full",)),
+            "tuning.language": (self.tuning.language, ("train",)),
+        }
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            wanted[f"{name}.optimizer"] = stage.optimizer, ("adamw", "muon")
+            wanted[f"{name}.grad_monitor_every"] = stage.grad_monitor_every, (0,)
+        wanted["monitor.every_steps"] = self.monitor.every_steps, (0,)
+        for key, (found, fitting) in wanted.items():
+            if found not in fitting:
+                raise ValueError(
+                    f"launch.sharding {self.launch.sharding} does not go with {key} {found}; set it to "
+                    f"{' or '.join(map(str, fitting))}, or launch.sharding to none."
+                )
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -153,11 +154,19 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
     return model
 
 
-def save_checkpoint(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain checkpoint that Hugging Face and vLLM load without code of ours."""
+def save_checkpoint(
+    folder: Path,
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a plain checkpoint that Hugging Face and vLLM load without code of ours.
+
+    `weights` are those of the model by name, where it does not hold them whole itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
         if number := _OS_ERROR.search(str(error)):  # the disk is full, or not writable
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error

@@ -12,7 +12,7 @@ What it leaves out: the allocator's fragments, the workspace of kernels, and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordexp.config.profile import TuningConfig
@@ -170,6 +170,26 @@ def _logit_bytes(config: Mapping[str, Any], tuning: TuningConfig, supervised: in
         return LOGIT * supervised * vocab_size
     trained_rows = vocab_size if tuning.method == "full" else NUM_BINS
     return 4 * FUSED_ROWS * vocab_size + LOGIT * supervised * NUM_BINS + GRADIENT * trained_rows * hidden
+
+
+def outside_layers(config: Mapping[str, Any]) -> int:
+    """Parameters that are in no decoder layer and no vision block: tables, mergers, patch and position embeddings."""
+    text, vision = config["text_config"] | {"num_hidden_layers": 0}, config["vision_config"] | {"depth": 0}
+    return parameters_by_part({**config, "text_config": text, "vision_config": vision}).total
+
+
+def sharded_memory(memory: Memory, config: Mapping[str, Any], processes: int) -> Memory:
+    """The same step with states sharded: a share of them, and whole what is no layer (training/sharding.py).
+
+    The layer that is gathered at the moment is left out: in 8B it is 0.8 GB of weights and 0.8 GB of gradients.
+    """
+    whole = outside_layers(config)
+    return replace(
+        memory,
+        weights=memory.weights // processes + WEIGHT * whole,
+        gradients=memory.gradients // processes + GRADIENT * whole,
+        moments=memory.moments // processes,
+    )
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
-from coordexp.packing.memory import WEIGHT, Memory, step_memory
+from coordexp.packing.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
@@ -84,13 +84,20 @@ def _step_memory(folder: Path, profile: Profile, tokens: int, image_tokens: int)
     visual = round(in_forward * image_tokens / max(1, tokens))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     optimizer = profile.stage1.optimizer
-    return step_memory(config, profile.tuning, optimizer, in_forward, visual, in_forward - visual)
+    memory = step_memory(config, profile.tuning, optimizer, in_forward, visual, in_forward - visual)
+    is_sharded = profile.launch.sharding != "none" and _processes(profile) > 1
+    return sharded_memory(memory, config, _processes(profile)) if is_sharded else memory
 
 
 def rows_in_forward(profile: Profile) -> int:
     """Packs that one device takes through the model at a time."""
-    most = -(-profile.stage1.packs_per_step // profile.launch.processes)
+    most = -(-profile.stage1.packs_per_step // _processes(profile))
     return min(profile.launch.rows_per_forward or most, most)
+
+
+def _processes(profile: Profile) -> int:
+    """Training processes as far as the profile says; one for each GPU counts as one, which is the most for a device."""
+    return max(1, profile.launch.processes)
 
 
 def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> float:

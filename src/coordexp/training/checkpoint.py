@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from coordexp.config.files import replacing
 from coordexp.errors import CheckpointError
+from coordexp.training.distributed import world
+from coordexp.training.sharding import is_sharded, own_rows, whole_weights
 
 STATE_NAME = "state.pt"
 
@@ -29,7 +31,8 @@ class ResumeState:
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Put everything back to where it stood."""
-        model.load_state_dict(self.model)
+        sharded = is_sharded(model)
+        model.load_state_dict(own_rows(model.state_dict(), self.model) if sharded else self.model)
         optimizer.load_state_dict(self.optimizer)
         torch.set_rng_state(self.torch_rng)
         if self.cuda_rng and torch.cuda.is_available():
@@ -37,18 +40,20 @@ class ResumeState:
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Replace the resume state of a run, whole or not at all.
+    """Replace the resume state of a run, whole or not at all. The main process writes; a sharded model needs all here.
 
     Raises:
         OSError: the disk is full or not writable; the state before this one is still there.
     """
     state = {
         "step": step,
-        "model": model.state_dict(),
+        "model": whole_weights(model) if is_sharded(model) else model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+    if not world().is_main:
+        return
     with replacing(folder / STATE_NAME) as temporary, temporary.open("wb") as out:
         try:
             torch.save(state, out)

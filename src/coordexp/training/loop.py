@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from coordexp.config.files import write_text
@@ -29,6 +30,7 @@ from coordexp.training.checkpoint import load_state, save_state
 from coordexp.training.distributed import any_process, gathered_row, merge_rows, sum_gradients, world
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.schedule import Schedule
+from coordexp.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +131,10 @@ class _Recorder:
             self._log.flush()
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Save the state from which `step` runs next."""
+        """Save the state from which `step` runs next; if the model is sharded, all processes must call this."""
         if self._log:
             os.fsync(self._log.fileno())  # a state must never be ahead of the log that it goes on with
+        if self._log or is_sharded(model):
             save_state(self._state_folder, step, model, optimizer)
 
 
@@ -172,7 +175,8 @@ def train(
                 row = _run_step(model, task, step, settings.precision)
                 norm = _clipped_norm(model, settings.max_grad_norm)
             except TrainingError as error:
-                disk.save(step, model, optimizer)
+                if not is_sharded(model):  # the other processes, which hold their part of it, may be anywhere
+                    disk.save(step, model, optimizer)
                 raise _kept_for_replay(error, task, step, state_folder) from error
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -187,7 +191,7 @@ def train(
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
                 raise Interrupted(f"stopped by {why} after step {step + 1} of {settings.steps}; run it again.")
-            if time.monotonic() - saved_at > settings.save_every_seconds:
+            if any_process(time.monotonic() - saved_at > settings.save_every_seconds):
                 disk.save(step + 1, model, optimizer)
                 saved_at = time.monotonic()
 
@@ -195,7 +199,9 @@ def train(
 def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow:
     rows: list[LogRow] = []
     device_type = next(model.parameters()).device.type
-    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    # Autocast keeps its copy of each weight to the end of the step, which would undo what sharding saves.
+    keeps_copies = not is_sharded(model)
+    with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keeps_copies):
         for micro in task.micro_batches(step):
             value = float(micro.loss.detach())
             if not math.isfinite(value):
@@ -207,8 +213,10 @@ def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow
 
 def _clipped_norm(model: nn.Module, limit: float) -> float:
     """Sum the gradients of all processes, scale them down to the limit, and return their norm before."""
-    sum_gradients(model.parameters())
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    if not is_sharded(model):  # otherwise the backward pass did
+        sum_gradients(model.parameters())
+    total = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         raise TrainingError(f"the norm of the gradient is {norm}, though the loss is finite.")
     return norm

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from coordexp.errors import ConfigError
+from coordexp.training.sharding import WholeMatrixMuon, is_sharded, keep_state_whole
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.
@@ -23,31 +24,31 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._parts = (muon, adamw)
-        super().__init__([{"params": list(g["params"])} for part in self._parts for g in part.param_groups], {})
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.parts = (muon, adamw)
+        super().__init__([{"params": list(g["params"])} for part in self.parts for g in part.param_groups], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of both parts; closures are not supported."""
         assert closure is None
-        for part in self._parts:
+        for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of both parts."""
-        for part in self._parts:
+        for part in self.parts:
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Both states, under `parts`."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore both states and share their groups again (loading replaces the group dictionaries)."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def build_optimizer(
@@ -58,6 +59,14 @@ def build_optimizer(
     `row_lr_factor` scales the learning rate of embedding and head rows: new rows start far from where they belong.
     Muon takes AdamW's learning rate ("match_rms_adamw"), so one `lr` serves both parts.
     """
+    optimizer = _build(model, name, lr, weight_decay, row_lr_factor)
+    if is_sharded(model):
+        for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,):
+            keep_state_whole(part)
+    return optimizer
+
+
+def _build(model: nn.Module, name: str, lr: float, weight_decay: float, row_lr_factor: float) -> Optimizer:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     rows = [p for n, p in named if "embed_tokens" in n or "lm_head" in n]
     if name == "adamw":
@@ -71,7 +80,8 @@ def build_optimizer(
         matrices = [p for n, p in named if p.ndim == 2 and not any(key in n for key in _NOT_FOR_MUON)]
         chosen = {id(p) for p in [*matrices, *rows]}
         others = [p for _, p in named if id(p) not in chosen]
-        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        kind = WholeMatrixMuon if is_sharded(model) else Muon
+        muon = kind(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return MuonWithAdamW(
             muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
         )

@@ -21,6 +21,7 @@ from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, sav
 from coordexp.training.distributed import world
 from coordexp.training.loop import LoopSettings, Task, Watch, train
 from coordexp.training.schedule import cosine_schedule
+from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0
@@ -48,6 +49,7 @@ class Session:
     seed: int
     row_lr_factor: float
     out: Path
+    sharding: str = "none"  # as `launch.sharding`; like the number of processes, it changes no result
 
     @property
     def tracked(self) -> dict[str, Any]:
@@ -97,8 +99,12 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: L
     state = session.state_folder()
     assert checkpoint.coord is not None
     undo = apply_tuning(checkpoint.model, session.tuning, checkpoint.coord)
+    if will_shard(session.sharding):
+        shard_model(checkpoint.model)
     if not world().is_main:
         train(checkpoint.model, task, _loop_settings(session), state, state / LOG_NAME)
+        if is_sharded(checkpoint.model):
+            whole_weights(checkpoint.model)  # gives the main process what it writes
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
@@ -113,10 +119,11 @@ def _run_main(
     started = time.monotonic()
     monitor.open(state)
     train(checkpoint.model, task, _loop_settings(session), state, log_path, monitor)
+    weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
     undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer)
+    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     monitor.hand_over(temporary)
     summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}

@@ -26,6 +26,7 @@ from coordexp.training.monitor import make_monitor
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
+from coordexp.training.sharding import will_shard
 from coordexp.training.teacher_task import TeacherTask
 
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
@@ -33,7 +34,8 @@ SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 def _load(profile: Profile, folder: Path) -> Checkpoint:
     checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
-    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    if not will_shard(profile.launch.sharding):  # then its layers move one by one
+        checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
     return checkpoint
 
 
@@ -95,6 +97,7 @@ def _teach(
         tuning=profile.tuning,
         steps=len(packs_by_step),
         threads=profile.launch.threads,
+        sharding=profile.launch.sharding,
         seed=params.stage1_seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run(stage),

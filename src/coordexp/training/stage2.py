@@ -8,6 +8,7 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.provenance import image_inputs, write_json
 from coordexp.config.schema import Params
+from coordexp.errors import ConfigError
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.decode import EMITTED
@@ -28,6 +29,7 @@ from coordexp.training.monitor import make_monitor
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
+from coordexp.training.sharding import will_shard
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 
 READOUT_KEYS = {"score", "box"}  # of `decode`: how an answer is judged, not how it is generated
@@ -39,10 +41,16 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
     The compute is in tokens of training forwards, which the control is given too, and apart from them the tokens that
     fresh rollouts read and wrote, which it is not.
     """
+    if params.stage2.refresh_steps and profile.launch.sharding != "none":
+        raise ConfigError(
+            f"stage2.refresh_steps is {params.stage2.refresh_steps}, but launch.sharding is {profile.launch.sharding}: "
+            "sharded weights do not generate. Set one of them to 0 or none."
+        )
     session = _session(params, profile, paths)
     optim = profile.stage2
     checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
-    checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    if not will_shard(profile.launch.sharding):  # then its layers move one by one
+        checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
     store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
@@ -87,6 +95,7 @@ def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
         tuning=profile.tuning,
         steps=profile.stage2.steps,
         threads=profile.launch.threads,
+        sharding=profile.launch.sharding,
         seed=params.stage2_seed,
         row_lr_factor=ROW_LR_FACTOR,
         out=paths.run("stage2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from coordexp.training.objective_step import (
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import is_channel_b, step_items
+from coordexp.training.sharding import in_forward
 from coordexp.training.soft_context import SoftContext, self_context_forwards
 
 
@@ -127,7 +129,8 @@ class Stage2Task:
         context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
         for on_cpu in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
-            parts, measured = self._forward(on_cpu.to(self._model.device), objective, context, counts)
+            batch = on_cpu.to(self._model.device)
+            parts, measured = in_forward(self._model, partial(self._forward, batch, objective, context, counts))
             yield to_micro_batch(parts, counts, logs | measured, monitored)
 
     def _forward(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.models.forward import hidden_states
-from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.training.grad_monitor import monitored_parameters
-from coordexp.training.loop import MicroBatch
+from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
     LossPart,
     Objective,
@@ -22,6 +24,7 @@ from coordexp.training.objective_step import (
     to_micro_batch,
 )
 from coordexp.training.sample_source import SampleSource
+from coordexp.training.sharding import in_forward
 
 
 class TeacherTask:
@@ -57,11 +60,18 @@ class TeacherTask:
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
         for on_cpu in shared_batches(self._collator, segments, rows, self._share):
             batch = on_cpu.to(self._model.device)
-            hidden = hidden_states(self._model, batch)
-            terms, coord = objective_terms(self._model, objective, batch, hidden, hidden, counts)
-            logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
-            logs |= coord_logs(diagnose(objective, batch, coord))
-            yield to_micro_batch([LossPart(terms, objective.weights)], counts, logs, monitored)
+            parts, logs = in_forward(self._model, partial(self._forward, batch, objective, counts))
+            yield to_micro_batch(parts, counts, logs, monitored)
+
+    def _forward(
+        self, batch: PackedBatch, objective: Objective, counts: Mapping[str, Tensor]
+    ) -> tuple[list[LossPart], LogRow]:
+        """Terms of one batch, with what is measured on the way."""
+        hidden = hidden_states(self._model, batch)
+        terms, coord = objective_terms(self._model, objective, batch, hidden, hidden, counts)
+        logs: LogRow = {"tokens": batch.n_tokens, "samples": batch.n_segments}
+        logs |= coord_logs(diagnose(objective, batch, coord))
+        return [LossPart(terms, objective.weights)], logs
 
     def items(self, step: int) -> dict[str, Any]:
         """The images of each pack of a step."""

@@ -1,0 +1,90 @@
+"""Run by torchrun in a test: training stages one after another in the same processes, as a list in a file says.
+
+    torchrun --nproc-per-node 2 tests/sharded_runs.py runs.json
+
+Each entry names a workspace, a stage, parameters, and keys of the profile; `stop_in` is a step in which process 1 is
+sent SIGTERM. It leaves `held.json` with the share of the weights and moments that each process held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.profile import Profile
+from coordexp.config.schema import Params
+from coordexp.errors import Interrupted
+from coordexp.training import loop
+from coordexp.training.distributed import wait_for_all, world
+from coordexp.training.stage1 import train_stage1
+from coordexp.training.stage2 import train_stage2
+from coordexp.training.stage2_task import Stage2Task
+from coordexp.training.teacher_task import TeacherTask
+
+STAGES = {"stage1": train_stage1, "stage2": train_stage2}
+HELD: list[float] = []
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def watch_memory() -> None:
+    """Note the share of numbers that this process holds after each step, of weights and moments."""
+    clipped = loop._clipped_norm
+
+    def noting(model, limit):
+        norm = clipped(model, limit)
+        tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        HELD.append(sum(local(t).numel() for t in tensors) / sum(t.numel() for t in tensors))
+        return norm
+
+    loop._clipped_norm = noting
+
+
+def stop_in(step: int | None) -> None:
+    for kind, original in ORIGINALS.items():
+
+        def micro_batches(self, current, original=original):
+            if current == step and world().rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, current)
+
+        kind.micro_batches = micro_batches
+
+
+ORIGINALS = {kind: kind.micro_batches for kind in (TeacherTask, Stage2Task)}
+
+
+def run(entry: dict[str, Any]) -> None:
+    os.environ["DVC_ROOT"] = entry["root"]
+    HELD.clear()
+    stop_in(entry["stop_in"])
+    try:
+        STAGES[entry["stage"]](
+            Params.model_validate(entry["params"]),
+            Profile.model_validate(entry["profile"]),
+            ProfilePaths("smoke", Path(entry["root"])),
+        )
+    except Interrupted:
+        assert entry["stop_in"] is not None
+    else:
+        assert entry["stop_in"] is None
+    if world().is_main:
+        (Path(entry["root"]) / "held.json").write_text(json.dumps(HELD))
+    wait_for_all()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    watch_memory()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run(entry)

@@ -1,0 +1,195 @@
+"""Weights spread over processes: the trace and the files of one process, and resuming from whatever was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coordexp.config.profile import Profile
+from coordexp.errors import ConfigError, Interrupted
+from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.training.stage1 import train_stage1
+from coordexp.training.stage2 import train_stage2
+from coordexp.training.teacher_task import TeacherTask
+from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, build_workspace
+from stage_runs import ENDS_WITHIN_S, EXACT, REPOSITORY, add_rollouts, assert_alike, trace
+
+STAGES = {"stage1": train_stage1, "stage2": train_stage2}
+STOP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run in two processes with sharded weights, which must be that of one process without."""
+
+    stage: str = "stage1"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    rows_per_forward: int = 0
+    tied: bool = True
+    interrupted: str = ""  # "sharded" or "alone": who is stopped after step 1, so that the other kind goes on
+    within: float = 1e-5
+
+
+CASES = {
+    "stage1": Case(),
+    "accumulated, recomputed": Case(rows_per_forward=1, tuning={"activations": "recompute"}),
+    "vision frozen, head of its own": Case(tuning={"vision": "freeze"}, tied=False),
+    "stage2": Case("stage2", {"stage2__n_softctx_iter": 3, "stage2__a1_coord_weight": 0.5}),
+    "stage2, detached, one pass": Case(
+        "stage2",
+        {"stage2__n_softctx_iter": 3, "stage2__softctx_grad_mode": "em_detach", "stage2__passes": "one"},
+        tuning={"activations": "recompute"},
+    ),
+    "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
+    "muon": Case(optim={"optimizer": "muon"}),
+    "saved sharded": Case(interrupted="sharded"),
+    "saved alone": Case(interrupted="alone"),
+    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="sharded"),
+}
+
+
+def prepared(root: Path, world: World, case: Case, sharding: str) -> Workspace:
+    space = build_workspace(root, world)
+    for folder in (space.paths.norm1000 / "init", space.paths.run("stage1")):
+        if not case.tied:
+            untie(folder)
+    add_rollouts(space, world)
+    tree = space.profile.model_dump()
+    tree["launch"] |= {"sharding": sharding, "rows_per_forward": case.rows_per_forward, "threads": 1}
+    tree["tuning"] |= case.tuning
+    tree["monitor"]["every_steps"] = 0
+    for stage in STAGES:
+        tree[stage] |= {**EXACT, **case.optim}
+    return replace(space, profile=Profile.model_validate(tree)).set(**case.params)
+
+
+def untie(folder: Path) -> None:
+    """Give the head weights of its own, as in the 8B model."""
+    checkpoint = load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS)
+    model = checkpoint.model
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(0.5 * model.lm_head.weight.detach())
+    shutil.rmtree(folder)
+    save_checkpoint(folder, model, checkpoint.tokenizer)
+    assert "lm_head.weight" in load_file(folder / "model.safetensors")
+
+
+def train(space: Workspace, stage: str) -> None:
+    """In this very process, alone."""
+    os.environ["DVC_ROOT"] = str(space.paths.root)
+    STAGES[stage](space.params, space.profile, space.paths)
+
+
+def interrupt(space: Workspace, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TeacherTask.micro_batches
+
+    def stopping(self, step):
+        step == STOP and os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(TeacherTask, "micro_batches", stopping)
+    with pytest.raises(Interrupted):
+        train(space, stage)
+    monkeypatch.setattr(TeacherTask, "micro_batches", original)
+
+
+def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path) -> None:
+    entries = [
+        {
+            "stage": case.stage,
+            "params": space.params.model_dump(),
+            "profile": space.profile.model_dump(),
+            "root": str(space.paths.root),
+            "stop_in": STOP if case.interrupted == "sharded" else None,
+        }
+        for case, space in runs
+    ]
+    (folder / "runs.json").write_text(json.dumps(entries))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(REPOSITORY / "tests" / "sharded_runs.py"), str(folder / "runs.json")],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY / 'src'}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * ENDS_WITHIN_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.fixture(scope="module")
+def spaces(tmp_path_factory, world: World) -> dict[str, tuple[Workspace, Workspace]]:
+    """By case: where one process ran, and where two ran sharded. All sharded runs share two processes."""
+    root = tmp_path_factory.mktemp("fsdp")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DVC_ROOT", str(root))
+    made = {}
+    for name, case in CASES.items():
+        alone, sharded = (prepared(root / kind / name, world, case, kind) for kind in ("none", "fsdp2"))
+        train(alone, case.stage)
+        if case.interrupted == "alone":
+            interrupt(sharded, case.stage, patch)
+        made[name] = alone, sharded
+    run_sharded([(CASES[name], sharded) for name, (_, sharded) in made.items()], root)
+    for name, (_, sharded) in made.items():
+        if CASES[name].interrupted == "sharded":
+            train(sharded, CASES[name].stage)
+    patch.undo()
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_run_is_that_of_one_process(spaces, name):
+    case, (alone, sharded) = CASES[name], spaces[name]
+    assert_alike(trace(sharded, case.stage), trace(alone, case.stage), within=case.within)
+    if case.within <= 1e-5:
+        found, expected = (load_file(s.paths.run(case.stage) / "model.safetensors") for s in (sharded, alone))
+        assert found.keys() == expected.keys()
+        for weight, value in found.items():
+            torch.testing.assert_close(value, expected[weight], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_checkpoint_has_the_layout_of_one_process(spaces, name):
+    case, folders = CASES[name], [s.paths.run(CASES[name].stage) for s in spaces[name]]
+    contents = [sorted(p.name for p in folder.iterdir()) for folder in folders]
+    assert contents[0] == contents[1]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    assert configs[0] == configs[1]
+    assert ("lm_head.weight" in load_file(folders[1] / "model.safetensors")) != case.tied
+    load_checkpoint(folders[1], MIN_PIXELS, MAX_PIXELS)
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_share(spaces):
+    """Half of the weights and gradients, with what does not divide evenly."""
+    _, sharded = spaces["stage1"]
+    held = json.loads((sharded.paths.root / "held.json").read_text())
+    assert len(held) == sharded.profile.stage1.steps
+    assert all(0.49 < share < 0.52 for share in held)
+
+
+def test_fresh_rollouts_and_sharding_are_refused_together(workspace):
+    tree = workspace.profile.model_dump()
+    tree["launch"]["sharding"] = "fsdp2"
+    tree["monitor"]["every_steps"] = 0
+    space = replace(workspace, profile=Profile.model_validate(tree)).set(stage2__refresh_steps=2)
+    with pytest.raises(ConfigError, match=r"stage2\.refresh_steps is 2, but launch\.sharding is fsdp2"):
+        train_stage2(space.params, space.profile, space.paths)

@@ -1,0 +1,114 @@
+"""Who starts the processes of a stage: the stage itself, or a launcher whose processes join."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from coordexp.errors import ConfigError, Interrupted, TrainingError
+from coordexp.training import launch
+from coordexp.training.launch import _error_of, run_in_processes
+from stage_runs import run_stage, trace
+
+WORLD = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+# As `accelerate config` writes it for two GPUs; without a GPU the processes find none and take gloo.
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "num_machines": 1,
+    "num_processes": 2,
+    "main_process_port": 0,
+    "mixed_precision": "no",
+    "use_cpu": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind"),
+    [
+        ({0: 75, 1: 75}, Interrupted),
+        ({0: 75, 1: -15}, Interrupted),
+        ({0: -15, 1: 1}, TrainingError),
+        ({0: 2, 1: 2}, ConfigError),
+        ({0: -9, 1: -15}, TrainingError),
+        ({0: 75, 1: 1}, TrainingError),
+    ],
+)
+def test_what_exit_codes_amount_to(codes, kind):
+    assert type(_error_of(codes, 2)) is kind
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would be started, and nothing of a launcher in the environment."""
+    asked = []
+    for name in (*WORLD, *launch._ENGINES, "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "elastic_launch", lambda config, _: lambda *_: asked.append(config.nproc_per_node))
+    return asked
+
+
+def test_a_stage_starts_its_own_processes_unless_it_was_started_by_a_launcher(started, monkeypatch):
+    assert not run_in_processes(1)
+    assert run_in_processes(3)
+    for name, value in WORLD.items():
+        monkeypatch.setenv(name, value)
+    assert not run_in_processes(3)
+    assert started == [3]
+
+
+@pytest.mark.parametrize("missing", [name for name in WORLD if name != "WORLD_SIZE"])
+def test_half_an_environment_is_refused(started, monkeypatch, missing):
+    """As of `srun` without torchrun: every process would take itself for the first and wait for the others."""
+    for name, value in WORLD.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE 2, but not {missing}"):
+        run_in_processes(1)
+
+
+@pytest.mark.parametrize("size", ["", "two", "0", "-1"])
+def test_a_number_of_processes_that_is_none_is_refused(started, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match="expected the number of processes"):
+        run_in_processes(1)
+
+
+@pytest.mark.parametrize("name", launch._ENGINES)
+def test_what_accelerate_would_do_to_the_model_is_refused(started, monkeypatch, name):
+    for key, value in {**WORLD, name: "true"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=f"{launch._ENGINES[name]}, which would not be used"):
+        run_in_processes(1)
+
+
+def test_a_precision_that_accelerate_asks_for_is_warned_of(started, monkeypatch, caplog):
+    for key, value in {**WORLD, "ACCELERATE_MIXED_PRECISION": "fp16"}.items():
+        monkeypatch.setenv(key, value)
+    assert not run_in_processes(1)
+    assert "mixed_precision fp16 of accelerate is not used" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_processes_that_a_launcher_started_join(ready, tmp_path, launcher):
+    if launcher == "torchrun":
+        starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        pytest.importorskip("accelerate")
+        (tmp_path / "accelerate.yaml").write_text(json.dumps(ACCELERATE))  # in YAML, a bare no is false
+        starter = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(tmp_path / "accelerate.yaml"),
+        ]
+    noted = "from coordexp.training.distributed import world\nprint('joined', world().rank, 'of', world().size)"
+    code, output = run_stage(ready, "stage1", {"processes": 1}, before=noted, starter=starter)
+    assert code == 0, output
+    assert all(f"joined {rank} of 2" in output for rank in (0, 1)), output
+    assert len(trace(ready, "stage1")) == 4
+    assert json.loads((ready.paths.run("stage1") / "run_metadata.json").read_text())["stage"] == "stage1"
