@@ -69,6 +69,19 @@ class Watch(Protocol):
         ...
 
 
+class Unwatched:
+    """Nobody looks."""
+
+    def resume(self, done_steps: int) -> None:
+        """Nothing to forget."""
+
+    def after(self, done_steps: int) -> None:
+        """Nothing to see."""
+
+
+UNWATCHED = Unwatched()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
     """How long and how fast; learning rate is the peak of `schedule`."""
@@ -144,7 +157,7 @@ def train(
     settings: LoopSettings,
     state_folder: Path,
     log_path: Path,
-    watch: Watch | None = None,
+    watch: Watch = UNWATCHED,
 ) -> None:
     """Train in place for `settings.steps` steps, resuming from `state_folder` if it holds a state.
 
@@ -162,8 +175,7 @@ def train(
         first = state.step
         log.info("resumed at step %d of %d from %s", first, settings.steps, state_folder)
     model.train()
-    if watch:
-        watch.resume(first)
+    watch.resume(first)
     saved_at = time.monotonic()
     with StopRequest().watching() as stop, _Recorder(state_folder, log_path, first) as disk:
         for step in range(first, settings.steps):
@@ -185,8 +197,7 @@ def train(
             disk.log(row)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
-            if watch:
-                watch.after(step + 1)
+            watch.after(step + 1)
             if any_process(stop.signal is not None) and step + 1 < settings.steps:
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
