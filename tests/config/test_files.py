@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,20 +48,21 @@ def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "new"
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 1000 bytes: what a full disk is to one file."""
+    """Files cannot grow beyond 1000 bytes: what a full disk is to one file. (Nor can a log of this test run, inside.)"""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="File too large") as caught:
+    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
         write_text(path, "x" * 5000)
     assert caught.value.errno == errno.EFBIG
     assert path.read_text() == "old"
