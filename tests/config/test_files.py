@@ -50,7 +50,7 @@ def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 1000 bytes: what a full disk is to one file. (Nor can a log of this test run, inside.)"""
+    """Files cannot grow beyond 1000 bytes: a full disk, to one file. Nor can a log of this test run."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
