@@ -26,6 +26,8 @@ from coordexp.training.teacher_task import TeacherTask
 from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, build_workspace
 from stage_runs import ENDS_WITHIN_S, EXACT, REPOSITORY, add_rollouts, assert_alike, trace
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # all share what `spaces` ran
+
 STAGES = {"stage1": train_stage1, "stage2": train_stage2}
 STOP = 1
 
