@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.models.forward import hidden_states
-from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.shares import WHOLE, Share, shared_batches
+from coordexp.training.ahead import one_ahead
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import MicroBatch
 from coordexp.training.objective_step import (
@@ -44,24 +47,40 @@ class TeacherTask:
         self._packs_by_step = packs_by_step
         self._share = share
         self._grad_monitor_every = grad_monitor_every
+        self._coming: Iterator[tuple[int, PackedBatch, dict[str, Tensor]]] = iter(())
+        self._coming_step = -1
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the packs of the step."""
-        packs, objective = self._packs_by_step[step], self._objective.at(step)
-        segments: list[Segment] = []
-        rows = []
-        for pack in packs:
-            rows.append(list(range(len(segments), len(segments) + len(pack))))
-            segments += [teacher_segment(self._source.get(i, step)) for i in pack]
-        counts = denominators(segments)
+        objective = self._objective.at(step)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        for on_cpu in shared_batches(self._collator, segments, rows, self._share):
+        if step != self._coming_step:
+            self._coming = one_ahead(self._batches(step))
+        self._coming_step = step + 1
+        for _ in self._share.chunks(len(self._packs_by_step[step])):
+            started = time.monotonic()
+            of_step, on_cpu, counts = next(self._coming)
+            assert of_step == step
+            waited = time.monotonic() - started
             batch = on_cpu.to(self._model.device)
             hidden = hidden_states(self._model, batch)
             terms, coord_logits = objective_terms(self._model, objective, batch, hidden, hidden)
             logs: dict[str, float | str] = {"tokens": batch.n_tokens, "samples": batch.n_segments}
+            logs["time/wait_s"] = waited
             logs |= coord_logs(diagnose(objective, batch, coord_logits))
             yield to_micro_batch([LossPart(terms, objective.weights)], counts, logs, monitored)
+
+    def _batches(self, first_step: int) -> Iterator[tuple[int, PackedBatch, dict[str, Tensor]]]:
+        """Every batch from a step on, with its step and the counts of that step."""
+        for step in range(first_step, len(self._packs_by_step)):
+            segments: list[Segment] = []
+            rows = []
+            for pack in self._packs_by_step[step]:
+                rows.append(list(range(len(segments), len(segments) + len(pack))))
+                segments += [teacher_segment(self._source.get(i, step)) for i in pack]
+            counts = denominators(segments)
+            for batch in shared_batches(self._collator, segments, rows, self._share):
+                yield step, batch, counts
 
     def items(self, step: int) -> dict[str, Any]:
         """The images of each pack of a step."""

@@ -115,9 +115,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
     )
 
 
-def load_instances(
-    path: Path, names_images: bool = True, strict: bool = False, polygons: bool = True
-) -> Instances:
+def load_instances(path: Path, names_images: bool = True, strict: bool = False, polygons: bool = True) -> Instances:
     """Read and check an instances file; single annotations that fit nowhere become problems.
 
     Args:
