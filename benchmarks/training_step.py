@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ from torch import Tensor
 from benchmarks import harness, tiny_run
 from coordexp.config.process import LOG, tune_allocator
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.collator import PackedBatch, Segment
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import Sample, SampleStore
@@ -56,21 +54,6 @@ NO_TRL = (
 )
 
 
-class TimedCollator:
-    """A collator that adds up the seconds it takes."""
-
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
-        self.seconds = 0.0
-
-    def layout(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> PackedBatch:
-        """As the collator's."""
-        started = time.perf_counter()
-        batch = self._collator.layout(segments, rows)
-        self.seconds += time.perf_counter() - started
-        return batch
-
-
 def step_packs(run: TinyRun, steps: int) -> list[list[list[int]]]:
     """The packs of each step, as planned."""
     packs, size = read_packs(run.paths.packed / "plan.parquet"), run.profile.stage1.packs_per_step
@@ -81,10 +64,10 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     """Stage 1's own loop."""
     tune_allocator(LOG)
     store = SampleStore(run.paths.norm1000 / "train.parquet")
-    collator = TimedCollator(make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens))
+    collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(store, make_encoder(run.params, checkpoint), run.params.text.object_order, seed=0)
     objective = stage1_objective(run.params, checkpoint, steps)
-    task = TeacherTask(checkpoint.model, objective, source, collator, step_packs(run, steps))  # type: ignore[arg-type]
+    task = TeacherTask(checkpoint.model, objective, source, collator, step_packs(run, steps))
     optim = run.profile.stage1
     settings = LoopSettings(
         steps=steps,
@@ -104,7 +87,7 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
         rows = [json.loads(line) for line in log.read_text().splitlines()]
     timed = rows[WARM_STEPS:]
     seconds = [row["time/step_s"] / row["samples"] for row in timed]
-    waiting = collator.seconds / sum(row["time/step_s"] for row in rows)
+    waiting = sum(row["time/wait_s"] for row in timed) / sum(row["time/step_s"] for row in timed)
     return {"seconds_per_sample": median(seconds), "waiting": waiting}
 
 

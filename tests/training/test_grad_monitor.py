@@ -58,7 +58,7 @@ def test_every_term_is_measured_and_the_step_stays_as_it_is(world):
         micro.loss.backward()
         states.append(torch.get_rng_state())
         gradients.append(torch.cat([p.grad.flatten() for p in checkpoint.model.parameters() if p.grad is not None]))
-        rows.append(micro.logs)
+        rows.append({name: value for name, value in micro.logs.items() if not name.startswith("time/")})
     plain, monitored = rows
     assert torch.equal(*gradients)
     assert torch.equal(*states)

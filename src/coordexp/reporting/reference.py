@@ -68,8 +68,9 @@ counted half)."""
 _LOGS = """\
 `train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
-`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`, `time/step_s`; in stage 2
-also `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
+`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`, `time/step_s`; in stage 1
+`time/wait_s`, the part of it in which processes waited for their batches (a sum over processes); in stage 2 also
+`channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
 `grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # A process that died closes its connections, which ends the others at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=20)
 BUCKET_NUMBERS = 2**26  # gradients are summed in pieces of this size: 256 MiB of float32
-_SUMMED = ("tokens", "samples")
+_SUMMED = ("tokens", "samples", "time/wait_s")
 _SUMMED_AREAS = ("loss/", "raw/")
 _WEIGHTED_AREA = "coord_diag"
 _WEIGHT = "coord_tokens"

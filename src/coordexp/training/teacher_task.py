@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.shares import WHOLE, Share, shared_batches
+from coordexp.training.ahead import one_ahead
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
@@ -47,21 +49,24 @@ class TeacherTask:
         self._packs_by_step = packs_by_step
         self._share = share
         self._grad_monitor_every = grad_monitor_every
+        self._coming: Iterator[tuple[int, PackedBatch, dict[str, Tensor]]] = iter(())
+        self._coming_step = -1
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the packs of the step."""
-        packs, objective = self._packs_by_step[step], self._objective.at(step)
-        segments: list[Segment] = []
-        rows = []
-        for pack in packs:
-            rows.append(list(range(len(segments), len(segments) + len(pack))))
-            segments += [teacher_segment(self._source.get(i, step)) for i in pack]
-        counts = denominators(segments)
+        objective = self._objective.at(step)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        for on_cpu in shared_batches(self._collator, segments, rows, self._share):
+        if step != self._coming_step:
+            self._coming = one_ahead(self._batches(step))
+        self._coming_step = step + 1
+        for _ in self._share.chunks(len(self._packs_by_step[step])):
+            started = time.monotonic()
+            of_step, on_cpu, counts = next(self._coming)
+            assert of_step == step
+            waited = time.monotonic() - started
             batch = on_cpu.to(self._model.device)
             parts, logs = in_forward(self._model, partial(self._forward, batch, objective, counts))
-            yield to_micro_batch(parts, counts, logs, monitored)
+            yield to_micro_batch(parts, counts, logs | {"time/wait_s": waited}, monitored)
 
     def _forward(
         self, batch: PackedBatch, objective: Objective, counts: Mapping[str, Tensor]
@@ -72,6 +77,18 @@ class TeacherTask:
         logs: LogRow = {"tokens": batch.n_tokens, "samples": batch.n_segments}
         logs |= coord_logs(diagnose(objective, batch, coord))
         return [LossPart(terms, objective.weights)], logs
+
+    def _batches(self, first_step: int) -> Iterator[tuple[int, PackedBatch, dict[str, Tensor]]]:
+        """Every batch from a step on, with its step and the counts of that step."""
+        for step in range(first_step, len(self._packs_by_step)):
+            segments: list[Segment] = []
+            rows = []
+            for pack in self._packs_by_step[step]:
+                rows.append(list(range(len(segments), len(segments) + len(pack))))
+                segments += [teacher_segment(self._source.get(i, step)) for i in pack]
+            counts = denominators(segments)
+            for batch in shared_batches(self._collator, segments, rows, self._share):
+                yield step, batch, counts
 
     def items(self, step: int) -> dict[str, Any]:
         """The images of each pack of a step."""
