@@ -60,7 +60,8 @@ def step(checkpoint, task):
     (micro,) = task.micro_batches(0)
     micro.loss.backward()
     found = {name: p.grad.clone() for name, p in checkpoint.model.named_parameters() if p.grad is not None}
-    numbers = {name: value for name, value in micro.logs.items() if not isinstance(value, str)}
+    logged = {name: value for name, value in micro.logs.items() if not name.startswith("time/")}
+    numbers = {name: value for name, value in logged.items() if not isinstance(value, str)}
     return numbers, float(micro.loss.detach()), found
 
 

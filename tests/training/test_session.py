@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
 
     monkeypatch.setattr(HfEngine, "generate", counting)
     space = ready.set(stage2__b_ratio=1.0, stage2__refresh_steps=2, decode__max_new_tokens=12)
+    monitor = space.profile.monitor.model_copy(update={"every_steps": 0})  # it generates too
+    space = replace(space, profile=space.profile.model_copy(update={"monitor": monitor}))
     summary = train(space, "stage2")
     out = space.paths.run("stage2")
     expected_weights, expected_rows = weights(out), log_rows(out)
