@@ -25,14 +25,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from benchmarks.harness import Row, save
+from benchmarks.harness import Row
 from torch import Tensor
 
+from benchmarks import harness
 from coordexp.losses.coord_terms import coordinate_terms, slice_terms
 from coordexp.losses.fused_linear import fused_terms
 from coordexp.losses.head_sweep import HeadSlots
@@ -272,28 +273,41 @@ def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
     return [*rows, Row("fused / liger: time", None, "x", why, "", None)]
 
 
-def main() -> None:
-    """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that say how large the pack is, and where it is measured."""
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=152_936, help="the last 1000 ids are coordinates")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stock-share", type=float, help="part of the pack that `stock` runs on (CPU: 0.5, GPU: 1)")
-    parser.add_argument("--quick", action="store_true", help="a toy size, to see that it works; writes nothing")
-    parser.add_argument("--child", choices=[*WAYS, "bare"], help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    share = a.stock_share or (1.0 if a.device == "cuda" else 0.5)
-    size = Size(a.tokens, a.vocab, a.hidden, a.device, share)
-    if a.child:
-        print(json.dumps(measure_here(a.child, size)))
-    elif a.quick:
-        small = Size(1024, 4096, 64, a.device, share)
-        print(*rows_of({way: measure_here(way, small) for way in ORDER}, small), sep="\n")
-    else:
-        save("objective", rows_of(measure(size), size))
+
+
+def size_of(arguments: argparse.Namespace) -> Size:
+    """The sizes that the options name."""
+    share = arguments.stock_share or (1.0 if arguments.device == "cuda" else 0.5)
+    return Size(arguments.tokens, arguments.vocab, arguments.hidden, arguments.device, share)
+
+
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    """Every way in a process of its own, or with --quick in this one."""
+    size = size_of(arguments)
+    if arguments.quick:
+        small = replace(size, tokens=1024, vocab=4096, hidden=64)
+        return rows_of({way: measure_here(way, small) for way in ORDER}, small)
+    return rows_of(measure(size), size)
+
+
+def child() -> None:
+    """What `measure` starts: one way, its figures as JSON."""
+    parser = argparse.ArgumentParser()
+    add_sizes(parser)
+    parser.add_argument("--child", choices=[*WAYS, "bare"], required=True)
+    arguments = parser.parse_args()
+    print(json.dumps(measure_here(arguments.child, size_of(arguments))))
 
 
 if __name__ == "__main__":
-    main()
+    if "--child" in sys.argv:
+        child()
+    else:
+        harness.script("objective", __doc__, rows, add_sizes)
