@@ -3,7 +3,7 @@
     PYTHONPATH=src python -m benchmarks.graph_times
 
 `dvc status` first says whether that is so here: a benchmark must not start an hour of training. A cold `make demo` and
-an A/B run take minutes of a fresh clone and are timed by hand (README and docs/experiments.md name the commands).
+an A/B run take minutes of a fresh clone and are timed by hand (README names the commands).
 """
 
 from __future__ import annotations
