@@ -106,9 +106,13 @@ def test_processes_that_a_launcher_started_join(ready, tmp_path, launcher):
             "--config_file",
             str(tmp_path / "accelerate.yaml"),
         ]
-    noted = "from coordexp.training.distributed import world\nprint('joined', world().rank, 'of', world().size)"
+    # a file of its own for each: on a shared standard output the lines of two processes run into each other
+    noted = (
+        "from pathlib import Path\nfrom coordexp.training.distributed import world\n"
+        f"Path({str(tmp_path)!r}, f'joined {{world().rank}} of {{world().size}}').touch()"
+    )
     code, output = run_stage(ready, "stage1", {"processes": 1}, before=noted, starter=starter)
     assert code == 0, output
-    assert all(f"joined {rank} of 2" in output for rank in (0, 1)), output
+    assert sorted(path.name for path in tmp_path.glob("joined*")) == ["joined 0 of 2", "joined 1 of 2"], output
     assert len(trace(ready, "stage1")) == 4
     assert json.loads((ready.paths.run("stage1") / "run_metadata.json").read_text())["stage"] == "stage1"
