@@ -12,6 +12,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 
 PROFILE ?= coco-qwen3vl-4b
 
@@ -87,8 +89,16 @@ decoding-study: env  ## what decoding choices are worth on val, into the report 
 	PYTHONPATH=src python -m pipelines.decoding_study
 	dvc repro --single-item --force report
 
-bench: $(DEV_STAMP)  ## measure speed and memory side by side, a quarter of an hour (BENCH="startup ..." for some)
-	PYTHONPATH=src python -m benchmarks $(BENCH)
+# The project's environment and what is only measured against, which must not get into it.
+$(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt
+	$(VENV)/bin/python -m venv --without-pip $(BENCH_VENV)
+	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$($(BENCH_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	@$(VENV)/bin/python -m pip --python $(BENCH_VENV) install -qq --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (BENCH="startup ..." for some)
+	PYTHONPATH=src $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
 	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)

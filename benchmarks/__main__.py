@@ -18,7 +18,7 @@ from benchmarks.harness import Row, unmeasured
 
 from benchmarks import harness
 
-SHARED = {"__init__", "__main__", "harness", "coco_like", "tiny_run"}
+SHARED = {"__init__", "__main__", "harness", "coco_like", "tiny_run", "trl_loop"}
 ON_DEMAND = {"codec_tokens"}  # take a file of the user's
 
 

@@ -9,6 +9,7 @@ an A/B run take minutes of a fresh clone and are timed by hand (README names the
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ BY_HAND = (
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Median seconds of a `dvc repro` that runs nothing."""
-    dvc = str(Path(sys.executable).with_name("dvc"))
+    dvc = shutil.which("dvc") or str(Path(sys.executable).with_name("dvc"))
     name, target = "graph: dvc repro, nothing to do", f"<= {SECONDS:g} s"
     by_hand = [unmeasured(what, how, goal) for what, how, goal in BY_HAND]
     if arguments.quick:

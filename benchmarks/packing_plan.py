@@ -49,7 +49,10 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         Row("planner: time", seconds, "s", what, f"< {SECONDS:g} s", seconds < SECONDS),
     ]
     if importlib.util.find_spec("binpacking") is None:
-        return [*rows, unmeasured("planner: beside binpacking", "needs benchmarks/requirements.txt")]
+        return [
+            *rows,
+            unmeasured("planner: beside binpacking", "needs benchmarks/requirements.txt, which make bench installs"),
+        ]
     import binpacking
 
     count = min(len(lengths), arguments.theirs)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import harness
 from coordexp.geometry.bins import COORD_TOKENS, decode_norm
-from coordexp.matching.assign import match
+from coordexp.matching.assign import match_images
 from coordexp.matching.settings import MatchSettings
 from coordexp.text.codecs import CODECS, AnswerEncoder, TextObject
 from coordexp.text.parser import parse_answer
@@ -67,12 +67,10 @@ def rollouts(encoder: AnswerEncoder, n_images: int) -> list[Rollout]:
 
 def ours(these: Sequence[Rollout], table: TokenTable, codec: str) -> int:
     """Parse and match; returns the number of parsed objects."""
-    settings, n_objects = MatchSettings(), 0
-    for rollout in these:
-        objects = parse_answer(rollout.token_ids, table, codec).objects
-        match(decode_norm([o.bins for o in objects]), rollout.gt_boxes_M4, settings)
-        n_objects += len(objects)
-    return n_objects
+    answers = [parse_answer(rollout.token_ids, table, codec).objects for rollout in these]
+    boxes = [decode_norm([o.bins for o in objects]) for objects in answers]
+    match_images(boxes, [rollout.gt_boxes_M4 for rollout in these], MatchSettings())
+    return sum(len(objects) for objects in answers)
 
 
 def reference(these: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> int:

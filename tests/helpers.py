@@ -38,7 +38,7 @@ from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import Rollout, match_rollout
+from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
@@ -189,7 +189,7 @@ def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObj
     """The matched rollout of a model that answered with these objects."""
     answer = AnswerEncoder(checkpoint.tokenizer, get_codec(codec)).encode(objects)
     generation = Generation(answer.ids, "stop")
-    return match_rollout(sample, generation, answer_reader(checkpoint, codec).parse(generation), MATCHING)
+    return match_rollouts([sample], [generation], [answer_reader(checkpoint, codec).parse(generation)], MATCHING)[0]
 
 
 def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]:
@@ -203,7 +203,7 @@ def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]
     broken = world.samples[-1]
     garbage = Generation(broken.answer_ids[1:4], "length")
     parsed = answer_reader(checkpoint).parse(garbage)
-    return rollouts | {broken.image_id: match_rollout(broken, garbage, parsed, MATCHING)}
+    return rollouts | {broken.image_id: match_rollouts([broken], [garbage], [parsed], MATCHING)[0]}
 
 
 @pytest.fixture(scope="session")
@@ -260,3 +260,8 @@ def workspace(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> 
     """See `build_workspace`; resume states go to the temporary root too."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     return build_workspace(tmp_path, world)
+
+
+def untimed(logs: dict[str, Any]) -> dict[str, Any]:
+    """What is logged of a step, without what never repeats."""
+    return {name: value for name, value in logs.items() if not name.startswith("time/")}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from coordexp.geometry.boxes import (
     area,
     as_boxes,
-    pairwise_giou,
+    paired_iou_giou,
     pairwise_intersection,
     pairwise_iou,
     reading_order,
@@ -31,6 +31,10 @@ def box_lists(draw, min_size=1, smallest_side=1):
     return as_boxes([box() for _ in range(draw(st.integers(min_size, 5)))])
 
 
+def pairwise_giou(a_N4, b_M4):
+    return paired_iou_giou(a_N4[:, None], b_M4)[1]
+
+
 def polygons(boxes_N4):
     return [shapely.box(*box) for box in boxes_N4]
 
@@ -43,6 +47,7 @@ def test_iou_and_giou_equal_shapely(a, b):
             iou = p.intersection(q).area / union
             assert pairwise_intersection(a, b)[i, j] == pytest.approx(p.intersection(q).area)
             assert pairwise_iou(a, b)[i, j] == pytest.approx(iou)
+            assert paired_iou_giou(a[:, None], b)[0][i, j] == pytest.approx(iou)
             assert pairwise_giou(a, b)[i, j] == pytest.approx(iou - (hull - union) / hull)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from coordexp.losses.coord_terms import coordinate_terms
-from coordexp.losses.diagnostics import CELL_BINS, COORD_METRICS, coord_diagnostics, histogram_quantile
+from coordexp.losses.diagnostics import CELL_BINS, COORD_METRICS, CoordDiagnostics, histogram_quantile, slot_diagnostics
+from coordexp.losses.partition import CoordSlots
 from coordexp.losses.soft_targets import SoftTarget, target_entropy
 
 FIRST_ID = 6
@@ -23,9 +24,16 @@ def logits_from(bins_to_mass: dict[int, float], coord_mass: float) -> torch.Tens
     return prob_V.log()[None]
 
 
+def diagnose(
+    logits_NV: torch.Tensor, y_N: torch.Tensor, target: SoftTarget | None = None, temperature: float = 1.0
+) -> CoordDiagnostics:
+    slots = CoordSlots.of(logits_NV, FIRST_ID, temperature)
+    return slot_diagnostics(slots, y_N, target or SoftTarget(), temperature)
+
+
 def test_a_distribution_by_hand():
     logits_NV = logits_from({100: 0.5, 102: 0.3, 110: 0.2}, coord_mass=0.8)
-    diagnostics = coord_diagnostics(logits_NV, torch.tensor([102.25]), FIRST_ID, SoftTarget(kind="one_hot"), 1.0)
+    diagnostics = diagnose(logits_NV, torch.tensor([102.25]), SoftTarget(kind="one_hot"))
     summary = diagnostics.summary()
     expected_bin = 0.5 * 100 + 0.3 * 102 + 0.2 * 110
     assert summary["p_gt_mean"] == pytest.approx(0.3)
@@ -40,16 +48,14 @@ def test_a_distribution_by_hand():
 
 def test_margin_is_positive_where_the_target_is_the_likeliest_bin():
     logits_NV = logits_from({100: 0.5, 102: 0.3, 110: 0.2}, coord_mass=0.8)
-    summary = coord_diagnostics(logits_NV, torch.tensor([100.0]), FIRST_ID, SoftTarget(), 1.0).summary()
+    summary = diagnose(logits_NV, torch.tensor([100.0])).summary()
     assert summary["margin_mean"] == pytest.approx(np.log(0.5 / 0.3))
 
 
 def test_acc_top5_counts_strictly_likelier_bins():
     shares = {10: 0.3, 20: 0.25, 30: 0.2, 40: 0.12, 50: 0.08, 60: 0.05}
     for target_bin, accuracy in ((50, 1.0), (60, 0.0)):
-        summary = coord_diagnostics(
-            logits_from(shares, 1 - 1e-9), torch.tensor([float(target_bin)]), FIRST_ID, SoftTarget(), 1.0
-        ).summary()
+        summary = diagnose(logits_from(shares, 1 - 1e-9), torch.tensor([float(target_bin)])).summary()
         assert summary["acc_top5"] == accuracy
 
 
@@ -60,13 +66,11 @@ def test_kl_is_zero_at_the_target_and_softce_minus_entropy_elsewhere(kind):
     q_NK = target.distribution(y_N, torch.float64)
     at_target_NV = torch.zeros(1, VOCAB, dtype=torch.float64)
     at_target_NV[:, FIRST_ID : FIRST_ID + 1000] = q_NK.clamp(min=1e-300).log()
-    assert coord_diagnostics(at_target_NV, y_N, FIRST_ID, target, 1.0).summary()["softce_kl"] == pytest.approx(
-        0, abs=1e-10
-    )
+    assert diagnose(at_target_NV, y_N, target).summary()["softce_kl"] == pytest.approx(0, abs=1e-10)
     torch.manual_seed(1)
     logits_NV = torch.randn(1, VOCAB, dtype=torch.float64)
     softce = coordinate_terms(logits_NV, y_N, FIRST_ID, target, 0.8, {"softce"})["softce"].sum.item()
-    summary = coord_diagnostics(logits_NV, y_N, FIRST_ID, target, 0.8).summary()
+    summary = diagnose(logits_NV, y_N, target, 0.8).summary()
     assert summary["softce_kl"] == pytest.approx(softce - target_entropy(q_NK).item())
 
 
@@ -74,7 +78,7 @@ def test_mass_is_the_exponential_of_the_gate():
     torch.manual_seed(2)
     logits_NV, y_N = torch.randn(1, VOCAB, dtype=torch.float64), torch.tensor([4.0])
     gate = coordinate_terms(logits_NV, y_N, FIRST_ID, SoftTarget(), 0.7, {"gate"})["gate"].sum
-    summary = coord_diagnostics(logits_NV, y_N, FIRST_ID, SoftTarget(), 0.7).summary()
+    summary = diagnose(logits_NV, y_N, temperature=0.7).summary()
     assert summary["coord_vocab_mass_mean"] == pytest.approx(torch.exp(-gate).item())
 
 
@@ -83,12 +87,10 @@ def test_packing_does_not_change_the_summary(cuts):
     torch.manual_seed(3)
     logits_NV, y_N = 4 * torch.randn(30, VOCAB, dtype=torch.float64), 999 * torch.rand(30, dtype=torch.float64)
 
-    def diagnose(rows: slice):
-        return coord_diagnostics(logits_NV[rows], y_N[rows], FIRST_ID, SoftTarget(), 1.0)
-
     first, second = cuts
-    parts = diagnose(slice(0, first)) + diagnose(slice(first, second)) + diagnose(slice(second, 30))
-    assert parts.summary() == pytest.approx(diagnose(slice(0, 30)).summary(), rel=1e-9)
+    rows = (slice(0, first), slice(first, second), slice(second, 30))
+    parts = [diagnose(logits_NV[part], y_N[part]) for part in rows]
+    assert (parts[0] + parts[1] + parts[2]).summary() == pytest.approx(diagnose(logits_NV, y_N).summary(), rel=1e-9)
 
 
 def test_p90_agrees_with_numpy_to_a_cell():
@@ -97,7 +99,7 @@ def test_p90_agrees_with_numpy_to_a_cell():
     centre_N = torch.randint(100, 900, (400,))
     logits_NV[torch.arange(400), FIRST_ID + centre_N] = 60.0
     errors_N = 20 * torch.randn(400)
-    summary = coord_diagnostics(logits_NV, centre_N + errors_N, FIRST_ID, SoftTarget(), 1.0).summary()
+    summary = diagnose(logits_NV, centre_N + errors_N).summary()
     expected = np.quantile(errors_N.abs().numpy(), 0.9)
     assert summary["expected_bin_abs_err_p90"] == pytest.approx(expected, abs=2 * CELL_BINS)
     assert summary["expected_bin_mae"] == pytest.approx(errors_N.abs().mean().item(), rel=1e-3)
@@ -111,12 +113,12 @@ def test_histogram_quantile_by_hand():
 
 
 def test_no_slots_no_gradient_and_extreme_logits():
-    empty = coord_diagnostics(torch.zeros(0, VOCAB), torch.zeros(0), FIRST_ID, SoftTarget(), 1.0)
+    empty = diagnose(torch.zeros(0, VOCAB), torch.zeros(0))
     assert empty.summary() == {"coord_tokens": 0.0}
     logits_NV = torch.full((2, VOCAB), -1e4).bfloat16()
     logits_NV[0, FIRST_ID + 999], logits_NV[1, 0] = 1e4, 1e4
     logits_NV.requires_grad_()
-    diagnostics = coord_diagnostics(logits_NV, torch.tensor([0.0, 999.0]), FIRST_ID, SoftTarget(), 0.7)
+    diagnostics = diagnose(logits_NV, torch.tensor([0.0, 999.0]), temperature=0.7)
     assert not diagnostics.sums_M.requires_grad
     summary = (empty + diagnostics).summary()
     assert set(summary) == {*COORD_METRICS, "expected_bin_abs_err_p90", "coord_tokens"}

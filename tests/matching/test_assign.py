@@ -9,7 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from coordexp.geometry.boxes import pairwise_iou
-from coordexp.matching.assign import match
+from coordexp.matching import assign
+from coordexp.matching.assign import match, match_images
 from coordexp.matching.cost import Pairs, gate_mask, pair_cost
 from coordexp.matching.settings import MatchSettings
 
@@ -98,7 +99,7 @@ def test_gating_before_differs_from_gating_after():
     objects = [[0.19, 0.2, 0.59, 0.6], [0.30, 0.2, 0.70, 0.6]]
     ious = pairwise_iou(np.array(predictions), np.array(objects))
     settings = MatchSettings(gate_threshold=0.5, lambda_l1=0.0)
-    cost = pair_cost(Pairs.of(np.array(predictions), np.array(objects)), settings)
+    cost = pair_cost(Pairs.of(np.array(predictions)[:, None], np.array(objects)), settings)
     rows, columns = linear_sum_assignment(cost)
     gated_after = int((ious[rows, columns] >= 0.5).sum())
     result = match(predictions, objects, settings)
@@ -148,8 +149,8 @@ def test_optimum_by_brute_force(seed, gate):
     predictions, objects = random_boxes(rng, n_pred), random_boxes(rng, n_gt)
     settings = MatchSettings(lambda_l1=2.0, lambda_sem=0.5, gate=gate, gate_threshold=0.1)
     semantic = rng.uniform(0, 1, (n_pred, n_gt))
-    cost = pair_cost(Pairs.of(predictions, objects), settings, semantic)
-    allowed = gate_mask(Pairs.of(predictions, objects), settings)
+    cost = pair_cost(Pairs.of(predictions[:, None], objects), settings, semantic)
+    allowed = gate_mask(Pairs.of(predictions[:, None], objects), settings)
     result = match(predictions, objects, settings, semantic)
     check_partition(result, n_pred, n_gt)
     rows, columns = result.pairs.T
@@ -157,3 +158,29 @@ def test_optimum_by_brute_force(seed, gate):
     size, total = best_by_enumeration(cost, allowed)
     assert len(result.pairs) == size
     assert cost[rows, columns].sum() == pytest.approx(total, abs=1e-7)
+
+
+@pytest.mark.parametrize("gate", ["iou", "l1"])
+@pytest.mark.parametrize("rows_at_once", [1, 30, 10**6])
+@pytest.mark.parametrize("seed", range(5))
+def test_many_images_are_matched_like_each_alone(monkeypatch, seed, rows_at_once, gate):
+    """Empty sides, images without an allowed pair, and images of very unlike sizes, in parts of any size."""
+    monkeypatch.setattr(assign, "_ROWS_AT_ONCE", rows_at_once)
+    rng = np.random.default_rng(seed)
+    sizes = [*rng.integers(0, 9, (12, 2)).tolist(), [0, 0], [40, 30], [0, 5], [5, 0]]
+    predictions = [random_boxes(rng, n_pred) for n_pred, _ in sizes] + [np.array([BOX])]
+    objects = [random_boxes(rng, n_gt) for _, n_gt in sizes] + [np.array([FAR])]
+    distances = [rng.uniform(0, 1, (len(p), len(g))) for p, g in zip(predictions, objects, strict=True)]
+    settings = MatchSettings(lambda_sem=0.5, gate=gate, gate_threshold=0.15)
+    together = match_images(predictions, objects, settings, distances)
+    assert len(together) == len(predictions)
+    for result, *image in zip(together, predictions, objects, distances, strict=True):
+        alone = match(image[0], image[1], settings, image[2])
+        check_partition(result, len(image[0]), len(image[1]))
+        for name in ("pairs", "unmatched_pred", "unmatched_gt", "iou_P"):
+            np.testing.assert_array_equal(getattr(result, name), getattr(alone, name))
+        assert result.rejected_pred == alone.rejected_pred
+
+
+def test_no_images():
+    assert match_images([], [], SETTINGS) == []

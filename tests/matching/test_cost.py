@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coordexp.errors import ConfigError
-from coordexp.matching.cost import Pairs, gate_mask, pair_cost, pairwise_l1
+from coordexp.matching.cost import Pairs, gate_mask, pair_cost, paired_l1
 from coordexp.matching.settings import MatchSettings
 
 LEFT = np.array([[0.0, 0.0, 0.4, 0.4]])
@@ -15,8 +15,8 @@ APART = np.array([[0.6, 0.0, 1.0, 0.4]])  # hull .40, union .32
 
 
 def test_l1_is_the_mean_over_four_corner_coordinates():
-    assert pairwise_l1(LEFT, OVERLAPPING) == pytest.approx(np.array([[0.1]]))
-    assert pairwise_l1(np.array([[0.0, 0.0, 0.0, 0.0]]), np.array([[1.0, 1.0, 1.0, 1.0]])) == pytest.approx(1.0)
+    assert paired_l1(LEFT, OVERLAPPING) == pytest.approx(np.array([0.1]))
+    assert paired_l1(np.zeros((1, 4)), np.ones((1, 4))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_l1_is_the_mean_over_four_corner_coordinates():
 )
 def test_cost_by_hand(weights, expected):
     semantic = np.array([[0.2, 0.8]])
-    cost = pair_cost(Pairs.of(LEFT, np.concatenate([OVERLAPPING, APART])), MatchSettings(**weights), semantic)
+    cost = pair_cost(Pairs.of(LEFT[:, None], np.concatenate([OVERLAPPING, APART])), MatchSettings(**weights), semantic)
     assert cost == pytest.approx(np.array(expected))
 
 
@@ -51,7 +51,7 @@ def test_semantic_weight_without_distances_is_refused():
     ],
 )
 def test_gate(gate, threshold, accepted):
-    pairs = Pairs.of(LEFT, np.concatenate([OVERLAPPING, APART]))
+    pairs = Pairs.of(LEFT[:, None], np.concatenate([OVERLAPPING, APART]))
     mask = gate_mask(pairs, MatchSettings(gate=gate, gate_threshold=threshold))
     assert mask.tolist() == [accepted]
 

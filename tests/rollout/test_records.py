@@ -10,7 +10,7 @@ import pytest
 from coordexp.geometry.bins import encode_boxes
 from coordexp.packing.prepare import text_objects
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import match_rollout, read_rollouts, write_rollouts
+from coordexp.rollout.records import match_rollouts, read_rollouts, write_rollouts
 from coordexp.text.codecs import TextObject
 from helpers import MATCHING, answer_reader, new_checkpoint, rollout_of, teacher_rollouts
 
@@ -52,7 +52,8 @@ def test_the_gate_leaves_a_far_prediction_unmatched(world, checkpoint):
     assert rollout_of(checkpoint, sample, [far]).pairs == ()
     closest_only = replace(MATCHING, gate_threshold=0.95)
     generation = Generation(np.array(rollout_of(checkpoint, sample, [near]).ids, np.int32), "stop")
-    assert match_rollout(sample, generation, answer_reader(checkpoint).parse(generation), closest_only).pairs == ()
+    (rollout,) = match_rollouts([sample], [generation], [answer_reader(checkpoint).parse(generation)], closest_only)
+    assert rollout.pairs == ()
 
 
 def test_positions_point_at_the_coordinate_tokens(world, checkpoint):

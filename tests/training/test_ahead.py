@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 
-from coordexp.training.ahead import one_ahead
+from coordexp.training.ahead import StepsAhead, one_ahead
 
 
 @pytest.mark.parametrize("items", [[], [0], [None, False, 3]])
@@ -36,10 +37,34 @@ def test_no_more_than_one_is_made_early():
             made.append(i)
             yield i
 
-    taken = one_ahead(items())
-    next(taken)
-    taken.close()  # waits for the one that is being made
-    assert made == [0, 1]
+    for item in one_ahead(items()):
+        assert len(made) <= item + 2
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_one_who_stops_early_may_be_collected_in_the_thread():
+    """As a task is that refers to its batches, which refer to it."""
+    problems, owner, in_use = [], {}, threading.Event()
+
+    def items():
+        yield 1
+        in_use.wait(timeout=10)
+        owner.clear()  # the last reference to the one that waits for this
+        yield 2
+
+    hook, threading.excepthook = threading.excepthook, problems.append
+    unraisable, sys.unraisablehook = sys.unraisablehook, problems.append
+    try:
+        owner["taken"] = one_ahead(items())
+        next(owner["taken"])
+        in_use.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("next-batch"):
+                thread.join(timeout=10)
+    finally:
+        threading.excepthook, sys.unraisablehook = hook, unraisable
+    assert not problems
+    assert not owner
 
 
 def test_an_error_is_raised_where_its_item_is_taken():
@@ -51,3 +76,41 @@ def test_an_error_is_raised_where_its_item_is_taken():
     assert next(taken) == 1
     with pytest.raises(ValueError, match="broken picture"):
         next(taken)
+
+
+BATCHES = {0: "a", 1: "bc", 2: "d", 3: "ef", 4: "g"}
+
+
+def taken(ahead: StepsAhead[str], step: int) -> str:
+    return "".join(batch for batch, _ in ahead.take(step))
+
+
+@pytest.mark.parametrize("steps", [[0, 1, 2, 3, 4], [1, 2], [3], [2, 2, 1, 4, 0, 1]])
+@pytest.mark.parametrize("not_before", [(), (0,), (2, 3), (0, 1, 2, 3, 4)])
+def test_a_step_takes_its_own_batches_in_any_order_of_steps(steps, not_before):
+    ahead = StepsAhead(BATCHES.__getitem__, len(BATCHES), not_before)
+    assert [taken(ahead, step) for step in steps] == [BATCHES[step] for step in steps]
+
+
+def test_a_step_that_was_left_in_the_middle_starts_anew():
+    ahead = StepsAhead(BATCHES.__getitem__, len(BATCHES))
+    taken(ahead, 0)
+    assert next(ahead.take(1))[0] == "b"
+    assert taken(ahead, 1) == "bc"
+
+
+def test_steps_are_begun_early_up_to_one_that_must_not_be():
+    begun = {step: threading.Event() for step in BATCHES}
+
+    def of_step(step: int) -> str:
+        begun[step].set()
+        return BATCHES[step]
+
+    ahead = StepsAhead(of_step, len(BATCHES), not_before=[2])
+    taken(ahead, 0)
+    assert begun[1].wait(timeout=10)
+    taken(ahead, 1)
+    assert list(ahead._coming) == []  # the thread has nothing left to make
+    assert not begun[2].is_set()
+    assert taken(ahead, 2) == "d"
+    assert begun[3].wait(timeout=10)

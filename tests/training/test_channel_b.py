@@ -13,7 +13,7 @@ import pytest
 
 from coordexp.packing.collator import Segment, teacher_segment
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import Rollout, match_rollout
+from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
 from helpers import MATCHING, TRUTH, answer_reader, new_checkpoint, rollout_of, sample_of
@@ -248,7 +248,8 @@ def test_nothing_right_is_no_reason_to_teach_silence(checkpoint):
 def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, settings):
     sample = sample_of(checkpoint, "json")
     garbage = Generation(sample.answer_ids[1:6], "length")
-    rollout: Rollout = match_rollout(sample, garbage, answer_reader(checkpoint).parse(garbage), MATCHING)
+    rollout: Rollout
+    (rollout,) = match_rollouts([sample], [garbage], [answer_reader(checkpoint).parse(garbage)], MATCHING)
     (segment,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), settings)
     expected = teacher_segment(sample)
     np.testing.assert_array_equal(segment.answer_ids, expected.answer_ids)

@@ -54,17 +54,21 @@ def test_fresh_rollouts_replace_those_on_file_from_their_step_on(world, checkpoi
     sets = [Refresh(5, (0, 2)), Refresh(9, (0,))]
     pool = RolloutPool(on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, engine, sets))
     n_true = len(sample.descs) - sum(sample.iscrowd)
+    assert pool.refresh_steps == {5, 9}
+    pool.refresh(1)
     found, logs = pool.at(1, [sample])
     assert found[sample.image_id] == on_file[sample.image_id]
     assert (logs, engine.asked) == ({}, [])
+    pool.refresh(5)
     found, logs = pool.at(5, [sample])
     assert len(found[sample.image_id].pairs) == n_true  # on file one is missed
     assert logs == {
         "rollout/prompt_tokens": sum(world.store[i].prompt_length for i in (0, 2)),
         "rollout/generated_tokens": sum(len(world.store[i].answer_ids) for i in (0, 2)),
     }
+    pool.refresh(7)
     assert pool.at(7, [sample])[1] == {}
-    pool.at(9, [sample])
+    pool.refresh(9)
     assert [images for images, _ in engine.asked] == [[100, 102], [100]]
     assert len({seed for _, seed in engine.asked} | {DECODE.seed}) == 3
 
@@ -76,6 +80,8 @@ def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_fil
         for engine in (first, second)
     )
     samples = [world.store[0], world.store[1]]
+    made.refresh(2)
+    read.refresh(2)
     assert made.at(2, samples) == read.at(2, samples)
     assert (len(first.asked), len(second.asked)) == (1, 0)
     assert not list(tmp_path.glob("*.tmp"))
@@ -88,7 +94,7 @@ def test_generating_does_not_disturb_the_random_numbers_of_training(world, check
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    pool.at(2, [world.store[0]])
+    pool.refresh(2)
     torch.testing.assert_close(torch.rand(3), expected)
 
 

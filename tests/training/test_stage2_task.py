@@ -10,13 +10,14 @@ import torch
 from coordexp.losses.objective import combine
 from coordexp.packing.collator import teacher_segment
 from coordexp.training.channel_b import ChannelBSettings
+from coordexp.training.loop import MicroBatch
 from coordexp.training.objective_step import denominators, objective_terms
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.schedule import is_channel_b
 from coordexp.training.soft_context import SoftContext, self_context_forwards
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_segments, plan_steps
 from coordexp.training.teacher_task import TeacherTask
-from helpers import ALL_WEIGHTS, MATCHING, build_world, new_checkpoint, objective, teacher_rollouts
+from helpers import ALL_WEIGHTS, MATCHING, build_world, new_checkpoint, objective, teacher_rollouts, untimed
 
 ALL = tuple(range(6))
 TWO = ChannelBSettings(passes="two", missed="append", eos_weight=2.0)
@@ -105,7 +106,7 @@ def stage2(world, checkpoint, rollouts, context, plan, settings=TWO, pack_tokens
 
 def run(task: Stage2Task, step: int = 0):
     (micro,) = task.micro_batches(step)
-    return micro
+    return MicroBatch(micro.loss, untimed(micro.logs))
 
 
 def gradient(checkpoint, loss) -> torch.Tensor:

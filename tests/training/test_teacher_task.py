@@ -8,7 +8,7 @@ import torch
 from coordexp.packing.collator import teacher_segment
 from coordexp.training.objective_step import denominators
 from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective
+from helpers import new_checkpoint, objective, untimed
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,6 @@ def gradient(checkpoint, loss) -> torch.Tensor:
     checkpoint.model.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten() for p in checkpoint.model.parameters() if p.grad is not None])
-
-
-def untimed(logs):
-    return {name: value for name, value in logs.items() if not name.startswith("time/")}
 
 
 def test_the_layout_of_the_packs_changes_nothing(world, checkpoint):

@@ -13,7 +13,7 @@ import numpy as np
 from coordexp.evaluation.f1 import GreedyMatches
 from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
-from coordexp.geometry.boxes import Boxes, area, pairwise_intersection
+from coordexp.geometry.boxes import area, paired_iou, pairwise_intersection
 
 GIANT_SHARE = 0.9  # of the image's area, and of the area of each object it is said to cover
 GT_COUNT_BUCKETS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 12), (13, 25), (26, None))
@@ -70,20 +70,13 @@ def find_duplicates(table: DetectionTable, min_iou: float) -> Duplicates:
         row = row[(image[row] == image[row + step]) & (name[row] == name[row + step])]
         if not len(row):
             break
-        iou = _paired_iou(boxes[row], boxes[row + step])
+        iou = paired_iou(boxes[row], boxes[row + step])
         close = iou >= min_iou
         firsts.append(row[close])
         seconds.append(row[close] + step)
         ious.append(iou[close])
     first, second = order[np.concatenate(firsts)], order[np.concatenate(seconds)]
     return Duplicates(table.n_images, table.pred_image_P[first], first, second, np.concatenate(ious))
-
-
-def _paired_iou(a_N4: Boxes, b_N4: Boxes) -> Floats:
-    sides = np.minimum(a_N4[:, 2:], b_N4[:, 2:]) - np.maximum(a_N4[:, :2], b_N4[:, :2])
-    intersection = np.clip(sides, 0, None).prod(axis=1)
-    union = area(a_N4) + area(b_N4) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
 def first_of_duplicates(n_pred: int, duplicates: Duplicates, iou: float) -> Bools:

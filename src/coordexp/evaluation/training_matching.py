@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from coordexp.evaluation.table import DetectionTable, image_slices
 from coordexp.geometry.bins import box_scale
-from coordexp.matching.assign import match
+from coordexp.matching.assign import match_images
 from coordexp.matching.names import name_distance
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
@@ -20,17 +20,17 @@ def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str,
     gt_slices = image_slices(table.gt_image_G, table.n_images)
     pred_names = sorted({normalise_desc(desc) for desc in table.found})  # what pred_name_P numbers
     gt_names = [category.name for category in table.index.categories]
-    counts = MatchCounts()
+    pred, gt, distances = [], [], []
     for (width, height), in_pred, in_gt in zip(table.sizes_wh_I2.tolist(), pred_slices, gt_slices, strict=True):
         scale = box_scale(width, height)
         is_object_G = ~table.gt_crowd_G[in_gt]
-        objects_G4 = table.gt_boxes_G4[in_gt][is_object_G]
-        distances = None
         if settings.lambda_sem > 0:
             predicted = [pred_names[i] for i in table.pred_name_P[in_pred]]
-            distances = name_distance(predicted, [gt_names[i] for i in table.gt_category_G[in_gt][is_object_G]])
-        result = match(table.pred_boxes_P4[in_pred] / scale, objects_G4 / scale, settings, distances)
-        counts += MatchCounts.from_result(result)
+            distances.append(name_distance(predicted, [gt_names[i] for i in table.gt_category_G[in_gt][is_object_G]]))
+        pred.append(table.pred_boxes_P4[in_pred] / scale)
+        gt.append(table.gt_boxes_G4[in_gt][is_object_G] / scale)
+    results = match_images(pred, gt, settings, distances or None)
+    counts = sum((MatchCounts.from_result(result) for result in results), MatchCounts())
     return {
         "precision": counts.precision,
         "recall": counts.recall,

@@ -1,6 +1,6 @@
 """Box arithmetic in numpy. Boxes are xyxy; the frame (pixels, [0, 1] or bins) is the caller's, and one per call.
 
-Shapes: N, M boxes; the last axis is always (x1, y1, x2, y2).
+Shapes: N, M boxes, R pairs of boxes; the last axis is always (x1, y1, x2, y2).
 """
 
 from __future__ import annotations
@@ -23,33 +23,37 @@ def area(boxes_N4: Boxes) -> NDArray[np.float64]:
 
 def pairwise_intersection(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
     """Intersection areas, shape (N, M)."""
-    top_left = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
-    bottom_right = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:])
-    return _area_of_sides(bottom_right - top_left)
+    return _paired_intersection(a_N4[:, None], b_M4[None])
 
 
 def pairwise_iou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
     """IoU matrix, shape (N, M); 0 where the union is empty."""
-    return _iou_and_union(a_N4, b_M4)[0]
+    return paired_iou(a_N4[:, None], b_M4[None])
 
 
-def pairwise_giou(a_N4: Boxes, b_M4: Boxes) -> NDArray[np.float64]:
-    """Generalised IoU matrix in [-1, 1], shape (N, M); see `pairwise_iou_giou`."""
-    return pairwise_iou_giou(a_N4, b_M4)[1]
+def paired_iou(a_R4: Boxes, b_R4: Boxes) -> NDArray[np.float64]:
+    """IoU in [0, 1] of each box and its partner, shape (R,); 0 where the union is empty. Leading axes broadcast."""
+    return _iou_and_union(a_R4, b_R4)[0]
 
 
-def pairwise_iou_giou(a_N4: Boxes, b_M4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """IoU and generalised IoU, both of shape (N, M) (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1)."""
-    iou, union = _iou_and_union(a_N4, b_M4)
-    top_left = np.minimum(a_N4[:, None, :2], b_M4[None, :, :2])
-    bottom_right = np.maximum(a_N4[:, None, 2:], b_M4[None, :, 2:])
+def paired_iou_giou(a_R4: Boxes, b_R4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """IoU, and generalised IoU in [-1, 1] (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1); as `paired_iou`."""
+    iou, union = _iou_and_union(a_R4, b_R4)
+    top_left = np.minimum(a_R4[..., :2], b_R4[..., :2])
+    bottom_right = np.maximum(a_R4[..., 2:], b_R4[..., 2:])
     hull = _area_of_sides(bottom_right - top_left)
     return iou, iou - np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
 
 
-def _iou_and_union(a_N4: Boxes, b_M4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    intersection = pairwise_intersection(a_N4, b_M4)
-    union = area(a_N4)[:, None] + area(b_M4)[None, :] - intersection
+def _paired_intersection(a_R4: Boxes, b_R4: Boxes) -> NDArray[np.float64]:
+    top_left = np.maximum(a_R4[..., :2], b_R4[..., :2])
+    bottom_right = np.minimum(a_R4[..., 2:], b_R4[..., 2:])
+    return _area_of_sides(bottom_right - top_left)
+
+
+def _iou_and_union(a_R4: Boxes, b_R4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    intersection = _paired_intersection(a_R4, b_R4)
+    union = area(a_R4) + area(b_R4) - intersection
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0), union
 
 

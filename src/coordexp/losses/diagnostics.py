@@ -57,18 +57,10 @@ class CoordDiagnostics:
 
 
 @torch.no_grad()
-def coord_diagnostics(
-    logits_NV: Tensor, target_bins_N: Tensor, first_coord_id: int, target: SoftTarget, temperature: float
-) -> CoordDiagnostics:
-    """Diagnostics of N coordinate slots, from the arguments of `coord_terms.coordinate_terms`; no gradient."""
-    return slot_diagnostics(CoordSlots.of(logits_NV, first_coord_id, temperature), target_bins_N, target, temperature)
-
-
-@torch.no_grad()
 def slot_diagnostics(
     slots: CoordSlots, target_bins_N: Tensor, target: SoftTarget, temperature: float
 ) -> CoordDiagnostics:
-    """Diagnostics from what is kept of the logits of N coordinate slots, made at the same temperature."""
+    """Diagnostics from what is kept of the logits of N coordinate slots, made at the same temperature; no gradient."""
     log_p_NK = F.log_softmax(scale(at_least_float32(slots.logits_NK), temperature), dim=-1)
     p_NK = log_p_NK.exp()
     q_NK = target.distribution(target_bins_N, dtype=log_p_NK.dtype)

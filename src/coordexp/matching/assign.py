@@ -1,6 +1,7 @@
 """One-to-one assignment of predictions to annotated objects, gated before it is solved.
 
-Shapes: N predictions, M annotated objects, P matched pairs. Boxes are xyxy in [0, 1].
+Shapes: N predictions and M annotated objects of an image, P matched pairs; I images, R rows (`pair_rows`), C matched
+rows. Boxes are xyxy in [0, 1].
 
 Gating before the assignment matters: gated afterwards, an object can be spent on a partner that is then refused, while
 a good prediction of it goes unmatched.
@@ -8,19 +9,23 @@ a good prediction of it goes unmatched.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from coordexp.geometry.boxes import as_boxes
+from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.matching.cost import Pairs, gate_mask, pair_cost
+from coordexp.matching.pair_rows import Ints, PairRows, place_within, starts
 from coordexp.matching.settings import MatchSettings
 
 # Equal costs (duplicates, symmetric neighbours) go to the earlier prediction and the earlier object. Order decides only
 # between costs closer than this, a millionth of a bin.
 _TIE_BREAK = 1e-9
+_ROWS_AT_ONCE = 2**14  # what is computed on the way stays in the processor's cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,9 +40,9 @@ class MatchResult:
         rejected_pred: number of predictions that the gate lets near no object at all.
     """
 
-    pairs: NDArray[np.int64]
-    unmatched_pred: NDArray[np.int64]
-    unmatched_gt: NDArray[np.int64]
+    pairs: Ints
+    unmatched_pred: Ints
+    unmatched_gt: Ints
     iou_P: NDArray[np.float64]
     rejected_pred: int
 
@@ -48,7 +53,7 @@ def match(
     settings: MatchSettings,
     semantic_NM: NDArray[np.floating] | None = None,
 ) -> MatchResult:
-    """Match as many pairs as the gate allows, at the least total cost.
+    """Match as many pairs of one image as the gate allows, at the least total cost.
 
     Args:
         pred_boxes_N4: predicted boxes, in the order of generation; N may be 0.
@@ -56,43 +61,102 @@ def match(
         settings: cost weights and gate.
         semantic_NM: description distances, needed if `settings.lambda_sem` is positive.
     """
-    pred, gt = as_boxes(pred_boxes_N4), as_boxes(gt_boxes_M4)
-    between = Pairs.of(pred, gt)
-    allowed_NM = gate_mask(between, settings)
-    pairs = _solve(pair_cost(between, settings, semantic_NM), allowed_NM)
-    return MatchResult(
-        pairs=pairs,
-        unmatched_pred=_others(pairs[:, 0], len(pred)),
-        unmatched_gt=_others(pairs[:, 1], len(gt)),
-        iou_P=between.iou_NM[pairs[:, 0], pairs[:, 1]],
-        rejected_pred=len(pred) - int(np.count_nonzero(allowed_NM.any(axis=1))),
-    )
+    return match_images([pred_boxes_N4], [gt_boxes_M4], settings, None if semantic_NM is None else [semantic_NM])[0]
 
 
-def _others(taken: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """The indices below n that are not taken, rising."""
-    is_left = np.ones(n, bool)
-    is_left[taken] = False
-    return np.flatnonzero(is_left)
+def match_images(
+    pred_boxes: Sequence[NDArray | list],
+    gt_boxes: Sequence[NDArray | list],
+    settings: MatchSettings,
+    semantic: Sequence[NDArray[np.floating]] | None = None,
+) -> list[MatchResult]:
+    """`match` for many images, which takes a fraction of the time of as many calls."""
+    pred, gt = [as_boxes(boxes) for boxes in pred_boxes], [as_boxes(boxes) for boxes in gt_boxes]
+    results: list[MatchResult] = []
+    for part in _parts([len(p) * len(g) for p, g in zip(pred, gt, strict=True)]):
+        semantic_R = None
+        if semantic is not None:
+            semantic_R = np.concatenate([distances.reshape(-1) for distances in semantic[part]])
+        results += _match_part(pred[part], gt[part], settings, semantic_R)
+    return results
 
 
-def _solve(cost_NM: NDArray[np.float64], allowed_NM: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Allowed pairs (P, 2) of the cheapest among the largest assignments."""
-    if not allowed_NM.any():
-        return np.empty((0, 2), dtype=np.int64)
-    cost_NM = cost_NM + _TIE_BREAK * _lateness(*cost_NM.shape)
-    allowed_costs = cost_NM[allowed_NM]
-    low, high = allowed_costs.min(), allowed_costs.max()
+def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
+    """Consecutive images with not many rows together, at least one image each."""
+    first, rows = 0, 0
+    for i, n_rows in enumerate(n_rows_I):
+        if i > first and rows + n_rows > _ROWS_AT_ONCE:
+            yield slice(first, i)
+            first, rows = i, 0
+        rows += n_rows
+    if n_rows_I:
+        yield slice(first, len(n_rows_I))
+
+
+def _match_part(
+    pred: Sequence[Boxes], gt: Sequence[Boxes], settings: MatchSettings, semantic_R: NDArray[np.floating] | None
+) -> list[MatchResult]:
+    rows = PairRows.of([len(boxes) for boxes in pred], [len(boxes) for boxes in gt])
+    between = Pairs.of(np.concatenate(pred)[rows.pred_R], np.concatenate(gt)[rows.gt_R])
+    allowed_R = gate_mask(between, settings)
+    cost_R = pair_cost(between, settings, semantic_R) + _TIE_BREAK * rows.lateness_R()
+    chosen_C = _assign(rows, cost_R, allowed_R)
+    return _results(rows, allowed_R, chosen_C, between.iou_R[chosen_C])
+
+
+def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.bool_]) -> Ints:
+    """Rows of the cheapest among the largest assignments of allowed pairs, image by image."""
+    start = starts(rows.n_rows_I)
+    n_allowed_I = np.diff(starts(allowed_R.astype(np.int64))[start]).astype(np.int64)
+    some = np.flatnonzero(n_allowed_I)
+    if not len(some):
+        return np.empty(0, np.int64)
+    allowed_costs, first_allowed = cost_R[allowed_R], starts(n_allowed_I[some])[:-1]
+    low, high = (extreme.reduceat(allowed_costs, first_allowed) for extreme in (np.minimum, np.maximum))
     # One forbidden pair costs more than any rearrangement of allowed ones can save. A bound, not a huge constant, so
     # that the solver keeps its precision.
-    forbidden = 1.0 + high + min(cost_NM.shape) * (high - low)
-    rows, columns = linear_sum_assignment(np.where(allowed_NM, cost_NM, forbidden))
-    keep = allowed_NM[rows, columns]
-    return np.stack([rows[keep], columns[keep]], axis=1).astype(np.int64)
+    forbidden_I = np.zeros(len(n_allowed_I))
+    forbidden_I[some] = 1.0 + high + np.minimum(rows.n_pred_I, rows.n_gt_I)[some] * (high - low)
+    solved_R = np.where(allowed_R, cost_R, np.repeat(forbidden_I, rows.n_rows_I))
+    chosen = []
+    for begin, end, width in zip(
+        start[some].tolist(), start[some + 1].tolist(), rows.n_gt_I[some].tolist(), strict=True
+    ):
+        pred_index, gt_index = linear_sum_assignment(solved_R[begin:end].reshape(-1, width))
+        chosen.append(begin + pred_index * width + gt_index)
+    chosen_C = np.concatenate(chosen)
+    return chosen_C[allowed_R[chosen_C]]
 
 
-def _lateness(n_pred: int, n_gt: int) -> NDArray[np.float64]:
-    """Matrix in [0, 1) that rises with both indices and is cheapest when equals are paired in order."""
-    earliness_N = np.arange(n_pred, 0, -1) / n_pred
-    earliness_M = np.arange(n_gt, 0, -1) / n_gt
-    return 1.0 - earliness_N[:, None] * earliness_M[None, :]
+def _results(
+    rows: PairRows, allowed_R: NDArray[np.bool_], chosen_C: Ints, iou_C: NDArray[np.float64]
+) -> list[MatchResult]:
+    """Cut what was found for all images into images, with places counted within them."""
+    n_pred_I, n_gt_I = rows.n_pred_I, rows.n_gt_I
+    place_P, place_G = place_within(n_pred_I), place_within(n_gt_I)
+    image_P = np.repeat(np.arange(len(n_pred_I)), n_pred_I)
+    taken_P, taken_G = rows.pred_R[chosen_C], rows.gt_R[chosen_C]
+    pairs_C2 = np.stack([place_P[taken_P], place_G[taken_G]], axis=1)
+    n_pairs_I = np.bincount(image_P[taken_P], minlength=len(n_pred_I))
+    is_left_P, is_left_G, is_near_P = (
+        np.ones(len(place_P), bool),
+        np.ones(len(place_G), bool),
+        np.zeros(len(place_P), bool),
+    )
+    is_left_P[taken_P], is_left_G[taken_G], is_near_P[rows.pred_R[allowed_R]] = False, False, True
+    return [
+        MatchResult(*parts)
+        for parts in zip(
+            _cut(pairs_C2, n_pairs_I),
+            _cut(place_P[is_left_P], n_pred_I - n_pairs_I),
+            _cut(place_G[is_left_G], n_gt_I - n_pairs_I),
+            _cut(iou_C, n_pairs_I),
+            (n_pred_I - np.bincount(image_P[is_near_P], minlength=len(n_pred_I))).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _cut(values: NDArray, counts: Ints) -> Iterator[NDArray]:
+    """Consecutive pieces of so many values."""
+    return (values[begin:end] for begin, end in pairwise(starts(counts).tolist()))

@@ -20,12 +20,12 @@ from coordexp.evaluation.suite import eval_settings
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
 from coordexp.reporting.baseline import Baseline
-from coordexp.reporting.training_log import TrainingLog, read_training_log
+from coordexp.reporting.training_log import TrainingLog, read_rows, read_training_log
 
 Json = dict[str, Any]
 TRAINED = ("stage1", "stage1-control", "stage2")
 LOOK_KEYS = frozenset(
-    {"step", "images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
+    {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
     | {"f1_boxes", "dup_pairs_90", "parse_rate", "seconds"}
 )
 AREAS = (
@@ -133,7 +133,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
         logs={name: read_training_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
-        looks={name: _looks(inputs.runs / name / "monitor.jsonl", name) for name in TRAINED},
+        looks={name: _looks(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "rollout"),
         packing=read_json(inputs.packing_stats, "pack"),
@@ -196,20 +196,8 @@ def _results(path: Path) -> list[ImageResult]:
     return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
 
 
-def _looks(path: Path, stage: str) -> list[Json] | None:
-    if not path.is_file():
-        return None
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{n}: not valid JSON ({error.msg}). Run `dvc repro {stage}`.") from error
-        missing = LOOK_KEYS - row.keys() if isinstance(row, dict) else LOOK_KEYS
-        if missing:
-            raise DataError(f"{path}:{n}: lacks {', '.join(sorted(missing))}. Run `dvc repro {stage}`.")
-        rows.append(row)
-    return rows
+def _looks(path: Path) -> list[Json] | None:
+    return read_rows(path, LOOK_KEYS) if path.is_file() else None
 
 
 def _per_image(path: Path) -> list[Json]:

@@ -6,7 +6,7 @@ S logged steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def read_training_log(path: Path) -> TrainingLog:
     Raises:
         DataError: an empty log, a broken line, or a row without a step; named by file and line.
     """
-    rows = [_row(line, f"{path}:{n}") for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+    rows = read_rows(path)
     if not rows:
         raise DataError(f"{path}: the log is empty, expected one JSON object per logged step. Run the stage again.")
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
@@ -84,13 +84,21 @@ def read_training_log(path: Path) -> TrainingLog:
     )
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def read_rows(path: Path, columns: Set[str] = frozenset()) -> list[dict[str, Any]]:
+    """Rows of a log of JSON lines, each with an integer `step` and at least `columns`; raises DataError as above."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_row(line, columns, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+
+
+def _row(line: str, columns: Set[str], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg}); the log was cut. Run the stage again.") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise DataError(f"{where}: expected a JSON object with an integer `step`.")
+    if missing := columns - row.keys():
+        raise DataError(f"{where}: lacks {', '.join(sorted(missing))}. Run the stage again.")
     return row
 
 

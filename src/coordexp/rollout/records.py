@@ -11,7 +11,7 @@ import numpy as np
 
 from coordexp.config.files import replacing
 from coordexp.geometry.bins import box_scale, decode_norm
-from coordexp.matching.assign import MatchResult, match
+from coordexp.matching.assign import match_images
 from coordexp.matching.names import name_distance
 from coordexp.matching.settings import MatchSettings
 from coordexp.packing.samples import Sample
@@ -44,38 +44,46 @@ class Rollout:
     pair_ious: tuple[float, ...]
 
 
-def match_rollout(sample: Sample, generation: Generation, answer: ParsedAnswer, settings: MatchSettings) -> Rollout:
-    """The parsed objects of one generation, matched to the sample's (non-crowd) ground truth."""
-    objects = tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects)
-    rollout = Rollout(
-        image_id=sample.image_id,
-        ids=tuple(int(i) for i in generation.ids),
-        finish_reason=generation.finish_reason,
-        usable=answer.report.container_found,
-        objects=objects,
-        pairs=(),
-        pair_ious=(),
-    )
-    return rematch(rollout, sample, settings)
+def match_rollouts(
+    samples: Sequence[Sample],
+    generations: Sequence[Generation],
+    answers: Sequence[ParsedAnswer],
+    settings: MatchSettings,
+) -> list[Rollout]:
+    """The parsed objects of each generation, matched to the (non-crowd) ground truth of its sample."""
+    rollouts = [
+        Rollout(
+            image_id=sample.image_id,
+            ids=tuple(generation.ids.tolist()),
+            finish_reason=generation.finish_reason,
+            usable=answer.report.container_found,
+            objects=tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects),
+            pairs=(),
+            pair_ious=(),
+        )
+        for sample, generation, answer in zip(samples, generations, answers, strict=True)
+    ]
+    return rematch(rollouts, samples, settings)
 
 
-def rematch(rollout: Rollout, sample: Sample, settings: MatchSettings) -> Rollout:
-    """The same answer matched anew: what stage 2 does in each step, where gate and costs may follow a curriculum."""
-    matched = _match_objects(rollout.objects, sample, settings)
-    return replace(
-        rollout,
-        pairs=tuple((int(i), int(j)) for i, j in matched.pairs),
-        pair_ious=tuple(round(float(v), 4) for v in matched.iou_P),
-    )
-
-
-def _match_objects(objects: Sequence[RolloutObject], sample: Sample, settings: MatchSettings) -> MatchResult:
-    """In [0, 1] units, crowd regions left out."""
-    keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
-    gt = sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height)
-    pred = decode_norm([o.bins for o in objects]).reshape(-1, 4)
-    names = [o.desc for o in objects], [sample.descs[i] for i in keep]
-    return match(pred, gt, settings, name_distance(*names) if settings.lambda_sem > 0 else None)
+def rematch(rollouts: Sequence[Rollout], samples: Sequence[Sample], settings: MatchSettings) -> list[Rollout]:
+    """The same answers matched anew: what stage 2 does in each step, where gate and costs may follow a curriculum."""
+    pred, gt, distances = [], [], []
+    for rollout, sample in zip(rollouts, samples, strict=True):
+        keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
+        pred.append(decode_norm([o.bins for o in rollout.objects]))
+        gt.append(sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height))
+        if settings.lambda_sem > 0:
+            distances.append(name_distance([o.desc for o in rollout.objects], [sample.descs[i] for i in keep]))
+    found = match_images(pred, gt, settings, distances or None)
+    return [
+        replace(
+            rollout,
+            pairs=tuple((i, j) for i, j in matched.pairs.tolist()),
+            pair_ious=tuple(round(v, 4) for v in matched.iou_P.tolist()),
+        )
+        for rollout, matched in zip(rollouts, found, strict=True)
+    ]
 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:

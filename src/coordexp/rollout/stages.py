@@ -28,7 +28,7 @@ from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import DECODE_LAYERS, open_engine
-from coordexp.rollout.records import Rollout, match_rollout, write_rollouts
+from coordexp.rollout.records import Rollout, match_rollouts, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
 from coordexp.text.symbols import TokenTable
@@ -130,7 +130,7 @@ def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
             checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images, engine
         )
     matching = match_settings(params)
-    rollouts = [match_rollout(s, g, reader.parse(g), matching) for s, g in zip(samples, generations, strict=True)]
+    rollouts = match_rollouts(samples, generations, [reader.parse(g) for g in generations], matching)
     write_results(out / "gt_vs_pred.jsonl", results)
     write_rollouts(out / "rollouts.jsonl", rollouts)
     summary = rollout_summary(samples, rollouts, results) | {"seconds": round(time.monotonic() - started, 1)}

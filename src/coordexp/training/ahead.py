@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class StepsAhead(Generic[T]):
+    """The batches of a run's steps, each made while the one before it is trained on, also across steps.
+
+    Args:
+        of_step: the batches of a step, at least one; runs in a thread.
+        steps: how many steps the run has.
+        not_before: steps that must not be begun early, because training makes what their batches are made from.
+    """
+
+    def __init__(
+        self, of_step: Callable[[int], Iterable[T]], steps: int, not_before: Collection[int] = frozenset()
+    ) -> None:
+        self._of_step = of_step
+        self._steps = steps
+        self._not_before = not_before
+        self._coming: Iterator[tuple[T, bool]] = iter(())
+        self._coming_step = -1
+
+    def take(self, step: int) -> Iterator[tuple[T, float]]:
+        """The batches of a step, each with the seconds that it was waited for; any other than the next starts anew."""
+        if step != self._coming_step or step in self._not_before:
+            self._coming = one_ahead(self._from(step))
+        self._coming_step = -1  # until all of this step is taken
+        last = False
+        while not last:
+            started = time.monotonic()
+            batch, last = next(self._coming)
+            yield batch, time.monotonic() - started
+        self._coming_step = step + 1
+
+    def _from(self, first_step: int) -> Iterator[tuple[T, bool]]:
+        for step in range(first_step, self._steps):
+            if step != first_step and step in self._not_before:
+                return
+            yield from _with_last(self._of_step(step))
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -15,11 +63,14 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
     What making an item raises is raised where it is taken.
     """
     iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+    try:
         pending = thread.submit(_taken, iterator)
         while taken := pending.result():
             pending = thread.submit(_taken, iterator)
             yield taken[0]
+    finally:
+        thread.shutdown(wait=False)  # one who stops early may be collected in that very thread, which cannot wait
 
 
 def _taken(iterator: Iterator[T]) -> tuple[()] | tuple[T]:

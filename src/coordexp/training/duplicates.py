@@ -7,13 +7,13 @@ Shapes: N objects.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.geometry.bins import decode_norm
-from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.geometry.boxes import Boxes, as_boxes, pairwise_iou
 from coordexp.records.descriptions import normalise_desc
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import EncodedAnswer, Role
@@ -26,14 +26,17 @@ def duplicate_ranks(rollout: Rollout) -> list[int]:
 
     Never by place alone: boxes of two names may well coincide.
     """
-    iou_NN = pairwise_iou(*[as_boxes(decode_norm([o.bins for o in rollout.objects]).reshape(-1, 4))] * 2)
-    names = [normalise_desc(o.desc) for o in rollout.objects]
+    boxes_N4 = as_boxes(decode_norm([o.bins for o in rollout.objects]))
+    repeats_N = same_object(boxes_N4, [o.desc for o in rollout.objects]).any(axis=1)
     matched = {i for i, _ in rollout.pairs}
-    return [
-        i
-        for i, name in enumerate(names)
-        if i not in matched and any(names[j] == name and iou_NN[i, j] >= DUPLICATE_IOU for j in range(i))
-    ]
+    return [int(i) for i in np.flatnonzero(repeats_N) if i not in matched]
+
+
+def same_object(boxes_N4: Boxes, descs: Sequence[str]) -> NDArray[np.bool_]:
+    """Which earlier objects j each object i repeats, shape (N, N), true only for j < i."""
+    names_N = np.array([normalise_desc(desc) for desc in descs])
+    same_NN = (pairwise_iou(boxes_N4, boxes_N4) >= DUPLICATE_IOU) & (names_N[:, None] == names_N[None, :])
+    return np.tril(same_NN, -1)
 
 
 def divergence_positions(answer: EncodedAnswer, ranks: Collection[int]) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from coordexp.drawing.panels import (
     side_by_side,
 )
 from coordexp.geometry.bins import box_scale
-from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.geometry.boxes import as_boxes
 from coordexp.matching.assign import match
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
@@ -36,7 +36,7 @@ from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
 from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
-from coordexp.training.duplicates import DUPLICATE_IOU
+from coordexp.training.duplicates import same_object
 
 PAIRING = MatchSettings(gate="iou", gate_threshold=0.5)
 DRAWN_IMAGES = 6
@@ -92,11 +92,9 @@ def count_answers(answers: Sequence[Judged]) -> dict[str, float]:
 
 
 def duplicate_pairs(result: ImageResult) -> int:
-    """Pairs of predictions of one normalised name with an IoU of at least DUPLICATE_IOU."""
+    """Pairs of predictions that are one object twice, by the measure of training (`duplicates.same_object`)."""
     boxes_N4 = as_boxes([p.bbox_xyxy_px for p in result.pred])
-    names_N = np.array([normalise_desc(p.desc) for p in result.pred])
-    same_NN = (pairwise_iou(boxes_N4, boxes_N4) >= DUPLICATE_IOU) & (names_N[:, None] == names_N[None, :])
-    return int(np.triu(same_NN, 1).sum())
+    return int(same_object(boxes_N4, [p.desc for p in result.pred]).sum())
 
 
 def draw_answers(answers: Sequence[Judged], image_root: Path, title: str) -> Image.Image:

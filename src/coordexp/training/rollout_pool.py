@@ -17,7 +17,7 @@ import torch
 from coordexp.matching.settings import MatchSettings
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
-from coordexp.rollout.records import Rollout, match_rollout, read_rollouts, rematch, write_rollouts
+from coordexp.rollout.records import Rollout, match_rollouts, read_rollouts, rematch, write_rollouts
 from coordexp.text.parser import ParsedAnswer
 from coordexp.training.distributed import wait_for_all, world
 
@@ -68,23 +68,38 @@ class Refresher:
         self._folder = folder
         self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
 
-    def at(self, step: int, matching: MatchSettings) -> tuple[dict[int, Rollout], dict[str, float]] | None:
-        """The set of a step of channel B by image, and what generating it took if it is made for this step.
+    @property
+    def steps(self) -> frozenset[int]:
+        """The steps before which a set is generated."""
+        return frozenset(refresh.step for refresh in self._refreshes)
+
+    def load(self, step: int, matching: MatchSettings) -> None:
+        """Have the set of a step at hand: generated if no file holds it, by the weights of this moment."""
+        refresh = self._current(step)
+        if refresh is None or (self._loaded and self._loaded[0] == refresh):
+            return
+        path = self._folder / f"rollouts-{refresh.step}.jsonl"
+        if world().is_main and not path.is_file():
+            self._generate(refresh, matching, path)
+        wait_for_all()
+        self._loaded = refresh, read_rollouts(path)
+
+    def at(self, step: int) -> tuple[dict[int, Rollout], dict[str, float]] | None:
+        """The loaded set of a step by image, and what generating it took if it is made for this step.
 
         None before the first refresh.
         """
-        current = [refresh for refresh in self._refreshes if refresh.step <= step]
-        if not current:
+        refresh = self._current(step)
+        if refresh is None:
             return None
-        refresh = current[-1]
-        if self._loaded is None or self._loaded[0] != refresh:
-            path = self._folder / f"rollouts-{refresh.step}.jsonl"
-            if world().is_main and not path.is_file():
-                self._generate(refresh, matching, path)
-            wait_for_all()
-            self._loaded = refresh, read_rollouts(path)
-        rollouts = self._loaded[1]
+        assert self._loaded, f"step {step}: its rollouts are not loaded"
+        loaded, rollouts = self._loaded
+        assert loaded == refresh, f"step {step}: the rollouts of step {loaded.step} are loaded"
         return rollouts, self._compute(refresh, rollouts) if refresh.step == step else {}
+
+    def _current(self, step: int) -> Refresh | None:
+        earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
+        return earlier[-1] if earlier else None
 
     def _generate(self, refresh: Refresh, matching: MatchSettings, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
@@ -92,9 +107,7 @@ class Refresher:
         settings = replace(self._decode, seed=(self._decode.seed + refresh.step * SEED_STRIDE) % SEEDS)
         with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
             generations = self._engine.generate(samples, settings)
-        pairs = zip(samples, generations, strict=True)
-        rollouts = [match_rollout(sample, g, self._parse(g), matching) for sample, g in pairs]
-        write_rollouts(path, rollouts)
+        write_rollouts(path, match_rollouts(samples, generations, [self._parse(g) for g in generations], matching))
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
         """Tokens read and written, from the set itself, so that a resumed run logs the same."""
@@ -114,9 +127,20 @@ class RolloutPool:
         self._matching = matching
         self._refresher = refresher
 
+    @property
+    def refresh_steps(self) -> frozenset[int]:
+        """The steps whose rollouts are made by the weights before them."""
+        return self._refresher.steps if self._refresher else frozenset()
+
+    def refresh(self, step: int) -> None:
+        """Generate or read what `at` will give for a step. All processes must call it, outside of any thread."""
+        if self._refresher:
+            self._refresher.load(step, self._matching(step))
+
     def at(self, step: int, samples: Sequence[Sample]) -> tuple[dict[int, Rollout], dict[str, float]]:
-        """Matched rollouts of these samples by image, and numbers to log."""
+        """Matched rollouts of these samples by image, and numbers to log; `refresh` of this step comes before."""
         matching = self._matching(step)
-        fresh = self._refresher.at(step, matching) if self._refresher else None
+        fresh = self._refresher.at(step) if self._refresher else None
         rollouts, logs = (self._on_file, {}) if fresh is None else fresh
-        return {s.image_id: rematch(rollouts[s.image_id], s, matching) for s in samples}, logs
+        matched = rematch([rollouts[s.image_id] for s in samples], samples, matching)
+        return {rollout.image_id: rollout for rollout in matched}, logs

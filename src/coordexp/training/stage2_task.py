@@ -15,6 +15,7 @@ from coordexp.packing.samples import Sample
 from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
+from coordexp.training.ahead import StepsAhead
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments, missed_objects
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
@@ -117,21 +118,20 @@ class Stage2Task:
         self._share = share
         self._a1_coord_weight = a1_coord_weight
         self._grad_monitor_every = grad_monitor_every
+        self._batches = StepsAhead(self._batches_of, len(plan), rollouts.refresh_steps)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the rows of the step; both passes of channel B share its forwards."""
         plan, objective = self._plan[step], self._objective.at(step)
-        rollouts, logs = self._rollouts_of(step)
-        segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
-        counts, logs = denominators(segments), logs | found
+        self._rollouts.refresh(step)
         # Channel B already runs on the model's own context; soft self-context is channel A's.
         n_iter = self._soft_context.n_iter if plan.channel == "A" else 1
         context = replace(self._soft_context, n_iter=n_iter, temperature=objective.temperature)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        for on_cpu in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
+        for (on_cpu, counts, logs), waited in self._batches.take(step):
             batch = on_cpu.to(self._model.device)
             parts, measured = in_forward(self._model, partial(self._forward, batch, objective, context, counts))
-            yield to_micro_batch(parts, counts, logs | measured, monitored)
+            yield to_micro_batch(parts, counts, logs | measured | {"time/wait_s": waited}, monitored)
 
     def _forward(
         self, batch: PackedBatch, objective: Objective, context: SoftContext, counts: Mapping[str, Tensor]
@@ -147,6 +147,15 @@ class Stage2Task:
             parts += [anchor] if anchor else []
             logs |= coord_logs(diagnose(objective, batch, a1_coord), "coord_diag_a1")
         return parts, logs
+
+    def _batches_of(self, step: int) -> Iterator[tuple[PackedBatch, dict[str, Tensor], LogRow]]:
+        """This process's batches of a step, each with the counts of the whole step and what channel B found in it."""
+        rollouts, compute = self._rollouts_of(step)
+        plan = self._plan[step]
+        segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
+        counts = denominators(segments)
+        for batch in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
+            yield batch, counts, compute | found
 
     def _rollouts_of(self, step: int) -> tuple[Mapping[int, Rollout], LogRow]:
         """Rollouts of the step's samples and what fresh ones took; none for channel A."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.shares import WHOLE, Share, shared_batches
-from coordexp.training.ahead import one_ahead
+from coordexp.training.ahead import StepsAhead
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
@@ -49,21 +48,13 @@ class TeacherTask:
         self._packs_by_step = packs_by_step
         self._share = share
         self._grad_monitor_every = grad_monitor_every
-        self._coming: Iterator[tuple[int, PackedBatch, dict[str, Tensor]]] = iter(())
-        self._coming_step = -1
+        self._batches = StepsAhead(self._batches_of, len(packs_by_step))
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the packs of the step."""
         objective = self._objective.at(step)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
-        if step != self._coming_step:
-            self._coming = one_ahead(self._batches(step))
-        self._coming_step = step + 1
-        for _ in self._share.chunks(len(self._packs_by_step[step])):
-            started = time.monotonic()
-            of_step, on_cpu, counts = next(self._coming)
-            assert of_step == step
-            waited = time.monotonic() - started
+        for (on_cpu, counts), waited in self._batches.take(step):
             batch = on_cpu.to(self._model.device)
             parts, logs = in_forward(self._model, partial(self._forward, batch, objective, counts))
             yield to_micro_batch(parts, counts, logs | {"time/wait_s": waited}, monitored)
@@ -78,17 +69,16 @@ class TeacherTask:
         logs |= coord_logs(diagnose(objective, batch, coord))
         return [LossPart(terms, objective.weights)], logs
 
-    def _batches(self, first_step: int) -> Iterator[tuple[int, PackedBatch, dict[str, Tensor]]]:
-        """Every batch from a step on, with its step and the counts of that step."""
-        for step in range(first_step, len(self._packs_by_step)):
-            segments: list[Segment] = []
-            rows = []
-            for pack in self._packs_by_step[step]:
-                rows.append(list(range(len(segments), len(segments) + len(pack))))
-                segments += [teacher_segment(self._source.get(i, step)) for i in pack]
-            counts = denominators(segments)
-            for batch in shared_batches(self._collator, segments, rows, self._share):
-                yield step, batch, counts
+    def _batches_of(self, step: int) -> Iterator[tuple[PackedBatch, dict[str, Tensor]]]:
+        """This process's batches of a step, each with the counts of the whole step."""
+        segments: list[Segment] = []
+        rows = []
+        for pack in self._packs_by_step[step]:
+            rows.append(list(range(len(segments), len(segments) + len(pack))))
+            segments += [teacher_segment(self._source.get(i, step)) for i in pack]
+        counts = denominators(segments)
+        for batch in shared_batches(self._collator, segments, rows, self._share):
+            yield batch, counts
 
     def items(self, step: int) -> dict[str, Any]:
         """The images of each pack of a step."""
