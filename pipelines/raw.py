@@ -8,7 +8,7 @@ from pathlib import Path
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.profile import DatasetsConfig, SourceConfig
 from coordexp.config.provenance import file_hash, write_json
-from coordexp.records.manifest import write_manifest
+from coordexp.records.manifest import MANIFEST, write_manifest
 from coordexp.records.scenes.coco_folder import write_coco_folder
 from coordexp.records.scenes.composer import SceneSpec
 
@@ -30,9 +30,9 @@ def _take_stock(context: StageContext, source: DatasetsConfig) -> None:
 
 
 def _compose(context: StageContext, source: SourceConfig) -> None:
-    out = context.paths.raw
     spec = SceneSpec(**source.model_dump(include=set(SceneSpec.__slots__)))
-    objects = write_coco_folder(
+    out = context.paths.raw
+    made = write_coco_folder(
         out,
         spec,
         Path(source.sprites),
@@ -41,9 +41,8 @@ def _compose(context: StageContext, source: SourceConfig) -> None:
         workers=os.cpu_count() or 1,
     )
     annotations = {path.name: file_hash(path) for path in sorted((out / "annotations").iterdir())}
-    images = {"train": source.train_images, "val": source.val_images}
-    write_json(out / "manifest.json", {"images": images, "objects": objects, "annotations": annotations})
-    context.log.info("raw: %s images, %s objects", images, objects)
+    write_json(out / MANIFEST, made | {"annotations": annotations})
+    context.log.info("raw: %s images, %s objects", made["images"], made["objects"])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,16 @@ def test_the_manifest_does_not_depend_on_the_number_of_workers(coco, tmp_path):
     assert one == four
 
 
+def test_the_manifest_changes_with_any_image(coco, tmp_path):
+    before = write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1)
+    assert write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1) == before
+    image = sorted(coco.rglob("*.jpg"))[3]
+    image.write_bytes(image.read_bytes()[:-1] + b"\0")
+    after = write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1)
+    assert after["images_hash"] != before["images_hash"]
+    assert after["sets"]["coco"]["annotation_hashes"] == before["sets"]["coco"]["annotation_hashes"]
+
+
 def test_changed_annotations_are_noticed(coco, tmp_path):
     write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1)
     edit(coco, "val2017", info={"changed": 1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
@@ -139,18 +140,34 @@ def test_the_number_of_workers_changes_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_the_folder_reads_back_as_the_scenes(folder, scenes):
-    out, totals = folder
+    out, made = folder
     for split in ("train", "val"):
         conversion = read_coco(out / "annotations" / f"instances_{split}.json", "")
         assert conversion.drops == {}
         assert {c.name for c in conversion.categories if c.split == "held_out"} == set(catalog().held_out)
-        assert sum(len(r.objects) for r in conversion.records) == totals[split]
+        assert sum(len(r.objects) for r in conversion.records) == made["objects"][split]
         for index, record in enumerate(conversion.records):
             scene = scenes[split, index]
             assert (record.height, record.width) == scene.pixels.shape[:2]
             assert [(o.desc, o.bbox_xyxy_px) for o in record.objects] == [
                 (o.desc, o.bbox_xyxy_px) for o in scene.objects
             ]
+
+
+def test_a_hash_stands_for_all_images_of_a_split(folder, tmp_path, monkeypatch):
+    real = compose_scene
+
+    def one_pixel_off(spec, sprites, seed, split, index):
+        scene = real(spec, sprites, seed, split, index)
+        if (split, index) == ("val", 2):
+            scene.pixels[0, 0] ^= 64
+        return scene
+
+    monkeypatch.setattr(coco_folder, "compose_scene", one_pixel_off)
+    monkeypatch.setattr(coco_folder, "ProcessPoolExecutor", ThreadPoolExecutor)  # which sees the patch
+    other = write_coco_folder(tmp_path, SPEC, SPRITES, 3, {"train": 7, "val": 4}, workers=1)
+    assert other["image_hashes"]["train"] == folder[1]["image_hashes"]["train"]
+    assert other["image_hashes"]["val"] != folder[1]["image_hashes"]["val"]
 
 
 def test_areas_are_those_of_the_boxes(folder):

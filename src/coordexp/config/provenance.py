@@ -53,9 +53,9 @@ def code_hash(layers: Iterable[str]) -> str:
 
 
 def image_inputs(raw: Path) -> dict[str, Path]:
-    """The file of the raw stage that names and hashes what training looks at, if it wrote one."""
-    found = [raw / name for name in ("images.parquet", "manifest.json") if (raw / name).is_file()]
-    return {"images": found[0]} if found else {}
+    """The file of the raw stage that stands for every image, if it wrote one."""
+    manifest = raw / "manifest.json"
+    return {"images": manifest} if manifest.is_file() else {}
 
 
 def resume_folder(stage: str, key: str) -> Path:

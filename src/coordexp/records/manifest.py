@@ -1,6 +1,7 @@
 """The manifest of data sets on disk: what each image file is, found once, so that images are never copied.
 
-    data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, counts, problems
+    data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, counts, problems;
+                                       and the hash of the other file, so that who depends on it depends on every image
     data/<profile>/raw/images.parquet  a row for each image: name, bytes, sha256, size, mode, orientation, problem
 
 Records name an image `<set>/<path below the set's root>`; `image_path` leads from there to the file.
@@ -52,7 +53,7 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
         described[name] |= _summary(described[name], facts[name].values())
     with replacing(folder / IMAGES) as temporary:
         pq.write_table(_table(facts), temporary, compression="zstd")
-    manifest = {"sets": described}
+    manifest = {"sets": described, "images_hash": file_hash(folder / IMAGES)}
     write_json(folder / MANIFEST, manifest)
     image_roots.cache_clear()
     return manifest

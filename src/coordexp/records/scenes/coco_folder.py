@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,14 +32,14 @@ class _Chunk:
 
 def write_coco_folder(
     out: Path, spec: SceneSpec, sprites: Path, seed: int, images_per_split: dict[str, int], workers: int
-) -> dict[str, int]:
-    """Compose every split in parallel processes; returns the number of objects per split.
+) -> dict[str, Any]:
+    """Compose every split in parallel processes; returns its numbers of images and objects and a hash over its images.
 
     The result does not depend on `workers`: each scene has its own random generator.
     """
     catalog = load_catalog(sprites)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    totals = {}
+    made: dict[str, Any] = {"images": images_per_split, "objects": {}, "image_hashes": {}}
     for split, count in images_per_split.items():
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
         chunks = [
@@ -49,8 +50,9 @@ def write_coco_folder(
             rows = [row for chunk in pool.map(_write_chunk, chunks) for row in chunk]
         instances = _instances(rows, catalog)
         (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(instances), encoding="utf-8")
-        totals[split] = len(instances["annotations"])
-    return totals
+        made["objects"][split] = len(instances["annotations"])
+        made["image_hashes"][split] = hashlib.sha256(b"".join(row["sha256"] for row in rows)).hexdigest()[:16]
+    return made
 
 
 @lru_cache(maxsize=1)
@@ -64,9 +66,10 @@ def _write_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
     rows = []
     for index in range(chunk.first, chunk.last):
         scene = compose_scene(chunk.spec, catalog, chunk.seed, chunk.split, index)
-        name = f"{index:06d}.jpg"
-        Image.fromarray(scene.pixels).save(chunk.out / "images" / chunk.split / name, quality=JPEG_QUALITY)
-        rows.append({"id": index + 1, "file_name": name, "pixels": scene.pixels.shape, "objects": scene.objects})
+        path = chunk.out / "images" / chunk.split / f"{index:06d}.jpg"
+        Image.fromarray(scene.pixels).save(path, quality=JPEG_QUALITY)
+        row = {"id": index + 1, "file_name": path.name, "sha256": hashlib.sha256(path.read_bytes()).digest()}
+        rows.append(row | {"pixels": scene.pixels.shape, "objects": scene.objects})
     return rows
 
 
