@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.objective import ORDER, WAYS, Pack, Size, measure_here, rows_of
+from benchmarks.objective import ORDER, WAYS, Pack, Size, fused_beside_bare, measure_here, rows_of
 
 SMALL = Size(tokens=512, vocab=1500, hidden=16, device="cpu", stock_share=0.5)
 
@@ -22,7 +22,7 @@ def test_a_pack_is_mostly_image_and_prompt():
 
 
 def test_the_table():
-    rows = rows_of({way: measure_here(way, SMALL) for way in ORDER}, SMALL)
+    rows = rows_of({"bare": fused_beside_bare(SMALL)} | {way: measure_here(way, SMALL) for way in ORDER}, SMALL)
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.value is None or row.value >= 0 for row in rows)
     assert {row.name: row.target for row in rows if row.target} == {
