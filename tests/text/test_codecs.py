@@ -124,6 +124,17 @@ def printed(name: str, objects: list[TextObject]) -> list[str]:
     return [f"{Role(int(r)).name} {o} {TOKENIZER.decode([int(i)])}" for r, o, i in rows]
 
 
+@pytest.mark.parametrize("name", CODECS)
+@given(objects=answers)
+def test_whole_objects_from_memory_equal_segments_one_by_one(name, objects):
+    encoder = ENCODERS[name]
+    expected = encoder.encode_segments(encoder.codec.segments(objects))
+    for _ in range(2):  # the first may fill the memory, the second reads it
+        found = encoder.encode(objects)
+        for field in ("ids", "roles", "object_index"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), strict=True)
+
+
 def test_roles_of_each_token_json():
     assert printed("json", [TextObject("cat", CAT.bins), TextObject("dog", DOG.bins)]) == [
         'STRUCT 0 {"objects": [{"desc": "',

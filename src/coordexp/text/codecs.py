@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -164,8 +164,20 @@ class EncodedAnswer:
     object_index: NDArray[np.int16]
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The tokens of an object of some name, whose four coordinates are one token each, at `coord_places`."""
+
+    ids: list[int]
+    roles: bytes
+    coord_places: tuple[int, ...]
+
+
 class AnswerEncoder:
-    """Tokenises segments one by one. Repeated texts (scaffold, names) are tokenised once and cached."""
+    """Tokenises segments one by one. Repeated texts (scaffold, names) are tokenised once and cached.
+
+    So are whole objects by name, where coordinates are tokens: then an object is a copy with four ids put in.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec) -> None:
         self.codec = codec
@@ -173,6 +185,7 @@ class AnswerEncoder:
         self._data: dict[str, list[int]] = {}
         self._markup: dict[str, list[int]] = {}
         self._end_id = token_id(tokenizer, END_OF_TURN)
+        self._blocks: dict[tuple[str, bool], _Block | None] = {}
 
     def _ids(self, segment: Segment) -> list[int]:
         # A description is data: markers inside it are spelled out, they never become special tokens.
@@ -202,4 +215,43 @@ class AnswerEncoder:
 
     def encode(self, objects: Sequence[TextObject]) -> EncodedAnswer:
         """Encode a whole answer."""
-        return self.encode_segments(self.codec.segments(objects))
+        blocks = [self._block(obj.desc, is_first=i == 0) for i, obj in enumerate(objects)]
+        known = [block for block in blocks if block]
+        if not known or len(known) < len(blocks):
+            return self.encode_segments(self.codec.segments(objects))
+        ids: list[int] = []
+        for obj, block in zip(objects, known, strict=True):
+            start = len(ids)
+            ids += block.ids
+            for place, value in zip(block.coord_places, obj.bins, strict=True):
+                ids[start + place] = self._coord_ids[value]
+        close = self._close
+        roles = b"".join([*(block.roles for block in known), close.roles.tobytes()])
+        lengths = [*(len(block.ids) for block in known), len(close.ids)]
+        return EncodedAnswer(
+            np.array(ids + close.ids.tolist(), np.int32),
+            np.frombuffer(bytearray(roles), np.uint8),  # of bytes it could not be written to
+            np.repeat(np.array([*range(len(known)), -1], np.int16), lengths),
+        )
+
+    def _block(self, desc: str, is_first: bool) -> _Block | None:
+        """None where a coordinate is written with digits, as many as it has."""
+        key = (desc, is_first)
+        if key not in self._blocks:
+            two = self.codec.segments([TextObject(desc, (0, 0, 0, 0))] * 2)
+            encoded = self.encode_segments([s for s in two if s.object_index == (0 if is_first else 1)], end=False)
+            places = tuple(np.flatnonzero(encoded.roles == Role.COORD).tolist())
+            is_fixed = len(places) == 4
+            self._blocks[key] = _Block(encoded.ids.tolist(), encoded.roles.tobytes(), places) if is_fixed else None
+        return self._blocks[key]
+
+    @cached_property
+    def _coord_ids(self) -> list[int]:
+        known = self._tokenizer.get_vocab()
+        return [known[token] for token in COORD_TOKENS]
+
+    @cached_property
+    def _close(self) -> EncodedAnswer:
+        """What follows the last object."""
+        one = self.codec.segments([TextObject("", (0, 0, 0, 0))])
+        return self.encode_segments([s for s in one if s.object_index < 0])
