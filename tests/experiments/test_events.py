@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coordexp.experiments.events import Events
-
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def append(path: Path, *rows: dict) -> None:
@@ -19,7 +17,7 @@ def append(path: Path, *rows: dict) -> None:
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    read = accumulator.EventAccumulator(str(folder))
+    read = EventAccumulator(str(folder))
     read.Reload()
     return [(event.step, round(event.value, 4)) for event in read.Scalars(tag)]
 
@@ -42,7 +40,7 @@ def test_every_row_is_written_once_with_its_picture(tmp_path: Path) -> None:
     assert scalars(out, "train/loss/total") == [(0, 4.0), (1, 3.0)]
     assert scalars(out, "look/f1") == [(2, 0.25)]
     assert scalars(out, "dev/coco/mAP") == [(2, 0.5)]
-    read = accumulator.EventAccumulator(str(out))
+    read = EventAccumulator(str(out))
     read.Reload()
     assert [image.step for image in read.Images("look")] == [2]
     assert set(read.Tags()["scalars"]) == {"train/loss/total", "look/f1", "dev/coco/mAP"}
