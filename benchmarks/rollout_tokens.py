@@ -36,6 +36,8 @@ from coordexp.text.codecs import CODECS, AnswerEncoder
 from coordexp.training.sample_source import permuted
 
 GRAMMAR_COST, CODEC_GAIN = 1.05, 2.0
+# Of the same 64 requests a server on two cores takes between 2 and 7 s: many more of them, and often.
+VLLM_IMAGES, VLLM_ROUNDS = 256, 5
 BATCHES = (1, 8, 64)
 
 
@@ -144,7 +146,7 @@ def vllm_rows(
         pool = ServerPool((server.url,), rollout.timeout_seconds, rollout.tries)
         engine = ForgetfulVllm(pool, checkpoint, run.paths.raw, rollout.requests_per_server)
         engine.generate(samples[:4], settings)
-        return engine_rows("vLLM", engine, samples, settings, rounds=3)
+        return engine_rows("vLLM", engine, samples, settings, VLLM_ROUNDS)
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -163,7 +165,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     engine = HfEngine(checkpoint, run.paths.raw, max(BATCHES))
     rows = list(codec_rows(checkpoint, engine, samples, rounds))
     rows += engine_rows("hf", engine, samples, settings, rounds)
-    return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, samples, settings)
+    many = run.samples("val", VLLM_IMAGES)
+    return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, many, settings)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
