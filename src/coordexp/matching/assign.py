@@ -138,12 +138,10 @@ def _results(
     taken_P, taken_G = rows.pred_R[chosen_C], rows.gt_R[chosen_C]
     pairs_C2 = np.stack([place_P[taken_P], place_G[taken_G]], axis=1)
     n_pairs_I = np.bincount(image_P[taken_P], minlength=len(n_pred_I))
-    is_left_P, is_left_G, is_near_P = (
-        np.ones(len(place_P), bool),
-        np.ones(len(place_G), bool),
-        np.zeros(len(place_P), bool),
-    )
-    is_left_P[taken_P], is_left_G[taken_G], is_near_P[rows.pred_R[allowed_R]] = False, False, True
+    is_left_P, is_left_G = np.ones(len(place_P), bool), np.ones(len(place_G), bool)
+    is_left_P[taken_P] = is_left_G[taken_G] = False
+    is_near_P = np.zeros(len(place_P), bool)
+    is_near_P[rows.pred_R[allowed_R]] = True
     return [
         MatchResult(*parts)
         for parts in zip(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"
+KNOWN_TEXTS = 1 << 16  # names are few; of phrases a data set may hold millions
 
 
 class Role(IntEnum):
@@ -71,7 +72,7 @@ def _coordinate(value: int, role: Role) -> str:
     return COORD_TOKENS[value] if role is Role.COORD else str(value)
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=KNOWN_TEXTS)
 def _json_desc(desc: str) -> str:
     return json.dumps(desc, ensure_ascii=False)[1:-1]
 
@@ -182,25 +183,17 @@ class AnswerEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec) -> None:
         self.codec = codec
         self._tokenizer = tokenizer
-        self._data: dict[str, list[int]] = {}
-        self._markup: dict[str, list[int]] = {}
         self._end_id = token_id(tokenizer, END_OF_TURN)
-        self._blocks: dict[tuple[str, bool], _Block | None] = {}
+        self._ids = lru_cache(maxsize=KNOWN_TEXTS)(self._tokenise)
+        self._block = lru_cache(maxsize=KNOWN_TEXTS)(self._make_block)
 
-    def _ids(self, segment: Segment) -> list[int]:
+    def _tokenise(self, text: str, is_data: bool) -> list[int]:
         # A description is data: markers inside it are spelled out, they never become special tokens.
-        role, text, _ = segment
-        is_data = role is Role.DESC
-        known = self._data if is_data else self._markup
-        ids = known.get(text)
-        if ids is None:
-            ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_data)
-            known[text] = ids
-        return ids
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_data)
 
     def encode_segments(self, segments: Sequence[Segment], end: bool = True) -> EncodedAnswer:
         """Encode segments in order; `end` appends the end-of-turn token with role CLOSE."""
-        pieces = [self._ids(segment) for segment in segments]
+        pieces = [self._ids(segment.text, segment.role is Role.DESC) for segment in segments]
         roles, owners = [segment.role for segment in segments], [segment.object_index for segment in segments]
         if end:
             pieces.append([self._end_id])
@@ -215,7 +208,7 @@ class AnswerEncoder:
 
     def encode(self, objects: Sequence[TextObject]) -> EncodedAnswer:
         """Encode a whole answer."""
-        blocks = [self._block(obj.desc, is_first=i == 0) for i, obj in enumerate(objects)]
+        blocks = [self._block(obj.desc, i == 0) for i, obj in enumerate(objects)]
         known = [block for block in blocks if block]
         if not known or len(known) < len(blocks):
             return self.encode_segments(self.codec.segments(objects))
@@ -234,16 +227,12 @@ class AnswerEncoder:
             np.repeat(np.array([*range(len(known)), -1], np.int16), lengths),
         )
 
-    def _block(self, desc: str, is_first: bool) -> _Block | None:
+    def _make_block(self, desc: str, is_first: bool) -> _Block | None:
         """None where a coordinate is written with digits, as many as it has."""
-        key = (desc, is_first)
-        if key not in self._blocks:
-            two = self.codec.segments([TextObject(desc, (0, 0, 0, 0))] * 2)
-            encoded = self.encode_segments([s for s in two if s.object_index == (0 if is_first else 1)], end=False)
-            places = tuple(np.flatnonzero(encoded.roles == Role.COORD).tolist())
-            is_fixed = len(places) == 4
-            self._blocks[key] = _Block(encoded.ids.tolist(), encoded.roles.tobytes(), places) if is_fixed else None
-        return self._blocks[key]
+        two = self.codec.segments([TextObject(desc, (0, 0, 0, 0))] * 2)
+        encoded = self.encode_segments([s for s in two if s.object_index == (0 if is_first else 1)], end=False)
+        places = tuple(np.flatnonzero(encoded.roles == Role.COORD).tolist())
+        return _Block(encoded.ids.tolist(), encoded.roles.tobytes(), places) if len(places) == 4 else None
 
     @cached_property
     def _coord_ids(self) -> list[int]:
