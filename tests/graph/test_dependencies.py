@@ -11,7 +11,6 @@ import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import ProfilePaths
-from coordexp.records.manifest import MANIFEST
 from coordexp.reporting.inputs import TRAINED, ReportInputs
 from source_tree import BASE, ROOT, import_closure, layer_of, modules, syntax
 
@@ -110,8 +109,7 @@ def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
     inputs = ReportInputs.of(ProfilePaths(PROFILE), {}, gallery_images=0)
     named = {value for name in inputs.__slots__ if isinstance(value := getattr(inputs, name), Path)} - {inputs.runs}
     read = named - {inputs.decoding_study} | {inputs.runs / stage for stage in TRAINED}
-    listed = [PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep]
-    deps = [dep.parent if dep.name == MANIFEST else dep for dep in listed]  # it stands for the images beside it
+    deps = [PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep]
     assert [path for path in read if not any(path.is_relative_to(dep) for dep in deps)] == []
     assert [dep for dep in deps if not any(path.is_relative_to(dep) for path in read)] == []
 

@@ -1,7 +1,7 @@
 """The manifest of data sets on disk: what each image file is, found once, so that images are never copied.
 
     data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, counts, problems;
-                                       and the hash of the other file, so that who depends on it depends on every image
+                                       and the hash of the other file
     data/<profile>/raw/images.parquet  a row for each image: name, bytes, sha256, size, mode, orientation, problem
 
 Records name an image `<set>/<path below the set's root>`; `image_path` leads from there to the file.
