@@ -8,8 +8,10 @@ from dataclasses import asdict
 from coordexp.config.files import replacing
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
-from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.manifest import image_roots
+from coordexp.records.convert import Converted, convert_datasets, policies_of
+from coordexp.records.losses import refuse_empty, refuse_losses
+from coordexp.records.manifest import SPLITS, image_roots
+from coordexp.records.policy import SHOWN
 from coordexp.records.schema import write_records
 from coordexp.records.sources.coco import read_coco
 from coordexp.records.splits import split_dev
@@ -22,6 +24,10 @@ def run(context: StageContext) -> None:
     if image_roots(raw):
         converted = convert_datasets(raw, context.profile.records, context.params.seed)
         drops = converted.drops()
+        for note in converted.notes[:SHOWN]:
+            context.log.warning("names: %s", note)
+        if len(converted.notes) > SHOWN:
+            context.log.warning("names: and %d more", len(converted.notes) - SHOWN)
         write_json(out / "sets.json", converted.sets)
         with replacing(out / "dropped.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for split, problems in converted.problems.items():
@@ -38,12 +44,14 @@ def run(context: StageContext) -> None:
 
 def _scenes(context: StageContext) -> tuple[Converted, dict[str, dict[str, int]]]:
     """The composed scenes: a COCO folder that holds its own images."""
-    raw = context.paths.raw
-    source = read_coco(raw / "annotations" / "instances_train.json", "images/train/")
-    val = read_coco(raw / "annotations" / "instances_val.json", "images/val/")
-    train, dev = split_dev(source.records, context.profile.records.dev_images)
-    splits = {"train": train, "dev": dev, "val": list(val.records)}
-    return Converted(splits, list(val.categories)), {"train": source.drops, "val": val.drops}
+    policies = {split: policies_of(context.profile.records, split) for split in SPLITS}
+    folder = context.paths.raw / "annotations"
+    found = {s: read_coco(folder / f"instances_{s}.json", f"images/{s}/", policies[s]) for s in SPLITS}
+    refuse_losses({f"scenes/{s}": (found[s], policies[s]) for s in SPLITS})
+    train, dev = split_dev(found["train"].records, context.profile.records.dev_images)
+    splits = {"train": train, "dev": dev, "val": found["val"].records}
+    refuse_empty(splits)
+    return Converted(splits, list(found["val"].categories)), {s: found[s].drops for s in SPLITS}
 
 
 if __name__ == "__main__":

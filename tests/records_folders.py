@@ -71,7 +71,7 @@ def records_config(**changes: Any) -> RecordsConfig:
     keys = {
         "dev_images": 2, "crowd": "ignore", "truncated": "keep", "min_side_px": 1.0, "min_inside": 0.0,
         "polygons": "drop", "max_objects": 0, "over_max": "sample", "bad_images": "error", "overlap": "error",
-        "listed_names": 3, "negative_rate": 0.0, "flip": 0.0, "crop": 0.0,
+        "max_lost": 1.0, "listed_names": 3, "negative_rate": 0.0, "flip": 0.0, "crop": 0.0,
         "scale_jitter": 0.0,
     }  # fmt: skip
     return RecordsConfig(**(keys | changes))

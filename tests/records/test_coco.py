@@ -11,8 +11,9 @@ import pytest
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
+from coordexp.records.policy import RecordSet
 from coordexp.records.schema import parse_record
-from coordexp.records.sources.coco import Conversion, read_coco
+from coordexp.records.sources.coco import read_coco
 
 IMAGES = [
     {"id": 9, "file_name": "b.jpg", "width": 100, "height": 80},
@@ -32,7 +33,7 @@ def write(folder: Path, **changes: object) -> Path:
     return path
 
 
-def convert(folder: Path, *annotations: dict) -> Conversion:
+def convert(folder: Path, *annotations: dict) -> RecordSet:
     return read_coco(write(folder, annotations=list(annotations)), "images/val/")
 
 
@@ -78,11 +79,11 @@ def test_crowds_are_kept_and_marked(tmp_path):
 
 DROPPED = {
     "unknown_image": [
-        *(annotation([1, 1, 5, 5], image_id=i) for i in (4, None, "9", [9])),
+        *(annotation([1, 1, 5, 5], image_id=i) for i in (4, None, "nine", [9])),
         {"category_id": 1, "bbox": [1, 1, 5, 5]},
     ],
     "unknown_category": [
-        *(annotation([1, 1, 5, 5], category_id=i) for i in (2, None, "1", [1])),
+        *(annotation([1, 1, 5, 5], category_id=i) for i in (2, None, "1_0", [1])),
         {"image_id": 9, "bbox": [1, 1, 5, 5]},
     ],
     "bbox_malformed": [
@@ -152,7 +153,7 @@ UNUSABLE = {
     "images[0].height is 79.5": {"images": [IMAGES[0] | {"height": 79.5}]},
     "images[0].width is true": {"images": [IMAGES[0] | {"width": True}]},
     "images[0].width is NaN": {"images": [IMAGES[0] | {"width": float("nan")}]},
-    'images[0].id is "9"': {"images": [IMAGES[0] | {"id": "9"}]},
+    'images[0].id is "9a"': {"images": [IMAGES[0] | {"id": "9a"}]},
     "images[1].file_name is null": {"images": [IMAGES[0], IMAGES[1] | {"file_name": None}]},
     "categories[1].id is [5]": {"categories": [CATEGORIES[0], {"id": [5], "name": "lemon"}]},
     'categories[0].name is " "': {"categories": [{"id": 1, "name": " "}]},

@@ -78,7 +78,9 @@ class RecordsConfig(Block):
     """Splits, and what is kept of the unusual."""
 
     dev_images: PositiveCount = Field(description="images taken from the training split for choosing settings")
-    crowd: Literal["ignore", "drop"] = Field(description="crowd and difficult boxes: ignore regions, or dropped")
+    crowd: Literal["ignore", "drop", "as_objects"] = Field(
+        description="crowd and difficult boxes: ignore regions, dropped, or objects like all others"
+    )
     truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
     min_side_px: float = Field(ge=0.01, le=1000, description="shorter side below which a box is dropped, in pixels")
     min_inside: Share = Field(description="share of a box that must lie inside the image")
@@ -86,6 +88,9 @@ class RecordsConfig(Block):
     max_objects: Count = Field(description="most objects of a training record; 0 is no limit")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
+    max_lost: Share = Field(
+        description="share of a split's annotations, and of its images, that may be lost; more stops"
+    )
     listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
     negative_rate: Share = Field(description="prompt listed: share of prompts that name only what is absent")
     flip: Share = Field(description="share of training records that are mirrored, with left and right in words")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from coordexp.errors import DataError
-from coordexp.records.categories import Category, Split
+from coordexp.records.categories import Category, Split, clashing, shown_clash
 from coordexp.records.descriptions import normalise_desc
 
 MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
@@ -30,11 +30,13 @@ class CategoryIndex:
             raise DataError("The list of categories is empty; expected the categories.json that `convert` writes.")
         self._exact = {c.name: row for row, c in enumerate(self.categories)}
         self._normalised = {normalise_desc(c.name): row for row, c in enumerate(self.categories)}
-        if len({c.id for c in self.categories}) < len(self) or len(self._normalised) < len(self):
+        if groups := clashing(self.categories):
             raise DataError(
-                f"Two of the {len(self)} categories share an id or a name (case, '_' and parentheses do not count); "
-                "each must be distinct, or a prediction could mean either."
+                f"{'; '.join(map(shown_clash, groups))}: a prediction could mean either. Each name must be distinct; "
+                "rename one, or leave the one out that is not annotated."
             )
+        if len({c.id for c in self.categories}) < len(self):
+            raise DataError(f"Two of the {len(self)} categories share an id; each must be distinct.")
 
     def __len__(self) -> int:
         return len(self.categories)

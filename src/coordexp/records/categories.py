@@ -6,11 +6,14 @@ LVIS also says how frequent a category is in its training images: "r" in at most
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from coordexp.errors import DataError
+from coordexp.records.descriptions import normalise_desc
 
 Split = Literal["train", "held_out"]
 Frequency = Literal["r", "c", "f"]
@@ -30,6 +33,20 @@ class Category:
         """Plain JSON value, without a frequency where the source has none."""
         row: dict[str, Any] = {"id": self.id, "name": self.name, "split": self.split}
         return row | ({"frequency": self.frequency} if self.frequency else {})
+
+
+def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:
+    """Groups of categories whose names are the same when normalised: an answer could mean any of a group."""
+    groups: defaultdict[str, list[Category]] = defaultdict(list)
+    for category in categories:
+        groups[normalise_desc(category.name)].append(category)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def shown_clash(group: Iterable[Category]) -> str:
+    """A group of `clashing` as a message quotes it."""
+    listed = " and ".join(f"{c.id} {c.name!r}" for c in group)
+    return f"categories {listed} have the same name (case, '_' and parentheses do not count)"
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:

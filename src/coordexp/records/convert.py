@@ -15,8 +15,10 @@ from coordexp.errors import DataError
 from coordexp.records.augment import Augmentation
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
+from coordexp.records.losses import refuse_empty, refuse_losses
 from coordexp.records.manifest import SPLITS, open_split, read_manifest
 from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids, with_views
+from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import SHOWN, Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
@@ -31,6 +33,7 @@ class Converted:
     categories: list[Category] = field(default_factory=list)
     problems: dict[str, list[Problem]] = field(default_factory=dict)  # train, val
     sets: dict[str, dict[str, int]] = field(default_factory=dict)  # set -> records by split, after weights
+    notes: list[str] = field(default_factory=list)  # names that were changed
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Counts by split and reason."""
@@ -60,8 +63,8 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     """Convert the sets of a manifest.
 
     Raises:
-        DataError: images cannot be used (`bad_images: error`), train and val share images (`overlap: error`), or a
-            split is empty; the message counts and names them.
+        DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have one
+            name, train and val share images (`overlap: error`), or a split is empty; the message counts and names them.
     """
     manifest, facts = read_manifest(raw)
     sets: Mapping[str, Any] = manifest["sets"]
@@ -70,14 +73,17 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     result = Converted(problems=problems)
     if config.bad_images == "error":
         refuse_bad_images([p for r in read.values() for split in r.values() for p in split.bad_images])
+    refuse_losses({f"{name}/{s}": (r[s], policies_of(config, s)) for name, r in read.items() for s in SPLITS})
+    settled = settle_names({name: [r[split] for split in SPLITS] for name, r in read.items()})
+    refuse_clashes(settled)
+    result.notes = settled.notes()
     content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
-    train = [r for name in sets for r in read[name]["train"].records]
-    val = [r for name in sets for r in read[name]["val"].records]
+    train, val = (respelled([r for name in sets for r in read[name][s].records], settled.spelling) for s in SPLITS)
     train = _without_overlap(train, val, content, config, result.problems["train"])
     for split, records in (("train", train), ("val", val)):
         if not records:
             raise DataError(f"{raw}: no {split} record is left; the drops are {result.drops()[split]}.")
-    declared = {name: read[name]["val"].categories or read[name]["train"].categories for name in sets}
+    declared = settled.categories
     names = {name: _names(name, declared[name], [*train, *val]) for name in sets}
     plans = {
         name: PromptPlan(sets[name]["prompt"], names[name], config.listed_names, config.negative_rate, seed)
@@ -92,6 +98,7 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     result.splits = {"train": _prompted(weighted, plans, True)}
     result.splits["dev"] = _prompted(dev, plans, False)
     result.splits["val"] = _prompted(with_unique_ids(val, is_single), plans, False)
+    refuse_empty(result.splits)
     result.categories = _categories(list(declared.values()), result.splits)
     result.sets = {name: {split: len(_of(rs, name)) for split, rs in result.splits.items()} for name in sets}
     return result

@@ -15,8 +15,10 @@ from typing import Any
 from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.convert import policies_of
+from coordexp.records.losses import any_counts, excessive_losses
 from coordexp.records.manifest import SPLITS, dataset_root, inspect_all, open_split
-from coordexp.records.policy import to_records
+from coordexp.records.names import settle_names
+from coordexp.records.policy import RecordSet, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem, Reading, SourceImage
 from coordexp.records.splits import overlap
@@ -65,6 +67,7 @@ def examine(
     """
     result = Examination()
     content: dict[str, str] = {}
+    read: dict[str, list[RecordSet]] = {}
     for name, dataset in sets.items():
         try:
             described = dataset.model_dump() | {"root": str(dataset_root(dataset.root, name))}
@@ -72,11 +75,15 @@ def examine(
             result.findings.append(Finding(name, "all", "root_missing", 1, True, (str(error),)))
             continue
         for split in SPLITS:
-            _examine_split(name, split, described, config, decode, workers, examples, result, content)
+            found = _examine_split(name, split, described, config, decode, workers, examples, result, content)
+            read.setdefault(name, []).append(found)
+    _examine_names(result, read, examples)
     _examine_overlap(result, content, config, examples)
     for split in SPLITS:
         if not result.records[split]:
             result.findings.append(Finding("all", split, "no_record_left", 1, True, ()))
+        elif not any_counts(result.records[split]):
+            result.findings.append(Finding("all", split, "no_object_left", 1, True, ()))
     return result
 
 
@@ -90,20 +97,19 @@ def _examine_split(
     examples: int,
     result: Examination,
     content: dict[str, str],
-) -> None:
+) -> RecordSet:
     try:
         reading = open_split(described, split)
         images: list[SourceImage] = list(reading.images) if reading else []
     except DataError as error:
         result.findings.append(Finding(name, split, "annotations_unusable", 1, True, (str(error),)))
-        return
+        return RecordSet()
     if reading is None:
-        return
+        return RecordSet()
     names = {str(image.file_name) for image in images}
     facts = inspect_all(Path(described["root"]), names, decode, workers)
-    found = to_records(
-        Reading(images, reading.categories, reading.problems), policies_of(config, split), facts, f"{name}/"
-    )
+    policies = policies_of(config, split)
+    found = to_records(Reading(images, reading.categories, reading.problems), policies, facts, f"{name}/")
     result.records[split] += found.records
     result.image_bytes += sum(f.n_bytes for f in facts.values())
     result.problems += found.problems
@@ -112,6 +118,18 @@ def _examine_split(
         shown = [str(p) for p in found.problems if p.reason == reason][:examples]
         stops = reason.startswith(BAD_IMAGE) and config.bad_images == "error"
         result.findings.append(Finding(name, split, reason, count, stops, tuple(shown)))
+    for excess in excessive_losses(found, policies):
+        result.findings.append(Finding(name, split, excess.reason, excess.count, True, (excess.message,)))
+    return found
+
+
+def _examine_names(result: Examination, read: Mapping[str, list[RecordSet]], examples: int) -> None:
+    names = settle_names(read)
+    kinds = (("names_clash", names.refused), ("category_unused", names.unused), ("names_merged", names.merged))
+    for reason, by_set in kinds:
+        for name, texts in by_set.items():
+            stops = reason == "names_clash"
+            result.findings.append(Finding(name, "all", reason, len(texts), stops, tuple(texts[:examples])))
 
 
 def _examine_overlap(result: Examination, content: Mapping[str, str], config: RecordsConfig, examples: int) -> None:

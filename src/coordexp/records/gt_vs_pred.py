@@ -15,6 +15,7 @@ from typing import Any
 
 from coordexp.config.files import replacing
 from coordexp.errors import DataError
+from coordexp.records.schema import checked_flag
 
 Box = tuple[float, float, float, float]
 
@@ -92,7 +93,10 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
     """Rebuild one line; raises DataError naming `where` if a key is missing, or a box is not finite or not ordered."""
     try:
         gt = tuple(
-            GroundTruth(o["desc"], _box(o["bbox_xyxy_px"], where), bool(o.get("iscrowd", False))) for o in row["gt"]
+            GroundTruth(
+                o["desc"], _box(o["bbox_xyxy_px"], where), checked_flag(o.get("iscrowd"), f"{where}: gt.iscrowd")
+            )
+            for o in row["gt"]
         )
         pred = tuple(
             Prediction(

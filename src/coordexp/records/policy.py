@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, reading_order
+from coordexp.records.box_frames import BoxFrames
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
@@ -28,23 +29,31 @@ SHOWN = 5  # examples in an error
 class Policies:
     """What happens to the unusual; the fields are those of the `records` block (docs/parameters.md)."""
 
-    crowd: Literal["ignore", "drop"] = "ignore"
+    crowd: Literal["ignore", "drop", "as_objects"] = "ignore"
     truncated: Literal["keep", "drop"] = "keep"
     min_side_px: float = 1.0
     min_inside: float = 0.0
     polygons: Literal["keep", "drop"] = "drop"
     max_objects: int = 0
     over_max: Literal["sample", "drop"] = "sample"
+    max_lost: float = 0.05  # records.losses
 
 
 @dataclass(frozen=True, slots=True)
 class RecordSet:
-    """Records of one split of one set, and everything that was not kept."""
+    """Records of one split of one set, everything that was not kept, and what the annotations looked like."""
 
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that cost a whole image
     categories: tuple[Category, ...] = ()  # those that the file declares
+    annotated: Counter[tuple[int | None, str]] = field(default_factory=Counter)  # annotations by category id and name
+    frames: BoxFrames = field(default_factory=BoxFrames)
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """What was not kept, counted by reason."""
+        return dict(sorted(Counter(p.reason for p in self.problems).items()))
 
 
 def to_records(
@@ -68,7 +77,7 @@ def to_records(
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
             continue
-        record = _record(image, policies, facts, prefix, seed, result.problems)
+        record = _record(image, policies, facts, prefix, seed, result)
         if record is not None:
             result.records.append(record)
     result.problems[:0] = reading.problems
@@ -119,20 +128,27 @@ def _record(
     facts: Mapping[str, ImageFacts] | None,
     prefix: str,
     seed: int,
-    problems: list[Problem],
+    result: RecordSet,
 ) -> Record | None:
+    """The record of an image, or None where it goes; what is not kept is added to `result`."""
     size = (image.width, image.height)
     if facts is not None:
         size = (facts[image.file_name].width, facts[image.file_name].height)
     width, height = int(size[0]), int(size[1])
     kept: dict[tuple[str, Box], ObjectRecord] = {}
+    problems = result.problems
     for obj in image.objects:
-        checked = _object(obj, width, height, policies)
+        checked = _object(obj, width, height, policies, result)
         if isinstance(checked, ObjectRecord) and (checked.desc, checked.bbox_xyxy_px) not in kept:
             kept[checked.desc, checked.bbox_xyxy_px] = checked
         else:
-            reason = checked if isinstance(checked, str) else "duplicate_object"
-            problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}"))
+            reason, detail = ("duplicate_object", "") if isinstance(checked, ObjectRecord) else checked
+            problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}", detail))
+    if "phrase" in image.metadata and image.objects and all(o.metadata.get("iscrowd") for o in kept.values()):
+        # A question whose object is lost would be answered by "nothing is there".
+        if kept:
+            problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
+        return None
     chosen = _at_most(list(kept.values()), image, policies, seed, problems)
     if chosen is None:
         return None
@@ -143,28 +159,41 @@ def _record(
     return Record(f"{prefix}{image.file_name}", width, height, tuple(chosen[i] for i in order), metadata=metadata)
 
 
-def _object(obj: SourceObject, width: int, height: int, policies: Policies) -> ObjectRecord | str:
-    """The object as it may be kept, or the reason why not."""
+def _object(
+    obj: SourceObject, width: int, height: int, policies: Policies, result: RecordSet
+) -> ObjectRecord | tuple[str, str]:
+    """The object as it may be kept, or the reason why not and what was found."""
     desc = clean_desc(obj.desc)
     if reason := desc_problem(desc):
-        return reason
+        return reason, f"{desc!r:.60}"
+    result.annotated[obj.category_id, str(desc)] += 1
     if obj.box_xyxy is None or not all(map(is_finite, obj.box_xyxy)):
-        return "bbox_malformed"
+        return "bbox_malformed", obj.found
+    if obj.iscrowd is None:
+        return "iscrowd_unknown", obj.found
+    result.frames.add(obj.box_xyxy, width, height, obj.in_unit_frame)
     if obj.iscrowd and policies.crowd == "drop":
-        return "crowd"
+        return "crowd", ""
     if obj.truncated and policies.truncated == "drop":
-        return "truncated"
+        return "truncated", ""
     x1, y1, x2, y2 = obj.box_xyxy
     found = (x1 * width, y1 * height, x2 * width, y2 * height) if obj.in_unit_frame else obj.box_xyxy
     box = _clip(found, width, height)
     if box[2] - box[0] < policies.min_side_px or box[3] - box[1] < policies.min_side_px:
-        return "bbox_too_thin"
+        return "bbox_too_thin", _shown_box(obj, width, height)
     if _area(box) < policies.min_inside * _area(found):
-        return "bbox_outside"
-    metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if obj.iscrowd else {})}
+        return "bbox_outside", _shown_box(obj, width, height)
+    is_region = obj.iscrowd and policies.crowd == "ignore"
+    metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
     if policies.polygons == "keep" and obj.rings:
         metadata["segmentation"] = [[round(v, 2) for v in ring] for ring in obj.rings]
     return ObjectRecord(str(desc), box, None, metadata)
+
+
+def _shown_box(obj: SourceObject, width: int, height: int) -> str:
+    """A box as a message quotes it: corners as the format reads them."""
+    corners = ", ".join(f"{v:.4g}" for v in obj.box_xyxy or ())
+    return f"corners {corners}{' of 1' if obj.in_unit_frame else ''}, image {width} x {height} px"
 
 
 def _clip(box: Box, width: int, height: int) -> Box:

@@ -24,6 +24,7 @@ from coordexp.geometry.bins import COORD_PATTERN, decode_norm
 RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
 OBJECT_KEYS = {"desc", "bbox_2d", "poly", "metadata"}
 REMOVED_GEOMETRY = {"line", "line_points", "bbox", "polygon"}
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,10 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
         raise DataError(
             f"{where}: box {box} is empty or outside the {width}x{height} image; expected 0 <= x1 < x2 <= W; y alike."
         )
-    return ObjectRecord(desc, (x1, y1, x2, y2), poly, _metadata(obj.get("metadata"), where)), is_token
+    metadata = _metadata(obj.get("metadata"), where)
+    if "iscrowd" in metadata:
+        metadata["iscrowd"] = int(checked_flag(metadata["iscrowd"], f"{where}.metadata.iscrowd"))
+    return ObjectRecord(desc, (x1, y1, x2, y2), poly, metadata), is_token
 
 
 def _geometry(
@@ -145,6 +149,23 @@ def _geometry(
     if len(values) < 6 or len(values) % 2:
         raise DataError(f"{where}.poly: has {len(values)} values, expected an even number of at least 6.")
     return [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])], tuple(values), is_token
+
+
+def as_flag(value: Any) -> bool | None:
+    """A yes or no: 0, 1, true, false, or one of them as text; nothing (null) is no. None: it says neither."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, int | float):
+        return bool(value) if value in (0, 1) else None
+    return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def checked_flag(value: Any, where: str) -> bool:
+    """`as_flag` of a value that must say yes or no; raises DataError naming `where`."""
+    flag = as_flag(value)
+    if flag is None:
+        raise DataError(f"{where} is {value!r}, expected 0 or 1.")
+    return flag
 
 
 def _metadata(value: Any, where: str) -> dict[str, Any]:

@@ -6,8 +6,9 @@ A reader only knows its format. What may be kept is decided once, for all format
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from coordexp.errors import DataError
 from coordexp.records.categories import Category
 
 Box = tuple[float, float, float, float]
+# float() would take "nan", "inf" and "1_0" as well.
+_PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,12 @@ class SourceObject:
     desc: Any
     box_xyxy: Box | None  # pixels; shares of width and height if `in_unit_frame`
     key: str  # its id in the file, for messages
-    iscrowd: bool = False  # an ignore region: a crowd, or what the source calls difficult
+    iscrowd: bool | None = False  # a crowd, or what the source calls difficult; None: the file says neither yes nor no
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
     in_unit_frame: bool = False
+    category_id: int | None = None  # of the file; None where it has only names
+    found: str = ""  # what stands in the file where something of this is not understood, for messages
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,17 +111,21 @@ class Reader(Protocol):
 
 
 def corners_of_xywh(values: Any) -> Box | None:
-    """[x, y, width, height] as corners, or None if it is not four finite numbers."""
-    if not isinstance(values, list | tuple) or len(values) != 4 or not all(map(is_finite, values)):
+    """[x, y, width, height] as corners, or None if it is not four finite numbers, which may be written as text."""
+    if (box := corners(values)) is None:
         return None
-    x, y, w, h = (float(v) for v in values)
+    x, y, w, h = box
     return x, y, x + w, y + h
 
 
 def corners(values: Any) -> Box | None:
-    """[x1, y1, x2, y2] checked for four finite numbers."""
-    if not isinstance(values, list | tuple) or len(values) != 4 or not all(map(is_finite, values)):
+    """[x1, y1, x2, y2] checked for four finite numbers, which may be written as text."""
+    if not isinstance(values, list | tuple) or len(values) != 4:
         return None
+    if not all(map(is_finite, values)):
+        values = [as_number(v) for v in values]
+        if None in values:
+            return None
     return float(values[0]), float(values[1]), float(values[2]), float(values[3])
 
 
@@ -131,33 +140,33 @@ def is_whole(value: Any) -> bool:
     return is_finite(value) and float(value).is_integer()
 
 
-def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
-    """COCO's polygon form; a run-length mask or anything else gives no ring."""
-    if not isinstance(value, list):
-        return ()
-    return tuple(
-        tuple(float(v) for v in ring)
-        for ring in value
-        if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(map(is_finite, ring))
-    )
+def as_number(value: Any) -> float | None:
+    """A finite number, also one written as text; None for anything else."""
+    if isinstance(value, str) and _PLAIN_NUMBER.fullmatch(value):
+        value = float(value)
+    return float(value) if is_finite(value) else None
 
 
-def read_json(path: Path, expected: str, unread: str = "") -> Any:
-    """The value of a JSON file, without the values of the key `unread`, which are dropped as they come.
+def as_whole(value: Any) -> int | None:
+    """A whole number such as an id, also one written as 3.0 or as text; None for anything else."""
+    if type(value) is int:  # nearly always: files hold a million of them
+        return value
+    number = as_number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def read_json(path: Path, expected: str, on_object: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
+    """The value of a JSON file; `on_object` may change each of its objects as it comes.
 
     Raises:
         DataError: naming the file, the line and what was expected.
     """
 
-    def without(row: dict[str, Any]) -> dict[str, Any]:
-        row.pop(unread, None)
-        return row
-
     refuse_pickle(path)
     if not path.is_file():
         raise DataError(f"{path}: not found; expected {expected}.")
     try:
-        return json.loads(path.read_bytes(), object_hook=without if unread else None)
+        return json.loads(path.read_bytes(), object_hook=on_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
     except ValueError as error:  # not UTF-8, or a number beyond what Python reads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +11,21 @@ from typing import Any
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
-from coordexp.records.policy import Policies, refuse_bad_images, to_records
-from coordexp.records.schema import Record
+from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
+from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
+    Box,
     Problem,
     Reading,
     SourceImage,
     SourceObject,
     SplitFiles,
+    as_number,
+    as_whole,
     corners_of_xywh,
-    is_whole,
-    polygon_rings,
     read_json,
 )
+from coordexp.records.sources.segmentation import polygon_rings, tight_box
 
 LAYOUT = "COCO's instances layout"
 # What every entry must have: key -> is it a whole number (else a name).
@@ -31,15 +33,6 @@ _FIELDS = {
     "images": {"id": True, "file_name": False, "width": True, "height": True},
     "categories": {"id": True, "name": False},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What a source became: records in image-id order, categories, and drop counts by reason."""
-
-    records: tuple[Record, ...]
-    categories: tuple[Category, ...]
-    drops: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +57,20 @@ def read(files: SplitFiles) -> Reading:
     return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
 
 
-def read_coco(annotations: Path, image_prefix: str) -> Conversion:
+def read_coco(annotations: Path, image_prefix: str, policies: Policies | None = None) -> RecordSet:
     """Convert one instances file; `image_prefix` is put before each file name (path relative to the image root).
 
-    The default policies of `records.policy` hold: boxes are clipped to the image; a box is dropped, and counted, if it
-    is not finite, thinner than 1 px after clipping, or of an unknown category or image. Crowd boxes are kept with
-    `metadata.iscrowd` (ignored in training, ignore regions in evaluation). Objects are in reading order.
+    Records are in image-id order, objects in reading order. Boxes are clipped to the image; a box is dropped, and
+    counted, if it is not finite, too thin after clipping, or of an unknown category or image.
 
     Raises:
         DataError: naming the file and what is missing, or the images whose path or size cannot be used.
     """
     instances = load_instances(annotations, strict=True, polygons=False)
     reading = instances_reading(instances, lambda image: f"{image_prefix}{image['file_name']}")
-    result = to_records(reading, Policies())
+    result = to_records(reading, policies or Policies())
     refuse_bad_images(result.bad_images)
-    return Conversion(tuple(result.records), reading.categories, dict(Counter(p.reason for p in result.problems)))
+    return result
 
 
 def instances_reading(
@@ -106,13 +98,34 @@ def instances_reading(
 
 
 def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> SourceObject:
+    box, iscrowd = annotated_box(annotation), as_flag(annotation.get("iscrowd"))
+    unclear = "bbox" if box is None else "iscrowd" if iscrowd is None else ""
     return SourceObject(
         desc=instances.name_of(annotation["category_id"]),
-        box_xyxy=corners_of_xywh(annotation.get("bbox")),
+        box_xyxy=box,
         key=key,
-        iscrowd=bool(annotation.get("iscrowd")),
+        iscrowd=iscrowd,
         rings=polygon_rings(annotation.get("segmentation")),
+        category_id=annotation["category_id"],
+        found=f"{unclear} {_shown(annotation.get(unclear))}" if unclear else "",
     )
+
+
+def annotated_box(annotation: dict[str, Any]) -> Box | None:
+    """The box of an annotation; where `bbox` is missing, no box or a point, the one around its `segmentation`."""
+    box = corners_of_xywh(annotation.get("bbox"))
+    if box is None or box[:2] == box[2:]:
+        return tight_box(annotation.get("segmentation")) or box
+    return box
+
+
+def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
+    """`segmentation` is most of a file's bytes: it stays only where the box has to be taken from it."""
+    if "segmentation" in row:
+        box = corners_of_xywh(row.get("bbox"))
+        if box is not None and box[:2] != box[2:]:
+            del row["segmentation"]
+    return row
 
 
 def load_instances(path: Path, names_images: bool = True, strict: bool = False, polygons: bool = True) -> Instances:
@@ -127,15 +140,15 @@ def load_instances(path: Path, names_images: bool = True, strict: bool = False, 
     Raises:
         DataError: naming the file, and the entry that is missing or has no valid id, name or size.
     """
-    source = read_json(path, "a COCO instances file", unread="" if polygons else "segmentation")
+    source = read_json(path, "a COCO instances file", None if polygons else _without_outline)
     missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
     if missing:
         raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
     for section in ("images", "annotations", "categories"):
         skipped = {"file_name"} if section == "images" and not names_images else set()
         _check_section(source[section], section, f"{path}: {section}", skipped, strict)
-    images = {int(image["id"]): image for image in source["images"]}
-    rows = {int(row["id"]): row for row in source["categories"]}
+    images = {image_id: _with_size(image) for image_id, image in _by_id(source["images"])}
+    rows = dict(_by_id(source["categories"]))
     categories = tuple(
         Category(key, row["name"], "held_out" if row.get("supercategory") == "held_out" else "train")
         for key, row in rows.items()
@@ -145,6 +158,18 @@ def load_instances(path: Path, names_images: bool = True, strict: bool = False, 
     for i, annotation in enumerate(source["annotations"]):
         _place(i, annotation, instances, seen)
     return instances
+
+
+def _by_id(entries: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Checked entries with their ids, which some tools write as text."""
+    return ((number, entry) for entry in entries if (number := as_whole(entry["id"])) is not None)
+
+
+def _with_size(image: dict[str, Any]) -> dict[str, Any]:
+    """The image with a size that is written as text as numbers."""
+    written = {key: as_number(image[key]) for key in ("width", "height") if isinstance(image[key], str)}
+    sides = {key: number for key, number in written.items() if number is not None}
+    return image | sides if sides else image
 
 
 def _check_section(entries: Any, section: str, where: str, skipped: set[str], strict: bool) -> None:
@@ -162,7 +187,7 @@ def _check_section(entries: Any, section: str, where: str, skipped: set[str], st
             raise DataError(f"{where}[{i}] has no {absent}; expected {LAYOUT}.")
         for key, whole in fields.items():
             _check_value(entry[key], key, whole, f"{where}[{i}].{key}", strict)
-    if fields and len({entry["id"] for entry in entries}) != len(entries):
+    if fields and len(dict(_by_id(entries))) != len(entries):
         raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
 
 
@@ -170,7 +195,8 @@ def _check_value(value: Any, key: str, whole: bool, where: str, strict: bool) ->
     is_size = key in ("width", "height")
     if is_size and not strict:  # left to records.policy, which finds all of them
         return
-    if whole and not (is_whole(value) and (not is_size or value > 0)):
+    number = as_whole(value)
+    if whole and (number is None or (is_size and number <= 0)):
         wanted = "a size in whole pixels" if is_size else "a whole number"
         raise DataError(f"{where} is {_shown(value)}, expected {wanted}. Correct or remove it.")
     if not whole and not (isinstance(value, str) and value.strip()):
@@ -188,20 +214,21 @@ def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) ->
     fields = annotation if isinstance(annotation, dict) else {}
     annotation_id = fields.get("id")
     key = f"annotations[{index}]" if annotation_id is None else f"annotation {annotation_id}"
-    reason = ""
-    if not _declared(fields.get("image_id"), instances.images):
-        reason = "unknown_image"
-    elif not _declared(fields.get("category_id"), instances.rows):
-        reason = "unknown_category"
-    elif isinstance(annotation_id, int | str):
-        if annotation_id in seen:
-            reason = "duplicate_id"
-        seen.add(annotation_id)
-    if reason:
-        instances.problems.append(Problem(reason, str(instances.path), key))
+    image_id, category_id = as_whole(fields.get("image_id")), as_whole(fields.get("category_id"))
+    reason = detail = ""
+    if image_id is None or image_id not in instances.images:
+        reason, detail = "unknown_image", f"image_id {_shown(fields.get('image_id'))}"
+    elif category_id is None or category_id not in instances.rows:
+        reason, detail = "unknown_category", f"category_id {_shown(fields.get('category_id'))}"
     else:
-        instances.annotations[fields["image_id"]].append((key, fields))
-
-
-def _declared(value: Any, table: dict[int, dict[str, Any]]) -> bool:
-    return is_whole(value) and value in table
+        number = as_whole(annotation_id)
+        known = annotation_id if number is None else number
+        if isinstance(known, int | str):
+            reason = "duplicate_id" if known in seen else ""
+            seen.add(known)
+        if not reason:
+            # In place, and as numbers: a file may hold a million of them, some as text.
+            fields["image_id"], fields["category_id"] = image_id, category_id
+            instances.annotations[image_id].append((key, fields))
+    if reason:
+        instances.problems.append(Problem(reason, str(instances.path), key, detail))

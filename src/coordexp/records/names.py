@@ -1,0 +1,117 @@
+"""One name for each category, before anything is trained: names that evaluation could not tell apart are settled here.
+
+Evaluation looks a prediction up by its normalised name (`records.descriptions.normalise_desc`), so "Person" and
+"person" are one name to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from coordexp.errors import DataError
+from coordexp.records.categories import Category, clashing, shown_clash
+from coordexp.records.descriptions import clean_desc, normalise_desc
+from coordexp.records.policy import RecordSet
+from coordexp.records.schema import ObjectRecord, Record
+
+_LISTS = ("absent", "not_exhaustive")  # of names in a record's metadata
+
+
+@dataclass(slots=True)
+class SettledNames:
+    """The categories of each set without those that clash, and how names are written."""
+
+    categories: dict[str, tuple[Category, ...]] = field(default_factory=dict)  # by set
+    spelling: dict[str, str] = field(default_factory=dict)  # a name as found -> as it is written; only what changes
+    unused: dict[str, list[str]] = field(default_factory=dict)  # set -> categories that were left out, in words
+    merged: dict[str, list[str]] = field(default_factory=dict)  # set -> names that are written otherwise, in words
+    refused: dict[str, list[str]] = field(default_factory=dict)  # set -> clashes that only the user can settle
+
+    def notes(self) -> list[str]:
+        """What was changed, a line each."""
+        listed = (
+            (name, text) for found in (self.unused, self.merged) for name, texts in found.items() for text in texts
+        )
+        return [f"{name}: {text}" for name, text in listed]
+
+
+def settle_names(sets: Mapping[str, Sequence[RecordSet]]) -> SettledNames:
+    """Settle the names of sets, each with the records of its splits.
+
+    Within a set, a category without an annotation gives way to one of the same name that has some; two that are both
+    annotated are refused. Across sets, and among names that no file declares, one spelling is kept: that of the first
+    set, in it the declared or else the most frequent one.
+    """
+    result = SettledNames()
+    kept: dict[str, str] = {}  # normalised name -> spelling
+    for name, splits in sets.items():
+        annotated: Counter[tuple[int | None, str]] = Counter()
+        for split in splits:
+            annotated.update(split.annotated)
+        # The last split is val, whose ids count at a test server.
+        declared = next((split.categories for split in reversed(splits) if split.categories), ())
+        result.categories[name] = _one_of_each(name, declared, annotated, result)
+        for found in _by_preference(result.categories[name], declared, annotated):
+            spelling = kept.setdefault(normalise_desc(found), found)
+            if spelling != found:
+                result.spelling[found] = spelling
+                result.merged.setdefault(name, []).append(f"{found!r} is written {spelling!r}")
+    return result
+
+
+def refuse_clashes(names: SettledNames) -> None:
+    """Raise DataError if a set annotates two categories of one name."""
+    if names.refused:
+        raise DataError("\n".join(f"{name}: {text}" for name, texts in names.refused.items() for text in texts))
+
+
+def respelled(records: Iterable[Record], spelling: Mapping[str, str]) -> list[Record]:
+    """The records with every name as it is written."""
+    return [_respelled(record, spelling) for record in records] if spelling else list(records)
+
+
+def _one_of_each(
+    name: str, declared: Sequence[Category], annotated: Mapping[tuple[int | None, str], int], result: SettledNames
+) -> tuple[Category, ...]:
+    left_out: set[int] = set()
+    for group in clashing(declared):
+        used = [c for c in group if (c.id, clean_desc(c.name)) in annotated]
+        if len(used) > 1:
+            text = f"{shown_clash(used)}, and both are annotated: rename one, or give the objects of both one id."
+            result.refused.setdefault(name, []).append(text)
+            continue
+        stays = used[0] if used else group[0]
+        gone = [c for c in group if c is not stays]
+        left_out |= {c.id for c in gone}
+        text = f"{shown_clash(group)}; {stays.id} {stays.name!r} stays, the other has no annotation"
+        result.unused.setdefault(name, []).append(text)
+    return tuple(c for c in declared if c.id not in left_out)
+
+
+def _by_preference(
+    categories: Iterable[Category], declared: Iterable[Category], annotated: Mapping[tuple[int | None, str], int]
+) -> list[str]:
+    """Every name of a set once, the spelling to keep before its others."""
+    counts: Counter[str] = Counter()
+    for (_, desc), count in annotated.items():
+        counts[desc] += count
+    names = [str(clean_desc(c.name)) for c in categories]
+    names += [desc for desc, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    return list(dict.fromkeys([*names, *(c.name for c in declared)]))
+
+
+def _respelled(record: Record, spelling: Mapping[str, str]) -> Record:
+    objects = tuple(_named(o, spelling) for o in record.objects)
+    metadata = dict(record.metadata)
+    for key in _LISTS:
+        if key in metadata:
+            metadata[key] = sorted({spelling.get(n, n) for n in metadata[key]})
+    if "phrase" in metadata:
+        metadata["phrase"] = spelling.get(metadata["phrase"], metadata["phrase"])
+    return replace(record, objects=objects, metadata=metadata)
+
+
+def _named(obj: ObjectRecord, spelling: Mapping[str, str]) -> ObjectRecord:
+    return replace(obj, desc=spelling[obj.desc]) if obj.desc in spelling else obj
