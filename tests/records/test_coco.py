@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools.mask import encode
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
@@ -187,3 +188,89 @@ def test_whole_numbers_written_as_floats_are_taken(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json: not found"):
         read_coco(tmp_path / "nowhere.json", "")
+
+
+NO, YES = (0, False, None, "0", "false"), (1, True, "1", " True ", "1.0")
+
+
+@pytest.mark.parametrize("value", NO + YES, ids=repr)
+def test_a_crowd_flag_in_its_usual_forms(tmp_path, value):
+    (obj,) = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=value)).records[1].objects
+    assert obj.metadata == ({"iscrowd": 1} if value in YES else {})
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5, "", "no", "maybe", [], {}, float("nan")], ids=repr)
+def test_another_crowd_flag_is_a_counted_problem(tmp_path, value):
+    result = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=value), annotation([9, 9, 5, 5]))
+    assert result.drops == {"iscrowd_unknown": 1}
+    assert result.problems[0].detail.startswith("iscrowd ")
+    assert len(result.records[1].objects) == 1
+
+
+def test_numbers_as_text_are_read_as_numbers(tmp_path):
+    def as_text(value):
+        return [str(v) for v in value] if isinstance(value, list) else str(value) if isinstance(value, int) else value
+
+    rows = [annotation([1, 2, 3, 4], id=1), annotation([5, 6, 7, 8], image_id=3, category_id=5, id=2)]
+    expected = convert(tmp_path, *rows)
+    tables = {"images": IMAGES, "annotations": rows, "categories": CATEGORIES}
+    texts = {name: [{k: as_text(v) for k, v in row.items()} for row in table] for name, table in tables.items()}
+    result = read_coco(write(tmp_path, **texts), "images/val/")
+    assert (result.records, result.categories, result.drops) == (expected.records, expected.categories, {})
+    repeated = read_coco(write(tmp_path, annotations=[rows[0], rows[0] | {"id": "1"}]), "")
+    assert repeated.drops == {"duplicate_id": 1}
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "0x10", "1_0", "", "1,5", "ten", None, True, [1]], ids=repr)
+def test_text_that_is_no_plain_number_is_no_coordinate(tmp_path, text):
+    assert convert(tmp_path, annotation([1, 1, text, 5])).drops == {"bbox_malformed": 1}
+
+
+RING = [10, 12, 30, 12, 30.5, 40, 10, 40]
+OUTLINES = {
+    "polygon": ([RING], (10, 12, 30.5, 40)),
+    "two polygons": ([RING, [50, 5, 60, 5, 60, 9]], (10, 5, 60, 40)),
+    "one ring without its list": (RING, (10, 12, 30.5, 40)),
+    "run lengths": ({"size": [80, 100], "counts": [812, 28, 52, 28, 52, 28, 7000]}, (10, 12, 13, 40)),
+}
+
+
+@pytest.mark.parametrize("bbox", [..., None, [], [0, 0, 0, 0], "none"], ids=repr)
+@pytest.mark.parametrize("outline", OUTLINES)
+def test_a_missing_box_is_taken_from_the_outline(tmp_path, bbox, outline):
+    segmentation, expected = OUTLINES[outline]
+    row = annotation(bbox, segmentation=segmentation)
+    if bbox is ...:
+        del row["bbox"]
+    result = convert(tmp_path, row)
+    assert [o.bbox_xyxy_px for o in result.records[1].objects] == [expected]
+    assert result.drops == {}
+
+
+def test_compressed_run_lengths_give_the_same_box(tmp_path):
+    mask = np.zeros((80, 100), np.uint8, order="F")
+    mask[12:40, 10:13] = 1
+    code = encode(mask)
+    row = annotation([], segmentation={"size": code["size"], "counts": code["counts"].decode()})
+    (obj,) = convert(tmp_path, row).records[1].objects
+    assert obj.bbox_xyxy_px == (10, 12, 13, 40)
+
+
+def test_an_annotated_box_stays_as_it_is(tmp_path):
+    (obj,) = convert(tmp_path, annotation([1, 2, 3, 4], segmentation=[RING])).records[1].objects
+    assert obj.bbox_xyxy_px == (1, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None, 7, "x", [], [[]], [[1, 2, 3, 4]], [[1, 2, "a", 4, 5, 6]], {}, {"size": [80, 100]},
+        {"size": [80], "counts": [8000]}, {"size": [80, 100], "counts": [1]}, {"size": [80, 100], "counts": [8000]},
+        {"size": [80, 100], "counts": [-5, 8005]}, {"size": [80, 100], "counts": [0, "8000"]},
+        {"size": [0, 100], "counts": []}, {"size": [80, 1e30], "counts": "0P2"},
+        *({"size": [80, 100], "counts": text} for text in ("o" * 99, "\x00\xff", "", "~P2")),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_outline_without_a_place_is_lost(tmp_path, segmentation):
+    assert convert(tmp_path, annotation([], segmentation=segmentation)).drops == {"bbox_malformed": 1}

@@ -210,6 +210,37 @@ def test_refcoco_as_mdetr_writes_it(tmp_path):
     assert shown(convert(read("refcoco", tmp_path, "finetune_refcoco_train.json", "train2014"))) == THE_LADY[:1]
 
 
+def test_a_phrase_goes_with_its_box(tmp_path):
+    write_instances(tmp_path)
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    for number, changes in {2: {"bbox": [1, 1, 0, 5]}, 3: {"bbox": []}, 4: {"iscrowd": "?"}}.items():
+        instances["annotations"].append(instances["annotations"][0] | {"id": number} | changes)
+    dump(tmp_path / "instances.json", instances)
+    refs = [REFS[0] | {"ann_id": i, "ref_id": i} for i in (1719310, 2, 3)]
+    dump(tmp_path / "refs.json", refs)
+    result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
+    assert shown(result) == THE_LADY
+    assert reasons(result) == ["bbox_too_thin", "bbox_too_thin", "bbox_malformed", "bbox_malformed"]
+
+
+def test_a_record_without_an_object_is_no_question_about_one(tmp_path):
+    objects = {"lost": [{"desc": "cat", "bbox_2d": [1, 1, 1.5, 9]}], "empty": [],
+               "crowd": [{"desc": "cat", "bbox_2d": [1, 1, 9, 9], "metadata": {"iscrowd": "1"}}],
+               "there": [{"desc": "cat", "bbox_2d": [1, 1, 9, 9]}]}  # fmt: skip
+    lines = [{"images": [f"{n}.jpg"], "width": 100, "height": 80, "objects": o} for n, o in objects.items()]
+    lines.append(
+        lines[1] | {"images": ["absent.jpg"], "metadata": {"phrase": "a dog"}}
+    )  # asked, and known to be absent
+    (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    reading = read("jsonl", tmp_path, "r.jsonl", ".")
+    images = list(reading.images)
+    facts = {str(i.file_name): ImageFacts(str(i.file_name), 1, "", 100, 80, "RGB") for i in images}
+    result = to_records(Reading(images, (), reading.problems), Policies(), facts, asks_phrases=True)
+    assert [r.image for r in result.records] == ["there.jpg", "absent.jpg"]
+    assert reasons(result) == ["bbox_too_thin", "phrase_missing", "crowd"]
+    assert len(to_records(Reading(images, (), []), Policies(), facts).records) == 5
+
+
 @pytest.mark.parametrize(
     "columns",
     [

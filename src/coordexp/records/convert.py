@@ -111,7 +111,11 @@ def _read_set(
     for split in SPLITS:
         policies = policies_of(config, split)
         reading = open_split(described, split, polygons=policies.polygons == "keep")
-        found[split] = to_records(reading, policies, facts, f"{name}/", seed) if reading else RecordSet()
+        if reading:
+            asks_phrases = described["prompt"] == "phrase"
+            found[split] = to_records(reading, policies, facts, f"{name}/", seed, asks_phrases)
+        else:
+            found[split] = RecordSet()
     return found
 
 

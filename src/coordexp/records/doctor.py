@@ -21,7 +21,7 @@ from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem, Reading, SourceImage
-from coordexp.records.splits import overlap
+from coordexp.records.splits import overlap, split_dev
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
 
@@ -36,6 +36,11 @@ class Finding:
     count: int
     stops: bool  # the stages would stop here; otherwise it is dropped and counted
     examples: tuple[str, ...]
+
+    @property
+    def fate(self) -> str:
+        """What the stages do about it, in a word."""
+        return "STOP" if self.stops else "noted" if self.reason == "names_merged" else "dropped"
 
 
 @dataclass(slots=True)
@@ -109,7 +114,8 @@ def _examine_split(
     names = {str(image.file_name) for image in images}
     facts = inspect_all(Path(described["root"]), names, decode, workers)
     policies = policies_of(config, split)
-    found = to_records(Reading(images, reading.categories, reading.problems), policies, facts, f"{name}/")
+    complete = Reading(images, reading.categories, reading.problems)
+    found = to_records(complete, policies, facts, f"{name}/", asks_phrases=described["prompt"] == "phrase")
     result.records[split] += found.records
     result.image_bytes += sum(f.n_bytes for f in facts.values())
     result.problems += found.problems
@@ -138,7 +144,10 @@ def _examine_overlap(result: Examination, content: Mapping[str, str], config: Re
         shown = tuple(f"{a} is {b}" for a, b in sorted(shared.items())[:examples])
         stops = config.overlap == "error"
         result.findings.append(Finding("all", "train", "train_image_in_val", len(shared), stops, shown))
-    images = {content[r.image] for r in result.records["train"]}
+    left = [r for r in result.records["train"] if r.image not in shared]
+    images = {content[r.image] for r in left}
     if images and config.dev_images >= len(images):
         where = f"records.dev_images is {config.dev_images} of {len(images)} different training images"
         result.findings.append(Finding("all", "train", "no_image_left_beside_dev", 1, True, (where,)))
+    elif images and not any_counts(split_dev(left, config.dev_images, content)[1]):
+        result.findings.append(Finding("all", "dev", "no_object_left", 1, True, ("raise records.dev_images",)))

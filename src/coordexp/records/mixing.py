@@ -86,7 +86,8 @@ def with_prompt(record: Record, plan: PromptPlan, training: bool) -> Record:
     style = rng.randrange(PARAPHRASES) if training else 0
     prompt: dict[str, Any] = {"kind": plan.kind, "style": style}
     if plan.kind == "phrase":
-        prompt["names"] = [record.metadata.get("phrase") or (record.objects[0].desc if record.objects else "")]
+        there = (o.desc for o in record.objects if not o.metadata.get("iscrowd"))
+        prompt["names"] = [record.metadata.get("phrase") or next(there, "")]
     elif plan.kind == "closed":
         prompt["names"] = list(_closed(plan))
     elif plan.kind == "listed":

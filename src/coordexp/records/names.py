@@ -58,6 +58,8 @@ def settle_names(sets: Mapping[str, Sequence[RecordSet]]) -> SettledNames:
             if spelling != found:
                 result.spelling[found] = spelling
                 result.merged.setdefault(name, []).append(f"{found!r} is written {spelling!r}")
+        written = (replace(c, name=result.spelling.get(c.name, c.name)) for c in result.categories[name])
+        result.categories[name] = tuple(written)
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,6 +62,7 @@ def to_records(
     facts: Mapping[str, ImageFacts] | None = None,
     prefix: str = "",
     seed: int = 0,
+    asks_phrases: bool = False,
 ) -> RecordSet:
     """Apply the policies to every image of a reading.
 
@@ -71,13 +72,14 @@ def to_records(
         facts: file name -> what is known of the file; None takes the annotated size on trust.
         prefix: put before file names in records.
         seed: of the choice of objects where there are too many.
+        asks_phrases: each record becomes a question about one object; those without any go.
     """
     result = RecordSet(categories=reading.categories)
     for image in reading.images:
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
             continue
-        record = _record(image, policies, facts, prefix, seed, result)
+        record = _record(image, policies, facts, prefix, seed, asks_phrases, result)
         if record is not None:
             result.records.append(record)
     result.problems[:0] = reading.problems
@@ -128,6 +130,7 @@ def _record(
     facts: Mapping[str, ImageFacts] | None,
     prefix: str,
     seed: int,
+    asks_phrases: bool,
     result: RecordSet,
 ) -> Record | None:
     """The record of an image, or None where it goes; what is not kept is added to `result`."""
@@ -144,10 +147,11 @@ def _record(
         else:
             reason, detail = ("duplicate_object", "") if isinstance(checked, ObjectRecord) else checked
             problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}", detail))
-    if "phrase" in image.metadata and image.objects and all(o.metadata.get("iscrowd") for o in kept.values()):
-        # A question whose object is lost would be answered by "nothing is there".
+    if _asks_for_nothing(image, kept.values(), asks_phrases):
         if kept:
             problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
+        elif not image.objects:
+            problems.append(Problem("phrase_missing", image.file, image.key, "no object to ask for"))
         return None
     chosen = _at_most(list(kept.values()), image, policies, seed, problems)
     if chosen is None:
@@ -157,6 +161,16 @@ def _record(
     if image.image_id is not None:
         metadata = {"image_id": image.image_id, **metadata}
     return Record(f"{prefix}{image.file_name}", width, height, tuple(chosen[i] for i in order), metadata=metadata)
+
+
+def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
+    """Whether a phrase has lost its object: the question would be answered by "nothing is there".
+
+    A source may say by a phrase without objects that it means nothing in the image; that stays.
+    """
+    had_object = "phrase" in image.metadata and bool(image.objects)
+    is_question = had_object or (asks_phrases and not image.metadata.get("phrase"))
+    return is_question and all(o.metadata.get("iscrowd") for o in kept)
 
 
 def _object(

@@ -66,8 +66,7 @@ def _data_lines(found: Examination) -> Iterator[str]:
     if not found.findings:
         yield "no fault found"
     for finding in found.findings:
-        fate = "STOP" if finding.stops else "dropped"
-        yield f"{fate}: {finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
+        yield f"{finding.fate}: {finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
         yield from (f"    {example}" for example in finding.examples)
 
 

@@ -1,0 +1,168 @@
+"""Lost annotations stop convert and doctor, by one rule, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordexp import cli
+from coordexp.errors import DataError
+from coordexp.records.convert import Converted, convert_datasets
+from coordexp.records.doctor import examine
+from coordexp.records.manifest import write_manifest
+from records_folders import annotation, coco_set, edit, records_config, write_split
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Twelve training and six val pictures of 64 x 48 px, with an object in the middle and one on the right."""
+    root = tmp_path / "coco"
+    for split, first, count in (("train2017", 100, 12), ("val2017", 500, 6)):
+        write_split(root, split, first, count)
+        change_each(root, split, lambda row: row.update(bbox=[20 + 20 * (row["id"] % 2), 10, 22, 30]))
+    return root
+
+
+def change_each(root: Path, split: str, change: Change) -> None:
+    def changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for row in rows:
+            change(row)
+        return rows
+
+    edit(root, split, annotations=changed)
+
+
+def convert(tmp_path: Path, sets: Any, **config: Any) -> Converted:
+    write_manifest(tmp_path / "raw", sets, decode=False, workers=2)
+    return convert_datasets(tmp_path / "raw", records_config(**({"max_lost": 0.05} | config)), seed=17)
+
+
+def stops(tmp_path: Path, sets: Any, **config: Any) -> str:
+    """The message with which convert stops; doctor must stop at the same data, and pass what convert passes."""
+    found = examine(sets, records_config(**({"max_lost": 0.05} | config)), decode=False, workers=2)
+    try:
+        convert(tmp_path, sets, **config)
+    except DataError as error:
+        assert found.stops
+        return str(error)
+    assert not found.stops, found.findings
+    return ""
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(a) for a in arguments])
+    return int(stopped.value.code or 0)
+
+
+def command(coco: Path, tmp_path: Path, *more: object) -> tuple[object, ...]:
+    file, images = coco / "annotations/instances_train2017.json", coco / "train2017"
+    return ("convert", "--annotations", file, "--images", images, "--out", tmp_path / "r.jsonl", *more)
+
+
+def scaled(row: dict[str, Any], by_width: float, by_height: float) -> None:
+    x, y, w, h = row["bbox"]
+    row["bbox"] = [x * by_width, y * by_height, w * by_width, h * by_height]
+
+
+def as_corners(row: dict[str, Any]) -> None:
+    x, y, w, h = row["bbox"]
+    row["bbox"] = [x, y, x + w, y + h]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: scaled(row, 1000 / 64, 1000 / 48), "thousandths of the picture"),
+        (lambda row: scaled(row, 1 / 64, 1 / 48), "fractions of the picture"),
+        (as_corners, "look like x1, y1, x2, y2"),
+        (lambda row: row.update(bbox="8 8 16 16"), 'bbox_malformed (bbox "8 8 16 16")'),
+        (lambda row: row.update(image_id=row["image_id"] + 5000), "unknown_image (image_id 5"),
+        (lambda row: row.update(iscrowd="maybe"), 'iscrowd_unknown (iscrowd "maybe")'),
+        (lambda row: row.update(iscrowd=1), "set records.crowd to as_objects"),
+    ],
+    ids=["thousandths", "fractions", "corners", "malformed", "other ids", "crowd unknown", "all crowds"],
+)
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_a_damaged_split_stops_and_names_the_cause(coco, tmp_path, capfd, split, change, words):
+    assert stops(tmp_path, {"coco": coco_set(coco)}) == ""
+    change_each(coco, split, change)
+    message = stops(tmp_path, {"coco": coco_set(coco)})
+    assert message.startswith(f"coco/{split.removesuffix('2017')}: ")
+    assert words in message
+    if split == "train2017":
+        assert run(*command(coco, tmp_path)) == 2
+        assert words in capfd.readouterr().err
+        assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_share_above_the_limit_stops_and_one_below_does_not(coco, tmp_path):
+    edit(coco, "train2017", annotations=lambda old: [*old, *(annotation(i, 100, 1, [1, 1, 0, 5]) for i in range(6))])
+    message = stops(tmp_path, {"coco": coco_set(coco)}, max_lost=0.19)
+    assert (
+        "coco/train: 6 of 30 annotations are lost (20.0%), records.max_lost allows 19.0%: bbox_too_thin 6." in message
+    )
+    assert message.count("bbox_too_thin (corners 1, 1, 1, 6, image 64 x 48 px)") == 3
+    assert stops(tmp_path, {"coco": coco_set(coco)}, max_lost=0.2) == ""
+
+
+def test_lost_images_count_likewise(coco, tmp_path):
+    for i in range(3):
+        (coco / "train2017" / f"{100 + i:012d}.jpg").unlink()
+    message = stops(tmp_path, {"coco": coco_set(coco)}, bad_images="drop")
+    assert "coco/train: 3 of 12 images are lost (25.0%)" in message
+    assert stops(tmp_path, {"coco": coco_set(coco)}, bad_images="drop", max_lost=0.3) == ""
+
+
+def test_what_a_policy_drops_is_no_loss(coco, tmp_path):
+    crowds = [annotation(7000 + i, 100 + i, 1, [2, 2, 60, 40], iscrowd=1) for i in range(10)]
+    edit(coco, "train2017", annotations=lambda old: [*old, *crowds])
+    assert stops(tmp_path, {"coco": coco_set(coco)}, crowd="drop", max_lost=0.0) == ""
+
+
+def test_crowds_can_be_read_as_objects(coco, tmp_path, capfd):
+    for split in ("train2017", "val2017"):
+        change_each(coco, split, lambda row: row.update(iscrowd=1))
+    result = convert(tmp_path, {"coco": coco_set(coco)}, crowd="as_objects")
+    objects = [o for records in result.splits.values() for r in records for o in r.objects]
+    assert (len(objects), [o for o in objects if o.metadata]) == (36, [])
+    assert run(*command(coco, tmp_path, "--crowd", "as_objects")) == 0
+    assert "24 objects, 0 of them crowd regions" in capfd.readouterr().out
+
+
+def test_a_split_without_a_counted_object_stops(coco, tmp_path):
+    edit(coco, "val2017", annotations=[])
+    assert "val: no record holds an object that counts" in stops(tmp_path, {"coco": coco_set(coco)})
+
+
+def test_a_set_of_empty_pictures_may_be_mixed_in(coco, tmp_path):
+    write_split(tmp_path / "empty", "train2017", 900, 4)
+    edit(tmp_path / "empty", "train2017", annotations=[])
+    assert stops(tmp_path, {"coco": coco_set(coco), "empty": coco_set(tmp_path / "empty", val="none")}) == ""
+
+
+def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
+    edit(coco, "train2017", annotations=lambda old: [*old, *(annotation(i, 100, 9) for i in range(6))])
+    assert run(*command(coco, tmp_path)) == 2
+    assert "--max-lost" in capfd.readouterr().err
+    assert run(*command(coco, tmp_path, "--max-lost", "0.5")) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "dropped: 6 boxes, unknown_category 6"
+    assert sum("unknown_category (category_id 9)" in line for line in lines[:-1]) == 3
+
+
+def test_a_file_without_a_usable_line_says_why(tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    lines = [{"messages": []}, {"images": ["a.png"], "width": 9, "height": 9, "objects": [{"desc": "x", "box": 1}]}]
+    (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    arguments = ("--annotations", tmp_path / "r.jsonl", "--images", tmp_path / "images", "--out", tmp_path / "o.jsonl")
+    assert run("convert", "--source", "jsonl", *arguments) == 2
+    message = capfd.readouterr().err
+    assert "no object that counts is left (record_invalid 2)" in message
+    assert "unknown key 'messages'" in message

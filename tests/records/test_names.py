@@ -1,0 +1,99 @@
+"""Categories and names that evaluation could not tell apart are settled by convert, and doctor says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordexp.errors import DataError
+from coordexp.evaluation.categories import CategoryIndex
+from coordexp.records.categories import Category
+from coordexp.records.convert import Converted, convert_datasets
+from coordexp.records.doctor import examine
+from coordexp.records.manifest import write_manifest
+from coordexp.records.names import respelled
+from coordexp.records.schema import ObjectRecord, Record
+from records_folders import coco_set, edit, picture, records_config, write_split
+
+PERSON = {"id": 1, "name": "person"}
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Twelve training and six val pictures of persons, traffic lights and cats; nothing is a red mug."""
+    root = tmp_path / "coco"
+    write_split(root, "train2017", 100, 12)
+    write_split(root, "val2017", 500, 6)
+    return root
+
+
+def convert(tmp_path: Path, sets: Any) -> Converted:
+    write_manifest(tmp_path / "raw", sets, decode=False, workers=2)
+    result = convert_datasets(tmp_path / "raw", records_config(), seed=17)
+    CategoryIndex(result.categories)  # evaluation takes what convert lets pass
+    return result
+
+
+def findings(sets: Any) -> dict[str, tuple[bool, str]]:
+    found = examine(sets, records_config(), decode=False, workers=2).findings
+    return {f.reason: (f.stops, f.examples[0]) for f in found}
+
+
+def with_category(root: Path, category: dict[str, Any]) -> None:
+    for split in ("train2017", "val2017"):
+        edit(root, split, categories=lambda old: [category, *old])
+
+
+@pytest.mark.parametrize("name", ["person", "Person", "_person_"])
+def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path, name):
+    with_category(coco, {"id": 0, "name": name, "supercategory": "none"})
+    result = convert(tmp_path, {"coco": coco_set(coco)})
+    assert [(c.id, c.name) for c in result.categories][:2] == [(1, "person"), (2, "traffic light")]
+    assert f"0 {name!r}" in result.notes[0]
+    stops, example = findings({"coco": coco_set(coco)})["category_unused"]
+    assert (stops, "1 'person' stays" in example) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["cat", "CAT"])
+def test_two_used_categories_of_one_name_are_refused(coco, tmp_path, name):
+    for split in ("train2017", "val2017"):
+        edit(coco, split, categories=lambda old: [row | ({"name": name} if row["id"] == 1 else {}) for row in old])
+    with pytest.raises(
+        DataError, match=rf"coco: categories 1 '{name}' and 3 'cat' have the same name.*both are annotated"
+    ):
+        convert(tmp_path, {"coco": coco_set(coco)})
+    assert findings({"coco": coco_set(coco)})["names_clash"][0]
+
+
+def test_a_name_of_several_sets_is_written_as_in_the_first(coco, tmp_path):
+    other = tmp_path / "other"
+    write_split(other, "train2017", 100, 12)
+    for path in (other / "train2017").iterdir():
+        picture(1000 + int(path.stem)).save(path)
+    names = {"person": "Person", "traffic light": "Traffic_Light"}
+    edit(
+        other, "train2017", categories=lambda old: [row | {"name": names.get(row["name"], row["name"])} for row in old]
+    )
+    sets = {"coco": coco_set(coco, prompt="listed"), "mine": coco_set(other, val="none", prompt="listed")}
+    result = convert(tmp_path, sets)
+    assert [c.name for c in result.categories] == ["cat", "person", "red mug", "traffic light"]
+    found = {o.desc for records in result.splits.values() for r in records for o in r.objects}
+    asked = {n for records in result.splits.values() for r in records for n in r.metadata["prompt"]["names"]}
+    assert found | asked == {"cat", "person", "red mug", "traffic light"}
+    assert result.notes == ["mine: 'Person' is written 'person'", "mine: 'Traffic_Light' is written 'traffic light'"]
+    assert findings(sets)["names_merged"] == (False, "'Person' is written 'person'")
+
+
+def test_names_in_metadata_are_written_alike():
+    metadata = {"absent": ["Dog", "cat"], "not_exhaustive": ["Cat"], "phrase": "Cat", "image_id": 3}
+    record = Record("a.jpg", 9, 9, (ObjectRecord("Cat", (0, 0, 1, 1)),), metadata=metadata)
+    (changed,) = respelled([record], {"Cat": "cat"})
+    assert changed.objects[0].desc == "cat"
+    assert changed.metadata == {"absent": ["Dog", "cat"], "not_exhaustive": ["cat"], "phrase": "cat", "image_id": 3}
+
+
+def test_evaluation_names_the_categories_that_it_refuses():
+    with pytest.raises(DataError, match=r"categories 1 'black cat' and 7 'Black_cat' have the same name"):
+        CategoryIndex([Category(1, "black cat"), Category(7, "Black_cat")])
