@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_an_object_annotated_twice_is_counted_once(tmp_path):
     dump(tmp_path / "i.json", COCO | {"annotations": [*COCO["annotations"], again]})
     result = convert(read("coco", tmp_path, "i.json", "."))
     assert [str(p) for p in result.problems] == [f"{tmp_path}/i.json: image 397133, annotation 5: duplicate_object"]
+
+
+def test_one_picture_under_two_ids_is_one_record(tmp_path):
+    image, box, crowd = COCO["images"][0], *COCO["annotations"]
+    more = [crowd | {"id": 5, "image_id": 4}, box | {"id": 6, "image_id": 4, "bbox": [50, 5, 9, 9]}]
+    dump(tmp_path / "i.json", COCO | {"images": [image, image | {"id": 4}], "annotations": [box, *more]})
+    result = convert(read("coco", tmp_path, "i.json", "."))
+    assert shown(result) == [
+        ("000000397133.jpg", [("person", (0, 0, 100, 80)), ("bottle", (50, 5, 59, 14)), ("bottle", (10, 10, 30, 30.5))])
+    ]
+    assert [(p.reason, p.key) for p in result.problems] == [("picture_repeated", "image 397133")]
 
 
 # LVIS -----------------------------------------------------------------------------------------------------------------
@@ -241,6 +253,14 @@ def test_a_record_without_an_object_is_no_question_about_one(tmp_path):
     assert len(to_records(Reading(images, (), []), Policies(), facts).records) == 5
 
 
+@pytest.mark.parametrize("number", [[], {}, None, "x", 1e400], ids=repr)
+def test_a_ref_to_something_that_is_no_id_is_counted(tmp_path, number):
+    write_instances(tmp_path)
+    dump(tmp_path / "refs.json", [REFS[0], REFS[0] | {"ann_id": number}])
+    result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
+    assert (shown(result), reasons(result)) == (THE_LADY, ["unknown_annotation"])
+
+
 @pytest.mark.parametrize(
     "columns",
     [
@@ -343,6 +363,70 @@ def test_yolo(tmp_path):
     assert {Path(p.file).name for p in result.problems} == {"b.txt"}
 
 
+def write_yolo(root: Path, more: str = "", **labels: str | bytes) -> None:
+    """Pictures without content and their label files below `train`; keys that begin with `_` have no picture."""
+    for name, text in labels.items():
+        for folder in ("images", "labels"):
+            (root / folder / "train").mkdir(parents=True, exist_ok=True)
+        if not name.startswith("_"):
+            (root / "images" / "train" / f"{name}.jpg").touch()
+        (root / "labels" / "train" / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (root / "data.yaml").write_text(f"names: [cat]\n{more}", encoding="utf-8-sig")
+
+
+BOX = "0 0.5 0.5 0.2 0.25"
+
+
+def test_a_byte_order_mark_costs_no_object(tmp_path):
+    write_yolo(tmp_path, a=f"{BOX}\n0 0.1 0.1 0.1 0.1\n".encode("utf-8-sig"))
+    result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
+    assert ([len(r.objects) for r in result.records], result.problems) == ([2], [])
+
+
+def test_labels_that_belong_to_no_image_are_counted(tmp_path):
+    write_yolo(tmp_path, a=BOX, _gone=f"{BOX}\n{BOX}\n", _empty="", _classes="cat\n", _binary=b"\xff\xfe\x00")
+    (tmp_path / "images" / "train" / "a.txt").write_text(BOX)  # beside the image, where nothing reads it
+    result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
+    assert [(p.reason, Path(p.file).relative_to(tmp_path).as_posix(), p.detail[:9]) for p in result.problems] == [
+        ("label_unused", "images/train/a.txt", "1 objects"),
+        ("label_unused", "labels/train/_gone.txt", "2 objects"),
+    ]
+
+
+def test_images_in_linked_folders_are_found(tmp_path):
+    write_yolo(tmp_path, a=BOX)
+    write_yolo(tmp_path / "other", b=BOX)
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train" / "more").symlink_to(tmp_path / "other" / kind / "train", target_is_directory=True)
+        (tmp_path / kind / "train" / "up").symlink_to(tmp_path / kind, target_is_directory=True)
+    result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
+    assert [(r.image, len(r.objects)) for r in result.records] == [
+        ("images/train/a.jpg", 1), ("images/train/more/b.jpg", 1),
+    ]  # fmt: skip
+    assert result.problems == []
+
+
+def test_key_points_behind_a_box_are_no_polygon(tmp_path):
+    points = " 0.9 0.9 0.95 0.95 0 0 0.92 0.9"
+    write_yolo(tmp_path, "kpt_shape: [4, 2]\n", a=BOX + points, b=BOX, c=BOX + " 0.9 0.9")
+    result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
+    boxes = [[o.bbox_xyxy_px for o in r.objects] for r in result.records]
+    assert [list(map(pytest.approx, found)) for found in boxes] == [[(40, 30, 60, 50)]] * 2 + [[]]
+    assert reasons(result) == ["bbox_malformed"]
+    write_yolo(tmp_path, "kpt_shape: 4\n", a=BOX)
+    with pytest.raises(DataError, match="kpt_shape is 4; expected"):
+        read("yolo", tmp_path, "data.yaml", "images/train")
+
+
+def test_a_polygon_that_begins_with_a_box_of_its_points_is_refused(tmp_path):
+    pose = BOX + " 0.41 0.39 0.59 0.4 0 0 0.42 0.61 0.58 0.6"
+    star = "0 0.5 0.5 0.6 0.7 0.3 0.6 0.7 0.4 0.3 0.3"
+    circle = "0 " + " ".join(f"{0.5 + 0.3 * math.cos(a)} {0.5 + 0.3 * math.sin(a)}" for a in range(1, 7))
+    write_yolo(tmp_path, pose=pose, star=star, circle=circle)
+    result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
+    assert [(p.reason, Path(p.file).stem) for p in result.problems] == [("bbox_malformed", "pose")]
+
+
 def test_yolo_labels_lie_beside_the_last_folder_named_images():
     assert label_path("images/images/train/a.b.jpg") == "images/labels/train/a.b.txt"
     assert label_path("train/a.png") == "train/a.txt"
@@ -406,6 +490,18 @@ def test_voc_files_that_cannot_be_read_are_counted(tmp_path):
     ]  # fmt: skip
 
 
+def test_voc_names_may_hold_spaces(tmp_path):
+    for stem in ("my photo 1", "my photo", "flag 1"):
+        write_voc(tmp_path, stem, {})
+    listing = "my photo 1\r\nmy photo -1\nflag 1 1\ngone 1\ngone as well\n"
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(listing, encoding="utf-8-sig")
+    result = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"))
+    assert [r.image for r in result.records] == [f"JPEGImages/{s}.jpg" for s in ("my photo 1", "my photo", "flag 1")]
+    assert [(p.reason, p.key) for p in result.problems] == [
+        ("annotation_unreadable", "gone"), ("annotation_unreadable", "gone as well"),
+    ]  # fmt: skip
+
+
 # JSONL ----------------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +530,26 @@ def test_jsonl_keeps_good_lines_and_counts_the_others(tmp_path):
         ("record_invalid", "line 6"),
     ]
     assert "leaves the image root" in result.problems[2].detail
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *({key: value} for key in ("absent", "not_exhaustive") for value in (None, "cat", [1], {"cat": 1}, 3)),
+        *({"phrase": value} for value in (None, 3, ["cat"])),
+        *({"prompt": value} for value in (None, "cat", {}, {"kind": "listed"}, {"kind": "closed", "names": "cat"})),
+        {"prompt": {"kind": "open", "style": "x"}},
+    ],
+    ids=repr,
+)
+def test_metadata_of_another_kind_costs_its_line_and_no_other(tmp_path, metadata):
+    good = {"images": ["a.jpg"], "width": 100, "height": 80, "objects": []}
+    lines = [good | {"metadata": metadata}, good | {"images": ["b.jpg"]}]
+    (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    result = convert(read("jsonl", tmp_path, "r.jsonl", "."))
+    assert [r.image for r in result.records] == ["b.jpg"]
+    (problem,) = result.problems
+    assert (problem.reason, f"metadata.{next(iter(metadata))} is " in problem.detail) == ("record_invalid", True)
 
 
 # All ------------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem, Reading, SourceImage
-from coordexp.records.splits import overlap, split_dev
+from coordexp.records.splits import overlap, same_pictures, split_dev
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
+NOTED = ("names_merged", "picture_repeated", "same_picture")  # nothing is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Finding:
     @property
     def fate(self) -> str:
         """What the stages do about it, in a word."""
-        return "STOP" if self.stops else "noted" if self.reason == "names_merged" else "dropped"
+        return "STOP" if self.stops else "noted" if self.reason in NOTED else "dropped"
 
 
 @dataclass(slots=True)
@@ -144,6 +145,10 @@ def _examine_overlap(result: Examination, content: Mapping[str, str], config: Re
         shown = tuple(f"{a} is {b}" for a, b in sorted(shared.items())[:examples])
         stops = config.overlap == "error"
         result.findings.append(Finding("all", "train", "train_image_in_val", len(shared), stops, shown))
+    for split, records in result.records.items():
+        if twins := same_pictures(records, content):
+            shown = tuple(f"{a} is {b}" for a, b in sorted(twins.items())[:examples])
+            result.findings.append(Finding("all", split, "same_picture", len(twins), False, shown))
     left = [r for r in result.records["train"] if r.image not in shared]
     images = {content[r.image] for r in left}
     if images and config.dev_images >= len(images):

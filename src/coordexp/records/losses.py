@@ -20,10 +20,10 @@ ALLOWED = 2  # losses that stop nothing where an object is left: too few for a s
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
 HARMLESS = frozenset(
     {"crowd", "truncated", "over_max_objects", "record_over_max_objects", "image_in_val", "duplicate_object"}
-    | {"area_invalid", "phrase_missing"}
+    | {"area_invalid", "phrase_missing", "picture_repeated"}
 )
 # These cost an image with all its annotations, as do those that begin with `image_`.
-_OF_IMAGES = frozenset({"record_invalid", "annotation_unreadable", "label_unreadable", "label_without_image"})
+_OF_IMAGES = frozenset({"record_invalid", "annotation_unreadable", "label_unreadable", "label_unused"})
 _REMEDY = "Mend the annotations, or allow more with records.max_lost (coordexp convert: --max-lost)."
 
 

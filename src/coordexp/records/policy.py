@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from coordexp.errors import DataError
@@ -75,16 +75,36 @@ def to_records(
         asks_phrases: each record becomes a question about one object; those without any go.
     """
     result = RecordSet(categories=reading.categories)
+    places: dict[str, int] = {}
     for image in reading.images:
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
             continue
         record = _record(image, policies, facts, prefix, seed, asks_phrases, result)
-        if record is not None:
+        if record is not None and not _joins(record, image, places, result):
             result.records.append(record)
     result.problems[:0] = reading.problems
     result.problems.extend(result.bad_images)
     return result
+
+
+def _joins(record: Record, image: SourceImage, places: dict[str, int], result: RecordSet) -> bool:
+    """Whether the picture has a record already, which then holds these objects too: two would contradict each other.
+
+    Only where the file tells pictures apart by ids; several questions about one picture stay apart.
+    """
+    if image.image_id is None or not image.metadata.keys().isdisjoint(("phrase", "prompt")):
+        return False
+    place = places.setdefault(record.image, len(result.records))
+    if place == len(result.records):
+        return False
+    first = result.records[place]
+    objects = list({(o.desc, o.bbox_xyxy_px): o for o in (*record.objects, *first.objects)}.values())
+    order = reading_order(as_boxes([o.bbox_xyxy_px for o in objects]))
+    result.records[place] = replace(first, objects=tuple(objects[i] for i in order))
+    detail = f"{image.file_name}: joined to image {first.metadata['image_id']}"
+    result.problems.append(Problem("picture_repeated", image.file, image.key, detail))
+    return True
 
 
 def refuse_bad_images(bad: list[Problem]) -> None:

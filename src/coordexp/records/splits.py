@@ -37,3 +37,10 @@ def overlap(train: Sequence[Record], val: Sequence[Record], content: Mapping[str
     """Training image -> the val image with the same content, for every one there is."""
     of_val = {content[r.image]: r.image for r in val}
     return {r.image: of_val[content[r.image]] for r in train if content[r.image] in of_val}
+
+
+def same_pictures(records: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
+    """Image -> another image of the records with the same content, for every one after the first."""
+    first: dict[str, str] = {}
+    pairs = ((r.image, first.setdefault(content[r.image], r.image)) for r in records)
+    return {image: other for image, other in pairs if image != other}

@@ -175,6 +175,18 @@ def read_json(path: Path, expected: str, on_object: Callable[[dict[str, Any]], d
         raise DataError(f"{path}: nested too deeply to be annotations; expected {expected}.") from error
 
 
+def read_text(path: Path, expected: str) -> str:
+    """The text of a file in UTF-8, without the byte-order mark that some editors put first.
+
+    Raises:
+        DataError: naming the file and what was expected.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); expected {expected}.") from error
+
+
 def refuse_pickle(path: Path) -> None:
     """Raise DataError for a pickle, by its name: loading one runs whatever code it holds."""
     if path.suffix in (".p", ".pkl", ".pickle"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from coordexp.errors import DataError
 from coordexp.records.schema import ObjectRecord, Record, parse_record
@@ -23,6 +24,7 @@ def read(files: SplitFiles) -> Reading:
             for number, line in enumerate(lines, 1):
                 try:
                     record = parse_record(json.loads(line), f"line {number}")
+                    _check_metadata(record.metadata, f"line {number}: metadata")
                 except (DataError, ValueError, RecursionError) as error:
                     problems.append(Problem("record_invalid", str(path), f"line {number}", str(error)))
                     continue
@@ -34,6 +36,33 @@ def read(files: SplitFiles) -> Reading:
                 yield _source_image(files, record, number, image_id)
 
     return Reading(images(), (), problems)
+
+
+def _check_metadata(metadata: dict[str, Any], where: str) -> None:
+    """Raise DataError for a value of another kind than prompts and evaluation read."""
+    for key in ("absent", "not_exhaustive"):
+        if key in metadata and not _are_names(metadata[key]):
+            raise DataError(f"{where}.{key} is {metadata[key]!r:.40}, expected a list of names; or leave it out.")
+    if "phrase" in metadata and not _are_names([metadata["phrase"]]):
+        raise DataError(f"{where}.phrase is {metadata['phrase']!r:.40}, expected text; or leave it out.")
+    if "prompt" in metadata and not _is_prompt(metadata["prompt"]):
+        raise DataError(
+            f"{where}.prompt is {metadata['prompt']!r:.60}, expected a kind (open, closed, listed, phrase) with names, "
+            "as `convert` writes it; or leave it out."
+        )
+
+
+def _is_prompt(value: object) -> bool:
+    """Whether `text.prompts` can put it into words."""
+    if not isinstance(value, dict) or not isinstance(value.get("style", 0), int):
+        return False
+    names = value.get("names")
+    is_about_names = value.get("kind") in ("closed", "listed", "phrase") and bool(names) and _are_names(names)
+    return value.get("kind") == "open" or is_about_names
+
+
+def _are_names(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(name, str) for name in values)
 
 
 def _image_id(record: Record) -> int | None:

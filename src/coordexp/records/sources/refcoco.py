@@ -24,12 +24,13 @@ from coordexp.records.sources.base import (
     SourceImage,
     SourceObject,
     SplitFiles,
+    as_whole,
     corners,
     corners_of_xywh,
     read_json,
     refuse_pickle,
 )
-from coordexp.records.sources.coco import load_instances
+from coordexp.records.sources.coco import annotated_box, load_instances
 
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
 # A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
@@ -72,7 +73,7 @@ def _question(
 
 def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
     instances = load_instances(files.path.parent / "instances.json")
-    by_annotation = {row["id"]: row for rows in instances.annotations.values() for _, row in rows if "id" in row}
+    by_annotation = {as_whole(row.get("id")): row for rows in instances.annotations.values() for _, row in rows}
     problems: list[Problem] = []
 
     def images() -> Iterator[SourceImage]:
@@ -80,11 +81,15 @@ def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
             fields = ref if isinstance(ref, dict) else {}
             if fields.get("split") != files.split:
                 continue
-            annotation = by_annotation.get(fields.get("ann_id"))
+            annotation_id = as_whole(fields.get("ann_id"))
+            annotation = None if annotation_id is None else by_annotation.get(annotation_id)
             if annotation is None:
-                problems.append(Problem("unknown_annotation", str(files.path), f"ref {fields.get('ref_id', i)}"))
+                detail = f"ann_id {fields.get('ann_id')!r:.40}"
+                problems.append(
+                    Problem("unknown_annotation", str(files.path), f"ref {fields.get('ref_id', i)}", detail)
+                )
                 continue
-            image, box = instances.images[annotation["image_id"]], corners_of_xywh(annotation.get("bbox"))
+            image, box = instances.images[annotation["image_id"]], annotated_box(annotation)
             for j, phrase in enumerate(_sentences(fields.get("sentences"))):
                 key = f"ref {fields.get('ref_id', i)}, sentence {j}"
                 yield _question(files, image["file_name"], phrase, box, key, (image["width"], image["height"]))
@@ -107,7 +112,7 @@ def _read_mdetr(files: SplitFiles) -> Reading:
     def images() -> Iterator[SourceImage]:
         for image_id, image in instances.images.items():
             for key, row in instances.annotations.get(image_id, ()):
-                box = corners_of_xywh(row.get("bbox"))
+                box = annotated_box(row)
                 size = (image["width"], image["height"])
                 yield _question(files, image["file_name"], image["caption"], box, f"image {image_id}, {key}", size)
 

@@ -16,6 +16,7 @@ from coordexp.records.sources.base import (
     SourceImage,
     SourceObject,
     SplitFiles,
+    as_whole,
     corners_of_xywh,
     read_json,
 )
@@ -35,9 +36,10 @@ def read(files: SplitFiles) -> Reading:
         seen: set[int] = set()
         for i, entry in enumerate(entries):
             fields = entry if isinstance(entry, dict) else {}
-            image_id = fields.get("image_id", fields.get("id"))
-            if not isinstance(image_id, int) or image_id not in known:
-                problems.append(Problem("unknown_image", str(files.path), f"[{i}]", f"image_id {image_id!r}"))
+            found = fields.get("image_id", fields.get("id"))
+            image_id = as_whole(found)
+            if image_id is None or image_id not in known:
+                problems.append(Problem("unknown_image", str(files.path), f"[{i}]", f"image_id {found!r:.40}"))
                 continue
             if image_id in seen:
                 problems.append(Problem("duplicate_id", str(files.path), f"image {image_id}"))
@@ -63,7 +65,7 @@ def _image_data(files: SplitFiles) -> dict[int, dict[str, Any]]:
     rows = read_json(path, "Visual Genome's image_data.json")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: holds no list of images; expected Visual Genome's image_data.json.")
-    return {row["image_id"]: row for row in rows if isinstance(row.get("image_id"), int)}
+    return {number: row for row in rows if (number := as_whole(row.get("image_id"))) is not None}
 
 
 def _path(data: dict[str, Any]) -> object:

@@ -13,7 +13,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 from coordexp.errors import DataError
-from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, SplitFiles, is_finite
+from coordexp.records.schema import as_flag
+from coordexp.records.sources.base import (
+    Box,
+    Problem,
+    Reading,
+    SourceImage,
+    SourceObject,
+    SplitFiles,
+    is_finite,
+    read_text,
+)
 
 # ElementTree expands entities: a few lines that define them could fill the memory, and no VOC file has any.
 _ENTITY = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)
@@ -26,7 +36,8 @@ def read(files: SplitFiles) -> Reading:
     folder = files.root / "Annotations"
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected the XML files of Pascal VOC.")
-    stems = [line.split()[0] for line in files.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_text(files.path, "a list of image names, one a line").splitlines()
+    stems = [_stem(line.strip(), folder) for line in lines if line.strip()]
     problems: list[Problem] = []
 
     def images() -> Iterator[SourceImage]:
@@ -41,6 +52,13 @@ def read(files: SplitFiles) -> Reading:
                 yield image
 
     return Reading(images(), (), problems)
+
+
+def _stem(line: str, folder: Path) -> str:
+    """The image name of a line: all of it, or what stands before the `1` or `-1` of a class's list."""
+    name, *flag = line.rsplit(maxsplit=1)
+    is_flagged = flag in (["1"], ["0"], ["-1"]) and not (folder / f"{line}.xml").is_file()
+    return name if is_flagged else line
 
 
 def _read_image(files: SplitFiles, path: Path, stem: str, problems: list[Problem]) -> SourceImage | None:
@@ -66,13 +84,13 @@ def _read_image(files: SplitFiles, path: Path, stem: str, problems: list[Problem
 
 
 def _object(node: ElementTree.Element, index: int) -> SourceObject:
-    is_difficult = node.findtext("difficult") == "1"
+    is_difficult = as_flag(node.findtext("difficult")) is True  # some tools write "Unspecified"
     return SourceObject(
         desc=node.findtext("name"),
         box_xyxy=_box(node.find("bndbox")),
         key=f"object[{index}]",
         iscrowd=is_difficult,
-        truncated=node.findtext("truncated") == "1",
+        truncated=as_flag(node.findtext("truncated")) is True,
         metadata={"difficult": 1} if is_difficult else {},
     )
 
