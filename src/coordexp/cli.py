@@ -333,41 +333,26 @@ def convert(
     out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
     source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
     split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
-    crowd: Annotated[Literal["ignore", "drop", "as_objects"], typer.Option(help="Crowd regions: records.crowd.")] = (
-        "ignore"
-    ),
-    max_lost: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of annotations that may be lost: records.max_lost.")
-    ] = None,
+    crowd: Annotated[Literal["ignore", "drop", "as_objects"], typer.Option(help="As records.crowd.")] = "ignore",
+    max_lost: Annotated[float, typer.Option(min=0, max=1, help="As records.max_lost: share that may be lost.")] = 0.05,
 ) -> None:
     """Turn annotations into records.
 
     One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
     counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
     """
-    from dataclasses import replace
-
     from coordexp.records.convert_file import convert_coco, convert_file
-    from coordexp.records.losses import examples
     from coordexp.records.policy import Policies
     from coordexp.records.schema import write_records
 
-    policies = Policies(crowd=crowd)
-    policies = policies if max_lost is None else replace(policies, max_lost=max_lost)
+    policies = Policies(crowd=crowd, max_lost=max_lost)
     if source == "coco":
-        converted = convert_coco(
-            annotations, images, policies, lambda records: _progress(records, len(records), "check images")
-        )
+        converted = convert_coco(annotations, images, policies, lambda rs: _progress(rs, len(rs), "check images"))
     else:
         converted = convert_file(source, annotations, images, split, policies)
-    records, drops = converted.records, converted.drops
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_records(out, records)
-    objects = [o for record in records for o in record.objects]
-    crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
-    print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
-    print(*(f"  {example}\n" for example in examples(converted.problems)), sep="", end="")
-    print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
+    write_records(out, converted.records)
+    print(f"{out}:", "\n".join(converted.summary()))
 
 
 @app.command()

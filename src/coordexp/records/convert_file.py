@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from coordexp.errors import DataError
-from coordexp.records.losses import refuse_losses
+from coordexp.records.losses import by_reason, examples, refuse_losses
 from coordexp.records.manifest import inspect_all
 from coordexp.records.names import refuse_clashes, settle_names
 from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
@@ -28,10 +27,16 @@ class ConvertedFile:
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
 
-    @property
-    def drops(self) -> Counter[str]:
-        """What was not kept, counted by reason."""
-        return Counter(p.reason for p in self.problems)
+    def summary(self) -> list[str]:
+        """What is there, examples of what was not kept, and counts of it by reason: a line each."""
+        objects = [o for record in self.records for o in record.objects]
+        crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
+        counts = by_reason(self.problems)
+        return [
+            f"{len(self.records)} images, {len(objects)} objects, {crowds} of them crowd regions",
+            *(f"  {example}" for example in examples(self.problems)),
+            f"dropped: {len(self.problems)} boxes{', ' if counts else ''}{counts}",
+        ]
 
 
 def convert_coco(
