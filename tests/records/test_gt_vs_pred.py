@@ -130,3 +130,18 @@ def test_numbers_that_json_cannot_hold_are_not_written(tmp_path):
     result = ImageResult(1, "a", 10, 10, (), (broken,), "", ParseReport(True, 1), "stop", 3)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_results(tmp_path / "r.jsonl", [result])
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", False), ("1", True), (0, False), (True, True), (None, False)])
+def test_a_crowd_flag_may_be_text(tmp_path, value, expected):
+    gt = [{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "iscrowd": value}]
+    (tmp_path / "r.jsonl").write_text(json.dumps(changed(gt=gt)))
+    (result,) = read_results(tmp_path / "r.jsonl")
+    assert result.gt[0].iscrowd is expected
+
+
+def test_another_crowd_flag_is_refused(tmp_path):
+    gt = [{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "iscrowd": "maybe"}]
+    (tmp_path / "r.jsonl").write_text(json.dumps(changed(gt=gt)))
+    with pytest.raises(DataError, match=r"r\.jsonl:1.*iscrowd is 'maybe', expected 0 or 1"):
+        list(read_results(tmp_path / "r.jsonl"))

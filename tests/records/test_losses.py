@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from coordexp.errors import DataError
 from coordexp.records.convert import Converted, convert_datasets
 from coordexp.records.doctor import examine
 from coordexp.records.manifest import write_manifest
+from coordexp.records.policy import Policies
 from records_folders import annotation, coco_set, edit, records_config, write_split
 
 Change = Callable[[dict[str, Any]], Any]
@@ -98,7 +100,9 @@ def test_a_damaged_split_stops_and_names_the_cause(coco, tmp_path, capfd, split,
     assert words in message
     if split == "train2017":
         assert run(*command(coco, tmp_path)) == 2
-        assert words in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert words in said
+        assert said.count("\n  ") == 3 or "as_objects" in words  # three examples
         assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -155,6 +159,10 @@ def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[-1] == "dropped: 6 boxes, unknown_category 6"
     assert sum("unknown_category (category_id 9)" in line for line in lines[:-1]) == 3
+
+
+def test_the_command_has_the_limit_of_the_policies():
+    assert inspect.signature(cli.convert).parameters["max_lost"].default == Policies().max_lost
 
 
 def test_a_file_without_a_usable_line_says_why(tmp_path, capfd):

@@ -6,7 +6,8 @@ frame are lost, or clipped to something that is no object; other readings of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from coordexp.records.sources.base import Box
 
@@ -14,6 +15,7 @@ FITS = 0.99  # share of the boxes that another reading must explain
 FAR_OUT = 0.2  # share of the boxes that reach out of their pictures; amodal annotation alone stays below
 TOLERANCE = 0.02  # share of a side by which a box may reach out of its picture
 TOLERANCE_PX = 2.0
+EXAMPLES = 3
 
 
 @dataclass(slots=True)
@@ -26,19 +28,24 @@ class BoxFrames:
     as_thousandths: int = 0
     as_fractions: int = 0
     as_pixels: int = 0  # in a format of fractions
+    examples: list[str] = field(default_factory=list)  # the first of those that reach out
 
-    def add(self, box_xyxy: Box, width: int, height: int, in_unit_frame: bool) -> None:
-        """Count a box: pixels, or shares of width and height."""
+    def add(self, box_xyxy: Box, width: int, height: int, in_unit_frame: bool, shown: Callable[[], str]) -> None:
+        """Count a box: pixels, or shares of width and height. `shown` says in words which one it is."""
         x1, y1, x2, y2 = box_xyxy
+        right, bottom = (1.0, 1.0) if in_unit_frame else (width, height)
+        slack = 0.0 if in_unit_frame else TOLERANCE_PX
+        slack_x, slack_y = max(slack, TOLERANCE * right), max(slack, TOLERANCE * bottom)
         self.boxes += 1
+        if x2 > right + slack_x or y2 > bottom + slack_y or x1 < -slack_x or y1 < -slack_y:
+            self.beyond += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(shown())
         if in_unit_frame:
-            self.beyond += x2 > 1 + TOLERANCE or y2 > 1 + TOLERANCE
             self.as_pixels += 1 < x2 <= width + TOLERANCE_PX and 1 < y2 <= height + TOLERANCE_PX
             return
-        right, bottom = width + max(TOLERANCE_PX, TOLERANCE * width), height + max(TOLERANCE_PX, TOLERANCE * height)
-        self.beyond += x2 > right or y2 > bottom or x1 < width - right or y1 < height - bottom
         w, h = x2 - x1, y2 - y1
-        self.as_corners += x1 < w <= right and y1 < h <= bottom
+        self.as_corners += x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
         self.as_thousandths += x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
         self.as_fractions += x2 <= 1.5 and y2 <= 1.5  # a center with width and height ends before 1.5
 

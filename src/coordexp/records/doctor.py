@@ -126,7 +126,8 @@ def _examine_split(
         stops = reason.startswith(BAD_IMAGE) and config.bad_images == "error"
         result.findings.append(Finding(name, split, reason, count, stops, tuple(shown)))
     for excess in excessive_losses(found, policies):
-        result.findings.append(Finding(name, split, excess.reason, excess.count, True, (excess.message,)))
+        shown = [excess.message, *excess.examples[:examples]]
+        result.findings.append(Finding(name, split, excess.reason, excess.count, True, tuple(shown)))
     return found
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coordexp.errors import DataError
+from coordexp.records.box_frames import EXAMPLES
 from coordexp.records.policy import Policies, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
 
-EXAMPLES = 3
 ALLOWED = 2  # losses that stop nothing where an object is left: too few for a share to say anything
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
 HARMLESS = frozenset(
@@ -140,7 +140,11 @@ def _misread(found: RecordSet, policies: Policies) -> list[Excess]:
     if frames.beyond <= max(ALLOWED, policies.max_lost * frames.boxes) or not frames.other_reading():
         return []
     message = f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
-    return [Excess("boxes_misread", frames.beyond, f"{_with_cause(message, frames.cause())} {_REMEDY}", ())]
+    return [
+        Excess(
+            "boxes_misread", frames.beyond, f"{_with_cause(message, frames.cause())} {_REMEDY}", tuple(frames.examples)
+        )
+    ]
 
 
 def _with_cause(message: str, cause: str) -> str:

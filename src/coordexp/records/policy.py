@@ -205,7 +205,9 @@ def _object(
         return "bbox_malformed", obj.found
     if obj.iscrowd is None:
         return "iscrowd_unknown", obj.found
-    result.frames.add(obj.box_xyxy, width, height, obj.in_unit_frame)
+    result.frames.add(
+        obj.box_xyxy, width, height, obj.in_unit_frame, lambda: f"{obj.key}: {_shown_box(obj, width, height)}"
+    )
     if obj.iscrowd and policies.crowd == "drop":
         return "crowd", ""
     if obj.truncated and policies.truncated == "drop":
