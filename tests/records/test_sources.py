@@ -422,9 +422,12 @@ def test_a_polygon_that_begins_with_a_box_of_its_points_is_refused(tmp_path):
     pose = BOX + " 0.41 0.39 0.59 0.4 0 0 0.42 0.61 0.58 0.6"
     star = "0 0.5 0.5 0.6 0.7 0.3 0.6 0.7 0.4 0.3 0.3"
     circle = "0 " + " ".join(f"{0.5 + 0.3 * math.cos(a)} {0.5 + 0.3 * math.sin(a)}" for a in range(1, 7))
-    write_yolo(tmp_path, pose=pose, star=star, circle=circle)
+    visible = BOX + " 0.1 0.1 2 0.2 0.2 2"
+    write_yolo(tmp_path, pose=pose, visible=visible, star=star, circle=circle)
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
-    assert [(p.reason, Path(p.file).stem) for p in result.problems] == [("bbox_malformed", "pose")]
+    assert [(p.reason, Path(p.file).stem) for p in result.problems] == [
+        ("bbox_malformed", "pose"), ("bbox_malformed", "visible"),
+    ]  # fmt: skip
 
 
 def test_yolo_labels_lie_beside_the_last_folder_named_images():

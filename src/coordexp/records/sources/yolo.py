@@ -160,8 +160,11 @@ def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[t
 def _is_pose(values: list[float]) -> bool:
     """Whether the first four numbers are a box around the points behind them, so that the line is no polygon.
 
-    The first corner of a polygon lies on the polygon's outline, so a box that has its center there covers little of it.
+    Key points may have a visibility of 2, which is no share of a side. The first corner of a polygon lies on its
+    outline, so a box that has its center there covers little of the polygon.
     """
+    if max(values[4:]) > 1.5 and max(values[:4]) <= 1:
+        return True
     points = [v for pair in zip(values[4::2], values[5::2], strict=True) if any(pair) for v in pair]  # 0 0: not labeled
     if len(points) < 4:
         return False
