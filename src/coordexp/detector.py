@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from coordexp.errors import CheckpointError, ConfigError, DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
@@ -209,7 +210,8 @@ class Detector:
             return None
         journal = Journal(folder / "generations.jsonl")
         workers = REQUESTS_PER_SERVER * self._n_servers
-        return VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal)
+        tokenizer, rows = self._checkpoint.tokenizer, len(input_table(self._checkpoint.model).weight)
+        return VllmEngine(self._pool, tokenizer, folder, workers, journal, vocabulary_size=rows)
 
     def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coordexp.config.profile import Profile
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.rollout.engine import Engine
 from coordexp.rollout.hf_engine import HfEngine
@@ -41,7 +42,8 @@ def open_engine(
     def engine(urls: tuple[str, ...]) -> VllmEngine:
         pool = ServerPool(urls, settings.timeout_seconds, settings.tries)
         concurrency = settings.requests_per_server * len(urls)
-        return VllmEngine(pool, checkpoint.tokenizer, image_root, concurrency, journal)
+        vocabulary_size = len(input_table(checkpoint.model).weight)
+        return VllmEngine(pool, checkpoint.tokenizer, image_root, concurrency, journal, vocabulary_size=vocabulary_size)
 
     if settings.servers != START:
         yield engine(settings.servers)
