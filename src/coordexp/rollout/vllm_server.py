@@ -28,7 +28,7 @@ import coordexp
 from coordexp.errors import ConfigError, ServerError
 from coordexp.packing.pixels import PixelSpec
 from coordexp.rollout.vllm_client import HEALTH_SECONDS, SERVED_NAME
-from coordexp.rollout.vllm_http import Address, ServerFault, exchange, parse_address
+from coordexp.rollout.vllm_http import Address, ServerFault, excerpt, exchange, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,9 @@ def _wait_until_up(address: Address, process: subprocess.Popen[bytes], output: P
             log.info("vLLM server %s is up after %.0f s", address.url, waited)
             return
         if code is not None or waited > STARTUP_SECONDS:
-            state = "is not up" if code is None else f"exited with code {code}"
-            tail = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
-            raise ServerError(f"the vLLM server {state} after {waited:.0f} s. The end of its log:\n{tail}")
+            state = f"exited with code {code}" if code is not None else "is not up, or another process has its port"
+            tail = "\n".join(map(excerpt, output.read_text(errors="replace").splitlines()[-15:]))
+            raise ServerError(f"the vLLM server {state}, after {waited:.0f} s. The end of its log:\n{tail}")
         time.sleep(POLL_SECONDS)
 
 
