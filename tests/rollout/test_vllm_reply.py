@@ -102,7 +102,7 @@ def test_a_changed_reply_is_the_same_answer_or_a_fault() -> None:
     ("body", "words"),
     [
         (b"<html><body>502 upstream</body></html>", r"not JSON .*<html>"),
-        (b"", "not JSON"),
+        (b"", "an empty reply"),
         (b'{"choices": [{"token_ids": [1, 2', "not JSON"),
         (b'{"choices": "\xff\xfe"}', "not UTF-8"),
         ("{}".encode("utf-16"), "not UTF-8"),

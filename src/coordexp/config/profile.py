@@ -169,8 +169,10 @@ class RolloutConfig(Block):
     vllm_python: Text = Field(description="vllm: interpreter that starts a server; make vllm installs it")
     servers: TextList = Field(description="vllm: URLs of running servers, or start: one of our own")
     requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
-    timeout_seconds: float = Field(gt=0, le=86400, description="vllm: time limit of one request")
-    tries: PositiveCount = Field(description="vllm: attempts at one request, over all servers")
+    timeout_seconds: float = Field(
+        gt=0, le=86400, description="vllm: time limit of one attempt, from sending to the last byte"
+    )
+    tries: PositiveCount = Field(description="vllm: attempts at one request before its server is left out")
     images: PositiveCount = Field(description="training images that get a rollout")
     batch_images: PositiveCount = Field(description="images generated together")
 

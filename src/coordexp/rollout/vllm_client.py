@@ -91,15 +91,15 @@ class ServerPool:
         if not in_use:
             reasons = "; ".join(f"{server.url}: {reason}" for server, reason in left_out.items())
             raise ServerError(
-                f"none of the vLLM servers answers as expected. {reasons}. Mend them, or allow more time "
-                "(rollout.timeout_seconds), and run this again: a stage keeps its finished answers."
+                f"none of the vLLM servers answers with chat completions of this checkpoint. {reasons}. Mend them, or "
+                "allow more time (rollout.timeout_seconds), and run this again: a stage keeps its finished answers."
             )
         return in_use
 
     def _leave_out(self, server: Address, reason: str) -> None:
         with self._lock:
             if server not in self._left_out:
-                log.warning("%s is left out, its requests go to the other servers: %s", server.url, reason)
+                log.warning("%s is left out: %s", server.url, reason)
                 self._left_out[server] = reason
 
 

@@ -50,6 +50,8 @@ def read_completion(body: bytes, expected: Expected) -> Generation:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
+    if not body:
+        raise ServerFault("an empty reply")
     try:
         value = json.loads(body.decode())
     except UnicodeDecodeError as error:
