@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
@@ -11,9 +13,12 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from coordexp.errors import ConfigError, ServerError
+from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout import vllm_client
 from coordexp.rollout.engine import DecodeSettings, Generation
@@ -274,6 +279,15 @@ def test_a_request_carries_lossless_pixels_and_the_settings(world: World, tmp_pa
     assert body["return_token_ids"] is True
     assert (body["max_tokens"], body["temperature"], body["stop_token_ids"]) == (8, 0.0, [END])
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_view_of_a_picture_is_what_is_sent(world: World, tmp_path: Path) -> None:
+    sample = replace(world.samples[0], image=f"{world.samples[0].image}#flip", image_id=0)
+    with fakes(by_seed(world)) as servers:
+        run(world, servers, [sample], tmp_path / "j.jsonl")
+        url = servers[0].bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+    assert (sent == load_sample_rgb(world.root, sample.image, sample.resized_width, sample.resized_height)).all()
 
 
 def test_an_answer_without_an_end_is_cut_by_its_budget(world: World, tmp_path: Path) -> None:
