@@ -171,8 +171,10 @@ def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:
     from coordexp.config.process import LOG, tune_allocator
+    from coordexp.config.threads import set_threads
 
     tune_allocator(LOG)  # before the first large allocation
+    set_threads(0, LOG)
     from coordexp.detector import Detector
 
     return Detector.from_checkpoint(checkpoint, **options)

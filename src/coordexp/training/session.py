@@ -45,7 +45,6 @@ class Session:
     optim: OptimConfig
     tuning: TuningConfig
     steps: int
-    threads: int
     seed: int
     row_lr_factor: float
     out: Path
@@ -93,8 +92,6 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: L
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
         BusyError: another process runs the same session.
     """
-    if session.threads:
-        torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
     state = session.state_folder()
     assert checkpoint.coord is not None

@@ -88,7 +88,6 @@ def _teach(
         optim=optim,
         tuning=profile.tuning,
         steps=len(packs_by_step),
-        threads=profile.launch.threads,
         sharding=profile.launch.sharding,
         seed=params.stage1_seed,
         row_lr_factor=ROW_LR_FACTOR,

@@ -92,7 +92,6 @@ def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
         optim=profile.stage2,
         tuning=profile.tuning,
         steps=profile.stage2.steps,
-        threads=profile.launch.threads,
         sharding=profile.launch.sharding,
         seed=params.stage2_seed,
         row_lr_factor=ROW_LR_FACTOR,
