@@ -11,7 +11,7 @@ from coordexp.config.provenance import write_json
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.models.processor import with_limits
-from coordexp.packing.prepare import SamplePreparer, write_split
+from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.records.schema import read_records
 from coordexp.text.codecs import get_codec
 
@@ -27,8 +27,9 @@ def run(context: StageContext) -> None:
     preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), pixels)
     summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
     for split in ("train", "dev", "val"):
-        records = read_records(context.paths.records / f"{split}.jsonl")
-        counts = write_split(preparer, records, repeat("detect"), out / f"{split}.parquet")
+        path, to = context.paths.records / f"{split}.jsonl", out / f"{split}.parquet"
+        with_areas = have_areas(read_records(path))
+        counts = write_split(preparer, read_records(path), repeat("detect"), to, with_areas)
         summary[split] = asdict(counts)
         context.log.info("%s: %s", split, counts)
     write_json(out / "summary.json", summary)

@@ -102,7 +102,7 @@ def coco(tmp_path: Path) -> SimpleNamespace:
     source = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2, 3)],
         "annotations": [
-            annotation(1, [1, 2, 10, 10]),
+            annotation(1, [1, 2, 10, 10], area="unknown"),
             annotation(1, [0, 0, 60, 40], iscrowd=1),
             annotation(2, [50, 40, 30, 30]),
             annotation(2, [70, 10, 5, 5]),
@@ -337,7 +337,7 @@ def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
     assert records[0].objects[0].metadata == {"iscrowd": 1}
     assert done.out.splitlines() == [
         f"{coco.out}: 3 images, 3 objects, 1 of them crowd regions",
-        "dropped: 2 boxes, bbox_too_thin 1, unknown_category 1",
+        "dropped: 2 boxes, area_invalid 1, bbox_too_thin 1, unknown_category 1",
     ]
 
 

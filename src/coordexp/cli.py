@@ -340,6 +340,7 @@ def convert(
     counted by reason.
     """
     from coordexp.records.convert_file import convert_coco, convert_file
+    from coordexp.records.policy import AREA_INVALID
     from coordexp.records.schema import write_records
 
     if source == "coco":
@@ -352,7 +353,8 @@ def convert(
     objects = [o for record in records for o in record.objects]
     crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
     print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
-    print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
+    n_dropped = drops.total() - drops[AREA_INVALID]
+    print(f"dropped: {n_dropped} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
 
 
 @app.command()
