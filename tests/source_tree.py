@@ -14,7 +14,7 @@ BASE = ROOT / "pipelines" / "base"
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
     "errors", "config", "geometry", "records", "drawing", "text", "packing", "models", "losses",
-    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "cli",
+    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "prediction", "cli",
 )  # fmt: skip
 
 
@@ -55,7 +55,10 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def import_closure(entry: str) -> set[str]:
-    """The modules of this repository that importing `entry` can load, packages included."""
+    """The modules of this repository that importing `entry` can load, packages included.
+
+    What the package itself names is loaded when a user asks for it there, which no module does.
+    """
     found: set[str] = set()
     waiting = [entry]
     while waiting:
@@ -63,7 +66,7 @@ def import_closure(entry: str) -> set[str]:
         if name in found or name not in modules():
             continue
         found.add(name)
-        waiting += [*imports(modules()[name]), *_packages(name)]
+        waiting += [*(imports(modules()[name]) if name != PACKAGE.name else ()), *_packages(name)]
     return found
 
 
