@@ -62,7 +62,7 @@ def _read(source: str, files: SplitFiles) -> Reading:
     """As the graph reads it, except that an entry of a COCO file that is none (a size of null) is an error here."""
     if source != "coco":
         return READERS[source](files)
-    instances = load_instances(files.path, strict=True)
+    instances = load_instances(files.path, strict=True, polygons=False)
     return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
 
 
