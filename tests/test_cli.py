@@ -21,7 +21,6 @@ from coordexp import __version__, cli
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.loading import save_checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 from coordexp.records.prediction_log import AnswerSource
@@ -29,6 +28,7 @@ from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import load_catalog
 from coordexp.records.schema import read_records
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+from helpers import save_model
 
 CAT, DOG = (10.0, 10.0, 50.0, 50.0), (60.0, 20.0, 90.0, 80.0)
 
@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer(["cat", "dog"])
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
-    save_checkpoint(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
     return folder
 
 
@@ -104,7 +104,7 @@ def coco(tmp_path: Path) -> SimpleNamespace:
     source = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2, 3)],
         "annotations": [
-            annotation(1, [1, 2, 10, 10]),
+            annotation(1, [1, 2, 10, 10], area="unknown"),
             annotation(1, [0, 0, 60, 40], iscrowd=1),
             annotation(2, [50, 40, 30, 30]),
             annotation(2, [70, 10, 5, 5]),
@@ -396,7 +396,7 @@ def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
     assert records[0].objects[0].metadata == {"iscrowd": 1}
     assert done.out.splitlines() == [
         f"{coco.out}: 3 images, 3 objects, 1 of them crowd regions",
-        "dropped: 2 boxes, bbox_too_thin 1, unknown_category 1",
+        "dropped: 2 boxes, area_invalid 1, bbox_too_thin 1, unknown_category 1",
     ]
 
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from coordexp.detector import MAX_PIXELS, Detections, Detector, class_ids
+from coordexp.detector import Detections, Detector, class_ids
 from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.models.loading import Checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.pixels import load_rgb
 from coordexp.packing.prepare import text_objects
@@ -34,6 +34,7 @@ from coordexp.rollout.decode import EMITTED
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+from helpers import MAX_PIXELS, save_model
 
 DESCS = ("red mug", "cat")
 BOXES_XYXY_PX = np.array([[10.0, 20.0, 50.5, 60.25], [0.0, 5.0, 118.0, 90.0]])
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer(DESCS)
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
-    save_checkpoint(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
     return folder
 
 
@@ -256,7 +257,7 @@ def test_the_identity_is_all_that_decides_an_answer(folder: Path, tmp_path: Path
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "train_log.jsonl").write_text("{}")
     assert Detector.from_checkpoint(copy).identity() == first
-    for options in ({"max_new_tokens": 9}, {"max_pixels": 128 * 128}, {"min_pixels": 1}, {"codec": "tags"}):
+    for options in ({"max_new_tokens": 9}, {"max_pixels": 100 * 100}, {"min_pixels": 1}, {"codec": "tags"}):
         assert Detector.from_checkpoint(copy, **options).identity().settings != first.settings
     for name in ("model.safetensors", "tokenizer_config.json", "generation_config.json"):
         other = shutil.copytree(folder, tmp_path / name)
@@ -271,20 +272,19 @@ def test_the_identity_is_all_that_decides_an_answer(folder: Path, tmp_path: Path
 
 
 def test_the_checkpoint_says_how_to_feed_and_read_it(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
-    settings = {"model": {"min_pixels": 256 * 256, "max_pixels": 288 * 288}, "text": {"codec": "tags"}}
-    recorded = with_metadata(folder, tmp_path / "recorded", settings)
-    picture, engine.codec = np.full((100, 120, 3), 90, np.uint8), "tags"
+    recorded = with_metadata(folder, tmp_path / "recorded", {"text": {"codec": "tags"}})
+    picture, engine.codec = np.full((300, 320, 3), 90, np.uint8), "tags"
     assert Detector.from_checkpoint(recorded).predict([picture])[0].descs == DESCS
     assert Detector.from_checkpoint(recorded, codec="json").predict([picture])[0].descs == ()
-    Detector.from_checkpoint(recorded, min_pixels=1, max_pixels=100 * 120).predict([picture])
+    Detector.from_checkpoint(recorded, max_pixels=100 * 120).predict([picture])
     areas = [s.resized_width * s.resized_height for s in engine.samples]
-    assert 256 * 256 <= areas[0] <= 288 * 288
+    assert 100 * 120 < areas[0] <= MAX_PIXELS
     assert areas[2] <= 100 * 120
 
 
 def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, engine: ScriptedEngine) -> None:
     tokenizer = build_tiny_tokenizer(DESCS)
-    save_checkpoint(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
+    save_model(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
     engine.codec = "digits"
     (found,) = Detector.from_checkpoint(tmp_path).predict([np.full((100, 120, 3), 90, np.uint8)])
     assert found.descs == DESCS
@@ -297,7 +297,7 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         Detector.from_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="'xml'"):
         Detector.from_checkpoint(folder, codec="xml")
-    with pytest.raises(ConfigError, match="min_pixels is 9216 and max_pixels 100"):
+    with pytest.raises(ConfigError, match="min_pixels is 4096 and max_pixels 100"):
         Detector.from_checkpoint(folder, max_pixels=100)
     with pytest.raises(CheckpointError, match=r"run_metadata\.json: not what training writes"):
         Detector.from_checkpoint(with_metadata(folder, tmp_path / "odd", ["no", "blocks"]))

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
 
+from coordexp.config.threads import bound_spinning
+
+bound_spinning()  # before anything imports torch
+
 __version__ = "0.1.0"
 __all__ = ["Detections", "Detector", "__version__"]
 

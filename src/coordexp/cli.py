@@ -113,11 +113,11 @@ def predict(
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
     min_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Least image area for the model  [default: as in run_metadata.json, else 9216]"),
+        typer.Option(min=1, help="Smallest image area given to the model, in pixels  [default: as in training]"),
     ] = None,
     max_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most image area for the model  [default: as in run_metadata.json, else 36864]"),
+        typer.Option(min=1, help="Largest image area given to the model, in pixels  [default: as in training]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
@@ -130,6 +130,7 @@ def predict(
     server: Annotated[
         list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
     ] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Detect objects in images."""
     from coordexp.config.provenance import write_json
@@ -139,7 +140,8 @@ def predict(
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
-    detector = _load_detector(checkpoint, min_pixels, max_pixels, max_new_tokens, server or [])
+    options = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_new_tokens": max_new_tokens}
+    detector = _load_detector(checkpoint, servers=server or (), device=device, **options)
     from coordexp import prediction  # loads torch: only now, after the allocator was tuned
 
     seen: set[str] = set()
@@ -158,17 +160,15 @@ def predict(
         write_json(coco, coco_predictions(rows))
 
 
-def _load_detector(
-    checkpoint: Path, min_pixels: int | None, max_pixels: int | None, max_new_tokens: int, servers: Sequence[str]
-) -> Detector:
+def _load_detector(checkpoint: Path, **options: Any) -> Detector:
     from coordexp.config.process import LOG, tune_allocator
+    from coordexp.config.threads import set_threads
 
     tune_allocator(LOG)  # before the first large allocation
+    set_threads(0, LOG)
     from coordexp.detector import Detector
 
-    return Detector.from_checkpoint(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens, servers=servers
-    )
+    return Detector.from_checkpoint(checkpoint, **options)
 
 
 @app.command()
@@ -285,6 +285,7 @@ def convert(
     counted by reason.
     """
     from coordexp.records.convert_file import convert_file
+    from coordexp.records.policy import AREA_INVALID
     from coordexp.records.schema import write_records
 
     converted = convert_file(
@@ -296,7 +297,8 @@ def convert(
     objects = [o for record in records for o in record.objects]
     crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
     print(f"{out}: {len(records)} images, {len(objects)} objects, {crowds} of them crowd regions")
-    print(f"dropped: {drops.total()} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
+    n_dropped = drops.total() - drops[AREA_INVALID]
+    print(f"dropped: {n_dropped} boxes", *(f"{reason} {n}" for reason, n in sorted(drops.items())), sep=", ")
 
 
 @app.command()

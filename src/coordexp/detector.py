@@ -25,7 +25,9 @@ from PIL import Image
 from coordexp.config.provenance import fingerprint
 from coordexp.errors import CheckpointError, ConfigError, DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
-from coordexp.models.loading import Checkpoint, answer_files, load_checkpoint
+from coordexp.models.device import AUTO
+from coordexp.models.loading import METADATA, Checkpoint, answer_files, load_format, place_for_inference
+from coordexp.models.processor import with_limits
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
@@ -44,8 +46,6 @@ from coordexp.text.prompts import prompt_ids
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
-MIN_PIXELS = 96 * 96
-MAX_PIXELS = 192 * 192
 MAX_NEW_TOKENS = 512
 BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
@@ -191,6 +191,7 @@ class Detector:
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_images: int = BATCH_IMAGES,
         servers: Sequence[str] = (),
+        device: str = AUTO,
     ) -> Detector:
         """Load a checkpoint folder; `from_pretrained` is another name of this.
 
@@ -198,29 +199,32 @@ class Detector:
             folder: a Hugging Face checkpoint, as the training stages write it.
             codec: "json", "tags" or "digits". None: what the checkpoint's run_metadata.json says, else "json"; a model
                 without coordinate tokens always answers in "digits".
-            min_pixels: smallest image area the model is given. None: as run_metadata.json says, else 96 * 96.
-            max_pixels: largest image area the model is given. None: as run_metadata.json says, else 192 * 192.
+            min_pixels: smallest image area the model is given. None: as in training, which the processor files say.
+            max_pixels: largest image area the model is given. None: likewise.
             max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
             batch_images: pictures decoded together, which bounds the memory.
             servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
+            device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; bfloat16 on GPUs.
 
         Raises:
             CheckpointError: the folder is no usable checkpoint, or has no coordinate tokens for the codec asked for.
-            ConfigError: the codec is unknown, or min_pixels is not in [1, max_pixels].
+            ConfigError: the codec is unknown, min_pixels is not in [1, max_pixels], or there is no such device.
         """
         folder = Path(folder)
-        recorded = _recorded_settings(folder)
-        low = recorded.get("min_pixels", MIN_PIXELS) if min_pixels is None else min_pixels
-        high = recorded.get("max_pixels", MAX_PIXELS) if max_pixels is None else max_pixels
-        if not 0 < low <= high:
-            raise ConfigError(f"min_pixels is {low} and max_pixels {high}, expected 1 <= min_pixels <= max_pixels.")
-        checkpoint = load_checkpoint(folder, low, high)
-        chosen = codec or checkpoint.codec_name or recorded.get("codec", "json")
-        if checkpoint.coord is None and get_codec(chosen).name != "digits":
+        form = load_format(folder)
+        pixels = with_limits(form.pixels, min_pixels, max_pixels)
+        if not 0 < pixels.min_pixels <= pixels.max_pixels:
+            raise ConfigError(
+                f"min_pixels is {pixels.min_pixels} and max_pixels {pixels.max_pixels}, expected 1 <= min_pixels <= "
+                "max_pixels. Leave both out to give the model pictures of the size it was trained on."
+            )
+        chosen = codec or form.codec_name or _recorded_codec(folder) or "json"
+        if form.coord is None and get_codec(chosen).name != "digits":
             raise CheckpointError(
                 f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
                 "Leave the codec out, or give a checkpoint of a stage after norm1000."
             )
+        checkpoint = place_for_inference(folder, replace(form, pixels=pixels), device)
         return cls(checkpoint, chosen, max_new_tokens, batch_images, servers, folder)
 
     from_pretrained = from_checkpoint
@@ -269,7 +273,7 @@ class Detector:
         # sees: upright, losslessly, and already at its size.
         with TemporaryDirectory(prefix="coordexp-") as folder:
             samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
-            _, results = predict_samples(
+            results = predict_samples(
                 self._checkpoint,
                 self._reader,
                 samples,
@@ -337,13 +341,12 @@ def _detections(result: ImageResult) -> Detections:
     )
 
 
-def _recorded_settings(folder: Path) -> dict[str, Any]:
-    """The blocks `model` and `text` of the settings in run_metadata.json, as far as they are there."""
-    path = folder / "run_metadata.json"
+def _recorded_codec(folder: Path) -> str | None:
+    """The codec that training recorded, if any."""
+    path = folder / METADATA
     if not path.is_file():
-        return {}
+        return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-        return {**settings.get("model", {}), **settings.get("text", {})}
+        return json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("text", {}).get("codec")
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not what training writes ({error}). Restore or delete it.") from error

@@ -34,7 +34,7 @@ from coordexp.rollout.vllm_server import VllmServer, vllm_server
 from coordexp.text.grammar import Constraints
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
-from helpers import MAX_PIXELS, MIN_PIXELS, World, new_checkpoint
+from helpers import World, new_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -62,8 +62,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Pa
     folder = tmp_path_factory.mktemp("checkpoint")
     made = new_checkpoint()
     _move_and_merge_adapters(made)
-    save_checkpoint(folder, made.model, made.tokenizer)
-    return load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS), folder
+    save_checkpoint(folder, made.model, made.tokenizer, made.pixels)
+    return load_checkpoint(folder), folder
 
 
 def _move_and_merge_adapters(made: Checkpoint) -> None:

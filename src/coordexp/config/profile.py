@@ -205,7 +205,11 @@ class ReportConfig(Block):
 class LaunchConfig(Block):
     """How stages use the machine."""
 
-    threads: int = Field(ge=0, le=1024, description="CPU threads of the tensor library; 0 leaves its own choice")
+    threads: int = Field(
+        ge=0,
+        le=1024,
+        description="CPU threads of the tensor library; 0 is its own choice within what a container grants",
+    )
     processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
     sharding: Literal["none", "fsdp2"] = Field(

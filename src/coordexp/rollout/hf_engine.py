@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from coordexp.models.device import inference_autocast
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.samples import Sample
@@ -64,7 +65,7 @@ class HfEngine:
             keys = batch_keys(batch, settings, first)
             if not done.keys() >= set(keys):
                 torch.manual_seed(settings.seed + first)
-                with torch.autocast(model.device.type, enabled=False):  # also when asked from within a training step
+                with inference_autocast(model):  # also when asked from within a training step
                     done |= zip(keys, self._run(batch, settings, grammar), strict=True)
                 self._keep(keys, done)
             results |= zip(chunk, (done[key] for key in keys), strict=True)

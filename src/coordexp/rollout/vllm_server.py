@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 import coordexp
 from coordexp.errors import ConfigError, TrainingError
+from coordexp.models.processor import PROCESSOR_FILES, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.rollout.vllm_client import SERVED_NAME, is_healthy
 
@@ -97,30 +97,12 @@ def _environment() -> dict[str, str]:
 
 
 def link_checkpoint(checkpoint: Path, folder: Path, pixels: PixelSpec) -> None:
-    """A folder of links to a checkpoint, with the image processor's settings added where it has none."""
+    """A folder of links to a checkpoint that prepares pictures in this format: those asked about have it already."""
     folder.mkdir(parents=True)
     for file in checkpoint.iterdir():
-        (folder / file.name).symlink_to(file.resolve())
-    for name, settings in processor_files(pixels).items():
-        if not (folder / name).exists():
-            (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def processor_files(pixels: PixelSpec) -> dict[str, dict[str, Any]]:
-    """The processor files of a Qwen3-VL checkpoint, by file name: sizes, and pixels scaled to [-1, 1]."""
-    common = {
-        "processor_class": "Qwen3VLProcessor",
-        "patch_size": pixels.patch_size,
-        "merge_size": pixels.merge_size,
-        "temporal_patch_size": pixels.temporal_patch_size,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels},
-    }
-    return {
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"} | common,
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor"} | common,
-    }
+        if file.name not in PROCESSOR_FILES:
+            (folder / file.name).symlink_to(file.resolve())
+    write_processor_files(folder, pixels)
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ A reader only knows its format. What may be kept is decided once, for all format
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
+from coordexp.records.schema import is_area_px2
 
 Box = tuple[float, float, float, float]
+_NUMBER = re.compile(r"\s*[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")  # float() takes "nan", "inf" and "1_0" as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class SourceObject:
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
     in_unit_frame: bool = False
+    area_px2: Any = None  # of its mask; None where the file says nothing
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,6 +128,13 @@ def is_finite(value: Any) -> bool:
     """A finite number; true and false are none."""
     # A tuple: `int | float` would be built for each of a file's million numbers.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def as_area_px2(value: Any) -> float | None:
+    """An annotated area, also one written as text; None if it cannot be the area of an object."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    return float(value) if is_area_px2(value) else None
 
 
 def is_whole(value: Any) -> bool:

@@ -112,6 +112,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
         key=key,
         iscrowd=bool(annotation.get("iscrowd")),
         rings=polygon_rings(annotation.get("segmentation")),
+        area_px2=annotation.get("area"),
     )
 
 
