@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from coordexp.config.provenance import file_hash
+from coordexp.config.provenance import file_hash, weight_files
 from coordexp.errors import CheckpointError
 from coordexp.models.device import AUTO, choose_device, inference_dtype
 from coordexp.models.processor import IMAGE_FILE, read_pixel_spec, write_processor_files
@@ -27,6 +27,12 @@ from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 METADATA = "run_metadata.json"
 MODEL_TYPE = Qwen3VLConfig.model_type
+# Besides the weights: what transformers reads of a folder.
+ANSWER_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "coordexp.json"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +133,11 @@ def _check_hashes(folder: Path) -> None:
                 f"{folder / name}: sha256 {found}, but {METADATA} records {expected}. Expected the file that training "
                 f"wrote: copy the checkpoint again, or delete {METADATA} if the change is yours."
             )
+
+
+def answer_files(folder: Path) -> list[Path]:
+    """All files of a checkpoint that decide what it answers: weights, configuration, tokenizer, template, processor."""
+    return [*weight_files(folder), *(folder / name for name in ANSWER_FILES if (folder / name).is_file())]
 
 
 def checkpoint_hashes(folder: Path) -> dict[str, str]:

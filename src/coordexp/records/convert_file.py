@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from coordexp.errors import DataError
-from coordexp.records.manifest import inspect_all
-from coordexp.records.policy import Policies, refuse_bad_images, to_records
-from coordexp.records.schema import Record, parse_record
+from coordexp.records.manifest import Watch, inspect_all
+from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
+from coordexp.records.schema import Record
 from coordexp.records.sources.base import Reading, SplitFiles
-from coordexp.records.sources.coco import read_coco
+from coordexp.records.sources.coco import instances_reading, load_instances
 from coordexp.records.sources.registry import READERS
 
 
@@ -27,48 +24,19 @@ class ConvertedFile:
     drops: Counter[str]  # by reason
 
 
-def convert_coco(
-    annotations: Path, images: Path, watch: Callable[[Sequence[Record]], Iterable[Record]] = iter
+def convert_file(
+    source: str, annotations: Path, images: Path, split: str, watch: Watch = lambda found, total: found
 ) -> ConvertedFile:
-    """Convert one COCO instances file, where anything that is not of the format is an error.
+    """Convert one file by the reader, the checks of images and the policies that the graph uses.
 
-    Args:
-        annotations: the instances file.
-        images: the folder that its file names start from; each image must be there in its annotated size.
-        watch: passes the records on, and may show how far it is.
-
-    Raises:
-        DataError: naming the first entry or image that cannot be used.
-    """
-    conversion = read_coco(annotations, image_prefix="")
-    for record in watch(conversion.records):
-        _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
-    return ConvertedFile(conversion.records, Counter(conversion.drops))
-
-
-def _check_image(record: Record, folder: Path, where: str) -> None:
-    """Raise DataError unless the record keeps the contract and its image is there in the size that it says."""
-    parse_record(record.to_json(), where)
-    path = folder / record.image
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image, but {where} names it. Is --images the right folder?") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
-    if size != (record.width, record.height):
-        raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
-
-
-def convert_file(source: str, annotations: Path, images: Path, split: str) -> ConvertedFile:
-    """Convert one file under the default policies; every image is unpacked once.
+    Every image must be there in its annotated size, as a viewer shows it, and is unpacked once.
 
     Args:
         source: a format of `records.sources.registry`.
         annotations: its annotation file (docs/data.md says which one).
         images: the folder that file names start from.
         split: "train" or "val": which part of a file that holds both.
+        watch: passes the facts of images on, and may show how far it is of how many.
 
     Raises:
         DataError: the file is not of that format, or images cannot be used; the first of them are named.
@@ -76,14 +44,32 @@ def convert_file(source: str, annotations: Path, images: Path, split: str) -> Co
     root = Path(os.path.commonpath([annotations.absolute().parent, images.absolute()]))
     below = images.absolute().relative_to(root).as_posix()
     files = SplitFiles(root, annotations.absolute().relative_to(root).as_posix(), below, split)
-    reading = READERS[source](files)
+    reading = _read(source, files)
     found = list(reading.images)
     names = {str(image.file_name) for image in found}
-    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1)
+    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
     result = to_records(Reading(found, reading.categories, reading.problems), Policies(), facts)
+    _refuse_other_folder(result, images)
     refuse_bad_images(result.bad_images)
     if not result.records:
         raise DataError(f"{annotations}: no record is left of split {split!r}; nothing was written.")
     prefix = "" if below == "." else f"{below}/"
     records = tuple(replace(r, image=r.image.removeprefix(prefix)) for r in result.records)
     return ConvertedFile(records, Counter(p.reason for p in result.problems))
+
+
+def _read(source: str, files: SplitFiles) -> Reading:
+    """As the graph reads it, except that an entry of a COCO file that is none (a size of null) is an error here."""
+    if source != "coco":
+        return READERS[source](files)
+    instances = load_instances(files.path, strict=True, polygons=False)
+    return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
+
+
+def _refuse_other_folder(result: RecordSet, images: Path) -> None:
+    """Raise DataError if not one image is there: then it is the folder that is wrong."""
+    if not result.records and result.bad_images and {p.reason for p in result.bad_images} == {"image_missing"}:
+        raise DataError(
+            f"{images}: none of the {len(result.bad_images)} annotated images is there (first: "
+            f"{result.bad_images[0]}). Expected the folder that the file names start from: is --images right?"
+        )
