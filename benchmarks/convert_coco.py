@@ -30,7 +30,7 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import DatasetsConfig
 from coordexp.geometry.bins import COORD_TOKENS
 from coordexp.packing.pixels import PixelSpec
-from coordexp.packing.prepare import SamplePreparer, write_split
+from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.records.images import ImageFacts
 from coordexp.records.manifest import write_manifest
 from coordexp.records.schema import read_records
@@ -74,8 +74,9 @@ def tokenise(folder: Path) -> None:
     pixels = PixelSpec(16, 2, 2, profile.model.min_pixels, profile.model.max_pixels)
     preparer = SamplePreparer(tokenizer, get_codec("json"), pixels)
     for split in ("train", "dev", "val"):
-        records = read_records(paths.records / f"{split}.jsonl")
-        print(split, write_split(preparer, records, repeat("detect"), paths.norm1000 / f"{split}.parquet"))
+        path, out = paths.records / f"{split}.jsonl", paths.norm1000 / f"{split}.parquet"
+        with_areas = have_areas(read_records(path))
+        print(split, write_split(preparer, read_records(path), repeat("detect"), out, with_areas))
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks import harness, tiny_run
 from coordexp.config.process import LOG, tune_allocator
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
@@ -78,11 +79,14 @@ class ForgetfulVllm:
 
     def __init__(self, pool: ServerPool, checkpoint: Checkpoint, image_root: Path, concurrency: int) -> None:
         self._parts = (pool, checkpoint.tokenizer, image_root, concurrency)
+        self._vocabulary_size = len(input_table(checkpoint.model).weight)
 
     def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
         """One generation per sample."""
         with TemporaryDirectory() as folder:
-            return VllmEngine(*self._parts, Journal(Path(folder) / "journal.jsonl")).generate(samples, settings)
+            journal = Journal(Path(folder) / "journal.jsonl")
+            engine = VllmEngine(*self._parts, journal, vocabulary_size=self._vocabulary_size)
+            return engine.generate(samples, settings)
 
 
 def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:

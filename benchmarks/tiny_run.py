@@ -25,8 +25,8 @@ class TinyRun:
     paths: ProfilePaths
 
     def checkpoint(self, folder: Path) -> Checkpoint:
-        """A model with the image sizes of the profile."""
-        return load_checkpoint(folder, self.profile.model.min_pixels, self.profile.model.max_pixels)
+        """A model of the run, in float32 on the CPU."""
+        return load_checkpoint(folder)
 
     def samples(self, split: str, count: int) -> list[Sample]:
         """The first samples of a split."""

@@ -10,7 +10,8 @@ from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
-from coordexp.packing.prepare import SamplePreparer, write_split
+from coordexp.models.processor import with_limits
+from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.records.schema import read_records
 from coordexp.text.codecs import get_codec
 
@@ -19,14 +20,16 @@ def run(context: StageContext) -> None:
     """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
     config, out = context.profile.model, context.paths.norm1000
     out.mkdir(parents=True, exist_ok=True)
-    base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+    base = load_checkpoint(Path(config.path))
+    pixels = with_limits(base.pixels, config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
-    save_checkpoint(context.paths.init, base.model, base.tokenizer)
-    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)
+    save_checkpoint(context.paths.init, base.model, base.tokenizer, pixels)
+    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), pixels)
     summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
     for split in ("train", "dev", "val"):
-        records = read_records(context.paths.records / f"{split}.jsonl")
-        counts = write_split(preparer, records, repeat("detect"), out / f"{split}.parquet")
+        path, to = context.paths.records / f"{split}.jsonl", out / f"{split}.parquet"
+        with_areas = have_areas(read_records(path))
+        counts = write_split(preparer, read_records(path), repeat("detect"), to, with_areas)
         summary[split] = asdict(counts)
         context.log.info("%s: %s", split, counts)
     write_json(out / "summary.json", summary)

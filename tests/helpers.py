@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
@@ -25,7 +25,7 @@ from coordexp.losses.soft_targets import SoftTarget
 from coordexp.matching.settings import MatchSettings
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint, save_checkpoint
-from coordexp.models.pixel_format import pixel_spec
+from coordexp.models.processor import pixel_spec
 from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
@@ -89,7 +89,19 @@ def new_checkpoint(seed: int = 17, init: str = "ordinal") -> Checkpoint:
             if parameter.ndim >= 2:
                 parameter.mul_(4.0)
     vocabulary = add_coordinate_tokens(model, tokenizer, init, seed)
-    return Checkpoint(model.eval(), tokenizer, pixel_spec(model.config, MIN_PIXELS, MAX_PIXELS), vocabulary)
+    pixels = pixel_spec(model.config, MIN_PIXELS, MAX_PIXELS)
+    return Checkpoint(model=model.eval(), tokenizer=tokenizer, pixels=pixels, coord=vocabulary)
+
+
+def save_model(
+    folder: Path,
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """A checkpoint folder that asks for pictures between these areas."""
+    save_checkpoint(folder, model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels))
 
 
 @cache
@@ -243,7 +255,7 @@ def build_workspace(root: Path, world: World) -> Workspace:
         shutil.copy(image, paths.raw)
     checkpoint = new_checkpoint()
     for folder in (paths.norm1000 / "init", paths.run("stage1")):
-        save_checkpoint(folder, checkpoint.model, checkpoint.tokenizer)
+        save_checkpoint(folder, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
     for split in ("train", "dev", "val"):
         shutil.copy(world.root / "train.parquet", paths.norm1000 / f"{split}.parquet")
     paths.packed.mkdir(parents=True)

@@ -14,7 +14,7 @@ BASE = ROOT / "pipelines" / "base"
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
     "errors", "config", "geometry", "records", "drawing", "text", "packing", "models", "losses",
-    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "cli",
+    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "prediction", "cli",
 )  # fmt: skip
 
 
@@ -55,7 +55,10 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def import_closure(entry: str) -> set[str]:
-    """The modules of this repository that importing `entry` can load, packages included."""
+    """The modules of this repository that importing `entry` can load, packages included.
+
+    What the package only names (`if TYPE_CHECKING`) is loaded when a user asks it for that, which no module does.
+    """
     found: set[str] = set()
     waiting = [entry]
     while waiting:
@@ -63,8 +66,17 @@ def import_closure(entry: str) -> set[str]:
         if name in found or name not in modules():
             continue
         found.add(name)
-        waiting += [*imports(modules()[name]), *_packages(name)]
+        lazy = lazy_names() if name == PACKAGE.name else set()
+        waiting += [*(set(imports(modules()[name])) - lazy), *_packages(name)]
     return found
+
+
+def lazy_names() -> set[str]:
+    """What `imports` says of the package itself for its names that are loaded on first use."""
+    body = syntax(PACKAGE / "__init__.py").body
+    blocks = [node.body for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    named = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    return {str(n.module) for n in named} | {f"{n.module}.{alias.name}" for n in named for alias in n.names}
 
 
 def _packages(name: str) -> list[str]:

@@ -27,7 +27,7 @@ EXACT = {"precision": "fp32", "optimizer": "adamw", "lr": 1e-4}
 
 def add_rollouts(space: Workspace, world: World) -> None:
     """Put rollouts, one of which does not parse, and stage 2's compute on file."""
-    checkpoint = load_checkpoint(space.paths.run("stage1"), MIN_PIXELS, MAX_PIXELS)
+    checkpoint = load_checkpoint(space.paths.run("stage1"))
     space.paths.run("rollout").mkdir()
     write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
     space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +21,14 @@ from coordexp import __version__, cli
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.loading import save_checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
+from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import load_catalog
 from coordexp.records.schema import read_records
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+from helpers import save_model
 
 CAT, DOG = (10.0, 10.0, 50.0, 50.0), (60.0, 20.0, 90.0, 80.0)
 
@@ -53,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer(["cat", "dog"])
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
-    save_checkpoint(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
     return folder
 
 
@@ -102,7 +104,7 @@ def coco(tmp_path: Path) -> SimpleNamespace:
     source = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2, 3)],
         "annotations": [
-            annotation(1, [1, 2, 10, 10]),
+            annotation(1, [1, 2, 10, 10], area="unknown"),
             annotation(1, [0, 0, 60, 40], iscrowd=1),
             annotation(2, [50, 40, 30, 30]),
             annotation(2, [70, 10, 5, 5]),
@@ -163,10 +165,16 @@ class FakeDetector:
 
     def __init__(self, parse: ParseReport) -> None:
         self.parse = parse
+        self.source = AnswerSource("weights", {"max_new_tokens": 512})
+        self.asked: list[str] = []
+
+    def identity(self) -> AnswerSource:
+        return self.source
 
     def predict(self, images: Sequence[Path]) -> list[Any]:
         from coordexp.detector import Detections
 
+        self.asked += [image.name for image in images]
         boxes, scores = np.array([CAT, DOG]), np.array([0.9, 0.4])
         return [Detections(boxes, ("cat", "red mug"), scores, 100, 100, "", self.parse) for _ in images]
 
@@ -188,19 +196,70 @@ def test_predict_lists_what_it_found(run: Run, fake: FakeDetector, scene: Path) 
     assert done.err == ""
 
 
-def test_predict_resumes_and_exports(run: Run, fake: FakeDetector, scene: Path, tmp_path: Path) -> None:
-    out, coco = tmp_path / "out.jsonl", tmp_path / "coco.json"
-    other = tmp_path / "other.png"
-    other.write_bytes(scene.read_bytes())
-    assert run("predict", scene, "--checkpoint", "any", "--out", out).code == 0
-    done = run("predict", scene, other, "--checkpoint", "any", "--out", out, "--coco", coco)
+@pytest.fixture
+def two(scene: Path, tmp_path: Path) -> list[Path]:
+    """Two pictures in a folder of their own."""
+    paths = [tmp_path / "two" / name for name in ("a.png", "b.png")]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(scene.read_bytes())
+    return paths
+
+
+def test_predict_resumes_and_shows_all_that_was_asked_for(
+    run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
+) -> None:
+    out, coco, drawn = tmp_path / "out.jsonl", tmp_path / "coco.json", tmp_path / "drawn"
+    first = run("predict", two[1], "--checkpoint", "any", "--out", out, "--json")
+    done = run("predict", *two, "--checkpoint", "any", "--out", out, "--json", "--coco", coco, "--save", drawn)
     assert "1 of 2 images are in" in done.err
-    assert str(scene) not in done.out  # it was not asked again
-    assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [str(scene), str(other)]
+    assert fake.asked == ["b.png", "a.png"]
+    assert [json.loads(line)["image"] for line in done.out.splitlines()] == [str(path) for path in two]
+    assert done.out.splitlines()[1] == first.out.strip()
+    assert sorted(path.name for path in drawn.iterdir()) == ["a.png", "b.png"]
     exported = json.loads(coco.read_text())
-    assert [image["file_name"] for image in exported["images"]] == [str(scene), str(other)]
+    assert [image["file_name"] for image in exported["images"]] == [str(path) for path in two]
     assert [a["score"] for a in exported["annotations"]] == [0.9, 0.4] * 2
-    assert run("predict", scene, "--checkpoint", "another", "--out", out).code == 2
+    assert run("predict", two[0], "--checkpoint", "another", "--out", out).code == 2
+
+
+def test_the_log_holds_whole_answers_whatever_is_shown(
+    run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
+) -> None:
+    arguments = ("predict", *two, "--checkpoint", "any", "--out", tmp_path / "out.jsonl", "--json")
+    assert all(len(json.loads(line)["objects"]) == 1 for line in run(*arguments, "--classes", "cat").out.splitlines())
+    done = run(*arguments)
+    assert [len(json.loads(line)["objects"]) for line in done.out.splitlines()] == [2, 2]
+    assert len(fake.asked) == 2
+    assert run(*arguments, "--classes", "dog").err.endswith("nothing was called dog; the model found cat, red mug.\n")
+
+
+def test_answers_that_no_longer_hold_are_asked_again(
+    run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ("predict", *two, "--checkpoint", "any", "--out", out)
+    run(*arguments)
+    Image.new("RGB", (8, 8)).save(two[1])
+    assert "1 of 2 images are in out.jsonl, but are asked again: picture changed" in run(*arguments).err.replace(
+        f"{tmp_path}/", ""
+    )
+    fake.source = AnswerSource("weights", {"max_new_tokens": 64})
+    done = run("predict", two[0], "--checkpoint", "any", "--out", out)
+    assert "asked again: settings changed: max_new_tokens" in done.err
+    assert "also holds 1 answers of another checkpoint or other settings" in done.err
+    fake.source = AnswerSource("others", {"max_new_tokens": 64})
+    assert run(*arguments).err.count("asked again: checkpoint changed") == 2
+    assert fake.asked == ["a.png", "b.png", "b.png", "a.png", "a.png", "b.png"]
+    assert sorted(json.loads(line)["image"] for line in out.read_text().splitlines()) == [str(path) for path in two]
+
+
+def test_a_log_that_was_edited_is_named(run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run("predict", *two, "--checkpoint", "any", "--out", out)
+    out.write_text(out.read_text().replace('"score": 0.9', '"score": "high"'))
+    done = run("predict", *two, "--checkpoint", "any", "--out", out)
+    assert (done.code, f"{out}: the line of {two[0]} is no answer" in done.err) == (2, True)
 
 
 def test_predict_filters_by_name(run: Run, fake: FakeDetector, scene: Path) -> None:
@@ -338,8 +397,9 @@ def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
     assert done.out.splitlines() == [
         f"{coco.out}: 3 images, 3 objects, 1 of them crowd regions",
         f"  {coco.annotations}: annotations[4]: unknown_category (category_id 9)",
+        f"  {coco.annotations}: image 1, annotations[0]: area_invalid ('unknown')",
         f"  {coco.annotations}: image 2, annotations[3]: bbox_too_thin (corners 70, 10, 75, 15, image 64 x 48 px)",
-        "dropped: 2 boxes, bbox_too_thin 1, unknown_category 1",
+        "dropped: 2 boxes, area_invalid 1, bbox_too_thin 1, unknown_category 1",
     ]
 
 
@@ -347,14 +407,29 @@ def test_convert_stops_at_a_missing_image(run: Run, coco: SimpleNamespace) -> No
     (coco.images / "3.png").unlink()
     done = run(*coco.arguments)
     assert done.code == 2
-    assert done.err.startswith(f"error: {coco.images / '3.png'}: no such image, but {coco.annotations}: image 3")
+    assert f"{coco.annotations}: image 3: image_missing (images/3.png" in done.err
     assert not coco.out.exists()
+    for image in coco.images.iterdir():
+        image.unlink()
+    assert "none of the 3 annotated images is there" in run(*coco.arguments).err
 
 
 def test_convert_stops_at_an_image_of_another_size(run: Run, coco: SimpleNamespace) -> None:
     Image.new("RGB", (48, 64)).save(coco.images / "2.png")
     done = run(*coco.arguments)
-    assert (done.code, f"{coco.images / '2.png'}: is 48 x 64 px" in done.err) == (2, True)
+    assert (done.code, "2.png is 48 x 64 px, annotated 64 x 48" in done.err) == (2, True)
+
+
+def test_convert_takes_boxes_in_the_frame_that_viewers_show(run: Run, coco: SimpleNamespace) -> None:
+    """EXIF orientation 6: 48 x 64 px are stored and 64 x 48 shown; 64 x 48 are stored and 48 x 64 shown."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(coco.images / "2.png", exif=exif)
+    assert run(*coco.arguments).code == 0
+    assert [(r.width, r.height) for r in read_records(coco.out)] == [(64, 48)] * 3
+    Image.new("RGB", (64, 48)).save(coco.images / "2.png", exif=exif)
+    done = run(*coco.arguments)
+    assert (done.code, "image_exif_rotated" in done.err) == (2, True)
 
 
 def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
@@ -399,7 +474,8 @@ def test_convert_refuses_what_is_not_coco(
     [
         (["predict", "{notes}", "--checkpoint", "{checkpoint}"], "notes.txt: cannot be read as an image"),
         (["predict", "nowhere.jpg", "--checkpoint", "{checkpoint}"], "nowhere.jpg: no image there"),
-        (["predict", "{empty}", "--checkpoint", "{checkpoint}"], "empty: no image there"),
+        (["predict", "{empty}", "--checkpoint", "{checkpoint}"], "empty: no image there: none of its 0 files ends in"),
+        (["predict", "{pipe}", "--checkpoint", "{checkpoint}"], "pipe.jpg: cannot be read as an image (it is a named"),
         (["predict", "{scene}", "--checkpoint", "{empty}"], "empty: no config.json"),
         (["predict", "{scene}", "--checkpoint", "{checkpoint}", "--max-pixels", "10"], "max_pixels 10"),
         (["predict", "{scene}"], "Missing option '--checkpoint'"),
@@ -419,10 +495,11 @@ def test_errors_are_messages(
 ) -> None:
     empty, blank, unscored = tmp_path / "empty", tmp_path / "blank.jsonl", tmp_path / "unscored.jsonl"
     empty.mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
     blank.touch()
     write_results(unscored, [replace(result(1, []), pred=(found("cat", CAT, score=None),))])
     places = {"notes": scene.parent / "notes.txt", "scene": scene, "checkpoint": checkpoint, "half_right": half_right}
-    places |= {"empty": empty, "blank": blank, "unscored": unscored}
+    places |= {"empty": empty, "blank": blank, "unscored": unscored, "pipe": tmp_path / "pipe.jpg"}
     done = run(*(argument.format(**places) for argument in arguments))
     assert done.code == 2
     assert message in done.err

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from coordexp.detector import MAX_PIXELS, Detections, Detector
+from coordexp.detector import Detections, Detector, class_ids
 from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.models.loading import Checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.pixels import load_rgb
 from coordexp.packing.prepare import text_objects
 from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ParseReport
+from coordexp.records.images import inspect_image
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import load_catalog
 from coordexp.rollout.decode import EMITTED
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+from helpers import MAX_PIXELS, save_model
 
 DESCS = ("red mug", "cat")
 BOXES_XYXY_PX = np.array([[10.0, 20.0, 50.5, 60.25], [0.0, 5.0, 118.0, 90.0]])
@@ -52,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer(DESCS)
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
-    save_checkpoint(folder, model, tokenizer)
+    save_model(folder, model, tokenizer)
     return folder
 
 
@@ -168,6 +174,7 @@ def test_no_pictures_no_answers(folder: Path) -> None:
         (np.zeros((0, 40, 3), np.uint8), r"array of shape \(0, 40, 3\)"),
         (np.zeros((2, 500, 3), np.uint8), r"array of shape \(2, 500, 3\).*aspect ratio above 200"),
         (Path("nowhere.jpg"), "nowhere.jpg: no such file"),
+        (Image.new("F", (40, 40)), "PIL image of mode F: .*no known range"),
     ],
 )
 def test_what_is_no_picture_is_refused(folder: Path, picture: Path | np.ndarray, message: str) -> None:
@@ -184,27 +191,100 @@ def test_broken_files_are_named(folder: Path, scene: Path, tmp_path: Path) -> No
             Detector.from_checkpoint(folder).predict([scene, path])
 
 
-def test_one_picture_is_no_list(folder: Path, scene: Path) -> None:
-    for picture in (scene, str(scene), Image.open(scene)):
-        with pytest.raises(DataError, match=r"expected a list: predict\(\[image\]\)"):
-            Detector.from_checkpoint(folder).predict(picture)  # type: ignore[arg-type]
+def test_one_picture_gives_one_answer_and_a_list_a_list(folder: Path, scene: Path, engine: ScriptedEngine) -> None:
+    detector = Detector.from_pretrained(str(folder))
+    with Image.open(scene) as image:
+        for picture in (scene, str(scene), image, np.asarray(image.convert("RGB"))):
+            found = detector.predict(picture)
+            assert (found.descs, found.width) == (DESCS, image.width)
+    for several in ([scene], (scene,), scene.parent.glob("*.png")):
+        assert [found.descs for found in detector.predict(several)] == [DESCS]
+
+
+@pytest.mark.parametrize("picture", [None, 3, [None], b"a.png"])
+def test_other_types_are_refused(folder: Path, picture: object) -> None:
+    with pytest.raises(DataError, match=r"picture of type (NoneType|int): expected a file name"):
+        Detector.from_checkpoint(folder).predict(picture)  # type: ignore[call-overload]
+
+
+def test_checkpoints_are_named_by_strings_and_paths(folder: Path) -> None:
+    for name in (str(folder), folder, os.fspath(folder) + "/"):
+        assert Detector.from_checkpoint(name).predict([]) == []
+    with pytest.raises(CheckpointError, match=r"nowhere: no config\.json"):
+        Detector.from_pretrained("nowhere")
+
+
+def test_the_package_gives_the_detector_and_loads_it_on_use(repository: Path) -> None:
+    script = (
+        "import sys, coordexp\n"
+        "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()\n"
+        "from coordexp import Detections, Detector\n"
+        "print(Detector.__module__, Detections.__module__, hasattr(coordexp, 'nothing'))\n"
+    )
+    environment = {"PYTHONPATH": str(repository / "src")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["coordexp.detector", "coordexp.detector", "False"]
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The same kinds of files that training may hold."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 65536, (120, 100), dtype=np.uint16)
+    rgba = Image.fromarray(rng.integers(0, 256, (120, 100, 4), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    rgba.save(folder / "rgba.png")
+    Image.fromarray(grey).save(folder / "deep.png", exif=exif)
+    Image.fromarray(grey).save(folder / "deep.tif", exif=exif)
+    rgba.convert("LA").save(folder / "la.png")
+    rgba.quantize(32).save(folder / "palette.gif")
+    rgba.convert("RGB").convert("CMYK").save(folder / "cmyk.jpg", exif=exif)
+    return sorted(folder.iterdir())
+
+
+def test_prediction_sees_what_training_sees(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    files = picture_files(tmp_path)
+    answers = Detector.from_checkpoint(folder).predict(files)
+    for path, found, sample, pixels in zip(files, answers, engine.samples, engine.pixels, strict=True):
+        trained = load_rgb(path, sample.resized_width, sample.resized_height)
+        np.testing.assert_array_equal(pixels, trained, err_msg=path.name)
+        facts = inspect_image(tmp_path, path.name)
+        assert (found.width, found.height) == (facts.width, facts.height)
+
+
+def test_the_identity_is_all_that_decides_an_answer(folder: Path, tmp_path: Path) -> None:
+    first = Detector.from_checkpoint(folder).identity()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "train_log.jsonl").write_text("{}")
+    assert Detector.from_checkpoint(copy).identity() == first
+    for options in ({"max_new_tokens": 9}, {"max_pixels": 100 * 100}, {"min_pixels": 1}, {"codec": "tags"}):
+        assert Detector.from_checkpoint(copy, **options).identity().settings != first.settings
+    for name in ("model.safetensors", "tokenizer_config.json", "generation_config.json"):
+        other = shutil.copytree(folder, tmp_path / name)
+        if name == "model.safetensors":
+            weights = load_file(other / name)
+            save_file({key: value * 2 for key, value in weights.items()}, other / name, {"format": "pt"})
+        else:
+            content = json.loads((other / name).read_text()) if (other / name).exists() else {}
+            (other / name).write_text(json.dumps(content, indent=1))
+        identity = Detector.from_checkpoint(other).identity()
+        assert (identity.settings, identity.checkpoint != first.checkpoint) == (first.settings, True), name
 
 
 def test_the_checkpoint_says_how_to_feed_and_read_it(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
-    settings = {"model": {"min_pixels": 256 * 256, "max_pixels": 288 * 288}, "text": {"codec": "tags"}}
-    recorded = with_metadata(folder, tmp_path / "recorded", settings)
-    picture, engine.codec = np.full((100, 120, 3), 90, np.uint8), "tags"
+    recorded = with_metadata(folder, tmp_path / "recorded", {"text": {"codec": "tags"}})
+    picture, engine.codec = np.full((300, 320, 3), 90, np.uint8), "tags"
     assert Detector.from_checkpoint(recorded).predict([picture])[0].descs == DESCS
     assert Detector.from_checkpoint(recorded, codec="json").predict([picture])[0].descs == ()
-    Detector.from_checkpoint(recorded, min_pixels=1, max_pixels=100 * 120).predict([picture])
+    Detector.from_checkpoint(recorded, max_pixels=100 * 120).predict([picture])
     areas = [s.resized_width * s.resized_height for s in engine.samples]
-    assert 256 * 256 <= areas[0] <= 288 * 288
+    assert 100 * 120 < areas[0] <= MAX_PIXELS
     assert areas[2] <= 100 * 120
 
 
 def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, engine: ScriptedEngine) -> None:
     tokenizer = build_tiny_tokenizer(DESCS)
-    save_checkpoint(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
+    save_model(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
     engine.codec = "digits"
     (found,) = Detector.from_checkpoint(tmp_path).predict([np.full((100, 120, 3), 90, np.uint8)])
     assert found.descs == DESCS
@@ -217,7 +297,7 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         Detector.from_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="'xml'"):
         Detector.from_checkpoint(folder, codec="xml")
-    with pytest.raises(ConfigError, match="min_pixels is 9216 and max_pixels 100"):
+    with pytest.raises(ConfigError, match="min_pixels is 4096 and max_pixels 100"):
         Detector.from_checkpoint(folder, max_pixels=100)
     with pytest.raises(CheckpointError, match=r"run_metadata\.json: not what training writes"):
         Detector.from_checkpoint(with_metadata(folder, tmp_path / "odd", ["no", "blocks"]))
@@ -235,19 +315,49 @@ def test_only_the_wanted_names_are_kept() -> None:
 
 
 def test_json_form() -> None:
-    row = json.loads(json.dumps(two_found().to_json()))
+    found = replace(two_found(), parse=ParseReport(True, 2, {"malformed": 1}, True))
+    row = json.loads(json.dumps(found.to_json()))
     assert row["objects"][1] == {"desc": "cat", "bbox_xyxy_px": [0.0, 5.0, 118.0, 90.0], "score": 0.25}
     assert (row["width"], row["height"], row["raw_text"]) == (120, 100, "...")
     assert row["parse"]["n_valid"] == 2
+    for answer in (found, found.named([])):
+        again = Detections.from_json(answer.to_json() | {"image": "a.jpg"})
+        assert again.to_json() == answer.to_json()
+        assert (again.boxes_xyxy_px.shape, again.parse) == ((len(answer), 4), found.parse)
+    for broken in (row | {"objects": [{}]}, row | {"width": None}, row | {"parse": {}}, {}):
+        with pytest.raises(DataError, match="no answer as"):
+            Detections.from_json(broken)
+
+
+def test_class_ids_are_places_in_a_list() -> None:
+    found = replace(two_found(), descs=("red mug", "Cat", "cat"))
+    assert class_ids(found.descs).tolist() == [1, 0, 0]
+    assert class_ids(found.descs, ["dog", "CAT", "Red_Mug"]).tolist() == [2, 1, 1]
+    assert class_ids((), ["dog"]).shape == class_ids(()).shape == (0,)
+    with pytest.raises(DataError, match="class_names lacks red mug"):
+        class_ids(found.descs, ["cat"])
+    with pytest.raises(DataError, match="class_names holds cat more than once"):
+        class_ids(found.descs, ["cat", "Cat", "red mug"])
 
 
 def test_supervision_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=lambda **columns: columns))
-    columns, alone = two_found().to_supervision(), two_found().named(["cat"]).to_supervision()
+    columns = two_found().to_supervision()
     np.testing.assert_array_equal(columns["xyxy"], BOXES_XYXY_PX.astype(np.float32))
     np.testing.assert_array_equal(columns["confidence"], np.float32([0.5, 0.25]))
     assert columns["data"]["class_name"].tolist() == list(DESCS)
-    assert columns["class_id"][0] != columns["class_id"][1] == alone["class_id"][0]
+    assert (columns["class_id"].tolist(), columns["class_id"].dtype) == ([1, 0], np.int64)
+    assert two_found().to_supervision(["dog", "cat", "red mug"])["class_id"].tolist() == [2, 1]
+
+
+def test_supervisions_metrics_take_it() -> None:
+    sv = pytest.importorskip("supervision")
+    names = ["cat", "dog", "red mug"]
+    found = two_found().to_supervision(names)
+    matrix = sv.ConfusionMatrix.from_detections([found], [found], names)
+    assert np.trace(matrix.matrix) == 2
+    metrics = pytest.importorskip("supervision.metrics")
+    assert metrics.MeanAveragePrecision().update([found], [found]).compute().map50 == pytest.approx(1.0, abs=0.01)
 
 
 def test_supervision_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

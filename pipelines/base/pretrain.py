@@ -9,7 +9,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from coordexp.config.process import tune_allocator
-from coordexp.models.pixel_format import pixel_spec
+from coordexp.models.processor import pixel_spec
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.collator import Collator
 from coordexp.records.scenes.sprites import load_catalog
@@ -64,7 +64,7 @@ def main() -> None:
     )
     task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
     train(model, task, settings, STATE, STATE / "train_log.jsonl")
-    finish_base(HOME, vlm, tokenizer, STATE / "train_log.jsonl", params, time.monotonic() - started)
+    finish_base(HOME, vlm, tokenizer, pixels, STATE / "train_log.jsonl", params, time.monotonic() - started)
 
 
 if __name__ == "__main__":

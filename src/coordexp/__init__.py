@@ -1,3 +1,28 @@
-"""A pretrained vision-language model as an open-vocabulary object detector, and the instrument to judge it."""
+"""A pretrained vision-language model as an open-vocabulary object detector, and the instrument to judge it.
+
+    from coordexp import Detector
+
+Heavy libraries are loaded by the first use of such a name, not by `import coordexp`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coordexp.detector import Detections, Detector
+
+from coordexp.config.threads import bound_spinning
+
+bound_spinning()  # before anything imports torch
 
 __version__ = "0.1.0"
+__all__ = ["Detections", "Detector", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("coordexp.detector"), name)

@@ -6,7 +6,6 @@ libraries are imported by the commands that need them, so that `coordexp --help`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -26,7 +25,7 @@ from coordexp.reporting.command import report
 if TYPE_CHECKING:
     from coordexp.config.profile import Profile
     from coordexp.config.schema import Params
-    from coordexp.detector import Detections, Detector
+    from coordexp.detector import Detector
     from coordexp.evaluation.evaluator import Evaluation
     from coordexp.records.categories import Category
     from coordexp.records.gt_vs_pred import ImageResult
@@ -39,8 +38,6 @@ SHOWN_METRICS = (
     *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece", "confidence.auroc_tp_fp", "confidence.headroom_mAP"),
     *("confidence.lrp", "input.names_unmapped", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
 )
-
-SHOWN_NAMES = 20
 
 # Rich help costs as much time as everything else that --help does.
 app = typer.Typer(
@@ -116,114 +113,62 @@ def predict(
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
     min_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Least image area for the model  [default: as in run_metadata.json, else 9216]"),
+        typer.Option(min=1, help="Smallest image area given to the model, in pixels  [default: as in training]"),
     ] = None,
     max_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Most image area for the model  [default: as in run_metadata.json, else 36864]"),
+        typer.Option(min=1, help="Largest image area given to the model, in pixels  [default: as in training]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
-        Path | None, typer.Option(help="Append one JSON line an image; images that are in it are not asked again.")
+        Path | None,
+        typer.Option(help="Log of whole answers, one JSON line an image; those that still hold are not asked again."),
     ] = None,
-    coco: Annotated[Path | None, typer.Option(help="Write all predictions as COCO JSON, with scores.")] = None,
+    coco: Annotated[
+        Path | None, typer.Option(help="Write COCO instances JSON with scores; its ids are of this file alone.")
+    ] = None,
     server: Annotated[
         list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
     ] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Detect objects in images."""
-    from coordexp.records.prediction_log import PredictionLog
+    from coordexp.config.provenance import write_json
+    from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
-    everything = expand_images(images)
-    log = PredictionLog(out, str(checkpoint)) if out else None
-    paths = [path for path in everything if log is None or str(path) not in log.rows]
+    paths = expand_images(images)
+    log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
+    options = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_new_tokens": max_new_tokens}
+    detector = _load_detector(checkpoint, servers=server or (), device=device, **options)
+    from coordexp import prediction  # loads torch: only now, after the allocator was tuned
+
     seen: set[str] = set()
-    rows = dict(log.rows) if log else {}
-    if len(paths) < len(everything):
-        _note(f"note: {len(everything) - len(paths)} of {len(everything)} images are in {out} already.")
-    detector = _load_detector(checkpoint, min_pixels, max_pixels, max_new_tokens, server or []) if paths else None
-    for path, found in _progress(_detect(detector, paths) if detector else (), len(paths), "predict"):
+    rows: list[dict[str, Any]] = []
+    for path, found in _progress(prediction.answers(detector, paths, log), len(paths), "predict"):
         seen.update(found.descs)
         shown = found.named(names) if names else found
-        print(_json_line(path, shown) if as_json else _listing(path, shown))
-        _note_answer(path, found, max_new_tokens)
-        rows[str(path)] = {"image": str(path)} | shown.to_json()
-        if log:
-            log.add(str(path), shown.to_json())
+        print(prediction.json_line(path, shown) if as_json else prediction.listing(path, shown))
+        prediction.note_answer(path, found, max_new_tokens)
         if path in targets:
-            _draw(path, shown, targets[path])
-    if detector:
-        _note_absent(names, seen)
+            prediction.draw(path, shown, targets[path])
+        if coco:
+            rows.append({"image": str(path)} | shown.to_json())
+    prediction.note_absent(names, seen)
     if coco:
-        _write_coco(coco, [rows[str(path)] for path in everything])
+        write_json(coco, coco_predictions(rows))
 
 
-def _write_coco(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from coordexp.config.provenance import write_json
-    from coordexp.records.prediction_log import coco_predictions
-
-    write_json(path, coco_predictions(rows))
-
-
-def _load_detector(
-    checkpoint: Path, min_pixels: int | None, max_pixels: int | None, max_new_tokens: int, servers: Sequence[str]
-) -> Detector:
+def _load_detector(checkpoint: Path, **options: Any) -> Detector:
     from coordexp.config.process import LOG, tune_allocator
+    from coordexp.config.threads import set_threads
 
     tune_allocator(LOG)  # before the first large allocation
+    set_threads(0, LOG)
     from coordexp.detector import Detector
 
-    return Detector.from_checkpoint(
-        checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_new_tokens=max_new_tokens, servers=servers
-    )
-
-
-def _detect(detector: Detector, paths: Sequence[Path]) -> Iterator[tuple[Path, Detections]]:
-    for first in range(0, len(paths), detector.batch_images):
-        batch = paths[first : first + detector.batch_images]
-        yield from zip(batch, detector.predict(batch), strict=True)
-
-
-def _json_line(path: Path, found: Detections) -> str:
-    return json.dumps({"image": str(path)} | found.to_json(), ensure_ascii=False)
-
-
-def _listing(path: Path, found: Detections) -> str:
-    lines = [f"{path}: {found.width} x {found.height} px, {len(found)} objects"]
-    for desc, box, score in zip(found.descs, found.boxes_xyxy_px.tolist(), found.scores.tolist(), strict=True):
-        lines.append(f"  {score:.2f}  {desc}  [{', '.join(f'{v:.1f}' for v in box)}]")
-    return "\n".join(lines)
-
-
-def _note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
-    """Say what of an answer could not be used."""
-    if not found.parse.container_found:
-        _note(f"note: {path}: the answer is no list of objects; --json shows it.")
-    elif found.parse.truncated:
-        _note(f"note: {path}: the answer was cut (--max-new-tokens {max_new_tokens}), objects may be missing.")
-    if dropped := found.parse.dropped:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
-        _note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
-
-
-def _note_absent(names: Sequence[str], seen: set[str]) -> None:
-    """Say which of the wanted names no object had: a typing error, or truly nothing."""
-    from coordexp.records.descriptions import normalise_desc
-
-    called = {normalise_desc(desc) for desc in seen}
-    absent = [name for name in names if normalise_desc(name) not in called]
-    if absent:
-        others = ", ".join(sorted(seen)[:SHOWN_NAMES]) or "nothing"
-        _note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
-
-
-def _draw(path: Path, found: Detections, target: Path) -> None:
-    from coordexp.detector import open_picture
-    from coordexp.drawing.boxes import draw_detections
-
-    draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)
+    return Detector.from_checkpoint(checkpoint, **options)
 
 
 @app.command()
@@ -341,15 +286,14 @@ def convert(
     One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
     counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
     """
-    from coordexp.records.convert_file import convert_coco, convert_file
+    from coordexp.records.convert_file import convert_file
     from coordexp.records.policy import Policies
     from coordexp.records.schema import write_records
 
     policies = Policies(crowd=crowd, max_lost=max_lost)
-    if source == "coco":
-        converted = convert_coco(annotations, images, policies, lambda rs: _progress(rs, len(rs), "check images"))
-    else:
-        converted = convert_file(source, annotations, images, split, policies)
+    converted = convert_file(
+        source, annotations, images, split, policies, lambda found, total: _progress(found, total, "check images")
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_records(out, converted.records)
     print(f"{out}:", "\n".join(converted.summary()))

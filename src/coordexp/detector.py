@@ -1,7 +1,7 @@
 """A trained checkpoint as an object detector: pictures in, named and scored boxes out.
 
-    detector = Detector.from_checkpoint(Path("runs/tiny/stage2"))
-    [found] = detector.predict([Path("street.jpg")])
+    detector = Detector.from_pretrained("runs/tiny/stage2")
+    found = detector.predict("street.jpg")
     for desc, box_xyxy_px, score in zip(found.descs, found.boxes_xyxy_px, found.scores): ...
 
 The model writes text; boxes come from the strict parser and scores from the re-scoring forward, as in evaluation.
@@ -9,25 +9,32 @@ The model writes text; boxes come from the strict parser and scores from the re-
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from coordexp.config.provenance import fingerprint
 from coordexp.errors import CheckpointError, ConfigError, DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
-from coordexp.models.loading import Checkpoint, load_checkpoint
+from coordexp.models.device import AUTO
+from coordexp.models.forward import input_table
+from coordexp.models.loading import METADATA, Checkpoint, answer_files, load_format, place_for_inference
+from coordexp.models.processor import with_limits
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
+from coordexp.records.images import read_rgb, to_rgb
+from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
 from coordexp.rollout.decode import Readout
 from coordexp.rollout.engine import DecodeSettings, Engine
@@ -36,11 +43,10 @@ from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import get_codec
+from coordexp.text.prompts import prompt_ids
 
-Picture = str | Path | Image.Image | NDArray[np.uint8]
+Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
-MIN_PIXELS = 96 * 96
-MAX_PIXELS = 192 * 192
 MAX_NEW_TOKENS = 512
 BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
@@ -56,7 +62,9 @@ class Detections:
     Attributes:
         boxes_xyxy_px: (N, 4) float64, pixels of the picture as given (turned upright if its EXIF data say so).
         descs: N names, free text.
-        scores: (N,) geometric mean of the four coordinate probabilities, in (0, 1].
+        scores: (N,) in [0, 1], higher is surer: the IoU that the model expects of the box, times the geometric mean of
+            the probabilities of its name's tokens ("quality" in rollout/confidence.py). A model that writes digits has
+            no distribution over bins: there, the geometric mean of the coordinates' probabilities.
         width: of the picture, in pixels.
         height: of the picture, in pixels.
         raw_text: the model's whole answer.
@@ -89,11 +97,37 @@ class Detections:
         size = {"width": self.width, "height": self.height}
         return size | {"objects": objects, "parse": asdict(self.parse), "raw_text": self.raw_text}
 
-    def to_supervision(self) -> Any:
-        """The same objects as `supervision.Detections`; `class_id` is a hash of the name, equal in every picture.
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Detections:
+        """The inverse of `to_json`; keys of other kinds do not matter.
+
+        Raises:
+            DataError: something of it is missing or of another type.
+        """
+        try:
+            objects = row["objects"]
+            return cls(
+                boxes_xyxy_px=as_boxes([obj["bbox_xyxy_px"] for obj in objects]),
+                descs=tuple(str(obj["desc"]) for obj in objects),
+                scores=np.array([obj["score"] for obj in objects], dtype=np.float64),
+                width=int(row["width"]),
+                height=int(row["height"]),
+                raw_text=str(row["raw_text"]),
+                parse=ParseReport(**row["parse"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"no answer as `Detections.to_json` writes it ({error!r}).") from error
+
+    def to_supervision(self, class_names: Sequence[str] | None = None) -> Any:
+        """The same objects as `supervision.Detections`, with the names in `data["class_name"]`.
+
+        Args:
+            class_names: `class_id` is the place in this list; case, '_' and parentheses do not count. Give the same
+                list for all pictures of a metric. None: the place among the names of this answer, sorted.
 
         Raises:
             ImportError: that package is not installed.
+            DataError: the list holds a name twice, or lacks one of the answer.
         """
         try:
             import supervision
@@ -102,13 +136,29 @@ class Detections:
         return supervision.Detections(
             xyxy=self.boxes_xyxy_px.astype(np.float32),
             confidence=self.scores.astype(np.float32),
-            class_id=np.array([zlib.crc32(desc.encode()) for desc in self.descs], dtype=np.int64),
+            class_id=class_ids(self.descs, class_names),
             data={"class_name": np.array(self.descs, dtype=str)},
         )
 
 
+def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) -> NDArray[np.int64]:
+    """(N,) place of each name in `class_names`, which `Detections.to_supervision` explains; raises DataError."""
+    names = [normalise_desc(name) for name in (sorted(set(descs)) if class_names is None else class_names)]
+    if class_names is None:
+        names = list(dict.fromkeys(names))
+    elif repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"class_names holds {', '.join(repeated)} more than once; expected each name once.")
+    place = {name: number for number, name in enumerate(names)}
+    if unknown := sorted({desc for desc in descs if normalise_desc(desc) not in place}):
+        raise DataError(
+            f"class_names lacks {', '.join(unknown[:5])} ({len(unknown)} of the names found); expected every name of "
+            "the answer. Add them, or keep only the others: found.named(class_names)."
+        )
+    return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
+
+
 class Detector:
-    """Answers of one checkpoint, decoded greedily; build it with `from_checkpoint`."""
+    """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
     def __init__(
         self,
@@ -116,9 +166,11 @@ class Detector:
         codec: str,
         max_new_tokens: int,
         batch_images: int,
-        servers: Sequence[str] = (),
+        servers: Sequence[str],
+        folder: Path,
     ) -> None:
         self._checkpoint = checkpoint
+        self._folder = folder
         self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
         self._reader = make_reader(checkpoint, codec, READOUT, identity={})
         self._settings = DecodeSettings(
@@ -132,7 +184,7 @@ class Detector:
     @classmethod
     def from_checkpoint(
         cls,
-        folder: Path,
+        folder: str | os.PathLike[str],
         *,
         codec: str | None = None,
         min_pixels: int | None = None,
@@ -140,59 +192,89 @@ class Detector:
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_images: int = BATCH_IMAGES,
         servers: Sequence[str] = (),
+        device: str = AUTO,
     ) -> Detector:
-        """Load a checkpoint folder.
+        """Load a checkpoint folder; `from_pretrained` is another name of this.
 
         Args:
             folder: a Hugging Face checkpoint, as the training stages write it.
             codec: "json", "tags" or "digits". None: what the checkpoint's run_metadata.json says, else "json"; a model
                 without coordinate tokens always answers in "digits".
-            min_pixels: smallest image area the model is given. None: as run_metadata.json says, else 96 * 96.
-            max_pixels: largest image area the model is given. None: as run_metadata.json says, else 192 * 192.
+            min_pixels: smallest image area the model is given. None: as in training, which the processor files say.
+            max_pixels: largest image area the model is given. None: likewise.
             max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
             batch_images: pictures decoded together, which bounds the memory.
             servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
+            device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; bfloat16 on GPUs.
 
         Raises:
             CheckpointError: the folder is no usable checkpoint, or has no coordinate tokens for the codec asked for.
-            ConfigError: the codec is unknown, or min_pixels is not in [1, max_pixels].
+            ConfigError: the codec is unknown, min_pixels is not in [1, max_pixels], or there is no such device.
         """
-        recorded = _recorded_settings(folder)
-        low = recorded.get("min_pixels", MIN_PIXELS) if min_pixels is None else min_pixels
-        high = recorded.get("max_pixels", MAX_PIXELS) if max_pixels is None else max_pixels
-        if not 0 < low <= high:
-            raise ConfigError(f"min_pixels is {low} and max_pixels {high}, expected 1 <= min_pixels <= max_pixels.")
-        checkpoint = load_checkpoint(folder, low, high)
-        chosen = codec or checkpoint.codec_name or recorded.get("codec", "json")
-        if checkpoint.coord is None and get_codec(chosen).name != "digits":
+        folder = Path(folder)
+        form = load_format(folder)
+        pixels = with_limits(form.pixels, min_pixels, max_pixels)
+        if not 0 < pixels.min_pixels <= pixels.max_pixels:
+            raise ConfigError(
+                f"min_pixels is {pixels.min_pixels} and max_pixels {pixels.max_pixels}, expected 1 <= min_pixels <= "
+                "max_pixels. Leave both out to give the model pictures of the size it was trained on."
+            )
+        chosen = codec or form.codec_name or _recorded_codec(folder) or "json"
+        if form.coord is None and get_codec(chosen).name != "digits":
             raise CheckpointError(
                 f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
                 "Leave the codec out, or give a checkpoint of a stage after norm1000."
             )
-        return cls(checkpoint, chosen, max_new_tokens, batch_images, servers)
+        checkpoint = place_for_inference(folder, replace(form, pixels=pixels), device)
+        return cls(checkpoint, chosen, max_new_tokens, batch_images, servers, folder)
 
-    def predict(self, images: Sequence[Picture]) -> list[Detections]:
-        """Detect the objects of each picture.
+    from_pretrained = from_checkpoint
+
+    @overload
+    def predict(self, images: Picture) -> Detections: ...  # type: ignore[overload-overlap]  # a str is one file name
+
+    @overload
+    def predict(self, images: Iterable[Picture]) -> list[Detections]: ...
+
+    def predict(self, images: Picture | Iterable[Picture]) -> Detections | list[Detections]:
+        """Detect the objects of one picture, or of each of several.
 
         Args:
-            images: file names, PIL images, RGB arrays (H, W, 3) of uint8. EXIF orientation is applied.
+            images: a file name, a PIL image, or an RGB array (H, W, 3) of uint8: the answer is one `Detections`. Or any
+                number of them in a list (or another iterable): the answer is a list. Pictures are read as in training:
+                upright by their EXIF orientation, 16-bit grey scaled, transparency on white.
 
         Raises:
             DataError: naming the picture that cannot be read, or is no picture.
         """
-        if isinstance(images, str | Path | Image.Image):
-            raise DataError(f"predict() was given one {type(images).__name__}, expected a list: predict([image]).")
-        found: list[Detections] = []
-        for first in range(0, len(images), self.batch_images):
-            found += self._predict_batch(images[first : first + self.batch_images], first)
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+            return self._predict_batch([images], 0)[0]
+        if not isinstance(images, Iterable):
+            raise DataError(f"{_describe(images)}: expected a file name, a PIL image, an RGB array, or a list of them.")
+        pictures, found = list(images), list[Detections]()
+        for first in range(0, len(pictures), self.batch_images):
+            found += self._predict_batch(pictures[first : first + self.batch_images], first)
         return found
+
+    def identity(self) -> AnswerSource:
+        """What decides its answers besides the picture: the checkpoint's files, and all settings as they came out."""
+        pixels = self._checkpoint.pixels
+        settings = {
+            "codec": self._reader.codec,
+            "prompt": hashlib.sha256(prompt_ids(self._checkpoint.tokenizer).tobytes()).hexdigest()[:16],
+            "min_pixels": pixels.min_pixels,
+            "max_pixels": pixels.max_pixels,
+            **asdict(self._reader.readout),
+            **asdict(self._settings),
+        }
+        return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
     def _predict_batch(self, images: Sequence[Picture], first: int) -> list[Detections]:
         # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
         # sees: upright, losslessly, and already at its size.
         with TemporaryDirectory(prefix="coordexp-") as folder:
             samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
-            _, results = predict_samples(
+            results = predict_samples(
                 self._checkpoint,
                 self._reader,
                 samples,
@@ -209,7 +291,8 @@ class Detector:
             return None
         journal = Journal(folder / "generations.jsonl")
         workers = REQUESTS_PER_SERVER * self._n_servers
-        return VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal)
+        tokenizer, rows = self._checkpoint.tokenizer, len(input_table(self._checkpoint.model).weight)
+        return VllmEngine(self._pool, tokenizer, folder, workers, journal, vocabulary_size=rows)
 
     def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"
@@ -224,35 +307,28 @@ class Detector:
 
 
 def open_picture(image: Picture) -> Image.Image:
-    """A picture of any accepted kind as an upright RGB image.
+    """A picture of any accepted kind as an upright RGB image: what training makes of the same file.
 
     Raises:
-        DataError: the file is missing or no image, or the array is not (H, W, 3) of uint8.
+        DataError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise DataError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
         return Image.fromarray(image)
-    try:
-        if isinstance(image, Image.Image):
-            return _upright(image)
-        with Image.open(image) as opened:
-            return _upright(opened)
-    except FileNotFoundError as error:
-        raise DataError(f"{image}: no such file; expected an image.") from error
-    # Pillow raises SyntaxError for some broken PNG files.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{_describe(image)}: cannot be read as an image ({error}). Expected a JPEG or PNG.") from error
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, str | os.PathLike):
+        raise DataError(f"{_describe(image)}: expected a file name, a PIL image, or an RGB array.")
+    return read_rgb(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _describe(image: Picture) -> str:
+def _describe(image: object) -> str:
     if isinstance(image, np.ndarray):
         return f"array of shape {image.shape} and type {image.dtype}"
-    return "PIL image" if isinstance(image, Image.Image) else str(image)
+    if isinstance(image, Image.Image):
+        return "PIL image"
+    return str(image) if isinstance(image, str | os.PathLike) else f"picture of type {type(image).__name__}"
 
 
 def _detections(result: ImageResult) -> Detections:
@@ -267,13 +343,12 @@ def _detections(result: ImageResult) -> Detections:
     )
 
 
-def _recorded_settings(folder: Path) -> dict[str, Any]:
-    """The blocks `model` and `text` of the settings in run_metadata.json, as far as they are there."""
-    path = folder / "run_metadata.json"
+def _recorded_codec(folder: Path) -> str | None:
+    """The codec that training recorded, if any."""
+    path = folder / METADATA
     if not path.is_file():
-        return {}
+        return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-        return {**settings.get("model", {}), **settings.get("text", {})}
+        return json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("text", {}).get("codec")
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not what training writes ({error}). Restore or delete it.") from error

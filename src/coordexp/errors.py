@@ -31,7 +31,11 @@ class CheckpointError(CoordExpError):
 
 
 class TrainingError(CoordExpError):
-    """Training cannot go on: a loss is not finite, or a rollout engine failed."""
+    """Training cannot go on: a loss is not finite, or one of its processes failed."""
+
+
+class ServerError(CoordExpError):
+    """A vLLM server does not start, does not answer, or answers what is no answer."""
 
 
 class BusyError(CoordExpError):

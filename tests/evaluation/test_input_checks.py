@@ -36,6 +36,7 @@ def with_box(values: str) -> str:
         (with_box("[5, 0, 4, 1]"), "x2 >= x1 and y2 >= y1"),
         (with_box("[0, 5, 1, 4]"), "x2 >= x1 and y2 >= y1"),
         (with_box("[0, 5, 1]"), "expected four finite pixels"),
+        (LINE.replace('"iscrowd"', '"area_px2": -1, "iscrowd"') + "\n", "jsonl:1: gt[0]: area_px2 is -1"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(tmp_path, text: str, words: str):

@@ -12,7 +12,7 @@ import pytest
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.reporting.inputs import TRAINED, ReportInputs
-from source_tree import BASE, ROOT, import_closure, layer_of, modules, syntax
+from source_tree import BASE, ROOT, import_closure, imports, layer_of, lazy_names, modules, syntax
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 BASE_STAGES = read_yaml(BASE / "dvc.yaml")["stages"]
@@ -59,10 +59,26 @@ def _dependency(module: str) -> str:
 
 
 @pytest.mark.parametrize("package", ["coordexp", "pipelines"])
-def test_the_package_files_that_no_stage_lists_do_nothing(package: str) -> None:
-    body = syntax(modules()[package]).body
-    assert all(isinstance(node, ast.Expr | ast.Assign) for node in body)
-    assert not any(isinstance(node, ast.Call) for statement in body for node in ast.walk(statement))
+def test_the_package_files_that_no_stage_lists_do_nothing_of_their_own(package: str) -> None:
+    """They call what they import from a file that stages list, and name what is loaded when a user asks for it."""
+    own = syntax(modules()[package]).body
+    imported = {alias.name for node in own if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for node in own:
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) == "TYPE_CHECKING"
+        elif isinstance(node, ast.FunctionDef):
+            assert node.name == "__getattr__"
+        else:
+            assert isinstance(node, ast.Expr | ast.Assign | ast.ImportFrom)
+            calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+            assert {ast.unparse(call.func) for call in calls} <= imported
+
+
+def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
+    asked = {f"coordexp.{name.rpartition('.')[2]}" for name in lazy_names()} - modules().keys()
+    assert "coordexp.Detector" in asked
+    for name in modules().keys() - {"coordexp"}:
+        assert not asked & set(imports(modules()[name])), name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -27,11 +27,12 @@ from coordexp import cli
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.process import stage_main
-from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.loading import load_checkpoint
 from coordexp.models.sizes import build_shrunken, qwen3_vl_config
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import Record, read_records
+from helpers import save_model
 from qwen import qwen3_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("production")]
@@ -61,7 +62,7 @@ def write_base(folder: Path) -> None:
     model = build_shrunken(qwen3_vl_config("2b"), seed=3)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    save_checkpoint(folder, model, tokenizer)
+    save_model(folder, model, tokenizer, 65_536, 16_777_216)  # Qwen3-VL's own limits, not those of the profile
 
 
 def write_profile(repository: Path, root: Path) -> None:
@@ -117,7 +118,7 @@ def test_categories_keep_the_ids_of_the_source(paths: ProfilePaths) -> None:
 
 
 def test_the_vocabulary_is_that_of_qwen3_with_1000_more(paths: ProfilePaths) -> None:
-    trained = load_checkpoint(paths.run("stage2"), 4096, 9216)
+    trained = load_checkpoint(paths.run("stage2"))
     assert trained.coord is not None
     assert (trained.coord.first_id, len(trained.tokenizer)) == (151_669, 152_669)
     rows = trained.model.get_input_embeddings().weight.shape[0]
@@ -144,7 +145,7 @@ def test_the_run_can_be_published(paths: ProfilePaths, tmp_path: Path, capfd: py
     with pytest.raises(SystemExit) as stopped:
         cli.main(["export", "--params", str(paths.root / "params.yaml"), "--out", str(out)])
     assert not stopped.value.code, capfd.readouterr().err
-    loaded = load_checkpoint(out, 4096, 9216)
+    loaded = load_checkpoint(out)
     assert loaded.coord is not None
     results = json.loads((out / "coco_results.json").read_text())
     assert {row["image_id"] for row in results} <= {139 + 31 * i for i in range(VAL)}

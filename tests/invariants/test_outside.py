@@ -11,7 +11,7 @@ from source_tree import modules, syntax
 
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own.
-TOLD_TO = {"coordexp.rollout.vllm_client", "coordexp.rollout.vllm_server", "coordexp.rollout.vllm_engine"}
+TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server"}
 CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 # torch's unpickler raises its error class, and is only ever asked for tensors (below).
 ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}

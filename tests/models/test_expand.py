@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
 from coordexp.models.expand import ORDINAL_SCALE, add_coordinate_tokens, coordinate_rows, ordinal_term
-from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.loading import load_checkpoint
 from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.text.vocabulary import CoordVocabulary
-from helpers import new_tokenizer
+from helpers import new_tokenizer, save_model
 
 DIGIT_IDS = list(range(10, 20))
 
@@ -70,8 +70,8 @@ def test_a_tied_head_stays_tied_also_on_disk(fresh, tmp_path):
     model, tokenizer = fresh
     vocabulary = add_coordinate_tokens(model, tokenizer, "ordinal", 1)
     assert model.lm_head.weight is embedding(model)
-    save_checkpoint(tmp_path, model, tokenizer)
-    loaded = load_checkpoint(tmp_path, 4096, 16384)
+    save_model(tmp_path, model, tokenizer)
+    loaded = load_checkpoint(tmp_path)
     assert loaded.coord == vocabulary
     assert loaded.model.lm_head.weight is embedding(loaded.model)
     torch.testing.assert_close(embedding(loaded.model), embedding(model), rtol=0, atol=0)

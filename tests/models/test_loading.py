@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coordexp.errors import CheckpointError
-from coordexp.models.loading import METADATA, checkpoint_hashes, load_checkpoint, save_checkpoint
+from coordexp.models.forward import head_table, input_table
+from coordexp.models.loading import METADATA, checkpoint_hashes, load_checkpoint, save_checkpoint, vocabulary_size
 from helpers import new_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -21,7 +22,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def folder(tmp_path) -> Path:
     checkpoint = new_checkpoint()
-    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer)
+    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
     return tmp_path
 
 
@@ -32,14 +33,21 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        load_checkpoint(folder, 4096, 16384)
+        load_checkpoint(folder)
 
 
 def test_what_was_saved_is_loaded(folder):
-    loaded, saved = load_checkpoint(folder, 4096, 16384).model.state_dict(), new_checkpoint().model.state_dict()
+    loaded, saved = load_checkpoint(folder).model.state_dict(), new_checkpoint().model.state_dict()
     assert loaded.keys() == saved.keys()
     for name, weight in saved.items():
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_the_vocabulary_is_the_rows_of_the_tables_not_the_tokens(folder):
+    loaded = load_checkpoint(folder)
+    rows = vocabulary_size(folder)
+    assert rows == len(input_table(loaded.model).weight) == len(head_table(loaded.model))
+    assert rows >= len(loaded.tokenizer)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -103,7 +111,7 @@ def record_hashes(folder: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_file_that_training_did_not_write_is_refused(folder, name):
     record_hashes(folder)
-    load_checkpoint(folder, 4096, 16384)
+    load_checkpoint(folder)
     content = (folder / name).read_bytes()
     # A byte of the weights, or in text a space that changes nothing but the hash.
     (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
@@ -144,7 +152,7 @@ def double(added: list[dict]) -> None:
 def test_a_tokenizer_with_other_coordinate_tokens_is_refused(folder, edit):
     edit_tokenizer(folder, edit)
     with pytest.raises(CheckpointError, match=r"coord_\d+\|>|coordinate token ids"):
-        load_checkpoint(folder, 4096, 16384)
+        load_checkpoint(folder)
 
 
 def test_code_in_a_model_folder_is_not_run(folder, tmp_path):
@@ -154,5 +162,5 @@ def test_code_in_a_model_folder_is_not_run(folder, tmp_path):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
     with suppress(CheckpointError):  # refused or ignored, but not run
-        load_checkpoint(folder, 4096, 16384)
+        load_checkpoint(folder)
     assert not ran.exists()

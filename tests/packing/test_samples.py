@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from coordexp.packing.samples import Sample, SampleStore, SampleWriter
 
 
-def sample(image_id: int, n_objects: int) -> Sample:
+def sample(image_id: int, n_objects: int, with_areas: bool = False) -> Sample:
     rng = np.random.default_rng(image_id)
     n = 3 + 4 * n_objects
     return Sample(
@@ -28,23 +29,37 @@ def sample(image_id: int, n_objects: int) -> Sample:
         descs=tuple(f"猫 {i}" for i in range(n_objects)),
         boxes_xyxy_px=rng.uniform(0, 480, (n_objects, 4)).astype(np.float32),
         iscrowd=tuple(i == 1 for i in range(n_objects)),
+        areas_px2=tuple(None if i == 1 else 1023.9999999999999 + i for i in range(n_objects)) if with_areas else (),
     )
 
 
 WRITTEN = [sample(2**40 + i, n_objects=i % 4) for i in range(7)]
 
 
+def stored(path: Path, samples: list[Sample], rows_per_group: int, with_areas: bool = False) -> SampleStore:
+    with SampleWriter(path, rows_per_group, with_areas) as writer:
+        for s in samples:
+            writer.add(s)
+    return SampleStore(path)
+
+
 @pytest.fixture(params=[2, 3, 100], ids="groups of {}".format)
 def store(request, tmp_path):
-    with SampleWriter(tmp_path / "s.parquet", rows_per_group=request.param) as writer:
-        for s in WRITTEN:
-            writer.add(s)
-    return SampleStore(tmp_path / "s.parquet")
+    return stored(tmp_path / "s.parquet", WRITTEN, request.param)
 
 
 def test_round_trip(store):
-    assert len(store) == len(WRITTEN)
-    for read, written in zip(store, WRITTEN, strict=True):
+    check_same(store, WRITTEN)
+
+
+def test_round_trip_of_areas_that_only_late_samples_have(tmp_path):
+    samples = [*WRITTEN, *(sample(i, i % 4, with_areas=True) for i in range(5))]
+    check_same(stored(tmp_path / "s.parquet", samples, rows_per_group=2, with_areas=True), samples)
+
+
+def check_same(store: SampleStore, samples: list[Sample]) -> None:
+    assert len(store) == len(samples)
+    for read, written in zip(store, samples, strict=True):
         for field in fields(Sample):
             a, b = getattr(read, field.name), getattr(written, field.name)
             np.testing.assert_array_equal(a, b, err_msg=field.name)

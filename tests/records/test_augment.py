@@ -69,6 +69,21 @@ def test_what_a_crop_hardly_shows_becomes_an_ignore_region():
     assert seen == {True, False}
 
 
+def test_areas_are_scaled_with_the_picture_and_lost_where_a_crop_cuts():
+    small, wide = (30, 20, 40, 30), (0, 25, 80, 35)
+    objects = (ObjectRecord("cat", small, area_px2=60.0), ObjectRecord("dog", wide, area_px2=500.0))
+    seen = set()
+    for seed in range(100):
+        whole = Record("scene.png", *SIZE, objects)
+        for obj in augment(whole, Augmentation(0.5, 0.5, 0.5), random.Random(seed)).objects:
+            x1, y1, x2, y2 = obj.bbox_xyxy_px
+            seen.add((obj.desc, obj.area_px2 is None))
+            if obj.area_px2 is not None:
+                share = 60.0 / 100.0 if obj.desc == "cat" else 500.0 / 800.0
+                assert obj.area_px2 == pytest.approx(share * (x2 - x1) * (y2 - y1))
+    assert seen >= {("cat", False), ("dog", False), ("dog", True)}
+
+
 def test_phrases_are_not_cropped_and_follow_the_flip():
     changed = augment(record(phrase="the cat on the left"), Augmentation(1.0, 1.0, 0.0), random.Random(3))
     assert changed.metadata["phrase"] == "the cat on the right"

@@ -78,6 +78,40 @@ def test_crowds_are_kept_and_marked(tmp_path):
     assert [o.metadata for o in objects] == [{"iscrowd": 1}, {}]
 
 
+@pytest.mark.parametrize(("area", "expected"), [(7.25, 7.25), (0, 0.0), ("7.25", 7.25), (" 9 ", 9.0), ("1e1", 10.0)])
+def test_areas_are_kept_as_annotated(tmp_path, area, expected):
+    result = convert(tmp_path, annotation([1, 2, 3, 4], area=area))
+    assert result.records[1].objects[0].area_px2 == expected
+    assert result.drops == {}
+
+
+@pytest.mark.parametrize(
+    "area",
+    [
+        *("", "much", "nan", "inf", "1_0", "-3", "1e400", "9" * 5000),
+        *(-0.5, 1e11, 10**400, float("nan"), float("inf"), True, [7], {"px": 7}),
+    ],
+    ids=lambda area: repr(area)[:9],
+)
+def test_what_cannot_be_an_area_is_counted_and_the_object_stays(tmp_path, area):
+    result = convert(tmp_path, annotation([1, 2, 3, 4], area=area))
+    assert [(o.bbox_xyxy_px, o.area_px2) for o in result.records[1].objects] == [((1, 2, 4, 6), None)]
+    assert result.drops == {"area_invalid": 1}
+
+
+def test_an_area_that_is_absent_or_that_of_the_box_is_not_written(tmp_path):
+    rows = [annotation([1, 2, 3, 4], area=12.0), annotation([1, 9, 3, 4]), annotation([9, 9, 3, 4], area=None)]
+    result = convert(tmp_path, *rows)
+    assert [o.area_px2 for o in result.records[1].objects] == [None, None, None]
+    assert all("area_px2" not in obj for obj in result.records[1].to_json()["objects"])
+    assert result.drops == {}
+
+
+def test_the_area_stays_where_the_box_is_clipped(tmp_path):
+    (obj,) = convert(tmp_path, annotation([-5, 0, 15, 20], area=250)).records[1].objects
+    assert (obj.bbox_xyxy_px, obj.area_px2) == ((0, 0, 10, 20), 250.0)
+
+
 DROPPED = {
     "unknown_image": [
         *(annotation([1, 1, 5, 5], image_id=i) for i in (4, None, "nine", [9])),

@@ -23,7 +23,10 @@ RESULT = ImageResult(
     image="images/val/7.jpg",
     width=640,
     height=480,
-    gt=(GroundTruth("black cat", (70.4, 148.8, 262.4, 338.4)), GroundTruth("cat", (0.0, 0.0, 640.0, 480.0), True)),
+    gt=(
+        GroundTruth("black cat", (70.4, 148.8, 262.4, 338.4), area_px2=20702.105749999998),
+        GroundTruth("cat", (0.0, 0.0, 640.0, 480.0), True),
+    ),
     pred=(
         Prediction(
             "black cat", (76.8, 144.0, 268.8, 336.0), (120, 300, 420, 700), (-0.1, -0.2, -0.3, -0.4), -0.5, 0.78
@@ -48,6 +51,7 @@ predictions = st.builds(
     scores,
     scores,
 )
+ground_truths = st.builds(GroundTruth, words, boxes, st.booleans(), st.none() | st.floats(0, 1e10))
 
 
 def changed(**changes) -> dict:
@@ -60,10 +64,12 @@ def test_round_trip(tmp_path):
     assert list(read_results(tmp_path / "r.jsonl")) == [RESULT]
 
 
+def test_only_annotated_areas_are_written():
+    assert ["area_px2" in row for row in RESULT.to_json()["gt"]] == [True, False]
+
+
 @settings(max_examples=30)
-@given(
-    st.lists(predictions, max_size=4), st.lists(st.builds(GroundTruth, words, boxes, st.booleans()), max_size=4), words
-)
+@given(st.lists(predictions, max_size=4), st.lists(ground_truths, max_size=4), words)
 def test_every_number_comes_back_exactly(tmp_path_factory, pred, gt, raw_text):
     result = ImageResult(1, "a", 10, 10, tuple(gt), tuple(pred), raw_text, ParseReport(True, len(pred)), "stop", 3)
     path = tmp_path_factory.mktemp("r") / "r.jsonl"
@@ -97,6 +103,8 @@ BROKEN = {
     "box of words": changed(pred=[FIRST_PRED | {"bbox_xyxy_px": ["a", "b", "c", "d"]}]),
     "box with NaN": changed(pred=[FIRST_PRED | {"bbox_xyxy_px": [1, float("nan"), 3, 4]}]),
     "inverted box": changed(gt=[{"desc": "cat", "bbox_xyxy_px": [3, 2, 1, 4]}]),
+    "area no number": changed(gt=[{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "area_px2": "2"}]),
+    "negative area": changed(gt=[{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "area_px2": -2}]),
     "no box": changed(gt=[{"desc": "cat", "bbox_xyxy_px": None}]),
     "same image again": changed(),
 }

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import socket
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from coordexp.errors import DataError
-from coordexp.records.images import EXIF_ORIENTATION, ImageFacts, inspect_image, read_rgb, unsafe_name
+from coordexp.records.images import (
+    EXIF_ORIENTATION,
+    MAX_FILE_BYTES,
+    UNREADABLE,
+    ImageFacts,
+    file_sha256,
+    inspect_image,
+    read_rgb,
+    to_rgb,
+    unsafe_name,
+)
 
 
 def noise(width: int, height: int) -> np.ndarray:
@@ -63,6 +76,90 @@ def test_transparency_is_put_on_white(tmp_path):
     rgb = np.asarray(read_rgb(save(tmp_path, "alpha.png", Image.fromarray(hidden, "RGBA"))))
     assert rgb[:, :20].min() == 255
     assert (rgb[:, 20:] == (255, 0, 0)).all()
+
+
+def test_16_bit_grey_keeps_its_transparent_value(tmp_path):
+    grey = np.full((4, 6), 1000, np.uint16)
+    grey[:, 3:] = 30_000
+    rgb = np.asarray(read_rgb(save(tmp_path, "clear.png", Image.fromarray(grey), transparency=1000)))
+    assert (rgb[:, :3] == 255).all()
+    assert (rgb[:, 3:] == 117).all()
+
+
+STORED = [
+    *((mode, "png") for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16")),
+    *((mode, "tiff") for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "LAB", "I", "I;16B")),
+    *((mode, "webp") for mode in ("RGB", "RGBA")),
+    *((mode, "jpeg") for mode in ("L", "RGB", "CMYK")),
+    *((mode, "mpo") for mode in ("L", "RGB")),
+    *((mode, "gif") for mode in ("L", "RGB", "RGBA")),
+    *((mode, "bmp") for mode in ("1", "L", "RGB")),
+]
+
+
+def picture_of(mode: str) -> Image.Image:
+    """Noise in any of Pillow's modes, half of it transparent where the mode can say so."""
+    alpha = np.where(np.arange(24) < 12, 60, 255).astype(np.uint8)[None].repeat(18, 0)
+    rgba = Image.fromarray(np.dstack([noise(24, 18), alpha]))
+    if mode.startswith("I"):
+        grey = noise(24, 18)[..., 0].astype(np.int32) * 257
+        return Image.fromarray(grey if mode == "I" else grey.astype(">u2" if mode.endswith("B") else "<u2"))
+    if mode == "P":
+        return rgba.quantize(16)  # a palette with alpha
+    if mode == "PA":
+        return rgba.convert("RGB").quantize(16).convert("PA")
+    return rgba.convert("RGB" if mode in ("CMYK", "YCbCr", "LAB") else "RGBA").convert(mode)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("mode", "suffix"), STORED)
+def test_a_file_and_the_picture_opened_from_it_are_the_same_pixels(tmp_path, mode, suffix, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    options = {"exif": exif} if suffix not in ("gif", "bmp") else {}
+    path = save(tmp_path, f"a.{suffix}", picture_of(mode), **options)
+    of_file = np.asarray(read_rgb(path))
+    with path.open("rb") as handle, Image.open(handle) as image:
+        np.testing.assert_array_equal(np.asarray(to_rgb(image)), of_file)
+    facts = inspect_image(tmp_path, path.name)
+    assert (facts.problem, (facts.height, facts.width, 3)) == ("", of_file.shape)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_is_the_turned_png(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    shown = []
+    for name in ("a.png", "a.tif"):
+        shown.append(np.asarray(read_rgb(save(tmp_path, name, picture_of(mode), exif=exif))))
+        for decode in (False, True):
+            facts = inspect_image(tmp_path, name, decode)
+            assert (facts.height, facts.width) == shown[0].shape[:2]
+    np.testing.assert_array_equal(*shown)
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "RGBX", "HSV", "I;16", "I;16L", "I;16B", "I", "PA", "P"])
+def test_pictures_in_memory_have_modes_that_no_file_has(mode):
+    rgb = np.asarray(to_rgb(Image.new("LA", (4, 3)).convert("La") if mode == "La" else Image.new(mode, (4, 3))))
+    assert rgb.shape == (3, 4, 3)
+    assert set(np.unique(rgb)) == ({255} if mode in ("La", "RGBa", "PA") else {0})
+
+
+def test_pictures_in_memory_are_refused_by_name():
+    with pytest.raises(DataError, match=r"PIL image of mode F: .*no known range"):
+        to_rgb(Image.new("F", (4, 3)))
+    with pytest.raises(DataError, match="expected 16 bits"):
+        to_rgb(Image.new("I", (4, 3), 70_000))
+
+
+def test_an_orientation_that_means_nothing_turns_nothing(tmp_path):
+    for value in (0, 9, 255):
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = value
+        path = save(tmp_path, "odd.jpg", Image.new("RGB", (40, 30)), exif=exif)
+        assert read_rgb(path).size == (40, 30)
+        assert inspect_image(tmp_path, "odd.jpg").orientation == 1
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
@@ -148,6 +245,72 @@ def test_what_is_no_image_is_named(tmp_path, name, problem):
     facts = inspect_image(tmp_path, name)
     assert facts.problem == problem
     assert facts.detail
+
+
+def test_only_the_named_formats_are_opened(tmp_path, monkeypatch):
+    """An EPS under a picture's name would start Ghostscript."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "EPS")
+    contents = {"eps.jpg": out.getvalue()}
+    for kind in ("PPM", "ICO", "TGA", "PCX", "DDS", "ICNS"):
+        out = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(out, kind)
+        contents[f"{kind}.png"] = out.getvalue()
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        facts = inspect_image(tmp_path, name)
+        assert (facts.problem, facts.n_bytes) == ("image_unreadable", len(content))
+        with pytest.raises(DataError, match=f"{name}: cannot be read as an image .its content is none of JPEG"):
+            read_rgb(tmp_path / name)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(tmp_path / "socket.jpg"))  # such a name may have 107 bytes
+    with server:
+        kinds = {"pipe": "named pipe", "endless": "device", "loop": "symbolic", "folder": "folder", "socket": "socket"}
+        for name, kind in kinds.items():
+            facts = inspect_image(tmp_path, f"{name}.jpg")
+            assert (facts.problem, kind in facts.detail) == ("image_unreadable", True), facts
+            for read in (read_rgb, file_sha256):
+                with pytest.raises(DataError, match=rf"{name}\.jpg: .*{kind}"):
+                    read(tmp_path / f"{name}.jpg")
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    path = save(tmp_path, "a.png", Image.new("RGB", (4, 4)))
+    regular = os.stat(path)
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(os, "stat", lambda *_, **__: regular)
+    with pytest.raises(DataError, match="named pipe"):
+        read_rgb(path)
+
+
+def test_files_of_gigabytes_are_not_read(tmp_path):
+    with (tmp_path / "vast.png").open("wb") as out:
+        out.truncate(MAX_FILE_BYTES + 1)
+    assert inspect_image(tmp_path, "vast.png").problem == "image_too_large"
+    with pytest.raises(DataError, match=r"vast\.png: 2147483649 bytes are more"):
+        read_rgb(tmp_path / "vast.png")
+
+
+@pytest.mark.parametrize("error", [*UNREADABLE, Image.DecompressionBombError])
+def test_no_fault_of_a_decoder_ends_the_look(tmp_path, monkeypatch, error):
+    save(tmp_path, "a.png", Image.new("RGB", (4, 4)))
+
+    def broken(*_, **__):
+        raise error("broken")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    assert inspect_image(tmp_path, "a.png").problem in ("image_unreadable", "image_too_large", "image_missing")
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_rgb(tmp_path / "a.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

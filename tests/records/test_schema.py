@@ -49,6 +49,12 @@ def test_a_polygon_is_kept_and_its_tight_box_is_used():
     assert obj.poly_px == (10, 20, 50, 5, 30, 60)
 
 
+def test_an_area_comes_back_to_the_last_digit(tmp_path):
+    record = Record("a/b.jpg", 640, 480, (ObjectRecord("cat", (1, 2, 30, 40), area_px2=1023.9999999999999),))
+    write_records(tmp_path / "r.jsonl", [record])
+    assert next(read_records(tmp_path / "r.jsonl")).objects[0].area_px2 == 1023.9999999999999
+
+
 BROKEN = {
     "not an object": ([1], "found a list"),
     "unknown key": (record_with(widht=3), "unknown key 'widht'. Did you mean 'width'?"),
@@ -75,6 +81,9 @@ BROKEN = {
     "blank desc": (object_with(desc="  "), "desc is '  '"),
     "desc no string": (object_with(desc=3), "desc is 3"),
     "desc with half a character": (object_with(desc="cat \ud83d"), "desc is 'cat \\ud83d'"),
+    "area no number": (object_with(area_px2="812"), "objects[0]: area_px2 is '812'"),
+    "negative area": (object_with(area_px2=-1), "area_px2 is -1"),
+    "area NaN": (object_with(area_px2=float("nan")), "area_px2 is nan"),
     "no geometry": (object_with(bbox_2d=...), "geometry none"),
     "two geometries": (object_with(poly=[1, 2, 3, 4, 5, 6]), "exactly one of bbox_2d and poly"),
     "box no list": (object_with(bbox_2d="1,2,3,4"), "flat list"),

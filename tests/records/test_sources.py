@@ -162,13 +162,14 @@ def test_objects365_finds_images_in_their_patches(tmp_path):
                 "bbox": [1, 1, 9, 9],
                 "iscrowd": 0,
                 "isfake": 0,
-                "area": 81,
+                "area": 80.25,
             }
         ],
     }
     dump(tmp_path / "zhiyuan_objv2_train.json", source)
     result = convert(read("objects365", tmp_path, "zhiyuan_objv2_train.json", "train"))
     assert shown(result) == [("train/patch8/objects365_v1_00420917.jpg", [("bottle", (1, 1, 10, 10))])]
+    assert result.records[0].objects[0].area_px2 == 80.25
     assert patch_path("a.jpg") == "a.jpg"
 
 

@@ -58,7 +58,7 @@ def test_samples_name_only_what_was_asked_and_images_are_read_where_they_lie(out
         json.loads(line) for line in (out / "data" / "mine" / "records" / "train.jsonl").read_text().splitlines()
     ]
     assert len(store) == len(records)
-    checkpoint = load_checkpoint(out / "data" / "mine" / "norm1000" / "init", 4096, 9216)
+    checkpoint = load_checkpoint(out / "data" / "mine" / "norm1000" / "init")
     empty = 0
     for sample, record in zip(store, records, strict=True):
         asked = record["metadata"].get("prompt", {}).get("names")

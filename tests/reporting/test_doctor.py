@@ -74,14 +74,14 @@ def test_a_dev_split_that_takes_everything_is_a_finding(coco):
 
 def test_parameters_are_counted_without_loading_them(repository):
     folder = repository / "models" / "tiny-base"
-    checkpoint = load_checkpoint(folder, 4096, 9216)
+    checkpoint = load_checkpoint(folder)
     assert count_parameters(folder) == sum(p.numel() for p in checkpoint.model.parameters())
 
 
 def test_needs_by_hand(repository, monkeypatch):
     monkeypatch.chdir(repository)
     profile = load_profile(repository / "configs" / "smoke.yaml")  # 64 x 64 to 96 x 96 px
-    image = load_checkpoint(repository / "models" / "tiny-base", 4096, 9216).pixels
+    image = load_checkpoint(repository / "models" / "tiny-base").pixels
     record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
     needs = needs_of([record] * 10, profile, "json")
     assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)

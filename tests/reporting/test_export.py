@@ -46,7 +46,8 @@ def test_results_load_into_pycocotools(tmp_path: Path) -> None:
 def test_results_for_a_server_that_keeps_the_annotations(paths: ProfilePaths, tmp_path: Path) -> None:
     predictions, info, out = tmp_path / "out.jsonl", tmp_path / "image_info.json", tmp_path / "results.json"
     row = {"image": "/any/where/a.jpg", "objects": [{"desc": "bottle", "bbox_xyxy_px": [1, 2, 3, 4], "score": 0.5}]}
-    predictions.write_text(json.dumps(row) + "\n")
+    superseded = row | {"objects": []}
+    predictions.write_text(json.dumps(superseded) + "\n" + json.dumps(row) + "\n")
     info.write_text(json.dumps({"images": [{"file_name": "a.jpg", "id": 91}]}))
     assert write_server_results(predictions, info, paths, out) == (1, 0)
     assert json.loads(out.read_text())[0] | {"score": 0} == {

@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_
     engine = HfEngine(checkpoint, world.root, 2, journal)
     with pytest.raises(Killed):
         engine.generate(world.samples, settings)
-    assert len(journal.read()) == 4
+    assert len(journal.read(2**31)) == 4
     whole = (tmp_path / "generations.jsonl").read_text()
     (tmp_path / "generations.jsonl").write_text(whole[:-20])  # the write that the kill cut
     assert answers(engine.generate(world.samples, settings)) == undisturbed

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from coordexp.models.loading import save_checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
@@ -19,7 +18,7 @@ from coordexp.rollout.engine import Generation
 from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.rescore import Rescored
 from coordexp.rollout.stages import decode_settings, decode_val, match_settings, rollout_summary, run_rollouts
-from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, teacher_rollouts
+from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, save_model, teacher_rollouts
 
 
 def decode(space: Workspace, name: str = "stage1", folder: Path | None = None) -> bool:
@@ -103,7 +102,7 @@ def test_a_second_decode_comes_from_the_cache(short, monkeypatch):
     assert len(first) == 6
     assert all(line.n_generated_tokens <= 4 for line in first)
     shutil.rmtree(short.paths.evaluation("stage1"))
-    monkeypatch.setattr(stages, "load_checkpoint", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stages, "generate_answers", lambda *_: pytest.fail("decoded again"))
     assert not decode(short)
     assert results(short) == first
     # What only training and matching read does not decode again; that is what makes an A/B run cheap.
@@ -147,7 +146,7 @@ def test_a_model_without_coordinate_tokens_is_read_as_digits(short):
     """Its prompt is written by its own tokenizer."""
     tokenizer = new_tokenizer()
     folder = short.paths.root / "base"
-    save_checkpoint(folder, build_tiny(tokenizer, 3), tokenizer)
+    save_model(folder, build_tiny(tokenizer, 3), tokenizer)
     assert decode(short, "base", folder)
     summary = json.loads((short.paths.evaluation("base") / "decode.json").read_text())
     assert (summary["codec"], summary["images"], summary["checkpoint"]) == ("digits", 6, "base")

@@ -5,11 +5,12 @@ Needs the environment of `make vllm`; `make test-vllm` runs it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import torch
 
 from coordexp.config.profile import TuningConfig
-from coordexp.errors import TrainingError
+from coordexp.errors import ServerError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.models.adapters import apply_tuning
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
@@ -34,7 +36,7 @@ from coordexp.rollout.vllm_server import VllmServer, vllm_server
 from coordexp.text.grammar import Constraints
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
-from helpers import MAX_PIXELS, MIN_PIXELS, World, new_checkpoint
+from helpers import World, new_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -62,8 +64,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Pa
     folder = tmp_path_factory.mktemp("checkpoint")
     made = new_checkpoint()
     _move_and_merge_adapters(made)
-    save_checkpoint(folder, made.model, made.tokenizer)
-    return load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS), folder
+    save_checkpoint(folder, made.model, made.tokenizer, made.pixels)
+    return load_checkpoint(folder), folder
 
 
 def _move_and_merge_adapters(made: Checkpoint) -> None:
@@ -89,7 +91,13 @@ def engine(
 ) -> VllmEngine:
     """An engine over these servers, with its journal in `folder`."""
     pool = ServerPool([server.url for server in servers], timeout_seconds=120, tries=4)
-    return VllmEngine(pool, loaded.tokenizer, world.root, concurrency, Journal(folder / "generations.jsonl"))
+    journal = Journal(folder / "generations.jsonl")
+    return VllmEngine(pool, loaded.tokenizer, world.root, concurrency, journal, vocabulary_size=vocabulary(loaded))
+
+
+def vocabulary(loaded: Checkpoint) -> int:
+    """Rows of the model's table: a random model also emits those beyond the tokenizer."""
+    return len(input_table(loaded.model).weight)
 
 
 def ids_of(generations: list[Generation]) -> list[list[int]]:
@@ -124,18 +132,20 @@ def test_logprobs_agree_with_the_rescored_ones(
 ) -> None:
     """The server's own log-probability of each token it emitted, against the re-scoring forward: within 1e-3."""
     loaded, _ = checkpoint
-    pool = ServerPool([servers[0].url], timeout_seconds=120, tries=2)
     own: list[list[float]] = []
 
     class Spy(ServerPool):
-        def ask(self, index: int, body: dict) -> dict:  # type: ignore[override]
-            response = pool.ask(index, body | {"logprobs": True})
-            own.append([token["logprob"] for token in response["choices"][0]["logprobs"]["content"]])
-            return response
+        def ask(self, index: int, body: dict, read: Callable[[bytes], Generation]) -> Generation:  # type: ignore[override]
+            def spy(reply: bytes) -> Generation:
+                own.append([token["logprob"] for token in json.loads(reply)["choices"][0]["logprobs"]["content"]])
+                return read(reply)
+
+            return super().ask(index, body | {"logprobs": True}, spy)
 
     spy = Spy([servers[0].url], timeout_seconds=120, tries=2)
     journal = Journal(world.root / "spy" / "generations.jsonl")
-    generations = VllmEngine(spy, loaded.tokenizer, world.root, 1, journal).generate(world.samples, GREEDY)
+    asked = VllmEngine(spy, loaded.tokenizer, world.root, 1, journal, vocabulary_size=vocabulary(loaded))
+    generations = asked.generate(world.samples, GREEDY)
     journal.remove()
     rescored = token_logprobs(loaded, world.collator(loaded), world.samples, generations, 8)
     for theirs, ours in zip(own, rescored, strict=True):
@@ -188,7 +198,7 @@ def test_another_image_size_is_refused(
 ) -> None:
     loaded, _ = checkpoint
     wrong = replace(world.samples[0], n_image_tokens=world.samples[0].n_image_tokens + 1)
-    with pytest.raises(TrainingError, match=r"prompt differs from ours at"):
+    with pytest.raises(ServerError, match=r"prompt differs from ours at"):
         engine(loaded, world, servers[:1], tmp_path).generate([wrong], GREEDY)
 
 
@@ -212,6 +222,6 @@ def test_a_server_killed_in_the_middle_loses_nothing(
     killer.join()
     assert ids_of(survived) == ids_of(reference)
     # With no server left the run stops, and what is on disk is all of it: nothing has to be asked again.
-    with pytest.raises(TrainingError, match="none of the vLLM servers answers"):
+    with pytest.raises(ServerError, match="none of the vLLM servers answers"):
         engine(loaded, world, servers[:1], tmp_path / "b").generate(copies(world, 21), GREEDY)
-    assert len(Journal(journal).read()) == len(samples)
+    assert len(Journal(journal).read(vocabulary(loaded))) == len(samples)

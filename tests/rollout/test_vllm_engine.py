@@ -1,7 +1,9 @@
-"""The engine and its client against servers of our own: order, retries, deaths, resuming, and prompts that differ."""
+"""The engine and its client against servers of our own: order, retries, deaths, resuming, and replies that are none."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from coordexp.errors import ConfigError, TrainingError
+from coordexp.errors import ConfigError, ServerError
+from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout import vllm_client
 from coordexp.rollout.engine import DecodeSettings, Generation
-from coordexp.rollout.journal import Journal, request_key
+from coordexp.rollout.journal import Journal
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import END_OF_TURN
@@ -30,7 +34,7 @@ TOKENIZER = new_checkpoint().tokenizer
 END = int(TOKENIZER.convert_tokens_to_ids(END_OF_TURN))  # type: ignore[arg-type]
 IMAGE = int(TOKENIZER.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[arg-type]
 
-Answer = Callable[[dict, int], tuple[int, dict]]
+Answer = Callable[[dict, int], tuple[int, dict | bytes]]
 
 
 class FakeServer:
@@ -58,8 +62,8 @@ class FakeServer:
                 fake.bodies.append(body)
                 self._reply(*((503, {}) if fake.down else fake._answer(body, len(fake.bodies))))
 
-            def _reply(self, status: int, body: dict) -> None:
-                content = json.dumps(body).encode()
+            def _reply(self, status: int, body: dict | bytes) -> None:
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -168,14 +172,62 @@ def test_a_failing_request_is_tried_again(world: World, tmp_path: Path) -> None:
 
 def test_tries_are_bounded_and_the_last_failure_is_named(world: World, tmp_path: Path) -> None:
     with fakes(lambda *_: (500, {"error": "out of memory"})) as servers:
-        with pytest.raises(TrainingError, match=r"failed 2 times.*HTTP 500.*out of memory"):
+        with pytest.raises(ServerError, match=r"failed 2 times.*HTTP 500.*out of memory"):
             run(world, servers, copies(world, 1), tmp_path / "j.jsonl", tries=2)
         assert len(servers[0].bodies) == 2
 
 
+GARBAGE = b"<html>\x1b[31m502 upstream</html>"
+
+
+def test_garbage_is_asked_again_and_never_kept(world: World, tmp_path: Path) -> None:
+    def restarted(body: dict, n: int) -> tuple[int, dict | bytes]:
+        beyond = {"token_ids": [len(TOKENIZER)], "finish_reason": "length"}
+        replies: list[dict | bytes] = [GARBAGE, b"", {"error": "x"}, completion(world.samples[0], 7)[1]]
+        replies.insert(2, completion(world.samples[0], 7)[1] | {"choices": [beyond]})
+        return 200, replies[n - 1]
+
+    with fakes(restarted) as servers:
+        found = run(world, servers, copies(world, 1), tmp_path / "j.jsonl", tries=5)
+        assert found[0].ids.tolist() == [7, END]
+        assert len(servers[0].bodies) == 5
+    assert [g.ids.tolist() for g in Journal(tmp_path / "j.jsonl").read(2**31).values()] == [[7, END]]
+
+
+def test_a_server_of_garbage_is_left_out_and_the_others_answer(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fakes(lambda *_: (200, GARBAGE), by_seed(world)) as servers:
+        found = run(world, servers, copies(world, 10), tmp_path / "j.jsonl", workers=1, tries=2)
+        assert [g.ids[0] for g in found] == list(range(10))
+        assert len(servers[0].bodies) == 2
+        assert f"{servers[0].url} is left out" in caplog.text
+
+
+def test_with_no_server_but_those_of_garbage_the_run_ends_in_one_message(world: World, tmp_path: Path) -> None:
+    journal = tmp_path / "j.jsonl"
+    with fakes(lambda *_: (200, GARBAGE), lambda *_: (200, b"null")) as servers:
+        with pytest.raises(ServerError, match="none of the vLLM servers answers") as caught:
+            run(world, servers, copies(world, 4), journal, tries=2)
+        message = str(caught.value)
+        assert all(f"{server.url}: " in message for server in servers)
+    assert "not JSON" in message
+    assert "no JSON object: null" in message
+    assert message.isprintable()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("status", [401, 404, 422])
+def test_a_wrong_request_is_not_repeated_elsewhere(world: World, tmp_path: Path, status: int) -> None:
+    with fakes(lambda *_: (status, {"error": "no"}), by_seed(world)) as servers:
+        with pytest.raises(ServerError, match=rf"{servers[0].url}: HTTP {status}"):
+            run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
+        assert (len(servers[0].bodies), len(servers[1].bodies)) == (1, 0)
+
+
 def test_a_wrong_request_is_not_repeated(world: World, tmp_path: Path) -> None:
     with fakes(lambda *_: (400, {"error": "no such model"})) as servers:
-        with pytest.raises(TrainingError, match=r"HTTP 400.*no such model"):
+        with pytest.raises(ServerError, match=r"HTTP 400.*no such model"):
             run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
         assert len(servers[0].bodies) == 1
 
@@ -199,9 +251,9 @@ def test_a_run_resumes_from_what_is_on_disk(world: World, tmp_path: Path) -> Non
         servers[0].down |= n > 4
         return (503, {}) if servers[0].down else by_seed(world)(body, n)
 
-    with fakes(dying) as servers, pytest.raises(TrainingError, match="none of the vLLM servers answers"):
+    with fakes(dying) as servers, pytest.raises(ServerError, match="none of the vLLM servers answers"):
         run(world, servers, samples, journal, workers=1)
-    assert len(Journal(journal).read()) == 4
+    assert len(Journal(journal).read(len(TOKENIZER))) == 4
     with fakes(by_seed(world)) as servers:
         found = run(world, servers, samples, journal)
         assert sorted(image_of(body) for body in servers[0].bodies) == list(range(4, 10))
@@ -215,7 +267,7 @@ def test_another_prompt_is_an_error_not_a_shift(world: World, tmp_path: Path, ch
         ids = answer["prompt_token_ids"]
         return status, answer | {"prompt_token_ids": [*ids, 5] if change == "length" else [ids[0] + 1, *ids[1:]]}
 
-    with fakes(drifted) as servers, pytest.raises(TrainingError, match=r"its length \(ours|token 0 \(ours"):
+    with fakes(drifted) as servers, pytest.raises(ServerError, match=r"its length \(ours|token 0 \(ours"):
         run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
 
 
@@ -227,6 +279,15 @@ def test_a_request_carries_lossless_pixels_and_the_settings(world: World, tmp_pa
     assert body["return_token_ids"] is True
     assert (body["max_tokens"], body["temperature"], body["stop_token_ids"]) == (8, 0.0, [END])
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_view_of_a_picture_is_what_is_sent(world: World, tmp_path: Path) -> None:
+    sample = replace(world.samples[0], image=f"{world.samples[0].image}#flip", image_id=0)
+    with fakes(by_seed(world)) as servers:
+        run(world, servers, [sample], tmp_path / "j.jsonl")
+        url = servers[0].bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+    assert (sent == load_sample_rgb(world.root, sample.image, sample.resized_width, sample.resized_height)).all()
 
 
 def test_an_answer_without_an_end_is_cut_by_its_budget(world: World, tmp_path: Path) -> None:
@@ -242,28 +303,3 @@ def test_an_answer_without_an_end_is_cut_by_its_budget(world: World, tmp_path: P
 def test_servers_must_be_urls(urls: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.servers"):
         ServerPool(urls, 1, 1)
-
-
-def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    generation = Generation(np.array([4, 5, END], np.int32), "stop")
-    Journal(path).append("a", generation)
-    with path.open("a") as out:
-        out.write('{"key": "b", "ids": [1, 2')
-    Journal(path).append("c", generation)
-    done = Journal(path).read()
-    assert set(done) == {"a", "c"}
-    assert done["c"].ids.tolist() == [4, 5, END]
-
-
-def test_the_key_of_a_request_is_what_decides_its_answer(world: World) -> None:
-    sample = world.samples[0]
-    keys = {
-        request_key(sample, SETTINGS),
-        request_key(replace(sample, image_id=7), SETTINGS),
-        request_key(replace(sample, resized_width=64 + sample.resized_width), SETTINGS),
-        request_key(sample, replace(SETTINGS, temperature=0.5)),
-        request_key(sample, replace(SETTINGS, seed=4)),
-    }
-    assert len(keys) == 5
-    assert request_key(replace(sample, descs=()), SETTINGS) in keys

@@ -15,14 +15,14 @@ from coordexp.config.ablation import Arm, Budget, all_arms
 from coordexp.config.process import StageContext
 from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.forward import input_table
-from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.loading import load_checkpoint
 from coordexp.models.tiny import build_tiny
 from coordexp.rollout.records import write_rollouts
 from coordexp.training import ablation
 from coordexp.training.ablation import Ablation, ArmPaths, step_tokens, steps_for_tokens
 from coordexp.training.session import summarise_log
 from coordexp.training.stage2 import train_stage2
-from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, new_tokenizer, teacher_rollouts
+from helpers import Workspace, new_tokenizer, save_model, teacher_rollouts
 
 BUDGET = Budget(seeds=(17, 18), stage1_steps=2, stage2_steps=2, dev_images=2, val_images=0)
 
@@ -123,7 +123,7 @@ def test_stage_2_arms_start_from_one_checkpoint_and_spend_the_tokens_of_the_defa
 @pytest.fixture
 def with_rollouts(space: Workspace, world) -> ArmPaths:
     """Paths of an arm whose rollouts are on file."""
-    checkpoint = load_checkpoint(space.paths.run("stage1"), 64 * 64, 128 * 128)
+    checkpoint = load_checkpoint(space.paths.run("stage1"))
     folder = space.paths.run("rollout")
     folder.mkdir()
     write_rollouts(folder / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
@@ -157,7 +157,7 @@ def test_arms_that_do_not_exist_in_the_parameters_fail_before_anything_runs(spac
 @pytest.mark.slow
 def test_an_arm_with_other_coordinate_rows_starts_from_them(space, trained, tmp_path):
     tokenizer = new_tokenizer()
-    save_checkpoint(tmp_path / "base", build_tiny(tokenizer, 17), tokenizer)
+    save_model(tmp_path / "base", build_tiny(tokenizer, 17), tokenizer)
     model = space.profile.model.model_copy(update={"path": str(tmp_path / "base")})
     profile = space.profile.model_copy(update={"model": model})
     ablated = Ablation(space.params, profile, space.paths, BUDGET)
@@ -169,6 +169,6 @@ def test_an_arm_with_other_coordinate_rows_starts_from_them(space, trained, tmp_
         for name, folder in folders.items()
     }
     assert len(set(starts.values())) == 3
-    mean = load_checkpoint(space.paths.run("ablation") / "init-mean", MIN_PIXELS, MAX_PIXELS)
+    mean = load_checkpoint(space.paths.run("ablation") / "init-mean")
     rows = input_table(mean.model).weight[mean.coord.first_id : mean.coord.end_id]
     assert (rows == rows[0]).all()

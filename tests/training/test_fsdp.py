@@ -23,7 +23,7 @@ from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.teacher_task import TeacherTask
-from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, build_workspace
+from helpers import Workspace, World, build_workspace
 from stage_runs import ENDS_WITHIN_S, EXACT, REPOSITORY, add_rollouts, assert_alike, trace
 
 pytestmark = pytest.mark.xdist_group("fsdp")  # all share what `spaces` ran
@@ -81,12 +81,12 @@ def prepared(root: Path, world: World, case: Case, sharding: str) -> Workspace:
 
 def untie(folder: Path) -> None:
     """Give the head weights of its own, as in the 8B model."""
-    checkpoint = load_checkpoint(folder, MIN_PIXELS, MAX_PIXELS)
+    checkpoint = load_checkpoint(folder)
     model = checkpoint.model
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(0.5 * model.lm_head.weight.detach())
     shutil.rmtree(folder)
-    save_checkpoint(folder, model, checkpoint.tokenizer)
+    save_checkpoint(folder, model, checkpoint.tokenizer, checkpoint.pixels)
     assert "lm_head.weight" in load_file(folder / "model.safetensors")
 
 
@@ -176,7 +176,7 @@ def test_the_checkpoint_has_the_layout_of_one_process(spaces, name):
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     assert configs[0] == configs[1]
     assert ("lm_head.weight" in load_file(folders[1] / "model.safetensors")) != case.tied
-    load_checkpoint(folders[1], MIN_PIXELS, MAX_PIXELS)
+    load_checkpoint(folders[1])
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def every(space: Workspace, steps: int) -> Workspace:
 
 @pytest.fixture
 def ready(workspace: Workspace, world: World) -> Workspace:
-    checkpoint = load_checkpoint(workspace.paths.run("stage1"), 64 * 64, 128 * 128)
+    checkpoint = load_checkpoint(workspace.paths.run("stage1"))
     workspace.paths.run("rollout").mkdir()
     write_rollouts(workspace.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
     return workspace
@@ -84,7 +84,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
             assert picture.width > 300
     left = list(read_results(out / "monitor_answers" / "step_000004.jsonl"))
 
-    checkpoint = load_checkpoint(out, space.profile.model.min_pixels, space.profile.model.max_pixels)
+    checkpoint = load_checkpoint(out)
     monitor = make_monitor("json", space.profile, space.paths, "stage1", checkpoint, 4)
     again = predict_samples(
         checkpoint,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from coordexp.geometry.bins import encode_boxes
 from coordexp.packing.collator import teacher_segment
 from coordexp.rollout.engine import Generation
+from coordexp.training.sample_source import permuted
 from helpers import answer_reader, new_checkpoint
 
 
@@ -40,6 +43,15 @@ def test_random_order_keeps_annotations_and_answer_together(world, checkpoint):
         assert sample.iscrowd == stored.iscrowd
         assert sample.length == stored.length
         assert len(teacher_segment(sample).box_targets) == n_objects
+
+
+def test_areas_stay_with_their_objects(world, checkpoint):
+    stored = world.store[0]
+    areas_px2 = tuple(map(float, range(len(stored.descs))))
+    sample = permuted(replace(stored, areas_px2=areas_px2), world.encoder(checkpoint), [2])
+    order = [stored.boxes_xyxy_px.tolist().index(box) for box in sample.boxes_xyxy_px.tolist()]
+    assert order != sorted(order)
+    assert sample.areas_px2 == tuple(map(float, order))
 
 
 def test_crowds_stay_last(world, checkpoint):

@@ -244,7 +244,7 @@ def test_read_only_outputs_stop_with_their_name_and_damage_nothing(ready, stop_i
 def test_what_a_stage_leaves_behind(ready):
     summary = train(ready, "stage1")
     out = ready.paths.run("stage1")
-    checkpoint = load_checkpoint(out, 64 * 64, 128 * 128)  # a plain Hugging Face folder
+    checkpoint = load_checkpoint(out)  # a plain Hugging Face folder
     assert checkpoint.coord is not None
     metadata = json.loads((out / "run_metadata.json").read_text())
     assert metadata["stage"] == "stage1"

@@ -36,7 +36,7 @@ def test_what_a_stage_leaves_is_plain_weights(workspace, changes):
     start = load_file(workspace.paths.norm1000 / "init" / "model.safetensors")
     trained = train(tuned(workspace, **changes))
     assert trained.keys() == start.keys()
-    load_checkpoint(workspace.paths.run("stage1"), 64 * 64, 128 * 128)
+    load_checkpoint(workspace.paths.run("stage1"))
     moved = {name for name in start if not torch.equal(start[name], trained[name])}
     assert any("language_model.layers" in name for name in moved)
     if changes.get("vision") == "freeze":
@@ -68,7 +68,7 @@ def test_soft_context_sees_the_rows_in_training(workspace, world):
     pytest.importorskip("peft")
     space = tuned(workspace.set(stage2__n_softctx_iter=2), method="lora", rank=4)
     start = load_file(space.paths.run("stage1") / "model.safetensors")
-    checkpoint = load_checkpoint(space.paths.run("stage1"), 64 * 64, 128 * 128)
+    checkpoint = load_checkpoint(space.paths.run("stage1"))
     space.paths.run("rollout").mkdir()
     write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
     train_stage2(space.params, space.profile, space.paths)

@@ -1,4 +1,4 @@
-"""What every stage does around its work: allocator, arguments, log, exit codes."""
+"""What every stage does around its work: allocator, threads, arguments, log, exit codes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
+from coordexp.config.threads import set_threads
 from coordexp.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -125,6 +126,7 @@ def _context(run: Callable[[StageContext], None], argv: Sequence[str] | None) ->
     params = params.model_copy(update={"profile": args.profile or params.profile})
     profile = load_profile(args.params.parent / "configs" / f"{params.profile}.yaml")
     tune_allocator(LOG)
+    set_threads(profile.launch.threads, LOG)
     return StageContext(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out), log=LOG)
 
 

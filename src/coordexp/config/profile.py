@@ -174,8 +174,10 @@ class RolloutConfig(Block):
     vllm_python: Text = Field(description="vllm: interpreter that starts a server; make vllm installs it")
     servers: TextList = Field(description="vllm: URLs of running servers, or start: one of our own")
     requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
-    timeout_seconds: float = Field(gt=0, le=86400, description="vllm: time limit of one request")
-    tries: PositiveCount = Field(description="vllm: attempts at one request, over all servers")
+    timeout_seconds: float = Field(
+        gt=0, le=86400, description="vllm: time limit of one attempt, from sending to the last byte"
+    )
+    tries: PositiveCount = Field(description="vllm: attempts at one request before its server is left out")
     images: PositiveCount = Field(description="training images that get a rollout")
     batch_images: PositiveCount = Field(description="images generated together")
 
@@ -210,7 +212,11 @@ class ReportConfig(Block):
 class LaunchConfig(Block):
     """How stages use the machine."""
 
-    threads: int = Field(ge=0, le=1024, description="CPU threads of the tensor library; 0 leaves its own choice")
+    threads: int = Field(
+        ge=0,
+        le=1024,
+        description="CPU threads of the tensor library; 0 is its own choice within what a container grants",
+    )
     processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
     sharding: Literal["none", "fsdp2"] = Field(

@@ -30,9 +30,9 @@ def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str
     """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
 
     Returns:
-        n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by box size `by_area`
-        (small, medium, large by the settings' edges) and `by_side_px` (of sqrt(w*h)): n, mAP, AP75, AP90, f1_95 of the
-        objects of that size alone, mean_iou, share_95 (IoU >= .95).
+        n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by size `by_area`
+        (small, medium, large as in COCO, by the settings' edges) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75,
+        AP90, f1_95 of the objects of that size alone, mean_iou, share_95 (IoU >= .95).
 
     Raises:
         DataError: no record holds an object.
@@ -42,7 +42,10 @@ def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str
     if not ious.size:
         raise DataError(f"The ceiling needs at least one annotated object; {len(records)} records hold none.")
     results = [t[0] for t in trips]
-    area_N, side_N = bucket(sides**2, settings.area_edges_px2), bucket(sides, SIDE_EDGES_PX)
+    areas_px2 = [obj.area_px2 for record in records for obj in record.objects]
+    annotated_N = np.array(areas_px2, dtype=np.float64)  # None becomes NaN
+    area_px2_N = np.where(np.isnan(annotated_N), sides**2, annotated_N)
+    area_N, side_N = bucket(area_px2_N, settings.area_edges_px2), bucket(sides, SIDE_EDGES_PX)
     return {
         "n_images": len(results),
         "n_objects": len(ious),

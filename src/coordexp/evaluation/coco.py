@@ -1,7 +1,8 @@
 """COCO average precision: pycocotools is the number of record, faster-coco-eval the identical fast path.
 
-Boxes enter as float pixels. The area of an annotated object is that of its box. A value that COCO leaves undefined (no
-object of that kind in the data set) is None here where pycocotools prints -1.
+Boxes enter as float pixels. An object is small, medium or large by its annotated area (that of its mask), and by the
+area of its box where the source gives none; a detection by the area of its box, as in pycocotools. A value that COCO
+leaves undefined (no object of that kind in the data set) is None here where pycocotools prints -1.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
 from coordexp.evaluation.table import DetectionTable, Floats, Ints
-from coordexp.geometry.boxes import Boxes, xyxy_to_xywh
+from coordexp.geometry.boxes import Boxes, area, xyxy_to_xywh
+from coordexp.records.schema import LARGEST_AREA_PX2
 
 # COCOeval.stats, in its order.
 STAT_NAMES = ("mAP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _FAST_FROM_PREDICTIONS = 50_000
-_LARGEST_AREA_PX2 = 1e5**2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,13 +110,14 @@ def _run(table: DetectionTable, settings: EvalSettings, library: tuple[type, typ
 def set_area_ranges(evaluator: Any, settings: EvalSettings) -> None:
     """Part small, medium and large where the settings say."""
     small, large = settings.area_edges_px2
-    evaluator.params.areaRng = [[0, _LARGEST_AREA_PX2], [0, small], [small, large], [large, _LARGEST_AREA_PX2]]
+    evaluator.params.areaRng = [[0, LARGEST_AREA_PX2], [0, small], [small, large], [large, LARGEST_AREA_PX2]]
 
 
 def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:
     """The annotations in COCO's JSON form."""
     rows = np.arange(len(table.gt_boxes_G4))
-    annotations = _annotations(table, rows, table.gt_image_G, table.gt_category_G, table.gt_boxes_G4)
+    columns = (table.gt_image_G, table.gt_category_G, table.gt_boxes_G4, table.gt_area_px2_G)
+    annotations = _annotations(table, rows, *columns)
     for annotation, crowd in zip(annotations, table.gt_crowd_G.tolist(), strict=True):
         annotation["iscrowd"] = int(crowd)
     return {**_header(table), "annotations": annotations}
@@ -124,14 +126,15 @@ def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:
 def detection_dataset(table: DetectionTable) -> dict[str, Any]:
     """The predictions that name a category, in COCO's JSON form."""
     rows = np.flatnonzero(table.pred_category_P != NO_CATEGORY)
-    annotations = _annotations(table, rows, table.pred_image_P, table.pred_category_P, table.pred_boxes_P4)
+    columns = (table.pred_image_P, table.pred_category_P, table.pred_boxes_P4, area(table.pred_boxes_P4))
+    annotations = _annotations(table, rows, *columns)
     for annotation, score in zip(annotations, table.pred_score_P[rows].tolist(), strict=True):
         annotation |= {"iscrowd": 0, "score": score}
     return {**_header(table), "annotations": annotations}
 
 
 def _annotations(
-    table: DetectionTable, rows: Ints, image_N: Ints, category_N: Ints, boxes_N4: Boxes
+    table: DetectionTable, rows: Ints, image_N: Ints, category_N: Ints, boxes_N4: Boxes, area_px2_N: Floats
 ) -> list[dict[str, Any]]:
     xywh_N4 = xyxy_to_xywh(boxes_N4[rows])
     category_ids = np.array([c.id for c in table.index.categories])
@@ -140,7 +143,7 @@ def _annotations(
         table.image_ids_I[image_N[rows]].tolist(),
         category_ids[category_N[rows]].tolist(),
         xywh_N4.tolist(),
-        (xywh_N4[:, 2] * xywh_N4[:, 3]).tolist(),
+        area_px2_N[rows].tolist(),
     )
     names = ("id", "image_id", "category_id", "bbox", "area")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import CocoResult, coco_ap
 from coordexp.evaluation.confidence import reliability
@@ -150,7 +152,13 @@ def _subsets(table: DetectionTable) -> dict[str, list[int]]:
 
 
 def _coco_metrics(table: DetectionTable, coco: CocoResult) -> dict[str, float | int | None]:
-    counts = {"n_images": table.n_images, "n_gt": int(table.n_gt_I.sum()), "n_pred": int(table.n_pred_I.sum())}
+    annotated_G = ~np.isnan(table.gt_annotated_px2_G) & ~table.gt_crowd_G
+    counts = {
+        "n_images": table.n_images,
+        "n_gt": int(table.n_gt_I.sum()),
+        "n_gt_annotation_area": int(annotated_G.sum()),
+        "n_pred": int(table.n_pred_I.sum()),
+    }
     return {**coco.stats, "AP90": coco.mean_ap(iou=0.9), **counts}
 
 

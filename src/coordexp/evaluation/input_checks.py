@@ -40,6 +40,7 @@ BAD_INPUT = (
     BadInput("annotated name that is no category", "error: annotated object is none of the categories", "wrong list"),
     BadInput("box with NaN or infinity", "error, by file and line", "no comparison with it means anything"),
     BadInput("box with x2 < x1 or y2 < y1", "error, by file and line", "the parser drops and counts these before"),
+    BadInput("annotated area that cannot be one", "error, by file and line", "it decides what is small and large"),
     BadInput("prediction without a finite score", "error: AP needs a finite score", "a score is never invented"),
     BadInput("box of no area", "`input.zero_area_boxes`; judged, overlaps nothing", "a model may answer it"),
     BadInput("box outside its image by over 1 px", "`input.outside_boxes`; judged as it is", "a model may answer it"),

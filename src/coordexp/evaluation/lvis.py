@@ -2,7 +2,7 @@
 
 An LVIS image was searched for some categories only. A detection of a category that is neither annotated in its image
 nor verified absent is not judged; nor is a wrong one of a category whose instances were not all annotated. Areas are
-those of boxes, as everywhere in this package, where lvis-api takes masks.
+those of coco.py: LVIS annotates them, from its masks.
 
 faster-coco-eval, in its LVIS mode, gives the numbers of record; the matches made here agree with it and carry the
 bootstrap. The limit of 300 is over all categories of an image, as in lvis-api, and is applied before either.

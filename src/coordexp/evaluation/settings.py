@@ -20,7 +20,7 @@ MAX_DETECTIONS = 100  # per image and category, highest score first
 class EvalSettings:
     """Settings of one evaluation.
 
-    `area_edges_px2` are the box areas that part small from medium and medium from large (COCO: 32^2 and 96^2).
+    `area_edges_px2` are the object areas that part small from medium and medium from large (COCO: 32^2 and 96^2).
     `coco_backend` "auto" takes pycocotools, the number of record, up to 50,000 predictions and the identical but
     faster faster-coco-eval beyond. `matching` is the training-time Hungarian matching of the `rollout` area.
 

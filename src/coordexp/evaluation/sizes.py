@@ -1,4 +1,8 @@
-"""Results by object size. COCO's bands (32^2 and 96^2 px) say little about images of 128 px; these are by octave."""
+"""Results by object size: COCO's three bands by area, and bands of our own by octave of the box's side.
+
+COCO's bands (32^2 and 96^2 px, of the annotated area where there is one) say little about images of 128 px. Ours are
+about what the coordinates must express, so they go by the box.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,8 @@ def recall_by_side(table: DetectionTable, matches: GreedyMatches) -> list[dict[s
 def recall_by_area(
     table: DetectionTable, matches: GreedyMatches, edges_px2: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """For small, medium and large objects (`area`): what `_recall_rows` says."""
-    bucket_G = bucket(area(table.gt_boxes_G4), edges_px2)
+    """For small, medium and large objects (`gt_area_px2_G`, as in COCO): what `_recall_rows` says."""
+    bucket_G = bucket(table.gt_area_px2_G, edges_px2)
     return [{"area": AREA_NAMES[number], **row} for number, row in _recall_rows(table, matches, bucket_G)]
 
 

@@ -16,7 +16,7 @@ from coordexp.errors import DataError
 from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy
 from coordexp.evaluation.semantics import map_descriptions
 from coordexp.evaluation.settings import EvalSettings
-from coordexp.geometry.boxes import as_boxes
+from coordexp.geometry.boxes import area, as_boxes
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
@@ -41,6 +41,7 @@ class DetectionTable:
     gt_boxes_G4: Floats
     gt_category_G: Ints
     gt_crowd_G: Bools
+    gt_annotated_px2_G: Floats  # area as annotated (the mask's), NaN where only the box's is known
     pred_image_P: Ints
     pred_boxes_P4: Floats
     pred_category_P: Ints
@@ -53,6 +54,11 @@ class DetectionTable:
     def n_images(self) -> int:
         """Number of images, those without objects or predictions included."""
         return len(self.image_ids_I)
+
+    @property
+    def gt_area_px2_G(self) -> Floats:
+        """The area by which COCO tells small, medium and large objects apart: as annotated, else the box's."""
+        return np.where(np.isnan(self.gt_annotated_px2_G), area(self.gt_boxes_G4), self.gt_annotated_px2_G)
 
     @property
     def n_gt_I(self) -> Ints:
@@ -112,6 +118,7 @@ def build_table(
         gt_boxes_G4=_boxes([(r, "gt", g.bbox_xyxy_px) for r in ordered for g in r.gt]),
         gt_category_G=np.array([_gt_category(r, g.desc, index) for r in ordered for g in r.gt], dtype=np.int64),
         gt_crowd_G=np.array([g.iscrowd for r in ordered for g in r.gt], dtype=bool),
+        gt_annotated_px2_G=np.array([g.area_px2 for r in ordered for g in r.gt], dtype=np.float64),  # None becomes NaN
         pred_image_P=_repeat([len(r.pred) for r in ordered]),
         pred_boxes_P4=_boxes([(r, "pred", p.bbox_xyxy_px) for r in ordered for p in r.pred]),
         pred_category_P=np.array([found[p.desc][0] for r in ordered for p in r.pred], dtype=np.int64),

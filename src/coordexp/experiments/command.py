@@ -48,6 +48,7 @@ def monitor(
     once: Annotated[bool, typer.Option("--once", help="Look at the present state and stop.")] = False,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks for a new state.")] = 5.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Watch a training run: decode, count and keep the same dev images with every state that it saves.
 
@@ -69,7 +70,8 @@ def monitor(
     state = find_state(Path(), stage)
     os.nice(10)
     events = Events(folder / "tensorboard") if tensorboard else None
-    watcher = Monitor(params, load_profile(Path("configs") / f"{params.profile}.yaml"), paths, stage, images)
+    settings = load_profile(Path("configs") / f"{params.profile}.yaml")
+    watcher = Monitor(params, settings, paths, stage, images, device)
     for look in watch(watcher, state, folder, poll, events.follow if events else lambda _run: None):
         if events:
             events.look(look.step, look.values)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from coordexp.errors import ConfigError
+from coordexp.records.images import read_rgb
 
 LOG, LOOKS, PICTURES = "train_log.jsonl", "monitor.jsonl", "monitor"
 _LOGGED = ("loss/", "coord_diag/", "lr", "grad_norm")
@@ -46,8 +46,7 @@ class Events:
                     self._writer.add_scalar(f"look/{key}", value, row["step"])
             picture = run / PICTURES / f"step_{row['step']:06d}.jpg"
             if picture.is_file():
-                with Image.open(picture) as image:
-                    self._writer.add_image("look", np.asarray(image.convert("RGB")), row["step"], dataformats="HWC")
+                self._writer.add_image("look", np.asarray(read_rgb(picture)), row["step"], dataformats="HWC")
         self._writer.flush()
 
     def _new_rows(self, path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from coordexp.config.schema import Params
 from coordexp.errors import DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.suite import eval_settings
-from coordexp.models.loading import load_checkpoint
+from coordexp.models.device import AUTO
+from coordexp.models.loading import load_for_inference
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, write_results
@@ -56,9 +57,11 @@ class Look:
 class Monitor:
     """Decodes the same images with the weights of one state after another."""
 
-    def __init__(self, params: Params, profile: Profile, paths: ProfilePaths, stage: str, images: int) -> None:
+    def __init__(
+        self, params: Params, profile: Profile, paths: ProfilePaths, stage: str, images: int, device: str = AUTO
+    ) -> None:
         start = paths.init if stage == "stage1" else paths.run("stage1")
-        self._checkpoint = load_checkpoint(start, profile.model.min_pixels, profile.model.max_pixels)
+        self._checkpoint = load_for_inference(start, device)
         self._categories = read_categories(paths.records / "categories.json")
         store = SampleStore(paths.norm1000 / "dev.parquet")
         order = np.random.default_rng([params.seed, _SUBSET]).permutation(len(store))[:images]
@@ -78,7 +81,7 @@ class Monitor:
         if state is None:
             return None
         self._checkpoint.model.load_state_dict(state.model)
-        _, results = predict_samples(
+        results = predict_samples(
             self._checkpoint, self._reader, self._samples, self._image_root, self._decode, self._batch_images
         )
         found = evaluate(results, self._categories, self._settings)

@@ -17,22 +17,28 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from coordexp.config.provenance import file_hash
+from coordexp.config.provenance import file_hash, weight_files
 from coordexp.errors import CheckpointError
-from coordexp.models.pixel_format import pixel_spec
+from coordexp.models.device import AUTO, choose_device, inference_dtype
+from coordexp.models.processor import IMAGE_FILE, read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 METADATA = "run_metadata.json"
 MODEL_TYPE = Qwen3VLConfig.model_type
+# Besides the weights: what transformers reads of a folder.
+ANSWER_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "coordexp.json"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A model with all that is needed to feed it and read it. `coord` is None before norm1000 added the tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFormat:
+    """What is needed to ask a model and to read its answers. `coord` is None before norm1000 added the tokens."""
 
-    model: Qwen3VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     pixels: PixelSpec
     coord: CoordVocabulary | None
@@ -43,23 +49,58 @@ class Checkpoint:
         return "digits" if self.coord is None else None
 
 
-def load_checkpoint(folder: Path, min_pixels: int, max_pixels: int, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Load a checkpoint folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint(ModelFormat):
+    """A model with its format."""
+
+    model: Qwen3VLForConditionalGeneration
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load a checkpoint folder onto the CPU, to change it or to train it; `load_for_inference` is for answers.
 
     Raises:
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
-            damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, or a
-            file is not the one that training wrote.
+            damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, its
+            processor files do not say how pictures are prepared, or a file is not the one that training wrote.
     """
+    return _with_model(folder, load_format(folder), dtype)
+
+
+def load_for_inference(folder: Path, device: str = AUTO) -> Checkpoint:
+    """Load a checkpoint that only answers: on the device that `choose_device` gives, in the precision for it."""
+    return place_for_inference(folder, load_format(folder), device)
+
+
+def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> Checkpoint:
+    """As `load_for_inference`, where the format is known already."""
+    place = choose_device(device)
+    checkpoint = _with_model(folder, form, inference_dtype(place))
+    checkpoint.model.to(place)  # type: ignore[arg-type]  # an untyped decorator
+    return checkpoint
+
+
+def load_format(folder: Path) -> ModelFormat:
+    """Everything of a checkpoint but the weights; raises CheckpointError as `load_checkpoint` does."""
     check_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     _check_hashes(folder)
     transformers_logging.disable_progress_bar()
     tokenizer = _load_tokenizer(folder)
-    model = _load_model(folder, dtype)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
-    return Checkpoint(model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels), coord)
+    config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+    return ModelFormat(tokenizer=tokenizer, pixels=read_pixel_spec(folder, config), coord=coord)
+
+
+def vocabulary_size(folder: Path) -> int:
+    """How many token ids the model of a checkpoint can emit: its tables may have more rows than there are tokens."""
+    return int(Qwen3VLConfig.from_pretrained(folder, local_files_only=True).to_dict()["text_config"]["vocab_size"])
+
+
+def _with_model(folder: Path, form: ModelFormat, dtype: torch.dtype) -> Checkpoint:
+    model = _load_model(folder, dtype)
+    return Checkpoint(model=model, tokenizer=form.tokenizer, pixels=form.pixels, coord=form.coord)
 
 
 def check_config(folder: Path) -> None:
@@ -94,9 +135,15 @@ def _check_hashes(folder: Path) -> None:
             )
 
 
+def answer_files(folder: Path) -> list[Path]:
+    """All files of a checkpoint that decide what it answers: weights, configuration, tokenizer, template, processor."""
+    return [*weight_files(folder), *(folder / name for name in ANSWER_FILES if (folder / name).is_file())]
+
+
 def checkpoint_hashes(folder: Path) -> dict[str, str]:
     """Hashes of the files that decide what a checkpoint answers, for its `run_metadata.json`."""
-    decisive = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    names = ("config.json", "tokenizer.json", IMAGE_FILE)
+    decisive = [*folder.glob("*.safetensors"), *(folder / name for name in names)]
     return {path.name: file_hash(path) for path in sorted(decisive)}
 
 
@@ -158,9 +205,10 @@ def save_checkpoint(
     folder: Path,
     model: Qwen3VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
+    pixels: PixelSpec,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a plain checkpoint that Hugging Face and vLLM load without code of ours.
+    """Write a plain checkpoint that Hugging Face and vLLM load without code of ours, and feed with the same pixels.
 
     `weights` are those of the model by name, where it does not hold them whole itself.
     """
@@ -172,3 +220,4 @@ def save_checkpoint(
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         raise
     tokenizer.save_pretrained(folder)
+    write_processor_files(folder, pixels)

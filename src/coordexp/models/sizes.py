@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from coordexp.models.loading import check_config, save_checkpoint
+from coordexp.models.processor import read_pixel_spec
 
 VOCABULARY_ROWS = 151_936
 
@@ -109,9 +110,10 @@ def write_shrunken(folder: Path, out: Path, seed: int) -> int:
         CheckpointError: the folder is no Qwen3-VL checkpoint; its weights are not looked at.
     """
     check_config(folder)
-    model = build_shrunken(Qwen3VLConfig.from_pretrained(folder, local_files_only=True), seed)
+    config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+    model = build_shrunken(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    save_checkpoint(out, model, tokenizer)
+    save_checkpoint(out, model, tokenizer, read_pixel_spec(folder, config))
     return sum(parameter.numel() for parameter in model.parameters())

@@ -21,6 +21,9 @@ from coordexp.records.augment import split_view
 from coordexp.records.images import MAX_ASPECT_RATIO, read_rgb
 from coordexp.records.manifest import image_path
 
+# Bytes 0..255 to -1..1, as Qwen3-VL's processor: (value / 255 - mean) / std.
+PIXEL_MEAN = PIXEL_STD = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
@@ -83,7 +86,7 @@ def patchify(rgb_HW3: NDArray[np.uint8], spec: PixelSpec) -> NDArray[np.float32]
     """Normalise to [-1, 1] and cut into patches (P, 3*t*p*p), ordered merge-block by merge-block."""
     height, width = rgb_HW3.shape[:2]
     p, m = spec.patch_size, spec.merge_size
-    pixels = rgb_HW3.astype(np.float32) * (2.0 / 255.0) - 1.0
+    pixels = rgb_HW3.astype(np.float32) * (1.0 / (255.0 * PIXEL_STD)) - PIXEL_MEAN / PIXEL_STD
     grid = pixels.reshape(height // (p * m), m, p, width // (p * m), m, p, 3)
     # (block row, row in block, y, block column, column in block, x, channel) -> blocks, channel, y, x
     patches = grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, p, p)

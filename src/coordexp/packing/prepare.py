@@ -64,6 +64,7 @@ class SamplePreparer:
         kept = [o for o in objects if not o.metadata.get("iscrowd")]
         answer = self._answer(record, kept, task)
         ordered = kept + [o for o in objects if o.metadata.get("iscrowd")]
+        areas_px2 = tuple(o.area_px2 for o in ordered)
         return Sample(
             image_id=image_id_of(record),
             image=record.image,
@@ -79,6 +80,7 @@ class SamplePreparer:
             descs=tuple(o.desc for o in ordered),
             boxes_xyxy_px=as_boxes([o.bbox_xyxy_px for o in ordered]).astype(np.float32),
             iscrowd=tuple(bool(o.metadata.get("iscrowd")) for o in ordered),
+            areas_px2=() if all(area is None for area in areas_px2) else areas_px2,
         )
 
     def _prompt_ids(self, task: str) -> NDArray[np.int32]:
@@ -108,12 +110,17 @@ def image_id_of(record: Record) -> int:
     return int.from_bytes(hashlib.sha256(record.image.encode()).digest()[:6], "big")
 
 
+def have_areas(records: Iterable[Record]) -> bool:
+    """Whether any object has an annotated area that is not its box's."""
+    return any(obj.area_px2 is not None for record in records for obj in record.objects)
+
+
 def write_split(
-    preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path
+    preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path, with_areas: bool = False
 ) -> PreparedCounts:
-    """Prepare every record and write the parquet file of one split."""
+    """Prepare every record and write the parquet file of one split; `with_areas` is what `have_areas` says of them."""
     samples = objects = tokens = longest = collapsed = 0
-    with replacing(path) as temporary, SampleWriter(temporary) as writer:
+    with replacing(path) as temporary, SampleWriter(temporary, with_areas=with_areas) as writer:
         for record, task in zip(records, tasks, strict=False):
             sample = preparer.prepare(record, task)
             writer.add(sample)

@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
         ("iscrowd", pa.list_(pa.bool_())),
     ]
 )
+# Only in files that have annotated areas: most sources give none. 64 bits, because an area decides between bands.
+AREA_COLUMN = pa.field("areas_px2", pa.list_(pa.float64()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Sample:
     """One image with its prompt (one image placeholder), teacher answer, and annotations: in answer order, crowds last.
 
     Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4) are float pixels of the original image; the model sees
-    the resized one.
+    the resized one. `areas_px2` are the annotated areas (masks), None where only the box's is known; empty if all are.
     """
 
     image_id: int
@@ -53,6 +55,7 @@ class Sample:
     descs: tuple[str, ...]
     boxes_xyxy_px: NDArray[np.float32]
     iscrowd: tuple[bool, ...]
+    areas_px2: tuple[float | None, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -66,16 +69,21 @@ class Sample:
 
 
 class SampleWriter:
-    """Writes samples in row groups as they come, so that a large split never sits in memory."""
+    """Writes samples in row groups as they come, so that a large split never sits in memory.
 
-    def __init__(self, path: Path, rows_per_group: int = 4096) -> None:
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+    `with_areas` makes the column of annotated areas, without which samples must have none.
+    """
+
+    def __init__(self, path: Path, rows_per_group: int = 4096, with_areas: bool = False) -> None:
+        self._schema = SCHEMA.append(AREA_COLUMN) if with_areas else SCHEMA
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
         self._rows: list[dict[str, object]] = []
         self._rows_per_group = rows_per_group
 
     def add(self, sample: Sample) -> None:
         """Append one sample."""
-        row = {name: getattr(sample, name) for name in SCHEMA.names}
+        assert not sample.areas_px2 or AREA_COLUMN.name in self._schema.names, "the file has no column for areas"
+        row = {name: getattr(sample, name) for name in self._schema.names}
         row["boxes_xyxy_px"] = sample.boxes_xyxy_px.reshape(-1)
         self._rows.append(row)
         if len(self._rows) >= self._rows_per_group:
@@ -83,7 +91,7 @@ class SampleWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
             self._rows = []
 
     def __enter__(self) -> SampleWriter:
@@ -99,7 +107,9 @@ class SampleStore(Sequence[Sample]):
 
     def __init__(self, path: Path) -> None:
         self._table = pq.read_table(path, memory_map=True).combine_chunks()
-        self._columns = {name: self._table.column(name) for name in SCHEMA.names}
+        has_areas = AREA_COLUMN.name in self._table.column_names
+        names = [*SCHEMA.names, AREA_COLUMN.name] if has_areas else SCHEMA.names
+        self._columns = {name: self._table.column(name) for name in names}
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -117,6 +127,7 @@ class SampleStore(Sequence[Sample]):
             descs=tuple(row["descs"].as_py()),
             boxes_xyxy_px=_array(row["boxes_xyxy_px"], np.float32).reshape(-1, 4),
             iscrowd=tuple(row["iscrowd"].as_py()),
+            areas_px2=tuple(row[AREA_COLUMN.name].as_py()) if AREA_COLUMN.name in row else (),
         )
 
     def lengths(self) -> NDArray[np.int32]:

@@ -103,7 +103,9 @@ def _cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
             continue
         is_seen = width * height >= MIN_VISIBLE * (x2 - x1) * (y2 - y1)
         metadata = _without_rings(obj) if is_seen else {**_without_rings(obj), "iscrowd": 1}
-        objects.append(ObjectRecord(obj.desc, box, None, metadata))
+        # How much of a mask a crop leaves is not known: of an object that it cuts, the area of the box counts.
+        is_whole = left <= x1 and top <= y1 and x2 <= right and y2 <= bottom
+        objects.append(ObjectRecord(obj.desc, box, None, metadata, obj.area_px2 if is_whole else None))
     return replace(record, width=right - left, height=bottom - top, objects=tuple(objects))
 
 
@@ -112,7 +114,7 @@ def _flipped(record: Record) -> Record:
     for obj in record.objects:
         x1, y1, x2, y2 = obj.bbox_xyxy_px
         box = (record.width - x2, y1, record.width - x1, y2)
-        objects.append(ObjectRecord(swap_sides(obj.desc), box, None, _without_rings(obj)))
+        objects.append(ObjectRecord(swap_sides(obj.desc), box, None, _without_rings(obj), obj.area_px2))
     metadata = dict(record.metadata)
     if "phrase" in metadata:
         metadata["phrase"] = swap_sides(metadata["phrase"])
@@ -126,7 +128,9 @@ def _scaled(record: Record, factor: float) -> Record:
     objects = []
     for obj in record.objects:
         x1, y1, x2, y2 = obj.bbox_xyxy_px
-        objects.append(ObjectRecord(obj.desc, (x1 * fx, y1 * fy, x2 * fx, y2 * fy), None, _without_rings(obj)))
+        box, area_px2 = (x1 * fx, y1 * fy, x2 * fx, y2 * fy), obj.area_px2
+        scaled_px2 = None if area_px2 is None else area_px2 * fx * fy
+        objects.append(ObjectRecord(obj.desc, box, None, _without_rings(obj), scaled_px2))
     return replace(record, width=width, height=height, objects=tuple(objects))
 
 

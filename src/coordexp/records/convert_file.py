@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from coordexp.errors import DataError
-from coordexp.records.losses import by_reason, examples, refuse_losses
-from coordexp.records.manifest import inspect_all
+from coordexp.records.losses import NOTHING_LOST, by_reason, examples, refuse_losses
+from coordexp.records.manifest import Watch, inspect_all
 from coordexp.records.names import refuse_clashes, settle_names
 from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
-from coordexp.records.schema import Record, parse_record
+from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem, Reading, SplitFiles
-from coordexp.records.sources.coco import read_coco
+from coordexp.records.sources.coco import instances_reading, load_instances
 from coordexp.records.sources.registry import READERS
 
 
@@ -32,35 +29,53 @@ class ConvertedFile:
         objects = [o for record in self.records for o in record.objects]
         crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
         counts = by_reason(self.problems)
+        n_lost = sum(p.reason not in NOTHING_LOST for p in self.problems)
         return [
             f"{len(self.records)} images, {len(objects)} objects, {crowds} of them crowd regions",
             *(f"  {example}" for example in examples(self.problems)),
-            f"dropped: {len(self.problems)} boxes{', ' if counts else ''}{counts}",
+            f"dropped: {n_lost} boxes{', ' if counts else ''}{counts}",
         ]
 
 
-def convert_coco(
+def convert_file(
+    source: str,
     annotations: Path,
     images: Path,
+    split: str,
     policies: Policies,
-    watch: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+    watch: Watch = lambda found, total: found,
 ) -> ConvertedFile:
-    """Convert one COCO instances file, where anything that is not of the format is an error.
+    """Convert one file by the reader, the checks of images and the policies that the graph uses.
+
+    Every image must be there in its annotated size, as a viewer shows it, and is unpacked once.
 
     Args:
-        annotations: the instances file.
-        images: the folder that its file names start from; each image must be there in its annotated size.
+        source: a format of `records.sources.registry`.
+        annotations: its annotation file (docs/data.md says which one).
+        images: the folder that file names start from.
+        split: "train" or "val": which part of a file that holds both.
         policies: what to do with the unusual.
-        watch: passes the records on, and may show how far it is.
+        watch: passes the facts of images on, and may show how far it is of how many.
 
     Raises:
-        DataError: naming the first entry or image that cannot be used, or what is lost if it is too much.
+        DataError: the file is not of that format, images cannot be used, or too much is lost; the first are named.
     """
-    result = read_coco(annotations, "", policies)
-    for record in watch(result.records):
-        _check_image(record, images, f"{annotations}: image {record.metadata['image_id']}")
+    root = Path(os.path.commonpath([annotations.absolute().parent, images.absolute()]))
+    below = images.absolute().relative_to(root).as_posix()
+    files = SplitFiles(root, annotations.absolute().relative_to(root).as_posix(), below, split)
+    reading = _read(source, files)
+    found = list(reading.images)
+    names = {str(image.file_name) for image in found}
+    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    result = to_records(Reading(found, reading.categories, reading.problems), policies, facts)
+    _refuse_other_folder(result, images)
+    refuse_bad_images(result.bad_images)
     _refuse(annotations, result, policies)
-    return ConvertedFile(tuple(result.records), tuple(result.problems))
+    if not result.records:
+        raise DataError(f"{annotations}: no record is left of split {split!r}; nothing was written.")
+    prefix = "" if below == "." else f"{below}/"
+    records = tuple(replace(r, image=r.image.removeprefix(prefix)) for r in result.records)
+    return ConvertedFile(records, tuple(result.problems))
 
 
 def _refuse(annotations: Path, result: RecordSet, policies: Policies) -> None:
@@ -69,46 +84,18 @@ def _refuse(annotations: Path, result: RecordSet, policies: Policies) -> None:
     refuse_clashes(settle_names({str(annotations): [result]}))
 
 
-def _check_image(record: Record, folder: Path, where: str) -> None:
-    """Raise DataError unless the record keeps the contract and its image is there in the size that it says."""
-    parse_record(record.to_json(), where)
-    path = folder / record.image
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image, but {where} names it. Is --images the right folder?") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); {where} names it.") from error
-    if size != (record.width, record.height):
-        raise DataError(f"{path}: is {size[0]} x {size[1]} px, but {where} says {record.width} x {record.height}.")
+def _read(source: str, files: SplitFiles) -> Reading:
+    """As the graph reads it, except that an entry of a COCO file that is none (a size of null) is an error here."""
+    if source != "coco":
+        return READERS[source](files)
+    instances = load_instances(files.path, strict=True, polygons=False)
+    return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
 
 
-def convert_file(source: str, annotations: Path, images: Path, split: str, policies: Policies) -> ConvertedFile:
-    """Convert one file; every image is unpacked once.
-
-    Args:
-        source: a format of `records.sources.registry`.
-        annotations: its annotation file (docs/data.md says which one).
-        images: the folder that file names start from.
-        split: "train" or "val": which part of a file that holds both.
-        policies: what to do with the unusual.
-
-    Raises:
-        DataError: the file is not of that format, images cannot be used, or too much is lost; the first are named.
-    """
-    root = Path(os.path.commonpath([annotations.absolute().parent, images.absolute()]))
-    below = images.absolute().relative_to(root).as_posix()
-    files = SplitFiles(root, annotations.absolute().relative_to(root).as_posix(), below, split)
-    reading = READERS[source](files)
-    found = list(reading.images)
-    names = {str(image.file_name) for image in found}
-    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1)
-    result = to_records(Reading(found, reading.categories, reading.problems), policies, facts)
-    refuse_bad_images(result.bad_images)
-    _refuse(annotations, result, policies)
-    if not result.records:
-        raise DataError(f"{annotations}: no record is left of split {split!r}; nothing was written.")
-    prefix = "" if below == "." else f"{below}/"
-    records = tuple(replace(r, image=r.image.removeprefix(prefix)) for r in result.records)
-    return ConvertedFile(records, tuple(result.problems))
+def _refuse_other_folder(result: RecordSet, images: Path) -> None:
+    """Raise DataError if not one image is there: then it is the folder that is wrong."""
+    if not result.records and result.bad_images and {p.reason for p in result.bad_images} == {"image_missing"}:
+        raise DataError(
+            f"{images}: none of the {len(result.bad_images)} annotated images is there (first: "
+            f"{result.bad_images[0]}). Expected the folder that the file names start from: is --images right?"
+        )

@@ -15,7 +15,7 @@ from typing import Any
 from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.convert import policies_of
-from coordexp.records.losses import any_counts, excessive_losses
+from coordexp.records.losses import NOTHING_LOST, any_counts, excessive_losses
 from coordexp.records.manifest import SPLITS, dataset_root, inspect_all, open_split
 from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
@@ -24,7 +24,7 @@ from coordexp.records.sources.base import Problem, Reading, SourceImage
 from coordexp.records.splits import overlap, same_pictures, split_dev
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
-NOTED = ("names_merged", "picture_repeated", "same_picture")  # nothing is lost
+NOTED = NOTHING_LOST | {"names_merged", "same_picture"}
 
 
 @dataclass(frozen=True, slots=True)

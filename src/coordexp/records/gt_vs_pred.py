@@ -15,18 +15,19 @@ from typing import Any
 
 from coordexp.config.files import replacing
 from coordexp.errors import DataError
-from coordexp.records.schema import checked_flag
+from coordexp.records.schema import checked_area_px2, checked_flag
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
-    """One annotated object."""
+    """One annotated object; `area_px2` is the annotated area (the mask's), None where only the box's is known."""
 
     desc: str
     bbox_xyxy_px: tuple[float, float, float, float]
     iscrowd: bool = False
+    area_px2: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +87,28 @@ class ImageResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value; inverse of `result_from_json`."""
-        return asdict(self)
+        row = asdict(self)
+        for obj in row["gt"]:
+            if obj["area_px2"] is None:
+                del obj["area_px2"]
+        return row
 
 
 def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
-    """Rebuild one line; raises DataError naming `where` if a key is missing, or a box is not finite or not ordered."""
+    """Rebuild one line.
+
+    Raises:
+        DataError: naming `where`: a key is missing, a box is not finite or not ordered, or an area cannot be one.
+    """
     try:
         gt = tuple(
             GroundTruth(
-                o["desc"], _box(o["bbox_xyxy_px"], where), checked_flag(o.get("iscrowd"), f"{where}: gt.iscrowd")
+                desc=o["desc"],
+                bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
+                iscrowd=checked_flag(o.get("iscrowd"), f"{where}: gt[{i}].iscrowd"),
+                area_px2=checked_area_px2(o.get("area_px2"), f"{where}: gt[{i}]"),
             )
-            for o in row["gt"]
+            for i, o in enumerate(row["gt"])
         )
         pred = tuple(
             Prediction(

@@ -9,28 +9,51 @@ from pathlib import Path
 
 from coordexp.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# The formats that are read, by Pillow's names, and the suffixes of their files. MPO is what many phones and cameras
+# write: a JPEG with more pictures behind it, of which the first is read; Pillow's JPEG reader knows it.
+IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+}
+IMAGE_SUFFIXES = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
 
 
 def expand_images(arguments: Iterable[str]) -> list[Path]:
     """The image files that the arguments mean, each once: files, the images of a folder, the matches of a glob.
 
+    A named file is taken whatever its suffix; of a folder, what has a suffix of `IMAGE_SUFFIXES`.
+
     Raises:
-        DataError: an argument means no file.
+        DataError: an argument means no file, or a folder holds none with such a suffix.
     """
     paths: dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
+            matches = _images_of_folder(path)
+        elif path.exists():  # also a pipe or a device: reading it says what it is
             matches = [path]
         else:
-            matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if p.is_file())
+            matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if not p.is_dir())
         if not matches:
             raise DataError(f"{argument}: no image there; expected an image file, a folder of images, or a glob.")
         paths |= dict.fromkeys(matches)
     return list(paths)
+
+
+def _images_of_folder(folder: Path) -> list[Path]:
+    files = [path for path in folder.iterdir() if not path.is_dir()]
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise DataError(
+            f"{folder}: no image there: none of its {len(files)} files ends in {', '.join(sorted(IMAGE_SUFFIXES))}. "
+            "Sub-folders are not searched; name them, or give a glob."
+        )
+    return images
 
 
 def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:

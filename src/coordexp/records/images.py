@@ -1,34 +1,65 @@
-"""Image files: one way to read them as RGB, and one look at a file that says all that is wrong with it.
+"""Pictures: the one place that opens them, the one conversion to RGB, and one look that finds all faults of a file.
 
 Frame: pixels as a viewer shows them. An EXIF orientation is applied on reading, so width, height and boxes are those of
 the picture a person annotated; 16-bit grey is scaled to 8 bit, transparency is put on white, CMYK and palettes become
-RGB.
+RGB. Training, prediction, drawing and checks all come here, so a picture means the same pixels to each of them.
+
+Files are foreign input: only regular files are opened, and only by the decoders of `IMAGE_FORMATS`. Pillow alone would
+try all it has, and its reader of EPS starts Ghostscript.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from coordexp.errors import DataError
+from coordexp.records.image_files import IMAGE_FORMATS
 
 # Pillow's own limit: above it a small file may unpack to gigabytes.
 MAX_IMAGE_PIXELS = 178_956_970
+MAX_FILE_BYTES = 2**31
 # Pillow warns from half of that on, which is an ordinary panorama. (Process-wide: filters set per call are not
 # safe in threads.)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MAX_ASPECT_RATIO = 200  # as Qwen3-VL's processor
 EXIF_ORIENTATION = 0x0112
-# What Pillow's decoders raise on broken files.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+# What Pillow's decoders raise on broken files: besides its own errors, whatever a damaged number leads to.
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, RuntimeError, MemoryError, struct.error, zlib.error),
+)
+_FORMATS = ", ".join(IMAGE_FORMATS)
+# EXIF orientation -> what turns the stored picture upright; the last four swap width and height.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +77,87 @@ class ImageFacts:
     detail: str = ""
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """Read an image file as upright 8-bit RGB; raises DataError naming the file if that is not possible."""
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as upright 8-bit RGB.
+
+    Raises:
+        DataError: naming the file: it is missing, no regular file, of no format that is read, too large, or broken.
+    """
+    with open_image(path) as image:
+        return _upright_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in memory, converted as `read_rgb` converts the file that it may come from.
+
+    Raises:
+        DataError: its pixels cannot be decoded, or have no known range.
+    """
+    with _named_errors(f"PIL image of mode {image.mode}"):
+        _refuse_bombs(image)
+        return _upright_rgb(image)
+
+
+@contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open an image file as it is stored; pixels are decoded on use.
+
+    Raises:
+        DataError: as `read_rgb`, also for what decoding raises within the block.
+    """
+    with _named_errors(str(path)), _open_regular(path) as handle, _decoder(handle) as image:
+        yield image
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of an image file's bytes; raises DataError naming the file if it is missing or no regular file."""
+    with _named_errors(str(path)), _open_regular(path) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            _refuse_bombs(image)
-            return _as_rgb(ImageOps.exif_transpose(image))
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: no such file; expected an image. If a record names it: run the raw stage.") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}; split or shrink it.") from error
+        raise DataError(f"{what}: {error}; split or shrink it.") from error
     except UNREADABLE as error:
+        reason = str(error) or type(error).__name__
         raise DataError(
-            f"{path}: cannot be read as an image ({error}). Expected a JPEG or PNG; run the raw stage."
+            f"{what}: cannot be read as an image ({reason}). Expected a whole {_FORMATS} file: restore or convert it."
         ) from error
+
+
+@contextmanager
+def _open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
+    """Open a regular file: reading anything else may never end, and opening a device may do something.
+
+    Pillow gets the handle, not the path: it would map a TIFF into memory and turn it wrongly (orientations 5 to 8).
+    """
+    _check_regular(os.stat(path))
+    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
+        _check_regular(os.fstat(handle.fileno()))
+        yield handle
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(f"it is {kind}, expected a regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise Image.DecompressionBombError(f"{found.st_size} bytes are more than the {MAX_FILE_BYTES} that are read")
+
+
+def _decoder(handle: BufferedReader) -> Image.Image:
+    try:
+        image = Image.open(handle, formats=tuple(IMAGE_FORMATS))
+    except Image.UnidentifiedImageError as error:
+        raise OSError(f"its content is none of {_FORMATS}") from error
+    _refuse_bombs(image)
+    return image
 
 
 def _refuse_bombs(image: Image.Image) -> None:
@@ -67,20 +167,47 @@ def _refuse_bombs(image: Image.Image) -> None:
         )
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none, or a value that means nothing."""
+    value = image.getexif().get(EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _shown_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    """Upright width and height of a picture that is not decoded yet; of a TIFF, Pillow says those itself."""
+    return image.size[::-1] if orientation >= 5 and image.format != "TIFF" else image.size
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    orientation = _orientation(image)  # what is left to do: loading a TIFF turns it upright
+    rgb = _as_rgb(image)
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow alone would clip everything above 255 to white
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"mode {image.mode} with values {grey.min()}..{grey.max()}, expected 16 bits")
-        return Image.fromarray(np.rint(grey / 257.0).astype(np.uint8)).convert("RGB")
+        return _from_16_bit(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        shown = image.convert("RGBA")
+    if image.has_transparency_data:
+        # Pillow knows no way from premultiplied grey but this.
+        shown = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         paper = Image.new("RGB", shown.size, "white")
         paper.paste(shown, mask=shown.getchannel("A"))
         return paper
     return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"mode {image.mode} with values {grey.min()}..{grey.max()}, expected 16 bits")
+    scaled = np.rint(grey / 257.0).astype(np.uint8)
+    clear = image.info.get("transparency")  # the one value that a PNG calls transparent
+    if isinstance(clear, int):
+        scaled[grey == clear] = 255
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
@@ -94,36 +221,31 @@ def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
     if reason := unsafe_name(name):
         return ImageFacts(str(name), problem="image_path_unsafe", detail=reason)
     path = root / name
+    known: dict[str, Any] = {"name": name}
     try:
-        digest = hashlib.sha256()
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-            n_bytes = handle.tell()
+        with _open_regular(path) as handle:
+            known["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+            known["n_bytes"] = handle.tell()
+            handle.seek(0)
+            return _inspect_content(handle, known, decode)
     except FileNotFoundError:
         return ImageFacts(name, problem="image_missing", detail=f"no file {path}")
-    except OSError as error:
-        return ImageFacts(name, problem="image_unreadable", detail=str(error))
-    known: dict[str, Any] = {"name": name, "n_bytes": n_bytes, "sha256": digest.hexdigest()}
-    try:
-        return _inspect_content(path, known, decode)
     except Image.DecompressionBombError as error:
         return ImageFacts(**known, problem="image_too_large", detail=str(error))
     except UNREADABLE as error:
         return ImageFacts(**known, problem="image_unreadable", detail=f"{type(error).__name__}: {error}")
 
 
-def _inspect_content(path: Path, known: dict[str, Any], decode: bool) -> ImageFacts:
-    with Image.open(path) as image:
-        orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
-        width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+def _inspect_content(handle: BufferedReader, known: dict[str, Any], decode: bool) -> ImageFacts:
+    with _decoder(handle) as image:
+        orientation = _orientation(image)
+        width, height = _shown_size(image, orientation)
         known = known | {"width": width, "height": height, "mode": image.mode, "orientation": orientation}
-        _refuse_bombs(image)
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             detail = f"{width} x {height} px, the longer side is more than {MAX_ASPECT_RATIO} times the shorter"
             return ImageFacts(**known, problem="image_too_long", detail=detail)
         if decode:
-            _as_rgb(image)
+            known["width"], known["height"] = _upright_rgb(image).size
     return ImageFacts(**known)
 
 

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 from coordexp.errors import DataError
 from coordexp.records.box_frames import EXAMPLES
-from coordexp.records.policy import Policies, RecordSet
+from coordexp.records.policy import AREA_INVALID, Policies, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
 
 ALLOWED = 2  # losses that stop nothing where an object is left: too few for a share to say anything
+NOTHING_LOST = frozenset({AREA_INVALID, "picture_repeated"})  # every object is kept
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
-HARMLESS = frozenset(
-    {"crowd", "truncated", "over_max_objects", "record_over_max_objects", "image_in_val", "duplicate_object"}
-    | {"area_invalid", "phrase_missing", "picture_repeated"}
-)
+HARMLESS = NOTHING_LOST | {
+    "crowd", "truncated", "over_max_objects", "record_over_max_objects", "image_in_val", "duplicate_object",
+    "phrase_missing",
+}  # fmt: skip
 # These cost an image with all its annotations, as do those that begin with `image_`.
 _OF_IMAGES = frozenset({"record_invalid", "annotation_unreadable", "label_unreadable", "label_unused"})
 _REMEDY = "Mend the annotations, or allow more with records.max_lost (coordexp convert: --max-lost)."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -34,6 +34,7 @@ MANIFEST, IMAGES = "manifest.json", "images.parquet"
 SPLITS = ("train", "val")
 
 Facts = dict[str, dict[str, ImageFacts]]  # set -> file name -> facts
+Watch = Callable[[Iterable[ImageFacts], int], Iterable[ImageFacts]]
 
 
 def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool, workers: int) -> dict[str, Any]:
@@ -91,11 +92,16 @@ def split_files(described: Mapping[str, Any], split: str) -> SplitFiles:
     return SplitFiles(Path(described["root"]), described[split], described[f"{split}_images"], split)
 
 
-def inspect_all(root: Path, names: Iterable[str], decode: bool, workers: int) -> dict[str, ImageFacts]:
-    """Facts of every named image, sorted by name. Decoding and hashing release the interpreter lock."""
+def inspect_all(
+    root: Path, names: Collection[str], decode: bool, workers: int, watch: Watch = lambda found, total: found
+) -> dict[str, ImageFacts]:
+    """Facts of every named image, sorted by name; `watch` passes them on, and may show how far it is of how many.
+
+    Decoding and hashing release the interpreter lock.
+    """
     with ThreadPoolExecutor(max_workers=workers) as pool:
         found = pool.map(lambda name: inspect_image(root, name, decode), sorted(names))
-        return {facts.name: facts for facts in found}
+        return {facts.name: facts for facts in watch(found, len(names))}
 
 
 def _summary(described: Mapping[str, Any], facts: Iterable[ImageFacts]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from coordexp.records.categories import Category
 from coordexp.records.descriptions import clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
-from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, is_finite
+from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, as_area_px2, is_finite
 
 SHOWN = 5  # examples in an error
+AREA_INVALID = "area_invalid"  # costs no object, only its annotated area
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,9 @@ def _record(
         checked = _object(obj, width, height, policies, result)
         if isinstance(checked, ObjectRecord) and (checked.desc, checked.bbox_xyxy_px) not in kept:
             kept[checked.desc, checked.bbox_xyxy_px] = checked
+            if obj.area_px2 is not None and as_area_px2(obj.area_px2) is None:
+                detail = f"{obj.area_px2!r:.40}"
+                problems.append(Problem(AREA_INVALID, image.file, f"{image.key}, {obj.key}", detail))
         else:
             reason, detail = ("duplicate_object", "") if isinstance(checked, ObjectRecord) else checked
             problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}", detail))
@@ -223,7 +227,9 @@ def _object(
     metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
     if policies.polygons == "keep" and obj.rings:
         metadata["segmentation"] = [[round(v, 2) for v in ring] for ring in obj.rings]
-    return ObjectRecord(str(desc), box, None, metadata)
+    # An area that is the box's says nothing more. Others stay where a box is clipped: a mask ends with the image.
+    area_px2 = as_area_px2(obj.area_px2)
+    return ObjectRecord(str(desc), box, None, metadata, None if area_px2 == _area(box) else area_px2)
 
 
 def _shown_box(obj: SourceObject, width: int, height: int) -> str:
@@ -257,5 +263,5 @@ def _at_most(
     lost = [o for o in counted if not any(o is c for c in chosen)]
     problems.extend(Problem("over_max_objects", image.file, image.key, o.desc) for o in lost)
     # Objects that are there but not asked for must not count as false alarms: they become ignore regions.
-    regions = [ObjectRecord(o.desc, o.bbox_xyxy_px, o.poly_px, {**o.metadata, "iscrowd": 1}) for o in lost]
+    regions = [replace(o, metadata={**o.metadata, "iscrowd": 1}) for o in lost]
     return [o for o in objects if o.metadata.get("iscrowd")] + chosen + regions

@@ -1,11 +1,12 @@
 """The record contract: one JSON line per image (DESIGN section 5).
 
     {"images": ["a.jpg"], "width": 640, "height": 480,
-     "objects": [{"desc": "black cat", "bbox_2d": [x1, y1, x2, y2]} | {"desc": ..., "poly": [x1, y1, ...]}],
+     "objects": [{"desc": "black cat", "bbox_2d": [x1, y1, x2, y2], "area_px2": 812.5} | {"desc": ..., "poly": [...]}],
      "summary": "...", "metadata": {...}}
 
 Coordinates are pixel floats in [0, W] x [0, H], or ready coordinate tokens; one record never mixes both. `poly` is
-trained and evaluated by its tight box. `line` is refused.
+trained and evaluated by its tight box. `line` is refused. `area_px2` is optional: the area of the object's mask, by
+which COCO tells small, medium and large objects apart; without it the area of the box counts.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ from coordexp.errors import DataError, closest
 from coordexp.geometry.bins import COORD_PATTERN, decode_norm
 
 RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
-OBJECT_KEYS = {"desc", "bbox_2d", "poly", "metadata"}
+OBJECT_KEYS = {"desc", "bbox_2d", "poly", "area_px2", "metadata"}
 REMOVED_GEOMETRY = {"line", "line_points", "bbox", "polygon"}
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+LARGEST_AREA_PX2 = 1e5**2  # end of COCO's largest band of areas; an object beyond it would count in none
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRecord:
-    """One annotated object: what it is called and where it is (float pixels)."""
+    """One annotated object: what it is called and where it is (float pixels).
+
+    `area_px2` is the annotated area, that of the mask; None where there is none, or where it is that of the box.
+    """
 
     desc: str
     bbox_xyxy_px: tuple[float, float, float, float]
     poly_px: tuple[float, ...] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    area_px2: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class Record:
                 row["bbox_2d"] = [round(v, 3) for v in obj.bbox_xyxy_px]
             else:
                 row["poly"] = [round(v, 3) for v in obj.poly_px]
+            if obj.area_px2 is not None:
+                row["area_px2"] = obj.area_px2  # never rounded: it decides between bands
             if obj.metadata:
                 row["metadata"] = obj.metadata
             objects.append(row)
@@ -131,7 +139,8 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
     metadata = _metadata(obj.get("metadata"), where)
     if "iscrowd" in metadata:
         metadata["iscrowd"] = int(checked_flag(metadata["iscrowd"], f"{where}.metadata.iscrowd"))
-    return ObjectRecord(desc, (x1, y1, x2, y2), poly, metadata), is_token
+    area_px2 = checked_area_px2(obj.get("area_px2"), where)
+    return ObjectRecord(desc, (x1, y1, x2, y2), poly, metadata, area_px2), is_token
 
 
 def _geometry(
@@ -166,6 +175,23 @@ def checked_flag(value: Any, where: str) -> bool:
     if flag is None:
         raise DataError(f"{where} is {value!r}, expected 0 or 1.")
     return flag
+
+
+def checked_area_px2(value: Any, where: str) -> float | None:
+    """The area of an object as a file of ours holds it, None where it holds none; raises DataError naming `where`."""
+    if value is None:
+        return None
+    if not is_area_px2(value):
+        raise DataError(
+            f"{where}: area_px2 is {value!r}, expected a number of square pixels from 0 to {LARGEST_AREA_PX2:g}. "
+            "Correct it, or leave it out: then the area of the box counts."
+        )
+    return float(value)
+
+
+def is_area_px2(value: Any) -> bool:
+    """A number that can be the area of an object; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_AREA_PX2
 
 
 def _metadata(value: Any, where: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.prediction_log import read_rows
 from coordexp.reporting.markdown import number, table
 
 CARD, RESULTS = "README.md", "coco_results.json"
@@ -148,8 +149,7 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{image_info}: not COCO's image_info layout ({error!r}).") from error
     found = []
-    lines = predictions.read_text(encoding="utf-8").splitlines()
-    for row in (json.loads(line) for line in lines if line):
+    for row in read_rows(predictions):
         name = Path(row["image"]).name
         if name not in ids:
             raise DataError(f"{row['image']}: no image of {image_info} has that file name.")

@@ -75,7 +75,8 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a small palette PNG without the program's version in it, so that equal input gives equal bytes."""
     raw = io.BytesIO()
-    figure.savefig(raw, format="png")
-    picture = Image.open(raw).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    figure.savefig(raw, format="rgba")
+    shown = Image.frombytes("RGBA", figure.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+    picture = shown.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)

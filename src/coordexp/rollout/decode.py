@@ -69,10 +69,9 @@ class AnswerReader:
 
 def ground_truth(sample: Sample) -> tuple[GroundTruth, ...]:
     """The annotations of a sample."""
-    return tuple(
-        GroundTruth(desc, _box(box), crowd)
-        for desc, box, crowd in zip(sample.descs, sample.boxes_xyxy_px, sample.iscrowd, strict=True)
-    )
+    areas_px2 = sample.areas_px2 or (None,) * len(sample.descs)
+    columns = (sample.descs, sample.boxes_xyxy_px, sample.iscrowd, areas_px2)
+    return tuple(GroundTruth(desc, _box(box), crowd, px2) for desc, box, crowd, px2 in zip(*columns, strict=True))
 
 
 def coord_positions(answer: ParsedAnswer) -> NDArray[np.int64]:

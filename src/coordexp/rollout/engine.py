@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,22 @@ class Generation:
 
     ids: NDArray[np.int32]
     finish_reason: Literal["stop", "length"]
+
+    @classmethod
+    def from_json(cls, ids: Any, finish_reason: Any, vocabulary_size: int) -> Generation:
+        """A generation of JSON values from outside; raises ValueError saying what is wrong with them."""
+        if not is_token_ids(ids):
+            raise ValueError(f"the ids are {reprlib.repr(ids)}, expected a list of token ids")
+        if ids and max(ids) >= vocabulary_size:
+            raise ValueError(f"there is the id {reprlib.repr(max(ids))}, expected ids below {vocabulary_size}")
+        if finish_reason not in ("stop", "length"):
+            raise ValueError(f"the finish reason is {reprlib.repr(finish_reason)}, expected 'stop' or 'length'")
+        return cls(np.array(ids, np.int32), finish_reason)
+
+
+def is_token_ids(value: Any) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of integers from 0; neither true nor 1.0 is one."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 class Engine(Protocol):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from coordexp.models.device import inference_autocast
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.samples import Sample
@@ -27,9 +29,9 @@ from coordexp.text.vocabulary import token_id
 log = logging.getLogger(__name__)
 
 
-def batch_keys(samples: Sequence[Sample], settings: DecodeSettings, first: int) -> list[str]:
+def batch_keys(samples: Sequence[Sample], settings: DecodeSettings, image_root: Path, first: int) -> list[str]:
     """A journal key for each answer of a batch. The whole batch is in it: padding and draws depend on its company."""
-    own = [request_key(sample, settings) for sample in samples]
+    own = [request_key(sample, settings, image_root) for sample in samples]
     company = hashlib.sha256(f"{first}:{own}".encode()).hexdigest()[:16]
     return [f"{company}-{key}" for key in own]
 
@@ -52,7 +54,7 @@ class HfEngine:
         """One generation per sample; batches hold prompts of similar length, results keep the samples' order."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
         results: dict[int, Generation] = {}
-        done = self._journal.read() if self._journal else {}
+        done = self._journal.read(len(input_table(self._checkpoint.model).weight)) if self._journal else {}
         grammar = AnswerGrammar(self._checkpoint.tokenizer, settings.constraints) if settings.constraints else None
         model = self._checkpoint.model
         was_training = model.training
@@ -61,10 +63,10 @@ class HfEngine:
         for first in range(0, len(order), self._batch_images):
             chunk = order[first : first + self._batch_images]
             batch = [samples[i] for i in chunk]
-            keys = batch_keys(batch, settings, first)
+            keys = batch_keys(batch, settings, self._image_root, first)
             if not done.keys() >= set(keys):
                 torch.manual_seed(settings.seed + first)
-                with torch.autocast(model.device.type, enabled=False):  # also when asked from within a training step
+                with inference_autocast(model):  # also when asked from within a training step
                     done |= zip(keys, self._run(batch, settings, grammar), strict=True)
                 self._keep(keys, done)
             results |= zip(chunk, (done[key] for key in keys), strict=True)

@@ -9,18 +9,31 @@ import os
 import threading
 from pathlib import Path
 
-import numpy as np
-
+from coordexp.config.provenance import file_hash
+from coordexp.errors import DataError
 from coordexp.packing.samples import Sample
+from coordexp.records.augment import split_view
+from coordexp.records.manifest import image_path
 from coordexp.rollout.engine import DecodeSettings, Generation
 
 log = logging.getLogger(__name__)
 
 
-def request_key(sample: Sample, settings: DecodeSettings) -> str:
-    """What decides an answer of given weights: picture, size, prompt and settings."""
+def request_key(sample: Sample, settings: DecodeSettings, image_root: Path) -> str:
+    """What decides an answer of given weights: the picture's name and bytes, its size, prompt and settings.
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    path = image_path(image_root, split_view(sample.image)[0])
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected the image of a sample. Run the raw stage.")
+    try:
+        content = file_hash(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected the image of a sample.") from error
     size = f"{sample.resized_width}x{sample.resized_height}"
-    identity = f"{sample.image_id}:{sample.image}:{size}:{sample.prompt_ids.tolist()}:{settings}"
+    identity = f"{sample.image_id}:{sample.image}:{content}:{size}:{sample.prompt_ids.tolist()}:{settings}"
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
@@ -32,18 +45,26 @@ class Journal:
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def read(self) -> dict[str, Generation]:
-        """The finished generations by key. A last line that a crash cut short is dropped."""
+    def read(self, vocabulary_size: int) -> dict[str, Generation]:
+        """The finished generations by key. Damaged lines are dropped: what they answered is generated again."""
         done: dict[str, Generation] = {}
         if not self._path.is_file():
             return done
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        damaged = []
+        for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                log.warning("%s: a line was cut short; that answer is generated again", self._path)
+                key, generation = _finished(line, vocabulary_size)
+            except (ValueError, RecursionError) as error:
+                damaged.append(f"line {number}: {error}")
                 continue
-            done[row["key"]] = Generation(np.array(row["ids"], np.int32), row["finish_reason"])
+            done[key] = generation
+        if damaged:
+            log.warning(
+                "%s: %d damaged lines, whose answers are generated again; the first is %s",
+                self._path,
+                len(damaged),
+                damaged[0],
+            )
         return done
 
     def append(self, key: str, generation: Generation) -> None:
@@ -58,6 +79,14 @@ class Journal:
     def remove(self) -> None:
         """Forget everything: the run is complete."""
         self._path.unlink(missing_ok=True)
+
+
+def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
+    """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.keys() != {"key", "ids", "finish_reason"} or not isinstance(row["key"], str):
+        raise ValueError("it is no object of key, ids and finish_reason")
+    return row["key"], Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
 
 
 def _ends_mid_line(path: Path) -> bool:

@@ -1,51 +1,86 @@
-"""The engine that a profile asks for, ready to generate."""
+"""Answers of a checkpoint by the engine that a profile asks for, and the model in memory afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from coordexp.config.profile import Profile
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder
-from coordexp.models.loading import Checkpoint
-from coordexp.rollout.engine import Engine
+from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
+from coordexp.packing.samples import Sample
+from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.journal import Journal
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
 
+log = logging.getLogger(__name__)
+
 # What decides the contents of a decode; an edit there must not reuse older answers.
 DECODE_LAYERS = ("models", "packing", "rollout", "text", "geometry")
 START = ("start",)  # value of rollout.servers
 
 
-@contextmanager
-def open_engine(
-    profile: Profile, checkpoint: Checkpoint, folder: Path, image_root: Path, batch_images: int, max_new_tokens: int
-) -> Iterator[Engine]:
-    """The engine of `rollout.engine` on a checkpoint that is loaded from `folder`.
+def generate_answers(
+    profile: Profile,
+    form: ModelFormat,
+    folder: Path,
+    image_root: Path,
+    batch_images: int,
+    samples: Sequence[Sample],
+    settings: DecodeSettings,
+) -> tuple[list[Generation], Checkpoint, float]:
+    """Answers of the checkpoint in `folder`, the checkpoint ready to re-score them, and the seconds of generating.
 
-    With vLLM and `rollout.servers: [start]`, a server is started on the folder and stopped at the end of the block.
-    Answers are kept until the block ends without an error, so that a failed run goes on from them.
+    With `rollout.engine: vllm` the model is loaded only after a server of ours has left: both would not fit on one GPU.
+    Answers are kept until all are there, so that a failed run goes on from them.
     """
-    settings = profile.rollout
     key = fingerprint({"code": code_hash(DECODE_LAYERS)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
-    if settings.engine == "hf":
-        yield HfEngine(checkpoint, image_root, batch_images, journal)
-        journal.remove()
-        return
-
-    def engine(urls: tuple[str, ...]) -> VllmEngine:
-        pool = ServerPool(urls, settings.timeout_seconds, settings.tries)
-        concurrency = settings.requests_per_server * len(urls)
-        return VllmEngine(pool, checkpoint.tokenizer, image_root, concurrency, journal)
-
-    if settings.servers != START:
-        yield engine(settings.servers)
+    if profile.rollout.engine == "hf":
+        checkpoint = place_for_inference(folder, form)
+        generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, settings)
     else:
-        with vllm_server(Path(settings.vllm_python), folder, checkpoint.pixels, max_new_tokens) as server:
-            yield engine((server.url,))
+        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, settings)
+        checkpoint = place_for_inference(folder, form)
     journal.remove()
+    model = checkpoint.model
+    log.info("model of %s: on %s, %s", folder, model.device, str(model.dtype).removeprefix("torch."))
+    return generations, checkpoint, seconds
+
+
+def _ask_servers(
+    profile: Profile,
+    form: ModelFormat,
+    folder: Path,
+    image_root: Path,
+    journal: Journal,
+    samples: Sequence[Sample],
+    settings: DecodeSettings,
+) -> tuple[list[Generation], float]:
+    wanted = profile.rollout
+    urls = wanted.servers
+    with ExitStack() as running:
+        if urls == START:
+            server = vllm_server(
+                Path(wanted.vllm_python),
+                folder,
+                form.pixels,
+                settings.max_new_tokens,
+                constrained=settings.constraints is not None,
+            )
+            urls = (running.enter_context(server).url,)
+        pool = ServerPool(urls, wanted.timeout_seconds, wanted.tries)
+        workers, rows = wanted.requests_per_server * len(urls), vocabulary_size(folder)
+        engine = VllmEngine(pool, form.tokenizer, image_root, workers, journal, vocabulary_size=rows)
+        return _timed(engine, samples, settings)
+
+
+def _timed(engine: Engine, samples: Sequence[Sample], settings: DecodeSettings) -> tuple[list[Generation], float]:
+    started = time.monotonic()
+    return engine.generate(samples, settings), time.monotonic() - started

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.models.device import inference_autocast
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, Segment
@@ -59,13 +60,14 @@ def rescore(
         chunk = slice(first, first + images_per_forward)
         segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
         batch = collator(segments).to(model.device)
-        hidden = hidden_states(model, batch)
-        logprobs = _chosen_logprobs(checkpoint, hidden, batch.text_slots, batch.text_targets)
-        answers = _split_by_segment(logprobs, collator, segments)
-        slots = _split_by_segment(batch.text_slots.cpu().numpy(), collator, segments)
-        for logprobs_A, slots_A, positions_N4 in zip(answers, slots, coord_positions[chunk], strict=True):
-            probs = _bin_probs(checkpoint, hidden, slots_A[positions_N4.reshape(-1)])
-            out.append(Rescored(logprobs_A, probs))
+        with inference_autocast(model):
+            hidden = hidden_states(model, batch)
+            logprobs = _chosen_logprobs(checkpoint, hidden, batch.text_slots, batch.text_targets)
+            answers = _split_by_segment(logprobs, collator, segments)
+            slots = _split_by_segment(batch.text_slots.cpu().numpy(), collator, segments)
+            for logprobs_A, slots_A, positions_N4 in zip(answers, slots, coord_positions[chunk], strict=True):
+                probs = _bin_probs(checkpoint, hidden, slots_A[positions_N4.reshape(-1)])
+                out.append(Rescored(logprobs_A, probs))
     model.train(was_training)
     return out
 

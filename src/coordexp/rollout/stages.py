@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from coordexp.config.provenance import code_hash, fingerprint, resume_folder, we
 from coordexp.config.schema import Params
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts
-from coordexp.models.loading import Checkpoint, load_checkpoint
+from coordexp.models.loading import Checkpoint, ModelFormat, load_format
 from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
@@ -27,7 +28,7 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.opening import DECODE_LAYERS, open_engine
+from coordexp.rollout.opening import DECODE_LAYERS, generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
@@ -74,7 +75,7 @@ def match_settings(params: Params) -> MatchSettings:
     return MatchSettings(**params.matching.model_dump())
 
 
-def make_reader(checkpoint: Checkpoint, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
+def make_reader(checkpoint: ModelFormat, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
     """A reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
     return AnswerReader(table, codec, identity, readout.for_codec(codec))
@@ -97,38 +98,46 @@ def predict_samples(
     settings: DecodeSettings,
     batch_images: int,
     engine: Engine | None = None,
-) -> tuple[list[Generation], list[ImageResult]]:
+) -> list[ImageResult]:
     """Generate, re-score and parse; results in the order of the samples. Without an engine the checkpoint generates."""
     engine = engine or HfEngine(checkpoint, image_root, batch_images)
     generations = engine.generate(samples, settings)
+    return judge_answers(checkpoint, reader, samples, generations, image_root, batch_images)
+
+
+def judge_answers(
+    checkpoint: Checkpoint,
+    reader: AnswerReader,
+    samples: Sequence[Sample],
+    generations: Sequence[Generation],
+    image_root: Path,
+    batch_images: int,
+) -> list[ImageResult]:
+    """Re-score and parse answers, whichever engine gave them; results in the order of the samples."""
     pad_id = checkpoint.tokenizer.pad_token_id
     collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
     positions = [coord_positions(reader.parse(g)) for g in generations]
     rescored = rescore(checkpoint, collator, samples, generations, positions, batch_images)
     texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
     rows = zip(samples, generations, rescored, texts, strict=True)
-    return generations, [reader.result(*row) for row in rows]
+    return [reader.result(*row) for row in rows]
 
 
 def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
     """Stage-1 answers on training images: hand-over file, rollouts with matches, and a summary."""
     folder, out = paths.run("stage1"), paths.run("rollout")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
+    form = load_format(folder)
     store = SampleStore(paths.norm1000 / "train.parquet")
     count = min(profile.rollout.images, len(store))
     chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
     codec, readout = params.text.codec, make_readout(params)
     settings = decode_settings(params, codec, allowed_names(params, paths))
-    reader = make_reader(checkpoint, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
-    started = time.monotonic()
-    with open_engine(
-        profile, checkpoint, folder, paths.raw, profile.rollout.batch_images, settings.max_new_tokens
-    ) as engine:
-        generations, results = predict_samples(
-            checkpoint, reader, samples, paths.raw, settings, profile.rollout.batch_images, engine
-        )
+    reader = make_reader(form, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
+    started, batch_images = time.monotonic(), profile.rollout.batch_images
+    generations, checkpoint, _ = generate_answers(profile, form, folder, paths.raw, batch_images, samples, settings)
+    results = judge_answers(checkpoint, reader, samples, generations, paths.raw, batch_images)
     matching = match_settings(params)
     rollouts = match_rollouts(samples, generations, [reader.parse(g) for g in generations], matching)
     write_results(out / "gt_vs_pred.jsonl", results)
@@ -226,19 +235,21 @@ def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder:
 def _decode_into(
     out: Path, params: Params, profile: Profile, paths: ProfilePaths, folder: Path, store: SampleStore
 ) -> None:
-    checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
-    codec = checkpoint.codec_name or params.text.codec
+    # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
+    form = replace(load_format(folder), pixels=load_format(paths.init).pixels)
+    codec = form.codec_name or params.text.codec
     settings = decode_settings(params, codec, allowed_names(params, paths))
     readout = make_readout(params).for_codec(codec)
     count = min(profile.eval.images or len(store), len(store))
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], settings, codec, readout)
-    reader = make_reader(checkpoint, codec, readout, identity)
+    reader = make_reader(form, codec, readout, identity)
     batch_images = profile.eval.batch_images
     started = time.monotonic()
-    with open_engine(profile, checkpoint, folder, paths.raw, batch_images, settings.max_new_tokens) as engine:
-        timed = _Timed(engine)
-        _, results = predict_samples(checkpoint, reader, samples, paths.raw, settings, batch_images, timed)
+    generations, checkpoint, generate_seconds = generate_answers(
+        profile, form, folder, paths.raw, batch_images, samples, settings
+    )
+    results = judge_answers(checkpoint, reader, samples, generations, paths.raw, batch_images)
     seconds = time.monotonic() - started
     write_results(out / "gt_vs_pred.jsonl", results)
     summary = {
@@ -249,21 +260,6 @@ def _decode_into(
         "images": len(samples),
         "tokens": sum(r.n_generated_tokens for r in results),
         "seconds": round(seconds, 1),
-        "generate_seconds": round(timed.seconds, 2),
+        "generate_seconds": round(generate_seconds, 2),
     }
     write_json(out / "decode.json", summary)
-
-
-class _Timed:
-    """An engine that knows how long it took; re-scoring and the start of a server are not in it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.seconds = 0.0
-
-    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
-        """As the engine does."""
-        started = time.monotonic()
-        generations = self._engine.generate(samples, settings)
-        self.seconds += time.monotonic() - started
-        return generations

@@ -1,21 +1,17 @@
-"""HTTP to one or several vLLM servers: health, time limits, retries with back-off, and deterministic spreading.
-
-Only the standard library: requests are few and large, and the threads that wait for them are bounded by the engine.
-"""
+"""Several vLLM servers as one: health, retries with back-off, deterministic spreading, and who is left out."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from coordexp.errors import ConfigError, TrainingError
+from coordexp.errors import ConfigError, ServerError
+from coordexp.rollout.vllm_http import Address, Reply, ServerFault, excerpt, exchange, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -23,91 +19,113 @@ HEALTH_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 8.0
 SERVED_NAME = "coordexp"
-# What a server that is dying, starting or overloaded can do to a request; anything else is an error of the request.
-_PASSING = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+COMPLETIONS = "/v1/chat/completions"
+# Of the statuses that blame the request, those that a server gives when it is only busy.
+_BUSY = (408, 425, 429)
+
+T = TypeVar("T")
 
 
 class ServerPool:
-    """The servers of one run. A request goes to server `index % n` while that one lives, else to the next alive."""
+    """The servers of one run. A request goes to server `index % n` while that one is in use, else to another."""
 
     def __init__(self, urls: Sequence[str], timeout_seconds: float, tries: int) -> None:
-        """Raises ConfigError without servers, or if a URL is no http(s) URL."""
-        bad = [url for url in urls if not url.startswith(("http://", "https://"))]
-        if not urls or bad:
-            raise ConfigError(f"rollout.servers is {list(urls)}, expected URLs such as http://gpu-3:8000.")
-        self._urls = [url.rstrip("/") for url in urls]
+        """A URL may hold the server's API key: http://:KEY@HOST:PORT.
+
+        Raises:
+            ConfigError: there are no servers, or one of the URLs is no http(s) URL.
+        """
+        if not urls:
+            raise ConfigError("rollout.servers is [], expected URLs such as http://gpu-3:8000.")
+        self._servers = [_address(url) for url in urls]
         self._timeout_seconds = timeout_seconds
         self._tries = tries
-        self._dead: set[str] = set()
+        self._left_out: dict[Address, str] = {}
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Leave out the servers that do not answer; raises TrainingError if none does."""
-        for url in self._urls:
-            if not is_healthy(url):
-                self._bury(url)
-        self._alive()
+        """Leave out the servers that do not answer; raises ServerError if none does."""
+        for server in self._servers:
+            if fault := health_fault(server):
+                self._leave_out(server, fault)
+        self._in_use()
 
-    def ask(self, index: int, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The chat completion of one request.
+    def ask(self, index: int, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
+        """What `read` makes of the chat completion of one request.
+
+        `read` raises ServerFault for a reply that is no answer; that is one more failed try. A server that fails a
+        request so many times, or whose health check fails too, is left out, and the next one is asked.
 
         Raises:
-            TrainingError: no server is left, the tries are used up, or a server refuses the request as wrong.
+            ServerError: no server is left, or one refuses the request as wrong.
         """
+        content = json.dumps(body).encode()
+        failures: Counter[Address] = Counter()
         pause = FIRST_PAUSE_SECONDS
-        failure = ""
-        for attempt in range(self._tries):
-            alive = self._alive()
-            # The servers keep their places, so that the death of one moves only its own requests.
-            home = self._urls[index % len(self._urls)]
-            url = home if home in alive else alive[(index + attempt) % len(alive)]
+        while True:
+            server = self._server_for(index)
             try:
-                return _post(f"{url}/v1/chat/completions", body, self._timeout_seconds)
-            except urllib.error.HTTPError as error:
-                failure = f"{url}: HTTP {error.code}: {error.read().decode(errors='replace')[:500]}"
-                if error.code < 500 and error.code != 429:
-                    raise TrainingError(
-                        f"{failure}. The server refuses this request; check its model and options."
-                    ) from error
-            except _PASSING as error:
-                failure = f"{url}: {error!r}"
-            if not is_healthy(url):
-                self._bury(url)
-            elif attempt + 1 < self._tries:
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-        raise TrainingError(
-            f"request {index} failed {self._tries} times, at last with {failure}. Finished answers are kept: mend the "
-            "servers (or raise rollout.timeout_seconds) and run the stage again."
-        )
+                reply = exchange(server, COMPLETIONS, content, self._timeout_seconds)
+                _check_status(server, reply)
+                return read(reply.body)
+            except ServerFault as fault:
+                failures[server] += 1
+                if failures[server] >= self._tries:
+                    self._leave_out(server, f"request {index} failed {self._tries} times, at last with {fault}")
+                elif unhealthy := health_fault(server):
+                    self._leave_out(server, f"{fault}; its health check: {unhealthy}")
+                else:
+                    time.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _alive(self) -> list[str]:
+    def _server_for(self, index: int) -> Address:
+        in_use = self._in_use()
+        # The servers keep their places, so that the loss of one moves only its own requests.
+        home = self._servers[index % len(self._servers)]
+        return home if home in in_use else in_use[index % len(in_use)]
+
+    def _in_use(self) -> list[Address]:
         with self._lock:
-            alive = [url for url in self._urls if url not in self._dead]
-        if not alive:
-            raise TrainingError(
-                f"none of the vLLM servers answers ({', '.join(self._urls)}). Finished answers are kept: start the "
-                "servers and run the stage again."
+            left_out = dict(self._left_out)
+        in_use = [server for server in self._servers if server not in left_out]
+        if not in_use:
+            reasons = "; ".join(f"{server.url}: {reason}" for server, reason in left_out.items())
+            raise ServerError(
+                f"none of the vLLM servers answers with chat completions of this checkpoint. {reasons}. Mend them, or "
+                "allow more time (rollout.timeout_seconds), and run this again: a stage keeps its finished answers."
             )
-        return alive
+        return in_use
 
-    def _bury(self, url: str) -> None:
+    def _leave_out(self, server: Address, reason: str) -> None:
         with self._lock:
-            if url not in self._dead:
-                log.warning("%s does not answer; its requests go to the other servers", url)
-            self._dead.add(url)
+            if server not in self._left_out:
+                log.warning("%s is left out: %s", server.url, reason)
+                self._left_out[server] = reason
 
 
-def is_healthy(url: str) -> bool:
-    """Whether a server answers its health check."""
+def health_fault(server: Address) -> str:
+    """Why a server does not pass its health check; empty if it does."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=HEALTH_SECONDS) as response:
-            return response.status == 200
-    except _PASSING:
-        return False
+        status = exchange(server, "/health", None, HEALTH_SECONDS).status
+    except ServerFault as fault:
+        return str(fault)
+    return "" if status == 200 else f"HTTP {status} from /health, expected 200"
 
 
-def _post(url: str, body: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
-        return json.load(response)
+def _address(url: str) -> Address:
+    try:
+        return parse_address(url)
+    except ValueError as error:
+        shown = excerpt(url.rpartition("@")[2])
+        raise ConfigError(f"rollout.servers: {shown!r}: {error}. Expected URLs such as http://gpu-3:8000.") from error
+
+
+def _check_status(server: Address, reply: Reply) -> None:
+    if reply.status == 200:
+        return
+    if 300 <= reply.status < 400:
+        raise ServerFault(f"HTTP {reply.status} to {excerpt(reply.location)!r}; redirects are not followed")
+    said = f"HTTP {reply.status}: {excerpt(reply.body)}"
+    if 400 <= reply.status < 500 and reply.status not in _BUSY:
+        raise ServerError(f"{server.url}: {said}. The server refuses this request; check its model, options and key.")
+    raise ServerFault(said)

@@ -1,7 +1,8 @@
 """The vLLM engine: answers over HTTP from servers that hold the checkpoint.
 
 What is asked for is exactly what the Hugging Face engine computes: the same resized pixels (sent losslessly), the same
-prompt tokens (compared, and refused if they differ), the same constraints. Order and results do not depend on timing.
+prompt tokens (compared, for another template or image size would shift every box), the same constraints. Order and
+results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from coordexp.errors import TrainingError
-from coordexp.packing.pixels import load_rgb
+from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
 from coordexp.rollout.journal import Journal, request_key
 from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
+from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.prompts import IMAGE_TOKEN, TASKS, expand_image
@@ -49,12 +48,16 @@ class VllmEngine:
         image_root: Path,
         concurrency: int,
         journal: Journal,
+        *,
+        vocabulary_size: int | None = None,
     ) -> None:
+        """`vocabulary_size` counts the model's logits, which may be more than the tokenizer's tokens (the default)."""
         self._pool = pool
         self._tokenizer = tokenizer
         self._image_root = image_root
         self._concurrency = concurrency
         self._journal = journal
+        self._vocabulary_size = vocabulary_size or len(tokenizer)
         self._image_id = token_id(tokenizer, IMAGE_TOKEN)
         self._end_id = token_id(tokenizer, END_OF_TURN)
 
@@ -62,10 +65,11 @@ class VllmEngine:
         """One generation per sample; answers of an interrupted run are taken from the journal.
 
         Raises:
-            TrainingError: the servers failed, or one of them sees another prompt than we do.
+            DataError: the picture of a sample cannot be read.
+            ServerError: no server is left that answers as asked, with the prompt that we see.
         """
-        keys = [request_key(sample, settings) for sample in samples]
-        done = self._journal.read()
+        keys = [request_key(sample, settings, self._image_root) for sample in samples]
+        done = self._journal.read(self._vocabulary_size)
         todo = [i for i, key in enumerate(keys) if key not in done]
         if len(todo) < len(samples):
             log.info("%d of %d answers are there from an earlier run", len(samples) - len(todo), len(samples))
@@ -113,37 +117,18 @@ class VllmEngine:
         # A seed per picture: what is sampled depends neither on the server nor on what else it is doing.
         seed = (settings.seed + sample.image_id * _SEED_STRIDE) & 0x7FFFFFFF
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
-        response = self._pool.ask(index, body)
-        self._check_prompt(sample, response["prompt_token_ids"])
-        generation = self._generation(response["choices"][0])
+        expected = Expected(
+            prompt_ids=expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens).tolist(),
+            vocabulary_size=self._vocabulary_size,
+            max_new_tokens=settings.max_new_tokens,
+            end_id=self._end_id,
+        )
+        generation = self._pool.ask(index, body, lambda reply: read_completion(reply, expected))
         self._journal.append(key, generation)
         return generation
 
-    def _generation(self, choice: dict[str, Any]) -> Generation:
-        ids = np.array(choice["token_ids"], np.int32)
-        ends = np.flatnonzero(ids == self._end_id)
-        return Generation(ids[: ends[0] + 1], "stop") if len(ends) else Generation(ids, "length")
-
     def _data_url(self, sample: Sample) -> str:
-        pixels = load_rgb(self._image_root / sample.image, sample.resized_width, sample.resized_height)
+        pixels = load_sample_rgb(self._image_root, sample.image, sample.resized_width, sample.resized_height)
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "png", compress_level=1)
         return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
-
-    def _check_prompt(self, sample: Sample, theirs: Sequence[int]) -> None:
-        """A server that resizes differently or has another template would shift every box; refuse it."""
-        ours = expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens)
-        if not np.array_equal(ours, np.asarray(theirs)):
-            raise TrainingError(
-                f"{sample.image}: the server's prompt differs from ours at {_first_difference(ours, theirs)}. Expected "
-                "the same chat template and image size; serve the checkpoint's own folder with its own processor files."
-            )
-
-
-def _first_difference(ours: NDArray[np.int32], theirs: Sequence[int]) -> str:
-    shared = min(len(ours), len(theirs))
-    unequal = np.flatnonzero(ours[:shared] != np.asarray(theirs[:shared]))
-    if len(unequal):
-        i = int(unequal[0])
-        return f"token {i} (ours {int(ours[i])}, theirs {theirs[i]})"
-    return f"its length (ours {len(ours)} tokens, theirs {len(theirs)})"

@@ -28,7 +28,8 @@ from coordexp.losses.diagnostics import CoordDiagnostics
 from coordexp.losses.partition import CoordSlots
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.forward import hidden_states, slot_logits
-from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.loading import load_checkpoint, load_for_inference, load_format, save_checkpoint
+from coordexp.models.processor import with_limits
 from coordexp.packing.collator import teacher_segment
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
@@ -128,9 +129,10 @@ class Ablation:
     def _initial(self, coord_init: str) -> Path:
         """The base model with coordinate rows of another kind."""
         config, folder = self._profile.model, self._root / f"init-{coord_init}"
-        base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+        base = load_checkpoint(Path(config.path))
         add_coordinate_tokens(base.model, base.tokenizer, coord_init, self._tree["seed"])
-        save_checkpoint(folder, base.model, base.tokenizer)
+        pixels = with_limits(base.pixels, config.min_pixels, config.max_pixels)
+        save_checkpoint(folder, base.model, base.tokenizer, pixels)
         return folder
 
     def _key(self, arm: Arm, params: Params, profile: Profile, paths: ArmPaths) -> str:
@@ -205,8 +207,8 @@ def _with_steps(optim: OptimConfig, steps: int) -> OptimConfig:
 
 def step_tokens(params: Params, profile: Profile, paths: ProfilePaths, steps: int) -> list[int]:
     """Tokens that the forwards of each step of stage 2 will take, known from the plan and the rollouts on file."""
-    checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
-    encoder, store = make_encoder(params, checkpoint), SampleStore(paths.norm1000 / "train.parquet")
+    encoder = make_encoder(params, load_format(paths.run("stage1")))
+    store = SampleStore(paths.norm1000 / "train.parquet")
     source = SampleSource(store, encoder, params.text.object_order, params.stage2_seed)
     rollouts = read_rollouts(paths.run("rollout") / "rollouts.jsonl")
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
@@ -240,7 +242,7 @@ def teacher_forced(
     params: Params, profile: Profile, paths: ProfilePaths, checkpoint: Path, images: int
 ) -> dict[str, float]:
     """Coordinate diagnostics on val (its first images, 0 for all) under the annotated context."""
-    loaded = load_checkpoint(checkpoint, profile.model.min_pixels, profile.model.max_pixels)
+    loaded = load_for_inference(checkpoint)
     store = SampleStore(paths.norm1000 / "val.parquet")
     collator, objective = (
         make_collator(loaded, paths.raw, profile.packing.pack_tokens),
@@ -251,8 +253,8 @@ def teacher_forced(
     size = profile.eval.batch_images
     count = min(images or len(store), len(store))
     for first in range(0, count, size):
-        batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))])
-        logits_NV = slot_logits(model, hidden_states(model, batch), batch.coord_slots)
+        batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))]).to(model.device)
+        logits_NV = slot_logits(model, hidden_states(model, batch), batch.coord_slots).float()
         coord = CoordSlots.of(logits_NV, objective.first_coord_id, objective.temperature)
         found = diagnose(objective, batch, coord)
         total = found if total is None else total + found

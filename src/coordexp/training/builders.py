@@ -9,7 +9,7 @@ from coordexp.config.schema import CoordWeights, Params
 from coordexp.errors import CheckpointError
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
-from coordexp.models.loading import Checkpoint
+from coordexp.models.loading import Checkpoint, ModelFormat, load_checkpoint
 from coordexp.packing.collator import Collator
 from coordexp.packing.shares import Share
 from coordexp.text.codecs import AnswerEncoder, get_codec
@@ -17,10 +17,19 @@ from coordexp.training.distributed import world
 from coordexp.training.fused_batch import fused_pays
 from coordexp.training.objective_step import Annealing, Objective
 from coordexp.training.schedule import ramp
+from coordexp.training.sharding import will_shard
 from coordexp.training.soft_context import SoftContext
 
 # New coordinate rows start far from where they belong; the rest of the model is pretrained.
 ROW_LR_FACTOR = 2.0
+
+
+def load_for_training(folder: Path, sharding: str) -> Checkpoint:
+    """A checkpoint in float32 on the device of this process; on the CPU if it is to be sharded, layer by layer."""
+    checkpoint = load_checkpoint(folder)
+    if not will_shard(sharding):
+        checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    return checkpoint
 
 
 def first_coord_id(checkpoint: Checkpoint) -> int:
@@ -46,7 +55,7 @@ def own_share(profile: Profile) -> Share:
     return Share(world().rank, world().size, profile.launch.rows_per_forward)
 
 
-def make_encoder(params: Params, checkpoint: Checkpoint) -> AnswerEncoder:
+def make_encoder(params: Params, checkpoint: ModelFormat) -> AnswerEncoder:
     """The encoder of training answers."""
     return AnswerEncoder(checkpoint.tokenizer, get_codec(params.text.codec))
 

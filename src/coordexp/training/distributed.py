@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coordexp.models.device import choose_device
+
 # A process that died closes its connections, which ends the others at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=20)
 BUCKET_NUMBERS = 2**26  # gradients are summed in pieces of this size: 256 MiB of float32
@@ -49,15 +51,14 @@ class World:
 def world() -> World:
     """Join the other processes, if torchrun started any, and say who this one is; all calls give the same answer."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    has_gpu = torch.cuda.is_available()
+    device = choose_device()
     if size > 1:
-        if has_gpu:
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     if rank > 0:
         logging.getLogger("coordexp").setLevel(logging.WARNING)
-    return World(rank, size, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
+    return World(rank, size, device)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -117,7 +117,7 @@ class Monitor:
     def _look(self, step: int) -> dict[str, float]:
         viewer = self._viewer
         with undisturbed(viewer.checkpoint.model):
-            _, results = predict_samples(
+            results = predict_samples(
                 viewer.checkpoint,
                 viewer.reader,
                 viewer.samples,

@@ -158,13 +158,14 @@ def finish_base(
     home: Path,
     model: Qwen3VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
+    pixels: PixelSpec,
     log_path: Path,
     params: Mapping[str, Any],
     seconds: float,
 ) -> None:
     """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
-    save_checkpoint(folder, model.bfloat16(), tokenizer)
+    save_checkpoint(folder, model.bfloat16(), tokenizer, pixels)
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
     metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}

@@ -46,4 +46,5 @@ def permuted(sample: Sample, encoder: AnswerEncoder, seed: list[int]) -> Sample:
         answer_objects=answer.object_index,
         descs=descs,
         boxes_xyxy_px=boxes,
+        areas_px2=tuple(sample.areas_px2[i] for i in full_order) if sample.areas_px2 else (),
     )

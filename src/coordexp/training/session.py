@@ -45,7 +45,6 @@ class Session:
     optim: OptimConfig
     tuning: TuningConfig
     steps: int
-    threads: int
     seed: int
     row_lr_factor: float
     out: Path
@@ -93,8 +92,6 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: L
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
         BusyError: another process runs the same session.
     """
-    if session.threads:
-        torch.set_num_threads(session.threads)
     torch.manual_seed(session.seed)
     state = session.state_folder()
     assert checkpoint.coord is not None
@@ -123,7 +120,7 @@ def _run_main(
     undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, weights)
+    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     monitor.hand_over(temporary)
     summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}

@@ -11,37 +11,29 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile
 from coordexp.config.provenance import image_inputs
 from coordexp.config.schema import Params
-from coordexp.models.loading import Checkpoint, load_checkpoint
+from coordexp.models.loading import Checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.training.builders import (
     ROW_LR_FACTOR,
+    load_for_training,
     make_collator,
     make_encoder,
     own_share,
     stage1_objective,
 )
-from coordexp.training.distributed import world
 from coordexp.training.monitor import make_monitor
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
-from coordexp.training.sharding import will_shard
 from coordexp.training.teacher_task import TeacherTask
 
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
-def _load(profile: Profile, folder: Path) -> Checkpoint:
-    checkpoint = load_checkpoint(folder, profile.model.min_pixels, profile.model.max_pixels)
-    if not will_shard(profile.launch.sharding):  # then its layers move one by one
-        checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
-    return checkpoint
-
-
 def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
     """Teacher forcing from the initial checkpoint on the planned packs."""
-    checkpoint = _load(profile, paths.init)
+    checkpoint = load_for_training(paths.init, profile.launch.sharding)
     packs = read_packs(paths.packed / "plan.parquet")
     optim = profile.stage1
     packs_by_step = [
@@ -57,7 +49,7 @@ def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict
     What stage 2 spent on generating is not in this budget; stage2-compute.json says how much that was.
     """
     start = paths.run("stage1")
-    checkpoint = _load(profile, start)
+    checkpoint = load_for_training(start, profile.launch.sharding)
     packs = read_packs(paths.packed / "plan.parquet")
     lengths = SampleStore(paths.norm1000 / "train.parquet").lengths()
     budget = read_compute(paths)["tokens"]
@@ -96,7 +88,6 @@ def _teach(
         optim=optim,
         tuning=profile.tuning,
         steps=len(packs_by_step),
-        threads=profile.launch.threads,
         sharding=profile.launch.sharding,
         seed=params.stage1_seed,
         row_lr_factor=ROW_LR_FACTOR,

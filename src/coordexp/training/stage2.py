@@ -9,7 +9,7 @@ from coordexp.config.profile import Profile
 from coordexp.config.provenance import image_inputs, write_json
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
-from coordexp.models.loading import Checkpoint, load_checkpoint
+from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.decode import EMITTED
 from coordexp.rollout.hf_engine import HfEngine
@@ -17,6 +17,7 @@ from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import allowed_names, decode_settings, make_reader
 from coordexp.training.builders import (
     ROW_LR_FACTOR,
+    load_for_training,
     make_collator,
     make_encoder,
     own_share,
@@ -29,7 +30,6 @@ from coordexp.training.monitor import make_monitor
 from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
-from coordexp.training.sharding import will_shard
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 
 READOUT_KEYS = {"score", "box"}  # of `decode`: how an answer is judged, not how it is generated
@@ -48,9 +48,7 @@ def train_stage2(params: Params, profile: Profile, paths: ProfilePaths) -> dict[
         )
     session = _session(params, profile, paths)
     optim = profile.stage2
-    checkpoint = load_checkpoint(paths.run("stage1"), profile.model.min_pixels, profile.model.max_pixels)
-    if not will_shard(profile.launch.sharding):  # then its layers move one by one
-        checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
+    checkpoint = load_for_training(paths.run("stage1"), profile.launch.sharding)
     store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
@@ -94,7 +92,6 @@ def _session(params: Params, profile: Profile, paths: ProfilePaths) -> Session:
         optim=profile.stage2,
         tuning=profile.tuning,
         steps=profile.stage2.steps,
-        threads=profile.launch.threads,
         sharding=profile.launch.sharding,
         seed=params.stage2_seed,
         row_lr_factor=ROW_LR_FACTOR,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
+from coordexp.records.images import open_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def load_catalog(folder: Path) -> SpriteCatalog:
         path = folder / row["file"]
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
             raise DataError(f"{path}: missing, or its sha256 differs from {manifest}. Restore the file from git.")
-        with Image.open(path) as image:
+        with open_image(path) as image:
             sprites.setdefault(row["desc"], []).append(Sprite(row["file"], row["desc"], image.convert("RGBA")))
         splits[row["desc"]] = row["split"]
     return SpriteCatalog(

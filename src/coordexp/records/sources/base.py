@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
+from coordexp.records.schema import is_area_px2
 
 Box = tuple[float, float, float, float]
 # float() would take "nan", "inf" and "1_0" as well.
@@ -47,6 +48,7 @@ class SourceObject:
     in_unit_frame: bool = False
     category_id: int | None = None  # of the file; None where it has only names
     found: str = ""  # what stands in the file where something of this is not understood, for messages
+    area_px2: Any = None  # of its mask; None where the file says nothing
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,6 +135,12 @@ def is_finite(value: Any) -> bool:
     """A finite number; true and false are none."""
     # A tuple: `int | float` would be built for each of a file's million numbers.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def as_area_px2(value: Any) -> float | None:
+    """An annotated area, also one written as text; None if it cannot be the area of an object."""
+    number = as_number(value)
+    return number if number is not None and is_area_px2(number) else None
 
 
 def is_whole(value: Any) -> bool:

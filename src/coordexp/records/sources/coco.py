@@ -108,6 +108,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
         rings=polygon_rings(annotation.get("segmentation")),
         category_id=annotation["category_id"],
         found=f"{unclear} {_shown(annotation.get(unclear))}" if unclear else "",
+        area_px2=annotation.get("area"),
     )
 
 

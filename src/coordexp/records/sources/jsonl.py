@@ -91,5 +91,6 @@ def _source_object(obj: ObjectRecord, index: int) -> SourceObject:
         key=f"objects[{index}]",
         iscrowd=bool(obj.metadata.get("iscrowd")),
         rings=(obj.poly_px,) if obj.poly_px else (),
+        area_px2=obj.area_px2,
         metadata={key: value for key, value in obj.metadata.items() if key != "iscrowd"},
     )

@@ -1,0 +1,89 @@
+"""What waiting threads cost a training step: a bounded spin beside unbounded and none, idle and beside other work.
+
+    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,2]
+
+Each contestant is stage 1's own loop (benchmarks.training_step) in a process of its own, because GNU OpenMP reads how
+threads wait when it is loaded. Ratios are within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.harness import Row, machine, run_child
+from benchmarks.training_step import WARM_STEPS
+
+from benchmarks import harness, tiny_run
+from coordexp.config.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS
+
+LIBRARY_ROUNDS = "300000"  # what libgomp does when nobody says how threads wait
+WAYS = {
+    "bounded": {SPIN_NAME: SPIN_ROUNDS},
+    "library": {SPIN_NAME: LIBRARY_ROUNDS},
+    "passive": {POLICY_NAME: "PASSIVE"},
+    "one thread": {SPIN_NAME: SPIN_ROUNDS, COUNT_NAME: "1"},
+}
+IDLE_LIMIT = 1.05
+_BUSY = "while True: sum(range(100000))"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """As many processes that want a core each."""
+    others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def seconds_per_sample(way: str, arguments: argparse.Namespace) -> float:
+    """Of stage 1's loop, where threads wait in this way."""
+    own = ["-m", "benchmarks.training_step", "--child", "ours", "--profile", arguments.profile]
+    command = [sys.executable, *own, "--root", str(arguments.root), "--steps", str(arguments.steps)]
+    kept = [f"{name}={value}" for name, value in WAYS[way].items()]
+    unset = [option for name in (SPIN_NAME, POLICY_NAME, COUNT_NAME) for option in ("-u", name)]
+    output = run_child(["env", *unset, *kept, *command]).output
+    return json.loads(output.splitlines()[-1])["seconds_per_sample"]
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Times of each way beside the bounded spin, per number of busy processes."""
+    run = tiny_run.open_run(arguments)
+    if missing := tiny_run.absent("spinning threads", arguments, run.paths.norm1000 / "init", run.paths.packed):
+        return missing
+    if arguments.quick:
+        arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1, "rounds": 1, "busy": "0"})
+    rows = []
+    for count in map(int, arguments.busy.split(",")):
+        with busy(count):
+            contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in WAYS}
+            found = [{way: run() for way, run in contestants.items()} for _ in range(arguments.rounds)]
+        times = harness.Times({way: [row[way] for row in found] for way in WAYS})
+        where = f"{count} busy processes on {machine()['cores']} cores" if count else "idle cores"
+        for way in list(WAYS)[1:]:
+            ratio = times.ratio(way, "bounded")
+            aimed = way == "library" and count == 0
+            target, met = (f">= 1 / {IDLE_LIMIT}", ratio >= 1 / IDLE_LIMIT) if aimed else ("", None)
+            rows.append(Row(f"waiting threads: {way}, {where}", ratio, "x", "the bounded spin, step time", target, met))
+    return rows
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Which run, how much other work, how long."""
+    tiny_run.options(parser)
+    parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+
+
+if __name__ == "__main__":
+    harness.script("spinning", __doc__, measure, options)

@@ -1,0 +1,74 @@
+"""CPU threads of the tensor library: how many there are, and how long an idle one waits before it sleeps.
+
+GNU OpenMP, which torch computes with, lets an idle thread spin for long. On cores that other processes want too, the
+threads that work then wait for those that spin: a training step takes 2 to 4 times as long (benchmarks/NOTES.md). A
+bounded spin costs nothing that can be measured on idle cores. The library reads the bound once, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "20000"
+POLICY_NAME = "OMP_WAIT_POLICY"  # says the same in words; whoever sets it has decided
+COUNT_NAME = "OMP_NUM_THREADS"
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time per period, or "max"
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Bound the spinning of idle threads unless the environment says how they wait; before torch is imported."""
+    if POLICY_NAME not in environment:
+        environment.setdefault(SPIN_NAME, SPIN_ROUNDS)
+
+
+def usable_cores(quota_file: Path = _QUOTA) -> int:
+    """Cores that this process may use: its affinity, and what a container grants it, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        granted, period = quota_file.read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(granted) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or no limit ("max")
+        return cores
+
+
+def set_threads(wanted: int, log: logging.Logger, quota_file: Path = _QUOTA) -> int | None:
+    """Set the number of threads of the tensor library, loaded or not, and log it with the reason.
+
+    Args:
+        wanted: number of threads (`launch.threads`); 0 leaves the choice to the library, which knows the cores but not
+            what a container grants: then it gets no more than that.
+        log: where the line goes.
+        quota_file: what the container grants.
+
+    Returns:
+        The number that was set; None if the library chooses.
+    """
+    cores = usable_cores(quota_file)
+    chosen, reason = _choose(wanted, cores, usable_cores(Path(os.devnull)))
+    if chosen is not None:
+        os.environ[COUNT_NAME] = str(chosen)  # for a library that is not loaded yet, and for child processes
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(chosen)
+    waiting = f"{POLICY_NAME} {os.environ[POLICY_NAME]}" if POLICY_NAME in os.environ else f"spin {_spin()}"
+    log.info("threads: %s (%s); %d cores usable; idle threads: %s", chosen or "default", reason, cores, waiting)
+    return chosen
+
+
+def _choose(wanted: int, usable: int, present: int) -> tuple[int | None, str]:
+    if wanted:
+        return wanted, "launch.threads"
+    if COUNT_NAME in os.environ:
+        return None, f"{COUNT_NAME}={os.environ[COUNT_NAME]}"
+    if usable < present:
+        return usable, "what this container grants"
+    return None, "the tensor library's choice"
+
+
+def _spin() -> str:
+    return f"{os.environ.get(SPIN_NAME, 'unbounded')} rounds, then sleep"

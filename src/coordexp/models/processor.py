@@ -1,0 +1,119 @@
+"""The image format of a checkpoint: patch and merge sizes from its config, limits of area from its processor files.
+
+The files are those of transformers, so that `AutoProcessor` and vLLM see the pixels that training saw.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from transformers import Qwen3VLConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+
+from coordexp.config.provenance import write_json
+from coordexp.errors import CheckpointError
+from coordexp.packing.pixels import PIXEL_MEAN, PIXEL_STD, PixelSpec
+
+IMAGE_FILE = "preprocessor_config.json"
+VIDEO_FILE = "video_preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # where newer versions of transformers write all of it, in blocks
+PROCESSOR_FILES = frozenset({IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE})
+
+
+def pixel_spec(config: Qwen3VLConfig, min_pixels: int, max_pixels: int) -> PixelSpec:
+    """What `packing.pixels` needs to know to feed this model; raises CheckpointError if its patches are not square."""
+    vision = config.vision_config
+    assert isinstance(vision, Qwen3VLVisionConfig)  # the config builds it from whatever it was given
+    patch, temporal = vision.patch_size, vision.temporal_patch_size
+    if not isinstance(patch, int) or not isinstance(temporal, int):
+        raise CheckpointError(
+            f"config.json: vision_config has patch_size {patch!r} and temporal_patch_size {temporal!r}, expected one "
+            "whole number each. Only models with square patches can be fed."
+        )
+    return PixelSpec(
+        patch_size=patch,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=temporal,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+
+
+def write_processor_files(folder: Path, pixels: PixelSpec) -> None:
+    """Say in a new checkpoint folder how its pictures are prepared."""
+    common = {
+        "processor_class": "Qwen3VLProcessor",
+        "patch_size": pixels.patch_size,
+        "merge_size": pixels.merge_size,
+        "temporal_patch_size": pixels.temporal_patch_size,
+        "image_mean": [PIXEL_MEAN] * 3,
+        "image_std": [PIXEL_STD] * 3,
+        "size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels},  # areas, despite the names
+    }
+    write_json(folder / IMAGE_FILE, {"image_processor_type": "Qwen2VLImageProcessor"} | common)
+    write_json(folder / VIDEO_FILE, {"video_processor_type": "Qwen3VLVideoProcessor"} | common)
+
+
+def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
+    """The format that the processor files of a checkpoint ask for.
+
+    Raises:
+        CheckpointError: there are none, or they ask for what `packing.pixels` does not do, or contradict config.json.
+    """
+    path, block = _image_block(folder)
+    size = block.get("size")
+    limits = size if isinstance(size, dict) else {}
+    low = limits.get("shortest_edge", block.get("min_pixels"))
+    high = limits.get("longest_edge", block.get("max_pixels"))
+    if not (_is_count(low) and _is_count(high)) or low > high:
+        raise CheckpointError(
+            f"{path}: smallest and largest area of a picture are {low!r} and {high!r} pixels (size.shortest_edge, "
+            f"size.longest_edge), expected whole numbers with 1 <= smallest <= largest. {_REMEDY}"
+        )
+    spec = pixel_spec(config, low, high)
+    expected = {
+        "patch_size": spec.patch_size,
+        "merge_size": spec.merge_size,
+        "temporal_patch_size": spec.temporal_patch_size,
+        "image_mean": [PIXEL_MEAN] * 3,
+        "image_std": [PIXEL_STD] * 3,
+    }
+    for key, value in expected.items():
+        if block.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {block[key]!r}, expected {value!r}, as its config.json. {_REMEDY}")
+    return spec
+
+
+_REMEDY = "Take the processor files from the folder that the weights come from."
+
+
+def with_limits(spec: PixelSpec, min_pixels: int | None, max_pixels: int | None) -> PixelSpec:
+    """The same format with other limits of area; None keeps one."""
+    low = spec.min_pixels if min_pixels is None else min_pixels
+    high = spec.max_pixels if max_pixels is None else max_pixels
+    return replace(spec, min_pixels=low, max_pixels=high)
+
+
+def _image_block(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    for name in (IMAGE_FILE, PROCESSOR_FILE):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}). {_REMEDY}") from error
+        block = content.get("image_processor", content) if isinstance(content, dict) else None
+        if not isinstance(block, dict):
+            raise CheckpointError(f"{path}: no settings of an image processor, expected an object. {_REMEDY}")
+        if name == IMAGE_FILE or "image_processor" in content:
+            return path, block
+    raise CheckpointError(f"{folder}: no {IMAGE_FILE}, which says how large pictures are given to the model. {_REMEDY}")
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,87 @@
+"""From the bytes of a chat completion to a generation: everything a server sends is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coordexp.rollout.engine import Generation, is_token_ids
+from coordexp.rollout.vllm_http import ServerFault, excerpt
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an answer must fit: our own prompt, the ids that the model has, the budget asked for, the end-of-turn id."""
+
+    prompt_ids: Sequence[int]
+    vocabulary_size: int
+    max_new_tokens: int
+    end_id: int
+
+
+def read_completion(body: bytes, expected: Expected) -> Generation:
+    """The generation in a reply.
+
+    Raises:
+        ServerFault: the reply is not the chat completion that was asked for; says where it differs.
+    """
+    completion = _json_object(body)
+    choices = completion.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise ServerFault(f"a reply without one item in 'choices': {excerpt(body)}")
+    choice = choices[0]
+    prompt_ids = completion.get("prompt_token_ids")
+    if not is_token_ids(prompt_ids):
+        raise ServerFault(
+            f"'prompt_token_ids' is {excerpt(reprlib.repr(prompt_ids))}, expected token ids; the server must know "
+            "return_token_ids"
+        )
+    if prompt_ids != list(expected.prompt_ids):
+        raise ServerFault(
+            f"the server's prompt differs from ours at {_first_difference(expected.prompt_ids, prompt_ids)}; expected "
+            "the same chat template and image size: serve the checkpoint's own folder with its own processor files"
+        )
+    return _generation(choice.get("token_ids"), choice.get("finish_reason"), expected)
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    if not body:
+        raise ServerFault("an empty reply")
+    try:
+        value = json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise ServerFault(f"a reply that is not UTF-8: {excerpt(body)}") from error
+    except ValueError as error:
+        raise ServerFault(f"a reply that is not JSON ({error}): {excerpt(body)}") from error
+    except RecursionError as error:
+        raise ServerFault(f"a reply nested too deeply: {excerpt(body)}") from error
+    if not isinstance(value, dict):
+        raise ServerFault(f"a reply that is no JSON object: {excerpt(body)}")
+    return value
+
+
+def _generation(token_ids: Any, reason: Any, expected: Expected) -> Generation:
+    try:
+        found = Generation.from_json(token_ids, reason, expected.vocabulary_size)
+    except ValueError as error:
+        raise ServerFault(f"an answer that is none: {excerpt(str(error))}") from error
+    if not 0 < len(found.ids) <= expected.max_new_tokens:
+        raise ServerFault(f"{len(found.ids)} tokens, expected 1 to {expected.max_new_tokens}")
+    ends = np.flatnonzero(found.ids == expected.end_id)
+    if len(ends):
+        return Generation(found.ids[: ends[0] + 1], "stop")
+    if reason == "length" and len(found.ids) < expected.max_new_tokens:
+        raise ServerFault(f"an answer cut after {len(found.ids)} tokens, expected {expected.max_new_tokens}")
+    return Generation(found.ids, "length")
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    for i, (own, other) in enumerate(zip(ours, theirs, strict=False)):
+        if own != other:
+            return f"token {i} (ours {own}, theirs {reprlib.repr(other)})"
+    return f"its length (ours {len(ours)} tokens, theirs {len(theirs)})"

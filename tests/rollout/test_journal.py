@@ -1,0 +1,106 @@
+"""Answers on disk: what decides one is in its key, and damage costs that answer and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coordexp.errors import DataError
+from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.journal import Journal, request_key
+from helpers import World
+
+SETTINGS = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+FINISHED = Generation(np.array([4, 5, 6], np.int32), "stop")
+VOCABULARY = 10
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"key": "b", "ids": [1, 2',
+        b"",
+        b"\xff\xfe{",
+        b"\0" * 50,
+        b"null",
+        b"[1]",
+        b'"text"',
+        b"{}",
+        b"[" * 100000,
+        b'{"key": "b", "ids": ' + b"9" * 5000 + b"}",
+        b'{"key": "b", "ids": [1], "finish_reason": "stop", "more": 1}',
+        b'{"key": ["b"], "ids": [1], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": 1, "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [[1]], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [true], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [-1], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [10], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [1e30], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [99999999999999999999], "finish_reason": "stop"}',
+        b'{"key": "b", "ids": [1], "finish_reason": ["stop"]}',
+        b'{"key": "b", "ids": [1], "finish_reason": null}',
+    ],
+)
+@pytest.mark.parametrize("ends", [b"\n", b""])
+def test_a_damaged_line_is_dropped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes, ends: bytes
+) -> None:
+    path = tmp_path / "j.jsonl"
+    Journal(path).append("a", FINISHED)
+    with path.open("ab") as out:
+        out.write(damage + ends)
+    Journal(path).append("c", FINISHED)
+    with caplog.at_level(logging.WARNING):
+        done = Journal(path).read(VOCABULARY)
+    assert {key: g.ids.tolist() for key, g in done.items()} == {"a": [4, 5, 6], "c": [4, 5, 6]}
+    if damage or ends:
+        assert f"{path}: 1 damaged lines" in caplog.text
+        assert "line 2: " in caplog.text
+
+
+def test_what_was_answered_before_damage_is_asked_again_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text(json.dumps({"key": "a", "ids": [VOCABULARY], "finish_reason": "stop"}) + "\n")
+    journal = Journal(path)
+    assert journal.read(VOCABULARY) == {}
+    journal.append("a", FINISHED)
+    assert journal.read(VOCABULARY)["a"].ids.tolist() == [4, 5, 6]
+
+
+def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path: Path) -> None:
+    sample = world.samples[0]
+    picture = tmp_path / sample.image
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes((world.root / sample.image).read_bytes())
+
+    def key(sample=sample, settings=SETTINGS) -> str:
+        return request_key(sample, settings, tmp_path)
+
+    keys = {
+        key(),
+        key(replace(sample, image_id=7)),
+        key(replace(sample, resized_width=64 + sample.resized_width)),
+        key(settings=replace(SETTINGS, temperature=0.5)),
+        key(settings=replace(SETTINGS, seed=4)),
+        key(replace(sample, image=f"{sample.image}#flip")),
+    }
+    assert len(keys) == 6
+    assert key(replace(sample, descs=())) in keys
+    Image.new("RGB", (sample.width, sample.height)).save(picture, "png")
+    assert key() not in keys
+
+
+def test_a_key_needs_the_picture(world: World, tmp_path: Path) -> None:
+    sample = replace(world.samples[0], image="a.png")
+    with pytest.raises(DataError, match=r"a\.png: no such file"):
+        request_key(sample, SETTINGS, tmp_path)
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: no such file"):
+        request_key(sample, SETTINGS, tmp_path)

@@ -1,0 +1,172 @@
+"""A checkpoint says how large pictures are given to it: trained at limits that no default has, read by everything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import norm1000, pack, stage1
+from ruamel.yaml import YAML
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from coordexp import detector
+from coordexp.config.loading import read_yaml
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.process import stage_main
+from coordexp.detector import Detector
+from coordexp.errors import CheckpointError
+from coordexp.models.loading import checkpoint_hashes, load_format
+from coordexp.models.processor import IMAGE_FILE, PROCESSOR_FILE
+from coordexp.packing.samples import Sample
+from coordexp.records.schema import ObjectRecord, Record, write_records
+from coordexp.rollout.vllm_server import link_checkpoint
+from coordexp.text.prompts import TASKS
+
+LIMITS = (150 * 150, 180 * 180)  # neither those of a profile nor those that the base model brings
+SHOWN = (160, 160)  # a picture of 120 x 120 px under them
+BUDGET = 12
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """Stage 1's checkpoint of a profile with these limits, made by the stages themselves."""
+    root = tmp_path_factory.mktemp("sizes")
+    profile = read_yaml(repository / "configs" / "smoke.yaml")
+    profile["model"] |= {"min_pixels": LIMITS[0], "max_pixels": LIMITS[1], "path": str(repository / "models/tiny-base")}
+    profile["stage1"] |= {"steps": 2, "warmup_steps": 1}
+    profile["monitor"]["every_steps"] = 0
+    (root / "configs").mkdir()
+    YAML().dump(profile, root / "configs" / "smoke.yaml")
+    shutil.copy(repository / "params.yaml", root)
+    paths = ProfilePaths("smoke", root)
+    for folder in (paths.raw, paths.records):
+        folder.mkdir(parents=True)
+    Image.fromarray(picture()).save(paths.raw / "a.png")
+    for split in ("train", "dev", "val"):
+        objects = (ObjectRecord("cat", (10, 10, 90, 90)),)
+        write_records(paths.records / f"{split}.jsonl", [Record("a.png", 120, 120, objects)] * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(root))
+        for stage in (norm1000, pack, stage1):
+            options = ["--profile", "smoke", "--params", str(root / "params.yaml"), "--out", str(root)]
+            assert stage_main(stage.run, options) == 0
+    return paths.run("stage1")
+
+
+def picture() -> np.ndarray:
+    """120 x 120 px of noise: any other size of it is another picture."""
+    return np.random.default_rng(5).integers(0, 255, (120, 120, 3), np.uint8)
+
+
+def test_the_limits_of_training_are_those_of_the_detector(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sample] = []
+    answer = detector.predict_samples
+
+    def predict_samples(checkpoint: Any, reader: Any, samples: list[Sample], *rest: Any) -> Any:
+        asked.extend(samples)
+        return answer(checkpoint, reader, samples, *rest)
+
+    monkeypatch.setattr(detector, "predict_samples", predict_samples)
+    Detector.from_checkpoint(trained, max_new_tokens=2).predict([picture()])
+    assert [(sample.resized_width, sample.resized_height) for sample in asked] == [SHOWN]
+
+
+def test_transformers_alone_sees_the_same_pixels_and_answers_the_same(trained: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    images = AutoImageProcessor.from_pretrained(trained)(images=[Image.fromarray(picture())], return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
+    grid = images["image_grid_thw"][0].tolist()
+    assert grid == [1, SHOWN[1] // 16, SHOWN[0] // 16]
+    content = [{"type": "image"}, {"type": "text", "text": TASKS["detect"]}]
+    words = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    words = words.replace("<|image_pad|>", "<|image_pad|>" * (grid[1] * grid[2] // 4))
+    inputs = tokenizer(words, return_tensors="pt") | images
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=BUDGET, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (found,) = Detector.from_checkpoint(trained, max_new_tokens=BUDGET).predict([picture()])
+    assert tokenizer.decode(ids) == found.raw_text
+
+
+def test_a_server_is_given_the_same_limits_whatever_the_folder_brought(trained: Path, tmp_path: Path) -> None:
+    form = load_format(trained)
+    assert (form.pixels.min_pixels, form.pixels.max_pixels) == LIMITS
+    shutil.copytree(trained, tmp_path / "base")
+    edit(tmp_path / "base" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=16_777_216))
+    link_checkpoint(tmp_path / "base", tmp_path / "served", form.pixels)
+    assert load_format_of_copy(tmp_path / "served") == form.pixels
+
+
+def load_format_of_copy(folder: Path) -> Any:
+    (folder / "run_metadata.json").unlink(missing_ok=True)  # its hashes are those of the original
+    return load_format(folder).pixels
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file in place."""
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trained(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "edited")
+    assert IMAGE_FILE in checkpoint_hashes(trained)
+    edit(tmp_path / "edited" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=40_000))
+    with pytest.raises(CheckpointError, match=rf"{IMAGE_FILE}: sha256 .* but run_metadata\.json records"):
+        load_format(tmp_path / "edited")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, f"no {IMAGE_FILE}, which says how large pictures"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "no settings of an image processor"),
+        ("{}", "are None and None pixels"),
+        ('{"size": {"shortest_edge": 9, "longest_edge": 4}}', "are 9 and 4 pixels"),
+        ('{"size": {"shortest_edge": "9", "longest_edge": 40}}', "are '9' and 40 pixels"),
+        ('{"size": {"shortest_edge": true, "longest_edge": 40}}', "are True and 40 pixels"),
+        ('{"size": {"height": 40, "width": 40}}', "are None and None pixels"),
+        ('{"min_pixels": 1, "max_pixels": 9, "patch_size": 14}', "patch_size is 14, expected 16"),
+        ('{"min_pixels": 1, "max_pixels": 9, "image_mean": [0.4, 0.4, 0.4]}', "image_mean is"),
+    ],
+)
+def test_processor_files_that_cannot_be_followed_are_refused(
+    trained: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "odd")
+    for name in ("run_metadata.json", IMAGE_FILE):
+        (tmp_path / "odd" / name).unlink()
+    if content is not None:
+        (tmp_path / "odd" / IMAGE_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_format(tmp_path / "odd")
+
+
+def test_both_layouts_of_transformers_are_read(trained: Path, tmp_path: Path) -> None:
+    expected = load_format(trained).pixels
+    shutil.copytree(trained, tmp_path / "new")
+    (tmp_path / "new" / "run_metadata.json").unlink()
+    AutoImageProcessor.from_pretrained(trained).save_pretrained(tmp_path / "saved")
+    block = json.loads((tmp_path / "saved" / IMAGE_FILE).read_text())
+    (tmp_path / "new" / IMAGE_FILE).write_text(json.dumps(block))
+    assert load_format(tmp_path / "new").pixels == expected
+    (tmp_path / "new" / IMAGE_FILE).unlink()
+    (tmp_path / "new" / PROCESSOR_FILE).write_text(json.dumps({"image_processor": block}))
+    assert load_format(tmp_path / "new").pixels == expected
+    old = {"min_pixels": LIMITS[0], "max_pixels": LIMITS[1]}
+    (tmp_path / "new" / IMAGE_FILE).write_text(json.dumps(old))
+    assert load_format(tmp_path / "new").pixels == expected
