@@ -16,13 +16,15 @@ from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
 from coordexp.records.schema import Record, read_records
+from coordexp.records.sources.base import Problem
 
 ASSUMED_FLOPS = 4e14  # a second
+STOP = "STOP: "  # begins the line of what stops a run
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The text, every problem as a JSON line, and whether the stages would stop."""
+    """The text, every fault as a JSON line (what stops a run included), and whether the stages would stop."""
 
     lines: tuple[str, ...]
     problem_lines: tuple[str, ...]
@@ -40,22 +42,35 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
     """
     source: SourceConfig | DatasetsConfig = profile.source
     lines: list[str] = []
-    problems: tuple[str, ...] = ()
+    faults: list[Problem] = []
     stops = False
     if isinstance(source, DatasetsConfig):
         found = examine(source.sets, profile.records, decode, workers=os.cpu_count() or 1)
         lines += _data_lines(found)
-        problems = tuple(json.dumps(asdict(p), ensure_ascii=False) for p in found.problems)
+        faults += _faults(found)
         train, stops = found.records["train"], found.stops
     else:
         lines.append("data: scenes are composed by the raw stage; nothing to examine")
         on_file = data / params.profile / "records" / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
-    needed, lacks = _need_lines(train, profile, params)
+    needed = _need_lines(train, profile, params)
     lines += needed
-    stops = stops or lacks
+    lacks = [line for line in needed if line.startswith(STOP)]
+    faults += [Problem("needs", f"configs/{params.profile}.yaml", "", line.removeprefix(STOP)) for line in lacks]
+    stops = stops or bool(lacks)
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
-    return Diagnosis(tuple(lines), problems, stops)
+    return Diagnosis(tuple(lines), tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults), stops)
+
+
+def _faults(found: Examination) -> list[Problem]:
+    """The problems of single annotations and images, and what was found of a split or a set as a whole."""
+    listed = {p.reason for p in found.problems}
+    whole = [f for f in found.findings if f.reason not in listed]
+    return found.problems + [
+        Problem(f.reason, f"{f.set_name}/{f.split}", f"count {f.count}", detail)
+        for f in whole
+        for detail in (f.examples or ("",))
+    ]
 
 
 def _data_lines(found: Examination) -> Iterator[str]:
@@ -66,18 +81,18 @@ def _data_lines(found: Examination) -> Iterator[str]:
     if not found.findings:
         yield "no fault found"
     for finding in found.findings:
-        fate = "STOP" if finding.stops else "dropped"
-        yield f"{fate}: {finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
+        fate = STOP if finding.stops else "dropped: "
+        yield f"{fate}{finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
         yield from (f"    {example}" for example in finding.examples)
 
 
-def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[list[str], bool]:
+def _need_lines(train: list[Record], profile: Profile, params: Params) -> list[str]:
     if not train:
-        return ["needs: no training record to estimate from"], False
+        return ["needs: no training record to estimate from"]
     try:
         needs = needs_of(train, profile, params.text.codec)
     except CheckpointError as error:
-        return [f"STOP: model: {error}"], True
+        return [f"{STOP}model: {error}"]
     free = shutil.disk_usage(Path()).free
     lines = [
         f"model: {needs.parameters:,} parameters",
@@ -90,8 +105,7 @@ def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[
         _memory_line(needs.memory),
         _training_line(profile, needs.training_flops),
     ]
-    too_long, too_full = _shortages(needs, free)
-    return [*lines, *too_long, *too_full], bool(too_long or too_full)
+    return [*lines, *_shortages(needs, free)]
 
 
 def _memory_line(memory: Memory) -> str:
@@ -111,10 +125,11 @@ def _training_line(profile: Profile, flops: float) -> str:
     )
 
 
-def _shortages(needs: Needs, free_bytes: int) -> tuple[list[str], list[str]]:
-    too_long = f"STOP: {needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
-    too_full = f"STOP: the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
-    return [too_long] if needs.over_pack else [], [too_full] if needs.disk_bytes > free_bytes else []
+def _shortages(needs: Needs, free_bytes: int) -> Iterator[str]:
+    if needs.over_pack:
+        yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
+    if needs.disk_bytes > free_bytes:
+        yield f"{STOP}the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
 
 
 def _gigabytes(n_bytes: int) -> str:
