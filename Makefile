@@ -68,8 +68,9 @@ smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare (half an hour; POINTS="0 19": at these)
 	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py
 
-checks: $(DEV_STAMP)  ## lint and type-check
+checks: $(DEV_STAMP)  ## lint, formatting and types
 	ruff check
+	ruff format --check
 	mypy
 
 report: env  ## rebuild the report from what the stages left, without running them
