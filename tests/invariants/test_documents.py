@@ -18,8 +18,10 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTR
 # Names of metrics and reasons are put together by the code; tests/reporting/test_reference.py holds that page to them.
 WRITTEN_PAGES = [page for page in PAGES if page.name != "metrics.md"]
 SOURCES = sorted([*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# The example of CONTRIBUTING, and names that others gave: files of a data set, a setting of accelerate and of CUDA.
-NOT_OURS = {"huber_weight", "zhiyuan_objv2_", "MULTI_CPU", "CUDA_VISIBLE_DEVICES"}
+# The example of CONTRIBUTING, and names that others gave: files of a data set, settings of accelerate, CUDA and OpenMP.
+NOT_OURS = {
+    "huber_weight", "zhiyuan_objv2_", "MULTI_CPU", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
+}  # fmt: skip
 # Pages that runs write: not in the repository, or not under the name that the source knows.
 WRITTEN_BY_RUNS = {"progress.md", "model_card.md", "objective.md", "decoding.md"}
 
@@ -65,7 +67,7 @@ def names_in(file: Path) -> frozenset[str]:
 
 
 def named_places(text: str) -> Iterator[tuple[str, str]]:
-    """(file, name in it or "") where a page names a file: `a/b.py`, `a/b.py:name`, `a/b.py`: `name`, `name` in `a/b.py`."""
+    """(file, name in it or "") where a page names one: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
     path, name = r"([\w/.-]+\.py)", r"([A-Za-z_][\w.]*)"
     yield from re.findall(rf"`(?:[^`\n]* )?{path}(?::{name})?[^`\n]*`", text)
     yield from re.findall(rf"`{path}`: `{name}`", text)
