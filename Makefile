@@ -50,7 +50,7 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 test: $(DEV_STAMP)  ## run the test-suite
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
 
-vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server (once; 3.5 GB on CPU)
+vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server, a CPU build (once; 3.5 GB)
 
 # --no-deps: vLLM also asks for torchaudio and torchcodec, which break transformers' import beside a CPU build of torch.
 $(VLLM_STAMP): requirements-vllm.lock

@@ -53,12 +53,13 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
         lines.append("data: scenes are composed by the raw stage; nothing to examine")
         on_file = data / params.profile / "records" / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
-    needed = _need_lines(train, profile, params)
+    n_data_lines = len(lines)
+    needed, lacks = _need_lines(train, profile, params)
     lines += needed
-    lacks = [line for line in needed if line.startswith(STOP)]
-    faults += [Problem("needs", f"configs/{params.profile}.yaml", "", line.removeprefix(STOP)) for line in lacks]
-    stops = stops or bool(lacks)
+    stops = stops or lacks
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
+    needs = [line.removeprefix(STOP) for line in lines[n_data_lines:] if line.startswith(STOP)]
+    faults += [Problem("needs", f"configs/{params.profile}.yaml", "", detail) for detail in needs]
     return Diagnosis(tuple(lines), tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults), stops)
 
 
@@ -81,18 +82,18 @@ def _data_lines(found: Examination) -> Iterator[str]:
     if not found.findings:
         yield "no fault found"
     for finding in found.findings:
-        fate = STOP if finding.stops else "dropped: "
-        yield f"{fate}{finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
+        fate = "STOP" if finding.stops else "dropped"
+        yield f"{fate}: {finding.set_name}/{finding.split}: {finding.reason}: {finding.count}"
         yield from (f"    {example}" for example in finding.examples)
 
 
-def _need_lines(train: list[Record], profile: Profile, params: Params) -> list[str]:
+def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[list[str], bool]:
     if not train:
-        return ["needs: no training record to estimate from"]
+        return ["needs: no training record to estimate from"], False
     try:
         needs = needs_of(train, profile, params.text.codec)
     except CheckpointError as error:
-        return [f"{STOP}model: {error}"]
+        return [f"STOP: model: {error}"], True
     free = shutil.disk_usage(Path()).free
     lines = [
         f"model: {needs.parameters:,} parameters",
@@ -105,7 +106,8 @@ def _need_lines(train: list[Record], profile: Profile, params: Params) -> list[s
         _memory_line(needs.memory),
         _training_line(profile, needs.training_flops),
     ]
-    return [*lines, *_shortages(needs, free)]
+    too_long, too_full = _shortages(needs, free)
+    return [*lines, *too_long, *too_full], bool(too_long or too_full)
 
 
 def _memory_line(memory: Memory) -> str:
@@ -125,11 +127,10 @@ def _training_line(profile: Profile, flops: float) -> str:
     )
 
 
-def _shortages(needs: Needs, free_bytes: int) -> Iterator[str]:
-    if needs.over_pack:
-        yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
-    if needs.disk_bytes > free_bytes:
-        yield f"{STOP}the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
+def _shortages(needs: Needs, free_bytes: int) -> tuple[list[str], list[str]]:
+    too_long = f"STOP: {needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
+    too_full = f"STOP: the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
+    return [too_long] if needs.over_pack else [], [too_full] if needs.disk_bytes > free_bytes else []
 
 
 def _gigabytes(n_bytes: int) -> str:

@@ -2,9 +2,9 @@
 
     python -m coordexp.reporting.reference        # from the repository root
 
-rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture, which are
-those of the committed report. No page holds a value of params.yaml: an experiment that changes one must not make the
-documents wrong.
+rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture, which
+are those of the committed report. No page holds a value of params.yaml: an experiment that changes one must not make
+the documents wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fa
 _PARAMETERS_INTRO = """\
 Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
 a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
-value out of range stop a stage with exit code 2 and a message that names the key in full.
+value out of range stop whatever stage runs, with exit code 2 and a message that names the key in full. (A key that no
+stage tracks makes none run: DVC refuses to set one that is not there, unless it is written with a `+`.)
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
 of a profile: both files have blocks `stage1` and `stage2`, of different keys. `make preset PRESET=mixture` runs a named
 recipe of `configs/presets/` (`mixture`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
