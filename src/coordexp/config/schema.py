@@ -182,7 +182,7 @@ class Params(CoordWeights):
     seed: int = Field(
         ge=0,
         le=2**31 - 1,
-        description="seed of data, initialisation, order, sampling; 1000 times stage1.seed or stage2.seed is added",
+        description="seed of data, initialisation, order, sampling; plus 1000 x stage1.seed or stage2.seed",
     )
     entropy_weight: SignedWeight = Field(
         description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"
