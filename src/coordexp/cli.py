@@ -116,15 +116,11 @@ def predict(
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
     min_pixels: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Minimum number of pixels given to the model  [default: as in run_metadata.json, else 9216]"
-        ),
+        typer.Option(min=1, help="Least image area for the model  [default: as in run_metadata.json, else 9216]"),
     ] = None,
     max_pixels: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Maximum number of pixels given to the model  [default: as in run_metadata.json, else 36864]"
-        ),
+        typer.Option(min=1, help="Most image area for the model  [default: as in run_metadata.json, else 36864]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
