@@ -78,7 +78,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     assert all(row["images"] == space.profile.monitor.images for row in looks)
     header, *lines = (line.split("\t") for line in space.paths.curve("stage1-monitor").read_text().splitlines())
     assert [dict(zip(header, line, strict=True)) for line in lines] == [
-        {name: str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in looks
+        {name: "" if row[name] is None else str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in looks
     ]
     for row in looks:
         with Image.open(out / "monitor" / f"step_{row['step']:06d}.jpg") as picture:
