@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.errors import DataError
-from coordexp.reporting.markdown import number, table
+from coordexp.reporting.markdown import interval, number, table
 
 SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
@@ -38,8 +38,8 @@ def results_table(profile: str, root: Path) -> str:
     for name in CHECKPOINTS:
         areas = metrics[name]["eval"]
         values = [areas[area][key] for area, key in (column.split(".") for column in _COLUMNS)]
-        low, high = areas["interval"]["coco.mAP"]
-        rows.append([name, f"{number(values[0])} [{number(low)}, {number(high)}]", *map(number, values[1:])])
+        first = f"{number(values[0])} {interval(areas['interval']['coco.mAP'])}".rstrip()
+        rows.append([name, first, *map(number, values[1:])])
     return table(["val", *_COLUMNS.values()], rows, "l" + "r" * len(_COLUMNS))
 
 
