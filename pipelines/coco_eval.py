@@ -6,7 +6,9 @@ from pathlib import Path
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.process import StageContext, stage_main
+from coordexp.evaluation.soundness import faults_of
 from coordexp.evaluation.suite import evaluate_run
+from coordexp.matching.summary import ratio_text
 from coordexp.rollout.stages import decode_val
 
 
@@ -22,11 +24,11 @@ def run(context: StageContext) -> None:
         context.log.info(
             "%s: mAP %s AP50 %s F1@.5 %s parse rate %s",
             name,
-            areas["coco"]["mAP"],
-            areas["coco"]["AP50"],
-            areas["f1"]["full_50"],
-            areas["parse"]["parse_rate"],
+            *map(ratio_text, (areas["coco"]["mAP"], areas["coco"]["AP50"], areas["f1"]["full_50"])),
+            ratio_text(areas["parse"]["parse_rate"]),
         )
+        for fault in faults_of(areas):
+            context.log.warning("%s: not judged: %s", name, fault)
 
 
 if __name__ == "__main__":

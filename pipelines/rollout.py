@@ -8,7 +8,9 @@ from coordexp.rollout.stages import run_rollouts
 
 def run(context: StageContext) -> None:
     """Generate, re-score, parse, match; write the hand-over file, the rollouts and a summary."""
-    context.log.info("rollout: %s", run_rollouts(context.params, context.profile, context.paths))
+    summary = run_rollouts(context.params, context.profile, context.paths)
+    shown = (f"{name} {'undefined' if value is None else value}" for name, value in summary.items())
+    context.log.info("rollout: %s", ", ".join(shown))
 
 
 if __name__ == "__main__":

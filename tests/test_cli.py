@@ -318,6 +318,18 @@ def test_evaluate_writes_every_metric_and_prints_a_few(run: Run, half_right: Pat
     assert shown.keys() >= {key for key in cli.SHOWN_METRICS if not key.startswith("lvis.")} - undefined
 
 
+def test_answers_that_loop_are_named_before_any_number(run: Run, half_right: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in half_right.read_text(encoding="utf-8").splitlines()]
+    looping = tmp_path / "looping.jsonl"
+    for row in rows:
+        row["pred"] *= 12
+    looping.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = f"{looping} is not judged: 100 % of the answers loop"
+    assert run("evaluate", looping, "--out", tmp_path / "m.json").out.startswith(words)
+    assert run("compare", looping, half_right).out.startswith(words)
+    assert "not judged" not in run("compare", half_right, half_right).out
+
+
 def test_evaluate_with_categories(run: Run, half_right: Path, tmp_path: Path) -> None:
     categories, out = tmp_path / "categories.json", tmp_path / "metrics.json"
     rows = [{"id": 1, "name": "cat", "split": "train"}, {"id": 2, "name": "dog", "split": "held_out"}]

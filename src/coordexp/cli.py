@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from coordexp.config.schema import Params
     from coordexp.detector import Detector
     from coordexp.evaluation.evaluator import Evaluation
-    from coordexp.records.categories import Category
-    from coordexp.records.gt_vs_pred import ImageResult
 
 T = TypeVar("T")
 
@@ -243,17 +241,16 @@ def _evaluate(
 ) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
     from coordexp.evaluation.annotations import read_annotations
+    from coordexp.evaluation.categories import annotated_categories
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
     from coordexp.evaluation.input_checks import check_known_images
     from coordexp.evaluation.settings import EvalSettings
+    from coordexp.evaluation.soundness import faults_of
     from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
 
     results = [list(read_results(file)) for file in files]
-    if categories is None:
-        known: Sequence[Category] = _annotated_names(chain(*results))
-    else:
-        known = read_categories(categories)
+    known = read_categories(categories) if categories else annotated_categories(chain(*results))
     federated = None
     if annotations:
         image_ids, federated = read_annotations(annotations)
@@ -261,14 +258,11 @@ def _evaluate(
             check_known_images(rows, image_ids, str(annotations))
             if len(rows) < len(image_ids):
                 _note(f"note: {len(rows)} of the {len(image_ids)} annotated images are evaluated.")
-    return [evaluate_results(rows, known, EvalSettings(mapping=mapping), federated) for rows in results]
-
-
-def _annotated_names(results: Iterable[ImageResult]) -> list[Category]:
-    from coordexp.records.categories import Category
-
-    names = sorted({g.desc for result in results for g in result.gt})
-    return [Category(number, name) for number, name in enumerate(names, 1)]
+    evaluations = [evaluate_results(rows, known, EvalSettings(mapping=mapping), federated) for rows in results]
+    for file, evaluation in zip(files, evaluations, strict=True):
+        if faults := faults_of(evaluation.metrics):
+            print(f"{file} is not judged: {', '.join(faults)}.")
+    return evaluations
 
 
 @app.command()

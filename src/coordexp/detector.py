@@ -1,7 +1,7 @@
 """A trained checkpoint as an object detector: pictures in, named and scored boxes out.
 
     detector = Detector.from_pretrained("runs/tiny/stage2")
-    found = detector.predict("street.jpg")
+    found = detector.predict("photo.jpg")
     for desc, box_xyxy_px, score in zip(found.descs, found.boxes_xyxy_px, found.scores): ...
 
 The model writes text; boxes come from the strict parser and scores from the re-scoring forward, as in evaluation.

@@ -1,4 +1,4 @@
-"""Errors a user can cause, and the process exit codes they map to (DESIGN: exit codes are public).
+"""Errors a user can cause, and the process exit codes they map to (public: scripts may rely on them).
 
 Every message says what was found, where (file:line or full dotted key), what was expected, and what to do.
 """

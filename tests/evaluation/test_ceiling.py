@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordexp.errors import DataError
 from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.records.schema import ObjectRecord, Record
 from evaluation.builders import FAST
@@ -51,6 +50,11 @@ def test_small_boxes_lose_most():
     assert ceiling["f1_95"] < ceiling["f1_75"] <= 1
 
 
-def test_no_objects_is_an_error():
-    with pytest.raises(DataError, match="at least one annotated object"):
-        codec_ceiling([record()], FAST)
+def test_without_objects_nothing_is_scored():
+    region = ObjectRecord("cat", (0.0, 0.0, 50.0, 50.0), metadata={"iscrowd": 1})
+    crowd = Record("b.jpg", 100, 100, (region,))
+    for records in ([record()], [crowd, record()]):
+        ceiling = codec_ceiling(records, FAST)
+        assert (ceiling.pop("n_images"), ceiling.pop("n_objects")) == (len(records), 0)
+        assert ceiling.pop("by_area") == ceiling.pop("by_side_px") == []
+        assert set(ceiling.values()) == {None}

@@ -9,6 +9,7 @@ from coordexp.evaluation.f1 import (
     f1_from_counts,
     f1_metrics,
     greedy_pairs,
+    image_f1,
     match_greedily,
     named_in_image,
     precision_recall,
@@ -38,8 +39,18 @@ def test_pairs_at_a_higher_threshold_are_a_prefix(seed, threshold):
 @given(st.tuples(*[st.integers(0, 30)] * 3))
 def test_f1_is_the_harmonic_mean_of_precision_and_recall(counts):
     precision, recall = precision_recall(np.array(counts))
-    expected = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    assert f1_from_counts(np.array(counts)) == pytest.approx(expected)
+    f1 = float(f1_from_counts(np.array(counts)))
+    if recall is None:
+        assert np.isnan(f1), "no object is counted"
+    elif not precision or not recall:
+        assert f1 == 0, "objects, and none is found"
+    else:
+        assert f1 == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_an_image_without_objects_is_right_if_left_empty():
+    counts_I3 = np.array([[0, 0, 0], [0, 2, 0], [0, 0, 3], [1, 1, 0]])
+    np.testing.assert_allclose(image_f1(counts_I3), [1, 0, 0, 2 / 3])
 
 
 @pytest.mark.parametrize("crowd_rate", [0.0, 0.4])

@@ -11,7 +11,7 @@ from coordexp.config.loading import load_params
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import write_results
+from coordexp.records.gt_vs_pred import GroundTruth, write_results
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from evaluation.builders import box, image, pred
 
@@ -39,6 +39,32 @@ def write(paths: ProfilePaths, categories: list[Category], labelled: bool) -> No
     objects = [(ObjectRecord("cat", tuple(map(float, box(0, 0)))),), ()]
     records = [Record(f"{i}.jpg", 100, 100, objects[i - 1], metadata={"image_id": i, **labels[i - 1]}) for i in (1, 2)]
     write_records(paths.records / "val.jsonl", records)
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_val_without_a_counted_object_is_evaluated_and_scores_nothing(tmp_path, repository, crowds):
+    paths = ProfilePaths("mine", tmp_path)
+    region = {"metadata": {"iscrowd": 1}}
+    objects = (ObjectRecord("cat", tuple(map(float, box(0, 0))), **region),) if crowds else ()
+    write_records(paths.records / "val.jsonl", [Record("1.jpg", 400, 400, objects), Record("2.jpg", 400, 400, objects)])
+    (paths.records / "categories.json").write_text(json.dumps([c.to_json() for c in NAMES]))
+    gt = [GroundTruth("cat", tuple(map(float, box(0, 0))), iscrowd=True)] if crowds else []
+    for name in CHECKPOINTS:
+        paths.evaluation(name).mkdir(parents=True)
+        preds = [pred("cat", box(3, 3))] if name == "stage2" else []
+        write_results(paths.evaluation(name) / "gt_vs_pred.jsonl", [image(1, gt, preds), image(2, gt, [])])
+    evaluate_run(load_params(repository / "params.yaml"), paths)
+    metrics = json.loads((paths.reports / "metrics.json").read_text())
+    areas = metrics["stage2"]["eval"]
+    assert [areas["f1"][key] for key in ("full_50", "recall_50", "full_50_macro")] == [None] * 3
+    assert (areas["f1"]["precision_50"], areas["f1"]["fp_50"]) == (0, 1)
+    assert metrics["stage1"]["eval"]["f1"]["precision_50"] is None
+    assert set(metrics["comparison"]["stage2_vs_control"].values()) == {None}
+    headline = json.loads((paths.reports / "headline.json").read_text())
+    assert headline["stage2"]["eval"]["f1"]["full_50"] is None
+    assert json.loads((paths.run("eval") / "ceiling.json").read_text())["mAP"] is None
+    lines = paths.curve("pr").read_text().splitlines()
+    assert (len(lines), lines[0], lines[1]) == (102, "recall\tprecision", "0.00\t")
 
 
 def test_labels_of_lvis_reach_the_metrics(paths, repository):

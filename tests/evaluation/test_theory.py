@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from coordexp.evaluation.categories import MATCHED_BY
+from coordexp.evaluation.comparison import compare
+from coordexp.evaluation.registry import metric_specs
 from coordexp.records.gt_vs_pred import GroundTruth
-from evaluation.builders import ANIMALS, CAT, DOG, box, image, perfect_zoo, pred, run, shifted, with_predictions
+from evaluation.builders import ANIMALS, CAT, DOG, FAST, box, image, perfect_zoo, pred, run, shifted, with_predictions
 
 
 def names_found(evaluation):
@@ -23,7 +25,8 @@ def test_perfect_predictions_reach_every_maximum():
     assert metrics["known"]["mAP"] == metrics["held_out"]["mAP"] == pytest.approx(1)
     for key in ("loc_50", "full_50", "full_95", "loc_mean", "full_mean", "full_50_macro", "sem_acc_on_matched_50"):
         assert metrics["f1"][key] == 1
-    assert metrics["rollout"] == {"precision": 1, "recall": 1, "f1": 1, "matched_iou_mean": pytest.approx(1)}
+    ones = {"precision": 1, "recall": 1, "f1": 1, "matched_iou_mean": pytest.approx(1)}
+    assert metrics["rollout"] == {**ones, "gate_rejected": 0}
     assert metrics["confidence"]["auroc_tp_fp"] is None, "no false positive to be separated from"
     assert metrics["coco"]["APs"] is None, "no small object in the data"
     assert set(metrics["set"].values()) == {0}
@@ -32,7 +35,9 @@ def test_perfect_predictions_reach_every_maximum():
 def test_no_predictions():
     metrics = run(with_predictions(perfect_zoo(), lambda p: [])).metrics
     assert metrics["coco"]["mAP"] == metrics["coco"]["AR100"] == 0
-    assert (metrics["f1"]["precision_50"], metrics["f1"]["recall_50"], metrics["f1"]["full_50"]) == (1, 0, 0)
+    assert (metrics["f1"]["precision_50"], metrics["f1"]["recall_50"], metrics["f1"]["full_50"]) == (None, 0, 0)
+    assert metrics["interval"]["f1.precision_50"] is None
+    assert metrics["set"]["over_generation_rate"] is metrics["protocol"]["absent_name_rate"] is None
     assert metrics["f1"]["sem_acc_on_matched_50"] is None
     assert metrics["rollout"]["matched_iou_mean"] is None
     assert metrics["confidence"] == {
@@ -45,6 +50,26 @@ def test_no_predictions():
     }
     assert metrics["set"]["omission_rate"] == metrics["parse"]["empty_rate"] == 1
     assert metrics["set"]["count_error_mean"] == -3
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+@pytest.mark.parametrize("answered", [False, True])
+def test_without_a_counted_object_no_score_is_defined(crowds, answered):
+    """An image that is rightly left empty proves nothing about a detector that was shown nothing else."""
+    region = GroundTruth("cat", (0.0, 0.0, 200.0, 200.0), iscrowd=True)
+    preds = [pred("cat", (20.0, 20.0, 60.0, 60.0)), pred("dog", (300.0, 300.0, 340.0, 340.0))]
+    results = [image(i, [region] if crowds else [], preds if answered else []) for i in (1, 2)]
+    evaluation = run(results)
+    specs = metric_specs(FAST)
+    for area, values in evaluation.metrics.items():
+        for key, value in values.items():
+            if specs[f"{area}.{key}"].better == "higher" and key != "parse_rate":
+                assert not value, f"{area}.{key} is {value}"
+    for area, key in (("coco", "mAP"), ("f1", "full_50"), ("f1", "full_50_macro"), ("f1", "recall_50")):
+        assert evaluation.metrics[area][key] is None
+        assert evaluation.metrics["interval"].get(f"{area}.{key}") is None
+    assert evaluation.metrics["rollout"]["f1"] is evaluation.metrics["set"]["omission_rate"] is None
+    assert set(compare(evaluation, evaluation).values()) == {None}
 
 
 def test_all_boxes_shifted_by_5_px():
@@ -134,6 +159,7 @@ def test_as_many_inventions_as_hits(wrong_score, ap, auroc):
     if ap is not None:
         assert metrics["coco"]["mAP"] == pytest.approx(ap)
     assert metrics["confidence"]["auroc_tp_fp"] == auroc
+    assert metrics["rollout"]["gate_rejected"] == 8, "the inventions"
     assert metrics["confidence"]["perfect_ranking_mAP"] == pytest.approx(1)
 
 

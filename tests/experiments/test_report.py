@@ -89,3 +89,12 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
     assert "102" in re.search(r"\| `w=2` \|.*\| 102 \|", text)[0]
     with Image.open(tmp_path / "out" / "x.png") as picture:
         assert picture.width > picture.height
+
+
+def test_arms_whose_answers_loop_are_not_judged() -> None:
+    tree = numbers(0.012, 0.001, 0.025, "not judged")
+    row = tree["effects"][0]
+    row["faults"] = {"ab-x-s0": ["30 % of the answers loop"]}
+    sentence = verdict_sentence(row, tree)
+    assert "**not judged**" in sentence
+    assert sentence.endswith("because of the answers of ab-x-s0: 30 % of the answers loop.")

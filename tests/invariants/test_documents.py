@@ -1,18 +1,29 @@
-"""Documents point at what exists: links, files, functions and parameters."""
+"""Documents point at what exists: links, files, functions, parameters and pages."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from coordexp.config.block import field_specs
 from coordexp.config.schema import Params
-from source_tree import PACKAGE, ROOT, syntax
+from source_tree import PACKAGE, ROOT, modules, syntax
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+# Names of metrics and reasons are put together by the code; tests/reporting/test_reference.py holds that page to them.
+WRITTEN_PAGES = [page for page in PAGES if page.name != "metrics.md"]
+SOURCES = sorted([*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+# The example of CONTRIBUTING, and names that others gave: files of a data set, settings of accelerate, CUDA and OpenMP.
+NOT_OURS = {
+    "huber_weight", "zhiyuan_objv2_", "MULTI_CPU", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
+}  # fmt: skip
+# Pages that runs write: not in the repository, or not under the name that the source knows.
+WRITTEN_BY_RUNS = {"progress.md", "model_card.md", "objective.md", "decoding.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,6 +41,80 @@ def anchors(page: Path) -> set[str]:
     """Anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def file_named(path: str) -> Path | None:
+    """The source file that a page names, from the root of the repository or from src/coordexp/."""
+    return next((base / path for base in (ROOT, PACKAGE) if (base / path).is_file()), None)
+
+
+@cache
+def names_in(file: Path) -> frozenset[str]:
+    """What a file defines: functions, classes, `Class.method`, fields, and names of the module."""
+    found: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.update({node.name, prefix + node.name})
+                if isinstance(node, ast.ClassDef):
+                    collect(node.body, f"{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(syntax(file).body, "")
+    return frozenset(found)
+
+
+def named_places(text: str) -> Iterator[tuple[str, str]]:
+    """(file, name in it or "") where a page names one: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
+    path, name = r"([\w/.-]+\.py)", r"([A-Za-z_][\w.]*)"
+    yield from re.findall(rf"`(?:[^`\n]* )?{path}(?::{name})?[^`\n]*`", text)
+    yield from re.findall(rf"`{path}`: `{name}`", text)
+    yield from ((file, named) for named, file in re.findall(rf"`{name}`\s+in\s+`{path}`", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_files_and_functions_that_exist(page: Path) -> None:
+    for path, name in named_places(page.read_text(encoding="utf-8")):
+        file = file_named(path)
+        assert file, f"{page.name}: {path}"
+        assert not name or name in names_in(file), f"{page.name}: {path}:{name}"
+
+
+def test_what_the_reader_of_pages_sees() -> None:
+    text = "`a/b.py:C.f` and `a/b.py`: `g`; `H`\nin `c.py`, `python -m d.py --x`"
+    assert sorted(set(named_places(text))) == [
+        ("a/b.py", ""), ("a/b.py", "C.f"), ("a/b.py", "g"), ("c.py", ""), ("c.py", "H"), ("d.py", ""),
+    ]  # fmt: skip
+
+
+@cache
+def known_words() -> frozenset[str]:
+    """Every word of the sources and of the files of parameters."""
+    others = [*ROOT.glob("*.yaml"), *(ROOT / "configs").rglob("*.yaml"), ROOT / "Makefile"]
+    texts = (file.read_text(encoding="utf-8") for file in [*SOURCES, *others])
+    return frozenset(word for text in texts for word in re.findall(r"\w+", text)) | {f.stem for f in SOURCES}
+
+
+@pytest.mark.parametrize("page", WRITTEN_PAGES, ids=lambda page: page.name)
+def test_pages_use_names_that_the_code_knows(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    names = {word for span in spans for word in re.findall(r"[A-Za-z_]\w*", span)}
+    names = {name for name in names if "_" in name.strip("_") or re.search(r"[a-z][A-Z]", name)}
+    assert names - known_words() - NOT_OURS == set()
+
+
+def test_docstrings_and_comments_point_at_pages_that_are_there() -> None:
+    missing = []
+    for file in SOURCES:
+        if file.is_relative_to(ROOT / "tests"):
+            continue
+        for page in re.findall(r"(?<![\w/{}>])((?:[\w-]+/)*[\w-]+\.md)\b(?!\.)", file.read_text(encoding="utf-8")):
+            places = (base / page for base in (ROOT, ROOT / "docs", file.parent))
+            if page not in WRITTEN_BY_RUNS and not any(place.is_file() for place in places):
+                missing.append(f"{file.relative_to(ROOT)}: {page}")
+    assert missing == []
 
 
 def index_rows() -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from coordexp.matching.assign import match
 from coordexp.matching.settings import MatchSettings
-from coordexp.matching.summary import MatchCounts
+from coordexp.matching.summary import MatchCounts, ratio_text
 
 # Step, F1, precision, recall, predictions, matched, false positives, false negatives of a published evaluation.
 PUBLISHED = [
@@ -29,12 +29,13 @@ def test_published_table_from_its_own_counts(step, f1, precision, recall, n_pred
 
 @pytest.mark.parametrize(
     ("n_pred", "n_gt", "expected"),
-    [(0, 0, (1.0, 1.0, 1.0)), (0, 4, (1.0, 0.0, 0.0)), (4, 0, (0.0, 1.0, 0.0)), (4, 4, (0.0, 0.0, 0.0))],
+    [(0, 0, (None, None, None)), (0, 4, (None, 0.0, 0.0)), (4, 0, (0.0, None, None)), (4, 4, (0.0, 0.0, 0.0))],
 )
 def test_nothing_matched(n_pred, n_gt, expected):
     counts = MatchCounts(n_pred=n_pred, n_gt=n_gt)
     assert (counts.precision, counts.recall, counts.f1) == expected
-    assert counts.matched_iou_mean == 0.0
+    assert counts.matched_iou_mean is None
+    assert [ratio_text(ratio) for ratio in expected] == ["undefined" if r is None else "0.000" for r in expected]
 
 
 def test_ratios_are_sums_over_sums():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from coordexp.config.schema import Params
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training_log import target_entropy_nats
+from coordexp.training.looks import count_answers, judge_answer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -52,13 +54,24 @@ def params(resamples: int = 100) -> dict[str, Any]:
     return tree
 
 
-def build_run(root: Path, images: int, resamples: int = 100, gallery_images: int = 8, steps: int = 60) -> ReportInputs:
-    """Write every file a report reads under `root` and say where they are."""
+def build_run(
+    root: Path,
+    images: int,
+    resamples: int = 100,
+    gallery_images: int = 8,
+    steps: int = 60,
+    change: Callable[[Record], Record] = lambda record: record,
+    answered: Callable[[str, list[ImageResult]], list[ImageResult]] = lambda _checkpoint, results: results,
+) -> ReportInputs:
+    """Write every file a report reads under `root` and say where they are.
+
+    `change` is applied to every record of val, `answered` to the answers of each checkpoint.
+    """
     paths = ProfilePaths("tiny", root)
     inputs = ReportInputs.of(paths, params(resamples), gallery_images)
     catalog = load_catalog(REPOSITORY / "data" / "sprites")
     spec = scene_spec()
-    records = [_record(paths.raw, spec, catalog, index) for index in range(images)]
+    records = [change(_record(paths.raw, spec, catalog, index)) for index in range(images)]
     categories = [
         Category(number, name, "held_out" if name in catalog.held_out else "train")
         for number, name in enumerate(catalog.descs, 1)
@@ -66,7 +79,7 @@ def build_run(root: Path, images: int, resamples: int = 100, gallery_images: int
     write_json(inputs.categories, [{"id": c.id, "name": c.name, "split": c.split} for c in categories])
     write_records(paths.records / "val.jsonl", records)
     for n, name in enumerate(CHECKPOINTS):
-        results = _predict(records, catalog, name, 10 + n)
+        results = answered(name, _predict(records, catalog, name, 10 + n))
         paths.evaluation(name).mkdir(parents=True)
         write_results(paths.evaluation(name) / "gt_vs_pred.jsonl", results)
         write_json(
@@ -74,7 +87,7 @@ def build_run(root: Path, images: int, resamples: int = 100, gallery_images: int
         )
     evaluate_run(Params.model_validate(inputs.params), paths)
     _write_small_files(inputs)
-    _write_logs(inputs, steps)
+    _write_logs(inputs, steps, has_objects=any(_objects(record) for record in records))
     return inputs
 
 
@@ -106,7 +119,7 @@ def _answer(
     image_id: int, record: Record, catalog: SpriteCatalog, quality: Quality, rng: np.random.Generator, checkpoint: str
 ) -> ImageResult:
     found: list[tuple[str, np.ndarray, float]] = []
-    for obj in record.objects:
+    for obj in record.objects or (ObjectRecord(catalog.seen[0], (8.0, 8.0, 40.0, 40.0)),):
         if rng.random() < quality.missed:
             continue
         box = np.array(obj.bbox_xyxy_px)
@@ -130,7 +143,7 @@ def _answer(
         image=record.image,
         width=record.width,
         height=record.height,
-        gt=tuple(GroundTruth(o.desc, o.bbox_xyxy_px) for o in record.objects),
+        gt=tuple(GroundTruth(o.desc, o.bbox_xyxy_px, bool(o.metadata.get("iscrowd"))) for o in record.objects),
         pred=pred,
         raw_text="{}",
         parse=ParseReport(True, len(pred), {"bbox_invalid": 1} if broken else {}),
@@ -138,6 +151,10 @@ def _answer(
         n_generated_tokens=20 * len(pred),
         identity={"model": checkpoint, "prompt": "digits" if checkpoint == "base" else "coord", "decode": "greedy"},
     )
+
+
+def _objects(record: Record) -> list[ObjectRecord]:
+    return [o for o in record.objects if not o.metadata.get("iscrowd")]
 
 
 def _prediction(name: str, box: np.ndarray, score: float, record: Record) -> Prediction:
@@ -189,7 +206,7 @@ def _write_small_files(inputs: ReportInputs) -> None:
         )
 
 
-def _write_logs(inputs: ReportInputs, steps: int) -> None:
+def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
     rng = np.random.default_rng(3)
     tree = inputs.params
     floor = target_entropy_nats(tree["target"], tree["sigma"], tree["truncate"])
@@ -211,9 +228,20 @@ def _write_logs(inputs: ReportInputs, steps: int) -> None:
             row |= {"stage2_ab/matched_total": 90, "stage2_ab/fn_appended_total": 31, "stage2_ab/fallback_total": 0}
         row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total")
         rows.append(row)
-    write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows)
+    write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows if has_objects else [_without_slots(r) for r in rows])
     for stage, length in (("stage1", steps), ("stage1-control", steps // 2), ("stage2", steps // 2)):
-        write_rows(inputs.runs / stage / "monitor.jsonl", [_look(rng, n * length // 4) for n in range(1, 5)])
+        looks = [_look(rng, n * length // 4) for n in range(1, 5)]
+        if not has_objects:
+            answers = read_results(inputs.evaluations / stage / "gt_vs_pred.jsonl")
+            looks = [look | count_answers([judge_answer(answer) for answer in answers]) for look in looks[:1]]
+        write_rows(inputs.runs / stage / "monitor.jsonl", looks)
+
+
+def _without_slots(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a step whose samples hold no object: the terms of coordinate slots are 0, and nothing is diagnosed."""
+    kept = {k: v for k, v in row.items() if not k.startswith("coord_diag/")}
+    zeros = {k: 0.0 for k in kept if k.startswith(("loss/", "raw/")) and not k.endswith(("/text_ce", "/total"))}
+    return kept | zeros | {"loss/total": row["loss/text_ce"], "coord_diag/coord_tokens": 0.0}
 
 
 def _look(rng: np.random.Generator, step: int) -> dict[str, Any]:
@@ -223,7 +251,13 @@ def _look(rng: np.random.Generator, step: int) -> dict[str, Any]:
         **{"step": step, "images": 16, "objects": objects, "predictions": predictions, "right": right},
         **{"false": predictions - right, "missed": objects - right},
         **{"precision": right / predictions, "recall": right / objects, "f1": 2 * right / (predictions + objects)},
-        **{"f1_boxes": 0.8, "dup_pairs_90": int(rng.integers(0, 3)), "parse_rate": 0.9375, "seconds": 1.1},
+        **{
+            "f1_boxes": 0.8,
+            "dup_pairs_90": int(rng.integers(0, 3)),
+            "parse_rate": 0.9375,
+            "truncated": 1,
+            "seconds": 1.1,
+        },
     }
 
 

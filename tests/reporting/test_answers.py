@@ -13,6 +13,8 @@ from coordexp.config.loading import read_yaml
 from coordexp.experiments.grid import plan_grid
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
+from coordexp.reporting.training_log import read_training_log
+from reporting.synthetic import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +54,97 @@ def test_an_unshown_difference_asks_for_more_seeds_and_a_shown_one_does_not(
     assert all("control shown" not in s.rule for s in better)
 
 
-def test_an_inert_w1_asks_for_weights_that_count(data: ReportData, inputs: ReportInputs) -> None:
-    assert "no, not at this weight" in answer(data, inputs.params, "W1 matter")
+def test_a_share_of_the_loss_asks_for_weights_that_count_and_answers_nothing(
+    data: ReportData, inputs: ReportInputs
+) -> None:
+    row = answer(data, inputs.params, "W1 matter")
+    assert "**not shown**" in row
+    assert "only an A/B test" in row
     assert any("w1_weight=0.1,1,10" in s.command for s in suggestions(data, inputs.params))
 
 
-def test_one_forward_cannot_drift_and_two_are_compared_with_the_control(data: ReportData, inputs: ReportInputs) -> None:
-    assert "it cannot" in answer(data, inputs.params, "A2")
+def drift_row(data: ReportData, inputs: ReportInputs, n_forwards: int, rows: list[dict[str, Any]], path: Path) -> str:
+    write_rows(path, [{"step": n, "loss/total": 1.0, **row} for n, row in enumerate(rows)])
+    logs = {**data.logs, "stage2": read_training_log(path)}
     params = copy.deepcopy(dict(inputs.params))
-    params["stage2"]["n_softctx_iter"] = 2
-    assert "bins at the end of channel A" in answer(data, params, "A2")
+    params["stage2"]["n_softctx_iter"] = n_forwards
+    return answer(dataclasses.replace(data, logs=logs), params, "A2")
 
 
-def test_duplicates_are_a_subject_from_a_margin_above_the_control(data: ReportData, inputs: ReportInputs) -> None:
-    for more, words in ((0.019, "**no**"), (0.021, "**yes**")):
-        metrics = copy.deepcopy(data.metrics)
-        metrics["stage2"]["set"]["dup_pairs_90"] = metrics["stage1-control"]["set"]["dup_pairs_90"] + more
-        changed = dataclasses.replace(data, metrics=metrics)
-        assert words in answer(changed, inputs.params, "duplicates")
-        assert ("duplicates grow" in {s.rule for s in suggestions(changed, inputs.params)}) == (words == "**yes**")
+def step_of_a(a1: float | None, a2: float) -> dict[str, Any]:
+    first = {} if a1 is None else {"coord_diag_a1/expected_bin_mae": a1}
+    return {"channel": "A", "coord_diag/expected_bin_mae": a2, **first}
 
 
-def test_every_comparison_says_what_improved_and_what_stayed_flat(data: ReportData) -> None:
+B = {"channel": "B", "coord_diag/expected_bin_mae": 90.0}
+
+
+@pytest.mark.parametrize(
+    ("n_forwards", "rows", "words", "evidence"),
+    [
+        # The control of the fixture ends at 6 bins or so: it is another model on other images, and has no say.
+        (2, [step_of_a(20, 40), B, step_of_a(21, 42), step_of_a(19, 37)], "**yes**", "20.0 bins at A1, 39.7 at A2"),
+        (2, [step_of_a(40, 20), step_of_a(42, 21), B, step_of_a(37, 19)], "**no, A2 is nearer**", "paired -19.7 ["),
+        (2, [step_of_a(20, 21), step_of_a(20, 19), step_of_a(20, 20.5)], "**not shown**", "over 3 training steps"),
+        (3, [step_of_a(20, 20), step_of_a(20, 20)], "**not shown**", "+0.0 [+0.0, +0.0]"),
+        (2, [step_of_a(20, 40)], "**not shown**", "in one step"),
+        (2, [step_of_a(None, 40), step_of_a(None, 41), B], "**not shown**", "no step logs the first forward"),
+        (1, [step_of_a(None, 40)], "**none to measure**", "one forward"),
+    ],
+)
+def test_the_last_forward_is_compared_with_the_first_of_the_same_steps(
+    data: ReportData, inputs: ReportInputs, tmp_path: Path, n_forwards: int, rows: Any, words: str, evidence: str
+) -> None:
+    row = drift_row(data, inputs, n_forwards, rows, tmp_path / "train_log.jsonl")
+    assert words in row
+    assert evidence in row
+
+
+def test_what_only_training_steps_could_say_is_not_said(data: ReportData, inputs: ReportInputs) -> None:
+    """The log of the fixture falls in channel B, and channel A ends far from the control."""
+    logs = copy.deepcopy(data.logs)
+    logs["stage2"].columns["coord_diag/expected_bin_mae"] *= 3
+    changed = dataclasses.replace(data, logs=logs)
+    text = standing_answers(changed, inputs.params)
+    assert "its own answers" not in text
+    assert suggestions(changed, inputs.params) == suggestions(data, inputs.params)
+
+
+@pytest.mark.parametrize(("everywhere", "words"), [(1, "**yes**"), (-1, "**no, they shrink**"), (0, "**not shown**")])
+def test_duplicates_grow_if_the_interval_over_images_says_so(
+    data: ReportData, inputs: ReportInputs, everywhere: int, words: str
+) -> None:
+    rows = copy.deepcopy(data.per_image)
+    for n, (of_stage2, of_control) in enumerate(zip(rows["stage2"], rows["stage1-control"], strict=True)):
+        of_control["dup_pairs_90"] = 5
+        of_stage2["dup_pairs_90"] = 5 + everywhere
+        if n == 0:  # one image alone moves the mean, and proves nothing
+            of_stage2["dup_pairs_90"] += 3 if not everywhere else 0
+    changed = dataclasses.replace(data, per_image=rows)
+    assert words in answer(changed, inputs.params, "duplicates")
+    assert ("duplicates grow" in {s.rule for s in suggestions(changed, inputs.params)}) == (words == "**yes**")
+
+
+@pytest.mark.parametrize(
+    ("headroom", "bounds", "perfect", "words"),
+    [
+        (0.05, [0.04, 0.06], 0.5, "**could be better**"),
+        (0.03, [0.02, 0.04], 0.5, "**not shown**"),
+        (0.01, [0.0, 0.02], 0.5, "**yes**"),
+        (0.0002, [0.0, 0.0004], 0.0003, "**not shown**"),  # next to nothing is found, so there is nothing to rank
+        (None, None, None, "not defined on this data"),
+    ],
+)
+def test_the_score_ranks_well_if_an_interval_says_so_and_there_is_something_to_rank(
+    data: ReportData, inputs: ReportInputs, headroom: Any, bounds: Any, perfect: Any, words: str
+) -> None:
+    metrics = copy.deepcopy(data.metrics)
+    metrics["stage2"]["confidence"] |= {"headroom_mAP": headroom, "perfect_ranking_mAP": perfect}
+    metrics["stage2"]["interval"]["confidence.headroom_mAP"] = bounds
+    assert words in answer(dataclasses.replace(data, metrics=metrics), inputs.params, "rank well")
+
+
+def test_every_comparison_says_what_improved_and_what_shows_no_difference(data: ReportData) -> None:
     lines = improved_and_flat(data)
     assert len(lines) == len(data.comparison)
     assert any("improved: " in line for line in lines)
@@ -85,16 +156,18 @@ def test_every_suggested_ab_test_is_one_that_can_be_run(
     data: ReportData, inputs: ReportInputs, repository: Path
 ) -> None:
     metrics = copy.deepcopy(data.metrics)
-    metrics["stage2"]["set"]["dup_pairs_90"] = 9.0
     metrics["stage2"]["parse"]["parse_rate"] = 0.5
-    metrics["stage2"]["coco"] |= {"ARs": 0.1, "ARm": 0.9}
-    metrics["stage2"]["confidence"]["headroom_mAP"] = 0.2
+    metrics["stage2"]["interval"]["confidence.headroom_mAP"] = [0.1, 0.3]
+    per_image = copy.deepcopy(data.per_image)
+    for row in per_image["stage2"]:
+        row["dup_pairs_90"] += 2
+    data = dataclasses.replace(data, per_image=per_image)
     stages = read_yaml(repository / "dvc.yaml")["stages"]
     commands = set()
     for lo, hi in ((-0.03, -0.01), (-0.01, 0.03)):
         changed = with_difference(dataclasses.replace(data, metrics=metrics), lo, hi)
         commands |= {s.command for s in suggestions(changed, inputs.params)}
-    assert len(commands) >= 6
+    assert len(commands) == 6
     for command in commands - {"make decoding-study"}:
         assert plan_grid([command.split(" ")[3]], stages, repository / "params.yaml").trained
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from ruamel.yaml import YAML
 
 from coordexp import cli
 from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.needs import count_parameters, needs_of
+from coordexp.packing.prepare import SamplePreparer
 from coordexp.records.doctor import examine
 from coordexp.records.schema import ObjectRecord, Record
+from coordexp.text.codecs import get_codec
 from records_folders import annotation, coco_set, edit, picture, records_config, write_split
 
 
@@ -85,7 +89,7 @@ def test_needs_by_hand(repository, monkeypatch):
     record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
     needs = needs_of([record] * 10, profile, "json")
     assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)
-    assert needs.text_tokens == 10 * (20 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
+    assert needs.text_tokens == 10 * (15 + 5 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
     assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
     assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // profile.packing.pack_tokens)
     assert needs.over_pack == 0
@@ -95,6 +99,22 @@ def test_needs_by_hand(repository, monkeypatch):
     four = profile.launch.model_copy(update={"processes": 4, "sharding": "fsdp2", "rows_per_forward": 1})
     spread = needs_of([record] * 10, profile.model_copy(update={"launch": four}), "json").memory
     assert spread.moments == needs.memory.moments // 4
+
+
+@pytest.mark.parametrize("codec", ["json", "tags"])
+def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, codec):
+    monkeypatch.chdir(repository)
+    profile = load_profile(repository / "configs" / "smoke.yaml")
+    base = load_checkpoint(repository / "models" / "tiny-base", 4096, 9216)
+    add_coordinate_tokens(base.model, base.tokenizer, "mean", 0)
+    preparer = SamplePreparer(base.tokenizer, get_codec(codec), base.pixels)
+    # Names that this tokenizer spells in several pieces, in the answer and in the prompt.
+    names = ("fire hydrant", "wine glass", "toothbrush", "Köttbullar", "人")
+    objects = tuple(ObjectRecord(names[i % 5], (i, i, i + 9, i + 9)) for i in range(20))
+    asked = {"prompt": {"kind": "listed", "style": 1, "names": [*names[:2], "refrigerator", "surfboard"]}}
+    for record in (Record("a.jpg", 96, 64, objects), Record("a.jpg", 96, 64, objects, metadata=asked)):
+        needs = needs_of([record], profile, codec)
+        assert needs.longest_tokens == pytest.approx(preparer.prepare(record).length, abs=5)
 
 
 def write_profile(repository: Path, coco: Path, folder: Path) -> Path:
@@ -128,7 +148,29 @@ def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
     assert "annotation 1: unknown_category" in out
     problems = [json.loads(line) for line in listing.read_text().splitlines()]
     assert {"reason", "file", "key", "detail"} == set(problems[0])
-    assert len(problems) == 4
+    stops = re.findall(r"^STOP: (?:\S+: )?(\w+): \d+$", out, flags=re.MULTILINE)
+    assert set(stops) <= {problem["reason"] for problem in problems}
+    assert sorted(problem["reason"] for problem in problems) == [
+        "bbox_too_thin", "image_missing", "image_unreadable", "train_image_in_val", "unknown_category",
+    ]  # fmt: skip
+
+
+def test_what_stops_a_run_as_a_whole_is_written_too(repository, coco, tmp_path, capfd):
+    """A set without its folder, and records that no pack holds: neither is a fault of one annotation."""
+    params = write_profile(repository, coco, tmp_path)
+    file = tmp_path / "configs" / "mine.yaml"
+    profile = read_yaml(file)
+    profile["source"]["sets"]["gone"] = coco_set(tmp_path / "gone").model_dump()
+    profile["packing"]["pack_tokens"] = 32
+    YAML().dump(profile, file)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--params", str(params), "--out", str(tmp_path / "all.jsonl")])
+    assert stopped.value.code == 2
+    faults = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    stops = re.findall(r"^STOP", capfd.readouterr().out, flags=re.MULTILINE)
+    assert [fault["reason"] for fault in faults] == ["root_missing", "needs"]
+    assert len(stops) == len(faults)
+    assert "longer than a pack" in faults[1]["detail"]
 
 
 def test_composed_scenes_need_no_doctor(repository, capfd, monkeypatch):

@@ -17,6 +17,7 @@ def areas(tp: int, fp: int, fn: int, m_ap: float | None, perfect: float | None) 
         "f1": {"tp_50": tp, "fp_50": fp, "fn_50": fn},
         "coco": {"mAP": m_ap},
         "confidence": {"perfect_ranking_mAP": perfect},
+        "parse": {"truncated_rate": 0.0, "loop_rate": 0.0, "unreadable_rate": 0.0},
     }
 
 
@@ -43,9 +44,13 @@ def test_more_false_boxes_alone_only_cost_by_number() -> None:
     assert change.f1 == change.f1_by_number_of_boxes == pytest.approx(20 / 50 - 20 / 35)
 
 
-def test_f1_of_empty_is_one() -> None:
-    assert f1_of(0, 0, 0) == 1.0
+def test_f1_without_objects_is_undefined() -> None:
+    assert f1_of(0, 0, 0) is f1_of(0, 7, 0) is None
+    assert f1_of(0, 0, 7) == 0
     assert f1_of(5, 10, 10) == 0.5
+    change = count_change(areas(0, 4, 0, None, None), areas(0, 0, 0, None, None))
+    assert (change.f1, change.f1_by_right_boxes, change.f1_by_number_of_boxes) == (None, None, None)
+    assert change.false_boxes == 4
 
 
 def test_sharper_boxes_with_worse_counts_read_as_parting() -> None:
@@ -58,7 +63,7 @@ def test_sharper_boxes_with_worse_counts_read_as_parting() -> None:
     }
     assert explain(metrics, compared, "stage2_vs_stage1") == (
         "**stage2 against stage1**: mAP and F1 part: mAP rises, F1 falls. 1 fewer right box, 40 more false boxes, "
-        "1 more missed object; the larger part of the change of mAP comes from boxes and names."
+        "1 more missed object."
     )
 
 
@@ -66,4 +71,12 @@ def test_an_undefined_map_is_not_explained() -> None:
     metrics = {"stage2": areas(1, 0, 0, None, None), "stage1": areas(1, 0, 0, None, None)}
     text = explain(metrics, {"stage2_vs_stage1": {"coco.mAP": None, "f1.full_50": None}}, "stage2_vs_stage1")
     assert "mAP is not defined, F1 is not defined. No change in right boxes, no change in false boxes" in text
-    assert "comes from" not in text
+
+
+def test_a_metric_that_shows_no_difference_does_not_part_from_one_that_rises() -> None:
+    metrics = {"stage2": areas(100, 80, 20, 0.5, 0.60), "stage1": areas(101, 80, 19, 0.4, 0.48)}
+    rises = {"delta": 0.1, "lo": 0.05, "hi": 0.15, "p_superior": 1.0}
+    compared = {"stage2_vs_stage1": {"coco.mAP": rises, "f1.full_50": {**rises, "lo": -0.05}}}
+    text = explain(metrics, compared, "stage2_vs_stage1")
+    assert "part" not in text
+    assert "mAP rises, F1 shows no difference." in text

@@ -12,6 +12,7 @@ from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.errors import CheckpointError, DataError
 from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
 from coordexp.reporting.export import coco_results, export, write_server_results
 
 CATEGORIES = [Category(13, "stop sign"), Category(44, "bottle")]
@@ -76,3 +77,30 @@ def test_what_cannot_be_published_is_refused(
     with pytest.raises(SystemExit):
         cli.main(["export", "--out", str(tmp_path / "x"), "--image-info", str(repository / "params.yaml")])
     assert "belong together" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [(("coco",), "with the ids of the source"), (("coco", "mine"), "ids made for this mixture of sets")],
+)
+def test_the_card_says_whose_ids_the_results_have(
+    paths: ProfilePaths, tmp_path: Path, repository: Path, sets: tuple[str, ...], words: str
+) -> None:
+    params = load_params(repository / "params.yaml")
+    profile = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml")
+    mixture = profile.source.model_copy(update={"sets": dict.fromkeys(sets, profile.source.sets["coco"])})
+    run = paths.run("stage2")
+    for folder in (run, paths.reports, paths.evaluation("stage2")):
+        folder.mkdir(parents=True)
+    (run / "model.safetensors").touch()
+    (run / "run_metadata.json").write_text(
+        json.dumps({"steps": 1, "tokens": 2, "git": {"commit": None, "dirty": None}})
+    )
+    (paths.reports / "metrics.json").write_bytes((repository / "reports" / "tiny" / "metrics.json").read_bytes())
+    nothing = ImageResult(
+        image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
+        finish_reason="stop", n_generated_tokens=1, identity={},
+    )  # fmt: skip
+    write_results(paths.evaluation("stage2") / "gt_vs_pred.jsonl", [nothing])
+    export(params, profile.model_copy(update={"source": mixture}), paths, "stage2", tmp_path / "new")
+    assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,18 @@ from coordexp.reporting.inputs import TRAINED, ReportInputs, load_report_data
 from coordexp.reporting.monitor_tables import looks_sentence, looks_table, time_share
 from reporting.test_report import rows_of
 
-KEYS = ("f1", "precision", "recall", "predictions", "right", "false", "missed", "dup_pairs_90", "parse_rate")
+KEYS = (
+    "f1",
+    "precision",
+    "recall",
+    "predictions",
+    "right",
+    "false",
+    "missed",
+    "dup_pairs_90",
+    "parse_rate",
+    "truncated",
+)
 
 
 def test_every_look_is_a_row_with_the_numbers_of_its_file(inputs: ReportInputs, report: Path) -> None:
@@ -30,11 +41,11 @@ def test_every_look_is_a_row_with_the_numbers_of_its_file(inputs: ReportInputs, 
     assert len(shown) == len(expected) == 12
     for row, (stage, look) in zip(shown, expected, strict=True):
         assert row[:2] == [stage, str(look["step"])]
-        assert [float(cell) for cell in row[2:11]] == pytest.approx([look[key] for key in KEYS], abs=5e-5)
+        assert [float(cell) for cell in row[2:12]] == pytest.approx([look[key] for key in KEYS], abs=5e-5)
 
 
 def test_the_counts_of_the_checkpoints_are_those_of_metrics_json(report: Path, metrics: dict[str, Any]) -> None:
-    rows = {row[0]: row[1:] for row in rows_of(report.read_text(encoding="utf-8"), "checkpoint") if len(row) == 11}
+    rows = {row[0]: row[1:] for row in rows_of(report.read_text(encoding="utf-8"), "checkpoint") if len(row) == 12}
     assert tuple(rows) == CHECKPOINTS
     for name, cells in rows.items():
         areas = metrics[name]["eval"]

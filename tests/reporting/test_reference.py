@@ -19,10 +19,14 @@ from coordexp.evaluation.settings import EvalSettings
 from coordexp.losses.diagnostics import slot_diagnostics
 from coordexp.losses.partition import CoordSlots
 from coordexp.losses.soft_targets import SoftTarget
+from coordexp.reporting.readme import SHOWN_PROFILE, shown_picture
 from coordexp.reporting.reference import (
     METRICS_PAGE,
     PARAMETERS_PAGE,
+    PICTURE,
+    PRODUCTION_PAGE,
     README,
+    SCALING_PAGE,
     metrics_markdown,
     pages,
     parameters_markdown,
@@ -45,10 +49,16 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE, README])
+@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE, README, PRODUCTION_PAGE, SCALING_PAGE])
 def test_committed_pages_are_up_to_date(repository: Path, page: Path) -> None:
     expected = pages(repository)[page]
     assert (repository / page).read_text(encoding="utf-8") == expected, "run `python -m coordexp.reporting.reference`"
+
+
+def test_the_picture_of_the_readme_is_one_of_the_committed_gallery(repository: Path) -> None:
+    expected = shown_picture(SHOWN_PROFILE, repository)
+    assert (repository / PICTURE).read_bytes() == expected, "run `python -m coordexp.reporting.reference`"
+    assert f"({PICTURE})" in (repository / README).read_text(encoding="utf-8")
 
 
 def test_every_parameter_and_removed_key_is_on_the_page_as_the_loader_words_it() -> None:

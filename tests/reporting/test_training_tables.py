@@ -74,9 +74,22 @@ def test_sentences_are_empty_where_nothing_was_logged() -> None:
     assert w1_sentence(bare) == ""
 
 
-def test_w1_is_judged_by_its_share() -> None:
-    assert "decides next to nothing" in w1_sentence(log(loss__softce=falling(3, 2.5), loss__w1=falling(0.01, 0.0005)))
-    assert "has a say" in w1_sentence(log(loss__softce=falling(3, 2.5), loss__w1=falling(1, 0.5)))
+def test_the_share_of_w1_is_a_number_and_no_judgement() -> None:
+    assert w1_sentence(log(loss__softce=falling(3, 1.5), loss__w1=falling(1, 0.5))) == (
+        "W1 is 25 % of softCE + W1 at the end."
+    )
+    assert w1_sentence(log(loss__softce=[0.0] * 10, loss__w1=[0.0] * 10)) == "", "a run without coordinate slots"
+
+
+def test_the_first_forward_stands_beside_the_last() -> None:
+    columns = {"coord_diag__expected_bin_mae": falling(40, 30), "coord_diag_a1__expected_bin_mae": falling(20, 10)}
+    rows = training_table(log(**columns), PARAMS, "stage2").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| `coord_diag/expected_bin_mae`",
+        "| `coord_diag_a1/expected_bin_mae`",
+    ]
+    assert "first forward: mean error" in rows[1]
+    assert "first forward" not in rows[0]
 
 
 def test_counters_are_summed_and_other_columns_averaged_at_their_ends() -> None:

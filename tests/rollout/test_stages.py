@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,19 @@ from safetensors.numpy import load_file, save_file
 
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.samples import SampleStore
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.rollout import stages
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import read_rollouts
+from coordexp.rollout.records import Rollout, read_rollouts
 from coordexp.rollout.rescore import Rescored
-from coordexp.rollout.stages import decode_settings, decode_val, match_settings, rollout_summary, run_rollouts
+from coordexp.rollout.stages import (
+    decode_settings,
+    decode_val,
+    match_settings,
+    rollout_summary,
+    run_rollouts,
+    warn_of_unusable,
+)
 from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, save_model, teacher_rollouts
 
 
@@ -94,6 +102,17 @@ def test_summary_counts_by_hand(world):
     assert summary["n_pred"] == sum(n for n, s in zip(n_true[:-1], world.samples, strict=False) if n > 1)
     assert summary["f1"] == pytest.approx(2 * summary["n_matched"] / (summary["n_pred"] + summary["n_gt"]), abs=5e-5)
     assert summary["unusable"] == 1
+
+
+def test_a_summary_without_objects_is_undefined(world, caplog):
+    samples = [replace(s, iscrowd=(True,) * len(s.iscrowd)) for s in world.samples]
+    rollouts = [Rollout(s.image_id, (1,), "length", True, (), (), ()) for s in samples]
+    cut = ParseReport(True, 0, truncated=True)
+    lines = [ImageResult(s.image_id, s.image, s.width, s.height, (), (), "", cut, "length", 1) for s in samples]
+    summary = rollout_summary(samples, rollouts, lines)
+    assert [summary[key] for key in ("precision", "recall", "f1", "matched_iou_mean")] == [None] * 4
+    warn_of_unusable(summary)
+    assert f"{len(samples)} of {len(samples)} rollouts are cut at the token budget" in caplog.text
 
 
 def test_a_second_decode_comes_from_the_cache(short, monkeypatch):

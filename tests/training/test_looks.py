@@ -48,6 +48,15 @@ def test_counts_by_hand() -> None:
     }
 
 
+def test_without_objects_nothing_is_perfect() -> None:
+    """Only a crowd region is there: neither silence nor a box is right or wrong enough for a ratio of objects."""
+    crowd = [GroundTruth("crowd", DOG, True)]
+    for found in ([], [("cat", CAT)]):
+        counts = count_answers([judge_answer(answer(crowd, found, ParseReport(True, len(found))))])
+        assert [counts[key] for key in ("recall", "f1", "f1_boxes", "matched_iou_mean")] == [None] * 4
+        assert counts["precision"] == (0 if found else None)
+
+
 def test_duplicates_share_their_name_and_nearly_their_place() -> None:
     nothing = ParseReport(True, 0)
     assert duplicate_pairs(answer([], [("cat", CAT), ("dog", CAT)], nothing)) == 0

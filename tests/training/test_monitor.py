@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from coordexp.errors import Interrupted
 from coordexp.models.loading import load_checkpoint
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, read_results
 from coordexp.rollout.decode import EMITTED
 from coordexp.rollout.engine import DecodeSettings
 from coordexp.rollout.records import write_rollouts
 from coordexp.rollout.stages import make_reader, predict_samples
+from coordexp.training.looks import count_answers, judge_answer
 from coordexp.training.monitor import CURVE_COLUMNS, Monitor, make_monitor, undisturbed
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -77,7 +78,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     assert all(row["images"] == space.profile.monitor.images for row in looks)
     header, *lines = (line.split("\t") for line in space.paths.curve("stage1-monitor").read_text().splitlines())
     assert [dict(zip(header, line, strict=True)) for line in lines] == [
-        {name: str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in looks
+        {name: "" if row[name] is None else str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in looks
     ]
     for row in looks:
         with Image.open(out / "monitor" / f"step_{row['step']:06d}.jpg") as picture:
@@ -165,3 +166,20 @@ def test_every_stage_looks_at_the_same_images_and_runaways_are_cut(ready: Worksp
     assert monitors[0]._viewer.decode == DecodeSettings(
         max_new_tokens=2 * longest, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
     )
+
+
+def test_looks_at_images_without_objects_are_undefined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    crowd = GroundTruth("crowd", (0.0, 0.0, 9.0, 9.0), iscrowd=True)
+    answer = ImageResult(1, "a.png", 10, 10, (crowd,), (), "", ParseReport(True, 0), "stop", 3)
+    monkeypatch.setattr(Monitor, "_look", lambda *_: count_answers([judge_answer(answer)]))
+    monitor = Monitor(None, every_steps=1, steps=1, curve=tmp_path / "curve.tsv")
+    monitor.open(tmp_path)
+    with caplog.at_level("INFO"):
+        monitor.after(1)
+    assert "F1 undefined, precision undefined, recall undefined" in caplog.text
+    assert '"f1": null' in (tmp_path / "monitor.jsonl").read_text()
+    header, line = ((tmp_path / "curve.tsv").read_text()).splitlines()
+    cells = dict(zip(header.split("\t"), line.split("\t"), strict=True))
+    assert [cells[name] for name in ("f1", "precision", "recall", "predictions")] == ["", "", "", "0"]

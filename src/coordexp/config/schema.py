@@ -53,13 +53,17 @@ class TextParams(Block):
 class Stage1Params(CoordWeights):
     """Stage 1: its own weights of the coordinate objective."""
 
-    seed: SeedOffset = Field(description="repetition of stage 1 and the control: another order of the same data")
+    seed: SeedOffset = Field(
+        description="number of the repetition of stage 1 and the control: another order of the same data"
+    )
 
 
 class Stage2Params(Block):
     """Stage 2: channel schedule, soft self-context (channel A) and rollout targets (channel B)."""
 
-    seed: SeedOffset = Field(description="repetition of stage 2: another order of the same data and rollouts")
+    seed: SeedOffset = Field(
+        description="number of the repetition of stage 2: another order of the same data and rollouts"
+    )
     b_ratio: Share = Field(description="share of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
@@ -178,7 +182,7 @@ class Params(CoordWeights):
     seed: int = Field(
         ge=0,
         le=2**31 - 1,
-        description="seed of data, initialisation, order and sampling; repetitions: stage1.seed, stage2.seed",
+        description="seed of data, initialisation, order, sampling; plus 1000 x stage1.seed or stage2.seed",
     )
     entropy_weight: SignedWeight = Field(
         description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"

@@ -13,7 +13,7 @@ import numpy as np
 
 from coordexp.evaluation.average_precision import weighted_ap
 from coordexp.evaluation.coco_matching import CategoryMatches
-from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts
+from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts, image_f1
 from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
 from coordexp.evaluation.table import Floats, Ints
 
@@ -30,7 +30,7 @@ def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", sco
     """The F1 family in each resample, shape (B,), as `<area>.<metric><scope>`.
 
     Metrics: `loc` and `full`, each at IoU .50, .75, .95 and as the mean over .50:.05:.95; of `full` at .50 also
-    `precision_50`, `recall_50` and the macro F1.
+    `precision_50`, `recall_50` and the macro F1. NaN for a resample in which the metric is undefined.
     """
     weights = weights_BI.astype(np.float64)  # float products go through BLAS; counts stay exact below 2^53
     samples: dict[str, Floats] = {}
@@ -41,9 +41,9 @@ def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", sco
         samples[f"{mode}_mean"] = np.mean(by_iou, axis=0)
         if mode == "full":
             tp, fp, fn = sums[0].T
-            samples["precision_50"] = np.divide(tp, tp + fp, out=np.ones_like(tp), where=tp + fp > 0)
-            samples["recall_50"] = np.divide(tp, tp + fn, out=np.ones_like(tp), where=tp + fn > 0)
-    samples["full_50_macro"] = weights @ f1_from_counts(matches.counts(0.5, "full")) / weights.shape[1]
+            samples["precision_50"] = np.divide(tp, tp + fp, out=np.full_like(tp, np.nan), where=tp + fp > 0)
+            samples["recall_50"] = np.divide(tp, tp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
+    samples["full_50_macro"] = weights @ image_f1(matches.counts(0.5, "full")) / weights.shape[1]
     return {f"{area}.{key}{scope}": values for key, values in samples.items()}
 
 

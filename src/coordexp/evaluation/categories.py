@@ -11,10 +11,17 @@ from typing import Literal, get_args
 from coordexp.errors import DataError
 from coordexp.records.categories import Category, Split, clashing, shown_clash
 from coordexp.records.descriptions import normalise_desc
+from coordexp.records.gt_vs_pred import ImageResult
 
 MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
 MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
 NO_CATEGORY = -1  # row of a description that names no category of the list
+
+
+def annotated_categories(results: Iterable[ImageResult]) -> tuple[Category, ...]:
+    """The names that some results annotate, as categories: for files that come without a list."""
+    names = sorted({gt.desc for result in results for gt in result.gt})
+    return tuple(Category(number, name) for number, name in enumerate(names, 1))
 
 
 class CategoryIndex:

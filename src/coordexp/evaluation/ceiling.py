@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.f1 import match_greedily, micro_f1
@@ -23,26 +22,27 @@ from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.records.schema import Record
 
+_SCORES = ("mAP", "AP50", "AP75", "AP90", "f1_50", "f1_75", "f1_95")
 _BY_SIZE_KEYS = ("mAP", "AP75", "AP90", "f1_95")
 
 
 def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
     """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
 
+    Crowd regions are no objects. Without any object every score is None, and there is no row by size.
+
     Returns:
         n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by size `by_area`
         (small, medium, large as in COCO, by the settings' edges) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75,
         AP90, f1_95 of the objects of that size alone, mean_iou, share_95 (IoU >= .95).
-
-    Raises:
-        DataError: no record holds an object.
     """
     trips = [_round_trip(number, record) for number, record in enumerate(records)]
     ious, sides = (np.concatenate([np.empty(0), *parts]) for parts in ([t[1] for t in trips], [t[2] for t in trips]))
     if not ious.size:
-        raise DataError(f"The ceiling needs at least one annotated object; {len(records)} records hold none.")
+        undefined = dict.fromkeys((*_SCORES, "mean_iou", "min_iou"))
+        return {"n_images": len(records), "n_objects": 0, **undefined, "by_area": [], "by_side_px": []}
     results = [t[0] for t in trips]
-    areas_px2 = [obj.area_px2 for record in records for obj in record.objects]
+    areas_px2 = [obj.area_px2 for result in results for obj in result.gt]
     annotated_N = np.array(areas_px2, dtype=np.float64)  # None becomes NaN
     area_px2_N = np.where(np.isnan(annotated_N), sides**2, annotated_N)
     area_N, side_N = bucket(area_px2_N, settings.area_edges_px2), bucket(sides, SIDE_EDGES_PX)
@@ -71,7 +71,8 @@ def _score(results: Sequence[ImageResult]) -> dict[str, float | None]:
 
 def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Floats]:
     """One record with its own boxes, through the codec, as predictions; and the IoU and side of each."""
-    boxes_N4 = as_boxes([obj.bbox_xyxy_px for obj in record.objects])
+    objects = [obj for obj in record.objects if not obj.metadata.get("iscrowd")]
+    boxes_N4 = as_boxes([obj.bbox_xyxy_px for obj in objects])
     bins_N4 = encode_boxes(boxes_N4, record.width, record.height)
     back_N4 = decode_boxes(bins_N4, record.width, record.height)
     iou_N = np.diagonal(pairwise_iou(boxes_N4, back_N4))
@@ -80,12 +81,10 @@ def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Float
         image=record.image,
         width=record.width,
         height=record.height,
-        gt=tuple(GroundTruth(obj.desc, obj.bbox_xyxy_px) for obj in record.objects),
+        gt=tuple(GroundTruth(obj.desc, obj.bbox_xyxy_px, area_px2=obj.area_px2) for obj in objects),
         pred=tuple(
             Prediction(obj.desc, tuple(box), tuple(bins), score=score)
-            for obj, box, bins, score in zip(
-                record.objects, back_N4.tolist(), bins_N4.tolist(), iou_N.tolist(), strict=True
-            )
+            for obj, box, bins, score in zip(objects, back_N4.tolist(), bins_N4.tolist(), iou_N.tolist(), strict=True)
         ),
         raw_text="",
         parse=ParseReport(container_found=True, n_valid=len(boxes_N4)),

@@ -10,7 +10,7 @@ import numpy as np
 from coordexp.evaluation.average_precision import mean_ap
 from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.coco import CocoResult
-from coordexp.evaluation.f1 import GreedyMatches, category_counts, f1_from_counts, precision_recall
+from coordexp.evaluation.f1 import GreedyMatches, category_counts, f1_from_counts, image_f1, precision_recall
 from coordexp.evaluation.set_behaviour import Duplicates, mean_matched_iou
 from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.evaluation.sizes import recall_by_area
@@ -39,8 +39,8 @@ def per_category(table: DetectionTable, coco: CocoResult, matches: GreedyMatches
                 "AP50": mean_ap(ap_KT[k : k + 1, :1]),
                 "AP75": mean_ap(ap_KT[k : k + 1, 5:6]),
                 "AR100": float(ar_K[k]) if n_gt else None,
-                "precision_50": precision if n_pred else None,
-                "recall_50": recall if n_gt else None,
+                "precision_50": precision,
+                "recall_50": recall,
                 "f1_50": float(f1_K[k]) if n_gt else None,
             }
         )
@@ -76,8 +76,8 @@ def per_image(
         "tp_50": full_I3[:, 0],
         "fp_50": full_I3[:, 1],
         "fn_50": full_I3[:, 2],
-        "f1_full_50": f1_from_counts(full_I3),
-        "f1_loc_50": f1_from_counts(loc_I3),
+        "f1_full_50": image_f1(full_I3),
+        "f1_loc_50": image_f1(loc_I3),
         "matched_iou_mean": mean_matched_iou(matches, 0.5),
         f"dup_pairs_{iou_key(dup_iou)}": duplicates.per_image(dup_iou),
         "n_unmapped": unmapped_I,

@@ -18,7 +18,8 @@ import numpy as np
 
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import CocoResult, coco_ap
-from coordexp.evaluation.confidence import reliability
+from coordexp.evaluation.coco_matching import match_categories
+from coordexp.evaluation.confidence import oracle_scores, reliability
 from coordexp.evaluation.details import by_area, per_category, per_image
 from coordexp.evaluation.f1 import f1_metrics
 from coordexp.evaluation.input_checks import input_metrics
@@ -31,6 +32,7 @@ from coordexp.evaluation.scores import CONSTANT, IN_USE, PERFECT, compare_scores
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
 from coordexp.evaluation.settings import RECALL_GRID, EvalSettings
 from coordexp.evaluation.sizes import recall_by_side
+from coordexp.evaluation.soundness import soundness_metrics
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table
 from coordexp.evaluation.training_matching import rollout_metrics
 from coordexp.records.categories import Category
@@ -97,7 +99,7 @@ def evaluate(
         "f1": f1_metrics(table, everything.by_iou, positive.by_iou, settings),
         "protocol": protocol_metrics(everything, positive),
         "rollout": rollout_metrics(table, settings.matching),
-        "parse": parse_metrics(results),
+        "parse": parse_metrics(results) | soundness_metrics(results, table),
         "input": input_metrics(results, table),
         "set": set_metrics(table, everything.by_iou, duplicates, settings),
         "guarded": guarded_metrics(everything, guarded, settings),
@@ -105,6 +107,7 @@ def evaluate(
     }
     weights_BI = resample_weights(table.n_images, settings)
     samples = _resample(everything, positive, guarded, weights_BI)
+    samples |= _resample_headroom(everything, samples["coco.mAP"], weights_BI)
     if federated:
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated, settings)
@@ -191,6 +194,14 @@ def _resample(everything: Matched, positive: Matched, guarded: Matched, weights_
         samples[f"protocol.positive_{key}"] = samples[of_positive]
         samples[f"protocol.gap_{key}"] = samples[of_positive] - samples[of_all]
     return samples
+
+
+def _resample_headroom(everything: Matched, mAP_B: Floats, weights_BI: Ints) -> dict[str, Floats]:
+    """What a perfect ranking would add to mAP, in each resample."""
+    table, pairs = everything.table, everything.pairs
+    ranked = match_categories(table.with_scores(oracle_scores(table, pairs)), pairs)
+    perfect = resampled_ap(ranked, weights_BI, {"perfect": list(range(len(table.index)))})["perfect.mAP"]
+    return {"confidence.headroom_mAP": perfect - mAP_B}
 
 
 def _resample_lvis(everything: Matched, federated: FederatedLabels, weights_BI: Ints) -> dict[str, Floats]:

@@ -11,6 +11,7 @@ Legend: I images, G objects, P predictions, M matched pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -128,16 +129,22 @@ def named_in_image(table: DetectionTable) -> Bools:
 
 
 def f1_from_counts(counts: NDArray) -> Floats:
-    """F1 = 2PR/(P+R) of (..., 3) counts tp, fp, fn; P = 1 if nothing is predicted, R = 1 if nothing is annotated."""
+    """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN where no object is counted."""
     tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
-    denominator = 2 * tp + fp + fn
-    return np.divide(2 * tp, denominator, out=np.ones_like(denominator), where=denominator > 0)
+    return np.divide(2 * tp, 2 * tp + fp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
 
 
-def precision_recall(counts: NDArray) -> tuple[float, float]:
-    """Precision and recall of summed tp, fp, fn; 1 where nothing is predicted, or nothing annotated."""
+def image_f1(counts_I3: NDArray) -> Floats:
+    """F1 of each image's own counts, shape (I,); an image without objects has 1 if it is left empty, 0 otherwise."""
+    counts_I3 = np.asarray(counts_I3)
+    empty_I = (counts_I3 == 0).all(axis=-1)
+    return np.where(empty_I, 1.0, np.nan_to_num(f1_from_counts(counts_I3)))
+
+
+def precision_recall(counts: NDArray) -> tuple[float | None, float | None]:
+    """Precision and recall of summed tp, fp, fn; None where nothing is predicted, or nothing annotated."""
     tp, fp, fn = (float(v) for v in counts)
-    return tp / (tp + fp) if tp + fp else 1.0, tp / (tp + fn) if tp + fn else 1.0
+    return tp / (tp + fp) if tp + fp else None, tp / (tp + fn) if tp + fn else None
 
 
 def category_counts(table: DetectionTable, matches: GreedyMatches, iou: float) -> Ints:
@@ -171,7 +178,7 @@ def f1_metrics(
             metrics[f"{key}_macro"] = macro_f1(matches, iou, mode)
             metrics[f"{key}_annotated"] = micro_f1(annotated, iou, mode)
         metrics[f"{mode}_mean"] = mean_f1(matches, mode)
-        metrics[f"{mode}_mean_macro"] = float(np.mean([macro_f1(matches, iou, mode) for iou in COCO_IOUS]))
+        metrics[f"{mode}_mean_macro"] = _mean([macro_f1(matches, iou, mode) for iou in COCO_IOUS])
         metrics[f"{mode}_mean_annotated"] = mean_f1(annotated, mode)
     counts_K3 = category_counts(table, matches, 0.5)
     present_K = counts_K3[:, [0, 2]].sum(axis=1) > 0
@@ -184,16 +191,22 @@ def f1_metrics(
     }
 
 
-def micro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float:
-    """F1 of counts summed over all images."""
-    return float(f1_from_counts(matches.counts(iou, mode).sum(axis=0)))
+def micro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float | None:
+    """F1 of counts summed over all images; None if they hold no object."""
+    return float(f1_from_counts(matches.counts(iou, mode).sum(axis=0))) if matches.n_gt_I.any() else None
 
 
-def macro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float:
-    """Mean over images of each image's own F1."""
-    return float(f1_from_counts(matches.counts(iou, mode)).mean())
+def macro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float | None:
+    """Mean over images of each image's own F1; None if no image holds an object."""
+    return float(image_f1(matches.counts(iou, mode)).mean()) if matches.n_gt_I.any() else None
 
 
-def mean_f1(matches: GreedyMatches, mode: Mode) -> float:
-    """Mean of micro F1 over IoU .50:.05:.95."""
-    return float(np.mean([micro_f1(matches, iou, mode) for iou in COCO_IOUS]))
+def mean_f1(matches: GreedyMatches, mode: Mode) -> float | None:
+    """Mean of micro F1 over IoU .50:.05:.95; None without objects."""
+    return _mean([micro_f1(matches, iou, mode) for iou in COCO_IOUS])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None if any is: what is undefined at one threshold is so at all of them."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None

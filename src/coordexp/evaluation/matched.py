@@ -90,7 +90,7 @@ def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float 
         low, high = full[key], restricted[key]
         metrics[f"gap_{key}"] = None if low is None or high is None else high - low
     n_pred, n_named = len(everything.table.pred_score_P), len(positive.table.pred_score_P)
-    return metrics | {"absent_name_rate": (n_pred - n_named) / n_pred if n_pred else 0.0}
+    return metrics | {"absent_name_rate": (n_pred - n_named) / n_pred if n_pred else None}
 
 
 def guarded_metrics(everything: Matched, guarded: Matched, settings: EvalSettings) -> dict[str, float | int | None]:

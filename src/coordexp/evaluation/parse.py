@@ -25,6 +25,5 @@ def parse_metrics(results: Sequence[ImageResult]) -> dict[str, float | int]:
         "valid_objects": sum(r.parse.n_valid for r in results),
         "dropped_total": dropped.total(),
         **{drop_key(reason): count for reason, count in sorted(dropped.items())},
-        "truncated_rate": sum(r.parse.truncated for r in results) / n_images,
         "empty_rate": sum(not r.pred for r in results) / n_images,
     }

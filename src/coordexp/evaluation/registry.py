@@ -7,6 +7,7 @@ from typing import Literal
 
 from coordexp.evaluation.parse import drop_key
 from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.evaluation.soundness import LOOP_COPIES
 from coordexp.text.parser import DROP_REASONS
 
 Better = Literal["higher", "lower", "neither"]
@@ -18,7 +19,7 @@ _INTERVALS = (
     *("protocol.positive_full_50", "protocol.positive_full_95", "protocol.positive_full_mean"),
     *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
     *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
-    *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean"),
+    *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
 )
 _LVIS_INTERVALS = ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf")
 # Key of the protocol area -> the resampled metric under GT-positive classes, and over the full vocabulary.
@@ -85,12 +86,23 @@ _ROLLOUT = (
     MetricSpec("rollout.recall", "pairs of the training-time matching / objects"),
     MetricSpec("rollout.f1", "F1 of the training-time matching (gate, then Hungarian); not the f1 area"),
     MetricSpec("rollout.matched_iou_mean", "mean IoU of the pairs of the training-time matching"),
+    MetricSpec("rollout.gate_rejected", "predictions that the gate lets near no object", "predictions", "lower"),
 )
 _PARSE = (
     MetricSpec("parse.parse_rate", "answers that are whole: container found, not truncated, nothing dropped"),
     MetricSpec("parse.valid_objects", "objects parsed", "objects", "neither"),
     MetricSpec("parse.dropped_total", "objects dropped by the parser, all reasons", "objects", "lower"),
     MetricSpec("parse.truncated_rate", "answers cut by the token budget", better="lower"),
+    MetricSpec(
+        "parse.loop_rate",
+        f"answers that loop: at least {LOOP_COPIES} copies of their earlier objects, a third of all or more",
+        better="lower",
+    ),
+    MetricSpec(
+        "parse.unreadable_rate",
+        "answers without an object list, with a malformed one, or of which every object was dropped",
+        better="lower",
+    ),
     MetricSpec("parse.empty_rate", "answers without a valid object", better="neither"),
 )
 _SET = (

@@ -21,13 +21,15 @@ GT_COUNT_BUCKETS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 12), (13, 25), (26, None
 
 def set_metrics(
     table: DetectionTable, matches: GreedyMatches, duplicates: Duplicates, settings: EvalSettings
-) -> dict[str, float]:
-    """The `set` area of the metrics; rates are 0 where their denominator is empty."""
+) -> dict[str, float | None]:
+    """The `set` area of the metrics; rates are None where their denominator is empty."""
     dup_pairs = {u: duplicates.per_image(u) for u in settings.duplicate_ious}
     excess_I = table.n_pred_I - table.n_gt_I
     missed_I = matches.counts(0.5, "loc")[:, 2]
     violations_I, steps_I = order_violations(table)
-    metrics = {f"dup_pairs_{iou_key(u)}": float(pairs_I.mean()) for u, pairs_I in dup_pairs.items()}
+    metrics: dict[str, float | None] = {
+        f"dup_pairs_{iou_key(u)}": float(pairs_I.mean()) for u, pairs_I in dup_pairs.items()
+    }
     return metrics | {
         "dup_image_rate": float((dup_pairs[min(dup_pairs)] > 0).mean()),
         "count_error_mean": float(excess_I.mean()),
@@ -38,9 +40,9 @@ def set_metrics(
     }
 
 
-def _ratio(numerator_I: Ints, denominator_I: Ints) -> float:
+def _ratio(numerator_I: Ints, denominator_I: Ints) -> float | None:
     total = int(denominator_I.sum())
-    return int(numerator_I.sum()) / total if total else 0.0
+    return int(numerator_I.sum()) / total if total else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,12 +123,11 @@ def omission_by_gt_count(matches: GreedyMatches) -> list[dict[str, Any]]:
     for low, high in GT_COUNT_BUCKETS:
         inside_I = (matches.n_gt_I >= low) & (matches.n_gt_I <= (np.inf if high is None else high))
         if inside_I.any():
-            omission = _ratio(missed_I[inside_I], matches.n_gt_I[inside_I]) if low else None
             rows.append(
                 {
                     "n_gt": f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}",
                     "n_images": int(inside_I.sum()),
-                    "omission_rate": omission,
+                    "omission_rate": _ratio(missed_I[inside_I], matches.n_gt_I[inside_I]),
                     "count_error_mean": float(excess_I[inside_I].mean()),
                 }
             )

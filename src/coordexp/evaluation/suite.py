@@ -64,7 +64,8 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
 
 
 def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
-    """Recall and precision at IoU 0.5 as TSV, the table that `dvc plots` draws."""
+    """Recall and precision at IoU 0.5 as TSV for `dvc plots`; no precision (an empty cell) without objects."""
     curve = evaluation.pr_curve
-    rows = zip(curve["recall"], curve["precision_50"], strict=True)
-    write_text(paths.curve("pr"), "recall\tprecision\n" + "".join(f"{r:.2f}\t{p:.4f}\n" for r, p in rows))
+    precision = [f"{p:.4f}" for p in curve["precision_50"]] or [""] * len(curve["recall"])
+    rows = zip(curve["recall"], precision, strict=True)
+    write_text(paths.curve("pr"), "recall\tprecision\n" + "".join(f"{r:.2f}\t{p}\n" for r, p in rows))

@@ -15,7 +15,7 @@ from coordexp.records.descriptions import normalise_desc
 
 
 def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str, float | None]:
-    """Precision, recall and F1 over summed counts, and the mean IoU of the matched pairs (None without pairs)."""
+    """Ratios of summed counts, None where there is nothing to judge, and the predictions that the gate kept away."""
     pred_slices = image_slices(table.pred_image_P, table.n_images)
     gt_slices = image_slices(table.gt_image_G, table.n_images)
     pred_names = sorted({normalise_desc(desc) for desc in table.found})  # what pred_name_P numbers
@@ -35,5 +35,6 @@ def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str,
         "precision": counts.precision,
         "recall": counts.recall,
         "f1": counts.f1,
-        "matched_iou_mean": counts.matched_iou_mean if counts.n_matched else None,
+        "matched_iou_mean": counts.matched_iou_mean,
+        "gate_rejected": sum(result.rejected_pred for result in results),
     }

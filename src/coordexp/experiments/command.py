@@ -75,7 +75,9 @@ def monitor(
     for look in watch(watcher, state, folder, poll, events.follow if events else lambda _run: None):
         if events:
             events.look(look.step, look.values)
-        shown = "  ".join(f"{key} {'n/a' if value is None else f'{value:.4g}'}" for key, value in look.values.items())
+        shown = "  ".join(
+            f"{key} {'undefined' if value is None else f'{value:.4g}'}" for key, value in look.values.items()
+        )
         print(f"step {look.step}: {shown}", flush=True)
         if once:
             break

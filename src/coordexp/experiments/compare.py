@@ -18,9 +18,10 @@ from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.provenance import write_json
 from coordexp.errors import ConfigError, DataError
-from coordexp.evaluation.effect import LEVEL, effect
+from coordexp.evaluation.effect import LEVEL, Verdict, effect
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.headline import headline_keys
+from coordexp.evaluation.soundness import faults_of
 from coordexp.evaluation.suite import eval_settings
 from coordexp.experiments.grid import Arm, Grid, plan_grid
 from coordexp.experiments.protocol import PRIMARY, SECONDARY
@@ -117,9 +118,13 @@ def _arm_row(arm: Arm, runs: Sequence[Run], grid: Grid) -> dict[str, Any]:
 
 
 def _effects(arm: Arm, runs: Sequence[Run], reference: Sequence[Run], n_comparisons: int) -> dict[str, Any]:
-    """The effect on every metric; only the primary one is corrected for the number of arms, only it decides."""
+    """The effect on every metric; only the primary one is corrected for the number of arms, only it decides.
+
+    Nothing is decided, and `faults` says why, if answers of a run are cut, loop or do not parse.
+    """
     _check_pairable(runs, reference)
-    row: dict[str, Any] = {"arm": arm.name, "metrics": {}}
+    faults = {run.experiment: words for run in (*runs, *reference) if (words := faults_of(run.evaluation.metrics))}
+    row: dict[str, Any] = {"arm": arm.name, "metrics": {}, "faults": faults}
     for key in (PRIMARY, *SECONDARY):
         level = LEVEL / n_comparisons if key == PRIMARY else LEVEL
         values = [(a.evaluation.value(key), b.evaluation.value(key)) for a, b in zip(runs, reference, strict=True)]
@@ -132,7 +137,11 @@ def _effects(arm: Arm, runs: Sequence[Run], reference: Sequence[Run], n_comparis
         )
         found = effect(deltas_S, resampled_SB, level)
         rounded = None if found is None else {name: _rounded(value) for name, value in asdict(found).items()}
-        row["metrics"][key] = None if rounded is None or found is None else rounded | {"verdict": found.verdict.value}
+        if rounded is None or found is None:
+            row["metrics"][key] = None
+        else:
+            verdict = Verdict.NOT_JUDGED if faults else found.verdict
+            row["metrics"][key] = rounded | {"verdict": verdict.value}
     return row
 
 

@@ -42,7 +42,7 @@ class Events:
                     self._writer.add_scalar(f"train/{key}", value, row["step"])
         for row in self._new_rows(run / LOOKS):
             for key, value in row.items():
-                if key not in ("step", "images", "objects", "seconds"):
+                if key not in ("step", "images", "objects", "seconds") and value is not None:
                     self._writer.add_scalar(f"look/{key}", value, row["step"])
             picture = run / PICTURES / f"step_{row['step']:06d}.jpg"
             if picture.is_file():

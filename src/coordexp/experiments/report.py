@@ -84,6 +84,9 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
         return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
     if found["verdict"] == Verdict.NO_DIFFERENCE.value:
         text += f"; the smallest effect it could have shown is {number(found['smallest'])}"
+    if found["verdict"] == Verdict.NOT_JUDGED.value:
+        why = "; ".join(f"{run}: {', '.join(words)}" for run, words in row["faults"].items())
+        return f"{text}, because of the answers of {why}."
     if seeds == 1:
         text += ". With one seed the interval knows nothing of training noise; a repetition may say otherwise"
     return f"{text}."

@@ -1,4 +1,4 @@
-"""The bin codec: 1000 bins over [0, 1], one module, one rounding rule (DESIGN section 2).
+"""The bin codec: 1000 bins over [0, 1], one module, one rounding rule.
 
     encode(c) = clamp(round(1000 c), 0, 999)        decode(k) = k / 1000
 

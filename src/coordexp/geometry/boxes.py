@@ -64,7 +64,7 @@ def _area_of_sides(sides: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def reading_order(boxes_N4: Boxes) -> NDArray[np.int64]:
-    """Indices that sort boxes top-left first: by (y1, x1), stable (DESIGN section 2, object order)."""
+    """Indices that sort boxes top-left first: by (y1, x1), stable; the order of objects in an answer."""
     return np.lexsort((boxes_N4[:, 0], boxes_N4[:, 1]))
 
 

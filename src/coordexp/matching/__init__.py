@@ -1,1 +1,1 @@
-"""Which prediction is which object: pair cost, gate, and one-to-one assignment (DESIGN section 2, matching)."""
+"""Which prediction is which object: pair cost, gate, and one-to-one assignment."""

@@ -11,8 +11,7 @@ from coordexp.matching.assign import MatchResult
 class MatchCounts:
     """Sums over any number of images: predictions, annotated objects, matched pairs, and the IoU of those pairs.
 
-    Precision is 1 when nothing is predicted and recall is 1 when nothing is annotated, so that an empty image that is
-    left empty scores 1.
+    A ratio is None where there is nothing to judge: precision without a prediction, recall and F1 without an object.
     """
 
     n_pred: int = 0
@@ -53,22 +52,31 @@ class MatchCounts:
         return self.n_gt - self.n_matched
 
     @property
-    def precision(self) -> float:
-        """Share of predictions that are matched."""
-        return self.n_matched / self.n_pred if self.n_pred else 1.0
+    def precision(self) -> float | None:
+        """Share of predictions that are matched; None without predictions."""
+        return self.n_matched / self.n_pred if self.n_pred else None
 
     @property
-    def recall(self) -> float:
-        """Share of objects that are matched."""
-        return self.n_matched / self.n_gt if self.n_gt else 1.0
+    def recall(self) -> float | None:
+        """Share of objects that are matched; None without objects."""
+        return self.n_matched / self.n_gt if self.n_gt else None
 
     @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall; 0 when both are."""
-        total = self.precision + self.recall
-        return 2 * self.precision * self.recall / total if total else 0.0
+    def f1(self) -> float | None:
+        """Harmonic mean of precision and recall, 0 where objects meet no prediction; None without objects."""
+        return 2 * self.n_matched / (self.n_pred + self.n_gt) if self.n_gt else None
 
     @property
-    def matched_iou_mean(self) -> float:
-        """Mean IoU over matched pairs; 0 when nothing is matched."""
-        return self.iou_sum / self.n_matched if self.n_matched else 0.0
+    def matched_iou_mean(self) -> float | None:
+        """Mean IoU over matched pairs; None without pairs."""
+        return self.iou_sum / self.n_matched if self.n_matched else None
+
+
+def rounded_ratio(ratio: float | None) -> float | None:
+    """A ratio with the four digits it is written with; None (JSON's null) stays None."""
+    return None if ratio is None else round(ratio, 4)
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio for a log line."""
+    return "undefined" if ratio is None else f"{ratio:.3f}"

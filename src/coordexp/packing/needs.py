@@ -1,15 +1,16 @@
 """What a run will need, estimated from the records alone: tokens, packs, passes over the data, disk, memory.
 
-Image tokens are exact (the same resize as in training), as are the scaffold and the coordinates. Names and prompts are
-estimates by their length.
+Image tokens are exact (the same resize as in training). Instruction, names, scaffold and coordinates are counted
+with the model's tokenizer; the frame around them is a constant.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, prod
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from coordexp.packing.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
+from coordexp.text.prompts import asked_names, question
 
-PROMPT_TOKENS = 20  # role headers, image markers and the shortest instruction
-CHARACTERS_PER_TOKEN = 4
+FRAME_TOKENS = 15  # role headers, image markers and the end of the answer
 CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2, in float32; a resume state comes beside them
 
 
@@ -48,17 +49,18 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     """Estimate the needs of training on these records.
 
     Raises:
-        CheckpointError: the model folder of the profile has no safetensors, or no readable config.json.
+        CheckpointError: the model folder of the profile has no safetensors, no tokenizer, or no readable config.json.
         DataError: an image is too long and thin to be given to the model.
     """
     folder = Path(profile.model.path)
     spec = _pixel_spec(folder, profile)
-    per_object = tokens_per_object(folder, codec)
+    count = _token_counter(folder)
+    per_object = tokens_per_object(count, codec)
     lengths, image_tokens = [], 0
     for record in records:
         visual = spec.tokens(*resized_size(record.width, record.height, spec))
         image_tokens += visual
-        lengths.append(visual + _text_tokens(record, per_object))
+        lengths.append(visual + _text_tokens(record, per_object, count))
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
@@ -108,24 +110,28 @@ def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float)
     return per_token * parameters * (stage1 + 2 * stage2)  # the control gets the tokens of stage 2
 
 
-def _text_tokens(record: Record, per_object: int) -> int:
-    prompt: Mapping[str, list[str]] = record.metadata.get("prompt", {})
-    asked = sum(len(name) // CHARACTERS_PER_TOKEN + 2 for name in prompt.get("names", []))
-    objects = [o for o in record.objects if not o.metadata.get("iscrowd")]
-    names = sum(len(o.desc) // CHARACTERS_PER_TOKEN + 1 for o in objects)
-    return PROMPT_TOKENS + asked + names + per_object * len(objects)
+def _text_tokens(record: Record, per_object: int, count: Callable[[str], int]) -> int:
+    prompt = record.metadata.get("prompt")
+    asked, words = asked_names(prompt), question(prompt or {"kind": "open"})
+    objects = [o for o in record.objects if not o.metadata.get("iscrowd") and (asked is None or o.desc in asked)]
+    return FRAME_TOKENS + count(words) + sum(count(o.desc) for o in objects) + per_object * len(objects)
 
 
-def tokens_per_object(folder: Path, codec: str) -> int:
-    """Scaffold and coordinate tokens of one object without its name; CheckpointError without a tokenizer."""
+def _token_counter(folder: Path) -> Callable[[str], int]:
+    """Number of tokens of a text in the checkpoint's tokenizer; CheckpointError without one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; model.path must be a checkpoint folder with its tokenizer.")
     tokenizer = Tokenizer.from_file(str(path))
+    return lru_cache(maxsize=65_536)(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
+
+
+def tokens_per_object(count: Callable[[str], int], codec: str) -> int:
+    """Scaffold and coordinate tokens of one object without its name, by the tokens that `count` finds in a text."""
     pair = get_codec(codec).segments([TextObject("a", (1, 2, 3, 4))] * 2)
     second = [segment for segment in pair if segment.object_index == 1 and segment.role != Role.DESC]
     # A coordinate is one token once norm1000 has added them to the tokenizer.
-    return sum(1 if s.role is Role.COORD else len(tokenizer.encode(s.text).ids) for s in second)
+    return sum(1 if s.role is Role.COORD else count(s.text) for s in second)
 
 
 def _pixel_spec(folder: Path, profile: Profile) -> PixelSpec:

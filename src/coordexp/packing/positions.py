@@ -2,8 +2,7 @@
 
 transformers 5 separates packed segments only if `position_ids` has four rows and no attention mask is given: row 0
 holds text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of Qwen3-VL's
-M-RoPE (reference/libraries.md section 2). Anything else leaks silently between segments, so a test compares packed with
-separate forwards.
+M-RoPE. Anything else leaks silently between segments, so a test compares packed with separate forwards.
 """
 
 from __future__ import annotations

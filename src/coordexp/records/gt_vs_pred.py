@@ -1,4 +1,4 @@
-"""`gt_vs_pred.jsonl`: the one hand-over between decoding, scoring, evaluating and drawing (DESIGN section 5).
+"""`gt_vs_pred.jsonl`: the one hand-over between decoding, scoring, evaluating and drawing.
 
 One JSON line per image: ground truth, predictions in generation order, raw text, parse counters, finish reason, and the
 identity of model, prompt and decode settings. Boxes are float pixels xyxy, never rounded to integers.

@@ -1,4 +1,4 @@
-"""The record contract: one JSON line per image (DESIGN section 5).
+"""The record contract: one JSON line per image.
 
     {"images": ["a.jpg"], "width": 640, "height": 480,
      "objects": [{"desc": "black cat", "bbox_2d": [x1, y1, x2, y2], "area_px2": 812.5} | {"desc": ..., "poly": [...]}],

@@ -16,13 +16,15 @@ from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
 from coordexp.records.schema import Record, read_records
+from coordexp.records.sources.base import Problem
 
 ASSUMED_FLOPS = 4e14  # a second
+STOP = "STOP: "  # begins the line of what stops a run
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The text, every problem as a JSON line, and whether the stages would stop."""
+    """The text, every fault as a JSON line (what stops a run included), and whether the stages would stop."""
 
     lines: tuple[str, ...]
     problem_lines: tuple[str, ...]
@@ -40,22 +42,36 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
     """
     source: SourceConfig | DatasetsConfig = profile.source
     lines: list[str] = []
-    problems: tuple[str, ...] = ()
+    faults: list[Problem] = []
     stops = False
     if isinstance(source, DatasetsConfig):
         found = examine(source.sets, profile.records, decode, workers=os.cpu_count() or 1)
         lines += _data_lines(found)
-        problems = tuple(json.dumps(asdict(p), ensure_ascii=False) for p in found.problems)
+        faults += _faults(found)
         train, stops = found.records["train"], found.stops
     else:
         lines.append("data: scenes are composed by the raw stage; nothing to examine")
         on_file = data / params.profile / "records" / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
+    n_data_lines = len(lines)
     needed, lacks = _need_lines(train, profile, params)
     lines += needed
     stops = stops or lacks
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
-    return Diagnosis(tuple(lines), problems, stops)
+    needs = [line.removeprefix(STOP) for line in lines[n_data_lines:] if line.startswith(STOP)]
+    faults += [Problem("needs", f"configs/{params.profile}.yaml", "", detail) for detail in needs]
+    return Diagnosis(tuple(lines), tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults), stops)
+
+
+def _faults(found: Examination) -> list[Problem]:
+    """The problems of single annotations and images, and what was found of a split or a set as a whole."""
+    listed = {p.reason for p in found.problems}
+    whole = [f for f in found.findings if f.reason not in listed]
+    return found.problems + [
+        Problem(f.reason, f"{f.set_name}/{f.split}", f"count {f.count}", detail)
+        for f in whole
+        for detail in (f.examples or ("",))
+    ]
 
 
 def _data_lines(found: Examination) -> Iterator[str]:

@@ -14,43 +14,44 @@ from dataclasses import dataclass
 
 from coordexp.config.paths import COMPARISONS
 from coordexp.evaluation.effect import Verdict
-from coordexp.reporting.inputs import Json
+from coordexp.reporting.inputs import Json, Metrics, metric
 from coordexp.reporting.markdown import MISSING, signed, table
-from coordexp.reporting.tables import Metrics, metric
-from coordexp.reporting.verdicts import difference_from, verdict_of
+from coordexp.reporting.verdicts import compared, verdict_of
 
 
 @dataclass(frozen=True, slots=True)
 class CountChange:
-    """The change from one checkpoint to another; parts of one metric add up to its change."""
+    """The change from one checkpoint to another; parts of one metric add up to its change, None where undefined."""
 
     right_boxes: int
     false_boxes: int
     missed: int
-    f1: float
-    f1_by_right_boxes: float
-    f1_by_number_of_boxes: float
+    f1: float | None
+    f1_by_right_boxes: float | None
+    f1_by_number_of_boxes: float | None
     map_by_boxes_and_names: float | None
     map_by_ranking: float | None
 
 
-def f1_of(tp: int, n_boxes: int, n_objects: int) -> float:
-    """F1 from right boxes, judged boxes and objects; 1 where there is neither box nor object."""
-    return 2 * tp / (n_boxes + n_objects) if n_boxes + n_objects else 1.0
+def f1_of(tp: int, n_boxes: int, n_objects: int) -> float | None:
+    """F1 from right boxes, judged boxes and objects; None without objects."""
+    return 2 * tp / (n_boxes + n_objects) if n_objects else None
 
 
 def count_change(new: Json, old: Json) -> CountChange:
     """Split the change of F1 and mAP between the metrics of two checkpoints on the same images."""
     (tp, boxes, objects), (tp_old, boxes_old, _) = _counts(new["f1"]), _counts(old["f1"])
-    whole, before = f1_of(tp, boxes, objects), f1_of(tp_old, boxes_old, objects)
-    by_right = (f1_of(tp, boxes_old, objects) - before + whole - f1_of(tp_old, boxes, objects)) / 2
+    change = _minus(f1_of(tp, boxes, objects), f1_of(tp_old, boxes_old, objects))
+    orders = [_minus(f1_of(tp, n, objects), f1_of(tp_old, n, objects)) for n in (boxes_old, boxes)]
+    known = [part for part in orders if part is not None]
+    by_right = sum(known) / len(orders) if known else None
     return CountChange(
         right_boxes=tp - tp_old,
         false_boxes=new["f1"]["fp_50"] - old["f1"]["fp_50"],
         missed=new["f1"]["fn_50"] - old["f1"]["fn_50"],
-        f1=whole - before,
+        f1=change,
         f1_by_right_boxes=by_right,
-        f1_by_number_of_boxes=whole - before - by_right,
+        f1_by_number_of_boxes=_minus(change, by_right),
         map_by_boxes_and_names=_minus(_perfectly_ranked(new), _perfectly_ranked(old)),
         map_by_ranking=_minus(_ranking_part(new), _ranking_part(old)),
     )
@@ -77,6 +78,7 @@ _MOVES = {
     Verdict.WORSE: "falls",
     Verdict.NO_DIFFERENCE: "shows no difference",
     Verdict.UNDEFINED: "is not defined",
+    Verdict.NOT_JUDGED: "is not judged",
 }
 
 
@@ -95,12 +97,11 @@ def explanation_table(metrics: Metrics) -> str:
 
 
 def explain(metrics: Metrics, comparison: Mapping[str, Json], name: str) -> str:
-    """One or two sentences on one comparison: do mAP and F1 agree, and which part decides."""
+    """One or two sentences on one comparison: how mAP and F1 move, and the counts behind."""
     new, old = COMPARISONS[name]
-    verdicts = {key: verdict_of(difference_from(comparison[name][key])) for key in ("coco.mAP", "f1.full_50")}
-    of_map, of_f1 = verdicts.values()
+    differences = compared(metrics, comparison, name)
+    of_map, of_f1 = (verdict_of(differences[key]) for key in ("coco.mAP", "f1.full_50"))
     change = count_change(metrics[new], metrics[old])
-    agreement = "mAP and F1 agree" if of_map == of_f1 else "mAP and F1 part"
     counts = ", ".join(
         (
             _count(change.right_boxes, "right box", "right boxes"),
@@ -109,12 +110,9 @@ def explain(metrics: Metrics, comparison: Mapping[str, Json], name: str) -> str:
         )
     )
     moves = f"mAP {_MOVES[of_map]}, F1 {_MOVES[of_f1]}"
-    text = f"**{new} against {old}**: {agreement}: {moves}. {counts[0].upper()}{counts[1:]}"
-    by_boxes, by_ranking = change.map_by_boxes_and_names, change.map_by_ranking
-    if of_map not in (Verdict.BETTER, Verdict.WORSE) or by_boxes is None or by_ranking is None:
-        return f"{text}."
-    larger = "boxes and names" if abs(by_boxes) >= abs(by_ranking) else "the ranking by score"
-    return f"{text}; the larger part of the change of mAP comes from {larger}."
+    opposed = {of_map, of_f1} == {Verdict.BETTER, Verdict.WORSE}
+    part = "mAP and F1 part: " if opposed else ""
+    return f"**{new} against {old}**: {part}{moves}. {counts[0].upper()}{counts[1:]}."
 
 
 def _count(n: int, one: str, many: str) -> str:

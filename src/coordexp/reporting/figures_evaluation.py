@@ -135,7 +135,8 @@ def _recall(outcomes: Mapping[str, Outcomes]) -> Figure:
     _recall_panel(by_count, outcomes, count_G, [_count_label(*bucket) for bucket in GT_COUNT_BUCKETS], counted_G)
     by_size.set(ylim=(0, 1.02), ylabel="recall, right name, IoU .50", xlabel="size of the object: √(w·h) in pixels")
     by_count.set_xlabel("objects in the image")
-    by_count.legend(loc="lower left")
+    if by_count.get_legend_handles_labels()[1]:
+        by_count.legend(loc="lower left")
     return figure
 
 
@@ -147,6 +148,9 @@ def _recall_panel(
     ax: Axes, outcomes: Mapping[str, Outcomes], bucket_G: Ints, labels: Sequence[str], counted_G: Bools
 ) -> None:
     present = np.unique(bucket_G[counted_G])
+    if not len(present):
+        ax.text(0.5, 0.5, "no object is annotated", ha="center", transform=ax.transAxes)
+        return
     numbers = [int((counted_G & (bucket_G == b)).sum()) for b in present]
     for shift, (name, outcome) in enumerate(outcomes.items()):
         look = LOOKS[name]

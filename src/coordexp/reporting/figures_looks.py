@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def _looks_figure(rows: Mapping[str, list[Json]]) -> Figure:
         for ax, key in ((axes[0], "f1"), (axes[1], "precision"), (axes[1], "recall")):
             ax.plot(
                 steps,
-                [row[key] for row in points],
+                [math.nan if row[key] is None else row[key] for row in points],  # undefined: a gap
                 color=look.colour,
                 linestyle=":" if key == "recall" else look.line,
                 marker=look.marker,

@@ -23,10 +23,11 @@ from coordexp.reporting.baseline import Baseline
 from coordexp.reporting.training_log import TrainingLog, read_rows, read_training_log
 
 Json = dict[str, Any]
+Metrics = Mapping[str, Json]  # checkpoint -> area -> metric
 TRAINED = ("stage1", "stage1-control", "stage2")
 LOOK_KEYS = frozenset(
     {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
-    | {"f1_boxes", "dup_pairs_90", "parse_rate", "seconds"}
+    | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated", "seconds"}
 )
 AREAS = (
     *("coco", "known", "held_out", "f1", "protocol", "rollout", "parse", "input", "set", "guarded", "confidence"),
@@ -144,6 +145,17 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         else None,
         categories=read_categories(_existing(inputs.categories, "convert")),
     )
+
+
+def metric(metrics: Metrics, checkpoint: str, key: str) -> Any:
+    """The value of "area.metric"; raises DataError if the evaluation did not write it."""
+    area, name = key.split(".", 1)
+    try:
+        return metrics[checkpoint][area][name]
+    except KeyError as error:
+        raise DataError(
+            f"metrics.json: {checkpoint}.eval.{key} is missing. Run `dvc repro coco-eval` under the present parameters."
+        ) from error
 
 
 def read_json(path: Path, stage: str) -> Json:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.settings import EvalSettings, iou_key
-from coordexp.reporting.inputs import TRAINED, Json
+from coordexp.reporting.inputs import TRAINED, Json, Metrics, metric
 from coordexp.reporting.markdown import number, percent, table
-from coordexp.reporting.tables import Metrics, metric
 
 Looks = Mapping[str, Sequence[Json] | None]  # by training stage; None if the run left no monitor.jsonl
 BUDGET = 0.05  # of the training time
@@ -20,20 +19,21 @@ def checkpoint_counts_table(metrics: Metrics, settings: EvalSettings) -> str:
     """Scores and the counts they rest on, one row a checkpoint."""
     pairs = f"set.dup_pairs_{iou_key(min(settings.duplicate_ious))}"
     keys: tuple[str, ...] = ("coco.mAP", "f1.full_50", "f1.precision_50", "f1.recall_50")
-    keys += ("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", pairs, "parse.parse_rate")
+    keys += ("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", pairs, "parse.parse_rate", "parse.truncated_rate")
     header = ["checkpoint", "mAP", "F1", "precision", "recall", *_COUNTS, "duplicate pairs an image", "parse rate"]
+    header += ["cut, share"]
     return table(header, [[name, *(number(metric(metrics, name, key)) for key in keys)] for name in CHECKPOINTS])
 
 
 def looks_table(looks: Looks) -> str:
     """One row a look, in the order of training; empty if there was none."""
-    keys = ("f1", "precision", "recall", *_COUNTS, "dup_pairs_90", "parse_rate")
+    keys = ("f1", "precision", "recall", *_COUNTS, "dup_pairs_90", "parse_rate", "truncated")
     rows = [
         [name, str(row["step"]), *(number(row[key]) for key in keys), f"{row['seconds']:.1f}"]
         for name in TRAINED
         for row in looks[name] or ()
     ]
-    header = ["stage", "step", "F1", "precision", "recall", *_COUNTS, "duplicate pairs", "parse rate", "seconds"]
+    header = ["stage", "step", "F1", "precision", "recall", *_COUNTS, "duplicate pairs", "parse rate", "cut", "seconds"]
     return table(header, rows) if rows else ""
 
 

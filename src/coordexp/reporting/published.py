@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from coordexp.evaluation.published import published_tables
+from coordexp.reporting.inputs import Metrics, metric
 from coordexp.reporting.markdown import escape, number, table
-from coordexp.reporting.tables import Metrics, metric
 
 # Published column -> our metric, by the protocol under which the two may stand in one table.
 _OURS = {

@@ -1,4 +1,4 @@
-"""The results in README.md: a block rewritten from the committed metrics, so that no number in it can grow old."""
+"""Blocks of pages that are rewritten from the code or from the committed report, so that nothing in them grows old."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.errors import DataError
-from coordexp.reporting.markdown import number, table
+from coordexp.reporting.markdown import interval, number, table
 
 SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
@@ -38,14 +38,32 @@ def results_table(profile: str, root: Path) -> str:
     for name in CHECKPOINTS:
         areas = metrics[name]["eval"]
         values = [areas[area][key] for area, key in (column.split(".") for column in _COLUMNS)]
-        low, high = areas["interval"]["coco.mAP"]
-        rows.append([name, f"{number(values[0])} [{number(low)}, {number(high)}]", *map(number, values[1:])])
+        first = f"{number(values[0])} {interval(areas['interval']['coco.mAP'])}".rstrip()
+        rows.append([name, first, *map(number, values[1:])])
     return table(["val", *_COLUMNS.values()], rows, "l" + "r" * len(_COLUMNS))
 
 
 def with_results(readme: str, results: str) -> str:
-    """README.md with its block of results replaced; raises DataError if the markers are not there once."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise DataError(f"README.md: expected one block between {BEGIN!r} and {END!r}.")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{results}\n\n{END}", readme)
+    """README.md with its block of results replaced."""
+    return with_block(readme, BEGIN, END, results, "README.md")
+
+
+def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
+    """A page with what stands between two markers replaced; raises DataError if they are not there once."""
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise DataError(f"{name}: expected one block between {begin!r} and {end!r}.")
+    return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", page)
+
+
+def shown_picture(profile: str, root: Path) -> bytes:
+    """The picture of README.md: the last of the gallery in the committed report, one of those that chance picks.
+
+    Raises:
+        DataError: the report has no gallery.
+    """
+    folder = ProfilePaths(profile, root).reports / "gallery"
+    pictures = sorted(folder.glob("*.png"))
+    if not pictures:
+        raise DataError(f"{folder}: holds no picture; README.md shows one. Run `make demo`.")
+    return pictures[-1].read_bytes()

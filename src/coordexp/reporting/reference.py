@@ -1,9 +1,10 @@
 """The reference pages docs/parameters.md and docs/metrics.md, written from the code that checks and computes.
 
-    python -m coordexp.reporting.reference        # from the repository root: rewrites both, and README's results
+    python -m coordexp.reporting.reference        # from the repository root
 
-Neither page holds a value of params.yaml: an experiment that changes one must not make the documents wrong. README
-shows the results of the committed run.
+rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture, which
+are those of the committed report. No page holds a value of params.yaml: an experiment that changes one must not make
+the documents wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
-from coordexp.config.files import write_text
+from coordexp.config.files import write_bytes, write_text
 from coordexp.config.loading import read_yaml
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
@@ -24,12 +25,19 @@ from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.reporting.markdown import table
-from coordexp.reporting.readme import SHOWN_PROFILE, results_table, with_results
+from coordexp.reporting.readme import SHOWN_PROFILE, results_table, shown_picture, with_block, with_results
 from coordexp.reporting.training_tables import MEANINGS
 
 Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
+PRODUCTION_PAGE, SCALING_PAGE, PICTURE = (
+    Path("docs/production.md"),
+    Path("docs/scaling.md"),
+    Path("docs/detections.png"),
+)
+BEGIN_MEMORY = "<!-- memory: written by `python -m coordexp.reporting.reference` -->"
+END_MEMORY = "<!-- end of memory -->"
 PARAMS_FILE = "params.yaml"
 PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
@@ -37,10 +45,12 @@ GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fa
 _PARAMETERS_INTRO = """\
 Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
 a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
-value out of range stop a stage with exit code 2 and a message that names the key in full.
+value out of range stop whatever stage runs, with exit code 2 and a message that names the key in full. (A key that no
+stage tracks makes none run: DVC refuses to set one that is not there, unless it is written with a `+`.)
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
-of a profile; `make preset PRESET=mixture` runs a named recipe of `configs/presets/` (`mixture`, `pure_ce`,
-`raw_digits`, `seed`). What the terms compute: [concepts.md](concepts.md).
+of a profile: both files have blocks `stage1` and `stage2`, of different keys. `make preset PRESET=mixture` runs a named
+recipe of `configs/presets/` (`mixture`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
+[concepts.md](concepts.md).
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
@@ -74,7 +84,8 @@ _LOGS = """\
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
 `grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
-slots of the step; those of a first forward beside the last are `coord_diag_a1/*`.
+slots of the step; those of a first forward beside the last are `coord_diag_a1/*`. Of several forwards or processes they
+are averaged by slots, the 90th percentile too, which is near that of all slots and not equal to it.
 
 `monitor.jsonl` beside it holds one object for every look at the model in training (`monitor.every_steps`), over the
 same few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
@@ -191,16 +202,24 @@ def _cell(words: str) -> str:
 
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
+    from coordexp.reporting.memory_tables import one_device_table, sharded_table  # loads transformers
+
     stages = read_yaml(root / "dvc.yaml")["stages"]
     readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
-    return {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}
+    written = {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}
+    for page, block in ((PRODUCTION_PAGE, one_device_table()), (SCALING_PAGE, sharded_table())):
+        text = (root / page).read_text(encoding="utf-8")
+        written[page] = with_block(text, BEGIN_MEMORY, END_MEMORY, block, str(page))
+    return written
 
 
 def main() -> None:
-    """Rewrite the pages in the working directory."""
+    """Rewrite the pages and the picture in the working directory."""
     for path, text in pages(Path()).items():
         write_text(path, text)
         print(path)
+    write_bytes(PICTURE, shown_picture(SHOWN_PROFILE, Path()))
+    print(PICTURE)
 
 
 if __name__ == "__main__":

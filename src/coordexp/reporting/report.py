@@ -30,14 +30,14 @@ from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_looks import write_looks_figure
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
-from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
+from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data, metric
 from coordexp.reporting.markdown import escape, number, percent, signed
 from coordexp.reporting.monitor_tables import checkpoint_counts_table, looks_sentence, looks_table
 from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
 from coordexp.reporting.training_tables import counters_table, training_sentence, training_table, w1_sentence
-from coordexp.reporting.verdicts import RULE, difference_from, verdict_of
+from coordexp.reporting.verdicts import RULE, compared, verdict_of, warnings
 
 SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
 _HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")
@@ -109,7 +109,7 @@ def _summary(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
     params, counts = inputs.params, data.metrics["stage2"]["coco"]
     return {
         "profile": inputs.profile,
-        "headlines": [headline(data, name) for name in _HEADLINES],
+        "headlines": [*warnings(data.metrics), *(headline(data, name) for name in _HEADLINES)],
         "rule": RULE,
         "what_ran": provenance.what_ran(inputs.profile, data.metadata, params, counts["n_images"], counts["n_gt"]),
         "against_baseline": _against_baseline(inputs, data),
@@ -124,7 +124,7 @@ def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outco
     metrics, settings = data.metrics, inputs.settings
     return {
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
-        "comparison_table": tables.comparison_table(data.comparison),
+        "comparison_table": tables.comparison_table(data.metrics, data.comparison),
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
         "looks_sentence": looks_sentence(data.looks, data.metadata),
         "looks_table": looks_table(data.looks),
@@ -183,9 +183,9 @@ def _against_baseline(inputs: ReportInputs, data: ReportData) -> str:
 def headline(data: ReportData, comparison: str) -> str:
     """One comparison in plain words, with the numbers it rests on."""
     new, old = COMPARISONS[comparison]
-    difference = difference_from(data.comparison[comparison]["coco.mAP"])
-    of_f1 = verdict_of(difference_from(data.comparison[comparison]["f1.full_50"]))
-    values = " against ".join(number(tables.metric(data.metrics, name, "coco.mAP")) for name in (new, old))
+    differences = compared(data.metrics, data.comparison, comparison)
+    difference, of_f1 = differences["coco.mAP"], verdict_of(differences["f1.full_50"])
+    values = " against ".join(number(metric(data.metrics, name, "coco.mAP")) for name in (new, old))
     if difference is None:
         return f"{SUBJECTS[new]} against {SUBJECTS[old].lower()}: mAP is not defined on this data ({values})."
     match difference.verdict:
@@ -194,11 +194,14 @@ def headline(data: ReportData, comparison: str) -> str:
             reach = ""
             if difference.half_width > 0:
                 reach = f"; these images could show differences from about {number(difference.half_width)}"
+        case Verdict.NOT_JUDGED:
+            claim, reach = f"{SUBJECTS[new]} against {SUBJECTS[old].lower()} is **not judged**", ""
         case verdict:
             claim, reach = f"{SUBJECTS[new]} is **{verdict.value}** than {SUBJECTS[old].lower()}", ""
     bounds = f"[{signed(difference.lo)}, {signed(difference.hi)}]"
     shown = f"mAP {values}, difference {signed(difference.delta)} {bounds}{reach}"
-    return f"{claim}: {shown}. F1 of boxes and names: {of_f1.value}."
+    of_boxes_and_names = "" if of_f1 == Verdict.NOT_JUDGED else f" F1 of boxes and names: {of_f1.value}."
+    return f"{claim}: {shown}.{of_boxes_and_names}"
 
 
 def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -208,7 +211,11 @@ def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str
         ("Control: stage 1 continued", "stage1-control", data.logs["stage1-control"]),
     ]
     stage2 = data.logs["stage2"]
-    whose = {"A": "ground-truth context", "B": "own rollouts"}
+    n_forwards = params["stage2"]["n_softctx_iter"]
+    context = "ground-truth context"
+    if n_forwards > 1:
+        context = f"text in the ground-truth context, coordinates in the soft self-context of forward {n_forwards}"
+    whose = {"A": context, "B": "own rollouts"}
     by_channel = [(f"Stage 2, channel {c} ({whose[c]})", "stage2", stage2.of_channel(c)) for c in stage2.channels]
     parts += by_channel or [("Stage 2", "stage2", stage2)]
     return [
@@ -223,9 +230,11 @@ def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str
 
 def _ceiling(data: ReportData) -> str:
     ceiling = tables.required(data.ceiling, "mAP", "ceiling.json")
+    if not ceiling:
+        return "nothing: no object is annotated."
     shares = []
     for name in CHECKPOINTS:
-        value = tables.metric(data.metrics, name, "coco.mAP")
+        value = metric(data.metrics, name, "coco.mAP")
         shares.append(f"{name} {percent((value or 0.0) / ceiling)}")
     f1_95 = tables.required(data.ceiling, "f1_95", "ceiling.json")
     score = f"mAP {number(ceiling)} and F1 at IoU .95 of {number(f1_95)}"

@@ -10,25 +10,14 @@ from coordexp.errors import DataError
 from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.settings import EvalSettings, iou_key
-from coordexp.reporting.inputs import Json
+from coordexp.evaluation.soundness import FAULTS
+from coordexp.reporting.inputs import Json, Metrics, metric
 from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, signed, table
 from coordexp.reporting.outcomes import Outcomes
-from coordexp.reporting.verdicts import difference_from, verdict_of
+from coordexp.reporting.verdicts import compared, verdict_of
 
-Metrics = Mapping[str, Json]  # checkpoint -> area -> metric
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 _CONFUSED_ROWS = 8
-
-
-def metric(metrics: Metrics, checkpoint: str, key: str) -> Any:
-    """The value of "area.metric"; raises DataError if the evaluation did not write it."""
-    area, name = key.split(".", 1)
-    try:
-        return metrics[checkpoint][area][name]
-    except KeyError as error:
-        raise DataError(
-            f"metrics.json: {checkpoint}.eval.{key} is missing. Run `dvc repro coco-eval` under the present parameters."
-        ) from error
 
 
 def headline_keys(settings: EvalSettings) -> list[str]:
@@ -48,7 +37,7 @@ def set_keys(metrics: Metrics, settings: EvalSettings) -> list[str]:
         *(f"set.dup_pairs_{iou_key(u)}" for u in settings.duplicate_ious),
         *("set.dup_image_rate", "set.count_error_mean", "set.omission_rate", "set.over_generation_rate"),
         *("set.order_violation_rate", "set.giant_box_rate", "parse.parse_rate", "parse.valid_objects"),
-        *("parse.dropped_total", *reasons, "parse.truncated_rate", "parse.empty_rate"),
+        *("parse.dropped_total", *reasons, *FAULTS, "parse.empty_rate"),
     ]
 
 
@@ -67,6 +56,7 @@ COUNT_KEYS = (
         "confidence.lrp_fn",
         "rollout.f1",
         "rollout.matched_iou_mean",
+        "rollout.gate_rejected",
     ),
 )
 
@@ -194,12 +184,11 @@ def mapping_table(metrics: Metrics) -> str:
     return table(["predicted names", *ways], rows)
 
 
-def comparison_table(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+def comparison_table(metrics: Metrics, comparison: Mapping[str, Mapping[str, Json | None]]) -> str:
     """Paired differences with their verdicts; `could show` is the half-width of the interval."""
     rows = []
     for name, (new, old) in COMPARISONS.items():
-        for key, row in comparison[name].items():
-            difference = difference_from(row)
+        for key, difference in compared(metrics, comparison, name).items():
             pair = f"{new} - {old}"
             if difference is None:
                 rows.append([pair, f"`{key}`", *[MISSING] * 4, Verdict.UNDEFINED.value])

@@ -12,7 +12,7 @@ from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
 MEANINGS = {
     "softce_kl": "softCE minus the target's entropy (nats): what can reach 0",
     "expected_bin_mae": "mean error of E[k], bins",
-    "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins",
+    "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins; of a step in several forwards, their mean",
     "p_gt_mean": "probability of the target bin",
     "acc_top5": "target bin among the five likeliest",
     "margin_mean": "log-margin of the target bin over the best other; a soft target does not want a peak",
@@ -32,10 +32,12 @@ def training_table(log: TrainingLog, params: Mapping[str, Any], stage: str) -> s
         term = column.removeprefix("loss/")
         share_of = total[1] if total and term != "total" else None
         rows.append(_row(log, column, term_meaning(term), loss_floor(term, params, stage), share_of))
-    for name, meaning in MEANINGS.items():
-        column = f"coord_diag/{name}"
-        if column in log.columns:
-            rows.append(_row(log, column, meaning, 0.0 if name in ZERO_FLOOR_DIAGNOSTICS else None, None))
+    for area, whose in (("coord_diag", ""), ("coord_diag_a1", "first forward: ")):
+        for name, meaning in MEANINGS.items():
+            column = f"{area}/{name}"
+            if column in log.columns:
+                floor = 0.0 if name in ZERO_FLOOR_DIAGNOSTICS else None
+                rows.append(_row(log, column, whose + meaning, floor, None))
     return table(HEADER, rows, "llrrrrr")
 
 
@@ -86,14 +88,18 @@ def training_sentence(log: TrainingLog, params: Mapping[str, Any]) -> str:
     return (". ".join(part[0].upper() + part[1:] for part in parts) + ".") if parts else ""
 
 
+def w1_share(log: TrainingLog) -> float | None:
+    """W1's share of softCE + W1 in the last tenth of a run; None where one is not trained, or both are 0."""
+    ends = [log.ends(f"loss/{term}") for term in ("softce", "w1")]
+    if ends[0] is None or ends[1] is None or not ends[0][1] + ends[1][1]:
+        return None
+    return ends[1][1] / (ends[0][1] + ends[1][1])
+
+
 def w1_sentence(log: TrainingLog) -> str:
-    """Whether W1 could have mattered: its share of the coordinate losses at the end; empty if it was not trained."""
-    ends = {name: log.ends(f"loss/{name}") for name in ("softce", "w1")}
-    if ends["softce"] is None or ends["w1"] is None:
-        return ""
-    share = ends["w1"][1] / (ends["w1"][1] + ends["softce"][1])
-    reading = "it decides next to nothing at this weight" if share < 0.01 else "it has a say at this weight"
-    return f"W1 is {percent(share)} of softCE + W1 at the end: {reading}."
+    """W1's share of the coordinate losses at the end; empty if there is none."""
+    share = w1_share(log)
+    return "" if share is None else f"W1 is {percent(share)} of softCE + W1 at the end."
 
 
 def counters_table(log: TrainingLog) -> str:

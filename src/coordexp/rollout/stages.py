@@ -19,7 +19,7 @@ from coordexp.config.profile import Profile
 from coordexp.config.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
 from coordexp.config.schema import Params
 from coordexp.matching.settings import MatchSettings
-from coordexp.matching.summary import MatchCounts
+from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
 from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
@@ -157,6 +157,13 @@ def warn_of_unusable(summary: Mapping[str, Any]) -> None:
             summary["unusable"],
             summary["images"],
         )
+    if summary["truncated"] > MOST_UNUSABLE * summary["images"]:
+        log.warning(
+            "%d of %d rollouts are cut at the token budget. Expected nearly none: train stage 1 longer, or raise "
+            "decode.max_new_tokens.",
+            summary["truncated"],
+            summary["images"],
+        )
     if summary["n_pred"] == 0:
         log.warning("the rollouts hold no object at all: matching finds nothing, and channel B only appends misses.")
 
@@ -164,7 +171,7 @@ def warn_of_unusable(summary: Mapping[str, Any]) -> None:
 def rollout_summary(
     samples: Sequence[Sample], rollouts: Sequence[Rollout], results: Sequence[ImageResult]
 ) -> dict[str, Any]:
-    """Counts and the training-time matching F1 of a set of rollouts; ratios are sums over sums."""
+    """Counts and the training-time matching F1 of a set of rollouts; ratios are sums over sums, None over nothing."""
     counts = MatchCounts(
         n_pred=sum(len(r.objects) for r in rollouts),
         n_gt=sum(len(s.descs) - sum(s.iscrowd) for s in samples),
@@ -177,10 +184,10 @@ def rollout_summary(
     tokens = [r.n_generated_tokens for r in results]
     return {
         "images": len(rollouts),
-        "precision": round(counts.precision, 4),
-        "recall": round(counts.recall, 4),
-        "f1": round(counts.f1, 4),
-        "matched_iou_mean": round(counts.matched_iou_mean, 4),
+        "precision": rounded_ratio(counts.precision),
+        "recall": rounded_ratio(counts.recall),
+        "f1": rounded_ratio(counts.f1),
+        "matched_iou_mean": rounded_ratio(counts.matched_iou_mean),
         "n_pred": counts.n_pred,
         "n_gt": counts.n_gt,
         "n_matched": counts.n_matched,

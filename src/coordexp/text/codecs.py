@@ -1,4 +1,4 @@
-"""Answer codecs: a set of objects to typed text segments, and segments to token ids (DESIGN section 2, output text).
+"""Answer codecs: a set of objects to typed text segments, and segments to token ids.
 
 A codec turns objects into segments; the encoder tokenises each segment on its own and remembers the role of each
 token. Roles decide which loss a token gets, so they are assigned here, once, and never guessed from ids later.

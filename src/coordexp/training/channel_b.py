@@ -1,6 +1,6 @@
 """Channel B targets: from a matched rollout to the segments that stage 2 trains on (the M-step's data).
 
-Two passes (`passes: two`, full-idea document section 7):
+Two passes (`passes: two`):
     self-context  the rollout's own tokens; only the coordinates of accepted matches are supervised, against GT
     completion    GT reordered: matched objects at the rank of their prediction, missed ones appended (or sorted in),
                   extras dropped; text is supervised everywhere, coordinates of the missed objects only

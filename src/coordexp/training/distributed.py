@@ -2,7 +2,8 @@
 
 Every loss is divided by the counts of the whole step (`objective_step.denominators`), which each process knows from the
 plan alone. So the sum of the gradients is that of one process on all rows, weighted by tokens and not by processes,
-however unequal the shares are. Weights and optimizer state are replicated; only process 0 writes.
+however unequal the shares are. Each process holds all weights and the optimizer state, or with `launch.sharding: fsdp2`
+its shard of them (training/sharding.py); only process 0 writes.
 
 torchrun, or `launch` in coordexp.training.launch, starts the processes and tells them who they are.
 """

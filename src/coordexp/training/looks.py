@@ -31,7 +31,7 @@ from coordexp.geometry.bins import box_scale
 from coordexp.geometry.boxes import as_boxes
 from coordexp.matching.assign import match
 from coordexp.matching.settings import MatchSettings
-from coordexp.matching.summary import MatchCounts
+from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
 from coordexp.records.images import read_rgb
@@ -66,12 +66,15 @@ def judge_answer(result: ImageResult) -> Judged:
     return Judged(result, objects, matched.pairs, matched.iou_P, np.array(right, dtype=bool))
 
 
-def count_answers(answers: Sequence[Judged]) -> dict[str, float]:
-    """Counts over all answers, and the ratios of their sums; precision, recall and F1 ask for box and name."""
+def count_answers(answers: Sequence[Judged]) -> dict[str, float | None]:
+    """Counts over all answers, and the ratios of their sums; precision, recall and F1 ask for box and name.
+
+    A ratio is None where there is nothing to judge, as in `MatchCounts`.
+    """
     n_pred, n_gt = sum(len(a.result.pred) for a in answers), sum(len(a.objects) for a in answers)
     n_located, n_right = sum(len(a.pairs) for a in answers), sum(int(a.right_P.sum()) for a in answers)
-    right, located = MatchCounts(n_pred, n_gt, n_right), MatchCounts(n_pred, n_gt, n_located)
     iou_sum = sum(float(a.iou_P.sum()) for a in answers)
+    right, located = MatchCounts(n_pred, n_gt, n_right), MatchCounts(n_pred, n_gt, n_located, iou_sum)
     return {
         "images": len(answers),
         "objects": n_gt,
@@ -79,11 +82,11 @@ def count_answers(answers: Sequence[Judged]) -> dict[str, float]:
         "right": n_right,
         "false": right.n_false_positive,
         "missed": right.n_false_negative,
-        "precision": round(right.precision, 4),
-        "recall": round(right.recall, 4),
-        "f1": round(right.f1, 4),
-        "f1_boxes": round(located.f1, 4),
-        "matched_iou_mean": round(iou_sum / n_located if n_located else 0.0, 4),
+        "precision": rounded_ratio(right.precision),
+        "recall": rounded_ratio(right.recall),
+        "f1": rounded_ratio(right.f1),
+        "f1_boxes": rounded_ratio(located.f1),
+        "matched_iou_mean": rounded_ratio(located.matched_iou_mean),
         "dup_pairs_90": sum(duplicate_pairs(a.result) for a in answers),
         "parse_rate": round(sum(a.result.parse.ok for a in answers) / len(answers), 4),
         "truncated": sum(a.result.parse.truncated for a in answers),

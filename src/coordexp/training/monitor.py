@@ -31,6 +31,7 @@ from torch import nn
 from coordexp.config.files import write_bytes, write_text
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
+from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.gt_vs_pred import write_results
@@ -93,8 +94,10 @@ class Monitor:
         row["seconds"] = round(time.monotonic() - started, 3)
         self._write([*self.rows(), row])
         log.info(
-            "look at %d dev images after step %d: F1 %.3f, precision %.3f, recall %.3f, %d duplicate pairs; %.1f s",
-            *(row[name] for name in ("images", "step", "f1", "precision", "recall", "dup_pairs_90", "seconds")),
+            "look at %d dev images after step %d: F1 %s, precision %s, recall %s, %d duplicate pairs, %d cut; %.1f s",
+            *(row[name] for name in ("images", "step")),
+            *(ratio_text(row[name]) for name in ("f1", "precision", "recall")),
+            *(row[name] for name in ("dup_pairs_90", "truncated", "seconds")),
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -114,7 +117,7 @@ class Monitor:
             if (self._folder / name).is_dir():
                 shutil.copytree(self._folder / name, folder / name)
 
-    def _look(self, step: int) -> dict[str, float]:
+    def _look(self, step: int) -> dict[str, float | None]:
         viewer = self._viewer
         with undisturbed(viewer.checkpoint.model):
             results = predict_samples(
@@ -133,9 +136,13 @@ class Monitor:
         return count_answers(answers)
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows beside the state, and the curve where `dvc plots` looks; seconds are not in it, they never repeat."""
+        """Rows beside the state, and the curve where `dvc plots` looks: seconds, which never repeat, are not in it.
+
+        A value that is undefined is null in the rows and an empty cell in the curve.
+        """
         write_text(self._folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
-        lines = [["step", *CURVE_COLUMNS], *([str(row[name]) for name in ("step", *CURVE_COLUMNS)] for row in rows)]
+        names = ("step", *CURVE_COLUMNS)
+        lines = [list(names), *(["" if row[name] is None else str(row[name]) for name in names] for row in rows)]
         write_text(self._curve, "".join("\t".join(line) + "\n" for line in lines))
 
 

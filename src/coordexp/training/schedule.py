@@ -72,7 +72,7 @@ def step_items(n_items: int, items_per_step: int, steps: int, seed: int) -> list
 def is_channel_b(step: int, b_ratio: float) -> bool:
     """True if step s belongs to channel B: floor((s+1) b) > floor(s b), in exact rationals of b's decimal form.
 
-    Floats would lose steps (b = 0.29 gives 28 instead of 29 of the first 100; reference/stage2.md section 2).
+    Floats would lose steps (b = 0.29 gives 28 instead of 29 of the first 100).
     """
     ratio = Fraction(str(b_ratio))
     return math.floor((step + 1) * ratio) > math.floor(step * ratio)

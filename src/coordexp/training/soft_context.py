@@ -5,8 +5,7 @@ token, the input embedding by one made from the previous forward's distribution 
 style). `n_softctx_iter` counts all forwards, so 1 is plain teacher forcing.
 
 Text is anchored on forward 0 and geometry on the last one. Under `em_detach` gradients do not flow through the context
-embeddings, but both anchored forwards keep theirs: running forward 0 without gradient would leave text untrained, the
-known failure of this mode (reference/losses.md section 6).
+embeddings, but both anchored forwards keep theirs: running forward 0 without gradient would leave text untrained.
 
 Shapes: N coordinate slots, K bins, D hidden size.
 """
