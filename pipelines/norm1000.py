@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import repeat
-from pathlib import Path
 
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.provenance import write_json
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.pins import pinned_folder
 from coordexp.packing.prepare import SamplePreparer, write_split
 from coordexp.records.schema import read_records
 from coordexp.text.codecs import get_codec
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
     config, out = context.profile.model, context.paths.norm1000
     out.mkdir(parents=True, exist_ok=True)
-    base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+    base = load_checkpoint(pinned_folder(config, context.params.profile), config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
     save_checkpoint(context.paths.init, base.model, base.tokenizer)
     preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)

@@ -103,7 +103,8 @@ def _problem(error: ErrorDetails, block: type[Block]) -> str:
         case "value_error":  # a rule over several keys
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if location[-1] == "[key]":
-        return f"{_dotted(location[:-1])}: not a name; expected small letters, digits, '-' and '_'."
+        expected = "non-empty text" if location[:2] == ("model", "files") else "small letters, digits, '-' and '_'"
+        return f"{_dotted(location[:-1])}: not a name; expected {expected}."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
 
 

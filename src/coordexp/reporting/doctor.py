@@ -12,6 +12,7 @@ from pathlib import Path
 from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
+from coordexp.models.pins import pin_fault
 from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
@@ -51,9 +52,10 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
         lines.append("data: scenes are composed by the raw stage; nothing to examine")
         on_file = data / params.profile / "records" / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
+    fault = pin_fault(profile.model, params.profile)
     needed, lacks = _need_lines(train, profile, params)
-    lines += needed
-    stops = stops or lacks
+    lines += [f"STOP: model: {fault}", *needed] if fault else needed
+    stops = stops or bool(fault) or lacks
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
     return Diagnosis(tuple(lines), problems, stops)
 

@@ -29,6 +29,7 @@ from coordexp.losses.partition import CoordSlots
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import load_checkpoint, save_checkpoint
+from coordexp.models.pins import pinned_folder
 from coordexp.packing.collator import teacher_segment
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
@@ -128,7 +129,7 @@ class Ablation:
     def _initial(self, coord_init: str) -> Path:
         """The base model with coordinate rows of another kind."""
         config, folder = self._profile.model, self._root / f"init-{coord_init}"
-        base = load_checkpoint(Path(config.path), config.min_pixels, config.max_pixels)
+        base = load_checkpoint(pinned_folder(config, self._paths.profile), config.min_pixels, config.max_pixels)
         add_coordinate_tokens(base.model, base.tokenizer, coord_init, self._tree["seed"])
         save_checkpoint(folder, base.model, base.tokenizer)
         return folder
