@@ -15,6 +15,8 @@ from typing import Any
 from coordexp.config.files import write_text
 from coordexp.config.paths import repository_root
 
+# A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
+WRITTEN_BY_STAGES = ("dvc.lock", "reports")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
 
 
@@ -89,8 +91,7 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
-    written = [f":(exclude,top){path}" for path in ("dvc.lock", "reports")]
+    written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
