@@ -387,21 +387,16 @@ def doctor(
     params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
-    pin: Annotated[
-        bool, typer.Option("--pin", help="First write size and sha256 of the model's files into the profile.")
-    ] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="First write the pins of the model into the profile.")] = False,
 ) -> None:
     """Find every fault of a profile's data and model in one pass, and say what a run will need.
 
     Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.config.loading import load_params
-    from coordexp.models.pins import write_pins
-    from coordexp.reporting.doctor import diagnose
+    from coordexp.reporting.doctor import diagnose, pin_model
 
     if pin:
-        file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
-        _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
+        _note(pin_model(params, profile))
     parameters, chosen = _settings(params, profile)
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))

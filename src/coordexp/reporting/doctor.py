@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from coordexp.config.loading import load_params
 from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
-from coordexp.models.pins import pin_fault
+from coordexp.models.pins import pin_fault, write_pins
 from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
@@ -58,6 +59,12 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
     stops = stops or bool(fault) or lacks
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
     return Diagnosis(tuple(lines), problems, stops)
+
+
+def pin_model(params: Path, profile: str | None) -> str:
+    """Write the pins of the model into the wanted profile, or the one that the parameter file names; says so."""
+    file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
+    return f"pinned {len(write_pins(file))} files of the model in {file}; commit it"
 
 
 def _data_lines(found: Examination) -> Iterator[str]:
