@@ -17,6 +17,15 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 
 PROFILE ?= coco-qwen3vl-4b
 
+# A name that is not there stops make before it builds an environment for minutes.
+named = $(if $(wildcard $(1)/$(2).yaml),,$(error $(1)/$(2).yaml: no such file; there are: $(notdir $(basename $(wildcard $(1)/*.yaml)))))
+ifneq ($(filter check-profile,$(MAKECMDGOALS)),)
+$(call named,configs,$(PROFILE))
+endif
+ifneq ($(filter preset,$(MAKECMDGOALS)),)
+$(call named,configs/presets,$(PRESET))
+endif
+
 .PHONY: help env demo test vllm test-vllm preset ablation decoding-study bench check-profile smoke test-faults checks report base clean-resume
 
 help:  ## show this list
@@ -79,6 +88,8 @@ report: env  ## rebuild the report from what the stages left, without running th
 base: env  ## pretrain the embedded base model again (one to two hours) and put it into models/tiny-base
 	cd pipelines/base && dvc repro
 	rm -rf models/tiny-base && cp -rL pipelines/base/checkpoint models/tiny-base
+	PYTHONPATH=src python -m coordexp.cli doctor --pin --profile tiny
+	PYTHONPATH=src python -m coordexp.cli doctor --pin --profile smoke
 
 preset: env  ## run the graph under a named recipe of configs/presets: make preset PRESET=mixture
 	dvc exp run $$(PYTHONPATH=src python -m coordexp.config.presets $(PRESET))

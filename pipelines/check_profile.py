@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from coordexp.config.paths import ProfilePaths
+from coordexp.config.paths import ProfilePaths, model_folder
 from coordexp.config.process import StageContext, stage_main
 from coordexp.config.profile import DatasetsConfig, DatasetsProfile, Profile, SourceConfig
 from coordexp.errors import DataError
+from coordexp.models.pins import pins_of
 from coordexp.models.sizes import write_shrunken
 from coordexp.records.sample_set import write_sample
 from coordexp.reporting.doctor import diagnose
@@ -38,7 +39,7 @@ def run(context: StageContext) -> None:
 
 def _shrunken(context: StageContext, folder: Path) -> StageContext:
     profile, base = context.profile, folder / "base"
-    parameters = write_shrunken(Path(profile.model.path), base, context.params.seed)
+    parameters = write_shrunken(model_folder(profile.model.path), base, context.params.seed)
     context.log.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
     source: SourceConfig | DatasetsConfig = profile.source
     if isinstance(source, DatasetsConfig):
@@ -50,7 +51,7 @@ def _shrunken(context: StageContext, folder: Path) -> StageContext:
     changes = {
         "source": source,
         "records": profile.records.model_copy(update={"dev_images": 2}),
-        "model": profile.model.model_copy(update={"path": str(base)}),
+        "model": profile.model.model_copy(update={"path": str(base), "files": pins_of(base)}),
         "stage1": profile.stage1.model_copy(update=step),
     }
     kind: type[Profile] = DatasetsProfile if isinstance(source, DatasetsConfig) else Profile

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.process import StageContext, stage_main
 from coordexp.evaluation.soundness import faults_of
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.matching.summary import ratio_text
+from coordexp.models.pins import pinned_folder
 from coordexp.rollout.stages import decode_val
 
 
 def run(context: StageContext) -> None:
     """Write predictions per checkpoint, and the metrics of all of them."""
     for name in CHECKPOINTS:
-        folder = Path(context.profile.model.path) if name == "base" else context.paths.run(name)
+        is_base = name == "base"
+        folder = pinned_folder(context.profile.model, context.params.profile) if is_base else context.paths.run(name)
         decoded = decode_val(context.params, context.profile, context.paths, name, folder)
         context.log.info("%s: %s", name, "decoded" if decoded else "same weights and settings: decode reused")
     metrics = evaluate_run(context.params, context.paths)

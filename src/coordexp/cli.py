@@ -325,13 +325,16 @@ def doctor(
     params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="First write the pins of the model into the profile.")] = False,
 ) -> None:
-    """Find every fault of a profile's data in one pass, and say what a run will need.
+    """Find every fault of a profile's data and model in one pass, and say what a run will need.
 
-    Nothing is written unless --out is given. The exit code is 2 if the stages would stop.
+    Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.reporting.doctor import diagnose
+    from coordexp.reporting.doctor import diagnose, pin_model
 
+    if pin:
+        _note(pin_model(params, profile))
     parameters, chosen = _settings(params, profile)
     diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
     print("\n".join(diagnosis.lines))

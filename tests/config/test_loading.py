@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
-from coordexp.config.block import Block, expectation, field_specs, nested_block
+from coordexp.config.block import Block, expectation, field_specs, named_blocks, nested_block
 from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
 from coordexp.config.removed import REMOVED
@@ -86,6 +86,8 @@ def wrong_types(field: FieldInfo) -> list[Any]:
         return ["high", True, None, [1.0], math.nan, math.inf]
     if field.annotation is int:
         return ["high", "3", True, None, 1.5, 2.0]
+    if named_blocks(field):
+        return [3, 0.5, True, "text", []]
     return [3, 0.5, True, None, {"a": 1}]
 
 
@@ -94,6 +96,8 @@ def out_of_range(field: FieldInfo) -> list[Any]:
         return ["no-such-choice", ""]
     if field.annotation is str:
         return [""]
+    if named_blocks(field):
+        return [{}]
     if get_origin(field.annotation) is tuple:
         return [[], [0.5, 1.5], [0.0]]
     step = 1 if field.annotation is int else 0.5
@@ -327,6 +331,7 @@ def test_profiles_load_and_have_the_same_keys(path: Path) -> None:
     tree, like = read_yaml(path), read_yaml(FILES[Profile][0])
     if isinstance(profile, DatasetsProfile):
         del tree["source"], like["source"]  # validated above; its sets have names of the user's choice
+    del tree["model"]["files"], like["model"]["files"]  # null, or the names of its files
     assert key_tree(tree) == key_tree(like)
 
 

@@ -71,6 +71,11 @@ def test_repetitions_vary_what_the_key_reaches(plan, key: str, seeds: tuple[str,
         (["softce_weight=-1"], "softce_weight"),
         (["softce_weight.x=1"], "is no block"),
         (["stage2.seed=1,2"], "use --seeds"),
+        (["configs/tiny.yaml:stage2.steps=many"], "stage2.steps: found 'many'"),
+        (["configs/tiny.yaml:stage2.step=5"], "stage2.step: unknown key"),
+        (["configs/smoke.yaml:stage2.steps=5"], "other files change nothing"),
+        (["profile=smoke"], "within one profile"),
+        (["sigma=[1"], "not YAML"),
     ],
 )
 def test_wrong_assignments_are_refused(plan, assignments: list[str], words: str) -> None:

@@ -1,47 +1,184 @@
-"""What is decided before DVC is asked: a committed workspace, and experiments that are there already."""
+"""A/B tests as users run them, on a toy repository: what is there is not made again, and nothing stops them halfway."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coordexp.errors import ConfigError, TrainingError
+from coordexp.config.loading import read_yaml
+from coordexp.errors import ConfigError, DataError, TrainingError
+from coordexp.experiments.compare import run_ab
 from coordexp.experiments.runs import Repository
+from toy_graph import Toy, new_toy, toy_environment
+
+pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
+GRID = ["softce_weight=0.1,0.2"]
+
+
+SAID: list[str] = []
+
+
+def ab(toy: Toy, assignments: list[str], seeds: int = 1, name: str = "x") -> dict[str, Any]:
+    SAID.clear()
+    toy.ran()
+    return run_ab(Repository(toy.root, SAID.append), assignments, seeds, name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Path]:
+    """A folder with a toy repository whose first test was killed in its second run, and then called again."""
+    folder = tmp_path_factory.mktemp("ab")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in toy_environment(repository, folder).items():
+            patch.setenv(name, value)
+        toy = new_toy(repository, folder)
+        toy.succeed("dvc", "repro", "--quiet")
+        toy.commit("results")
+        patch.setenv("TOY_HANG", "stage2 0.2 0")
+        command = ["python", "-m", "coordexp.cli", "ab", "-S", GRID[0], "--seeds", "1", "--name", "x"]
+        with subprocess.Popen(command, cwd=toy.root, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 300
+            while "stage2 0.2 0" not in toy.log.read_text():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+        patch.delenv("TOY_HANG")
+        ab(toy, GRID)
+        yield folder
 
 
 @pytest.fixture
-def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """One commit, an empty home."""
-    for name in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{name}_NAME", "test")
-        monkeypatch.setenv(f"GIT_{name}_EMAIL", "test@localhost")
-    (tmp_path / "params.yaml").write_text("seed: 1\n")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    return Repository(tmp_path, lambda _line: None)
+def toy(finished: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A copy of it."""
+    for name, value in toy_environment(repository, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    shutil.copytree(finished / "toy", tmp_path / "toy", symlinks=True)
+    shutil.copy(finished / "log", tmp_path / "log")
+    return Toy(tmp_path / "toy", tmp_path / "log")
 
 
-def test_uncommitted_changes_are_refused_and_untracked_files_are_not(repo: Repository) -> None:
-    (repo.root / "notes.txt").write_text("untracked")
-    assert len(repo.commit()) == 40
-    (repo.root / "params.yaml").write_text("seed: 2\n")
-    with pytest.raises(ConfigError, match=r"params\.yaml.*commit first"):
-        repo.commit()
+def test_a_killed_test_goes_on_where_it_was(toy: Toy) -> None:
+    assert toy.ran() == ["stage2 0.2 0", "coco-eval 0.2 0"]  # stage 1 is the commit's, arm 0.1 was finished
+    assert len(list((toy.root / "runs" / "ab" / "x").glob("*-s0/revision"))) == 2
 
 
-def test_no_repository_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no git commit"):
-        Repository(tmp_path, lambda _line: None).commit()
+def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
+    first = ab(toy, GRID)
+    toy.commit("the report of the test itself")
+    toy.write("src/reporting/words.py", "# no stage that the test reads depends on it\n")
+    assert ab(toy, GRID) == first | {"commit": toy.succeed("git", "rev-parse", "HEAD").strip()}
+    assert toy.ran() == []
+    more = ab(toy, ["softce_weight=0.2,0.4"], seeds=2, name="another-name")
+    assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.2 1", "stage2 0.4 0", "stage2 0.4 1"}
+    [old] = [arm for arm in first["arms"] if arm["arm"] == "softce_weight=0.2"]
+    assert more["arms"][0]["values"]["coco.mAP"][0] == old["values"]["coco.mAP"][0]
 
 
-def test_an_experiment_of_this_commit_is_not_run_again(repo: Repository) -> None:
-    head = repo.commit()
-    subprocess.run(["git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/ab-x", head], cwd=repo.root, check=True)
-    assert repo.experiment("ab-x", ["seed=2"]) == head
+def edit(name: str, old: str, new: str) -> Callable[[Toy], None]:
+    def change(toy: Toy) -> None:
+        text = (toy.root / name).read_text()
+        assert old in text
+        toy.write(name, text.replace(old, new, 1))
+
+    return change
 
 
-def test_a_run_that_fails_shows_the_end_of_its_output(repo: Repository) -> None:
-    with pytest.raises(TrainingError, match=r"ab-y: dvc exp run ended with \d+ and left no experiment:\n(?s:.)*DVC"):
-        repo.experiment("ab-y", ["seed=2"])  # the folder is no DVC repository
+def stage1_trained_again(toy: Toy) -> None:
+    """Its entry in dvc.lock: same inputs, another result."""
+    text = (toy.root / "dvc.lock").read_text()
+    digest = read_yaml(toy.root / "dvc.lock")["stages"]["stage1"]["outs"][0]["md5"]
+    (toy.root / "dvc.lock").write_text(text.replace(digest, "0" * 32 + ".dir"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (edit("src/training/words.py", "first", "second"), "src/training"),
+        (edit("src/evaluation/words.py", "first", "second"), "src/evaluation"),
+        (edit("src/reporting/words.py", "first", "second"), ""),
+        (edit("dvc.yaml", "toy.py stage2", "toy.py  stage2"), "the command of stage stage2"),
+        (edit("dvc.yaml", "      - src/evaluation\n", "      - src/evaluation\n      - README.md\n"), "README.md"),
+        (edit("dvc.yaml", "      - sigma\n", ""), "sigma of stage stage1"),
+        (edit("params.yaml", "sigma: 2.0", "sigma: 2.5"), "sigma of stage stage1"),
+        (edit("params.yaml", "softce_weight: 1.0", "softce_weight: 9.0"), ""),  # both arms set it
+        (edit("params.yaml", "w1_weight: ", "w1_weight: 1"), ""),  # no stage of the toy tracks it
+        (edit("configs/tiny.yaml", "steps: 100", "steps: 200"), "stage2 of stage stage2"),
+        (edit("configs/tiny.yaml", "gallery_images: 24", "gallery_images: 4"), ""),
+        (stage1_trained_again, "runs/tiny/stage1"),
+    ],
+)
+def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy], None], reason: str) -> None:
+    (toy.root / "README.md").write_text("text\n")
+    change(toy)
+    repository = Repository(toy.root, print)
+    read = ["runs/tiny/eval/stage2", "runs/tiny/stage2/train_log.jsonl", "data/tiny/records/categories.json"]
+    present = repository.present("tiny", read)
+    [found] = repository.experiments(next(Path(toy.root / "runs/ab/x").glob("*0.2*-s0")).name)
+    past = repository.past(found.revision, present)
+    assert present.change(past, ["softce_weight=0.2", "stage2.seed=0"]) == reason
+    assert present.change(past, ["softce_weight=0.2", "stage2.seed=1"]) != ""
+
+
+def test_a_changed_evaluation_evaluates_again_and_trains_nothing(toy: Toy) -> None:
+    toy.write("src/evaluation/words.py", "# evaluates in another way\n")
+    (toy.root / "dvc.lock").write_text((toy.root / "dvc.lock").read_text() + "\n")  # as a run of the graph may leave it
+    (toy.root / "reports" / "tiny" / "progress.md").write_text("as a run of the graph may leave it")
+    ab(toy, GRID)
+    assert toy.ran() == ["coco-eval 0.1 0", "coco-eval 0.2 0"]
+    assert "(again: src/evaluation changed)" in SAID[0]
+    (toy.root / "params.yaml").write_text((toy.root / "params.yaml").read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"(?s)params\.yaml.*commit first.*git restore"):
+        ab(toy, GRID)
+
+
+def test_in_a_fresh_clone_everything_comes_with_the_run(toy: Toy, tmp_path: Path) -> None:
+    toy.succeed("git", "clone", "--quiet", str(toy.root), str(tmp_path / "fresh"))
+    fresh = Toy(tmp_path / "fresh", toy.log)
+    numbers = ab(fresh, GRID)
+    assert not (fresh.root / "data").exists()
+    assert [arm["arm"] for arm in numbers["arms"]] == ["softce_weight=0.1", "softce_weight=0.2"]
+    fresh.ran()
+    (fresh.root / "runs" / "ab" / "y").write_text("a file in the way")
+    with pytest.raises(DataError, match=r"runs/ab/y: a file is in the way"):
+        ab(fresh, ["softce_weight=0.4"], name="y")
+    edit("dvc.yaml", "      - data/${profile}/records\n  stage1", "      - data/${profile}/rows\n  stage1")(fresh)
+    with pytest.raises(ConfigError, match=r"no stage makes data/tiny/records/categories\.json"):
+        ab(fresh, GRID)
+    assert fresh.ran() == []
+
+
+def test_whatever_lies_where_a_run_is_fetched_to_is_replaced(toy: Toy) -> None:
+    folder = toy.root / "runs" / "ab" / "x"
+    one, two = sorted(folder.glob("*-s0"))
+    (one / "revision").write_text("an older run")  # every file of which is in the way
+    (one / "stage2" / "train_log.jsonl").unlink()
+    (one / "stage2" / "train_log.jsonl").mkdir()
+    two.rename(folder / "moved")
+    two.write_text("a file in place of the folder")
+    (folder / f".{two.name}.part").symlink_to(folder / "moved")
+    ab(toy, GRID)
+    assert toy.ran() == []
+    assert (one / "stage2" / "train_log.jsonl").is_file()
+    assert (folder / "moved" / "revision").is_file()
+    assert (two / "categories.json").is_file()
+
+
+def test_what_git_and_dvc_say_is_in_the_message(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match=r"(?s)runs/tiny/nothing of experiment .* dvc get ended with .*nothing"):
+        Repository(toy.root, print).fetch("HEAD", "runs/tiny/nothing", tmp_path / "out")
+    monkeypatch.setenv("TOY_FAIL", "stage2")
+    with pytest.raises(TrainingError, match=r"(?s)0\.8-\w+-s0: dvc exp run ended with .*the toy fails"):
+        ab(toy, ["softce_weight=0.8,0.9"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"(?s)no git commit.*not a git repository"):
+        Repository(tmp_path / "empty", print).commit()

@@ -28,6 +28,7 @@ from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.process import stage_main
 from coordexp.models.loading import load_checkpoint
+from coordexp.models.pins import write_pins
 from coordexp.models.sizes import build_shrunken, qwen3_vl_config
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
@@ -44,12 +45,13 @@ STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control,
 def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[ProfilePaths]:
     """The folders of the profile after all stages ran in order, as processes would."""
     root = tmp_path_factory.mktemp("production")
-    write_base(root / "models" / "base" / PROFILE)
     write_coco(root / "datasets" / "coco")
     write_profile(repository, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(root))
         patch.chdir(root)
+        write_base(Path(read_yaml(root / "configs" / f"{PROFILE}.yaml")["model"]["path"]))
+        write_pins(root / "configs" / f"{PROFILE}.yaml")
         (root / "data").mkdir()
         for stage in STAGES:
             assert stage_main(stage.run, []) == 0, stage.__name__

@@ -16,6 +16,7 @@ from coordexp.config.process import StageContext
 from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.forward import input_table
 from coordexp.models.loading import load_checkpoint
+from coordexp.models.pins import pins_of
 from coordexp.models.tiny import build_tiny
 from coordexp.rollout.records import write_rollouts
 from coordexp.training import ablation
@@ -158,7 +159,7 @@ def test_arms_that_do_not_exist_in_the_parameters_fail_before_anything_runs(spac
 def test_an_arm_with_other_coordinate_rows_starts_from_them(space, trained, tmp_path):
     tokenizer = new_tokenizer()
     save_model(tmp_path / "base", build_tiny(tokenizer, 17), tokenizer)
-    model = space.profile.model.model_copy(update={"path": str(tmp_path / "base")})
+    model = space.profile.model.model_copy(update={"path": str(tmp_path / "base"), "files": pins_of(tmp_path / "base")})
     profile = space.profile.model_copy(update={"model": model})
     ablated = Ablation(space.params, profile, space.paths, BUDGET)
     arms = {arm.name: arm for arm in all_arms(Path())}

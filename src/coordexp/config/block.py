@@ -59,18 +59,26 @@ def nested_block(field: FieldInfo) -> type[Block] | None:
 
 
 def named_blocks(field: FieldInfo) -> type[Block] | None:
-    """The block class of a field that maps names of the user's choice to blocks, else None."""
-    args = get_args(field.annotation)
-    if get_origin(field.annotation) is dict and isinstance(args[1], type) and issubclass(args[1], Block):
+    """The block class of a field that maps names of the user's choice to blocks (or is null), else None."""
+    kinds = [kind for kind in get_args(field.annotation) if get_origin(kind) is dict]
+    kind = kinds[0] if accepts_null(field) and kinds else field.annotation
+    args = get_args(kind)
+    if get_origin(kind) is dict and isinstance(args[1], type) and issubclass(args[1], Block):
         return args[1]
     return None
+
+
+def accepts_null(field: FieldInfo) -> bool:
+    """Whether a field may be null."""
+    return type(None) in get_args(field.annotation)
 
 
 def expectation(field: FieldInfo) -> str:
     """What a field accepts, in words: type, then range or choices."""
     kind = field.annotation
     if inner := named_blocks(field):
-        return f"a block of one or more names, each a block with the keys {', '.join(inner.model_fields)}"
+        words = f"a block of one or more names, each a block with the keys {', '.join(inner.model_fields)}"
+        return f"null, or {words}" if accepts_null(field) else words
     if inner := nested_block(field):
         return f"a block with the keys {', '.join(inner.model_fields)}"
     if get_origin(kind) is Literal:

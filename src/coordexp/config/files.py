@@ -53,17 +53,25 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder into its place; an older one is removed only when the new one stands there."""
+    """Put a finished folder into its place; what was there is removed only when the new one stands there."""
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    remove(old)
+    if os.path.lexists(final):
         final.replace(old)
     temporary.replace(final)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 @contextmanager

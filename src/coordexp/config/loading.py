@@ -47,7 +47,11 @@ def load_profile(path: Path) -> Profile:
             f"profile: found {path.stem!r}, but there is no file {path}.{closest(path.stem, names)} "
             f"Profiles there: {', '.join(names) or 'none'}."
         )
-    tree = read_yaml(path)
+    return parse_profile(path, read_yaml(path))
+
+
+def parse_profile(path: Path, tree: dict[str, Any]) -> Profile:
+    """Check the tree of a profile that was read elsewhere; errors are as for `load_profile` and name `path`."""
     source = tree.get("source")
     is_datasets = isinstance(source, dict) and source.get("kind") == "datasets"
     return _parse(path, tree, DatasetsProfile if is_datasets else Profile)
@@ -70,15 +74,29 @@ def _parse(path: Path, tree: dict[str, Any], block: type[BlockT]) -> BlockT:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file, where 2e-05 is a number (YAML 1.1 parsers read a string); raises ConfigError."""
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file. Run from the repository root, or name the file.") from error
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name `where` it stands."""
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         reason = str(error).split("To suppress", 1)[0].strip()
-        raise ConfigError(f"{path}: not valid YAML.\n  {reason}") from error
+        raise ConfigError(f"{where}: not valid YAML.\n  {reason}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {_found(tree)}, expected `key: value` lines.")
+        raise ConfigError(f"{where}: holds {_found(tree)}, expected `key: value` lines.")
     return {str(key): value for key, value in tree.items()}
+
+
+def parse_value(text: str) -> Any:
+    """One value in YAML 1.2, as `-S key=value` gives it; raises ConfigError."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"value {text!r}: not YAML. Quote it, or write a plain number, word or list.") from error
 
 
 def _problems(error: ValidationError, block: type[Block]) -> list[str]:
@@ -103,7 +121,8 @@ def _problem(error: ErrorDetails, block: type[Block]) -> str:
         case "value_error":  # a rule over several keys
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if location[-1] == "[key]":
-        return f"{_dotted(location[:-1])}: not a name; expected small letters, digits, '-' and '_'."
+        expected = "non-empty text" if location[:2] == ("model", "files") else "small letters, digits, '-' and '_'"
+        return f"{_dotted(location[:-1])}: not a name; expected {expected}."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,17 @@ COMPARISONS = {
     "stage2_vs_control": ("stage2", "stage1-control"),
     "stage1_vs_base": ("stage1", "base"),
 }
+
+
+def repository_root() -> Path:
+    """The repository that the user works in: a stage may run in a temporary copy of it (`dvc exp run --temp`)."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def model_folder(path: str) -> Path:
+    """Where `model.path` leads. A relative one starts here, or else at the repository: a copy of it lacks links."""
+    here = Path(path).expanduser()
+    return here if here.exists() else repository_root() / here
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,16 +44,21 @@ def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str
     Raises:
         ConfigError: as for params.yaml itself, under the name `where`.
     """
-    changed = json.loads(json.dumps(tree))
+    return parse_params(where, changed_tree(tree, changes, where))
+
+
+def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A copy of a tree with some dotted keys set; raises ConfigError where a part of a key is no block."""
+    changed: dict[str, Any] = json.loads(json.dumps(tree))
     for key, value in changes.items():
         *blocks, name = key.split(".")
-        node = changed
+        node: Any = changed
         for block in blocks:
             node = node.get(block)
             if not isinstance(node, dict):
                 raise ConfigError(f"{where}: {key}: {block!r} is no block of parameters. See docs/parameters.md.")
         node[name] = value
-    return parse_params(where, changed)
+    return changed
 
 
 def overrides(changes: Mapping[str, Any]) -> list[str]:

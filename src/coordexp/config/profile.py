@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
 from coordexp.config.formats import Format
@@ -99,13 +100,39 @@ class RecordsConfig(Block):
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
 
 
+class FilePin(Block):
+    """One file of the pretrained model: only a file of this size and hash is loaded."""
+
+    bytes: Count = Field(description="size of the file")
+    sha256: Text = Field(description="its SHA-256, 64 hexadecimal digits")
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_a_digest(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9a-f]{64}", value):
+            raise ValueError(f"found {value!r}, expected 64 hexadecimal digits in lower case.")
+        return value
+
+
 class ModelConfig(Block):
     """The pretrained model and its image size."""
 
-    path: Text = Field(description="folder of the pretrained checkpoint; dvc.yaml tracks models/base/<profile>")
+    path: Text = Field(description="folder of the pretrained checkpoint; a relative one starts at the repository")
+    files: dict[Text, FilePin] | None = Field(
+        strict=False,
+        min_length=1,
+        description="pins of its files, written by `coordexp doctor --pin`; null: none yet, and no stage loads it",
+    )
     coord_init: Literal["mean", "digits", "ordinal"] = Field(description="first value of the 1000 coordinate rows")
     min_pixels: PositiveCount = Field(description="smallest image area the model is given, in pixels")
     max_pixels: PositiveCount = Field(description="largest image area the model is given, in pixels")
+
+    @model_validator(mode="after")
+    def _pins_are_of_files_in_the_folder(self) -> ModelConfig:
+        for name in self.files or {}:
+            if name in (".", "..") or any(character in name for character in "/\\\0"):
+                raise ValueError(f"files: found {name!r}, expected the name of a file in the folder at path.")
+        return self
 
     @model_validator(mode="after")
     def _areas_are_ordered(self) -> ModelConfig:

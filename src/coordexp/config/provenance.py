@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.files import write_text
+from coordexp.config.paths import repository_root
 
+# A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
+WRITTEN_BY_STAGES = ("dvc.lock", "reports")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_hash(path: Path) -> str:
     """First 16 hex digits of the sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -60,7 +65,7 @@ def image_inputs(raw: Path) -> dict[str, Path]:
 
 def resume_folder(stage: str, key: str) -> Path:
     """Folder of a resume state. It lies in the original repository, so that temporary experiment runs share it."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".resume" / f"{stage}-{key}"
+    return repository_root() / ".resume" / f"{stage}-{key}"
 
 
 def run_metadata(
@@ -86,8 +91,7 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
-    written = [f":(exclude,top){path}" for path in ("dvc.lock", "reports")]
+    written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coordexp.config.files import write_text
+from coordexp.config.files import remove, replace_folder, write_text
 from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.provenance import write_json
@@ -23,6 +23,7 @@ from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.soundness import faults_of
 from coordexp.evaluation.suite import eval_settings
+from coordexp.experiments.dependencies import Present
 from coordexp.experiments.grid import Arm, Grid, plan_grid
 from coordexp.experiments.protocol import PRIMARY, SECONDARY
 from coordexp.experiments.runs import Repository
@@ -30,6 +31,7 @@ from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 
 JUDGED = "stage2"  # the checkpoint that the graph is there to make
+METADATA = "run_metadata.json"
 DIGITS = 4
 
 
@@ -39,7 +41,7 @@ class Run:
 
     experiment: str
     evaluation: Evaluation
-    metadata: dict[str, dict[str, Any]]  # training stage -> run_metadata.json
+    metadata: dict[str, dict[str, Any]]  # stage that the test trains -> run_metadata.json
     folder: Path
 
 
@@ -57,8 +59,14 @@ def run_ab(repository: Repository, assignments: Sequence[str], seeds: int, name:
     if not grid.trained and seeds > 1:
         raise ConfigError(f"--seeds {seeds}: no stage trains again for {', '.join(assignments)}; use --seeds 1.")
     commit = repository.commit()
-    paths = ProfilePaths(params.profile, root)
-    runs = {arm: [_one_run(repository, grid, arm, seed, name, paths) for seed in range(seeds)] for arm in grid.arms}
+    wanted = _wanted(params.profile, grid)
+    present = repository.present(params.profile, list(wanted.values()))
+    for folder in (root / "runs" / "ab" / name, root / "reports" / "ab"):
+        _make_folder(folder)
+    runs = {
+        arm: [_one_run(repository, grid, arm, seed, name, wanted, present) for seed in range(seeds)]
+        for arm in grid.arms
+    }
     numbers = {
         "name": name,
         "profile": params.profile,
@@ -75,38 +83,62 @@ def run_ab(repository: Repository, assignments: Sequence[str], seeds: int, name:
     return numbers
 
 
-def _one_run(repository: Repository, grid: Grid, arm: Arm, seed: int, name: str, paths: ProfilePaths) -> Run:
-    experiment = f"ab-{name}-{arm.slug}-s{seed}"
-    revision = repository.experiment(experiment, grid.overrides(arm, seed))
-    folder = repository.root / "runs" / "ab" / name / f"{arm.slug}-s{seed}"
-    if not _is_fetched(folder, revision):
-        wanted = {"eval": f"runs/{paths.profile}/eval/{JUDGED}"}
-        for stage in ("stage1", "stage2"):
-            for file in ("run_metadata.json", "train_log.jsonl"):
-                wanted[f"{stage}/{file}"] = f"runs/{paths.profile}/{stage}/{file}"
-        for target, path in wanted.items():
-            repository.fetch(revision, path, folder / target)
-        repository.fetch(revision, "params.yaml", folder / "params.yaml")
-        write_text(folder / "revision", revision)  # last: what is above is complete
+def _wanted(profile: str, grid: Grid) -> dict[str, str]:
+    """What the comparison reads of a run: name in its folder -> output of the graph. Nothing else is read later."""
+    paths = ProfilePaths(profile)
+    wanted = {"eval": paths.evaluation(JUDGED), "categories.json": paths.records / "categories.json"}
+    wanted["stage2/train_log.jsonl"] = paths.run("stage2") / "train_log.jsonl"
+    wanted |= {f"{stage}/{METADATA}": paths.run(stage) / METADATA for stage in grid.trained_stages}
+    return {name: path.as_posix() for name, path in wanted.items()}
+
+
+def _make_folder(folder: Path) -> None:
+    """Before anything is trained: a file in the way would stop the comparison afterwards."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: a file is in the way. Expected a folder; move the file.") from error
+
+
+def _one_run(
+    repository: Repository, grid: Grid, arm: Arm, seed: int, name: str, wanted: Mapping[str, str], present: Present
+) -> Run:
+    run = f"{arm.slug}-s{seed}"
+    experiment = repository.experiment(f"ab-{name}-{run}", run, grid.overrides(arm, seed), present)
+    folder = repository.root / "runs" / "ab" / name / run
+    if not _is_fetched(folder, experiment.revision, wanted):
+        _fetch(repository, experiment.revision, wanted, folder)
     settings = eval_settings(load_params(folder / "params.yaml"))
-    categories = read_categories(paths.records / "categories.json")
+    categories = read_categories(folder / "categories.json")
     results = list(read_results(folder / "eval" / "gt_vs_pred.jsonl"))
     metadata = {
-        stage: json.loads((folder / stage / "run_metadata.json").read_text(encoding="utf-8"))
-        for stage in ("stage1", "stage2")
+        stage: json.loads((folder / stage / METADATA).read_text(encoding="utf-8")) for stage in grid.trained_stages
     }
-    return Run(experiment, evaluate(results, categories, settings), metadata, folder)
+    return Run(experiment.name, evaluate(results, categories, settings), metadata, folder)
 
 
-def _is_fetched(folder: Path, revision: str) -> bool:
+def _fetch(repository: Repository, revision: str, wanted: Mapping[str, str], folder: Path) -> None:
+    """Put the files of a run into its folder, all or none; whatever was there is replaced."""
+    new = folder.with_name(f".{folder.name}.part")
+    remove(new)
+    for target, path in wanted.items():
+        repository.fetch(revision, path, new / target)
+    write_text(new / "params.yaml", repository.text(revision, "params.yaml"))
+    write_text(new / "revision", revision)
+    replace_folder(new, folder)
+
+
+def _is_fetched(folder: Path, revision: str, wanted: Mapping[str, str]) -> bool:
     mark = folder / "revision"
-    return mark.is_file() and mark.read_text(encoding="utf-8") == revision
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != revision:
+        return False
+    return all((folder / name).exists() for name in (*wanted, "params.yaml"))
 
 
 def _arm_row(arm: Arm, runs: Sequence[Run], grid: Grid) -> dict[str, Any]:
     """Values by seed, and the cost of what the arm trained: seconds and tokens of one seed, as measured when it ran."""
     shown = dict.fromkeys((PRIMARY, *SECONDARY, *headline_keys(runs[0].evaluation.settings)))
-    trained = ("stage1", "stage2") if grid.trained == "stage1" else ("stage2",) if grid.trained else ()
+    trained = grid.trained_stages
     return {
         "arm": arm.name,
         "experiments": [run.experiment for run in runs],

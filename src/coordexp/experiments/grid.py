@@ -10,10 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from coordexp.config.loading import read_yaml
-from coordexp.config.presets import with_changes
+from coordexp.config.loading import parse_profile, parse_value, read_yaml
+from coordexp.config.presets import changed_tree, with_changes
 from coordexp.errors import ConfigError
 from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
 
@@ -47,6 +45,11 @@ class Grid:
     arms: tuple[Arm, ...]
     seed_keys: tuple[str, ...]  # of params.yaml; empty where nothing is trained again
     trained: str  # the first stage that a changed value trains again, or "" if none
+
+    @property
+    def trained_stages(self) -> tuple[str, ...]:
+        """The training stages that a changed value runs again, as far as the judged checkpoint comes from them."""
+        return ("stage1", "stage2") if self.trained == "stage1" else ("stage2",) if self.trained else ()
 
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """What `dvc exp run -S` is given."""
@@ -98,9 +101,22 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
 
 
 def _check(arm: Arm, params_path: Path) -> None:
-    """The values of params.yaml, read as its own; those of a profile are checked by the stages."""
-    changes = {key: YAML(typ="safe").load(text) for key, text in arm.settings if ":" not in key}
-    with_changes(read_yaml(params_path), changes, f"{params_path} with {arm.name}")
+    """Read the values as the stages will, so that a wrong one stops before the first arm is trained."""
+    changes: dict[str, dict[str, Any]] = {PARAMS_FILE: {}}
+    for key, text in arm.settings:
+        file, colon, name = key.rpartition(":")
+        changes.setdefault(file if colon else PARAMS_FILE, {})[name] = parse_value(text)
+    params = with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE), f"{params_path} with {arm.name}")
+    if "profile" in dict(arm.settings):
+        raise ConfigError("-S profile: an A/B test compares within one profile; choose it in params.yaml and commit.")
+    profile = PROFILE_FILE.replace("${profile}", params.profile)
+    for file, values in changes.items():
+        if file != profile:
+            raise ConfigError(
+                f"-S {file}:...: the stages read {PARAMS_FILE} and {profile}; other files change nothing."
+            )
+        path = params_path.parent / file
+        parse_profile(path, changed_tree(read_yaml(path), values, f"{path} with {arm.name}"))
 
 
 def _tracks(stage: Mapping[str, Any], key: str) -> bool:

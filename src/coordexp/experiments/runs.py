@@ -1,23 +1,35 @@
 """One arm, one seed: a DVC experiment in a temporary copy, and the files of it that the comparison reads.
 
 DVC is called as a program. It reuses every stage whose inputs did not change, leaves the workspace as it is, and files
-each finished run as an experiment under the commit it started from (`dvc exp show`, `dvc exp apply NAME`). A run whose
-name, which says arm and seed, is there already is not made again.
+each finished run as an experiment under the commit it started from (`dvc exp show`, `dvc exp apply NAME`). A run of the
+same arm and seed is not made again, whatever commit it started from, as long as what it depends on is the same.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from coordexp.config.files import remove
+from coordexp.config.loading import parse_yaml
+from coordexp.config.provenance import WRITTEN_BY_STAGES
 from coordexp.errors import ConfigError, Interrupted, TrainingError
+from coordexp.experiments.dependencies import Past, Present
 
 SHOWN_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A finished run."""
+
+    name: str
+    revision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,65 +40,130 @@ class Repository:
     say: Callable[[str], None]
 
     def commit(self) -> str:
-        """The commit that experiments start from.
+        """The commit that experiments start from. What stages write may differ from it: a run of the graph did that.
 
         Raises:
-            ConfigError: no git repository, or tracked files differ from the commit.
+            ConfigError: no git repository, or other tracked files differ from the commit.
         """
-        head = self._run("git", "rev-parse", "HEAD")
+        head = self._run("git", "rev-parse", "--verify", "HEAD")
         if head.returncode:
-            raise ConfigError(f"{self.root.resolve()}: no git commit to start from. Run this in the repository.")
-        changed = self._run("git", "status", "--porcelain", "--untracked-files=no").stdout.splitlines()
+            raise ConfigError(
+                f"{self.root.resolve()}: no git commit to start from. Run this in the repository.\n{_end(head.stderr)}"
+            )
+        written = [f":(exclude){path}" for path in WRITTEN_BY_STAGES]
+        changed = self._git("status", "--porcelain", "--untracked-files=no", "--", ".", *written).splitlines()
         if changed:
             raise ConfigError(
                 f"{len(changed)} tracked files differ from the commit, for example {changed[0][3:]}. An experiment is "
-                "the commit plus its parameters, so that it can be made again: commit first (git commit -am ...)."
+                "the commit plus its parameters, so that it can be made again: commit first (git commit -am ...), or "
+                "go back to the commit (git restore --staged --worktree . && dvc checkout --force)."
             )
         return head.stdout.strip()
 
-    def experiment(self, name: str, overrides: Sequence[str]) -> str:
-        """The revision of an experiment; runs it unless this commit has one of that name.
+    def present(self, profile: str, read: Sequence[str]) -> Present:
+        """What an experiment would depend on now; raises ConfigError if no stage makes one of the files to be read."""
+        return Present.of(self.root, profile, read, lambda paths: self._ids("HEAD", paths))
+
+    def experiment(self, name: str, run: str, overrides: Sequence[str], present: Present) -> Experiment:
+        """The experiment of one arm and seed; runs it unless there is one with the same dependencies.
+
+        Args:
+            name: of a new experiment.
+            run: the end of the name, which says arm and seed, whatever the report is called.
+            overrides: what `dvc exp run -S` is given.
+            present: what it would depend on now.
 
         Raises:
             Interrupted: it was stopped; the next call goes on from the states that the stages saved.
             TrainingError: a stage failed.
         """
-        if found := self._revision(name):
-            self.say(f"{name}: there already")
-            return found
-        assignments = [part for override in overrides for part in ("--set-param", override)]
-        self.say(f"{name}: {' '.join(overrides) or 'no change'}")
-        done = self._run("dvc", "exp", "run", "--temp", "--name", name, *assignments)
-        if found := self._revision(name):
-            return found
-        tail = "\n".join(done.stdout.splitlines()[-SHOWN_LINES:])
-        if "interrupted:" in done.stdout:
-            raise Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{tail}")
-        raise TrainingError(f"{name}: dvc exp run ended with {done.returncode} and left no experiment:\n{tail}")
+        changed = ""
+        for found in self.experiments(run):
+            changed = present.change(self.past(found.revision, present), overrides)
+            if not changed:
+                self.say(f"{name}: there already" + (f", as {found.name}" if found.name != name else ""))
+                return found
+        why = f" (again: {changed} changed)" if changed else ""
+        self.say(f"{name}: {' '.join(overrides) or 'no change'}{why}")
+        made = self._new(name, overrides)
+        if edited := present.change(self.past(made.revision, present), overrides):
+            raise TrainingError(
+                f"{made.name}: {edited} changed in the working tree while experiments ran, so they cannot be compared. "
+                "Commit or undo the change, and run the same command again: what it does not touch is not run again."
+            )
+        return made
 
     def fetch(self, revision: str, path: str, target: Path) -> None:
-        """Copy an output (file or folder) of an experiment; raises TrainingError if DVC has it not."""
-        shutil.rmtree(target, ignore_errors=True)
+        """Copy an output (file or folder) of an experiment in place of `target`; TrainingError if DVC has it not."""
+        remove(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(target.resolve()), "--quiet")
-        if done.returncode:
-            raise TrainingError(f"{path} of {revision[:12]} cannot be read: {done.stdout.strip()[-500:]}")
+        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(target.resolve()))
+        if done.returncode or not target.exists():
+            raise TrainingError(
+                f"{path} of experiment {revision[:12]} cannot be read; dvc get ended with {done.returncode}:\n"
+                f"{_end(done.stdout + done.stderr)}\n"
+                "If the cache lost it (dvc gc), remove the experiment (dvc exp remove) and run this again."
+            )
 
-    def _revision(self, name: str) -> str:
-        head = self._run("git", "rev-parse", "HEAD").stdout.strip()
-        found = self._run("git", "rev-parse", "--verify", "--quiet", f"refs/exps/{head[:2]}/{head[2:]}/{name}")
-        return found.stdout.strip()
+    def text(self, revision: str, path: str) -> str:
+        """A file that git holds; raises ConfigError if it does not."""
+        return self._git("show", f"{revision}:./{path}")
+
+    def _new(self, name: str, overrides: Sequence[str]) -> Experiment:
+        head = self._git("rev-parse", "HEAD").strip()
+        folder = f"refs/exps/{head[:2]}/{head[2:]}"
+        taken = self._git("for-each-ref", "--format=%(refname:lstrip=4)", folder).split()
+        if name in taken:  # with other dependencies, for example after stage 1 was trained again
+            name = next(free for n in count(2) if (free := f"{name}-{n}") not in taken)
+        assignments = [part for override in overrides for part in ("--set-param", override)]
+        done = self._run("dvc", "exp", "run", "--temp", "--name", name, *assignments)
+        found = self._run("git", "rev-parse", "--verify", "--quiet", f"{folder}/{name}").stdout.strip()
+        if found:
+            return Experiment(name, found)
+        output = done.stdout + done.stderr
+        if "interrupted:" in output:
+            raise Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{_end(output)}")
+        raise TrainingError(f"{name}: dvc exp run ended with {done.returncode} and left no experiment:\n{_end(output)}")
+
+    def experiments(self, run: str) -> list[Experiment]:
+        """Experiments of one arm and seed under any commit, the newest first."""
+        patterns = [f"refs/exps/*/*/ab-*-{run}", f"refs/exps/*/*/ab-*-{run}-[0-9]*"]
+        form = "--format=%(refname:lstrip=4) %(objectname)"
+        lines = self._git("for-each-ref", "--sort=-committerdate", form, *patterns).splitlines()
+        return [Experiment(*line.split()) for line in lines]
+
+    def past(self, revision: str, present: Present) -> Past:
+        """What an experiment ran with."""
+        shown = self._run("git", "show", f"{revision}:./dvc.lock")
+        lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
+        return Past(lock.get("stages", {}), self._ids(revision, present.given))
+
+    def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:
+        """Path -> id of the content, for those paths that git holds at a revision."""
+        entries = self._git("ls-tree", "-z", revision, "--", *paths).split("\0") if paths else []
+        pairs = (entry.split("\t", 1) for entry in entries if entry)
+        return {path: fields.split()[2] for fields, path in pairs}
+
+    def _git(self, *arguments: str) -> str:
+        done = self._run("git", *arguments)
+        if done.returncode:
+            raise ConfigError(f"git {' '.join(arguments[:3])} ended with {done.returncode}:\n{_end(done.stderr)}")
+        return done.stdout
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a program that is installed beside this interpreter, or on the path; stderr is merged into stdout."""
+        """Run a program that is installed beside this interpreter, or on the path."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return subprocess.run(
             command,
             cwd=self.root,
             env=os.environ | {"PATH": path},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
+
+
+def _end(output: str, lines: int = SHOWN_LINES) -> str:
+    return "\n".join(output.strip().splitlines()[-lines:])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from coordexp.config.paths import model_folder
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
 from coordexp.packing.memory import WEIGHT, Memory, sharded_memory, step_memory
@@ -52,7 +53,7 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
         CheckpointError: the model folder of the profile has no safetensors, no tokenizer, or no readable config.json.
         DataError: an image is too long and thin to be given to the model.
     """
-    folder = Path(profile.model.path)
+    folder = model_folder(profile.model.path)
     spec = _pixel_spec(folder, profile)
     count = _token_counter(folder)
     per_object = tokens_per_object(count, codec)

@@ -10,7 +10,6 @@ Records name an image `<set>/<path below the set's root>`; `image_path` leads fr
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coordexp.config.files import replacing
+from coordexp.config.paths import repository_root
 from coordexp.config.profile import NO_SPLIT, DatasetConfig
 from coordexp.config.provenance import file_hash, write_json
 from coordexp.errors import DataError
@@ -62,7 +62,7 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
 
 def dataset_root(root: str, name: str) -> Path:
     """The absolute folder of a set. A relative one starts at the repository, also in a temporary experiment's copy."""
-    path = (Path(os.environ.get("DVC_ROOT", ".")) / Path(root).expanduser()).absolute()
+    path = (repository_root() / Path(root).expanduser()).absolute()
     if not path.is_dir():
         raise DataError(
             f"source.sets.{name}.root: {path} is no folder; expected the data set. Set the key to where it lies, or "

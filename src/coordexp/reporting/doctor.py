@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from coordexp.config.loading import load_params
 from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
+from coordexp.models.pins import pin_fault, write_pins
 from coordexp.packing.memory import Memory
 from coordexp.packing.needs import Needs, needs_of
 from coordexp.records.doctor import Examination, examine
@@ -54,9 +56,10 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
         on_file = data / params.profile / "records" / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
     n_data_lines = len(lines)
+    fault = pin_fault(profile.model, params.profile)
     needed, lacks = _need_lines(train, profile, params)
-    lines += needed
-    stops = stops or lacks
+    lines += [f"STOP: model: {fault}", *needed] if fault else needed
+    stops = stops or bool(fault) or lacks
     lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
     needs = [line.removeprefix(STOP) for line in lines[n_data_lines:] if line.startswith(STOP)]
     faults += [Problem("needs", f"configs/{params.profile}.yaml", "", detail) for detail in needs]
@@ -72,6 +75,12 @@ def _faults(found: Examination) -> list[Problem]:
         for f in whole
         for detail in (f.examples or ("",))
     ]
+
+
+def pin_model(params: Path, profile: str | None) -> str:
+    """Write the pins of the model into the wanted profile, or the one that the parameter file names; says so."""
+    file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
+    return f"pinned {len(write_pins(file))} files of the model in {file}; commit it"
 
 
 def _data_lines(found: Examination) -> Iterator[str]:

@@ -155,8 +155,10 @@ def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Stages) -> s
 def tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
     """Whether a stage tracks a key of a file, by its own name or by that of a block that holds it."""
     tracked: list[str] = []
-    for item in stage["params"]:
+    for item in stage.get("params", []):
         if isinstance(item, dict):
+            if file in item and item[file] is None:  # the whole file
+                return True
             tracked += item.get(file, [])
         elif file == PARAMS_FILE:
             tracked.append(item)

@@ -1,0 +1,163 @@
+"""The files that a profile's pretrained model consists of, pinned by size and sha256 in `model.files`.
+
+DVC does not track the folder: `dvc exp run` would commit the weights behind a link into git. What is tracked is the
+pins, as parameters; so other weights are another run, and a folder that does not hold the pinned files stops it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from coordexp.config.files import write_text
+from coordexp.config.loading import load_profile, read_yaml
+from coordexp.config.paths import model_folder
+from coordexp.config.profile import FilePin, ModelConfig
+from coordexp.config.provenance import file_sha256, repository_root, weight_files
+from coordexp.errors import CheckpointError
+
+# Beside the weights, all that loading a checkpoint or rendering a prompt may read.
+_DECISIVE = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
+_SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp
+
+
+def decisive_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that decide what the model answers, by name."""
+    named = [folder / name for name in _DECISIVE]
+    files = [path for path in (*weight_files(folder), *named) if path.is_file() and not path.name.startswith(".")]
+    return sorted(files, key=lambda path: path.name)
+
+
+def pinned_folder(model: ModelConfig, profile: str) -> Path:
+    """The folder of the profile's pretrained model, every file of which is the pinned one.
+
+    Raises:
+        CheckpointError: there are no pins, or the folder holds other files.
+    """
+    if fault := pin_fault(model, profile):
+        raise CheckpointError(fault)
+    return model_folder(model.path)
+
+
+def pin_fault(model: ModelConfig, profile: str) -> str:
+    """How the folder at `model.path` differs from the pins, and the remedy; the empty string if it does not."""
+    folder, command = model_folder(model.path), f"`coordexp doctor --pin --profile {profile}`"
+    if not folder.is_dir():
+        return (
+            f"{folder}: no such folder. Put the model of profile {profile} there (a Hugging Face checkpoint, or a link "
+            f"to one), or set model.path in configs/{profile}.yaml."
+        )
+    if model.files is None:
+        return (
+            f"configs/{profile}.yaml: model.files is null, expected size and sha256 of each file of {folder}. Without "
+            f"them a run could start from any model: run {command}, which writes them, and commit the profile."
+        )
+    faults = list(_differences(folder, model.files))
+    remedy = f"Restore the model that was pinned, or, if this one is meant, run {command}, and commit the profile."
+    return "\n  ".join([f"{folder}: not the model that profile {profile} pins:", *faults, remedy]) if faults else ""
+
+
+def _differences(folder: Path, pins: dict[str, FilePin]) -> Iterator[str]:
+    present = {path.name: path for path in decisive_files(folder)}
+    for name in sorted(pins.keys() | present.keys()):
+        path = folder / name
+        if name not in pins:
+            yield f"{path}: found a file that the model would be loaded with, but model.files has no pin of it."
+            continue
+        pin = pins[name]
+        expected = f"expected {pin.bytes:,} bytes, sha256 {pin.sha256} (model.files)"
+        if not path.is_file():
+            yield f"{path}: found no file, {expected}."
+        elif (size := path.stat().st_size) != pin.bytes:
+            yield f"{path}: found {size:,} bytes, {expected}."
+        elif (digest := _Digests().of(path)) != pin.sha256:
+            yield f"{path}: found sha256 {digest}, {expected}."
+
+
+def pins_of(folder: Path) -> dict[str, FilePin]:
+    """The pins of a checkpoint folder as it is now; raises CheckpointError if it holds no weights."""
+    if not weight_files(folder):
+        raise CheckpointError(
+            f"{folder}: found no *.safetensors, so there is no model to pin. Put a Hugging Face checkpoint there (or a "
+            "link to one), or set model.path."
+        )
+    digests = _Digests()
+    return {path.name: FilePin(bytes=path.stat().st_size, sha256=digests.of(path)) for path in decisive_files(folder)}
+
+
+def write_pins(path: Path) -> dict[str, FilePin]:
+    """Pin what lies at `model.path` of a profile file, in that file; comments and all other lines stay.
+
+    Raises:
+        ConfigError: the file has no `model.path`, or is wrong in another way.
+        CheckpointError: there is no model at that path.
+    """
+    found = read_yaml(path).get("model") if path.is_file() else None
+    if not isinstance(found, dict) or not isinstance(found.get("path"), str):
+        load_profile(path)  # says what is wrong
+    yaml = YAML()
+    yaml.width = 1 << 16
+    yaml.preserve_quotes = True
+    tree = yaml.load(path.read_text(encoding="utf-8"))
+    pins = pins_of(model_folder(tree["model"]["path"]))
+    block = tree["model"]
+    if "files" not in block:
+        block.insert(list(block).index("path") + 1, "files", None)
+    block["files"] = {name: pin.model_dump() for name, pin in pins.items()}
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    write_text(path, text.getvalue())
+    return pins
+
+
+class _Digests:
+    """sha256 of files. Those of big ones are remembered until size, times or inode change, as 16 GB take a minute."""
+
+    def __init__(self) -> None:
+        self._memory = repository_root() / ".resume" / ".model-digests.json"
+
+    def of(self, path: Path) -> str:
+        """All 64 hex digits."""
+        stat = path.stat()
+        if stat.st_size < _REMEMBERED_BYTES:
+            return file_sha256(path)
+        # A link and its target are one file: the name that counts is where it really lies.
+        key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        known = self._read()
+        if isinstance(entry := known.get(key), dict) and entry.get("state") == state and "sha256" in entry:
+            return str(entry["sha256"])
+        digest = file_sha256(path)
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+            with suppress(OSError):  # it only saves time; a checkout may be read-only
+                write_text(self._memory, json.dumps({**known, key: {"state": state, "sha256": digest}}, indent=1))
+        return digest
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none yet, or a broken one: hash again
+            return {}
+        return known if isinstance(known, dict) else {}
