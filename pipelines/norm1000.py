@@ -10,7 +10,6 @@ from coordexp.config.provenance import write_json
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.models.pins import pinned_folder
-from coordexp.models.processor import with_limits
 from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.records.schema import read_records
 from coordexp.text.codecs import get_codec
@@ -20,11 +19,10 @@ def run(context: StageContext) -> None:
     """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
     config, out = context.profile.model, context.paths.norm1000
     out.mkdir(parents=True, exist_ok=True)
-    base = load_checkpoint(pinned_folder(config, context.params.profile))
-    pixels = with_limits(base.pixels, config.min_pixels, config.max_pixels)
+    base = load_checkpoint(pinned_folder(config, context.params.profile), config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
-    save_checkpoint(context.paths.init, base.model, base.tokenizer, pixels)
-    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), pixels)
+    save_checkpoint(context.paths.init, base.model, base.tokenizer, base.pixels)
+    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)
     summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
     for split in ("train", "dev", "val"):
         path, to = context.paths.records / f"{split}.jsonl", out / f"{split}.parquet"

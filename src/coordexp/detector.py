@@ -22,13 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.config.provenance import fingerprint
+from coordexp.config.provenance import answer_files, fingerprint
 from coordexp.errors import CheckpointError, ConfigError, DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.models.device import AUTO
 from coordexp.models.forward import input_table
-from coordexp.models.loading import METADATA, Checkpoint, answer_files, load_format, place_for_inference
-from coordexp.models.processor import with_limits
+from coordexp.models.loading import METADATA, Checkpoint, load_format, place_for_inference
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
@@ -212,8 +211,8 @@ class Detector:
             ConfigError: the codec is unknown, min_pixels is not in [1, max_pixels], or there is no such device.
         """
         folder = Path(folder)
-        form = load_format(folder)
-        pixels = with_limits(form.pixels, min_pixels, max_pixels)
+        form = load_format(folder, min_pixels, max_pixels)
+        pixels = form.pixels
         if not 0 < pixels.min_pixels <= pixels.max_pixels:
             raise ConfigError(
                 f"min_pixels is {pixels.min_pixels} and max_pixels {pixels.max_pixels}, expected 1 <= min_pixels <= "
@@ -225,7 +224,7 @@ class Detector:
                 f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
                 "Leave the codec out, or give a checkpoint of a stage after norm1000."
             )
-        checkpoint = place_for_inference(folder, replace(form, pixels=pixels), device)
+        checkpoint = place_for_inference(folder, form, device)
         return cls(checkpoint, chosen, max_new_tokens, batch_images, servers, folder)
 
     from_pretrained = from_checkpoint

@@ -13,7 +13,6 @@ from coordexp import cli
 from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint
-from coordexp.models.processor import with_limits
 from coordexp.packing.needs import count_parameters, needs_of
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.records.doctor import examine
@@ -106,10 +105,10 @@ def test_needs_by_hand(repository, monkeypatch):
 def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, codec):
     monkeypatch.chdir(repository)
     profile = load_profile(repository / "configs" / "smoke.yaml")
-    base = load_checkpoint(repository / "models" / "tiny-base")
+    limits = profile.model.min_pixels, profile.model.max_pixels
+    base = load_checkpoint(repository / "models" / "tiny-base", *limits)
     add_coordinate_tokens(base.model, base.tokenizer, "mean", 0)
-    pixels = with_limits(base.pixels, profile.model.min_pixels, profile.model.max_pixels)
-    preparer = SamplePreparer(base.tokenizer, get_codec(codec), pixels)
+    preparer = SamplePreparer(base.tokenizer, get_codec(codec), base.pixels)
     # Names that this tokenizer spells in several pieces, in the answer and in the prompt.
     names = ("fire hydrant", "wine glass", "toothbrush", "Köttbullar", "人")
     objects = tuple(ObjectRecord(names[i % 5], (i, i, i + 9, i + 9)) for i in range(20))

@@ -18,6 +18,23 @@ from coordexp.config.paths import repository_root
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
 WRITTEN_BY_STAGES = ("dvc.lock", "reports")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
+# Beside the weights, all that loading a checkpoint or rendering a prompt may read.
+ANSWER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def file_sha256(path: Path) -> str:
@@ -33,7 +50,13 @@ def file_hash(path: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a checkpoint folder: large models come in several safetensors files."""
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+def answer_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that decide what it answers, by name: weights and what else loading reads."""
+    named = (folder / name for name in ANSWER_FILES)
+    return sorted([*weight_files(folder), *(path for path in named if path.is_file())], key=lambda path: path.name)
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from coordexp.config.provenance import file_hash, weight_files
+from coordexp.config.provenance import answer_files, file_hash
 from coordexp.errors import CheckpointError
 from coordexp.models.device import AUTO, choose_device, inference_dtype
-from coordexp.models.processor import IMAGE_FILE, read_pixel_spec, write_processor_files
+from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 METADATA = "run_metadata.json"
 MODEL_TYPE = Qwen3VLConfig.model_type
-# Besides the weights: what transformers reads of a folder.
-ANSWER_FILES = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "chat_template.json", "coordexp.json"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +50,20 @@ class Checkpoint(ModelFormat):
     model: Qwen3VLForConditionalGeneration
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Load a checkpoint folder onto the CPU, to change it or to train it; `load_for_inference` is for answers.
+def load_checkpoint(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Checkpoint:
+    """Load a checkpoint folder in float32 onto the CPU, to change or to train it; `load_for_inference` is for answers.
+
+    Args:
+        folder: a Hugging Face folder.
+        min_pixels: smallest image area that the model is given from now on. None: as its processor files say.
+        max_pixels: largest image area. None: likewise.
 
     Raises:
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
             damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, its
             processor files do not say how pictures are prepared, or a file is not the one that training wrote.
     """
-    return _with_model(folder, load_format(folder), dtype)
+    return _with_model(folder, load_format(folder, min_pixels, max_pixels), torch.float32)
 
 
 def load_for_inference(folder: Path, device: str = AUTO) -> Checkpoint:
@@ -80,8 +79,8 @@ def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> 
     return checkpoint
 
 
-def load_format(folder: Path) -> ModelFormat:
-    """Everything of a checkpoint but the weights; raises CheckpointError as `load_checkpoint` does."""
+def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelFormat:
+    """Everything of a checkpoint but the weights; arguments and errors as of `load_checkpoint`."""
     check_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
@@ -90,7 +89,10 @@ def load_format(folder: Path) -> ModelFormat:
     tokenizer = _load_tokenizer(folder)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
-    return ModelFormat(tokenizer=tokenizer, pixels=read_pixel_spec(folder, config), coord=coord)
+    pixels = read_pixel_spec(folder, config)
+    low = pixels.min_pixels if min_pixels is None else min_pixels
+    high = pixels.max_pixels if max_pixels is None else max_pixels
+    return ModelFormat(tokenizer=tokenizer, pixels=replace(pixels, min_pixels=low, max_pixels=high), coord=coord)
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -135,16 +137,9 @@ def _check_hashes(folder: Path) -> None:
             )
 
 
-def answer_files(folder: Path) -> list[Path]:
-    """All files of a checkpoint that decide what it answers: weights, configuration, tokenizer, template, processor."""
-    return [*weight_files(folder), *(folder / name for name in ANSWER_FILES if (folder / name).is_file())]
-
-
 def checkpoint_hashes(folder: Path) -> dict[str, str]:
     """Hashes of the files that decide what a checkpoint answers, for its `run_metadata.json`."""
-    names = ("config.json", "tokenizer.json", IMAGE_FILE)
-    decisive = [*folder.glob("*.safetensors"), *(folder / name for name in names)]
-    return {path.name: file_hash(path) for path in sorted(decisive)}
+    return {path.name: file_hash(path) for path in answer_files(folder)}
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -20,35 +20,11 @@ from coordexp.config.files import write_text
 from coordexp.config.loading import load_profile, read_yaml
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
-from coordexp.config.provenance import file_sha256, repository_root, weight_files
+from coordexp.config.provenance import answer_files, file_sha256, repository_root, weight_files
 from coordexp.errors import CheckpointError
 
-# Beside the weights, all that loading a checkpoint or rendering a prompt may read.
-_DECISIVE = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
 _SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp
-
-
-def decisive_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that decide what the model answers, by name."""
-    named = [folder / name for name in _DECISIVE]
-    files = [path for path in (*weight_files(folder), *named) if path.is_file() and not path.name.startswith(".")]
-    return sorted(files, key=lambda path: path.name)
 
 
 def pinned_folder(model: ModelConfig, profile: str) -> Path:
@@ -81,7 +57,7 @@ def pin_fault(model: ModelConfig, profile: str) -> str:
 
 
 def _differences(folder: Path, pins: dict[str, FilePin]) -> Iterator[str]:
-    present = {path.name: path for path in decisive_files(folder)}
+    present = {path.name: path for path in answer_files(folder)}
     for name in sorted(pins.keys() | present.keys()):
         path = folder / name
         if name not in pins:
@@ -105,7 +81,7 @@ def pins_of(folder: Path) -> dict[str, FilePin]:
             "link to one), or set model.path."
         )
     digests = _Digests()
-    return {path.name: FilePin(bytes=path.stat().st_size, sha256=digests.of(path)) for path in decisive_files(folder)}
+    return {path.name: FilePin(bytes=path.stat().st_size, sha256=digests.of(path)) for path in answer_files(folder)}
 
 
 def write_pins(path: Path) -> dict[str, FilePin]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -89,13 +88,6 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
 
 
 _REMEDY = "Take the processor files from the folder that the weights come from."
-
-
-def with_limits(spec: PixelSpec, min_pixels: int | None, max_pixels: int | None) -> PixelSpec:
-    """The same format with other limits of area; None keeps one."""
-    low = spec.min_pixels if min_pixels is None else min_pixels
-    high = spec.max_pixels if max_pixels is None else max_pixels
-    return replace(spec, min_pixels=low, max_pixels=high)
 
 
 def _image_block(folder: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -30,7 +30,6 @@ from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import load_checkpoint, load_for_inference, load_format, save_checkpoint
 from coordexp.models.pins import pinned_folder
-from coordexp.models.processor import with_limits
 from coordexp.packing.collator import teacher_segment
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.records import read_rollouts
@@ -130,10 +129,9 @@ class Ablation:
     def _initial(self, coord_init: str) -> Path:
         """The base model with coordinate rows of another kind."""
         config, folder = self._profile.model, self._root / f"init-{coord_init}"
-        base = load_checkpoint(pinned_folder(config, self._paths.profile))
+        base = load_checkpoint(pinned_folder(config, self._paths.profile), config.min_pixels, config.max_pixels)
         add_coordinate_tokens(base.model, base.tokenizer, coord_init, self._tree["seed"])
-        pixels = with_limits(base.pixels, config.min_pixels, config.max_pixels)
-        save_checkpoint(folder, base.model, base.tokenizer, pixels)
+        save_checkpoint(folder, base.model, base.tokenizer, base.pixels)
         return folder
 
     def _key(self, arm: Arm, params: Params, profile: Profile, paths: ArmPaths) -> str:
