@@ -155,13 +155,13 @@ def test_a_server_of_ours_leaves_before_the_model_is_loaded(
     happened: list[str] = []
 
     @contextmanager
-    def server(_python: Path, folder: Path, *_: object) -> Iterator[VllmServer]:
+    def server(_python: Path, folder: Path, *_: object, **__: object) -> Iterator[VllmServer]:
         happened.append(f"serve {folder.name}")
         yield VllmServer("http://127.0.0.1:9", 0)
         happened.append("stop")
 
     class Engine:
-        def __init__(self, *_: object) -> None: ...
+        def __init__(self, *_: object, **__: object) -> None: ...
 
         def generate(self, samples: list[object], _settings: object) -> list[Generation]:
             happened.append("generate")

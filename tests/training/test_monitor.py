@@ -94,7 +94,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
         space.paths.raw,
         monitor._viewer.decode,
         2,
-    )[1]
+    )
     assert [r.raw_text for r in left] == [r.raw_text for r in again]
     assert monitor._viewer.decode.temperature == 0
 
