@@ -82,7 +82,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     tiny_run.options(parser)
     parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
 
 
 if __name__ == "__main__":
