@@ -56,7 +56,8 @@ class Repository:
             raise ConfigError(
                 f"{len(changed)} tracked files differ from the commit, for example {changed[0][3:]}. An experiment is "
                 "the commit plus its parameters, so that it can be made again: commit first (git commit -am ...), or "
-                "go back to the commit (git restore --staged --worktree . && dvc checkout --force)."
+                "go back to the commit (git restore --staged --worktree . && git clean -dfq reports/*/gallery && dvc "
+                "checkout --force)."
             )
         return head.stdout.strip()
 
