@@ -7,13 +7,13 @@ given data are compared by git, because `dvc.lock` of the working tree may be ol
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coordexp.config.loading import parse_value, read_yaml
+from coordexp.config.presets import changed_tree
 from coordexp.errors import ConfigError
 from coordexp.reporting.reference import PARAMS_FILE
 
@@ -146,18 +146,23 @@ def _stage_change(plan: StagePlan, entry: Mapping[str, Any], values: Mapping[str
     return ""
 
 
+def values_by_file(settings: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """The values of `-S [FILE:]KEY=VALUE`, given as pairs of target and text: file -> dotted key -> value."""
+    found: dict[str, dict[str, Any]] = {}
+    for target, text in settings:
+        file, colon, key = target.rpartition(":")
+        found.setdefault(file if colon else PARAMS_FILE, {})[key] = parse_value(text)
+    return found
+
+
 def _with(values: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """The parameters with overrides as `dvc exp run -S` takes them."""
-    changed = {file: copy.deepcopy(dict(tree)) for file, tree in values.items()}
-    for override in overrides:
-        target, _, text = override.partition("=")
-        file, colon, key = target.rpartition(":")
-        *blocks, name = key.split(".")
-        node = changed.setdefault(file if colon else PARAMS_FILE, {})
-        for block in blocks:
-            node = node.setdefault(block, {})
-        node[name] = parse_value(text)
-    return changed
+    pairs = (override.partition("=") for override in overrides)
+    changes = values_by_file((target, text) for target, _, text in pairs)
+    return {
+        file: changed_tree(values.get(file, {}), changes.get(file, {}), file)
+        for file in dict.fromkeys([*values, *changes])
+    }
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:

@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.loading import parse_profile, parse_value, read_yaml
+from coordexp.config.loading import parse_profile, read_yaml
 from coordexp.config.presets import changed_tree, with_changes
 from coordexp.errors import ConfigError
+from coordexp.experiments.dependencies import values_by_file
 from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
 
 BASELINE = "as in params.yaml"
@@ -102,11 +103,8 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
 
 def _check(arm: Arm, params_path: Path) -> None:
     """Read the values as the stages will, so that a wrong one stops before the first arm is trained."""
-    changes: dict[str, dict[str, Any]] = {PARAMS_FILE: {}}
-    for key, text in arm.settings:
-        file, colon, name = key.rpartition(":")
-        changes.setdefault(file if colon else PARAMS_FILE, {})[name] = parse_value(text)
-    params = with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE), f"{params_path} with {arm.name}")
+    changes = values_by_file(arm.settings)
+    params = with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE, {}), f"{params_path} with {arm.name}")
     if "profile" in dict(arm.settings):
         raise ConfigError("-S profile: an A/B test compares within one profile; choose it in params.yaml and commit.")
     profile = PROFILE_FILE.replace("${profile}", params.profile)

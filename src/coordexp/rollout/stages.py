@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +242,7 @@ def _decode_into(
     out: Path, params: Params, profile: Profile, paths: ProfilePaths, folder: Path, store: SampleStore
 ) -> None:
     # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
-    form = replace(load_format(folder), pixels=load_format(paths.init).pixels)
+    form = load_format(folder, profile.model.min_pixels, profile.model.max_pixels)
     codec = form.codec_name or params.text.codec
     settings = decode_settings(params, codec, allowed_names(params, paths))
     readout = make_readout(params).for_codec(codec)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +129,12 @@ def corners(values: Any) -> Box | None:
         if None in values:
             return None
     return float(values[0]), float(values[1]), float(values[2]), float(values[3])
+
+
+def around(points: Sequence[float]) -> Box:
+    """The tight box around points given as x1, y1, x2, y2, ..."""
+    xs, ys = points[::2], points[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def is_finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pycocotools import mask
 
-from coordexp.records.sources.base import Box, is_finite, is_whole
+from coordexp.records.sources.base import Box, around, is_finite, is_whole
 
 MAX_SIDE_PX = 1 << 20
 # The alphabet of compressed counts. The last character must end a number: pycocotools would read on behind the text.
@@ -31,10 +31,7 @@ def tight_box(value: Any) -> Box | None:
     if isinstance(value, dict):
         return _mask_box(value.get("size"), value.get("counts"))
     rings = polygon_rings(value)
-    if not rings:
-        return None
-    xs, ys = [x for ring in rings for x in ring[::2]], [y for ring in rings for y in ring[1::2]]
-    return min(xs), min(ys), max(xs), max(ys)
+    return around([v for ring in rings for v in ring]) if rings else None
 
 
 def _mask_box(size: Any, counts: Any) -> Box | None:

@@ -24,6 +24,7 @@ from coordexp.records.sources.base import (
     SourceImage,
     SourceObject,
     SplitFiles,
+    around,
     is_finite,
     read_text,
 )
@@ -154,7 +155,7 @@ def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[t
         return (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), ()
     if key_points or len(values) < 6 or len(values) % 2 or _is_pose(values):
         return None, ()
-    return _around(values), (tuple(values),)
+    return around(values), (tuple(values),)
 
 
 def _is_pose(values: list[float]) -> bool:
@@ -169,9 +170,4 @@ def _is_pose(values: list[float]) -> bool:
     if len(points) < 4:
         return False
     box, _ = _geometry(values[:4], 0)
-    return bool(pairwise_iou(as_boxes([box]), as_boxes([_around(points)]))[0, 0] > POSE_IOU)
-
-
-def _around(points: list[float]) -> Box:
-    xs, ys = points[::2], points[1::2]
-    return min(xs), min(ys), max(xs), max(ys)
+    return bool(pairwise_iou(as_boxes([box]), as_boxes([around(points)]))[0, 0] > POSE_IOU)
