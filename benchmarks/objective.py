@@ -36,14 +36,13 @@ from benchmarks.harness import Row, side_by_side
 from torch import Tensor
 
 from benchmarks import harness
-from coordexp.config.process import LOG, tune_allocator
 from coordexp.losses.coord_terms import coordinate_terms, slice_terms
 from coordexp.losses.fused_linear import fused_terms
-from coordexp.losses.head_sweep import HeadSlots
+from coordexp.losses.head_sweep import FUSED_ROWS, HeadSlots
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.losses.terms import TermSum
 from coordexp.losses.text_terms import text_terms
-from coordexp.packing.memory import FUSED_ROWS
+from coordexp.stage import LOG, tune_allocator
 
 K = 1000
 TARGET = SoftTarget()

@@ -14,12 +14,12 @@ from dataclasses import replace
 from benchmarks.harness import Row, side_by_side
 
 from benchmarks import harness, tiny_run
-from coordexp.config.process import LOG, tune_allocator
 from coordexp.rollout.decode import EMITTED, coord_positions
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore
 from coordexp.rollout.stages import decode_settings, make_reader
+from coordexp.stage import LOG, tune_allocator
 from coordexp.training.builders import make_collator
 
 SHARE = 0.10

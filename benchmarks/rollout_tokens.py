@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks import harness, tiny_run
-from coordexp.config.process import LOG, tune_allocator
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample
@@ -33,6 +32,7 @@ from coordexp.rollout.stages import decode_settings
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
+from coordexp.stage import LOG, tune_allocator
 from coordexp.text.codecs import CODECS, AnswerEncoder
 from coordexp.training.sample_source import permuted
 

@@ -20,7 +20,7 @@ from benchmarks.harness import Row, machine, run_child
 from benchmarks.training_step import WARM_STEPS
 
 from benchmarks import harness, tiny_run
-from coordexp.config.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS
+from coordexp.infra.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS
 
 LIBRARY_ROUNDS = "300000"  # what libgomp does when nobody says how threads wait
 WAYS = {

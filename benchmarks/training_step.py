@@ -4,7 +4,7 @@
 
 ours    stage 1 as the stage runs it: packed rows, logits at supervised slots only, all coordinate losses, kept memory
 padded  a plain loop over the same Hugging Face model: padded batches, full logits, cross-entropy on the answers
-kept    the same with freed memory kept, as ours has it (config/process.py)
+kept    the same with freed memory kept, as ours has it (stage.py)
 trl     TRL's SFTTrainer on those padded batches (benchmarks/trl_loop.py), without its gradient checkpointing
 
 The same samples, precision and optimizer (AdamW), in processes of their own that take turns. `ours` also says what part
@@ -31,11 +31,11 @@ from benchmarks.tiny_run import TinyRun
 from torch import Tensor
 
 from benchmarks import harness, tiny_run, trl_loop
-from coordexp.config.process import LOG, tune_allocator
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import Sample, SampleStore
+from coordexp.stage import LOG, tune_allocator
 from coordexp.text.prompts import expand_image
 from coordexp.training.builders import make_collator, make_encoder, stage1_objective
 from coordexp.training.loop import LoopSettings, train

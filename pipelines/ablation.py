@@ -18,21 +18,22 @@ from functools import partial
 from pathlib import Path
 
 from coordexp.config.ablation import Arm, Budget, all_arms, choose_arms
-from coordexp.config.files import write_text
-from coordexp.config.process import StageContext, stage_main
-from coordexp.config.provenance import write_json
+from coordexp.config.run import RunConfig
 from coordexp.evaluation.ablation import ablation_summary, seed_result
 from coordexp.evaluation.evaluator import rounded
 from coordexp.evaluation.suite import eval_settings
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.reporting.ablation_tables import ablation_markdown
+from coordexp.stage import LOG, stage_main
 from coordexp.training.ablation import SPLITS, Ablation
 
 
-def run(budget: Budget, names: Sequence[str], context: StageContext) -> None:
+def run(budget: Budget, names: Sequence[str], context: RunConfig) -> None:
     """Train and decode what is missing, seed by seed, and report after each."""
     arms = choose_arms(all_arms(Path()), names)
-    ablation = Ablation(context.params, context.profile, context.paths, budget)
+    ablation = Ablation(context, budget)
     folders: dict[str, list[Path]] = {arm.name: [] for arm in arms}
     for seed in budget.seeds:
         for arm in arms:
@@ -40,7 +41,7 @@ def run(budget: Budget, names: Sequence[str], context: StageContext) -> None:
         _report(context, budget, arms, folders)
 
 
-def _report(context: StageContext, budget: Budget, arms: Sequence[Arm], folders: dict[str, list[Path]]) -> None:
+def _report(context: RunConfig, budget: Budget, arms: Sequence[Arm], folders: dict[str, list[Path]]) -> None:
     categories, settings = read_categories(context.paths.records / "categories.json"), eval_settings(context.params)
     results = {
         split: {name: [seed_result(f, split, categories, settings) for f in mine] for name, mine in folders.items()}
@@ -53,7 +54,7 @@ def _report(context: StageContext, budget: Budget, arms: Sequence[Arm], folders:
     out = context.paths.root / "reports" / "ablations"
     write_json(out / "objective.json", report)
     write_text(out / "objective.md", ablation_markdown(report))
-    context.log.info("ablation: %d of %d seeds in %s", done, len(budget.seeds), out / "objective.md")
+    LOG.info("ablation: %d of %d seeds in %s", done, len(budget.seeds), out / "objective.md")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,19 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coordexp.config.paths import ProfilePaths, model_folder
-from coordexp.config.process import StageContext, stage_main
 from coordexp.config.profile import DatasetsConfig, DatasetsProfile, Profile, SourceConfig
+from coordexp.config.run import RunConfig
+from coordexp.doctor.diagnosis import diagnose
 from coordexp.errors import DataError
 from coordexp.models.pins import pins_of
 from coordexp.models.sizes import write_shrunken
 from coordexp.records.sample_set import write_sample
-from coordexp.reporting.doctor import diagnose
+from coordexp.stage import LOG, stage_main
 from pipelines import convert, norm1000, pack, raw, stage1
 
 IMAGES = 16
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Run the sample through the data stages and one training step, then print the plan."""
     with TemporaryDirectory(prefix="coordexp-check-") as folder:
         small = _shrunken(context, Path(folder))
@@ -32,15 +33,15 @@ def run(context: StageContext) -> None:
             stage.run(small)
         _summary(small)
     diagnosis = diagnose(context.profile, context.params, context.paths.root / "data", decode=False)
-    context.log.info("the plan of the whole run:\n  %s", "\n  ".join(diagnosis.lines))
+    LOG.info("the plan of the whole run:\n  %s", "\n  ".join(diagnosis.lines))
     if diagnosis.stops:
         raise DataError("the sample went through, but the whole run would stop at what is marked STOP above.")
 
 
-def _shrunken(context: StageContext, folder: Path) -> StageContext:
+def _shrunken(context: RunConfig, folder: Path) -> RunConfig:
     profile, base = context.profile, folder / "base"
     parameters = write_shrunken(model_folder(profile.model.path), base, context.params.seed)
-    context.log.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
+    LOG.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
     source: SourceConfig | DatasetsConfig = profile.source
     if isinstance(source, DatasetsConfig):
         sets = write_sample(source.sets, profile.records, folder / "sets", IMAGES)
@@ -59,14 +60,14 @@ def _shrunken(context: StageContext, folder: Path) -> StageContext:
     return replace(context, profile=small, paths=ProfilePaths(context.paths.profile, folder))
 
 
-def _summary(small: StageContext) -> None:
+def _summary(small: RunConfig) -> None:
     paths = small.paths
     summary = json.loads((paths.norm1000 / "summary.json").read_text(encoding="utf-8"))
     trained = json.loads((paths.run("stage1") / "run_metadata.json").read_text(encoding="utf-8"))
     for split in ("train", "dev", "val"):
-        small.log.info("sample: %s: %s", split, summary[split])
+        LOG.info("sample: %s: %s", split, summary[split])
     loss, seconds = trained["final_loss"], trained["step_seconds"]
-    small.log.info("sample: one training step, loss %s, %s s on this machine (shrunken: no forecast)", loss, seconds)
+    LOG.info("sample: one training step, loss %s, %s s on this machine (shrunken: no forecast)", loss, seconds)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ own: every prediction carries the alternatives.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from coordexp.config.files import write_text
-from coordexp.config.process import StageContext, stage_main
-from coordexp.config.provenance import write_json
+from coordexp.config.run import RunConfig
 from coordexp.evaluation.best_of_k import oracle_k, vote
 from coordexp.evaluation.decoding_study import between_runs, box_table, score_table
 from coordexp.evaluation.evaluator import rounded
 from coordexp.evaluation.suite import eval_settings
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
 from coordexp.reporting.decoding_tables import decoding_markdown
 from coordexp.rollout.stages import decode_split
+from coordexp.stage import LOG, stage_main
 
 FREE = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
 CONSTRAINTS: dict[str, dict[str, Any]] = {
@@ -34,14 +35,14 @@ SAMPLES = 8
 SAMPLED = CONSTRAINTS["and corners"] | {"temperature": 0.7}
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Write reports/<profile>/decoding.json and decoding.md."""
     study = {name: _study(context, name) for name in ("stage1", "stage2") if context.paths.run(name).is_dir()}
     write_json(context.paths.reports / "decoding.json", rounded(study))
     write_text(context.paths.reports / "decoding.md", decoding_markdown(study))
 
 
-def _study(context: StageContext, name: str) -> dict[str, Any]:
+def _study(context: RunConfig, name: str) -> dict[str, Any]:
     settings, categories = eval_settings(context.params), read_categories(context.paths.records / "categories.json")
     runs: dict[str, list[ImageResult]] = {}
     speed: dict[str, dict[str, float]] = {}
@@ -63,14 +64,14 @@ def _study(context: StageContext, name: str) -> dict[str, Any]:
 
 
 def _decode(
-    context: StageContext, name: str, changes: dict[str, Any], seed: int
+    context: RunConfig, name: str, changes: dict[str, Any], seed: int
 ) -> tuple[list[ImageResult], dict[str, Any]]:
     """Results on val under changed decode parameters, and the summary of the decode."""
     decode = context.params.decode.model_copy(update=changes)
     params = context.params.model_copy(update={"decode": decode, "seed": seed})
-    folder = decode_split(params, context.profile, context.paths, context.paths.run(name), "val")
+    folder = decode_split(replace(context, params=params), context.paths.run(name), "val")
     summary = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
-    context.log.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
+    LOG.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
     return list(read_results(folder / "gt_vs_pred.jsonl")), summary
 
 

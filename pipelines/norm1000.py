@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from itertools import repeat
 
-from coordexp.config.process import StageContext, stage_main
-from coordexp.config.provenance import write_json
+from coordexp.config.run import RunConfig
+from coordexp.infra.provenance import write_json
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.models.pins import pinned_folder
 from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.records.schema import read_records
+from coordexp.stage import LOG, stage_main
 from coordexp.text.codecs import get_codec
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
     config, out = context.profile.model, context.paths.norm1000
     out.mkdir(parents=True, exist_ok=True)
@@ -29,7 +30,7 @@ def run(context: StageContext) -> None:
         with_areas = have_areas(read_records(path))
         counts = write_split(preparer, read_records(path), repeat("detect"), to, with_areas)
         summary[split] = asdict(counts)
-        context.log.info("%s: %s", split, counts)
+        LOG.info("%s: %s", split, counts)
     write_json(out / "summary.json", summary)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from coordexp.config.process import StageContext, stage_main
-from coordexp.config.provenance import write_json
+from coordexp.config.run import RunConfig
+from coordexp.infra.provenance import write_json
 from coordexp.packing.plan_file import plan_stats, write_plan
 from coordexp.packing.planner import plan_packs
 from coordexp.packing.samples import SampleStore
+from coordexp.stage import LOG, stage_main
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Write the plan and its fill statistics."""
     out = context.paths.packed
     out.mkdir(parents=True, exist_ok=True)
@@ -18,7 +19,7 @@ def run(context: StageContext) -> None:
     write_plan(out / "plan.parquet", plan)
     stats = plan_stats(plan)
     write_json(out / "stats.json", stats)
-    context.log.info("pack: %s", stats)
+    LOG.info("pack: %s", stats)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from coordexp.config.process import StageContext, stage_main
 from coordexp.config.profile import DatasetsConfig, SourceConfig
-from coordexp.config.provenance import file_hash, write_json
+from coordexp.config.run import RunConfig
+from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.manifest import MANIFEST, write_manifest
 from coordexp.records.scenes.coco_folder import write_coco_folder
 from coordexp.records.scenes.composer import SceneSpec
+from coordexp.stage import LOG, stage_main
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Write `data/<profile>/raw`: composed scenes, or a manifest of images that stay where they are."""
     source: SourceConfig | DatasetsConfig = context.profile.source
     if isinstance(source, DatasetsConfig):
@@ -22,14 +23,14 @@ def run(context: StageContext) -> None:
         _compose(context, source)
 
 
-def _take_stock(context: StageContext, source: DatasetsConfig) -> None:
+def _take_stock(context: RunConfig, source: DatasetsConfig) -> None:
     manifest = write_manifest(context.paths.raw, source.sets, source.verify == "decode", workers=os.cpu_count() or 1)
     for name, found in manifest["sets"].items():
         problems = ", ".join(f"{reason} {n}" for reason, n in found["problems"].items()) or "no problem"
-        context.log.info("raw: %s: %d images, %d bytes, %s", name, found["images"], found["bytes"], problems)
+        LOG.info("raw: %s: %d images, %d bytes, %s", name, found["images"], found["bytes"], problems)
 
 
-def _compose(context: StageContext, source: SourceConfig) -> None:
+def _compose(context: RunConfig, source: SourceConfig) -> None:
     spec = SceneSpec(**source.model_dump(include=set(SceneSpec.__slots__)))
     out = context.paths.raw
     made = write_coco_folder(
@@ -42,7 +43,7 @@ def _compose(context: StageContext, source: SourceConfig) -> None:
     )
     annotations = {path.name: file_hash(path) for path in sorted((out / "annotations").iterdir())}
     write_json(out / MANIFEST, made | {"annotations": annotations})
-    context.log.info("raw: %s images, %s objects", made["images"], made["objects"])
+    LOG.info("raw: %s images, %s objects", made["images"], made["objects"])
 
 
 if __name__ == "__main__":

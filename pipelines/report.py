@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from coordexp.config.process import StageContext, stage_main
+from coordexp.config.run import RunConfig
 from coordexp.reporting.baseline import experiment_baseline
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.report import build_report
+from coordexp.stage import LOG, stage_main
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Write `progress.md` with its pictures."""
     gallery = context.profile.report.gallery_images
     composed = context.profile.source.kind == "scenes"
@@ -19,7 +20,7 @@ def run(context: StageContext) -> None:
         composed=composed,
         baseline=experiment_baseline(context.paths.profile),
     )
-    context.log.info("report: %s", build_report(inputs, context.paths.reports))
+    LOG.info("report: %s", build_report(inputs, context.paths.reports))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from coordexp.config.process import StageContext, stage_main
+from coordexp.config.run import RunConfig
 from coordexp.rollout.stages import run_rollouts
+from coordexp.stage import LOG, stage_main
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Generate, re-score, parse, match; write the hand-over file, the rollouts and a summary."""
-    summary = run_rollouts(context.params, context.profile, context.paths)
+    summary = run_rollouts(context)
     shown = (f"{name} {'undefined' if value is None else value}" for name, value in summary.items())
-    context.log.info("rollout: %s", ", ".join(shown))
+    LOG.info("rollout: %s", ", ".join(shown))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from coordexp.config.process import StageContext, stage_main
+from coordexp.config.run import RunConfig
+from coordexp.stage import LOG, stage_main
 from coordexp.training.distributed import world
 from coordexp.training.launch import run_in_processes
 from coordexp.training.session import write_curve
 from coordexp.training.stage1 import train_stage1
 
 
-def run(context: StageContext) -> None:
+def run(context: RunConfig) -> None:
     """Train, write the checkpoint and the curve that dvc plots draws."""
     if run_in_processes(context.profile.launch.processes):
         return  # each of them ran this to its end
-    summary = train_stage1(context.params, context.profile, context.paths)
+    summary = train_stage1(context)
     if world().is_main:
         write_curve(context.paths.run("stage1") / "train_log.jsonl", context.paths.curve("stage1"))
-    context.log.info("stage1: %s", summary)
+    LOG.info("stage1: %s", summary)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ BASE = ROOT / "pipelines" / "base"
 
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
-    "errors", "config", "geometry", "records", "drawing", "text", "packing", "models", "losses",
-    "matching", "rollout", "training", "evaluation", "reporting", "experiments", "detector", "prediction", "cli",
+    "errors", "infra", "config", "stage", "geometry", "records", "drawing", "text", "packing", "models", "losses",
+    "matching", "rollout", "training", "evaluation", "doctor", "reporting", "export", "experiments", "detector",
+    "prediction", "cli",
 )  # fmt: skip
 
 

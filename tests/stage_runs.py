@@ -77,7 +77,7 @@ def run_stage(
     YAML().dump(tree, root / "params.yaml")
     (root / "entry.py").write_text(
         f"import os\nimport sys\nfrom pipelines.{ENTRIES[stage]} import run\n"
-        f"from coordexp.config.process import stage_main\n{before}\nsys.exit(stage_main(run))\n"
+        f"from coordexp.stage import stage_main\n{before}\nsys.exit(stage_main(run))\n"
     )
     done = subprocess.run(
         [*starter, "entry.py", "--profile", "smoke"],

@@ -19,7 +19,6 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from coordexp import detector
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.process import stage_main
 from coordexp.detector import Detector
 from coordexp.errors import CheckpointError
 from coordexp.models.loading import checkpoint_hashes, load_format
@@ -27,6 +26,7 @@ from coordexp.models.processor import IMAGE_FILE, PROCESSOR_FILE
 from coordexp.packing.samples import Sample
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.rollout.vllm_server import link_checkpoint
+from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
 
 LIMITS = (150 * 150, 180 * 180)  # neither those of a profile nor those that the base model brings

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from coordexp.config.process import tune_allocator
 from coordexp.models.processor import pixel_spec
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.collator import Collator
 from coordexp.records.scenes.sprites import load_catalog
+from coordexp.stage import tune_allocator
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
 from coordexp.training.loop import LoopSettings, train
 from coordexp.training.pretrain import (

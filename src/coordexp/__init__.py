@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
 
-from coordexp.config.threads import bound_spinning
+from coordexp.infra.threads import bound_spinning
 
 bound_spinning()  # before anything imports torch
 

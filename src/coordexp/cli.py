@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.config.files import write_text
-from coordexp.config.formats import Format
+from coordexp.config.profile import Format
 from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
 from coordexp.experiments.command import ab, monitor
+from coordexp.infra.files import write_text
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
@@ -131,7 +131,7 @@ def predict(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Detect objects in images."""
-    from coordexp.config.provenance import write_json
+    from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
     paths = expand_images(images)
@@ -159,8 +159,8 @@ def predict(
 
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:
-    from coordexp.config.process import LOG, tune_allocator
-    from coordexp.config.threads import set_threads
+    from coordexp.infra.threads import set_threads
+    from coordexp.stage import LOG, tune_allocator
 
     tune_allocator(LOG)  # before the first large allocation
     set_threads(0, LOG)
@@ -185,8 +185,8 @@ def evaluate(
 
     AP, F1, parsing, duplicates, calibration, and 95% intervals; a short table is printed, everything goes into --out.
     """
-    from coordexp.config.provenance import write_json
     from coordexp.evaluation.evaluator import rounded
+    from coordexp.infra.provenance import write_json
 
     (evaluation,) = _evaluate([results], categories, mapping, annotations)
     write_json(out, rounded(evaluation.metrics))
@@ -312,11 +312,12 @@ def export(
     for a test server that keeps the annotations.
     """
     from coordexp.config.paths import ProfilePaths
-    from coordexp.reporting.export import publish
+    from coordexp.config.run import RunConfig
+    from coordexp.export.publish import publish
 
     parameters, chosen = _settings(params, profile)
-    paths = ProfilePaths(parameters.profile, params.parent)
-    print("\n".join(publish(parameters, chosen, paths, checkpoint, out, predictions, image_info)))
+    run = RunConfig(params=parameters, profile=chosen, paths=ProfilePaths(parameters.profile, params.parent))
+    print("\n".join(publish(run, checkpoint, out, predictions, image_info)))
 
 
 @app.command()
@@ -331,7 +332,7 @@ def doctor(
 
     Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.reporting.doctor import diagnose, pin_model
+    from coordexp.doctor.diagnosis import diagnose, pin_model
 
     if pin:
         _note(pin_model(params, profile))

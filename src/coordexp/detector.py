@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.config.provenance import answer_files, fingerprint
 from coordexp.errors import CheckpointError, ConfigError, DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
-from coordexp.models.device import AUTO
+from coordexp.infra.device import AUTO
+from coordexp.infra.provenance import answer_files, fingerprint
 from coordexp.models.forward import input_table
 from coordexp.models.loading import METADATA, Checkpoint, load_format, place_for_inference
 from coordexp.packing.prepare import SamplePreparer

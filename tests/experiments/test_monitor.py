@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordexp.config.provenance import write_json
 from coordexp.errors import DataError, Interrupted
 from coordexp.experiments.monitor import COLUMNS, Look, Monitor, find_state, watch, write_look
+from coordexp.infra.provenance import write_json
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.training.checkpoint import save_state
@@ -34,7 +34,7 @@ def ready(workspace: Workspace) -> Workspace:
 
 
 def monitor_of(space: Workspace, images: int = 2) -> Monitor:
-    return Monitor(space.params, space.profile, space.paths, "stage1", images)
+    return Monitor(space, "stage1", images)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, space: Workspace, step: int) -> None:
@@ -48,12 +48,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, space: Workspace, step: int
 
     monkeypatch.setattr(TeacherTask, "micro_batches", micro_batches)
     with pytest.raises(Interrupted):
-        train_stage1(space.params, space.profile, space.paths)
+        train_stage1(space)
     monkeypatch.setattr(TeacherTask, "micro_batches", original)
 
 
 def test_a_run_is_watched_to_its_end_and_does_not_notice(ready, tmp_path, monkeypatch) -> None:
-    train_stage1(ready.params, ready.profile, ready.paths)
+    train_stage1(ready)
     undisturbed = (ready.paths.run("stage1") / "model.safetensors").read_bytes()
     interrupt_after(monkeypatch, ready, 1)
     state, out = find_state(tmp_path, "stage1"), tmp_path / "out"
@@ -63,7 +63,7 @@ def test_a_run_is_watched_to_its_end_and_does_not_notice(ready, tmp_path, monkey
     for look in watch(monitor_of(ready), state, out, 0.01, followed.append):
         looks.append(look)
         assert (state / "state.pt").read_bytes() == before
-        train_stage1(ready.params, ready.profile, ready.paths)  # resumes, ends, and removes its state
+        train_stage1(ready)  # resumes, ends, and removes its state
     assert [look.step for look in looks] == [2]
     assert set(followed) == {state}
     assert (ready.paths.run("stage1") / "model.safetensors").read_bytes() == undisturbed

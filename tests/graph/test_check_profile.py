@@ -10,7 +10,7 @@ from pipelines import check_profile
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
-from coordexp.config.process import stage_main
+from coordexp.stage import stage_main
 from records_folders import coco_set, write_split
 
 

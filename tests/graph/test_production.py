@@ -26,13 +26,13 @@ from coco_oddities import (
 from coordexp import cli
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
-from coordexp.config.process import stage_main
 from coordexp.models.loading import load_checkpoint
 from coordexp.models.pins import write_pins
 from coordexp.models.sizes import build_shrunken, qwen3_vl_config
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import Record, read_records
+from coordexp.stage import stage_main
 from helpers import save_model
 from qwen import qwen3_tokenizer
 

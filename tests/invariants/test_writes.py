@@ -1,4 +1,4 @@
-"""What a reader may find is written whole or not at all: by the helpers of config/files.py, not in place."""
+"""What a reader may find is written whole or not at all: by the helpers of infra/files.py, not in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from source_tree import modules, syntax
 IN_PLACE = {"write_text", "write_bytes"}
 # Where a half file harms nobody, and why.
 ALLOWED = {
-    "coordexp.config.files": "the helpers themselves",
+    "coordexp.infra.files": "the helpers themselves",
     "coordexp.records.scenes.coco_folder": "a new folder each time, and the base model's pipeline does without config",
     "coordexp.rollout.vllm_server": "a temporary folder of its own",
 }

@@ -12,12 +12,12 @@ from pipelines import coco_eval, norm1000
 
 from coordexp import cli
 from coordexp.config.loading import load_profile
-from coordexp.config.process import stage_main
 from coordexp.config.profile import ModelConfig, Profile
-from coordexp.config.provenance import answer_files
 from coordexp.errors import CheckpointError
+from coordexp.infra.provenance import answer_files
 from coordexp.models import pins
 from coordexp.models.pins import pinned_folder, write_pins
+from coordexp.stage import stage_main
 
 BASE = Path("models/qwen")
 

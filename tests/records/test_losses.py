@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from coordexp import cli
+from coordexp.doctor.records import examine
 from coordexp.errors import DataError
 from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.doctor import examine
 from coordexp.records.manifest import write_manifest
 from coordexp.records.policy import Policies
 from records_folders import annotation, coco_set, edit, records_config, write_split

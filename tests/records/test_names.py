@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from coordexp.doctor.records import examine
 from coordexp.errors import DataError
 from coordexp.evaluation.categories import CategoryIndex
 from coordexp.records.categories import Category
 from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.doctor import examine
 from coordexp.records.manifest import write_manifest
 from coordexp.records.names import respelled
 from coordexp.records.schema import ObjectRecord, Record

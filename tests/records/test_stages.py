@@ -12,10 +12,10 @@ from pipelines import convert, norm1000, pack, raw
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
-from coordexp.config.process import stage_main
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.collator import Collator, teacher_segment
 from coordexp.packing.samples import SampleStore
+from coordexp.stage import stage_main
 from records_folders import annotation, edit, write_split
 
 

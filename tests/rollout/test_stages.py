@@ -31,7 +31,7 @@ from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, sav
 
 def decode(space: Workspace, name: str = "stage1", folder: Path | None = None) -> bool:
     """Decode a checkpoint; True if it was not in the cache."""
-    return decode_val(space.params, space.profile, space.paths, name, folder or space.paths.run("stage1"))
+    return decode_val(space, name, folder or space.paths.run("stage1"))
 
 
 def results(space: Workspace, name: str = "stage1"):
@@ -57,7 +57,7 @@ def test_rollouts_of_a_run(short, monkeypatch):
         return [Generation(s.answer_ids if s.image_id % 2 == 0 else s.answer_ids[-1:], "stop") for s in samples]
 
     monkeypatch.setattr(stages.HfEngine, "generate", generate)
-    summary = run_rollouts(short.params, short.profile, short.paths)
+    summary = run_rollouts(short)
     out = short.paths.run("rollout")
     rollouts = read_rollouts(out / "rollouts.jsonl")
     samples = {s.image_id: s for s in SampleStore(short.paths.norm1000 / "train.parquet")}

@@ -12,7 +12,7 @@ import pytest
 from pipelines.ablation import run
 
 from coordexp.config.ablation import Arm, Budget, all_arms
-from coordexp.config.process import StageContext
+from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.forward import input_table
 from coordexp.models.loading import load_checkpoint
@@ -41,7 +41,7 @@ def space(workspace: Workspace, world) -> Workspace:
 
 
 def report_of(space: Workspace, budget: Budget, names: list[str]) -> dict:
-    context = StageContext(
+    context = RunConfig(
         params=space.params, profile=space.profile, paths=space.paths, log=logging.getLogger("coordexp")
     )
     run(budget, names, context)
@@ -101,7 +101,7 @@ def test_two_arms_and_two_seeds_are_run_once_and_go_on_after_a_stop(space, train
 @pytest.mark.slow
 def test_stage_2_arms_start_from_one_checkpoint_and_spend_the_tokens_of_the_default(space, trained):
     budget = Budget(seeds=(17,), stage1_steps=2, stage2_steps=4, dev_images=2, val_images=2)
-    ablated = Ablation(space.params, space.profile, space.paths, budget)
+    ablated = Ablation(space, budget)
     arms = {arm.name: arm for arm in all_arms(Path())}
     folders = {name: ablated.run(arms[name], 17) for name in ("stage2_default", "a_only_n2", "control")}
     # params.yaml is the seed recipe here or not: at most one more stage 1 than there are recipes.
@@ -150,7 +150,7 @@ def test_the_nearest_number_of_steps(space, with_rollouts):
 
 
 def test_arms_that_do_not_exist_in_the_parameters_fail_before_anything_runs(space):
-    ablated = Ablation(space.params, space.profile, space.paths, BUDGET)
+    ablated = Ablation(space, BUDGET)
     with pytest.raises(ConfigError, match="ablation arm typo: wrong parameters"):
         ablated.run(Arm(name="typo", stage="stage1", changes={"sigm": 1.0}, baseline="seed_recipe"), 17)
 

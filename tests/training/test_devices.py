@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordexp.config.provenance import write_json
 from coordexp.detector import Detector
 from coordexp.errors import ConfigError
 from coordexp.experiments.monitor import Monitor
-from coordexp.models import device
-from coordexp.models.device import choose_device, inference_autocast, inference_dtype
+from coordexp.infra import device
+from coordexp.infra.device import choose_device, inference_autocast, inference_dtype
+from coordexp.infra.provenance import write_json
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import Category
@@ -66,7 +66,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
 
 
 def decode(space: Workspace) -> object:
-    return stages.decode_val(space.params, space.profile, space.paths, "stage1", space.paths.run("stage1"))
+    return stages.decode_val(space, "stage1", space.paths.run("stage1"))
 
 
 def predict(space: Workspace) -> object:
@@ -76,24 +76,24 @@ def predict(space: Workspace) -> object:
 def watch(space: Workspace) -> object:
     space.paths.records.mkdir(parents=True, exist_ok=True)
     write_json(space.paths.records / "categories.json", [Category(1, "cat").to_json()])
-    monitor = Monitor(space.params, space.profile, space.paths, "stage2", images=1)
+    monitor = Monitor(space, "stage2", images=1)
     return stages.predict_samples(
         monitor._checkpoint, monitor._reader, monitor._samples, space.paths.raw, monitor._decode, 1
     )
 
 
 def ablate(space: Workspace) -> object:
-    return ablation.teacher_forced(space.params, space.profile, space.paths, space.paths.run("stage1"), 1)
+    return ablation.teacher_forced(space, space.paths.run("stage1"), 1)
 
 
 def rollout(space: Workspace) -> object:
-    return stages.run_rollouts(space.params, space.profile, space.paths)
+    return stages.run_rollouts(space)
 
 
 TRAINING = {
-    "stage1": lambda space: stage1.train_stage1(space.params, space.profile, space.paths),
-    "stage1-control": lambda space: stage1.train_control(space.params, space.profile, space.paths),
-    "stage2": lambda space: stage2.train_stage2(space.params, space.profile, space.paths),
+    "stage1": lambda space: stage1.train_stage1(space),
+    "stage1-control": lambda space: stage1.train_control(space),
+    "stage2": lambda space: stage2.train_stage2(space),
 }
 INFERENCE = {"rollout": rollout, "decode": decode, "predict": predict, "monitor": watch, "ablation": ablate}
 

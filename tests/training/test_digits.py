@@ -45,12 +45,12 @@ def test_numbers_are_text_and_nothing_is_a_coordinate(tmp_path):
 
 
 def test_the_graph_runs_on_text_alone(digits):
-    train_stage1(digits.params, digits.profile, digits.paths)
+    train_stage1(digits)
     assert {k for row in rows(digits, "stage1") for k in row if k.startswith("loss/")} == {"loss/total", "loss/text_ce"}
-    run_rollouts(digits.params, digits.profile, digits.paths)
-    train_stage2(digits.params, digits.profile, digits.paths)
+    run_rollouts(digits)
+    train_stage2(digits)
     assert {row["channel"] for row in rows(digits, "stage2")} == {"A"}
-    decode_val(digits.params, digits.profile, digits.paths, "stage2", digits.paths.run("stage2"))
+    decode_val(digits, "stage2", digits.paths.run("stage2"))
     results = list(read_results(digits.paths.evaluation("stage2") / "gt_vs_pred.jsonl"))
     assert len(results) == 6
     names = sorted({gt.desc for result in results for gt in result.gt})

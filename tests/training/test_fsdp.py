@@ -93,7 +93,7 @@ def untie(folder: Path) -> None:
 def train(space: Workspace, stage: str) -> None:
     """In this very process, alone."""
     os.environ["DVC_ROOT"] = str(space.paths.root)
-    STAGES[stage](space.params, space.profile, space.paths)
+    STAGES[stage](space)
 
 
 def interrupt(space: Workspace, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,4 +194,4 @@ def test_fresh_rollouts_and_sharding_are_refused_together(workspace):
     tree["monitor"]["every_steps"] = 0
     space = replace(workspace, profile=Profile.model_validate(tree)).set(stage2__refresh_steps=2)
     with pytest.raises(ConfigError, match=r"stage2\.refresh_steps is 2, but launch\.sharding is fsdp2"):
-        train_stage2(space.params, space.profile, space.paths)
+        train_stage2(space)

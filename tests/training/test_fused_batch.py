@@ -124,7 +124,7 @@ def test_a_stage_logs_the_same_losses(workspace, monkeypatch):
     rows = []
     for smallest in (fused_batch.LARGE_VOCABULARY, 1):
         monkeypatch.setattr(fused_batch, "LARGE_VOCABULARY", smallest)
-        train_stage1(workspace.params, workspace.profile, workspace.paths)
+        train_stage1(workspace)
         lines = (workspace.paths.run("stage1") / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [json.loads(line) for line in lines]
         rows.append([{k: v for k, v in step.items() if not k.startswith("time/")} for step in steps])

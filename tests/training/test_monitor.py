@@ -71,7 +71,7 @@ def test_training_computes_the_same_with_and_without_looks(ready: Workspace, sta
 
 def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(ready: Workspace) -> None:
     space = every(ready, 3)  # and after the last of four steps
-    train_stage1(space.params, space.profile, space.paths)
+    train_stage1(space)
     out = space.paths.run("stage1")
     looks = rows(out, "monitor.jsonl")
     assert [row["step"] for row in looks] == [3, 4]
@@ -86,7 +86,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     left = list(read_results(out / "monitor_answers" / "step_000004.jsonl"))
 
     checkpoint = load_checkpoint(out)
-    monitor = make_monitor("json", space.profile, space.paths, "stage1", checkpoint, 4)
+    monitor = make_monitor(space, "stage1", checkpoint, 4)
     again = predict_samples(
         checkpoint,
         make_reader(checkpoint, "json", EMITTED, {}),
@@ -101,7 +101,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
 
 def test_a_resumed_run_has_every_look_once(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     space = every(ready, 1)
-    train_stage1(space.params, space.profile, space.paths)
+    train_stage1(space)
     out, curve = space.paths.run("stage1"), space.paths.curve("stage1-monitor")
     straight, drawn = rows(out, "monitor.jsonl"), curve.read_text()
     original = TeacherTask.micro_batches
@@ -113,11 +113,11 @@ def test_a_resumed_run_has_every_look_once(ready: Workspace, monkeypatch: pytest
 
     monkeypatch.setattr(TeacherTask, "micro_batches", micro_batches)
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        train_stage1(space.params, space.profile, space.paths)
+        train_stage1(space)
     assert len(curve.read_text().splitlines()) == 3
     curve.unlink()  # DVC removes the outputs of a stage that it starts again
     monkeypatch.setattr(TeacherTask, "micro_batches", original)
-    train_stage1(space.params, space.profile, space.paths)
+    train_stage1(space)
     assert rows(out, "monitor.jsonl") == straight
     assert curve.read_text() == drawn
     assert sorted(p.stem for p in (out / "monitor").iterdir()) == [f"step_00000{n}" for n in (1, 2, 3, 4)]
@@ -159,7 +159,7 @@ def test_generators_and_mode_are_put_back() -> None:
 
 def test_every_stage_looks_at_the_same_images_and_runaways_are_cut(ready: Workspace) -> None:
     checkpoint = new_checkpoint()
-    monitors = [make_monitor("json", ready.profile, ready.paths, stage, checkpoint, 4) for stage in STAGES]
+    monitors = [make_monitor(ready, stage, checkpoint, 4) for stage in STAGES]
     chosen = [[sample.image_id for sample in m._viewer.samples] for m in monitors]
     assert chosen[0] == chosen[1]
     longest = max(len(sample.answer_ids) for sample in monitors[0]._viewer.samples)

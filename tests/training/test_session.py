@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordexp.config.files import only_process
 from coordexp.errors import BusyError, CheckpointError, Interrupted
+from coordexp.infra.files import only_process
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
@@ -33,7 +33,7 @@ STEPS = 4  # of the smoke profile
 
 
 def train(space: Workspace, stage: str) -> dict:
-    return STAGES[stage](space.params, space.profile, space.paths)
+    return STAGES[stage](space)
 
 
 def log_rows(folder: Path) -> list[dict]:

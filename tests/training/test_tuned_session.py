@@ -25,7 +25,7 @@ def tuned(space: Workspace, **changes) -> Workspace:
 
 
 def train(space: Workspace) -> dict[str, torch.Tensor]:
-    train_stage1(space.params, space.profile, space.paths)
+    train_stage1(space)
     return load_file(space.paths.run("stage1") / "model.safetensors")
 
 
@@ -71,7 +71,7 @@ def test_soft_context_sees_the_rows_in_training(workspace, world):
     checkpoint = load_checkpoint(space.paths.run("stage1"))
     space.paths.run("rollout").mkdir()
     write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
-    train_stage2(space.params, space.profile, space.paths)
+    train_stage2(space)
     trained = load_file(space.paths.run("stage2") / "model.safetensors")
     assert trained.keys() == start.keys()
     name = "model.language_model.embed_tokens.weight"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from coordexp.infra.files import repository_root
 
 CHECKPOINTS = ("base", "stage1", "stage1-control", "stage2")  # the rows of the report, in order
 # Key in metrics.json -> the two checkpoints, new first.
@@ -13,11 +14,6 @@ COMPARISONS = {
     "stage2_vs_control": ("stage2", "stage1-control"),
     "stage1_vs_base": ("stage1", "base"),
 }
-
-
-def repository_root() -> Path:
-    """The repository that the user works in: a stage may run in a temporary copy of it (`dvc exp run --temp`)."""
-    return Path(os.environ.get("DVC_ROOT", "."))
 
 
 def model_folder(path: str) -> Path:

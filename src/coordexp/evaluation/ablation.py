@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.ablation import CLAIMS, DUPLICATES, MAIN_METRIC, Arm, Claim
-from coordexp.config.provenance import file_hash, fingerprint, write_json
 from coordexp.evaluation.bootstrap import resample_weights
 from coordexp.evaluation.effect import Effect, Verdict, effect, verdict_of_interval
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Floats
+from coordexp.infra.provenance import file_hash, fingerprint, write_json
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import read_results
 

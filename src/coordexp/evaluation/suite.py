@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
-from coordexp.config.provenance import write_json
 from coordexp.config.schema import Params
 from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.evaluation.comparison import compare
@@ -15,6 +13,8 @@ from coordexp.evaluation.headline import headline
 from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.lvis import federated_of
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import write_json
 from coordexp.matching.settings import MatchSettings
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results

@@ -7,8 +7,8 @@ import io
 import json
 from pathlib import Path
 
-from coordexp.config.files import write_text
 from coordexp.evaluation.evaluator import Evaluation, rounded
+from coordexp.infra.files import write_text
 
 # File name -> table of Evaluation.details.
 CSV_TABLES = {

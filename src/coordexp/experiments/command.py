@@ -58,6 +58,7 @@ def monitor(
 
     from coordexp.config.loading import load_params, load_profile
     from coordexp.config.paths import ProfilePaths
+    from coordexp.config.run import RunConfig
     from coordexp.experiments.events import Events
     from coordexp.experiments.monitor import STAGES, Monitor, find_state, watch
 
@@ -71,7 +72,7 @@ def monitor(
     os.nice(10)
     events = Events(folder / "tensorboard") if tensorboard else None
     settings = load_profile(Path("configs") / f"{params.profile}.yaml")
-    watcher = Monitor(params, settings, paths, stage, images, device)
+    watcher = Monitor(RunConfig(params=params, profile=settings, paths=paths), stage, images, device)
     for look in watch(watcher, state, folder, poll, events.follow if events else lambda _run: None):
         if events:
             events.look(look.step, look.values)

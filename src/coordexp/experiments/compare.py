@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.config.files import remove, replace_folder, write_text
 from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.provenance import write_json
 from coordexp.errors import ConfigError, DataError
 from coordexp.evaluation.effect import LEVEL, Verdict, effect
 from coordexp.evaluation.evaluator import Evaluation, evaluate
@@ -27,6 +25,8 @@ from coordexp.experiments.dependencies import Present
 from coordexp.experiments.grid import Arm, Grid, plan_grid
 from coordexp.experiments.protocol import PRIMARY, SECONDARY
 from coordexp.experiments.runs import Repository
+from coordexp.infra.files import remove, replace_folder, write_text
+from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from coordexp.config.files import write_text
-from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import Profile
-from coordexp.config.schema import Params
+from coordexp.config.run import RunConfig
 from coordexp.errors import DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.suite import eval_settings
-from coordexp.models.device import AUTO
+from coordexp.infra.device import AUTO
+from coordexp.infra.files import write_text
 from coordexp.models.loading import load_for_inference
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import read_categories
@@ -57,20 +55,18 @@ class Look:
 class Monitor:
     """Decodes the same images with the weights of one state after another."""
 
-    def __init__(
-        self, params: Params, profile: Profile, paths: ProfilePaths, stage: str, images: int, device: str = AUTO
-    ) -> None:
-        start = paths.init if stage == "stage1" else paths.run("stage1")
+    def __init__(self, run: RunConfig, stage: str, images: int, device: str = AUTO) -> None:
+        start = run.paths.init if stage == "stage1" else run.paths.run("stage1")
         self._checkpoint = load_for_inference(start, device)
-        self._categories = read_categories(paths.records / "categories.json")
-        store = SampleStore(paths.norm1000 / "dev.parquet")
-        order = np.random.default_rng([params.seed, _SUBSET]).permutation(len(store))[:images]
+        self._categories = read_categories(run.paths.records / "categories.json")
+        store = SampleStore(run.paths.norm1000 / "dev.parquet")
+        order = np.random.default_rng([run.params.seed, _SUBSET]).permutation(len(store))[:images]
         self._samples = [store[i] for i in np.sort(order).tolist()]
-        codec = self._checkpoint.codec_name or params.text.codec
-        self._decode = decode_settings(params, codec, allowed_names(params, paths))
-        self._reader = make_reader(self._checkpoint, codec, make_readout(params), identity={})
-        self._settings = replace(eval_settings(params), bootstrap_resamples=RESAMPLES)
-        self._image_root, self._batch_images = paths.raw, profile.eval.batch_images
+        codec = self._checkpoint.codec_name or run.params.text.codec
+        self._decode = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
+        self._reader = make_reader(self._checkpoint, codec, make_readout(run.params), identity={})
+        self._settings = replace(eval_settings(run.params), bootstrap_resamples=RESAMPLES)
+        self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
 
     def look(self, state_folder: Path) -> Look | None:
         """Judge the state that lies there now; None if there is none."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from coordexp.config.files import write_text
 from coordexp.evaluation.effect import Verdict
 from coordexp.experiments.protocol import PRIMARY, RULE
+from coordexp.infra.files import write_text
 from coordexp.reporting.markdown import MISSING, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
 from coordexp.reporting.training_log import TrainingLog, read_training_log, smoothed

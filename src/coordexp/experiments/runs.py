@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from coordexp.config.files import remove
 from coordexp.config.loading import parse_yaml
-from coordexp.config.provenance import WRITTEN_BY_STAGES
 from coordexp.errors import ConfigError, Interrupted, TrainingError
 from coordexp.experiments.dependencies import Past, Present
+from coordexp.infra.files import remove
+from coordexp.infra.provenance import WRITTEN_BY_STAGES
 
 SHOWN_LINES = 15
 

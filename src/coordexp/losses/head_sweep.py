@@ -25,6 +25,10 @@ from coordexp.losses.coord_terms import gate
 from coordexp.losses.text_terms import text_gate
 from coordexp.losses.unlikelihood import unlikelihood_at
 
+# From here on the objective goes through the vocabulary in chunks of so many slots; below, logits are megabytes. A
+# chunk is 3 % of the logits of 8,192 tokens, and long enough that adding to the head's gradient once for each is cheap.
+LARGE_VOCABULARY = 32_768
+FUSED_ROWS = 256
 FUSED_TERMS = ("text_ce", "text_gate", "gate", "duplicate_unlikelihood")
 
 

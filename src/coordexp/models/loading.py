@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from coordexp.config.provenance import answer_files, file_hash
 from coordexp.errors import CheckpointError
-from coordexp.models.device import AUTO, choose_device, inference_dtype
+from coordexp.infra.device import AUTO, choose_device, inference_dtype
+from coordexp.infra.provenance import answer_files, file_hash
 from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens

@@ -16,12 +16,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from coordexp.config.files import write_text
 from coordexp.config.loading import load_profile, read_yaml
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
-from coordexp.config.provenance import answer_files, file_sha256, repository_root, weight_files
 from coordexp.errors import CheckpointError
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import answer_files, file_sha256, repository_root, weight_files
 
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
 _SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp

@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from coordexp.config.provenance import write_json
 from coordexp.errors import CheckpointError
+from coordexp.infra.provenance import write_json
 from coordexp.packing.pixels import PIXEL_MEAN, PIXEL_STD, PixelSpec
 
 IMAGE_FILE = "preprocessor_config.json"

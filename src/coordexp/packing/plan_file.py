@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coordexp.config.files import replacing
+from coordexp.infra.files import replacing
 from coordexp.packing.planner import PackPlan
 
 

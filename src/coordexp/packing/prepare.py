@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from coordexp.config.files import replacing
 from coordexp.geometry.bins import encode_boxes
 from coordexp.geometry.boxes import as_boxes
+from coordexp.infra.files import replacing
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.packing.samples import Sample, SampleWriter
 from coordexp.records.schema import ObjectRecord, Record

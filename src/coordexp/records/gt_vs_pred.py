@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.files import replacing
 from coordexp.errors import DataError
+from coordexp.infra.files import replacing
 from coordexp.records.schema import checked_area_px2, checked_flag
 
 Box = tuple[float, float, float, float]

@@ -21,11 +21,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coordexp.config.files import replacing
-from coordexp.config.paths import repository_root
 from coordexp.config.profile import NO_SPLIT, DatasetConfig
-from coordexp.config.provenance import file_hash, write_json
 from coordexp.errors import DataError
+from coordexp.infra.files import replacing, repository_root
+from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import ImageFacts, inspect_image, unsafe_name
 from coordexp.records.sources.base import Reading, SplitFiles
 from coordexp.records.sources.registry import READERS

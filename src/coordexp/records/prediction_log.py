@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.files import write_text
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import area, as_boxes, xyxy_to_xywh
+from coordexp.infra.files import write_text
 
 Row = dict[str, Any]
 

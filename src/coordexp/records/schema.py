@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coordexp.config.files import replacing
 from coordexp.errors import DataError, closest
 from coordexp.geometry.bins import COORD_PATTERN, decode_norm
+from coordexp.infra.files import replacing
 
 RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
 OBJECT_KEYS = {"desc", "bbox_2d", "poly", "area_px2", "metadata"}

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from coordexp.config.files import write_text
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.infra.files import write_text
 from coordexp.reporting.inputs import TRAINED, ReportInputs, read_json
 from coordexp.reporting.training_log import TrainingLog, read_training_log
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coordexp.config.files import write_bytes
 from coordexp.drawing.boxes import draw_detections, readable_scale
 from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN, WRONG_NAME_SIGN, side_by_side
 from coordexp.errors import DataError
+from coordexp.infra.files import write_bytes
 from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
 from coordexp.reporting.outcomes import Fate, Outcomes

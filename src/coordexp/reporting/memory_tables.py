@@ -1,10 +1,10 @@
-"""The tables of memory in docs/production.md and docs/scaling.md: the published sizes through `packing/memory.py`."""
+"""The tables of memory in docs/production.md and docs/scaling.md: the published sizes through `doctor/memory.py`."""
 
 from __future__ import annotations
 
 from coordexp.config.profile import TuningConfig
+from coordexp.doctor.memory import Memory, sharded_memory, step_memory
 from coordexp.models.sizes import qwen3_vl_config
-from coordexp.packing.memory import Memory, sharded_memory, step_memory
 from coordexp.reporting.markdown import table
 
 # The step that both pages describe: one pack, of it the visual tokens; all others are supervised.

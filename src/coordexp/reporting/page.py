@@ -18,11 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from coordexp.config.files import write_text
 from coordexp.errors import DataError
 from coordexp.evaluation.details import per_image
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
 from coordexp.records.images import read_rgb

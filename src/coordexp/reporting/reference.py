@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
-from coordexp.config.files import write_bytes, write_text
 from coordexp.config.loading import read_yaml
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.removed import REMOVED
@@ -24,6 +23,7 @@ from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.input_checks import BAD_INPUT
 from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.infra.files import write_bytes, write_text
 from coordexp.reporting.markdown import table
 from coordexp.reporting.readme import SHOWN_PROFILE, results_table, shown_picture, with_block, with_results
 from coordexp.reporting.training_tables import MEANINGS

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coordexp.config.files import replacing
+from coordexp.infra.files import replacing
 
 # Okabe and Ito 2008; line style and marker repeat what the colour says.
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"

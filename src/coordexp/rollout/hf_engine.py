@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from coordexp.models.device import inference_autocast
+from coordexp.infra.device import inference_autocast
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify

@@ -9,8 +9,8 @@ import os
 import threading
 from pathlib import Path
 
-from coordexp.config.provenance import file_hash
 from coordexp.errors import DataError
+from coordexp.infra.provenance import file_hash
 from coordexp.packing.samples import Sample
 from coordexp.records.augment import split_view
 from coordexp.records.manifest import image_path

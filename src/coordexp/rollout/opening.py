@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from coordexp.config.profile import Profile
-from coordexp.config.provenance import code_hash, fingerprint, resume_folder
+from coordexp.infra.provenance import code_hash, fingerprint, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coordexp.config.files import replacing
 from coordexp.geometry.bins import box_scale, decode_norm
+from coordexp.infra.files import replacing
 from coordexp.matching.assign import match_images
 from coordexp.matching.names import name_distance
 from coordexp.matching.settings import MatchSettings

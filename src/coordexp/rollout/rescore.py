@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.models.device import inference_autocast
+from coordexp.infra.device import inference_autocast
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, Segment

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import Profile
-from coordexp.config.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
+from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
+from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -122,22 +122,24 @@ def judge_answers(
     return [reader.result(*row) for row in rows]
 
 
-def run_rollouts(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
+def run_rollouts(run: RunConfig) -> dict[str, Any]:
     """Stage-1 answers on training images: hand-over file, rollouts with matches, and a summary."""
-    folder, out = paths.run("stage1"), paths.run("rollout")
+    folder, out = run.paths.run("stage1"), run.paths.run("rollout")
     out.mkdir(parents=True, exist_ok=True)
     form = load_format(folder)
-    store = SampleStore(paths.norm1000 / "train.parquet")
-    count = min(profile.rollout.images, len(store))
-    chosen = np.sort(np.random.default_rng([params.seed, 2]).permutation(len(store))[:count])
+    store = SampleStore(run.paths.norm1000 / "train.parquet")
+    count = min(run.profile.rollout.images, len(store))
+    chosen = np.sort(np.random.default_rng([run.params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    codec, readout = params.text.codec, make_readout(params)
-    settings = decode_settings(params, codec, allowed_names(params, paths))
+    codec, readout = run.params.text.codec, make_readout(run.params)
+    settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
     reader = make_reader(form, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
-    started, batch_images = time.monotonic(), profile.rollout.batch_images
-    generations, checkpoint, _ = generate_answers(profile, form, folder, paths.raw, batch_images, samples, settings)
-    results = judge_answers(checkpoint, reader, samples, generations, paths.raw, batch_images)
-    matching = match_settings(params)
+    started, batch_images = time.monotonic(), run.profile.rollout.batch_images
+    generations, checkpoint, _ = generate_answers(
+        run.profile, form, folder, run.paths.raw, batch_images, samples, settings
+    )
+    results = judge_answers(checkpoint, reader, samples, generations, run.paths.raw, batch_images)
+    matching = match_settings(run.params)
     rollouts = match_rollouts(samples, generations, [reader.parse(g) for g in generations], matching)
     write_results(out / "gt_vs_pred.jsonl", results)
     write_rollouts(out / "rollouts.jsonl", rollouts)
@@ -199,70 +201,68 @@ def rollout_summary(
     }
 
 
-def decode_val(params: Params, profile: Profile, paths: ProfilePaths, name: str, folder: Path) -> bool:
+def decode_val(run: RunConfig, name: str, folder: Path) -> bool:
     """Predictions of one checkpoint on val; True if they were decoded now, False if taken from the decode cache."""
-    cache = _cache_folder(params, profile, paths, folder, "val")
+    cache = _cache_folder(run, folder, "val")
     hit = (cache / "decode.json").is_file()
-    decode_split(params, profile, paths, folder, "val")
-    out = paths.evaluation(name)
+    decode_split(run, folder, "val")
+    out = run.paths.evaluation(name)
     out.mkdir(parents=True, exist_ok=True)
     for file in ("gt_vs_pred.jsonl", "decode.json"):
         shutil.copyfile(cache / file, out / file)
     return not hit
 
 
-def decode_split(params: Params, profile: Profile, paths: ProfilePaths, folder: Path, split: str) -> Path:
+def decode_split(run: RunConfig, folder: Path, split: str) -> Path:
     """The folder of the decode cache with the predictions of one checkpoint on a split; decodes if they are not there.
 
     The cache is keyed by the weights, the samples and the settings, so that an A/B run decodes only what it changed.
     """
-    cache = _cache_folder(params, profile, paths, folder, split)
+    cache = _cache_folder(run, folder, split)
     if not (cache / "decode.json").is_file():
         temporary = cache.with_name(cache.name + ".tmp")
         temporary.mkdir(parents=True, exist_ok=True)
-        _decode_into(temporary, params, profile, paths, folder, SampleStore(paths.norm1000 / f"{split}.parquet"))
+        _decode_into(temporary, run, folder, SampleStore(run.paths.norm1000 / f"{split}.parquet"))
         temporary.replace(cache)
     return cache
 
 
-def _cache_folder(params: Params, profile: Profile, paths: ProfilePaths, folder: Path, split: str) -> Path:
+def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
     wanted = {
-        "decode": params.decode.model_dump(),
-        "eval": profile.eval.model_dump(),
-        "engine": profile.rollout.engine,
-        "names": allowed_names(params, paths),
-        "seed": params.seed,
+        "decode": run.params.decode.model_dump(),
+        "eval": run.profile.eval.model_dump(),
+        "engine": run.profile.rollout.engine,
+        "names": allowed_names(run.params, run.paths),
+        "seed": run.params.seed,
         "code": code_hash(DECODE_LAYERS),
     }
-    inputs = [*weight_files(folder), paths.norm1000 / f"{split}.parquet"]
+    inputs = [*weight_files(folder), run.paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
 
 
-def _decode_into(
-    out: Path, params: Params, profile: Profile, paths: ProfilePaths, folder: Path, store: SampleStore
-) -> None:
+def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) -> None:
     # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
-    form = load_format(folder, profile.model.min_pixels, profile.model.max_pixels)
-    codec = form.codec_name or params.text.codec
-    settings = decode_settings(params, codec, allowed_names(params, paths))
-    readout = make_readout(params).for_codec(codec)
-    count = min(profile.eval.images or len(store), len(store))
+    form = load_format(folder, run.profile.model.min_pixels, run.profile.model.max_pixels)
+    codec = form.codec_name or run.params.text.codec
+    settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
+    readout = make_readout(run.params).for_codec(codec)
+    count = min(run.profile.eval.images or len(store), len(store))
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(form, codec, readout, identity)
-    batch_images = profile.eval.batch_images
+    batch_images = run.profile.eval.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(
-        profile, form, folder, paths.raw, batch_images, samples, settings
+        run.profile, form, folder, run.paths.raw, batch_images, samples, settings
     )
-    results = judge_answers(checkpoint, reader, samples, generations, paths.raw, batch_images)
+    results = judge_answers(checkpoint, reader, samples, generations, run.paths.raw, batch_images)
     seconds = time.monotonic() - started
     write_results(out / "gt_vs_pred.jsonl", results)
     summary = {
         "checkpoint": folder.name,
         "codec": codec,
         "identity": identity,
-        "settings": params.decode.model_dump() | {"box": readout.box, "score": readout.score},
+        "settings": run.params.decode.model_dump() | {"box": readout.box, "score": readout.score},
         "images": len(samples),
         "tokens": sum(r.n_generated_tokens for r in results),
         "seconds": round(seconds, 1),

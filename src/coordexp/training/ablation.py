@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from coordexp.config.ablation import CONTROL, STAGE1_DEFAULT, STAGE2_DEFAULT, Ar
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.presets import with_changes
 from coordexp.config.profile import OptimConfig, Profile
-from coordexp.config.provenance import fingerprint, write_json
+from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
+from coordexp.infra.provenance import fingerprint, write_json
 from coordexp.losses.diagnostics import CoordDiagnostics
 from coordexp.losses.partition import CoordSlots
 from coordexp.models.expand import add_coordinate_tokens
@@ -77,12 +78,12 @@ class ArmPaths(ProfilePaths):
 class Ablation:
     """Runs arms of one profile. `params` and `profile` are those of the repository, the budget sets the sizes."""
 
-    def __init__(self, params: Params, profile: Profile, paths: ProfilePaths, budget: Budget) -> None:
-        self._tree = params.model_dump(mode="json")
-        self._profile = _resized(profile, budget)
-        self._paths = paths
+    def __init__(self, run: RunConfig, budget: Budget) -> None:
+        self._tree = run.params.model_dump(mode="json")
+        self._profile = _resized(run.profile, budget)
+        self._paths = run.paths
         self._budget = budget
-        self._root = paths.run("ablation")
+        self._root = run.paths.run("ablation")
 
     def run(self, arm: Arm, seed: int) -> Path:
         """The folder of a finished arm: trains and decodes what is not there yet."""
@@ -93,16 +94,18 @@ class Ablation:
             if json.loads(folder.read_text(encoding="utf-8"))["key"] == key:
                 return folder.parent  # this arm, or one of another name that is the same
         log.info("arm %s, seed %d", arm.name, seed)
+        config = RunConfig(params=params, profile=profile, paths=paths)
         (paths.own / "done.json").unlink(missing_ok=True)  # of other settings: no longer true once training writes
         if arm.stage == "stage2":
-            steps = steps_for_tokens(params, profile, paths, self._stage2_tokens(seed))
+            steps = steps_for_tokens(config, self._stage2_tokens(seed))
             profile = profile.model_copy(update={"stage2": _with_steps(profile.stage2, steps)})
+            config = replace(config, profile=profile)
         train = {"stage1": train_stage1, "stage2": train_stage2, "control": train_control}[arm.stage]
-        summary = train(params, profile, paths)
+        summary = train(config)
         checkpoint = paths.own / _TRAINED[arm.stage]
         for split in SPLITS:
             self._decode(params, paths, checkpoint, split)
-        diagnostics = teacher_forced(params, profile, paths, checkpoint, self._budget.val_images)
+        diagnostics = teacher_forced(config, checkpoint, self._budget.val_images)
         done = {"key": key, "arm": arm.name, "seed": seed, "changes": dict(arm.changes), **summary}
         write_json(paths.own / "done.json", done | {"diagnostics": diagnostics})
         return paths.own
@@ -155,11 +158,8 @@ class Ablation:
         key, note = fingerprint(settings, [stage1 / "model.safetensors"]), folder / "key.json"
         if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != key:
             note.unlink(missing_ok=True)
-            run_rollouts(
-                params,
-                self._profile,
-                ArmPaths(self._paths.profile, self._paths.root, folder.parent, {"stage1": stage1}),
-            )
+            paths = ArmPaths(self._paths.profile, self._paths.root, folder.parent, {"stage1": stage1})
+            run_rollouts(RunConfig(params=params, profile=self._profile, paths=paths))
             write_json(note, key)
         return folder
 
@@ -167,14 +167,14 @@ class Ablation:
         """The budget of every stage-2 arm: what the default takes in the budgeted number of steps."""
         arm = Arm(name=STAGE2_DEFAULT, stage="stage2", changes={}, baseline=CONTROL)
         params, paths = self._params(arm, seed), self._arm_paths(arm, seed)
-        return sum(step_tokens(params, self._profile, paths, self._budget.stage2_steps))
+        return sum(step_tokens(RunConfig(params=params, profile=self._profile, paths=paths), self._budget.stage2_steps))
 
     def _decode(self, params: Params, paths: ArmPaths, checkpoint: Path, split: str) -> None:
         """Predictions on a split, under the name of the split; the decode cache is not left to grow."""
         images = self._budget.dev_images if split == "dev" else self._budget.val_images
         evaluation = self._profile.eval.model_copy(update={"images": images})
         profile = self._profile.model_copy(update={"eval": evaluation})
-        cache = decode_split(params, profile, paths, checkpoint, split)
+        cache = decode_split(RunConfig(params=params, profile=profile, paths=paths), checkpoint, split)
         shutil.copyfile(cache / "gt_vs_pred.jsonl", paths.own / f"{split}.jsonl")
         shutil.rmtree(cache)
 
@@ -204,30 +204,35 @@ def _with_steps(optim: OptimConfig, steps: int) -> OptimConfig:
     return optim.model_copy(update={"steps": steps, "warmup_steps": min(warmup, steps - 1)})
 
 
-def step_tokens(params: Params, profile: Profile, paths: ProfilePaths, steps: int) -> list[int]:
+def step_tokens(run: RunConfig, steps: int) -> list[int]:
     """Tokens that the forwards of each step of stage 2 will take, known from the plan and the rollouts on file."""
-    encoder = make_encoder(params, load_format(paths.run("stage1")))
-    store = SampleStore(paths.norm1000 / "train.parquet")
-    source = SampleSource(store, encoder, params.text.object_order, params.stage2_seed)
-    rollouts = read_rollouts(paths.run("rollout") / "rollouts.jsonl")
+    encoder = make_encoder(run.params, load_format(run.paths.run("stage1")))
+    store = SampleStore(run.paths.norm1000 / "train.parquet")
+    source = SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed)
+    rollouts = read_rollouts(run.paths.run("rollout") / "rollouts.jsonl")
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
-    pool, settings = RolloutPool(rollouts, match_schedule(params, steps)), channel_b_settings(params)
+    pool, settings = RolloutPool(rollouts, match_schedule(run.params, steps)), channel_b_settings(run.params)
     plan = plan_steps(
-        len(store), rolled_out, profile.stage2.samples_per_step, steps, params.stage2.b_ratio, params.stage2_seed + 1
+        len(store),
+        rolled_out,
+        run.profile.stage2.samples_per_step,
+        steps,
+        run.params.stage2.b_ratio,
+        run.params.stage2_seed + 1,
     )
     tokens = []
     for step, planned in enumerate(plan):
         is_a = planned.channel == "A"
         matched = {} if is_a else pool.at(step, [store[i] for i in planned.items])[0]
         segments, _ = plan_segments(planned, step, source, matched, encoder, settings)
-        tokens.append(sum(s.length for s in segments) * (params.stage2.n_softctx_iter if is_a else 1))
+        tokens.append(sum(s.length for s in segments) * (run.params.stage2.n_softctx_iter if is_a else 1))
     return tokens
 
 
-def steps_for_tokens(params: Params, profile: Profile, paths: ProfilePaths, budget_tokens: int) -> int:
+def steps_for_tokens(run: RunConfig, budget_tokens: int) -> int:
     """The number of steps of stage 2, at least 1, whose tokens come nearest to a budget."""
-    steps = profile.stage2.steps
-    while sum(tokens := step_tokens(params, profile, paths, steps)) < budget_tokens:
+    steps = run.profile.stage2.steps
+    while sum(tokens := step_tokens(run, steps)) < budget_tokens:
         steps *= 2
     seen, best = 0, (budget_tokens, 0)
     for done, added in enumerate(tokens, 1):
@@ -237,19 +242,17 @@ def steps_for_tokens(params: Params, profile: Profile, paths: ProfilePaths, budg
 
 
 @torch.no_grad()
-def teacher_forced(
-    params: Params, profile: Profile, paths: ProfilePaths, checkpoint: Path, images: int
-) -> dict[str, float]:
+def teacher_forced(run: RunConfig, checkpoint: Path, images: int) -> dict[str, float]:
     """Coordinate diagnostics on val (its first images, 0 for all) under the annotated context."""
     loaded = load_for_inference(checkpoint)
-    store = SampleStore(paths.norm1000 / "val.parquet")
+    store = SampleStore(run.paths.norm1000 / "val.parquet")
     collator, objective = (
-        make_collator(loaded, paths.raw, profile.packing.pack_tokens),
-        stage1_objective(params, loaded, 1),
+        make_collator(loaded, run.paths.raw, run.profile.packing.pack_tokens),
+        stage1_objective(run.params, loaded, 1),
     )
     model = loaded.model.eval()
     total: CoordDiagnostics | None = None
-    size = profile.eval.batch_images
+    size = run.profile.eval.batch_images
     count = min(images or len(store), len(store))
     for first in range(0, count, size):
         batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))]).to(model.device)

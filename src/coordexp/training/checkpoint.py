@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from coordexp.config.files import replacing
 from coordexp.errors import CheckpointError
+from coordexp.infra.files import replacing
 from coordexp.training.distributed import world
 from coordexp.training.sharding import is_sharded, own_rows, whole_weights
 

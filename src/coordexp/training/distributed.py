@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from coordexp.models.device import choose_device
+from coordexp.infra.device import choose_device
 
 # A process that died closes its connections, which ends the others at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=20)

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.losses.fused_linear import FusedTerms, fused_terms
-from coordexp.losses.head_sweep import FUSED_TERMS, HeadSlots
+from coordexp.losses.head_sweep import FUSED_ROWS, FUSED_TERMS, LARGE_VOCABULARY, HeadSlots
 from coordexp.losses.soft_targets import rounded_bins
 from coordexp.models.forward import head_table, trains_coordinate_rows_only
 from coordexp.packing.collator import PackedBatch
-from coordexp.packing.memory import FUSED_ROWS, LARGE_VOCABULARY
 from coordexp.text.codecs import Role
 
 

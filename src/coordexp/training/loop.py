@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from coordexp.config.files import write_text
-from coordexp.config.provenance import write_json
 from coordexp.errors import Interrupted, TrainingError
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import write_json
 from coordexp.training.checkpoint import load_state, save_state
 from coordexp.training.distributed import any_process, gathered_row, merge_rows, sum_gradients, world
 from coordexp.training.optimizers import build_optimizer

@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from coordexp.config.files import write_bytes, write_text
-from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
+from coordexp.infra.files import write_bytes, write_text
 from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
@@ -159,16 +158,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.train(was_training)
 
 
-def make_monitor(
-    codec: str, profile: Profile, paths: ProfilePaths, stage: str, checkpoint: Checkpoint, steps: int
-) -> Monitor:
+def make_monitor(run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int) -> Monitor:
     """The monitor of one training stage of a profile."""
-    store = SampleStore(paths.norm1000 / "dev.parquet")
-    chosen = np.sort(np.random.default_rng(_SUBSET).permutation(len(store))[: profile.monitor.images])
+    store = SampleStore(run.paths.norm1000 / "dev.parquet")
+    chosen = np.sort(np.random.default_rng(_SUBSET).permutation(len(store))[: run.profile.monitor.images])
     samples = [store[int(i)] for i in chosen]
     viewer = Viewer(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, codec, EMITTED, identity={}),
+        reader=make_reader(checkpoint, run.params.text.codec, EMITTED, identity={}),
         samples=samples,
         decode=DecodeSettings(
             max_new_tokens=_LONGEST * max(len(sample.answer_ids) for sample in samples),
@@ -177,7 +174,7 @@ def make_monitor(
             repetition_penalty=1.0,
             seed=0,
         ),
-        image_root=paths.raw,
-        batch_images=profile.monitor.batch_images,
+        image_root=run.paths.raw,
+        batch_images=run.profile.monitor.batch_images,
     )
-    return Monitor(viewer, profile.monitor.every_steps, steps, paths.curve(f"{stage}-monitor"))
+    return Monitor(viewer, run.profile.monitor.every_steps, steps, run.paths.curve(f"{stage}-monitor"))

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
-from coordexp.config.provenance import run_metadata, write_json
 from coordexp.geometry.bins import NUM_BINS, target_bins
+from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import soft_cross_entropy
 from coordexp.losses.soft_targets import SoftTarget, target_entropy
 from coordexp.models.forward import hidden_states, slot_logits

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from coordexp.config.files import only_process, replace_folder, write_text
 from coordexp.config.profile import OptimConfig, TuningConfig
-from coordexp.config.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.infra.files import only_process, replace_folder, write_text
+from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import OptimConfig, Profile
-from coordexp.config.provenance import image_inputs
-from coordexp.config.schema import Params
+from coordexp.config.profile import OptimConfig
+from coordexp.config.run import RunConfig
+from coordexp.infra.provenance import image_inputs
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
@@ -31,69 +31,68 @@ from coordexp.training.teacher_task import TeacherTask
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
-def train_stage1(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
+def train_stage1(run: RunConfig) -> dict[str, Any]:
     """Teacher forcing from the initial checkpoint on the planned packs."""
-    checkpoint = load_for_training(paths.init, profile.launch.sharding)
-    packs = read_packs(paths.packed / "plan.parquet")
-    optim = profile.stage1
+    checkpoint = load_for_training(run.paths.init, run.profile.launch.sharding)
+    packs = read_packs(run.paths.packed / "plan.parquet")
+    optim = run.profile.stage1
     packs_by_step = [
         [packs[i] for i in items]
-        for items in step_items(len(packs), optim.packs_per_step, optim.steps, params.stage1_seed)
+        for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed)
     ]
-    return _teach(params, profile, paths, "stage1", checkpoint, paths.init, packs_by_step, optim)
+    return _teach(run, "stage1", checkpoint, run.paths.init, packs_by_step, optim)
 
 
-def train_control(params: Params, profile: Profile, paths: ProfilePaths) -> dict[str, Any]:
+def train_control(run: RunConfig) -> dict[str, Any]:
     """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that trained on.
 
     What stage 2 spent on generating is not in this budget; stage2-compute.json says how much that was.
     """
-    start = paths.run("stage1")
-    checkpoint = load_for_training(start, profile.launch.sharding)
-    packs = read_packs(paths.packed / "plan.parquet")
-    lengths = SampleStore(paths.norm1000 / "train.parquet").lengths()
-    budget = read_compute(paths)["tokens"]
+    start = run.paths.run("stage1")
+    checkpoint = load_for_training(start, run.profile.launch.sharding)
+    packs = read_packs(run.paths.packed / "plan.parquet")
+    lengths = SampleStore(run.paths.norm1000 / "train.parquet").lengths()
+    budget = read_compute(run.paths)["tokens"]
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
-    chosen = packs_for_budget(pack_tokens, budget, profile.stage2.steps, params.stage1_seed + 2)
+    chosen = packs_for_budget(pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed + 2)
     packs_by_step = [[packs[i] for i in items] for items in chosen]
-    return _teach(params, profile, paths, "stage1-control", checkpoint, start, packs_by_step, profile.stage2)
+    return _teach(run, "stage1-control", checkpoint, start, packs_by_step, run.profile.stage2)
 
 
 def _teach(
-    params: Params,
-    profile: Profile,
-    paths: ProfilePaths,
+    run: RunConfig,
     stage: str,
     checkpoint: Checkpoint,
     start: Path,
     packs_by_step: Sequence[Sequence[Sequence[int]]],
     optim: OptimConfig,
 ) -> dict[str, Any]:
-    data = paths.norm1000 / "train.parquet"
-    collator = make_collator(checkpoint, paths.raw, profile.packing.pack_tokens)
+    data = run.paths.norm1000 / "train.parquet"
+    collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(
-        SampleStore(data), make_encoder(params, checkpoint), params.text.object_order, params.stage1_seed
+        SampleStore(data), make_encoder(run.params, checkpoint), run.params.text.object_order, run.params.stage1_seed
     )
-    objective = stage1_objective(params, checkpoint, len(packs_by_step))
-    share = own_share(profile)
+    objective = stage1_objective(run.params, checkpoint, len(packs_by_step))
+    share = own_share(run.profile)
     task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, share, optim.grad_monitor_every)
-    settings = params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
+    settings = run.params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,
     }
     session = Session(
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
-        inputs={**start_files(start), "samples": data, "plan": paths.packed / "plan.parquet"} | image_inputs(paths.raw),
+        inputs={**start_files(start), "samples": data, "plan": run.paths.packed / "plan.parquet"}
+        | image_inputs(run.paths.raw),
         optim=optim,
-        tuning=profile.tuning,
+        tuning=run.profile.tuning,
         steps=len(packs_by_step),
-        sharding=profile.launch.sharding,
-        seed=params.stage1_seed,
+        sharding=run.profile.launch.sharding,
+        seed=run.params.stage1_seed,
         row_lr_factor=ROW_LR_FACTOR,
-        out=paths.run(stage),
+        out=run.paths.run(stage),
     )
-    monitor = make_monitor(params.text.codec, profile, paths, stage, checkpoint, len(packs_by_step))
+    monitor = make_monitor(run, stage, checkpoint, len(packs_by_step))
     return run_session(session, checkpoint, task, monitor)
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordexp.config.files import write_text
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import DatasetsConfig, Profile
-from coordexp.config.provenance import weight_files, write_json
-from coordexp.config.schema import Params
+from coordexp.config.profile import DatasetsConfig
+from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import weight_files, write_json
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.prediction_log import read_rows
@@ -53,9 +53,7 @@ class Exported:
 
 
 def publish(
-    params: Params,
-    profile: Profile,
-    paths: ProfilePaths,
+    run: RunConfig,
     checkpoint: str,
     out: Path,
     predictions: Path | None,
@@ -65,21 +63,21 @@ def publish(
     if (predictions is None) != (image_info is None):
         raise DataError("--predictions and --image-info belong together; give both or none.")
     if predictions and image_info:
-        written, unmapped = write_server_results(predictions, image_info, paths, out)
+        written, unmapped = write_server_results(predictions, image_info, run.paths, out)
         return [f"{out}: {written} results; {unmapped} predictions name no category"]
-    done = export(params, profile, paths, checkpoint, out)
+    done = export(run, checkpoint, out)
     return [
         f"{out}: {', '.join(done.files)}",
         f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
     ]
 
 
-def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: str, out: Path) -> Exported:
-    """Fill the folder `out` from the run of a profile.
+def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
+    """Fill the folder `out` from the run of a run.profile.
 
     Args:
         params: the parameters of the run.
-        profile: its profile.
+        profile: its run.profile.
         paths: its folders.
         checkpoint: stage1, stage1-control or stage2.
         out: an empty or new folder.
@@ -88,14 +86,14 @@ def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: st
         CheckpointError: the run left no such checkpoint, or it is an adapter that was not merged.
         DataError: the folder is not empty, or the run was not evaluated.
     """
-    source = paths.run(checkpoint)
+    source = run.paths.run(checkpoint)
     if not weight_files(source) or (source / "adapter_config.json").is_file():
         raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder.")
-    metrics = _read(paths.reports / "metrics.json")
-    predictions = paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
-    categories = read_categories(paths.records / "categories.json")
+    metrics = _read(run.paths.reports / "metrics.json")
+    predictions = run.paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
+    categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
     results, unmapped = coco_results(rows, categories)
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +101,7 @@ def export(params: Params, profile: Profile, paths: ProfilePaths, checkpoint: st
         if file.is_file() and file.suffix != ".jsonl":  # logs of the training
             _link_or_copy(file, out / file.name)
     write_json(out / RESULTS, results)
-    facts = _facts(params, profile, paths, checkpoint, metrics)
+    facts = _facts(run, checkpoint, metrics)
     write_text(out / CARD, _card(facts))
     return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
 
@@ -176,9 +174,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _facts(
-    params: Params, profile: Profile, paths: ProfilePaths, checkpoint: str, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
+def _facts(run: RunConfig, checkpoint: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trained, base = metrics[checkpoint]["eval"], metrics["base"]["eval"]
     rows = []
     for key, words in _SHOWN.items():
@@ -186,21 +182,21 @@ def _facts(
         interval = trained["interval"].get(key)
         shown = number(trained[area][name]) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
         rows.append([words, shown, number(base[area][name])])
-    source = profile.source
+    source = run.profile.source
     sets = source.sets if isinstance(source, DatasetsConfig) else {}
     return {
-        "profile": params.profile,
+        "profile": run.params.profile,
         "checkpoint": checkpoint,
-        "codec": params.text.codec,
+        "codec": run.params.text.codec,
         "sets": [f"{name} ({config.format})" for name, config in sets.items()] or ["composed scenes of emoji sprites"],
-        "tuning": profile.tuning.model_dump(),
-        "model": profile.model.model_dump(),
+        "tuning": run.profile.tuning.model_dump(),
+        "model": run.profile.model.model_dump(),
         "n_images": trained["coco"]["n_images"],
         "n_objects": trained["coco"]["n_gt"],
-        "decode": params.decode.model_dump(),
+        "decode": run.params.decode.model_dump(),
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
-        "metadata": _read(paths.run(checkpoint) / "run_metadata.json"),
+        "metadata": _read(run.paths.run(checkpoint) / "run_metadata.json"),
     }
 
 

@@ -13,6 +13,11 @@ from pathlib import Path
 from coordexp.errors import BusyError
 
 
+def repository_root() -> Path:
+    """The repository that the user works in: a stage may run in a temporary copy of it (`dvc exp run --temp`)."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to; it becomes `path` when the block ends, and is removed if the block fails.

@@ -12,11 +12,11 @@ from pathlib import Path
 from coordexp.config.loading import load_params
 from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
 from coordexp.config.schema import Params
+from coordexp.doctor.memory import Memory
+from coordexp.doctor.needs import Needs, needs_of
+from coordexp.doctor.records import Examination, examine
 from coordexp.errors import CheckpointError
 from coordexp.models.pins import pin_fault, write_pins
-from coordexp.packing.memory import Memory
-from coordexp.packing.needs import Needs, needs_of
-from coordexp.records.doctor import Examination, examine
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
 

@@ -17,14 +17,11 @@ from typing import Any
 
 from coordexp.config.profile import TuningConfig
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.losses.head_sweep import FUSED_ROWS, LARGE_VOCABULARY
 
 WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes of a parameter
 AUTOCAST_COPY = 2  # bytes of a weight's bf16 copy, kept for the backward pass
 LOGIT = 12
-# From here on the objective goes through the vocabulary in chunks of so many slots; below, logits are megabytes. A
-# chunk is 3 % of the logits of 8,192 tokens, and long enough that adding to the head's gradient once for each is cheap.
-LARGE_VOCABULARY = 32_768
-FUSED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)

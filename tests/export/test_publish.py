@@ -10,10 +10,11 @@ import pytest
 from coordexp import cli
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
+from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
+from coordexp.export.publish import coco_results, export, write_server_results
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
-from coordexp.reporting.export import coco_results, export, write_server_results
 
 CATEGORIES = [Category(13, "stop sign"), Category(44, "bottle")]
 
@@ -63,17 +64,18 @@ def test_what_cannot_be_published_is_refused(
     paths: ProfilePaths, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     params, profile = load_params(repository / "params.yaml"), load_profile(repository / "configs" / "smoke.yaml")
+    config = RunConfig(params=params, profile=profile, paths=paths)
     run = paths.run("stage2")
     run.mkdir(parents=True)
     (run / "adapter_config.json").touch()
     (run / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="no merged checkpoint"):
-        export(params, profile, paths, "stage2", tmp_path / "new")
+        export(config, "stage2", tmp_path / "new")
     (run / "adapter_config.json").unlink()
     with pytest.raises(DataError, match="is not empty"):
-        export(params, profile, paths, "stage2", tmp_path)
+        export(config, "stage2", tmp_path)
     with pytest.raises(DataError, match=r"metrics\.json: missing; run the graph"):
-        export(params, profile, paths, "stage2", tmp_path / "new")
+        export(config, "stage2", tmp_path / "new")
     with pytest.raises(SystemExit):
         cli.main(["export", "--out", str(tmp_path / "x"), "--image-info", str(repository / "params.yaml")])
     assert "belong together" in capfd.readouterr().err
@@ -102,5 +104,6 @@ def test_the_card_says_whose_ids_the_results_have(
         finish_reason="stop", n_generated_tokens=1, identity={},
     )  # fmt: skip
     write_results(paths.evaluation("stage2") / "gt_vs_pred.jsonl", [nothing])
-    export(params, profile.model_copy(update={"source": mixture}), paths, "stage2", tmp_path / "new")
+    config = RunConfig(params=params, profile=profile.model_copy(update={"source": mixture}), paths=paths)
+    export(config, "stage2", tmp_path / "new")
     assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from coordexp.config.files import only_process, replace_folder, replacing, write_text
 from coordexp.errors import BusyError
+from coordexp.infra.files import only_process, replace_folder, replacing, write_text
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -73,7 +73,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     code = (
-        "import sys, time; from pathlib import Path; from coordexp.config.files import replacing\n"
+        "import sys, time; from pathlib import Path; from coordexp.infra.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); print('wrote', flush=True); time.sleep(60)\n"
     )
@@ -96,7 +96,7 @@ def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> No
 
 def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from coordexp.config.files import only_process\n"
+        "import sys, time; from pathlib import Path; from coordexp.infra.files import only_process\n"
         "with only_process(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)\n"
     )
     with python(code, tmp_path / "state") as holder:

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from coordexp.config.loading import load_profile
-from coordexp.config.process import StageContext, stage_main, tune_allocator
+from coordexp.config.run import RunConfig
 from coordexp.errors import BusyError, CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from coordexp.stage import stage_main, tune_allocator
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -30,8 +31,8 @@ def params_file(tmp_path: Path, repository: Path) -> Path:
     return Path(shutil.copy(repository / "params.yaml", tmp_path / "params.yaml"))
 
 
-def failing(error: BaseException) -> Callable[[StageContext], None]:
-    def run(context: StageContext) -> None:
+def failing(error: BaseException) -> Callable[[RunConfig], None]:
+    def run(context: RunConfig) -> None:
         raise error
 
     return run
@@ -63,7 +64,7 @@ def test_errors_a_user_can_mend_become_one_message(
 def test_sigterm_ends_a_stage_as_ctrl_c_does(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    def run(context: StageContext) -> None:
+    def run(context: RunConfig) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
@@ -84,7 +85,7 @@ def test_a_bug_keeps_its_traceback(params_file: Path) -> None:
 
 
 def test_the_stage_is_given_checked_parameters_and_its_places(params_file: Path, tmp_path: Path) -> None:
-    seen: list[StageContext] = []
+    seen: list[RunConfig] = []
     code = stage_main(seen.append, ["--params", str(params_file), "--profile", "smoke", "--out", str(tmp_path / "out")])
     assert code == 0
     context = seen[0]
@@ -96,14 +97,14 @@ def test_the_stage_is_given_checked_parameters_and_its_places(params_file: Path,
 
 def test_without_a_profile_argument_the_parameter_file_decides(params_file: Path) -> None:
     params_file.write_text(re.sub(r"profile: \w+", "profile: smoke", params_file.read_text()))
-    seen: list[StageContext] = []
+    seen: list[RunConfig] = []
     assert stage_main(seen.append, ["--params", str(params_file)]) == 0
     assert seen[0].paths.profile == "smoke"
 
 
 def test_a_wrong_value_stops_the_stage_before_it_runs(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params_file.write_text(re.sub(r"\nsoftce_weight: \S+", "\nsoftce_weight: high", params_file.read_text()))
-    seen: list[StageContext] = []
+    seen: list[RunConfig] = []
     assert stage_main(seen.append, ["--params", str(params_file)]) == 2
     assert seen == []
     assert "softce_weight: found 'high' (text), expected a number >= 0." in capsys.readouterr().err
@@ -140,7 +141,7 @@ def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch) -
 MAPPED_BYTES = """
 import ctypes, logging, sys
 from coordexp.config.loading import load_profile
-from coordexp.config.process import tune_allocator
+from coordexp.stage import tune_allocator
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
                 "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]

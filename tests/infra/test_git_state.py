@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordexp.config.provenance import git_state
+from coordexp.infra.provenance import git_state
 
 
 @pytest.fixture

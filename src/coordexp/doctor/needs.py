@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import Profile
+from coordexp.doctor.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.errors import CheckpointError
-from coordexp.packing.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec

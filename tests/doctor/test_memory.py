@@ -10,9 +10,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from coordexp.config.profile import TuningConfig
-from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
-from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
-from coordexp.packing.memory import (
+from coordexp.doctor.memory import (
     adapters_by_part,
     outside_layers,
     parameters_by_part,
@@ -22,6 +20,8 @@ from coordexp.packing.memory import (
     trained_parameters,
     vision_block_bytes,
 )
+from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
+from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
 from coordexp.text.vocabulary import CoordVocabulary
 
 

@@ -11,11 +11,11 @@ from ruamel.yaml import YAML
 
 from coordexp import cli
 from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.doctor.needs import count_parameters, needs_of
+from coordexp.doctor.records import examine
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint
-from coordexp.packing.needs import count_parameters, needs_of
 from coordexp.packing.prepare import SamplePreparer
-from coordexp.records.doctor import examine
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.text.codecs import get_codec
 from records_folders import annotation, coco_set, edit, picture, records_config, write_split

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordexp.config.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS, set_threads, usable_cores
+from coordexp.infra.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS, set_threads, usable_cores
 
 LOG = logging.getLogger("coordexp")
 

@@ -16,9 +16,7 @@ from pathlib import Path
 
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import Profile
-from coordexp.config.schema import Params
-from coordexp.config.threads import set_threads
+from coordexp.config.run import RunConfig
 from coordexp.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -28,6 +26,7 @@ from coordexp.errors import (
     Interrupted,
     TrainingError,
 )
+from coordexp.infra.threads import set_threads
 
 LOG = logging.getLogger("coordexp")
 
@@ -52,16 +51,6 @@ class AllocatorDecision:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageContext:
-    """What a stage is given: checked parameters, the places of its files, a log."""
-
-    params: Params
-    profile: Profile
-    paths: ProfilePaths
-    log: logging.Logger
-
-
 def tune_allocator(log: logging.Logger) -> AllocatorDecision:
     """Make glibc keep freed blocks for reuse; on any other C library do nothing. Logs one line with the reason."""
     decision = _tune_allocator()
@@ -83,7 +72,7 @@ def _tune_allocator() -> AllocatorDecision:
     return AllocatorDecision(True, f"glibc {version}: returning and zeroing pages again costs more than the work")
 
 
-def stage_main(run: Callable[[StageContext], None], argv: Sequence[str] | None = None) -> int:
+def stage_main(run: Callable[[RunConfig], None], argv: Sequence[str] | None = None) -> int:
     """Run one stage as a process and return its exit code.
 
     Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
@@ -120,14 +109,14 @@ def _write_fault(error: OSError) -> str:
     )
 
 
-def _context(run: Callable[[StageContext], None], argv: Sequence[str] | None) -> StageContext:
+def _context(run: Callable[[RunConfig], None], argv: Sequence[str] | None) -> RunConfig:
     args = _parser(run.__doc__).parse_args(argv)
     params = load_params(args.params)
     params = params.model_copy(update={"profile": args.profile or params.profile})
     profile = load_profile(args.params.parent / "configs" / f"{params.profile}.yaml")
     tune_allocator(LOG)
     set_threads(profile.launch.threads, LOG)
-    return StageContext(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out), log=LOG)
+    return RunConfig(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out))
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -12,8 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.files import write_text
-from coordexp.config.paths import repository_root
+from coordexp.infra.files import repository_root, write_text
 
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
 WRITTEN_BY_STAGES = ("dvc.lock", "reports")

@@ -1,0 +1,1 @@
+"""What is wrong with data, model and plan, said before anything trains."""

@@ -1,0 +1,1 @@
+"""A checkpoint and its predictions in the formats of others."""
