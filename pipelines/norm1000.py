@@ -17,7 +17,7 @@ from coordexp.text.codecs import get_codec
 
 
 def run(context: RunConfig) -> None:
-    """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip ceiling."""
+    """Write `init/` (the model with coordinate tokens), one sample file per split, and the round-trip upper bound."""
     config, out = context.profile.model, context.paths.norm1000
     out.mkdir(parents=True, exist_ok=True)
     base = load_checkpoint(pinned_folder(config, context.params.profile), config.min_pixels, config.max_pixels)

@@ -51,12 +51,12 @@ SPEC = SceneSpec(
     min_side_px=64,
     max_side_px=128,
     max_objects=5,
-    smallest_share=0.2,
-    largest_share=0.5,
-    small_share=0.1,
-    crowd_share=0.3,
+    smallest_fraction=0.2,
+    largest_fraction=0.5,
+    small_fraction=0.1,
+    crowd_fraction=0.3,
     distractors=2,
-    held_out_share=0.3,
+    held_out_fraction=0.3,
 )
 # Every family of terms at once, so that an equality of losses speaks for all of them.
 ALL_WEIGHTS = ObjectiveWeights(

@@ -63,8 +63,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """A folder with one composed scene and a file that is no image."""
     spec = SceneSpec(
-        min_side_px=96, max_side_px=96, max_objects=2, smallest_share=0.2, largest_share=0.4, small_share=0.0,
-        crowd_share=0.0, distractors=0, held_out_share=0.0,
+        min_side_px=96, max_side_px=96, max_objects=2, smallest_fraction=0.2, largest_fraction=0.4, small_fraction=0.0,
+        crowd_fraction=0.0, distractors=0, held_out_fraction=0.0,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("scenes") / "scene.png"
     Image.fromarray(compose_scene(spec, load_catalog(repository / "data" / "sprites"), 5, "val", 0).pixels).save(path)

@@ -42,12 +42,12 @@ SCENE = SceneSpec(
     min_side_px=96,
     max_side_px=160,
     max_objects=4,
-    smallest_share=0.2,
-    largest_share=0.5,
-    small_share=0.0,
-    crowd_share=0.0,
+    smallest_fraction=0.2,
+    largest_fraction=0.5,
+    small_fraction=0.0,
+    crowd_fraction=0.0,
     distractors=1,
-    held_out_share=0.0,
+    held_out_fraction=0.0,
 )
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     steps = sum(phase.steps for phase in phases)
     settings = LoopSettings(
         steps=steps,
-        schedule=legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_share"]),
+        schedule=legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"]),
         lr=options["lr"],
         optimizer="muon",
         weight_decay=0.0,

@@ -19,7 +19,7 @@ def main() -> None:
     for i, (phase, options) in enumerate(params["phases"].items()):
         scenes = dict(options["scenes"])
         images = scenes.pop("images")
-        spec = SceneSpec(held_out_share=0.0, **scenes)
+        spec = SceneSpec(held_out_fraction=0.0, **scenes)
         seed = params["seed"] + i
         write_coco_folder(ROOT / phase, spec, Path(params["sprites"]), seed, {"train": images}, os.cpu_count() or 1)
         print(f"{phase}: {images} scenes")

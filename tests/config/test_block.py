@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from coordexp.config.block import Block, IouList, Share, Text, Weight, expectation, field_specs
+from coordexp.config.block import Block, Fraction, IouList, Text, Weight, expectation, field_specs
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
 
@@ -15,7 +15,7 @@ from coordexp.config.schema import Params
 class Inner(Block):
     """A nested block."""
 
-    share: Share = Field(description="a share")
+    share: Fraction = Field(description="a share")
 
 
 class Example(Block):

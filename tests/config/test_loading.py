@@ -217,8 +217,8 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
         ),
         (
             Profile,
-            {"source.smallest_share": 0.5, "source.largest_share": 0.4},
-            "source: smallest_share 0.5 is above largest_share 0.4; swap.",
+            {"source.smallest_fraction": 0.5, "source.largest_fraction": 0.4},
+            "source: smallest_fraction 0.5 is above largest_fraction 0.4; swap.",
         ),
         (
             Profile,

@@ -19,10 +19,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.evaluation.coco import STAT_NAMES
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.lvis import federated_of
+from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import Category
@@ -195,6 +195,6 @@ def test_bands_of_coco_go_by_the_area_and_ours_by_the_box() -> None:
     assert [(row["area"], row["n_gt"]) for row in details["by_area"]] == [("small", 1), ("medium", 1)]
     assert [(row["side_px"], row["n_gt"]) for row in details["by_side_px"]] == [("32-64", 2)]
     objects = tuple(ObjectRecord("cat", box(i, 0), area_px2=px2) for i, px2 in enumerate((900.0, None)))
-    ceiling = codec_ceiling([Record("1.jpg", 400, 400, objects)], FAST)
-    assert [(row["size"], row["n"]) for row in ceiling["by_area"]] == [("small", 1), ("medium", 1)]
-    assert [(row["size"], row["n"]) for row in ceiling["by_side_px"]] == [("32-64", 2)]
+    upper_bound = codec_upper_bound([Record("1.jpg", 400, 400, objects)], FAST)
+    assert [(row["size"], row["n"]) for row in upper_bound["by_area"]] == [("small", 1), ("medium", 1)]
+    assert [(row["size"], row["n"]) for row in upper_bound["by_side_px"]] == [("32-64", 2)]

@@ -62,7 +62,7 @@ def test_val_without_a_counted_object_is_evaluated_and_scores_nothing(tmp_path, 
     assert set(metrics["comparison"]["stage2_vs_control"].values()) == {None}
     headline = json.loads((paths.reports / "headline.json").read_text())
     assert headline["stage2"]["eval"]["f1"]["full_50"] is None
-    assert json.loads((paths.run("eval") / "ceiling.json").read_text())["mAP"] is None
+    assert json.loads((paths.run("eval") / "upper_bound.json").read_text())["mAP"] is None
     lines = paths.curve("pr").read_text().splitlines()
     assert (len(lines), lines[0], lines[1]) == (102, "recall\tprecision", "0.00\t")
 

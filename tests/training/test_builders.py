@@ -62,7 +62,7 @@ def test_the_target_is_shared(repository, checkpoint):
 
 
 def test_targets_narrow_and_distributions_cool_over_their_shares(repository, checkpoint):
-    ramps = {"sigma_from": 6.0, "sigma_share": 0.5, "temperature_from": 3.0, "temperature_share": 0.2}
+    ramps = {"sigma_from": 6.0, "sigma_fraction": 0.5, "temperature_from": 3.0, "temperature_fraction": 0.2}
     params = params_with(repository, sigma=2.0, truncate=8, temperature=1.0, anneal=ramps)
     objective = builders.stage1_objective(params, checkpoint, 8)
     steps = [objective.at(step) for step in range(8)]
@@ -105,7 +105,7 @@ def test_channel_b_of_the_parameters(repository):
 
 def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):
     matching = {"gate_threshold": 0.2, "lambda_sem": 1.0}
-    stage2 = {"curriculum_share": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
+    stage2 = {"curriculum_fraction": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
     schedule = match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)
     assert [schedule(s).gate_threshold for s in range(6)] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
     assert [schedule(s).lambda_sem for s in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])

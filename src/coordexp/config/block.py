@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "non-empty text"}
 
 Weight = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]

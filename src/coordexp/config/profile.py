@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coordexp.config.block import Block, Count, PositiveCount, Share, Text, TextList
+from coordexp.config.block import Block, Count, Fraction, PositiveCount, Text, TextList
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
@@ -31,20 +31,22 @@ class SourceConfig(Block):
     min_side_px: Side = Field(description="shortest image side")
     max_side_px: Side = Field(description="longest image side")
     max_objects: int = Field(ge=1, le=100, description="most objects in one scene")
-    smallest_share: ObjectSide = Field(description="shortest ordinary object, as a share of the image's shorter side")
-    largest_share: ObjectSide = Field(description="longest object, as a share of the image's shorter side")
-    small_share: Share = Field(description="share of objects below smallest_share, down to two thirds of it")
-    crowd_share: Share = Field(description="share of scenes with a row of neighbours of one name")
+    smallest_fraction: ObjectSide = Field(description="shortest ordinary object, of the image's shorter side")
+    largest_fraction: ObjectSide = Field(description="longest object, of the image's shorter side")
+    small_fraction: Fraction = Field(description="share of objects below smallest_fraction, down to two thirds of it")
+    crowd_fraction: Fraction = Field(description="share of scenes with a row of neighbours of one name")
     distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
-    held_out_share: Share = Field(description="share of val objects whose name is never trained on")
+    held_out_fraction: Fraction = Field(description="share of val objects whose name is never trained on")
     seed_offset: Count = Field(description="added to the seed of composition, so that profiles see other scenes")
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> SourceConfig:
         if self.min_side_px > self.max_side_px:
             raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}; swap them.")
-        if self.smallest_share > self.largest_share:
-            raise ValueError(f"smallest_share {self.smallest_share} is above largest_share {self.largest_share}; swap.")
+        if self.smallest_fraction > self.largest_fraction:
+            raise ValueError(
+                f"smallest_fraction {self.smallest_fraction} is above largest_fraction {self.largest_fraction}; swap."
+            )
         return self
 
 
@@ -85,18 +87,18 @@ class RecordsConfig(Block):
     )
     truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
     min_side_px: float = Field(ge=0.01, le=1000, description="shorter side below which a box is dropped, in pixels")
-    min_inside: Share = Field(description="share of a box that must lie inside the image")
+    min_inside: Fraction = Field(description="share of a box that must lie inside the image")
     polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
     max_objects: Count = Field(description="most objects of a training record; 0 is no limit")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
-    max_lost: Share = Field(
+    max_lost: Fraction = Field(
         description="share of a split's annotations, and of its images, that may be lost; more stops"
     )
     listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
-    negative_rate: Share = Field(description="prompt listed: share of prompts that name only what is absent")
-    flip: Share = Field(description="share of training records that are mirrored, with left and right in words")
-    crop: Share = Field(description="share of training records that are cropped")
+    negative_rate: Fraction = Field(description="prompt listed: share of prompts that name only what is absent")
+    flip: Fraction = Field(description="share of training records that are mirrored, with left and right in words")
+    crop: Fraction = Field(description="share of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from coordexp.config.block import Block, Count, IouList, Share, Text, Weight
+from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
 
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
@@ -36,9 +36,9 @@ class AnnealParams(Block):
     """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
 
     sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; truncate widens in proportion")
-    sigma_share: Share = Field(description="share of the steps over which the width goes linearly to sigma")
+    sigma_fraction: Fraction = Field(description="share of the steps over which the width goes linearly to sigma")
     temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
-    temperature_share: Share = Field(description="share of the steps over which it goes linearly to temperature")
+    temperature_fraction: Fraction = Field(description="share of the steps over which it goes linearly to temperature")
 
 
 class TextParams(Block):
@@ -64,7 +64,7 @@ class Stage2Params(Block):
     seed: SeedOffset = Field(
         description="number of the repetition of stage 2: another order of the same data and rollouts"
     )
-    b_ratio: Share = Field(description="share of steps that train on rollouts (channel B)")
+    b_ratio: Fraction = Field(description="share of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
     coord_ctx_embed_mode: Literal["st", "soft", "hard"] = Field(description="embedding of a predicted coordinate")
@@ -94,10 +94,10 @@ class Stage2Params(Block):
     refresh_steps: Count = Field(
         description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
     )
-    curriculum_share: Share = Field(
+    curriculum_fraction: Fraction = Field(
         description="channel B: share of the steps over which gate and lambda_sem go to those of matching"
     )
-    gate_from: Share = Field(description="matching.gate_threshold at step 0 of the curriculum")
+    gate_from: Fraction = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
 
 
@@ -108,7 +108,9 @@ class MatchingParams(Block):
     lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
     lambda_sem: Weight = Field(description="cost factor of the distance of two names: 1 - shared words / all words")
     gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
-    gate_threshold: Share = Field(description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair")
+    gate_threshold: Fraction = Field(
+        description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair"
+    )
 
     @model_validator(mode="after")
     def _cost_is_not_constant(self) -> MatchingParams:

@@ -6,13 +6,13 @@ from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
 from coordexp.config.schema import Params
-from coordexp.evaluation.ceiling import codec_ceiling
 from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.headline import headline
 from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.lvis import federated_of
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.matching.settings import MatchSettings
@@ -36,7 +36,7 @@ def eval_settings(params: Params) -> EvalSettings:
 
 
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
-    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves and the codec's ceiling."""
+    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves, the codec's upper bound."""
     settings, categories = eval_settings(params), read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
@@ -52,7 +52,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))
         evaluations[name] = evaluation
-    write_json(paths.run("eval") / "ceiling.json", rounded(codec_ceiling(records, settings)))
+    write_json(paths.run("eval") / "upper_bound.json", rounded(codec_upper_bound(records, settings)))
     metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()

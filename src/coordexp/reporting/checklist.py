@@ -59,7 +59,7 @@ def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[C
         _schedule_realised,
         _control_is_fair,
         _one_clean_commit,
-        _below_ceiling,
+        _below_upper_bound,
         _stage1_learned,
         _stage2_not_worse,
     )
@@ -188,14 +188,14 @@ def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy, _params: Params) 
     return Check("All training ran from one clean commit", len(commits) == 1 and not dirty, evidence)
 
 
-def _below_ceiling(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
-    claim = "No checkpoint exceeds the ceiling of the codec"
-    ceiling = required(data.ceiling, "mAP", "ceiling.json")
-    if ceiling is None:
+def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    claim = "No checkpoint exceeds the upper bound of the codec"
+    upper_bound = required(data.upper_bound, "mAP", "upper_bound.json")
+    if upper_bound is None:
         return Check(claim, None, "no object is annotated")
     best = max(metric(data.metrics, name, "coco.mAP") or 0.0 for name in CHECKPOINTS)
-    evidence = f"best mAP {number(best)}, ceiling {number(ceiling)}"
-    return Check(claim, best <= ceiling, evidence)
+    evidence = f"best mAP {number(best)}, upper bound {number(upper_bound)}"
+    return Check(claim, best <= upper_bound, evidence)
 
 
 def _stage1_learned(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:

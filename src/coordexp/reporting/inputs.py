@@ -50,7 +50,7 @@ class ReportInputs:
     runs: Path
     rollout_summary: Path
     packing_stats: Path
-    ceiling: Path
+    upper_bound: Path
     drops: Path
     categories: Path
     image_root: Path
@@ -78,7 +78,7 @@ class ReportInputs:
             runs=paths.run("stage1").parent,
             rollout_summary=paths.run("rollout") / "summary.json",
             packing_stats=paths.packed / "stats.json",
-            ceiling=paths.run("eval") / "ceiling.json",
+            upper_bound=paths.run("eval") / "upper_bound.json",
             drops=paths.records / "drops.json",
             categories=paths.records / "categories.json",
             image_root=paths.raw,
@@ -111,7 +111,7 @@ class ReportData:
     metadata: dict[str, Json]
     rollout: Json
     packing: Json
-    ceiling: Json
+    upper_bound: Json
     drops: Json
     decoding_study: Json | None
     categories: tuple[Category, ...]
@@ -138,7 +138,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "rollout"),
         packing=read_json(inputs.packing_stats, "pack"),
-        ceiling=read_json(inputs.ceiling, "coco-eval"),
+        upper_bound=read_json(inputs.upper_bound, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),
         decoding_study=json.loads(inputs.decoding_study.read_text(encoding="utf-8"))
         if inputs.decoding_study.is_file()

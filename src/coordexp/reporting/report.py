@@ -155,7 +155,7 @@ def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outco
 
 
 def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
-    """Sections 6 to 12: training, rollouts, ceiling, provenance."""
+    """Sections 6 to 12: training, rollouts, upper bound, provenance."""
     params = inputs.params
     return {
         "training": _training(data, params),
@@ -163,8 +163,8 @@ def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]
         "rollout_table": tables.leaves_table(data.rollout, ["rollouts of stage 1", "value"]),
         "counters_table": counters_table(data.logs["stage2"]),
         "matching": params["matching"],
-        "ceiling_headline": _ceiling(data),
-        "ceiling_table": tables.ceiling_table(data.ceiling),
+        "upper_bound_headline": _upper_bound(data),
+        "upper_bound_table": tables.upper_bound_table(data.upper_bound),
         "runs_table": provenance.runs_table(data.metadata),
         "decode_table": provenance.decode_table(data.decodes),
         "weights_table": provenance.weights_table(params),
@@ -228,16 +228,16 @@ def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str
     ]
 
 
-def _ceiling(data: ReportData) -> str:
-    ceiling = tables.required(data.ceiling, "mAP", "ceiling.json")
-    if not ceiling:
+def _upper_bound(data: ReportData) -> str:
+    upper_bound = tables.required(data.upper_bound, "mAP", "upper_bound.json")
+    if not upper_bound:
         return "nothing: no object is annotated."
     shares = []
     for name in CHECKPOINTS:
         value = metric(data.metrics, name, "coco.mAP")
-        shares.append(f"{name} {percent((value or 0.0) / ceiling)}")
-    f1_95 = tables.required(data.ceiling, "f1_95", "ceiling.json")
-    score = f"mAP {number(ceiling)} and F1 at IoU .95 of {number(f1_95)}"
+        shares.append(f"{name} {percent((value or 0.0) / upper_bound)}")
+    f1_95 = tables.required(data.upper_bound, "f1_95", "upper_bound.json")
+    score = f"mAP {number(upper_bound)} and F1 at IoU .95 of {number(f1_95)}"
     return f"{score}. Of that mAP the checkpoints reach: {', '.join(shares)}."
 
 

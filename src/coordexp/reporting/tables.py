@@ -211,7 +211,7 @@ def confusion_table(outcomes: Outcomes) -> str:
     )
 
 
-def ceiling_table(ceiling: Json) -> str:
+def upper_bound_table(upper_bound: Json) -> str:
     """Round trip through the bins by object size."""
     rows = [
         [
@@ -221,7 +221,7 @@ def ceiling_table(ceiling: Json) -> str:
             percent(row["share_95"]),
         ]
         for key, kind in (("by_area", ""), ("by_side_px", "side, px:"))
-        for row in required(ceiling, key, "ceiling.json")
+        for row in required(upper_bound, key, "upper_bound.json")
     ]
     return table(["objects", "number", "mAP", "F1, IoU .95", "mean IoU", "IoU at least .95"], rows)
 

@@ -11,7 +11,7 @@ from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.loading import Checkpoint, ModelFormat, load_checkpoint
 from coordexp.packing.collator import Collator
-from coordexp.packing.shares import Share
+from coordexp.packing.rank_slices import RankSlice
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.training.distributed import world
 from coordexp.training.fused_batch import fused_pays
@@ -50,9 +50,9 @@ def make_collator(checkpoint: Checkpoint, image_root: Path, pack_tokens: int) ->
     )
 
 
-def own_share(profile: Profile) -> Share:
+def own_slice(profile: Profile) -> RankSlice:
     """The rows of every step that this process runs."""
-    return Share(world().rank, world().size, profile.launch.rows_per_forward)
+    return RankSlice(world().rank, world().size, profile.launch.rows_per_forward)
 
 
 def make_encoder(params: Params, checkpoint: ModelFormat) -> AnswerEncoder:
@@ -111,7 +111,7 @@ def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights
 def _annealing(params: Params, steps: int) -> Annealing | None:
     """The ramps at the start of a stage of that many steps; None if both are off."""
     anneal = params.anneal
-    sigma_steps, temperature_steps = round(anneal.sigma_share * steps), round(anneal.temperature_share * steps)
+    sigma_steps, temperature_steps = round(anneal.sigma_fraction * steps), round(anneal.temperature_fraction * steps)
     if not (sigma_steps or temperature_steps):
         return None
     return Annealing(

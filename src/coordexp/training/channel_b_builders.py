@@ -29,7 +29,7 @@ def channel_b_settings(params: Params) -> ChannelBSettings:
 def match_schedule(params: Params, steps: int) -> MatchSchedule:
     """Matching by step: those of `matching`, approached linearly over the curriculum's share of the steps."""
     final, stage2 = match_settings(params), params.stage2
-    ramp_steps = round(stage2.curriculum_share * steps)
+    ramp_steps = round(stage2.curriculum_fraction * steps)
     gate = ramp(stage2.gate_from, final.gate_threshold, ramp_steps)
     lambda_sem = ramp(stage2.lambda_sem_from, final.lambda_sem, ramp_steps)
     return lambda step: replace(final, gate_threshold=gate(step), lambda_sem=lambda_sem(step))

@@ -25,19 +25,19 @@ def cosine_schedule(steps: int, warmup_steps: int) -> Schedule:
     return factor
 
 
-def trapezoid_schedule(steps: int, warmup_steps: int, decay_share: float) -> Schedule:
-    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
+def trapezoid_schedule(steps: int, warmup_steps: int, decay_fraction: float) -> Schedule:
+    """Linear warm-up, constant, then linear to zero over the last `decay_fraction` of the steps."""
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_share * steps))
+        return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_fraction * steps))
 
     return factor
 
 
-def legs_schedule(leg_steps: Sequence[int], warmup_steps: int, decay_share: float) -> Schedule:
+def legs_schedule(leg_steps: Sequence[int], warmup_steps: int, decay_fraction: float) -> Schedule:
     """One trapezoid after another: each leg of training warms up and settles on its own."""
     ends = list(accumulate(leg_steps))
-    legs = [trapezoid_schedule(steps, warmup_steps, decay_share) for steps in leg_steps]
+    legs = [trapezoid_schedule(steps, warmup_steps, decay_fraction) for steps in leg_steps]
 
     def factor(step: int) -> float:
         leg = min(bisect_right(ends, step), len(legs) - 1)

@@ -19,7 +19,7 @@ from coordexp.training.builders import (
     load_for_training,
     make_collator,
     make_encoder,
-    own_share,
+    own_slice,
     stage1_objective,
 )
 from coordexp.training.monitor import make_monitor
@@ -73,7 +73,7 @@ def _teach(
         SampleStore(data), make_encoder(run.params, checkpoint), run.params.text.object_order, run.params.stage1_seed
     )
     objective = stage1_objective(run.params, checkpoint, len(packs_by_step))
-    share = own_share(run.profile)
+    share = own_slice(run.profile)
     task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, share, optim.grad_monitor_every)
     settings = run.params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),

@@ -18,7 +18,7 @@ from coordexp.training.builders import (
     load_for_training,
     make_collator,
     make_encoder,
-    own_share,
+    own_slice,
     soft_context,
     stage2_objective,
 )
@@ -70,7 +70,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         channel_b_settings(run.params),
         make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
         plan,
-        own_share(run.profile),
+        own_slice(run.profile),
         run.params.stage2.a1_coord_weight,
         optim.grad_monitor_every,
     )

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
+from coordexp.packing.rank_slices import WHOLE, RankSlice, rank_batches
 from coordexp.packing.samples import Sample
-from coordexp.packing.shares import WHOLE, Share, shared_batches
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
-from coordexp.training.ahead import StepsAhead
 from coordexp.training.channel_b import ChannelBSettings, channel_b_segments, missed_objects
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
@@ -29,6 +28,7 @@ from coordexp.training.objective_step import (
     objective_terms,
     to_micro_batch,
 )
+from coordexp.training.prefetch import Prefetcher
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import is_channel_b, step_items
@@ -102,7 +102,7 @@ class Stage2Task:
         channel_b: ChannelBSettings,
         collator: Collator,
         plan: Sequence[StepPlan],
-        share: Share = WHOLE,
+        share: RankSlice = WHOLE,
         a1_coord_weight: float = 0.0,
         grad_monitor_every: int = 0,
     ) -> None:
@@ -118,7 +118,7 @@ class Stage2Task:
         self._share = share
         self._a1_coord_weight = a1_coord_weight
         self._grad_monitor_every = grad_monitor_every
-        self._batches = StepsAhead(self._batches_of, len(plan), rollouts.refresh_steps)
+        self._batches = Prefetcher(self._batches_of, len(plan), rollouts.refresh_steps)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the rows of the step; both passes of channel B share its forwards."""
@@ -154,7 +154,7 @@ class Stage2Task:
         plan = self._plan[step]
         segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
         counts = denominators(segments)
-        for batch in shared_batches(self._collator, segments, self._collator.rows(segments), self._share):
+        for batch in rank_batches(self._collator, segments, self._collator.rows(segments), self._share):
             yield batch, counts, compute | found
 
     def _rollouts_of(self, step: int) -> tuple[Mapping[int, Rollout], LogRow]:

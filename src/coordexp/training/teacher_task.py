@@ -11,8 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
-from coordexp.packing.shares import WHOLE, Share, shared_batches
-from coordexp.training.ahead import StepsAhead
+from coordexp.packing.rank_slices import WHOLE, RankSlice, rank_batches
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
@@ -24,6 +23,7 @@ from coordexp.training.objective_step import (
     objective_terms,
     to_micro_batch,
 )
+from coordexp.training.prefetch import Prefetcher
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.sharding import in_forward
 
@@ -38,7 +38,7 @@ class TeacherTask:
         source: SampleSource,
         collator: Collator,
         packs_by_step: Sequence[Sequence[Sequence[int]]],
-        share: Share = WHOLE,
+        share: RankSlice = WHOLE,
         grad_monitor_every: int = 0,
     ) -> None:
         self._model = model
@@ -48,7 +48,7 @@ class TeacherTask:
         self._packs_by_step = packs_by_step
         self._share = share
         self._grad_monitor_every = grad_monitor_every
-        self._batches = StepsAhead(self._batches_of, len(packs_by_step))
+        self._batches = Prefetcher(self._batches_of, len(packs_by_step))
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of the packs of the step."""
@@ -77,7 +77,7 @@ class TeacherTask:
             rows.append(list(range(len(segments), len(segments) + len(pack))))
             segments += [teacher_segment(self._source.get(i, step)) for i in pack]
         counts = denominators(segments)
-        for batch in shared_batches(self._collator, segments, rows, self._share):
+        for batch in rank_batches(self._collator, segments, rows, self._share):
             yield batch, counts
 
     def items(self, step: int) -> dict[str, Any]:

@@ -31,12 +31,12 @@ class SceneSpec:
     min_side_px: int
     max_side_px: int
     max_objects: int
-    smallest_share: float  # longer side of ordinary objects, from this share of the image's shorter side ...
-    largest_share: float  # ... to this one
-    small_share: float  # objects that are smaller still, from two thirds of `smallest_share`
-    crowd_share: float  # scenes with several neighbours of one name
+    smallest_fraction: float  # longer side of ordinary objects, from this share of the image's shorter side ...
+    largest_fraction: float  # ... to this one
+    small_fraction: float  # objects that are smaller still, from two thirds of `smallest_fraction`
+    crowd_fraction: float  # scenes with several neighbours of one name
     distractors: int  # at most this many textured shapes
-    held_out_share: float  # objects of a val scene that carry a name never trained on
+    held_out_fraction: float  # objects of a val scene that carry a name never trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def compose_scene(spec: SceneSpec, catalog: SpriteCatalog, seed: int, split: str
     canvas = _Canvas(make_background(rng, width, height, is_val))
     add_distractors(rng, canvas.pixels, int(rng.integers(spec.distractors + 1)), is_val)
     wanted = _draw_count(rng, spec.max_objects)
-    if rng.random() < spec.crowd_share and wanted > 1:
+    if rng.random() < spec.crowd_fraction and wanted > 1:
         _place_crowd(rng, spec, catalog, canvas, min(wanted, 6))
     while wanted > len(canvas.objects):
-        sprite = _draw_sprite(rng, catalog, spec.held_out_share if is_val else 0.0)
+        sprite = _draw_sprite(rng, catalog, spec.held_out_fraction if is_val else 0.0)
         side = _draw_size(rng, spec, min(width, height))
         if not _place_anywhere(rng, canvas, sprite, side):
             break  # the scene is full
@@ -122,14 +122,14 @@ def _draw_count(rng: np.random.Generator, max_objects: int) -> int:
 
 def _draw_size(rng: np.random.Generator, spec: SceneSpec, side_px: int) -> int:
     """Longer side of an object: log-uniform between the shares, a minority below the smallest one."""
-    low, high = spec.smallest_share, spec.largest_share
-    if rng.random() < spec.small_share:
+    low, high = spec.smallest_fraction, spec.largest_fraction
+    if rng.random() < spec.small_fraction:
         low, high = low * 2 / 3, low
     return max(8, round(side_px * float(np.exp(rng.uniform(np.log(low), np.log(high))))))
 
 
-def _draw_sprite(rng: np.random.Generator, catalog: SpriteCatalog, held_out_share: float) -> Sprite:
-    descs = catalog.held_out if rng.random() < held_out_share else catalog.seen
+def _draw_sprite(rng: np.random.Generator, catalog: SpriteCatalog, held_out_fraction: float) -> Sprite:
+    descs = catalog.held_out if rng.random() < held_out_fraction else catalog.seen
     group = catalog.sprites[descs[rng.integers(len(descs))]]
     return group[rng.integers(len(group))]
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from coordexp.training.ahead import StepsAhead, one_ahead
+from coordexp.training.prefetch import Prefetcher, one_ahead
 
 
 @pytest.mark.parametrize("items", [[], [0], [None, False, 3]])
@@ -81,19 +81,19 @@ def test_an_error_is_raised_where_its_item_is_taken():
 BATCHES = {0: "a", 1: "bc", 2: "d", 3: "ef", 4: "g"}
 
 
-def taken(ahead: StepsAhead[str], step: int) -> str:
+def taken(ahead: Prefetcher[str], step: int) -> str:
     return "".join(batch for batch, _ in ahead.take(step))
 
 
 @pytest.mark.parametrize("steps", [[0, 1, 2, 3, 4], [1, 2], [3], [2, 2, 1, 4, 0, 1]])
 @pytest.mark.parametrize("not_before", [(), (0,), (2, 3), (0, 1, 2, 3, 4)])
 def test_a_step_takes_its_own_batches_in_any_order_of_steps(steps, not_before):
-    ahead = StepsAhead(BATCHES.__getitem__, len(BATCHES), not_before)
+    ahead = Prefetcher(BATCHES.__getitem__, len(BATCHES), not_before)
     assert [taken(ahead, step) for step in steps] == [BATCHES[step] for step in steps]
 
 
 def test_a_step_that_was_left_in_the_middle_starts_anew():
-    ahead = StepsAhead(BATCHES.__getitem__, len(BATCHES))
+    ahead = Prefetcher(BATCHES.__getitem__, len(BATCHES))
     taken(ahead, 0)
     assert next(ahead.take(1))[0] == "b"
     assert taken(ahead, 1) == "bc"
@@ -106,7 +106,7 @@ def test_steps_are_begun_early_up_to_one_that_must_not_be():
         begun[step].set()
         return BATCHES[step]
 
-    ahead = StepsAhead(of_step, len(BATCHES), not_before=[2])
+    ahead = Prefetcher(of_step, len(BATCHES), not_before=[2])
     taken(ahead, 0)
     assert begun[1].wait(timeout=10)
     taken(ahead, 1)

@@ -1,4 +1,4 @@
-"""The ceiling of the codec: ground truth sent through the 1000 bins and back, which no model can exceed."""
+"""The upper bound of the codec: ground truth sent through the 1000 bins and back, which no model can exceed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCORES = ("mAP", "AP50", "AP75", "AP90", "f1_50", "f1_75", "f1_95")
 _BY_SIZE_KEYS = ("mAP", "AP75", "AP90", "f1_95")
 
 
-def codec_ceiling(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
+def codec_upper_bound(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
     """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
 
     Crowd regions are no objects. Without any object every score is None, and there is no row by size.

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class StepsAhead(Generic[T]):
+class Prefetcher(Generic[T]):
     """The batches of a run's steps, each made while the one before it is trained on, also across steps.
 
     Args:

@@ -17,7 +17,7 @@ from coordexp.packing.collator import Collator, PackedBatch, Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankSlice:
     """Process `index` of `count`, and how many rows it runs in one forward (0: all of its own at once)."""
 
     index: int = 0
@@ -32,11 +32,11 @@ class Share:
         return [mine[first : first + size] for first in range(0, most, size)]
 
 
-WHOLE = Share()
+WHOLE = RankSlice()
 
 
-def shared_batches(
-    collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], share: Share
+def rank_batches(
+    collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], share: RankSlice
 ) -> Iterator[PackedBatch]:
     """The batches that this process runs, one after another. Over all processes every row is in exactly one batch.
 

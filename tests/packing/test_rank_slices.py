@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.packing.collator import teacher_segment
-from coordexp.packing.shares import WHOLE, Share, shared_batches
+from coordexp.packing.rank_slices import WHOLE, RankSlice, rank_batches
 from helpers import new_checkpoint
 
 
 @given(n_rows=st.integers(1, 40), count=st.integers(1, 9), size=st.integers(0, 7))
 def test_every_row_is_run_once_and_nobody_waits(n_rows, count, size):
-    chunks = [Share(index, count, size).chunks(n_rows) for index in range(count)]
+    chunks = [RankSlice(index, count, size).chunks(n_rows) for index in range(count)]
     assert sorted(row for own in chunks for chunk in own for row in chunk) == list(range(n_rows))
     assert len({len(own) for own in chunks}) == 1
     loads = [sum(map(len, own)) for own in chunks]
@@ -33,7 +33,7 @@ def checkpoint():
 def test_one_process_alone_runs_the_whole_step_as_one_batch(world, checkpoint):
     collator = world.collator(checkpoint)
     segments = [teacher_segment(sample) for sample in world.samples]
-    (batch,) = shared_batches(collator, segments, collator.rows(segments), WHOLE)
+    (batch,) = rank_batches(collator, segments, collator.rows(segments), WHOLE)
     whole = collator(segments)
     for name in ("input_ids", "position_ids", "text_slots", "coord_slots", "coord_targets"):
         assert torch.equal(getattr(batch, name), getattr(whole, name)), name
@@ -45,7 +45,7 @@ def test_shares_supervise_and_count_everything_once(world, checkpoint):
     segments = [teacher_segment(sample) for sample in world.samples]
     rows = collator.rows(segments)
     count = len(rows) + 1  # so the last process is idle
-    parts = [b for index in range(count) for b in shared_batches(collator, segments, rows, Share(index, count))]
+    parts = [b for index in range(count) for b in rank_batches(collator, segments, rows, RankSlice(index, count))]
     whole = collator(segments)
     for name in ("text_targets", "text_weights", "coord_targets"):
         joined = torch.cat([getattr(part, name) for part in parts])
