@@ -1,0 +1,203 @@
+"""Rules that every source file keeps, each as one walk over all of them; beside each rule, what it counts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from source_tree import ROOT, modules, syntax
+
+MODULE_LINES, ENTRY_LINES, FUNCTION_LINES = 450, 80, 60
+
+# Modules that a user's files and arguments enter by.
+ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detector", "coordexp.records.", "coordexp.infra.provenance",
+             "coordexp.stage", "coordexp.evaluation.input_checks", "coordexp.models.loading",
+             "coordexp.rollout.vllm_client", "coordexp.rollout.opening")  # fmt: skip
+# Values that come from a file or a command line under these names, wherever they are tested.
+FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profile", "settings", "record"}
+BROAD = {"Exception", "BaseException"}
+# Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
+WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.records.scenes.coco_folder", "coordexp.rollout.vllm_server"}
+NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
+# The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own.
+TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server"}
+CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
+# torch's unpickler raises its error class, and is only ever asked for tensors.
+ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}
+PICTURE_READER = "coordexp.records.images"
+SAFE_ARGUMENTS = {
+    "from_pretrained": {"local_files_only": {"True"}, "trust_remote_code": {"False", None}},
+    "torch.load": {"weights_only": {"True"}},
+    "np.load": {"allow_pickle": {"False", None}},
+}
+
+Rule = Callable[[ast.AST], Iterator[int]]
+
+
+def assertions(tree: ast.AST) -> Iterator[int]:
+    """Lines of `assert`."""
+    return (node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert))
+
+
+def assertions_on_users(tree: ast.AST) -> Iterator[int]:
+    """Lines of `assert` on a value that a user handed in: such checks must survive `-O`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            names = {inner.id for inner in ast.walk(node.test) if isinstance(inner, ast.Name)}
+            if names & FROM_USERS:
+                yield node.lineno
+
+
+def broad_handlers(tree: ast.AST) -> Iterator[int]:
+    """Lines of `except:` and of handlers that catch every error, alone or in a tuple."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(kind is None or (isinstance(kind, ast.Name) and kind.id in BROAD) for kind in caught):
+                yield node.lineno
+
+
+def writes_in_place(tree: ast.AST) -> Iterator[int]:
+    """Lines of `.write_text(...)` and `.write_bytes(...)` on a path that no `with replacing(...)` gave."""
+    items = [item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
+    temporary = {
+        ast.unparse(item.optional_vars)
+        for item in items
+        if item.optional_vars and ast.unparse(item.context_expr).startswith("replacing(")
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_write = node.func.attr in {"write_text", "write_bytes"}
+            if is_write and ast.unparse(node.func.value) not in temporary:
+                yield node.lineno
+
+
+def imports_of(names: set[str]) -> Rule:
+    """Lines that import one of these packages."""
+
+    def rule(tree: ast.AST) -> Iterator[int]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found = {node.module.split(".")[0]}
+            else:
+                continue
+            if found & names:
+                yield node.lineno
+
+    return rule
+
+
+def unsafe_loads(tree: ast.AST) -> Iterator[int]:
+    """Lines of calls that could fetch a model or run code that came with a file."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        for name, wanted in SAFE_ARGUMENTS.items():
+            is_it = f".{ast.unparse(node.func)}".endswith(f".{name}")
+            if is_it and any(given.get(argument) not in values for argument, values in wanted.items()):
+                yield node.lineno
+
+
+def picture_readers(tree: ast.AST) -> Iterator[int]:
+    """Lines of `PIL.Image.open` under any name, and of other libraries' readers of pictures."""
+    pillow = {"PIL.Image"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "PIL":
+            pillow |= {alias.asname or alias.name for alias in node.names if alias.name == "Image"}
+        elif isinstance(node, ast.Import):
+            pillow |= {alias.asname for alias in node.names if alias.name == "PIL.Image" and alias.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+            yield from (node.lineno for alias in node.names if alias.name == "open")
+        elif isinstance(node, ast.Attribute) and (
+            node.attr in ("imread", "imdecode", "read_image", "decode_image", "exif_transpose")
+            or (node.attr == "open" and ast.unparse(node.value) in pillow)
+        ):
+            yield node.lineno
+
+
+def long_functions(tree: ast.AST) -> Iterator[int]:
+    """Lines where a function begins that is longer than its budget."""
+    for node in ast.walk(tree):
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function and (node.end_lineno or node.lineno) - node.lineno >= FUNCTION_LINES:
+            yield node.lineno
+
+
+def files() -> dict[str, Path]:
+    return modules() | {f"benchmarks.{file.stem}": file for file in (ROOT / "benchmarks").glob("*.py")}
+
+
+# Rule, the modules that it holds for, an example that breaks it in its last line, and what to do instead.
+RULES: dict[str, tuple[Rule, Callable[[str], bool], list[str], str]] = {
+    "where users enter nothing is asserted": (
+        assertions, lambda module: module.startswith(ENTRANCES), ["assert x"], "raise an error of errors.py"),
+    "no value of a user is asserted": (
+        assertions_on_users, lambda module: not module.startswith("benchmarks"),
+        ["assert path.suffix == '.json'"], "raise an error of errors.py"),
+    "a handler names what it catches": (
+        broad_handlers, lambda module: True,
+        ["try: pass\nexcept: pass", "try: pass\nexcept Exception: pass",
+         "try: pass\nexcept (ValueError, BaseException) as error: pass"], "name the errors"),
+    "results are written whole or not at all": (
+        writes_in_place, lambda module: module not in WRITES_IN_PLACE and not module.startswith("benchmarks"),
+        ["with replacing(p) as t:\n    t.write_text('a')\n(folder / 'b').write_bytes(b'')"],
+        "infra/files.py: write_text, write_bytes, replacing"),
+    "only the vLLM client knows networks": (
+        imports_of(NETWORK), lambda module: module not in TOLD_TO and not module.startswith("benchmarks"),
+        ["import urllib.request", "from http import client"], "nothing is fetched unless told to"),
+    "no file brings code with it": (
+        imports_of(CODE_IN_FILES), lambda module: module not in ERROR_CLASS_ONLY, ["import pickle"], "no pickles"),
+    "models come from local files and run no code of their own": (
+        unsafe_loads, lambda module: not module.startswith("benchmarks"),
+        ["A.from_pretrained(x)", "A.from_pretrained(x, local_files_only=True, trust_remote_code=True)",
+         "torch.load(f)", "np.load(f, allow_pickle=True)"], "local_files_only=True, weights_only=True"),
+    "pictures are opened in one place": (
+        picture_readers, lambda module: module != PICTURE_READER,
+        ["from PIL import Image\nImage.open(path)", "from PIL import Image as P\nread = P.open",
+         "import PIL.Image as I\nI.open(path)", "from PIL.Image import open", "import cv2\ncv2.imread(path)"],
+        f"{PICTURE_READER}: read_rgb, to_rgb or open_image"),
+    "functions fit on a screen": (
+        long_functions, lambda module: not module.startswith("benchmarks"),
+        ["def f():\n" + "    x = 1\n" * FUNCTION_LINES], "split it"),
+}  # fmt: skip
+FINE = (
+    "try: pass\nexcept (ValueError, KeyError): pass\npath.open()\nopen(path)\nImage.new('RGB', size)\n"
+    "write_text(path, 'c')\nA.from_pretrained(x, local_files_only=True)\ntorch.load(f, weights_only=True)\n"
+)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_sources_keep_the_rule(name: str) -> None:
+    rule, applies, _, remedy = RULES[name]
+    held = [module for module in sorted(files()) if applies(module)]
+    assert len(held) > 20
+    broken = [f"{module}:{line}" for module in held for line in rule(syntax(files()[module]))]
+    assert broken == [], remedy
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rule_sees_what_breaks_it(name: str) -> None:
+    rule, _, examples, _ = RULES[name]
+    assert list(rule(ast.parse(FINE))) == []
+    for code in examples:
+        lines = list(rule(ast.parse(code)))
+        assert len(lines) == 1, code
+
+
+def test_files_keep_their_budgets() -> None:
+    lines = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in modules().items()}
+    budgets = {module: ENTRY_LINES if module.startswith("pipelines") else MODULE_LINES for module in lines}
+    assert {module: n for module, n in lines.items() if n > budgets[module]} == {}
+
+
+def test_the_reader_of_pictures_names_its_formats() -> None:
+    calls = [node for node in ast.walk(syntax(modules()[PICTURE_READER])) if isinstance(node, ast.Call)]
+    opened = [call for call in calls if ast.unparse(call.func) == "Image.open"]
+    assert [[keyword.arg for keyword in call.keywords] for call in opened] == [["formats"]]
