@@ -15,7 +15,6 @@ from coordexp.models.loading import Checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.training.builders import (
-    ROW_LR_FACTOR,
     load_for_training,
     make_collator,
     make_encoder,
@@ -80,17 +79,13 @@ def _teach(
         "stage": stage,
     }
     session = Session(
+        run=run,
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
         inputs={**start_files(start), "samples": data, "plan": run.paths.packed / "plan.parquet"}
         | image_inputs(run.paths.raw),
         optim=optim,
-        tuning=run.profile.tuning,
-        steps=len(packs_by_step),
-        sharding=run.profile.launch.sharding,
         seed=run.params.stage1_seed,
-        row_lr_factor=ROW_LR_FACTOR,
-        out=run.paths.run(stage),
     )
     monitor = make_monitor(run, stage, checkpoint, len(packs_by_step))
     return run_session(session, checkpoint, task, monitor)
