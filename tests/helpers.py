@@ -228,7 +228,8 @@ def optim(**changes: Any) -> OptimConfig:
     """How a small model steps."""
     block = {
         "optimizer": "adamw", "steps": 8, "lr": 0.01, "coord_row_lr_factor": 1.0, "betas": (0.9, 0.95),
-        "warmup_steps": 2, "weight_decay": 0.0, "precision": "fp32", "max_grad_norm": 1.0, "log_every": 3, "grad_monitor_every": 0,
+        "warmup_steps": 2, "weight_decay": 0.0, "precision": "fp32", "max_grad_norm": 1.0, "log_every": 3,
+        "grad_monitor_every": 0,
     }  # fmt: skip
     return OptimConfig.model_validate(block | changes)
 

@@ -19,6 +19,7 @@ from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import only_process, replace_folder, write_text
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
@@ -89,7 +90,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
         BusyError: another process runs the same session.
     """
-    torch.manual_seed(session.seed)
+    torch.manual_seed(stream_seed(session.seed, "train/torch"))
     profile, state = session.run.profile, session.state_folder()
     assert checkpoint.coord is not None
     undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord)

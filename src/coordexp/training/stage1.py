@@ -37,7 +37,7 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
     optim = run.profile.stage1
     packs_by_step = [
         [packs[i] for i in items]
-        for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed)
+        for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed, "stage1/order")
     ]
     return _teach(run, "stage1", checkpoint, run.paths.init, packs_by_step, optim)
 
@@ -53,7 +53,9 @@ def train_control(run: RunConfig) -> dict[str, Any]:
     lengths = SampleStore(run.paths.norm1000 / "train.parquet").lengths()
     budget = read_compute(run.paths)["tokens"]
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
-    chosen = packs_for_budget(pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed + 2)
+    chosen = packs_for_budget(
+        pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed, "stage1-control/order"
+    )
     packs_by_step = [[packs[i] for i in items] for items in chosen]
     return _teach(run, "stage1-control", checkpoint, start, packs_by_step, run.profile.stage2)
 

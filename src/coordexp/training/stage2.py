@@ -55,7 +55,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         optim.samples_per_step,
         optim.steps,
         run.params.stage2.b_ratio,
-        run.params.stage2_seed + 1,
+        run.params.stage2_seed,
     )
     encoder = make_encoder(run.params, checkpoint)
     refresher = _refresher(run, session, checkpoint, plan)
