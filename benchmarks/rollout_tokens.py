@@ -92,7 +92,9 @@ class ForgetfulVllm:
 def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:
     """Both codecs write the same answers."""
     encoders = {name: AnswerEncoder(checkpoint.tokenizer, CODECS[name]) for name in ("json", "tags")}
-    samples = {name: [permuted(s, encoder, [0]) for s in stored] for name, encoder in encoders.items()}
+    samples = {
+        name: [permuted(s, encoder, np.random.default_rng(0)) for s in stored] for name, encoder in encoders.items()
+    }
     tokens = {name: sum(len(s.answer_ids) for s in these) for name, these in samples.items()}
     speed = None
     for batch in BATCHES:

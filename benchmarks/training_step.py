@@ -31,6 +31,7 @@ from benchmarks.tiny_run import TinyRun
 from torch import Tensor
 
 from benchmarks import harness, tiny_run, trl_loop
+from coordexp.config.profile import OptimConfig
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.plan_file import read_packs
@@ -38,7 +39,7 @@ from coordexp.packing.samples import Sample, SampleStore
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.prompts import expand_image
 from coordexp.training.builders import make_collator, make_encoder, stage1_objective
-from coordexp.training.loop import LoopSettings, train
+from coordexp.training.loop import train
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.teacher_task import TeacherTask
@@ -61,6 +62,12 @@ def step_packs(run: TinyRun, steps: int) -> list[list[list[int]]]:
     return [packs[i * size : (i + 1) * size] for i in range(steps)]
 
 
+def adamw(run: TinyRun, steps: int) -> OptimConfig:
+    """What both loops step with: stage 1's block, without what only one of them would do."""
+    plain = {"optimizer": "adamw", "lr": LR, "coord_row_lr_factor": 1.0, "weight_decay": 0.0}
+    return run.profile.stage1.model_copy(update={"steps": steps, "log_every": steps, **plain})
+
+
 def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     """Stage 1's own loop."""
     tune_allocator(LOG)
@@ -69,22 +76,10 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     source = SampleSource(store, make_encoder(run.params, checkpoint), run.params.text.object_order, seed=0)
     objective = stage1_objective(run.params, checkpoint, steps)
     task = TeacherTask(checkpoint.model, objective, source, collator, step_packs(run, steps))
-    optim = run.profile.stage1
-    settings = LoopSettings(
-        steps=steps,
-        schedule=lambda _: 1.0,
-        lr=LR,
-        optimizer="adamw",
-        weight_decay=0.0,
-        row_lr_factor=1.0,
-        max_grad_norm=optim.max_grad_norm,
-        precision=optim.precision,
-        log_every=steps,
-        save_every_seconds=1e9,
-    )
+    optim = adamw(run, steps)
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        train(checkpoint.model, task, settings, Path(folder), log)
+        train(checkpoint.model, task, optim, Path(folder), log, save_every_seconds=1e9, schedule=lambda _: 1.0)
         rows = [json.loads(line) for line in log.read_text().splitlines()]
     timed = rows[WARM_STEPS:]
     seconds = [row["time/step_s"] / row["samples"] for row in timed]
@@ -119,7 +114,8 @@ def padded_batch(checkpoint: Checkpoint, root: Path, samples: Sequence[Sample]) 
 def padded(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     """The loop of a tutorial."""
     store, model = SampleStore(run.paths.norm1000 / "train.parquet"), checkpoint.model
-    optimizer, optim = build_optimizer(model, "adamw", LR, 0.0), run.profile.stage1
+    optim = adamw(run, steps)
+    optimizer = build_optimizer(model, optim)
     model.train()
     seconds = []
     for packs in step_packs(run, steps):

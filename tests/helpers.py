@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import Profile
+from coordexp.config.profile import OptimConfig, Profile
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.losses.objective import ObjectiveWeights
@@ -222,6 +222,16 @@ def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Six composed scenes with their samples (json codec); see `scene_records`."""
     return build_world(tmp_path_factory.mktemp("world"))
+
+
+def optim(**changes: Any) -> OptimConfig:
+    """How a small model steps."""
+    block = {
+        "optimizer": "adamw", "steps": 8, "lr": 0.01, "coord_row_lr_factor": 1.0, "betas": (0.9, 0.95),
+        "warmup_steps": 2, "weight_decay": 0.0, "precision": "fp32", "max_grad_norm": 1.0, "log_every": 3,
+        "grad_monitor_every": 0,
+    }  # fmt: skip
+    return OptimConfig.model_validate(block | changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.errors import Interrupted
 from coordexp.training import loop
@@ -70,9 +71,11 @@ def run(entry: dict[str, Any]) -> None:
     stop_in(entry["stop_in"])
     try:
         STAGES[entry["stage"]](
-            Params.model_validate(entry["params"]),
-            Profile.model_validate(entry["profile"]),
-            ProfilePaths("smoke", Path(entry["root"])),
+            RunConfig(
+                params=Params.model_validate(entry["params"]),
+                profile=Profile.model_validate(entry["profile"]),
+                paths=ProfilePaths("smoke", Path(entry["root"])),
+            )
         )
     except Interrupted:
         assert entry["stop_in"] is not None

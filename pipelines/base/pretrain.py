@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from coordexp.config.profile import OptimConfig
 from coordexp.models.processor import pixel_spec
 from coordexp.models.tiny import build_tiny
 from coordexp.packing.collator import Collator
 from coordexp.records.scenes.sprites import load_catalog
 from coordexp.stage import tune_allocator
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
-from coordexp.training.loop import LoopSettings, train
+from coordexp.training.loop import train
 from coordexp.training.pretrain import (
     BaseModel,
     CurriculumPhase,
@@ -50,20 +51,22 @@ def main() -> None:
         for p in phases
     ]
     steps = sum(phase.steps for phase in phases)
-    settings = LoopSettings(
-        steps=steps,
-        schedule=legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"]),
-        lr=options["lr"],
+    optim = OptimConfig(
         optimizer="muon",
+        steps=steps,
+        lr=options["lr"],
+        coord_row_lr_factor=1.0,
+        betas=(0.9, 0.95),
+        warmup_steps=options["warmup_steps"],
         weight_decay=0.0,
-        row_lr_factor=1.0,
-        max_grad_norm=1.0,
         precision="bf16",
+        max_grad_norm=1.0,
         log_every=25,
-        save_every_seconds=240,
+        grad_monitor_every=0,
     )
+    schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
-    train(model, task, settings, STATE, STATE / "train_log.jsonl")
+    train(model, task, optim, STATE, STATE / "train_log.jsonl", save_every_seconds=240, schedule=schedule)
     finish_base(HOME, vlm, tokenizer, pixels, STATE / "train_log.jsonl", params, time.monotonic() - started)
 
 

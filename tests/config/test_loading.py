@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -14,21 +16,25 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from ruamel.yaml import YAML
 
 from coordexp.config.block import Block, expectation, field_specs, named_blocks, nested_block
-from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.config.loading import (
+    EXTENDS,
+    load_params,
+    load_profile,
+    parse_params,
+    parse_profile,
+    profile_names,
+    profile_tree,
+    read_yaml,
+)
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import COORD_TERMS, Params
 from coordexp.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FILES: dict[type[Block], tuple[Path, Callable[[Path], Block]]] = {
-    Params: (ROOT / "params.yaml", load_params),
-    Profile: (ROOT / "configs" / "tiny.yaml", load_profile),
-}
-PROFILES = sorted((ROOT / "configs").glob("*.yaml"))
+FILES: dict[type[Block], Path] = {Params: ROOT / "params.yaml", Profile: ROOT / "configs" / "tiny.yaml"}
 
 
 def leaves(block: type[Block], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -39,14 +45,16 @@ def leaves(block: type[Block], prefix: str = "") -> Iterator[tuple[str, FieldInf
             yield prefix + name, field
 
 
-LEAVES = [
-    pytest.param(block, key, field, id=f"{block.__name__}:{key}") for block in FILES for key, field in leaves(block)
-]
+LEAVES = [(block, key, field) for block in FILES for key, field in leaves(block)]
 
 
 @cache
-def repository_tree(path: Path) -> dict[str, Any]:
-    return read_yaml(path)
+def repository_tree(block: type[Block]) -> dict[str, Any]:
+    return read_yaml(FILES[block])
+
+
+def parse(block: type[Block], tree: dict[str, Any]) -> Any:
+    return parse_params("here.yaml", tree) if block is Params else parse_profile(Path("here.yaml"), tree)
 
 
 def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -63,22 +71,25 @@ def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return changed
 
 
-def error_of(folder: Path, block: type[Block], changes: dict[str, Any]) -> str:
-    """The message for the repository's file with some keys changed."""
-    source, load = FILES[block]
-    tree = repository_tree(source)
+def error_of(block: type[Block], changes: dict[str, Any], sets: bool = False) -> str:
+    """The message for the repository's file with some keys changed; a profile may be made one on data sets."""
+    tree = repository_tree(block)
+    if sets:
+        changes = {"source": copy.deepcopy(DATASETS), **changes}
     for key, value in changes.items():
         tree = with_value(tree, key, value)
     with pytest.raises(ConfigError) as caught:
-        load(written(folder / source.name, tree))
+        parse(block, tree)
     message = str(caught.value)
-    assert message.startswith(f"{folder / source.name}: ")
+    assert message.startswith("here.yaml: ")
     return message
 
 
-def written(path: Path, tree: dict[str, Any]) -> Path:
-    YAML().dump(tree, path)
-    return path
+COCO_SET = {
+    "format": "coco", "root": "datasets/coco", "train": "instances_train.json", "val": "instances_val.json",
+    "train_images": "train", "val_images": "val", "weight": 1.0, "prompt": "open",
+}  # fmt: skip
+DATASETS = {"kind": "datasets", "verify": "decode", "sets": {"coco": COCO_SET}}
 
 
 def wrong_types(field: FieldInfo) -> list[Any]:
@@ -105,54 +116,51 @@ def out_of_range(field: FieldInfo) -> list[Any]:
     return [past[type(rule)](rule) for rule in field.metadata if type(rule) in past]
 
 
-@pytest.mark.parametrize(("block", "key", "field"), LEAVES)
-def test_missing_key(tmp_path: Path, block: type[Block], key: str, field: FieldInfo) -> None:
-    assert f"  {key}: missing, expected {expectation(field)}." in error_of(tmp_path, block, {key: ...})
+def test_every_key_can_be_wrong_in_every_way() -> None:
+    """Missing, unknown, of another type, out of range: the message names it in full and says what is expected."""
+    for block, key, field in LEAVES:
+        expected = f"expected {expectation(field)}."
+        assert f"  {key}: missing, {expected}" in error_of(block, {key: ...})
+        message = error_of(block, {f"{key}_": 0.25})
+        assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean '{key.split('.')[-1]}'?" in message
+        for value in wrong_types(field):
+            message = error_of(block, {key: value})
+            assert f"  {key}: found " in message, value
+            assert f", {expected}" in message, value
+        values = out_of_range(field)
+        assert values, f"{key} accepts every value of its type; give it a range"
+        for value in values:
+            message = error_of(block, {key: value})
+            assert f"  {key}" in message, value
+            assert "expected" in message, value
 
 
-@pytest.mark.parametrize(("block", "key", "field"), LEAVES)
-def test_unknown_key_names_the_closest(tmp_path: Path, block: type[Block], key: str, field: FieldInfo) -> None:
-    message = error_of(tmp_path, block, {f"{key}_": 0.25})
-    assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean '{key.split('.')[-1]}'?" in message
+def test_a_removed_key_is_refused_with_its_remedy_alone_and_in_its_block() -> None:
+    for block, (removed, remedy) in product(FILES, REMOVED.items()):
+        line = f"  {removed}: removed. {remedy}"
+        assert line in error_of(block, {removed: None})
+        if "." in removed:  # with a value inside, as old files have it
+            assert line in error_of(block, {f"{removed}.enabled": True})
 
 
-@pytest.mark.parametrize(("block", "key", "field"), LEAVES)
-def test_wrong_type(tmp_path: Path, block: type[Block], key: str, field: FieldInfo) -> None:
-    for value in wrong_types(field):
-        message = error_of(tmp_path, block, {key: value})
-        assert f"  {key}: found " in message, value
-        assert f", expected {expectation(field)}." in message, value
+def test_a_key_that_was_renamed_in_a_block_leaves_the_block_checked() -> None:
+    message = error_of(Params, {"anneal.sigma_fraction": ..., "anneal.sigma_share": 0.5, "anneal.sigma_from": "wide"})
+    assert "  anneal.sigma_share: removed. Use anneal.sigma_fraction, of the same meaning." in message
+    assert "  anneal.sigma_fraction: missing, expected a number in [0, 1]." in message
+    assert "  anneal.sigma_from: found 'wide' (text)" in message
+    assert "unknown key" not in message
 
 
-@pytest.mark.parametrize(("block", "key", "field"), LEAVES)
-def test_out_of_range(tmp_path: Path, block: type[Block], key: str, field: FieldInfo) -> None:
-    values = out_of_range(field)
-    assert values, f"{key} accepts every value of its type; give it a range"
-    for value in values:
-        message = error_of(tmp_path, block, {key: value})
-        assert f"  {key}" in message, value
-        assert "expected" in message, value
-
-
-@pytest.mark.parametrize("removed", sorted(REMOVED))
-@pytest.mark.parametrize("block", FILES)
-def test_removed_key_is_refused_with_its_remedy(tmp_path: Path, block: type[Block], removed: str) -> None:
-    assert f"  {removed}: removed. {REMOVED[removed]}" in error_of(tmp_path, block, {removed: None})
-    if "." in removed:  # with a value inside, as old files have it
-        message = error_of(tmp_path, block, {f"{removed}.enabled": True})
-        assert f"  {removed}: removed. {REMOVED[removed]}" in message
-
-
-def test_a_removed_block_explains_every_child(tmp_path: Path) -> None:
-    message = error_of(tmp_path, Params, {"custom.coord_loss": {"l1": 1.0}, "custom.other": 3})
+def test_a_removed_block_explains_every_child() -> None:
+    message = error_of(Params, {"custom.coord_loss": {"l1": 1.0}, "custom.other": 3})
     assert "  custom.coord_loss: removed. Stage 1 no longer decodes" in message
     assert "  custom.other: removed. There is no `custom` block" in message
     assert "unknown key" not in message
 
 
-def test_all_errors_come_at_once(tmp_path: Path) -> None:
+def test_all_errors_come_at_once() -> None:
     message = error_of(
-        tmp_path, Params, {"softce_wt": 0.2, "sigma": "wide", "stage2.b_ratio": 2, "custom.coord_loss": {}, "seed": ...}
+        Params, {"softce_wt": 0.2, "sigma": "wide", "stage2.b_ratio": 2, "custom.coord_loss": {}, "seed": ...}
     )
     for line in (
         "softce_wt: unknown key, set to 0.2 (a number). Did you mean 'softce_weight'?",
@@ -173,14 +181,12 @@ def test_all_errors_come_at_once(tmp_path: Path) -> None:
         (Profile, "stage2.softce_weight", "'softce_weight' is a key of params.yaml and of params.yaml: stage1."),
     ],
 )
-def test_a_key_in_the_wrong_place_names_the_right_one(
-    tmp_path: Path, block: type[Block], key: str, places: str
-) -> None:
-    assert f"{key}: unknown key, set to 1 (an integer). {places}" in error_of(tmp_path, block, {key: 1})
+def test_a_key_in_the_wrong_place_names_the_right_one(block: type[Block], key: str, places: str) -> None:
+    assert f"{key}: unknown key, set to 1 (an integer). {places}" in error_of(block, {key: 1})
 
 
-def test_unknown_keys_list_the_valid_ones(tmp_path: Path) -> None:
-    message = error_of(tmp_path, Params, {"matching.zzz": 1, "qqq": 1})
+def test_unknown_keys_list_the_valid_ones() -> None:
+    message = error_of(Params, {"matching.zzz": 1, "qqq": 1})
     assert "(valid keys of matching: lambda_l1, lambda_iou, lambda_sem, gate, gate_threshold)" in message
     assert "(valid keys at the top level: softce_weight, " in message
 
@@ -267,28 +273,26 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
         ),
     ],
 )
-def test_rules_over_values(tmp_path: Path, block: type[Block], changes: dict[str, Any], message: str) -> None:
-    assert f"\n  {message}" in error_of(tmp_path, block, changes)
+def test_rules_over_values(block: type[Block], changes: dict[str, Any], message: str) -> None:
+    assert f"\n  {message}" in error_of(block, changes)
 
 
-def test_one_coordinate_term_is_enough(tmp_path: Path) -> None:
-    tree = read_yaml(FILES[Params][0])
+def test_one_coordinate_term_is_enough() -> None:
     for term in COORD_TERMS:
-        zeroed = tree | dict.fromkeys(COORD_TERMS, 0) | {term: 0.5}
-        assert getattr(load_params(written(tmp_path / "params.yaml", zeroed)), term) == 0.5
+        assert (
+            getattr(parse(Params, repository_tree(Params) | dict.fromkeys(COORD_TERMS, 0) | {term: 0.5}), term) == 0.5
+        )
 
 
-def test_integers_are_numbers_and_stay_the_declared_type(tmp_path: Path) -> None:
-    tree = with_value(read_yaml(FILES[Params][0]), "sigma", 3)
-    sigma = load_params(written(tmp_path / "params.yaml", tree)).sigma
+def test_integers_are_numbers_and_stay_the_declared_type() -> None:
+    sigma = parse(Params, repository_tree(Params) | {"sigma": 3}).sigma
     assert sigma == 3.0
     assert isinstance(sigma, float)
 
 
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
-    text = re.sub(r"lr: \S+", "lr: 2e-05", FILES[Profile][0].read_text())
     path = tmp_path / "tiny.yaml"
-    path.write_text(text)
+    path.write_text(re.sub(r"lr: \S+", "lr: 2e-05", FILES[Profile].read_text()))
     assert load_profile(path).stage1.lr == 2e-5
 
 
@@ -325,18 +329,85 @@ def test_parameters_are_frozen() -> None:
         params.stage1.w1_weight = 1.0
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_profiles_load_and_have_the_same_keys(path: Path) -> None:
-    profile = load_profile(path)
-    tree, like = read_yaml(path), read_yaml(FILES[Profile][0])
-    if isinstance(profile, DatasetsProfile):
-        del tree["source"], like["source"]  # validated above; its sets have names of the user's choice
-    del tree["model"]["files"], like["model"]["files"]  # null, or the names of its files
-    assert key_tree(tree) == key_tree(like)
+def test_the_committed_profiles_load_and_state_every_key_once_or_inherit_it() -> None:
+    for name in profile_names(ROOT / "configs"):
+        path = ROOT / "configs" / f"{name}.yaml"
+        assert load_profile(path).model_dump(mode="json") == profile_tree(path), name
+        own = read_yaml(path)
+        if EXTENDS in own:
+            base = profile_tree(ROOT / "configs" / f"{own.pop(EXTENDS)}.yaml")
+            same = {key for key, value in leaf_values(own) if (key, value) in leaf_values(base)}
+            assert {key for key in same if not key.startswith("source.sets.")} == set(), "states what it inherits"
 
 
-def key_tree(node: Any) -> Any:
-    return {key: key_tree(value) for key, value in node.items()} if isinstance(node, dict) else None
+def leaf_values(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        leaf
+        for key, value in tree.items()
+        for leaf in (leaf_values(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
+    ]
+
+
+def family(folder: Path, **files: str) -> Path:
+    """A copy of tiny.yaml as whole.yaml with some more files beside it; returns child.yaml among them."""
+    (folder / "base").mkdir()
+    shutil.copy(FILES[Profile], folder / "whole.yaml")
+    for name, text in files.items():
+        (folder / f"{name.replace('__', '/')}.yaml").write_text(text)
+    return folder / "child.yaml"
+
+
+def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
+    """Over two generations: blocks merge, a list and a block of named blocks are taken whole."""
+    pin = f"{{bytes: 1, sha256: '{'0' * 64}'}}"
+    child = family(
+        tmp_path,
+        child="extends: base/middle\nstage1: {steps: 7, warmup_steps: 1}\nrollout: {servers: [b]}\n",
+        base__middle=f"extends: whole\nstage1: {{steps: 9, lr: 0.5}}\nmodel: {{files: {{x.json: {pin}}}}}\n",
+    )
+    whole, profile = load_profile(tmp_path / "whole.yaml"), load_profile(child)
+    assert (profile.stage1.steps, profile.stage1.warmup_steps, profile.stage1.lr) == (7, 1, 0.5)
+    assert profile.rollout.servers == ("b",)
+    assert list(profile.model.files or {}) == ["x.json"]
+    merged = whole.model_dump() | {name: getattr(profile, name).model_dump() for name in ("stage1", "rollout", "model")}
+    assert profile.model_dump() == merged
+    assert profile.stage1.model_copy(update={"steps": 400, "warmup_steps": 20, "lr": 0.003}) == whole.stage1
+    assert profile_names(tmp_path) == ["child", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("child", "middle", "message"),
+    [
+        ("extends: base/middle", "extends: whole\nstage1: {lr: high}",
+         "stage1.lr: found 'high' (text), expected a number in (0, 1]. (in {folder}/base/middle.yaml)"),
+        ("extends: base/middle\nstage1: {steps: 9}", "extends: whole\nstage1: {lrr: 1}",
+         "stage1.lrr: unknown key, set to 1 (an integer).* (in {folder}/base/middle.yaml)"),
+        ("extends: base/middle", "extends: whole\nrollout: {servers: [a, 3]}",
+         "rollout.servers[1]: found 3 (an integer), expected non-empty text. (in {folder}/base/middle.yaml)"),
+        ("extends: base/middle", "extends: whole\nsource: {small_share: 0.1}",
+         "source.small_share: removed. *(in {folder}/base/middle.yaml)"),
+        ("extends: base/middle", "extends: whole\nstage1: {warmup_steps: 600}",
+         "stage1: warmup_steps 600 is not below steps 400; lower it. (in {folder}/base/middle.yaml)"),
+        ("extends: base/middle\nstage1: {steps: 9}", "extends: whole",
+         "stage1: warmup_steps 20 is not below steps 9; lower it.\n*"),
+        ("extends: whole\nstage1: {lrr: 1}", "{}",
+         "stage1.lrr: unknown key, set to 1 (an integer). Did you mean 'lr'?\n*"),
+        ("extends: base/middle", "stage1: {steps: 9}", "source: missing, expected a block with the keys *"),
+        ("extends: base/middle", "extends: child",
+         "extends: {folder}/child.yaml extends {folder}/base/middle.yaml extends {folder}/child.yaml: a circle. *"),
+        ("extends: base/midle", "{}",
+         "extends: found 'base/midle' (text), expected the name of another *. Did you mean 'base/middle'?"),
+        ("extends: [whole]", "{}", "extends: found ['whole'] (a list), expected the name of another profile file in *"),
+    ],
+)  # fmt: skip
+def test_a_wrong_family_is_refused_by_file_and_key(tmp_path: Path, child: str, middle: str, message: str) -> None:
+    path = family(tmp_path, child=child, base__middle=middle)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(path)
+    found = str(caught.value) + "\n"
+    assert found.startswith(f"{path}: ")
+    pattern = ".*".join(re.escape(part) for part in message.format(folder=tmp_path).split("*"))
+    assert re.search(pattern, found), found
 
 
 def test_params_file_has_every_key_of_the_schema_once() -> None:
@@ -347,25 +418,9 @@ def test_params_file_has_every_key_of_the_schema_once() -> None:
     assert sorted(keys(read_yaml(ROOT / "params.yaml"))) == sorted(spec.key for spec in field_specs(Params))
 
 
-COCO_SET = {
-    "format": "coco", "root": "datasets/coco", "train": "instances_train.json", "val": "instances_val.json",
-    "train_images": "train", "val_images": "val", "weight": 1.0, "prompt": "open",
-}  # fmt: skip
-DATASETS = {"kind": "datasets", "verify": "decode", "sets": {"coco": COCO_SET}}
-
-
-def datasets_error(folder: Path, changes: dict[str, Any]) -> str:
-    tree = with_value(read_yaml(FILES[Profile][0]), "source", copy.deepcopy(DATASETS))
-    for key, value in changes.items():
-        tree = with_value(tree, key, value)
-    with pytest.raises(ConfigError) as caught:
-        load_profile(written(folder / "sets.yaml", tree))
-    return str(caught.value)
-
-
-def test_data_sets_are_read_by_name(tmp_path: Path) -> None:
-    tree = with_value(read_yaml(FILES[Profile][0]), "source", copy.deepcopy(DATASETS))
-    profile = load_profile(written(tmp_path / "sets.yaml", with_value(tree, "records.dev_images", 10**6)))
+def test_data_sets_are_read_by_name() -> None:
+    tree = with_value(repository_tree(Profile), "source", copy.deepcopy(DATASETS))
+    profile = parse(Profile, with_value(tree, "records.dev_images", 10**6))
     assert isinstance(profile, DatasetsProfile)
     assert profile.source.sets == {"coco": DatasetConfig(**COCO_SET)}
 
@@ -376,15 +431,16 @@ DATASET_LEAVES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "field"), DATASET_LEAVES, ids=[key for key, _ in DATASET_LEAVES])
-def test_every_key_of_a_data_set_can_be_wrong_in_every_way(tmp_path: Path, key: str, field: FieldInfo) -> None:
-    for value in [*wrong_types(field), *out_of_range(field)]:
-        message = datasets_error(tmp_path, {key: value})
-        assert f"  {key}: found " in message, value
-        assert f", expected {expectation(field)}." in message, value
-    if key != "source.kind":  # without it, the source would be read as composed scenes
-        assert f"  {key}: missing, expected {expectation(field)}." in datasets_error(tmp_path, {key: ...})
-    assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean" in datasets_error(tmp_path, {f"{key}_": 0.25})
+def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
+    for key, field in DATASET_LEAVES:
+        for value in [*wrong_types(field), *out_of_range(field)]:
+            message = error_of(Profile, {key: value}, sets=True)
+            assert f"  {key}: found " in message, value
+            assert f", expected {expectation(field)}." in message, value
+        if key != "source.kind":  # without it, the source would be read as composed scenes
+            assert f"  {key}: missing, expected {expectation(field)}." in error_of(Profile, {key: ...}, sets=True)
+        unknown = error_of(Profile, {f"{key}_": 0.25}, sets=True)
+        assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean" in unknown
 
 
 @pytest.mark.parametrize(
@@ -405,5 +461,5 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way(tmp_path: Path, key: 
         ({"source.sprites": "x"}, "source.sprites: unknown key"),
     ],
 )
-def test_wrong_data_sets(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    assert f"  {message}" in datasets_error(tmp_path, changes)
+def test_wrong_data_sets(changes: dict[str, Any], message: str) -> None:
+    assert f"  {message}" in error_of(Profile, changes, sets=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pipelines import coco_eval, convert, norm1000, pack, raw, report, rollout, stage1, stage1_control, stage2
@@ -24,7 +23,7 @@ from coco_oddities import (
     write_coco,
 )
 from coordexp import cli
-from coordexp.config.loading import read_yaml
+from coordexp.config.loading import profile_tree, read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.models.loading import load_checkpoint
 from coordexp.models.pins import write_pins
@@ -50,7 +49,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(root))
         patch.chdir(root)
-        write_base(Path(read_yaml(root / "configs" / f"{PROFILE}.yaml")["model"]["path"]))
+        write_base(Path(profile_tree(root / "configs" / f"{PROFILE}.yaml")["model"]["path"]))
         write_pins(root / "configs" / f"{PROFILE}.yaml")
         (root / "data").mkdir()
         for stage in STAGES:
@@ -69,7 +68,7 @@ def write_base(folder: Path) -> None:
 
 def write_profile(repository: Path, root: Path) -> None:
     """The committed profile with sizes cut down; images that have another size than annotated are dropped."""
-    profile: dict[str, Any] = read_yaml(repository / "configs" / f"{PROFILE}.yaml")
+    profile = profile_tree(repository / "configs" / f"{PROFILE}.yaml")
     profile["model"] |= {"min_pixels": 4096, "max_pixels": 9216}
     profile["records"] |= {"dev_images": 6, "bad_images": "drop"}
     profile["packing"]["pack_tokens"] = 512

@@ -15,7 +15,7 @@ from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.collator import teacher_segment
 from coordexp.training.optimizers import build_optimizer
-from helpers import new_checkpoint
+from helpers import new_checkpoint, optim
 
 ADAPTERS = ("lora", "dora")
 
@@ -51,7 +51,7 @@ def logits(checkpoint: Checkpoint, batch) -> torch.Tensor:
 
 def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
     """A few real optimizer steps, large enough to show."""
-    optimizer = build_optimizer(checkpoint.model, "adamw", 0.01, 0.0)
+    optimizer = build_optimizer(checkpoint.model, optim())
     targets = torch.cat([batch.text_targets, batch.coord_targets.round().long() + checkpoint.coord.first_id])
     for _ in range(count):
         torch.nn.functional.cross_entropy(logits(checkpoint, batch), targets).backward()
@@ -170,7 +170,7 @@ def test_missing_packages_are_named(monkeypatch):
     with pytest.raises(ConfigError, match=r"tuning.method is 'lora', which needs PEFT"):
         apply_tuning(checkpoint.model, tuning(method="lora"), checkpoint.coord)
     with pytest.raises(ConfigError, match=r"'adamw_8bit', which needs bitsandbytes"):
-        build_optimizer(checkpoint.model, "adamw_8bit", 0.001, 0.0)
+        build_optimizer(checkpoint.model, optim(optimizer="adamw_8bit"))
 
 
 def test_adapting_nothing_is_refused():

@@ -29,7 +29,7 @@ def profile(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "models").mkdir()
     (tmp_path / BASE).symlink_to(tmp_path / "elsewhere")
     text = (repository / "configs" / "coco-qwen3vl-4b.yaml").read_text()
-    (tmp_path / "configs").mkdir()
+    shutil.copytree(repository / "configs" / "base", tmp_path / "configs" / "base")
     file = tmp_path / "configs" / "mine.yaml"
     file.write_text(re.sub(r"(?m)^  path: \S+", f"  path: {BASE}", text))
     shutil.copy(repository / "params.yaml", tmp_path)
@@ -54,18 +54,21 @@ def test_pinning_changes_nothing_else_in_the_file_and_holds(profile: Path) -> No
     assert model(profile).files is None
     write_pins(profile)
     after = profile.read_text().splitlines()
-    at = before.index("  files: null")
+    at = next(i for i, line in enumerate(before) if line.startswith("  path:")) + 1
     assert after[:at] == before[:at]
-    assert after[-len(before) + at + 1 :] == before[at + 1 :]
+    assert [line for line in after[at:] if not line.startswith("  ")] == before[at:]
+    assert after[at] == "  files:"
     assert pinned_folder(model(profile), "mine") == BASE
     write_pins(profile)
     assert profile.read_text().splitlines() == after
 
 
-def test_a_profile_from_before_pins_can_be_pinned(profile: Path) -> None:
-    profile.write_text(profile.read_text().replace("  files: null\n", ""))
-    write_pins(profile)
-    assert "config.json" in (model(profile).files or {})
+def test_a_profile_that_inherits_its_model_pins_it_in_its_own_file(profile: Path) -> None:
+    child = profile.with_name("child.yaml")
+    child.write_text("extends: mine\nstage1:\n  steps: 1000\n")
+    write_pins(child)
+    assert model(profile).files is None
+    assert pinned_folder(model(child), "child") == BASE
 
 
 def edited(name: str) -> Callable[[], None]:

@@ -15,26 +15,15 @@ import torch
 from torch import nn
 
 from coordexp.errors import Interrupted, TrainingError
-from coordexp.training import loop
+from coordexp.training import checkpoint as checkpoint_module
 from coordexp.training.checkpoint import load_state
-from coordexp.training.loop import LoopSettings, MicroBatch, train
+from coordexp.training.loop import MicroBatch, train
 from coordexp.training.schedule import cosine_schedule
 from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective
+from helpers import new_checkpoint, objective, optim
 
 STEPS = 8
-SETTINGS = LoopSettings(
-    steps=STEPS,
-    schedule=cosine_schedule(STEPS, 2),
-    lr=0.05,
-    optimizer="muon",
-    weight_decay=0.01,
-    row_lr_factor=1.0,
-    max_grad_norm=1.0,
-    precision="fp32",
-    log_every=3,
-    save_every_seconds=1e9,
-)
+OPTIM = optim(optimizer="muon", steps=STEPS, lr=0.05, weight_decay=0.01)
 
 
 class Small(nn.Module):
@@ -68,12 +57,18 @@ class SmallTask:
         return {"images": [step]}
 
 
-def run(folder: Path, settings: LoopSettings = SETTINGS, on_step=lambda step: None) -> nn.Module:
+def run(folder: Path, on_step=lambda step: None, save_every_seconds: float = 1e9, **changes) -> nn.Module:
     """Train a new small model in this folder, resuming from whatever lies there."""
     model = Small()
     torch.manual_seed(1)
-    train(model, SmallTask(model, on_step), settings, folder / "state", folder / "log.jsonl")
+    train_small(SmallTask(model, on_step), folder, save_every_seconds, **changes)
     return model
+
+
+def train_small(task: SmallTask, folder: Path, save_every_seconds: float = 1e9, **changes) -> None:
+    block = OPTIM.model_copy(update=changes)
+    state, log = folder / "state", folder / "log.jsonl"
+    train(task.model, task, block, state, log, save_every_seconds=save_every_seconds)
 
 
 def raise_at(wanted: int, what):
@@ -142,14 +137,14 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(tmp_path, uninterrupte
 def test_the_log_on_disk_is_never_behind_the_state(tmp_path, monkeypatch):
     """A process that is killed right after a save must find every row before the saved step again."""
     behind = []
-    original = loop.save_state
+    original = checkpoint_module.save_state
 
     def checking(folder, step, model, optimizer):
         original(folder, step, model, optimizer)
         behind.append(step - len(log_rows(tmp_path)))
 
-    monkeypatch.setattr(loop, "save_state", checking)
-    run(tmp_path, replace(SETTINGS, save_every_seconds=0.0, log_every=100))
+    monkeypatch.setattr(checkpoint_module, "save_state", checking)
+    run(tmp_path, save_every_seconds=0.0, log_every=100)
     assert behind == [0] * STEPS
 
 
@@ -160,7 +155,7 @@ def test_a_log_without_state_starts_over(tmp_path, uninterrupted):
 
 
 def test_a_finished_run_changes_nothing_more(tmp_path, uninterrupted):
-    run(tmp_path, replace(SETTINGS, save_every_seconds=0.0))
+    run(tmp_path, save_every_seconds=0.0)
     again = run(tmp_path, on_step=lambda step: pytest.fail(f"step {step} ran again"))
     assert torch.equal(weights(again), uninterrupted[0])
     assert log_rows(tmp_path) == uninterrupted[1]
@@ -204,7 +199,7 @@ def test_what_is_not_finite_stops_and_can_be_replayed(tmp_path, uninterrupted, s
     model, state = Small(), tmp_path / "state"
     torch.manual_seed(1)
     with pytest.raises(TrainingError, match=f"step 2: {words}"):
-        train(model, Spoiled(model, spoil), SETTINGS, state, tmp_path / "log.jsonl")
+        train_small(Spoiled(model, spoil), tmp_path)
     assert [row["step"] for row in log_rows(tmp_path)] == [0, 1]
     assert torch.isfinite(weights(model)).all()
     kept = json.loads((state / "failed-process-0.json").read_text())
@@ -219,14 +214,14 @@ def test_rows_of_the_log(uninterrupted):
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert row["loss/total"] == pytest.approx(row["loss/half0"] + row["loss/half1"], abs=2e-6)
-        assert row["lr"] == pytest.approx(0.05 * SETTINGS.schedule(row["step"]), abs=1e-6)
+        assert row["lr"] == pytest.approx(0.05 * cosine_schedule(STEPS, 2)(row["step"]), abs=1e-6)
         assert row["grad_norm"] > 0
 
 
 def test_gradients_are_clipped_to_the_limit(tmp_path):
-    settings = replace(SETTINGS, steps=1, optimizer="adamw", weight_decay=0.0)
-    free = run(tmp_path / "free", replace(settings, max_grad_norm=1e9))
-    tight = run(tmp_path / "tight", replace(settings, max_grad_norm=1e-12))
+    one = {"steps": 1, "warmup_steps": 0, "optimizer": "adamw", "weight_decay": 0.0}
+    free = run(tmp_path / "free", **one, max_grad_norm=1e9)
+    tight = run(tmp_path / "tight", **one, max_grad_norm=1e-12)
     start = weights(Small())
     # AdamW's first step has size lr whatever the gradient, until the gradient vanishes beside its eps of 1e-8.
     assert (weights(free) - start).abs().max() > 100 * (weights(tight) - start).abs().max()
@@ -260,8 +255,8 @@ def train_tiny(world, folder: Path, stop_after: int | None = None) -> torch.Tens
             return original(step)
 
         task.micro_batches = stopping  # type: ignore[method-assign]
-    settings = replace(SETTINGS, steps=4, schedule=cosine_schedule(4, 1), lr=1e-3, precision="bf16")
-    train(checkpoint.model, task, settings, folder / "state", folder / "log.jsonl")
+    block = optim(optimizer="muon", steps=4, warmup_steps=1, lr=1e-3, weight_decay=0.01, precision="bf16")
+    train(checkpoint.model, task, block, folder / "state", folder / "log.jsonl", save_every_seconds=1e9)
     return weights(checkpoint.model)
 
 

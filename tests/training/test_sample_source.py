@@ -48,7 +48,7 @@ def test_random_order_keeps_annotations_and_answer_together(world, checkpoint):
 def test_areas_stay_with_their_objects(world, checkpoint):
     stored = world.store[0]
     areas_px2 = tuple(map(float, range(len(stored.descs))))
-    sample = permuted(replace(stored, areas_px2=areas_px2), world.encoder(checkpoint), [2])
+    sample = permuted(replace(stored, areas_px2=areas_px2), world.encoder(checkpoint), np.random.default_rng(2))
     order = [stored.boxes_xyxy_px.tolist().index(box) for box in sample.boxes_xyxy_px.tolist()]
     assert order != sorted(order)
     assert sample.areas_px2 == tuple(map(float, order))

@@ -112,7 +112,7 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
     "change",
     [
         {"sigma": 3.0},
-        {"anneal__sigma_share": 0.5},
+        {"anneal__sigma_fraction": 0.5},
         {"stage1__softce_weight": 2.0},
         {"seed": 1},
         {"text__object_order": "random"},

@@ -22,8 +22,9 @@ PositiveCount = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 # YAML has lists only; their items stay strict.
 IouList = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
-
 TextList = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[_Decay, _Decay], Field(strict=False)]
 
 
 class Block(BaseModel):
@@ -84,7 +85,8 @@ def expectation(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"a non-empty list, each item {expectation(list_item(field))}"
+        size = "a non-empty list" if ... in get_args(kind) else f"a list of {len(get_args(kind))}"
+        return f"{size}, each item {expectation(list_item(field))}"
     assert kind in NOUNS, f"no words for the type {kind!r}"
     steps = [f", a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)]
     return NOUNS[kind] + _interval(field) + "".join(steps)

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from coordexp.config.block import Block, expectation, list_item, named_blocks, nested_block
+from coordexp.config.block import Block, expectation, field_specs, list_item, named_blocks, nested_block
 from coordexp.config.profile import DatasetsProfile, Profile
 from coordexp.config.removed import removed_keys
 from coordexp.config.schema import Params
@@ -21,6 +21,11 @@ from coordexp.errors import ConfigError, closest
 
 BlockT = TypeVar("BlockT", bound=Block)
 Location = tuple[int | str, ...]
+Origins = dict[Location, Path]  # where a key stands that another file than the one that was asked for states
+
+EXTENDS = "extends"  # the one key of a profile file that is no parameter: whose keys it inherits
+# Blocks of names that the user chose: another list of data sets, or of pinned files, is no addition to the first.
+NAMED_BLOCKS = {spec.key.split(".<name>")[0] for spec in field_specs(DatasetsProfile) if "<name>" in spec.key}
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a block"}
 
@@ -31,44 +36,118 @@ def load_params(path: Path) -> Params:
     Raises:
         ConfigError: naming the file and, for every wrong key, what was found and what is expected.
     """
-    return _parse(path, read_yaml(path), Params)
+    return parse_params(str(path), read_yaml(path))
 
 
 def parse_params(where: str, tree: dict[str, Any]) -> Params:
     """Check a tree of parameters that was read elsewhere; errors are as for `load_params` and name `where`."""
-    return _parse(Path(where), tree, Params)
+    return _parse(Path(where), tree, Params, {})
 
 
 def load_profile(path: Path) -> Profile:
-    """Read one `configs/<profile>.yaml`; raises ConfigError like `load_params`, and lists the profiles there are."""
+    """Read one `configs/<profile>.yaml`, with what it extends.
+
+    Raises:
+        ConfigError: like `load_params`, each inherited value with the file that it stands in; a profile that does not
+            exist, with those there are; one that extends itself.
+    """
     if not path.is_file():
-        names = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        names = profile_names(path.parent)
         raise ConfigError(
             f"profile: found {path.stem!r}, but there is no file {path}.{closest(path.stem, names)} "
             f"Profiles there: {', '.join(names) or 'none'}."
         )
-    return parse_profile(path, read_yaml(path))
+    tree, origins = _inherited(path)
+    return _parse_profile(path, tree, origins)
 
 
 def parse_profile(path: Path, tree: dict[str, Any]) -> Profile:
-    """Check the tree of a profile that was read elsewhere; errors are as for `load_profile` and name `path`."""
+    """Check a whole profile, such as a changed `profile_tree`; errors are as for `load_profile` and name `path`."""
+    return _parse_profile(path, tree, {})
+
+
+def profile_names(folder: Path) -> list[str]:
+    """The profiles of a folder. What they extend may lie in folders below, and need not be whole."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def profile_tree(path: Path) -> dict[str, Any]:
+    """All keys of a profile file, inherited ones included, not checked; raises ConfigError if a file cannot be read."""
+    return _inherited(path)[0]
+
+
+def _inherited(path: Path) -> tuple[dict[str, Any], Origins]:
+    """The merged tree of a profile, and for every key that it does not state itself the file that does."""
+    chain = [path]
+    layers = [read_yaml(path)]
+    while EXTENDS in layers[-1]:
+        parent = _parent(chain[-1], layers[-1].pop(EXTENDS), path.parent)
+        if parent in chain:
+            shown = " extends ".join(map(str, [*chain, parent]))
+            raise ConfigError(f"{path}: {EXTENDS}: {shown}: a circle. Let one of them be whole.")
+        chain.append(parent)
+        layers.append(read_yaml(parent))
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    for file, layer in zip(reversed(chain), reversed(layers), strict=True):
+        _extend(tree, layer, (), file, origins)
+    return tree, {location: file for location, file in origins.items() if file != path}
+
+
+def _parent(child: Path, name: Any, folder: Path) -> Path:
+    """The file that a profile extends; `base/qwen3vl` lies in the folder `base` beside the profiles."""
+    known = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    if isinstance(name, str) and (parent := folder / f"{name}.yaml").is_file():
+        return parent
+    hint = closest(str(name), known)
+    raise ConfigError(
+        f"{child}: {EXTENDS}: found {_found(name)}, expected the name of another profile file in {folder}.{hint}"
+    )
+
+
+def _extend(tree: dict[str, Any], layer: dict[str, Any], at: Location, file: Path, origins: Origins) -> None:
+    """Lay one file's keys over a tree: blocks merge; values, lists and blocks whose names the user chose replace."""
+    for key, value in layer.items():
+        location = (*at, key)
+        below = tree.get(key)
+        origins[location] = file
+        if isinstance(value, dict) and isinstance(below, dict) and _dotted(location) not in NAMED_BLOCKS:
+            _extend(below, value, location, file, origins)
+        else:
+            tree[key] = value
+            for inner in _locations(value, location):
+                origins[inner] = file
+
+
+def _locations(value: Any, at: Location) -> Iterator[Location]:
+    yield at
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from _locations(inner, (*at, key))
+
+
+def _parse_profile(path: Path, tree: dict[str, Any], origins: Origins) -> Profile:
     source = tree.get("source")
     is_datasets = isinstance(source, dict) and source.get("kind") == "datasets"
-    return _parse(path, tree, DatasetsProfile if is_datasets else Profile)
+    return _parse(path, tree, DatasetsProfile if is_datasets else Profile, origins)
 
 
-def _parse(path: Path, tree: dict[str, Any], block: type[BlockT]) -> BlockT:
-    removed = dict(removed_keys(tree))
-    problems = [f"{key}: removed. {remedy}" for key, remedy in removed.items()]
-    removed_roots = {key.split(".")[0] for key in removed}
-    kept = {key: value for key, value in tree.items() if key not in removed_roots}
+def _parse(path: Path, tree: dict[str, Any], block: type[BlockT], origins: Origins) -> BlockT:
+    kept, removed = removed_keys(tree)
+    problems = [f"{_dotted(at)}: removed. {remedy}{_inherited_from(at, origins)}" for at, remedy in removed.items()]
     try:
         parsed = block.model_validate(kept)
     except ValidationError as error:
-        problems += _problems(error, block)
+        problems += _problems(error, block, origins)
     if problems:
         raise ConfigError("\n  ".join([f"{path}: wrong parameters.", *problems]))
     return parsed
+
+
+def _inherited_from(location: Location, origins: Origins) -> str:
+    """Where a wrong value stands, if not in the file that the message is about."""
+    known = (origins[location[:end]] for end in range(len(location), 0, -1) if location[:end] in origins)
+    file = next(known, None)
+    return f" (in {file})" if file else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -99,11 +178,11 @@ def parse_value(text: str) -> Any:
         raise ConfigError(f"value {text!r}: not YAML. Quote it, or write a plain number, word or list.") from error
 
 
-def _problems(error: ValidationError, block: type[Block]) -> list[str]:
+def _problems(error: ValidationError, block: type[Block], origins: Origins) -> list[str]:
     errors = error.errors()
     # A list with a wrong item is reported again as too short: the item says it all.
     lists = {e["loc"][:-1] for e in errors if e["loc"] and isinstance(e["loc"][-1], int)}
-    lines = [_problem(e, block) for e in errors if e["loc"] not in lists]
+    lines = [_problem(e, block) + _inherited_from(e["loc"], origins) for e in errors if e["loc"] not in lists]
     for parent in dict.fromkeys(e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"):
         valid = ", ".join(_block_at(block, parent).model_fields)
         lines.append(f"(valid keys {'of ' + _dotted(parent) if parent else 'at the top level'}: {valid})")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coordexp.config.block import Block, Count, Fraction, PositiveCount, Text, TextList
+from coordexp.config.block import Betas, Block, Count, Fraction, PositiveCount, Text, TextList
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
@@ -177,6 +177,10 @@ class OptimConfig(Block):
     )
     steps: PositiveCount = Field(description="optimizer steps")
     lr: float = Field(gt=0, le=1, description="peak learning rate")
+    coord_row_lr_factor: float = Field(
+        gt=0, le=100, description="factor on lr in embedding and head, whose coordinate rows start far from their place"
+    )
+    betas: Betas = Field(description="AdamW: decay of its running means of the gradient and of its square")
     warmup_steps: Count = Field(description="steps of linear warm-up; the rate then falls as a cosine")
     weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
     precision: Literal["bf16", "fp32"] = Field(description="number format of the forward (bf16: autocast)")
@@ -252,6 +256,7 @@ class LaunchConfig(Block):
     sharding: Literal["none", "fsdp2"] = Field(
         description="each training process holds all weights and moments, or its share of them (fsdp2)"
     )
+    save_every_seconds: float = Field(ge=0, le=86400, description="time between two saved states of a training stage")
 
 
 class Profile(Block):

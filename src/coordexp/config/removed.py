@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 _BOX_WEIGHTS = "bbox_smoothl1_weight, bbox_ciou_weight, bbox_giou_weight, bbox_l1_weight, bbox_log_wh_weight"
+_SHARES = (  # of params.yaml, then of a profile
+    *("anneal.sigma_share", "anneal.temperature_share", "stage2.curriculum_share", "source.smallest_share"),
+    *("source.largest_share", "source.small_share", "source.crowd_share", "source.held_out_share"),
+)
 
 # Dotted key -> remedy. The longest key that fits is reported.
 REMOVED = {
@@ -26,12 +29,31 @@ REMOVED = {
     "stage2_ab.schedule": "Use stage2.b_ratio.",
     "stage2_ab.channel_b": "Use stage2.passes and stage2.missed.",
     "stage2_ab.coord_ce_weight": "Use coord_ce_weight at the top level.",
+    **{key: f"Use {key.removesuffix('share')}fraction, of the same meaning." for key in _SHARES},
 }
 
 
-def removed_keys(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (full dotted key, remedy) for every removed key of a parameter tree, each once."""
-    for root in sorted({key.split(".")[0] for key in REMOVED} & tree.keys()):
-        children = tree[root] if isinstance(tree[root], dict) else {}
-        for key in [f"{root}.{child}" for child in children] or [root]:
-            yield key, REMOVED.get(key, REMOVED[root])
+def removed_keys(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[int | str, ...], str]]:
+    """A parameter tree without its removed keys, and the remedy of each by its location in the tree."""
+    remedies: dict[tuple[int | str, ...], str] = {}
+    return _kept(tree, (), "", remedies), remedies
+
+
+def _kept(
+    tree: dict[str, Any], at: tuple[int | str, ...], remedy: str, remedies: dict[tuple[int | str, ...], str]
+) -> dict[str, Any]:
+    """`remedy` is that of the block, if the whole block was removed."""
+    kept = {}
+    for name, value in tree.items():
+        location = (*at, name)
+        key = ".".join(map(str, location))
+        known = REMOVED.get(key, remedy)
+        if isinstance(value, dict) and value and any(other.startswith(f"{key}.") for other in REMOVED):
+            inner = _kept(value, location, known, remedies)
+            if not known:
+                kept[name] = inner
+        elif known:
+            remedies[location] = known
+        else:
+            kept[name] = value
+    return kept

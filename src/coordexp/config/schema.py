@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
+from coordexp.infra.random_streams import repetition_seed
 
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
@@ -19,7 +20,6 @@ SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
 SeedOffset = Annotated[int, Field(ge=0, le=999)]
-SEED_STRIDE = 1000  # apart from the small offsets by which stages tell their random choices apart
 
 
 class CoordWeights(Block):
@@ -210,12 +210,12 @@ class Params(CoordWeights):
     @property
     def stage1_seed(self) -> int:
         """Seed of what is random in the training of stage 1 and of the control; the data depend on `seed` alone."""
-        return self.seed + SEED_STRIDE * self.stage1.seed
+        return repetition_seed(self.seed, self.stage1.seed)
 
     @property
     def stage2_seed(self) -> int:
         """Seed of what is random in the training of stage 2."""
-        return self.seed + SEED_STRIDE * self.stage2.seed
+        return repetition_seed(self.seed, self.stage2.seed)
 
     @model_validator(mode="after")
     def _coordinates_are_supervised(self) -> Params:

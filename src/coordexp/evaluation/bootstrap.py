@@ -16,13 +16,14 @@ from coordexp.evaluation.coco_matching import CategoryMatches
 from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts, image_f1
 from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
 from coordexp.evaluation.table import Floats, Ints
+from coordexp.infra.random_streams import generator
 
 INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 def resample_weights(n_images: int, settings: EvalSettings) -> Ints:
     """How often each image is drawn in each resample, shape (B, I); rows sum to I."""
-    rng = np.random.default_rng(settings.seed)
+    rng = generator(settings.seed, "evaluation/resamples")
     return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=settings.bootstrap_resamples)
 
 

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.loading import parse_profile, read_yaml
+from coordexp.config.loading import parse_profile, profile_tree, read_yaml
 from coordexp.config.presets import changed_tree, with_changes
 from coordexp.errors import ConfigError
 from coordexp.experiments.dependencies import values_by_file
@@ -114,7 +114,7 @@ def _check(arm: Arm, params_path: Path) -> None:
                 f"-S {file}:...: the stages read {PARAMS_FILE} and {profile}; other files change nothing."
             )
         path = params_path.parent / file
-        parse_profile(path, changed_tree(read_yaml(path), values, f"{path} with {arm.name}"))
+        parse_profile(path, changed_tree(profile_tree(path), values, f"{path} with {arm.name}"))
 
 
 def _tracks(stage: Mapping[str, Any], key: str) -> bool:

@@ -21,6 +21,7 @@ from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.suite import eval_settings
 from coordexp.infra.device import AUTO
 from coordexp.infra.files import write_text
+from coordexp.infra.random_streams import generator
 from coordexp.models.loading import load_for_inference
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import read_categories
@@ -40,7 +41,6 @@ COLUMNS = (
     *("set.dup_pairs_90", "set.count_error_mean", "parse.parse_rate"),
 )
 RESAMPLES = 100  # intervals are not shown; the least that the evaluator takes
-_SUBSET = 3  # tells this random choice apart from others made with the same seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Monitor:
         self._checkpoint = load_for_inference(start, device)
         self._categories = read_categories(run.paths.records / "categories.json")
         store = SampleStore(run.paths.norm1000 / "dev.parquet")
-        order = np.random.default_rng([run.params.seed, _SUBSET]).permutation(len(store))[:images]
+        order = generator(run.params.seed, "coordexp-monitor/images").permutation(len(store))[:images]
         self._samples = [store[i] for i in np.sort(order).tolist()]
         codec = self._checkpoint.codec_name or run.params.text.codec
         self._decode = decode_settings(run.params, codec, allowed_names(run.params, run.paths))

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 
 from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
+from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import input_table
 from coordexp.models.tiny import round_up
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
@@ -81,7 +82,7 @@ def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int
 
 def ordinal_term(hidden: int, scale: float, seed: int) -> Tensor:
     """(1000, D) sum of cosines of the bin along random directions, weight 1/j for harmonic j, with std `scale`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_seed(seed, "model/coordinate-rows"))
     directions_JD = torch.randn(ORDINAL_HARMONICS, hidden, generator=generator)
     harmonics_J = torch.arange(1, ORDINAL_HARMONICS + 1)
     position_K = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS

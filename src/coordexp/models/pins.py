@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
-from coordexp.config.loading import load_profile, read_yaml
+from coordexp.config.loading import load_profile
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
 from coordexp.errors import CheckpointError
@@ -88,20 +89,19 @@ def write_pins(path: Path) -> dict[str, FilePin]:
     """Pin what lies at `model.path` of a profile file, in that file; comments and all other lines stay.
 
     Raises:
-        ConfigError: the file has no `model.path`, or is wrong in another way.
+        ConfigError: the profile is wrong.
         CheckpointError: there is no model at that path.
     """
-    found = read_yaml(path).get("model") if path.is_file() else None
-    if not isinstance(found, dict) or not isinstance(found.get("path"), str):
-        load_profile(path)  # says what is wrong
+    pins = pins_of(model_folder(load_profile(path).model.path))
     yaml = YAML()
     yaml.width = 1 << 16
     yaml.preserve_quotes = True
     tree = yaml.load(path.read_text(encoding="utf-8"))
-    pins = pins_of(model_folder(tree["model"]["path"]))
-    block = tree["model"]
+    block = tree.setdefault(
+        "model", CommentedMap()
+    )  # pins are of this profile's model, even where the path is inherited
     if "files" not in block:
-        block.insert(list(block).index("path") + 1, "files", None)
+        block.insert(list(block).index("path") + 1 if "path" in block else 0, "files", None)
     block["files"] = {name: pin.model_dump() for name, pin in pins.items()}
     text = io.StringIO()
     yaml.dump(tree, text)

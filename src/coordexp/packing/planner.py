@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.errors import DataError
+from coordexp.infra.random_streams import generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def plan_packs(lengths: NDArray[np.integer], pack_tokens: int, seed: int) -> Pac
             f"{len(too_long)} of {len(lengths)} samples are longer than packing.pack_tokens = {pack_tokens} (longest: "
             f"sample {worst} with {int(lengths[worst])} tokens). Raise pack_tokens, or lower model.max_pixels."
         )
-    rng = np.random.default_rng([seed, 1000])
+    rng = generator(seed, "pack/order")
     left = _Unpacked(lengths, rng)
     packs = []
     while left.lengths:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, readable_scale
 from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN, WRONG_NAME_SIGN, side_by_side
 from coordexp.errors import DataError
 from coordexp.infra.files import write_bytes
+from coordexp.infra.random_streams import generator
 from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
 from coordexp.reporting.outcomes import Fate, Outcomes
@@ -63,7 +63,7 @@ def choose_images(per_image: Mapping[str, Sequence[Row]], dup_key: str, count: i
         ranked = sorted((i for i in rows[SHOWN] if i not in chosen and score(i) > 0), key=lambda i: (-score(i), i))
         chosen |= dict.fromkeys(ranked[: count // len(RULES)], rule)
     left = sorted(rows[SHOWN].keys() - chosen.keys())
-    drawn = np.random.default_rng(seed).permutation(left)[: max(0, count - len(chosen))]
+    drawn = generator(seed, "gallery/images").permutation(left)[: max(0, count - len(chosen))]
     chosen |= dict.fromkeys(sorted(drawn.tolist()), "random")
     return [GalleryPick(number, rule, image_id) for number, (image_id, rule) in enumerate(chosen.items(), 1)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from coordexp.infra.device import inference_autocast
+from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
@@ -65,7 +66,7 @@ class HfEngine:
             batch = [samples[i] for i in chunk]
             keys = batch_keys(batch, settings, self._image_root, first)
             if not done.keys() >= set(keys):
-                torch.manual_seed(settings.seed + first)
+                torch.manual_seed(stream_seed(settings.seed, "decode/batch", first))
                 with inference_autocast(model):  # also when asked from within a training step
                     done |= zip(keys, self._run(batch, settings, grammar), strict=True)
                 self._keep(keys, done)

@@ -17,6 +17,7 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
+from coordexp.infra.random_streams import generator
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -129,7 +130,7 @@ def run_rollouts(run: RunConfig) -> dict[str, Any]:
     form = load_format(folder)
     store = SampleStore(run.paths.norm1000 / "train.parquet")
     count = min(run.profile.rollout.images, len(store))
-    chosen = np.sort(np.random.default_rng([run.params.seed, 2]).permutation(len(store))[:count])
+    chosen = np.sort(generator(run.params.seed, "rollout/images").permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
     codec, readout = run.params.text.codec, make_readout(run.params)
     settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))

@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeSettings, Generation
@@ -35,7 +36,6 @@ from coordexp.text.vocabulary import token_id
 log = logging.getLogger(__name__)
 
 CONSTRAINTS_KEY = "coordexp_constraints"  # of the extra arguments that the server's logits processor reads
-_SEED_STRIDE = 1_000_003
 
 
 class VllmEngine:
@@ -115,7 +115,7 @@ class VllmEngine:
             {"type": "text", "text": TASKS["detect"]},
         ]
         # A seed per picture: what is sampled depends neither on the server nor on what else it is doing.
-        seed = (settings.seed + sample.image_id * _SEED_STRIDE) & 0x7FFFFFFF
+        seed = stream_seed(settings.seed, "decode/request", sample.image_id)
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
         expected = Expected(
             prompt_ids=expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens).tolist(),

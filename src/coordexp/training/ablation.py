@@ -218,7 +218,7 @@ def step_tokens(run: RunConfig, steps: int) -> list[int]:
         run.profile.stage2.samples_per_step,
         steps,
         run.params.stage2.b_ratio,
-        run.params.stage2_seed + 1,
+        run.params.stage2_seed,
     )
     tokens = []
     for step, planned in enumerate(plan):

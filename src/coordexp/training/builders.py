@@ -20,9 +20,6 @@ from coordexp.training.schedule import ramp
 from coordexp.training.sharding import will_shard
 from coordexp.training.soft_context import SoftContext
 
-# New coordinate rows start far from where they belong; the rest of the model is pretrained.
-ROW_LR_FACTOR = 2.0
-
 
 def load_for_training(folder: Path, sharding: str) -> Checkpoint:
     """A checkpoint in float32 on the device of this process; on the CPU if it is to be sharded, layer by layer."""

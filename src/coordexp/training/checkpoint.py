@@ -1,22 +1,29 @@
-"""The resume state of a training run: one file, replaced whole, that holds everything the next step depends on."""
+"""What a training run goes on from after a stop: its state, one file that is replaced whole, and the log up to it."""
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from coordexp.errors import CheckpointError
-from coordexp.infra.files import replacing
+from coordexp.infra.files import replacing, write_text
 from coordexp.training.distributed import world
 from coordexp.training.sharding import is_sharded, own_rows, whole_weights
 
 STATE_NAME = "state.pt"
+
+LogRow = dict[str, float | str]  # of one step: numbers by name, and the channel as a letter
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +87,66 @@ def load_state(folder: Path) -> ResumeState | None:
             f"{path}: the resume state cannot be read ({error}). Expected what an interrupted run saved; delete "
             f"{folder} to start this stage at step 0."
         ) from error
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[StopRequest]:
+        """Install the handlers, and put the old ones back."""
+        names = (signal.SIGINT, signal.SIGTERM)
+        before = {name: signal.signal(name, self._note) for name in names}
+        try:
+            yield self
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = number
+
+
+class Recorder:
+    """Log and resume state of a run on disk; of several processes only the main one writes."""
+
+    def __init__(self, state_folder: Path, log_path: Path, first_step: int) -> None:
+        self._state_folder = state_folder
+        self._log: TextIO | None = None
+        if world().is_main:
+            _truncate_log(log_path, first_step)
+            self._log = log_path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log:
+            self._log.close()
+
+    def log(self, row: LogRow) -> None:
+        """Append a row."""
+        if self._log:
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            self._log.write(json.dumps(rounded) + "\n")
+            self._log.flush()
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Save the state from which `step` runs next; if the model is sharded, all processes must call this."""
+        if self._log:
+            os.fsync(self._log.fileno())  # a state must never be ahead of the log that it goes on with
+        if self._log or is_sharded(model):
+            save_state(self._state_folder, step, model, optimizer)
+
+
+def _truncate_log(path: Path, first_step: int) -> None:
+    """Keep the rows before `first_step`: steps after the last saved state run again and must not appear twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return
+    complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in complete if json.loads(line)["step"] < first_step]
+    write_text(path, "".join(kept))

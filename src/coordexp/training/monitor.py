@@ -30,6 +30,7 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
+from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 ROWS, PICTURES, ANSWERS = "monitor.jsonl", "monitor", "monitor_answers"
 CURVE_COLUMNS = ("f1", "precision", "recall", "f1_boxes", "predictions", "right", "false", "missed", "dup_pairs_90")
-_SUBSET = 3  # chooses the images, whatever the seed of the run: looks of two runs are at the same ones
 _LONGEST = 2  # answers are cut at so many times the longest annotated one: a runaway must not stop the training
 _JPEG_QUALITY = 90
 
@@ -161,7 +161,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def make_monitor(run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int) -> Monitor:
     """The monitor of one training stage of a profile."""
     store = SampleStore(run.paths.norm1000 / "dev.parquet")
-    chosen = np.sort(np.random.default_rng(_SUBSET).permutation(len(store))[: run.profile.monitor.images])
+    chosen = np.sort(generator(run.params.seed, "monitor/images").permutation(len(store))[: run.profile.monitor.images])
     samples = [store[int(i)] for i in chosen]
     viewer = Viewer(
         checkpoint=checkpoint,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from coordexp.config.profile import OptimConfig
 from coordexp.errors import ConfigError
 from coordexp.training.sharding import WholeMatrixMuon, is_sharded, keep_state_whole
 
@@ -23,7 +24,7 @@ class MuonWithAdamW(Optimizer):
     `param_groups` are the very dictionaries of the two: a scheduler that writes a learning rate writes it there.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self.parts = (muon, adamw)
         super().__init__([{"params": list(g["params"])} for part in self.parts for g in part.param_groups], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -51,41 +52,32 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_optimizer(
-    model: nn.Module, name: str, lr: float, weight_decay: float, row_lr_factor: float = 1.0
-) -> Optimizer:
-    """The optimizer of that name over the trainable parameters.
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
+    """The optimizer over the trainable parameters.
 
-    `row_lr_factor` scales the learning rate of embedding and head rows: new rows start far from where they belong.
-    Muon takes AdamW's learning rate ("match_rms_adamw"), so one `lr` serves both parts.
+    Muon takes AdamW's learning rate ("match_rms_adamw"), so one `lr` serves both parts. Weight decay is for Muon's
+    matrices and the rows of embedding and head.
     """
-    optimizer = _build(model, name, lr, weight_decay, row_lr_factor)
-    if is_sharded(model):
-        for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,):
-            keep_state_whole(part)
-    return optimizer
-
-
-def _build(model: nn.Module, name: str, lr: float, weight_decay: float, row_lr_factor: float) -> Optimizer:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     rows = [p for n, p in named if "embed_tokens" in n or "lm_head" in n]
-    if name == "adamw":
-        others = [p for n, p in named if not ("embed_tokens" in n or "lm_head" in n)]
-        return AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
-    if name == "adamw_8bit":
-        others = [p for n, p in named if not ("embed_tokens" in n or "lm_head" in n)]
-        groups = _adam_groups(others, rows, lr, weight_decay, row_lr_factor)
-        return _eight_bit_adamw()(groups, betas=(0.9, 0.95))
-    if name == "muon":
+    matrices = []
+    if optim.optimizer == "muon":
         matrices = [p for n, p in named if p.ndim == 2 and not any(key in n for key in _NOT_FOR_MUON)]
-        chosen = {id(p) for p in [*matrices, *rows]}
-        others = [p for _, p in named if id(p) not in chosen]
-        kind = WholeMatrixMuon if is_sharded(model) else Muon
-        muon = kind(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return MuonWithAdamW(
-            muon, AdamW(_adam_groups(others, rows, lr, weight_decay, row_lr_factor), betas=(0.9, 0.95))
-        )
-    raise ConfigError(f"optimizer is {name!r}, expected 'muon', 'adamw' or 'adamw_8bit'.")
+    chosen = {id(p) for p in [*matrices, *rows]}
+    others = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        {"params": others, "lr": optim.lr, "weight_decay": 0.0},
+        {"params": rows, "lr": optim.lr * optim.coord_row_lr_factor, "weight_decay": optim.weight_decay},
+    ]
+    kind = _eight_bit_adamw() if optim.optimizer == "adamw_8bit" else AdamW
+    parts = [kind([group for group in groups if group["params"]], betas=optim.betas)]
+    if optim.optimizer == "muon":
+        muon = WholeMatrixMuon if is_sharded(model) else Muon
+        parts.insert(0, muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if is_sharded(model):
+        for part in parts:
+            keep_state_whole(part)
+    return MuonWithAdamW(*parts) if len(parts) > 1 else parts[0]
 
 
 def _eight_bit_adamw() -> Callable[..., Optimizer]:
@@ -97,13 +89,3 @@ def _eight_bit_adamw() -> Callable[..., Optimizer]:
             "optimizer is 'adamw_8bit', which needs bitsandbytes and a GPU: pip install bitsandbytes, or set adamw."
         ) from error
     return AdamW8bit
-
-
-def _adam_groups(
-    others: list[nn.Parameter], rows: list[nn.Parameter], lr: float, weight_decay: float, row_lr_factor: float
-) -> list[dict[str, Any]]:
-    groups = [
-        {"params": others, "lr": lr, "weight_decay": 0.0},
-        {"params": rows, "lr": lr * row_lr_factor, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]

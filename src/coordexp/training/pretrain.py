@@ -95,7 +95,7 @@ class TextTask:
         self._plan = [
             (i, items)
             for i, phase in enumerate(phases)
-            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i)
+            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i, "stage1/order")
         ]
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from coordexp.infra.random_streams import stream_seed
 from coordexp.matching.settings import MatchSettings
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
@@ -24,8 +25,6 @@ from coordexp.training.distributed import wait_for_all, world
 log = logging.getLogger(__name__)
 
 MatchSchedule = Callable[[int], MatchSettings]
-SEED_STRIDE = 1_000_003  # fresh sets sample with other seeds, of which none is near another
-SEEDS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class Refresher:
     def _generate(self, refresh: Refresh, matching: MatchSettings, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
-        settings = replace(self._decode, seed=(self._decode.seed + refresh.step * SEED_STRIDE) % SEEDS)
+        settings = replace(self._decode, seed=stream_seed(self._decode.seed, "decode/fresh-rollouts", refresh.step))
         with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
             generations = self._engine.generate(samples, settings)
         write_rollouts(path, match_rollouts(samples, generations, [self._parse(g) for g in generations], matching))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from coordexp.geometry.bins import encode_boxes
+from coordexp.infra.random_streams import generator
 from coordexp.packing.prepare import text_objects
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.text.codecs import AnswerEncoder
@@ -27,13 +28,17 @@ class SampleSource:
     def get(self, index: int, step: int) -> Sample:
         """The sample as step `step` trains on it."""
         sample = self.store[index]
-        return permuted(sample, self._encoder, [self._seed, step, index]) if self._random else sample
+        return (
+            permuted(sample, self._encoder, generator(self._seed, "train/object-order", step, index))
+            if self._random
+            else sample
+        )
 
 
-def permuted(sample: Sample, encoder: AnswerEncoder, seed: list[int]) -> Sample:
+def permuted(sample: Sample, encoder: AnswerEncoder, rng: np.random.Generator) -> Sample:
     """The sample with its (non-crowd) objects in random order, in annotations and answer alike."""
     n_objects = len(sample.descs) - sum(sample.iscrowd)  # crowd objects stand last and are not in the answer
-    order = np.random.default_rng(seed).permutation(n_objects)
+    order = rng.permutation(n_objects)
     full_order = [*order.tolist(), *range(n_objects, len(sample.descs))]
     boxes = sample.boxes_xyxy_px[full_order]
     descs = tuple(sample.descs[i] for i in full_order)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-import numpy as np
+from coordexp.infra.random_streams import generator
 
 Schedule = Callable[[int], float]
 
@@ -55,17 +55,17 @@ def ramp(start: float, end: float, steps: int) -> Schedule:
     return value
 
 
-def epoch_order(n_items: int, seed: int) -> Iterator[int]:
-    """Endless item indices, each epoch a fresh permutation drawn from (seed, epoch)."""
+def epoch_order(n_items: int, seed: int, stream: str) -> Iterator[int]:
+    """Endless item indices, each epoch a fresh permutation drawn from the stream."""
     epoch = 0
     while True:
-        yield from np.random.default_rng([seed, epoch]).permutation(n_items).tolist()
+        yield from generator(seed, stream, epoch).permutation(n_items).tolist()
         epoch += 1
 
 
-def step_items(n_items: int, items_per_step: int, steps: int, seed: int) -> list[list[int]]:
+def step_items(n_items: int, items_per_step: int, steps: int, seed: int, stream: str) -> list[list[int]]:
     """Item indices of every step. Data order is thus known before training and a resumed run needs no replay."""
-    order = epoch_order(n_items, seed)
+    order = epoch_order(n_items, seed, stream)
     return [[next(order) for _ in range(items_per_step)] for _ in range(steps)]
 
 
@@ -78,12 +78,14 @@ def is_channel_b(step: int, b_ratio: float) -> bool:
     return math.floor((step + 1) * ratio) > math.floor(step * ratio)
 
 
-def packs_for_budget(pack_tokens: Sequence[int], budget_tokens: int, steps: int, seed: int) -> list[list[int]]:
+def packs_for_budget(
+    pack_tokens: Sequence[int], budget_tokens: int, steps: int, seed: int, stream: str
+) -> list[list[int]]:
     """Pack indices of every step, so that the tokens seen after step s are (s + 1) / steps of the budget.
 
     Each step takes packs while its share of the budget is not reached, and at least one.
     """
-    order = epoch_order(len(pack_tokens), seed)
+    order = epoch_order(len(pack_tokens), seed, stream)
     plan, seen = [], 0
     for step in range(steps):
         items: list[int] = []

@@ -6,25 +6,27 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from coordexp.config.profile import OptimConfig, TuningConfig
+from coordexp.config.profile import OptimConfig
+from coordexp.config.run import RunConfig
 from coordexp.infra.files import only_process, replace_folder, write_text
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
-from coordexp.training.loop import LoopSettings, Task, Watch, train
-from coordexp.training.schedule import cosine_schedule
+from coordexp.training.loop import StepCallback, Task, train
 from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_SECONDS = 60.0
 LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
@@ -34,26 +36,22 @@ CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One training run: its name, what identifies it, and where it ends up.
+    """One training run: its stage, how it steps, and what identifies it.
 
     `settings` holds every parameter that changes the result, `inputs` the files it reads; both are fingerprinted.
     """
 
+    run: RunConfig
     stage: str
+    optim: OptimConfig
+    seed: int
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
-    optim: OptimConfig
-    tuning: TuningConfig
-    steps: int
-    seed: int
-    row_lr_factor: float
-    out: Path
-    sharding: str = "none"  # as `launch.sharding`; like the number of processes, it changes no result
 
     @property
     def tracked(self) -> dict[str, Any]:
         """Everything that is set and changes the result."""
-        return {**self.settings, "tuning": self.tuning.model_dump()}
+        return {**self.settings, "tuning": self.run.profile.tuning.model_dump()}
 
     def state_folder(self) -> Path:
         """Where this very run keeps what an interrupted one goes on from."""
@@ -61,11 +59,11 @@ class Session:
         return resume_folder(self.stage, key)
 
 
-class Looks(Watch, Protocol):
-    """A watch that keeps what it saw, beside the resume state while the run lasts, then beside the checkpoint."""
+class EvalCallback(StepCallback, Protocol):
+    """Judges the model between steps; its results lie beside the resume state, then beside the checkpoint."""
 
     def open(self, folder: Path) -> None:
-        """Keep it there."""
+        """Keep results there."""
         ...
 
     def hand_over(self, folder: Path) -> None:
@@ -73,7 +71,7 @@ class Looks(Watch, Protocol):
         ...
 
     def seconds(self) -> float:
-        """How long the looks took."""
+        """How long it took in all."""
         ...
 
 
@@ -83,7 +81,7 @@ def start_files(folder: Path) -> dict[str, Path]:
     return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
 
 
-def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks) -> dict[str, Any]:
+def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
     Of several processes, all train; the main one writes, and the others return an empty summary.
@@ -92,60 +90,53 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: L
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
         BusyError: another process runs the same session.
     """
-    torch.manual_seed(session.seed)
-    state = session.state_folder()
+    torch.manual_seed(stream_seed(session.seed, "train/torch"))
+    profile, state = session.run.profile, session.state_folder()
     assert checkpoint.coord is not None
-    undo = apply_tuning(checkpoint.model, session.tuning, checkpoint.coord)
-    if will_shard(session.sharding):
+    undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord)
+    if will_shard(profile.launch.sharding):
         shard_model(checkpoint.model)
+    steps = partial(
+        train, checkpoint.model, task, session.optim, state, state / LOG_NAME,
+        save_every_seconds=profile.launch.save_every_seconds,
+    )  # fmt: skip
     if not world().is_main:
-        train(checkpoint.model, task, _loop_settings(session), state, state / LOG_NAME)
+        steps()
         if is_sharded(checkpoint.model):
             whole_weights(checkpoint.model)  # gives the main process what it writes
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        return _run_main(session, checkpoint, task, monitor, undo)
+        started = time.monotonic()
+        callback.open(state)
+        steps(callback=callback)
+        weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
+        undo()  # a checkpoint is plain weights, adapters merged
+        return _finish(session, state, checkpoint, weights, callback, started)
 
 
-def _run_main(
-    session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks, undo: Callable[[], None]
+def _finish(
+    session: Session,
+    state: Path,
+    checkpoint: Checkpoint,
+    weights: dict[str, Tensor] | None,
+    callback: EvalCallback,
+    started: float,
 ) -> dict[str, Any]:
-    state = session.state_folder()
-    log_path = state / LOG_NAME
-    started = time.monotonic()
-    monitor.open(state)
-    train(checkpoint.model, task, _loop_settings(session), state, log_path, monitor)
-    weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
-    undo()  # a checkpoint is plain weights, adapters merged
-    temporary = session.out.with_name(session.out.name + ".tmp")
+    """Put the checkpoint with log, results and metadata into its place, and forget the resume state."""
+    log_path, out = state / LOG_NAME, session.run.paths.run(session.stage)
+    temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
-    monitor.hand_over(temporary)
-    summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}
+    callback.hand_over(temporary)
+    summary = summarise_log(log_path) | {"monitor_seconds": callback.seconds()}
     metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
-    replace_folder(temporary, session.out)
+    replace_folder(temporary, out)
     shutil.rmtree(state)
     return summary
-
-
-def _loop_settings(session: Session) -> LoopSettings:
-    optim = session.optim
-    return LoopSettings(
-        steps=session.steps,
-        schedule=cosine_schedule(session.steps, optim.warmup_steps),
-        lr=optim.lr,
-        optimizer=optim.optimizer,
-        weight_decay=optim.weight_decay,
-        row_lr_factor=session.row_lr_factor,
-        max_grad_norm=optim.max_grad_norm,
-        precision=optim.precision,
-        log_every=optim.log_every,
-        save_every_seconds=SAVE_EVERY_SECONDS,
-    )
 
 
 def summarise_log(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from coordexp.models.loading import Checkpoint
 from coordexp.packing.plan_file import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.training.builders import (
-    ROW_LR_FACTOR,
     load_for_training,
     make_collator,
     make_encoder,
@@ -38,7 +37,7 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
     optim = run.profile.stage1
     packs_by_step = [
         [packs[i] for i in items]
-        for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed)
+        for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed, "stage1/order")
     ]
     return _teach(run, "stage1", checkpoint, run.paths.init, packs_by_step, optim)
 
@@ -54,7 +53,9 @@ def train_control(run: RunConfig) -> dict[str, Any]:
     lengths = SampleStore(run.paths.norm1000 / "train.parquet").lengths()
     budget = read_compute(run.paths)["tokens"]
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
-    chosen = packs_for_budget(pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed + 2)
+    chosen = packs_for_budget(
+        pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed, "stage1-control/order"
+    )
     packs_by_step = [[packs[i] for i in items] for items in chosen]
     return _teach(run, "stage1-control", checkpoint, start, packs_by_step, run.profile.stage2)
 
@@ -80,17 +81,13 @@ def _teach(
         "stage": stage,
     }
     session = Session(
+        run=run,
         stage=stage,
         settings=settings | {"packs_by_step": sum(len(p) for p in packs_by_step)},
         inputs={**start_files(start), "samples": data, "plan": run.paths.packed / "plan.parquet"}
         | image_inputs(run.paths.raw),
         optim=optim,
-        tuning=run.profile.tuning,
-        steps=len(packs_by_step),
-        sharding=run.profile.launch.sharding,
         seed=run.params.stage1_seed,
-        row_lr_factor=ROW_LR_FACTOR,
-        out=run.paths.run(stage),
     )
     monitor = make_monitor(run, stage, checkpoint, len(packs_by_step))
     return run_session(session, checkpoint, task, monitor)

@@ -14,7 +14,6 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import allowed_names, decode_settings, make_reader
 from coordexp.training.builders import (
-    ROW_LR_FACTOR,
     load_for_training,
     make_collator,
     make_encoder,
@@ -56,7 +55,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         optim.samples_per_step,
         optim.steps,
         run.params.stage2.b_ratio,
-        run.params.stage2_seed + 1,
+        run.params.stage2_seed,
     )
     encoder = make_encoder(run.params, checkpoint)
     refresher = _refresher(run, session, checkpoint, plan)
@@ -90,16 +89,12 @@ def _session(run: RunConfig) -> Session:
         "rollouts": run.paths.run("rollout") / "rollouts.jsonl",
     }
     return Session(
+        run=run,
         stage="stage2",
         settings=settings | {"optim": run.profile.stage2.model_dump(), "pack_tokens": run.profile.packing.pack_tokens},
         inputs=inputs | image_inputs(run.paths.raw),
         optim=run.profile.stage2,
-        tuning=run.profile.tuning,
-        steps=run.profile.stage2.steps,
-        sharding=run.profile.launch.sharding,
         seed=run.params.stage2_seed,
-        row_lr_factor=ROW_LR_FACTOR,
-        out=run.paths.run("stage2"),
     )
 
 

@@ -48,8 +48,8 @@ def plan_steps(
     n_samples: int, rolled_out: Sequence[int], samples_per_step: int, steps: int, b_ratio: float, seed: int
 ) -> list[StepPlan]:
     """Channel and samples of every step: A draws from the whole split, B from the samples that have a rollout."""
-    for_a = iter(step_items(n_samples, samples_per_step, steps, seed))
-    for_b = iter(step_items(len(rolled_out), samples_per_step, steps, seed + 1) if rolled_out else [])
+    for_a = iter(step_items(n_samples, samples_per_step, steps, seed, "stage2/order-a"))
+    for_b = iter(step_items(len(rolled_out), samples_per_step, steps, seed, "stage2/order-b") if rolled_out else [])
     plan = []
     for step in range(steps):
         if is_channel_b(step, b_ratio):
