@@ -206,7 +206,7 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
         (Params, {"decode.temperature": 0, "decode.top_p": 0.9}, "decode: top_p 0.9 has no effect at temperature 0"),
         (Params, {"eval.f1_ious": [0.5, 0.3]}, "eval: f1_ious is [0.5, 0.3]; list each threshold once, in ascending"),
         (Params, {"eval.duplicate_ious": [0.9, 0.9]}, "eval: duplicate_ious is [0.9, 0.9]; list each threshold once"),
-        (Params, {"eval.duplicate_ious": [0.9, 0.901]}, "duplicate_ious is [0.9, 0.901]; list each threshold once"),
+        (Params, {"eval.duplicate_ious": [0.9, 0.901]}, "eval: duplicate_ious is [0.9, 0.901]; list each"),
         (Params, {"eval.f1_ious": [0.5, "high"]}, "eval.f1_ious[1]: found 'high' (text), expected a number in (0, 1)."),
         (Params, {"matching": 3}, "matching: found 3 (an integer), expected a block with the keys lambda_l1, "),
         (Params, {"sigma": math.inf}, "sigma: found inf (not finite), expected a number in (0, 200]."),

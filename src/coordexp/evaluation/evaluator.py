@@ -28,7 +28,7 @@ from coordexp.evaluation.lrp import lrp_metrics
 from coordexp.evaluation.lvis import FederatedLabels, check_federated, frequency_rows, lvis_ap, match_federated
 from coordexp.evaluation.matched import Matched, guarded_metrics, protocol_metrics, worst_duplicates
 from coordexp.evaluation.parse import parse_metrics
-from coordexp.evaluation.protocol import RECALL_GRID
+from coordexp.evaluation.protocol import RECALL_GRID, iou_key
 from coordexp.evaluation.registry import PROTOCOL_SAMPLES, interval_keys
 from coordexp.evaluation.scores import CONSTANT, IN_USE, PERFECT, compare_scores
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
@@ -98,8 +98,7 @@ def evaluate(
     everything = Matched.of(table, params)
     duplicates = find_duplicates(table, min(params.duplicate_ious))
     positive, guarded = everything.annotated(params), everything.guarded(duplicates, params)
-    coco = coco_ap(table)
-    scores = compare_scores(table, everything.pairs)
+    coco, scores = coco_ap(table), compare_scores(table, everything.pairs)
     metrics: Metrics = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
@@ -126,17 +125,18 @@ def evaluate(
     return Evaluation(
         metrics=metrics | {"interval": intervals},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
-        pr_curve={
-            "recall": RECALL_GRID.tolist(),
-            "precision_50": coco.pr_curve(0.5),
-            "precision_75": coco.pr_curve(0.75),
-        },
+        pr_curve=_pr_curve(coco),
         details=_details(everything, coco, duplicates, params) | {"scores": scores},
         samples=samples,
         table=table,
         params=params,
         seed=seed,
     )
+
+
+def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:
+    precision = {f"precision_{iou_key(iou)}": coco.pr_curve(iou) for iou in (0.5, 0.75)}
+    return {"recall": RECALL_GRID.tolist(), **precision}
 
 
 def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, params: EvalParams) -> dict[str, Any]:
