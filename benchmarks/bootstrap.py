@@ -21,11 +21,12 @@ from benchmarks.harness import Row, timed
 from numpy.typing import NDArray
 
 from benchmarks import harness
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.bootstrap import resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import coco_ap
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.matched import Matched
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.protocol import STANDARD, STANDARD_SEED, f1_thresholds
 from coordexp.evaluation.table import DetectionTable, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, read_results
@@ -34,10 +35,10 @@ CATEGORIES = [Category(i, name, "train") for i, name in enumerate(names(), 1)]
 SPEED, TOLERANCE = 100.0, 1e-9
 
 
-def resampled(table: DetectionTable, settings: EvalSettings) -> dict[str, NDArray[np.float64]]:
+def resampled(table: DetectionTable, params: EvalParams) -> dict[str, NDArray[np.float64]]:
     """The samples of mAP and F1 from one matching, which is part of the time."""
-    matched = Matched.of(table, settings)
-    weights_BI = resample_weights(table.n_images, settings)
+    matched = Matched.of(table, params)
+    weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, STANDARD_SEED)
     samples = resampled_ap(matched.by_score, weights_BI, {"coco": list(range(len(CATEGORIES)))})
     return samples | resampled_f1(matched.by_iou, weights_BI)
 
@@ -45,34 +46,34 @@ def resampled(table: DetectionTable, settings: EvalSettings) -> dict[str, NDArra
 def drawn_table(results: Sequence[ImageResult], weights_I: NDArray[np.int64]) -> DetectionTable:
     """A resample as a data set of its own: an image that is drawn twice is there twice."""
     images = [r for r, n in zip(results, weights_I.tolist(), strict=True) for _ in range(n)]
-    return build_table([replace(r, image_id=i) for i, r in enumerate(images, 1)], CATEGORIES)
+    return build_table([replace(r, image_id=i) for i, r in enumerate(images, 1)], CATEGORIES, STANDARD)
 
 
-def evaluated(table: DetectionTable, settings: EvalSettings) -> tuple[float | None, float]:
+def evaluated(table: DetectionTable, params: EvalParams) -> tuple[float | None, float]:
     """mAP and F1 of a data set, from the start."""
-    mean_ap = coco_ap(table, settings).stats["mAP"]
-    return mean_ap, micro_f1(match_greedily(table, min(settings.all_f1_ious)), 0.5, "full")
+    mean_ap = coco_ap(table, "faster-coco-eval").stats["mAP"]
+    return mean_ap, micro_f1(match_greedily(table, min(f1_thresholds(params))), 0.5, "full")
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Seconds of all resamples both ways."""
     n_images, few = (80, 2) if arguments.quick else (arguments.images, arguments.few)
-    settings = EvalSettings(bootstrap_resamples=50 if arguments.quick else 1000, coco_backend="faster-coco-eval")
+    n = 50 if arguments.quick else 1000
+    params = STANDARD.model_copy(update={"bootstrap_resamples": n})
     with TemporaryDirectory() as folder:
         path = Path(folder) / "gt_vs_pred.jsonl"
         write_results(path, n_images, arguments.predictions)
         results = list(read_results(path))
-    table = build_table(results, CATEGORIES)
-    our_seconds, samples = timed(lambda: resampled(table, settings))
+    table = build_table(results, CATEGORIES, params)
+    our_seconds, samples = timed(lambda: resampled(table, params))
     their_seconds = 0.0
-    for b, weights_I in enumerate(resample_weights(n_images, settings)[:few]):
+    for b, weights_I in enumerate(resample_weights(n_images, n, STANDARD_SEED)[:few]):
         drawn = drawn_table(results, weights_I)
-        seconds, (mean_ap, f1) = timed(lambda t=drawn: evaluated(t, settings))
+        seconds, (mean_ap, f1) = timed(lambda t=drawn: evaluated(t, params))
         their_seconds += seconds
         assert mean_ap is not None
         assert abs(mean_ap - samples["coco.mAP"][b]) < TOLERANCE
         assert abs(f1 - samples["f1.full_50"][b]) < TOLERANCE
-    n = settings.bootstrap_resamples
     ratio = their_seconds / few * n / our_seconds
     what = f"{n:,} resamples of {n_images:,} images with {arguments.predictions} predictions each"
     beside = f"evaluating each resample: {their_seconds / few:.2f} s, from {few} of them"

@@ -24,7 +24,7 @@ from benchmarks import harness
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco import STAT_NAMES, coco_ap, detection_dataset, ground_truth_dataset
 from coordexp.evaluation.coco_matching import match_categories
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.table import DetectionTable, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import read_results
@@ -35,7 +35,7 @@ SPEED, TOLERANCE = 5.0, 1e-9
 def load_table(results: Path) -> DetectionTable:
     """The arrays of a results file."""
     categories = [Category(i, name, "train") for i, name in enumerate(names(), 1)]
-    return build_table(list(read_results(results)), categories)
+    return build_table(list(read_results(results)), categories, STANDARD)
 
 
 def pycocotools_stats(truth: COCO, found: COCO) -> list[float]:
@@ -66,8 +66,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         write_results(results, n_images, n_predictions)
         table = load_table(results)
         truth, found = as_coco(ground_truth_dataset(table)), as_coco(detection_dataset(table))
-        settings = EvalSettings(coco_backend="faster-coco-eval")
-        stats = coco_ap(table, settings).stats
+        stats = coco_ap(table, "faster-coco-eval").stats
         expected = dict(zip(STAT_NAMES, pycocotools_stats(truth, found), strict=True))
         largest = max(abs(stats[key] - expected[key]) for key in STAT_NAMES)
         own = mean_ap(unweighted_ap(match_categories(table), table.n_images))
@@ -75,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         assert own is not None
         assert abs(own - expected["mAP"]) < TOLERANCE, (own, expected["mAP"])
         contestants = {
-            "ours": lambda: coco_ap(table, settings),
+            "ours": lambda: coco_ap(table, "faster-coco-eval"),
             "own AP": lambda: unweighted_ap(match_categories(table), table.n_images),
             "pycocotools": lambda: pycocotools_stats(truth, found),
         }

@@ -120,7 +120,8 @@ def build(arguments: argparse.Namespace, attention: str, device: torch.device) -
             temperature=1.0,
             first_coord_id=FIRST_COORD,
             smoothl1_beta_bins=10.0,
-            coord_decode_mode="exp",
+            coord_decode_mode="expectation",
+            top_k=16,
         ),
     )
 

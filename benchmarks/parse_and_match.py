@@ -24,9 +24,9 @@ from tests.qwen import qwen3_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import harness
+from coordexp.evaluation.protocol import STANDARD_MATCHING
 from coordexp.geometry.bins import COORD_TOKENS, decode_norm
-from coordexp.matching.assign import match_images
-from coordexp.matching.settings import MatchSettings
+from coordexp.matching.matcher import match_images
 from coordexp.text.codecs import CODECS, AnswerEncoder, TextObject
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
@@ -69,7 +69,7 @@ def ours(these: Sequence[Rollout], table: TokenTable, codec: str) -> int:
     """Parse and match; returns the number of parsed objects."""
     answers = [parse_answer(rollout.token_ids, table, codec).objects for rollout in these]
     boxes = [decode_norm([o.bins for o in objects]) for objects in answers]
-    match_images(boxes, [rollout.gt_boxes_M4 for rollout in these], MatchSettings())
+    match_images(boxes, [rollout.gt_boxes_M4 for rollout in these], STANDARD_MATCHING)
     return sum(len(objects) for objects in answers)
 
 

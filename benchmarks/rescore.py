@@ -14,11 +14,11 @@ from dataclasses import replace
 from benchmarks.harness import Row, side_by_side
 
 from benchmarks import harness, tiny_run
-from coordexp.rollout.decode import EMITTED, coord_positions
-from coordexp.rollout.engine import Generation
+from coordexp.rollout.decode import coord_positions
+from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore
-from coordexp.rollout.stages import decode_settings, make_reader
+from coordexp.rollout.stages import make_reader
 from coordexp.stage import LOG, tune_allocator
 from coordexp.training.builders import make_collator
 
@@ -36,21 +36,22 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     samples = run.samples("val", 8 if arguments.quick else arguments.images)
     batch = run.profile.rollout.batch_images
     engine = HfEngine(checkpoint, run.paths.raw, batch)
-    settings = decode_settings(run.params, run.params.text.codec, [])
-    reader = make_reader(checkpoint, run.params.text.codec, EMITTED, {})
+    request = DecodeRequest(params=run.params.decode, codec=run.params.text.codec, seed=run.params.seed)
+    briefly = replace(request, params=request.params.model_copy(update={"max_new_tokens": 1}))
+    reader = make_reader(checkpoint, request.codec, request.params)
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
-    generations: list[Generation] = engine.generate(samples, settings)
+    generations: list[Generation] = engine.generate(samples, request)
     positions = [coord_positions(reader.parse(generation)) for generation in generations]
     rounds = 1 if arguments.quick else 3
     contestants = {
-        "generate": lambda: engine.generate(samples, settings),
-        "read": lambda: engine.generate(samples, replace(settings, max_new_tokens=1)),
+        "generate": lambda: engine.generate(samples, request),
+        "read": lambda: engine.generate(samples, briefly),
         "rescore": lambda: rescore(checkpoint, collator, samples, generations, positions, batch),
     }
     times = side_by_side(contestants, rounds, warm_up=not arguments.quick)
     few, single = samples[: max(1, len(samples) // 8)], HfEngine(checkpoint, run.paths.raw, 1)
     one_by_one = {
-        "generate": lambda: single.generate(few, settings),
+        "generate": lambda: single.generate(few, request),
         "rescore": lambda: rescore(checkpoint, collator, few, generations[: len(few)], positions[: len(few)], batch),
     }
     share, of_reading = times.ratio("rescore", "generate"), times.ratio("rescore", "read")

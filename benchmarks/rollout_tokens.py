@@ -25,10 +25,8 @@ from benchmarks import harness, tiny_run
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.journal import Journal
-from coordexp.rollout.stages import decode_settings
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
@@ -81,12 +79,12 @@ class ForgetfulVllm:
         self._parts = (pool, checkpoint.tokenizer, image_root, concurrency)
         self._vocabulary_size = len(input_table(checkpoint.model).weight)
 
-    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample."""
         with TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal.jsonl")
             engine = VllmEngine(*self._parts, journal, vocabulary_size=self._vocabulary_size)
-            return engine.generate(samples, settings)
+            return engine.generate(samples, request)
 
 
 def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:
@@ -112,26 +110,22 @@ def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample
 
 
 def grammar_ratio(
-    engine: Engine, samples: Sequence[Sample], settings: DecodeSettings, rounds: int
+    engine: Engine, samples: Sequence[Sample], request: DecodeRequest, rounds: int
 ) -> tuple[float, Times]:
     """Seconds per token with the grammar beside without it: the two may write answers of different lengths."""
     tokens = {}
 
-    def run(name: str, these: DecodeSettings) -> None:
+    def run(name: str, these: DecodeRequest) -> None:
         tokens[name] = sum(len(g.ids) for g in engine.generate(samples, these))
 
-    free = replace(settings, constraints=None)
-    times = side_by_side(
-        {"free": lambda: run("free", free), "grammar": lambda: run("grammar", settings)}, rounds, False
-    )
+    free = replace(request, params=request.params.model_copy(update={"grammar": "none", "corners": "any"}))
+    times = side_by_side({"free": lambda: run("free", free), "grammar": lambda: run("grammar", request)}, rounds, False)
     return times.ratio("grammar", "free") * tokens["free"] / tokens["grammar"], times
 
 
-def engine_rows(
-    name: str, engine: Engine, samples: Sequence[Sample], settings: DecodeSettings, rounds: int
-) -> list[Row]:
+def engine_rows(name: str, engine: Engine, samples: Sequence[Sample], request: DecodeRequest, rounds: int) -> list[Row]:
     """Free generation and what the grammar costs."""
-    cost, times = grammar_ratio(engine, samples, settings, rounds)
+    cost, times = grammar_ratio(engine, samples, request, rounds)
     is_judged = name == "vLLM"
     target, met = (f"<= {GRAMMAR_COST}", cost <= GRAMMAR_COST) if is_judged else ("", None)
     speed = len(samples) / times.of("free")
@@ -142,17 +136,17 @@ def engine_rows(
 
 
 def vllm_rows(
-    run: TinyRun, checkpoint: Checkpoint, folder: Path, samples: Sequence[Sample], settings: DecodeSettings
+    run: TinyRun, checkpoint: Checkpoint, folder: Path, samples: Sequence[Sample], request: DecodeRequest
 ) -> list[Row]:
     """The same by a vLLM server, if its environment is there."""
     rollout = run.profile.rollout
     if not Path(rollout.vllm_python).exists():
         return [unmeasured("vLLM: grammar, seconds a token", "needs make vllm", f"<= {GRAMMAR_COST}")]
-    with vllm_server(Path(rollout.vllm_python), folder, checkpoint.pixels, settings.max_new_tokens) as server:
+    with vllm_server(Path(rollout.vllm_python), folder, checkpoint.pixels, request.params.max_new_tokens) as server:
         pool = ServerPool((server.url,), rollout.timeout_seconds, rollout.tries)
         engine = ForgetfulVllm(pool, checkpoint, run.paths.raw, rollout.requests_per_server)
-        engine.generate(samples[:4], settings)
-        return engine_rows("vLLM", engine, samples, settings, VLLM_ROUNDS)
+        engine.generate(samples[:4], request)
+        return engine_rows("vLLM", engine, samples, request, VLLM_ROUNDS)
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -166,13 +160,13 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     checkpoint.model.eval()
     rounds, count = (1, 2) if arguments.quick else (2, arguments.images)
     samples = run.samples("val", count)
-    params = run.params.model_copy(update={"decode": run.params.decode.model_copy(update={"grammar": "any"})})
-    settings = decode_settings(params, run.params.text.codec, [])
+    decode = run.params.decode.model_copy(update={"grammar": "any"})
+    request = DecodeRequest(params=decode, codec=run.params.text.codec, seed=run.params.seed)
     engine = HfEngine(checkpoint, run.paths.raw, max(BATCHES))
     rows = list(codec_rows(checkpoint, engine, samples, rounds))
-    rows += engine_rows("hf", engine, samples, settings, rounds)
+    rows += engine_rows("hf", engine, samples, request, rounds)
     many = run.samples("val", VLLM_IMAGES)
-    return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, many, settings)
+    return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, many, request)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,6 @@ from coordexp.config.ablation import Arm, Budget, all_arms, choose_arms
 from coordexp.config.run import RunConfig
 from coordexp.evaluation.ablation import ablation_summary, seed_result
 from coordexp.evaluation.evaluator import rounded
-from coordexp.evaluation.suite import eval_settings
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
@@ -42,9 +41,11 @@ def run(budget: Budget, names: Sequence[str], context: RunConfig) -> None:
 
 
 def _report(context: RunConfig, budget: Budget, arms: Sequence[Arm], folders: dict[str, list[Path]]) -> None:
-    categories, settings = read_categories(context.paths.records / "categories.json"), eval_settings(context.params)
+    categories = read_categories(context.paths.records / "categories.json")
     results = {
-        split: {name: [seed_result(f, split, categories, settings) for f in mine] for name, mine in folders.items()}
+        split: {
+            name: [seed_result(f, split, categories, context.params) for f in mine] for name, mine in folders.items()
+        }
         for split in SPLITS
     }
     done = len(next(iter(folders.values())))

@@ -14,7 +14,6 @@ from coordexp.config.run import RunConfig
 from coordexp.evaluation.best_of_k import oracle_k, vote
 from coordexp.evaluation.decoding_study import between_runs, box_table, score_table
 from coordexp.evaluation.evaluator import rounded
-from coordexp.evaluation.suite import eval_settings
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
@@ -43,7 +42,7 @@ def run(context: RunConfig) -> None:
 
 
 def _study(context: RunConfig, name: str) -> dict[str, Any]:
-    settings, categories = eval_settings(context.params), read_categories(context.paths.records / "categories.json")
+    categories = read_categories(context.paths.records / "categories.json")
     runs: dict[str, list[ImageResult]] = {}
     speed: dict[str, dict[str, float]] = {}
     for label, changes in CONSTRAINTS.items():
@@ -55,10 +54,10 @@ def _study(context: RunConfig, name: str) -> dict[str, Any]:
     voted |= {f"vote {n} of {SAMPLES}": vote(sampled, n) for n in (2, SAMPLES // 2)}
     return {
         "model": summary["identity"]["model"],
-        "constraints": between_runs(runs, "off", categories, settings, speed),
-        "boxes": box_table(runs["off"], categories, settings),
-        "scores": score_table(runs["off"], categories, settings),
-        "best_of_k": between_runs(voted, "greedy", categories, settings, {}),
+        "constraints": between_runs(runs, "off", categories, context.params, speed),
+        "boxes": box_table(runs["off"], categories, context.params),
+        "scores": score_table(runs["off"], categories, context.params),
+        "best_of_k": between_runs(voted, "greedy", categories, context.params, {}),
         "oracle_k": asdict(oracle_k(sampled)),
     }
 

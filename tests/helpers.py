@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile
@@ -22,7 +23,6 @@ from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
-from coordexp.matching.settings import MatchSettings
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.processor import pixel_spec
@@ -37,7 +37,7 @@ from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.rollout.decode import AnswerReader
-from coordexp.rollout.engine import Generation
+from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
@@ -62,7 +62,27 @@ SPEC = SceneSpec(
 ALL_WEIGHTS = ObjectiveWeights(
     text_ce=1.0, text_gate=0.1, softce=1.0, w1=10.0, gate=1.0, coord_ce=0.5, bbox_smoothl1=2.0, bbox_ciou=0.2
 )
-MATCHING = MatchSettings(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.3)
+REPOSITORY = Path(__file__).parents[1]
+PARAMS = load_params(REPOSITORY / "params.yaml")
+B = TypeVar("B", bound=Block)
+
+
+def changed(block: B, **changes: Any) -> B:
+    """A checked block with other values: `changed(PARAMS.matching, gate="l1")`."""
+    return type(block).model_validate(block.model_dump() | changes)
+
+
+MATCHING = PARAMS.matching
+
+
+def decode_request(codec: str = "json", seed: int = 3, names: tuple[str, ...] = (), **changes: Any) -> DecodeRequest:
+    """What an engine is asked, greedy but for `changes` to the block `decode`."""
+    return DecodeRequest(params=changed(PARAMS.decode, **changes), codec=codec, seed=seed, names=names)
+
+
+def asked(request: DecodeRequest, **changes: Any) -> DecodeRequest:
+    """The same request with other values of the block `decode`."""
+    return replace(request, params=changed(request.params, **changes))
 
 
 @cache
@@ -119,7 +139,8 @@ def objective(checkpoint: Checkpoint, weights: ObjectiveWeights = ALL_WEIGHTS) -
         temperature=1.0,
         first_coord_id=checkpoint.coord.first_id,
         smoothl1_beta_bins=10.0,
-        coord_decode_mode="exp",
+        coord_decode_mode="expectation",
+        top_k=16,
     )
 
 
@@ -194,14 +215,17 @@ def sample_of(checkpoint: Checkpoint, codec: str, names: tuple[str, ...] = tuple
 
 def answer_reader(checkpoint: Checkpoint, codec: str = "json") -> AnswerReader:
     """A reader of this checkpoint's answers."""
-    return AnswerReader(TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord), codec, {"model": "tiny"})
+    decode = changed(PARAMS.decode, box="argmax", score="coord_logprob")
+    table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
+    return AnswerReader(table, codec, {"model": "tiny"}, decode)
 
 
 def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObject], codec: str = "json") -> Rollout:
     """The matched rollout of a model that answered with these objects."""
     answer = AnswerEncoder(checkpoint.tokenizer, get_codec(codec)).encode(objects)
     generation = Generation(answer.ids, "stop")
-    return match_rollouts([sample], [generation], [answer_reader(checkpoint, codec).parse(generation)], MATCHING)[0]
+    parsed = answer_reader(checkpoint, codec).parse(generation)
+    return match_rollouts([sample], [generation], [parsed], PARAMS.matching)[0]
 
 
 def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]:
@@ -215,7 +239,7 @@ def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]
     broken = world.samples[-1]
     garbage = Generation(broken.answer_ids[1:4], "length")
     parsed = answer_reader(checkpoint).parse(garbage)
-    return rollouts | {broken.image_id: match_rollouts([broken], [garbage], [parsed], MATCHING)[0]}
+    return rollouts | {broken.image_id: match_rollouts([broken], [garbage], [parsed], PARAMS.matching)[0]}
 
 
 @pytest.fixture(scope="session")
@@ -257,8 +281,7 @@ class Workspace:
 
 def build_workspace(root: Path, world: World) -> Workspace:
     """Samples of the world as train and val, its images as raw, a random initial checkpoint that is also stage 1's."""
-    repository = Path(__file__).parents[1]
-    params, profile = load_params(repository / "params.yaml"), load_profile(repository / "configs" / "smoke.yaml")
+    params, profile = PARAMS, load_profile(REPOSITORY / "configs" / "smoke.yaml")
     paths = ProfilePaths("smoke", root)
     paths.raw.mkdir(parents=True)
     for image in world.root.glob("*.png"):

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from coordexp import __version__, cli
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.tiny import build_tiny
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
@@ -307,7 +307,7 @@ def test_evaluate_writes_every_metric_and_prints_a_few(run: Run, half_right: Pat
     done = run("evaluate", half_right, "--out", out)
     assert done.code == 0
     metrics = json.loads(out.read_text(encoding="utf-8"))
-    assert {f"{area}.{key}" for area, values in metrics.items() for key in values} == set(metric_specs(EvalSettings()))
+    assert {f"{area}.{key}" for area, values in metrics.items() for key in values} == set(metric_specs(STANDARD))
     assert metrics["coco"]["AP50"] == 0.5
     assert (metrics["f1"]["precision_50"], metrics["f1"]["recall_50"]) == (1.0, 0.5)
     assert done.out.startswith("4 images, 8 objects, 4 predictions\n")

@@ -30,8 +30,7 @@ from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.records.images import inspect_image
 from coordexp.records.scenes.composer import SceneSpec, compose_scene
 from coordexp.records.scenes.sprites import load_catalog
-from coordexp.rollout.decode import EMITTED
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
 from helpers import MAX_PIXELS, save_model
@@ -85,7 +84,7 @@ class ScriptedEngine:
         self.image_root = image_root
         return self
 
-    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         self.samples += samples
         self.pixels += [load_rgb(self.image_root / s.image, s.resized_width, s.resized_height) for s in samples]
         bins = [encode_boxes(BOXES_XYXY_PX, s.width, s.height) for s in samples]
@@ -97,7 +96,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     engine = ScriptedEngine()
     monkeypatch.setattr("coordexp.rollout.stages.HfEngine", engine)
     # The answers are scripted, so the distributions of the random weights say nothing about them.
-    monkeypatch.setattr("coordexp.detector.READOUT", EMITTED)
+    monkeypatch.setattr("coordexp.detector.READOUT", {"box": "argmax", "score": "coord_logprob"})
     return engine
 
 

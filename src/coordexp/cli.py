@@ -244,7 +244,7 @@ def _evaluate(
     from coordexp.evaluation.categories import annotated_categories
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
     from coordexp.evaluation.input_checks import check_known_images
-    from coordexp.evaluation.settings import EvalSettings
+    from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
     from coordexp.evaluation.soundness import faults_of
     from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
@@ -258,7 +258,10 @@ def _evaluate(
             check_known_images(rows, image_ids, str(annotations))
             if len(rows) < len(image_ids):
                 _note(f"note: {len(rows)} of the {len(image_ids)} annotated images are evaluated.")
-    evaluations = [evaluate_results(rows, known, EvalSettings(mapping=mapping), federated) for rows in results]
+    params = STANDARD.model_copy(update={"mapping": mapping})
+    evaluations = [
+        evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results
+    ]
     for file, evaluation in zip(files, evaluations, strict=True):
         if faults := faults_of(evaluation.metrics):
             print(f"{file} is not judged: {', '.join(faults)}.")

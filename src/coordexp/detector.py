@@ -35,9 +35,8 @@ from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.images import read_rgb, to_rgb
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
-from coordexp.rollout.decode import Readout
-from coordexp.rollout.engine import DecodeSettings, Engine
-from coordexp.rollout.journal import Journal
+from coordexp.rollout.decode import readable
+from coordexp.rollout.engine import DecodeRequest, Engine, Journal, greedy
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
@@ -51,7 +50,7 @@ BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
 SERVER_TRIES = 4
 REQUESTS_PER_SERVER = 16
-READOUT = Readout(box="median", score="quality")
+READOUT = {"box": "median", "score": "quality"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,10 +170,9 @@ class Detector:
         self._checkpoint = checkpoint
         self._folder = folder
         self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
-        self._reader = make_reader(checkpoint, codec, READOUT, identity={})
-        self._settings = DecodeSettings(
-            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
-        )
+        decode = readable(greedy(max_new_tokens, **READOUT), codec)
+        self._reader = make_reader(checkpoint, codec, decode)
+        self._request = DecodeRequest(params=decode, codec=codec, seed=0)
         self._n_servers = len(servers)
         self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
         # Servers take many pictures at a time, and each batch waits for its slowest.
@@ -263,8 +261,8 @@ class Detector:
             "prompt": hashlib.sha256(prompt_ids(self._checkpoint.tokenizer).tobytes()).hexdigest()[:16],
             "min_pixels": pixels.min_pixels,
             "max_pixels": pixels.max_pixels,
-            **asdict(self._reader.readout),
-            **asdict(self._settings),
+            **self._request.params.model_dump(),
+            "seed": self._request.seed,
         }
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
@@ -278,7 +276,7 @@ class Detector:
                 self._reader,
                 samples,
                 Path(folder),
-                self._settings,
+                self._request,
                 self.batch_images,
                 self._engine(Path(folder)),
             )

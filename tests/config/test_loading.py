@@ -212,6 +212,7 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
         (Params, {"decode.temperature": 0, "decode.top_p": 0.9}, "decode: top_p 0.9 has no effect at temperature 0"),
         (Params, {"eval.f1_ious": [0.5, 0.3]}, "eval: f1_ious is [0.5, 0.3]; list each threshold once, in ascending"),
         (Params, {"eval.duplicate_ious": [0.9, 0.9]}, "eval: duplicate_ious is [0.9, 0.9]; list each threshold once"),
+        (Params, {"eval.duplicate_ious": [0.9, 0.901]}, "eval: duplicate_ious is [0.9, 0.901]; list each"),
         (Params, {"eval.f1_ious": [0.5, "high"]}, "eval.f1_ious[1]: found 'high' (text), expected a number in (0, 1)."),
         (Params, {"matching": 3}, "matching: found 3 (an integer), expected a block with the keys lambda_l1, "),
         (Params, {"sigma": math.inf}, "sigma: found inf (not finite), expected a number in (0, 200]."),
@@ -463,3 +464,14 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
 )
 def test_wrong_data_sets(changes: dict[str, Any], message: str) -> None:
     assert f"  {message}" in error_of(Profile, changes, sets=True)
+
+
+def test_the_short_names_of_readouts_are_resolved() -> None:
+    tree = repository_tree(Params)
+    for short, full in (("exp", "expectation"), ("st", "straight_through"), ("hard", "argmax"), ("top_k", "top_k")):
+        params = Params.model_validate(with_value(tree, "stage2.coord_decode_mode", short))
+        assert params.stage2.coord_decode_mode == full
+    params = Params.model_validate(with_value(tree, "stage2.coord_ctx_embed_mode", "soft"))
+    assert params.stage2.coord_ctx_embed_mode == "expectation"
+    params = Params.model_validate(with_value(tree, "decode.box", "local"))
+    assert params.decode.box == "local_expectation"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from coordexp.evaluation.evaluator import Evaluation, evaluate
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.lvis import FederatedLabels
+from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
+from coordexp.evaluation.table import DetectionTable, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 
 Box = tuple[float, float, float, float]
 CAT, DOG, OWL = Category(1, "cat"), Category(2, "dog"), Category(3, "barn owl", "held_out")
 ANIMALS = (CAT, DOG, OWL)
-FAST = EvalSettings(bootstrap_resamples=20)
+FAST = STANDARD.model_copy(update={"bootstrap_resamples": 20})  # fewer than a run may ask for
 
 
 def box(column: int, row: int, side: float = 40.0) -> Box:
@@ -63,8 +66,20 @@ def with_predictions(results: list[ImageResult], change) -> list[ImageResult]:
     return [replace(r, pred=tuple(new for old in r.pred for new in change(old))) for r in results]
 
 
-def run(results: Sequence[ImageResult], categories: Sequence[Category] = ANIMALS) -> Evaluation:
-    return evaluate(results, categories, FAST)
+def run(
+    results: Sequence[ImageResult],
+    categories: Sequence[Category] = ANIMALS,
+    federated: FederatedLabels | None = None,
+    seed: int = STANDARD_SEED,
+    **changes: Any,
+) -> Evaluation:
+    """An evaluation with few resamples and, with `changes`, other values of the block `eval`."""
+    params = FAST.model_copy(update=changes)
+    return evaluate(results, categories, params, STANDARD_MATCHING, seed, federated)
+
+
+def table_of(results: Sequence[ImageResult], categories: Sequence[Category] = ANIMALS) -> DetectionTable:
+    return build_table(results, categories, FAST)
 
 
 def random_results(

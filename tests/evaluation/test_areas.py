@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from coordexp.evaluation.coco import STAT_NAMES
-from coordexp.evaluation.evaluator import Evaluation, evaluate
+from coordexp.evaluation.coco import STAT_NAMES, coco_ap
+from coordexp.evaluation.evaluator import Evaluation
 from coordexp.evaluation.lvis import federated_of
 from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
@@ -33,7 +32,7 @@ from coordexp.records.sources.base import SplitFiles
 from coordexp.records.sources.registry import READERS
 from coordexp.rollout.decode import ground_truth
 from coordexp.text.codecs import get_codec
-from evaluation.builders import FAST, box, image, pred, run
+from evaluation.builders import box, image, pred, run, table_of
 from helpers import new_tokenizer, tiny_pixels
 
 CATEGORIES = [
@@ -153,7 +152,7 @@ def test_all_twelve_numbers_are_those_of_pycocotools_on_the_same_file(tmp_path: 
     truth, results = masks_and_results()
     lines = handed_over(tmp_path, "coco", truth, results)
     categories = [Category(c["id"], c["name"]) for c in CATEGORIES]
-    found = evaluate(lines, categories, replace(FAST, coco_backend=backend)).metrics["coco"]
+    found = run(lines, categories).metrics["coco"] | coco_ap(table_of(lines, categories), backend).stats
     assert {name: found[name] for name in STAT_NAMES} == pytest.approx(reference(truth, results), abs=1e-9)
     assert found["n_gt_annotation_area"] == found["n_gt"] == sum(not a["iscrowd"] for a in truth["annotations"])
 
@@ -165,7 +164,7 @@ def test_the_numbers_of_lvis_by_size_are_those_of_its_own_rules(tmp_path: Path) 
     categories = [Category(c["id"], c["name"], frequency=c["frequency"]) for c in CATEGORIES]
     labels = federated_of(list(read_records(tmp_path / "val.jsonl")), categories)
     assert labels is not None
-    found = evaluate(lines, categories, FAST, labels).metrics["lvis"]
+    found = run(lines, categories, labels).metrics["lvis"]
     known = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}
     known |= {(row["id"], category_id) for row in truth["images"] for category_id in row["neg_category_ids"]}
     judged = [row for row in results if (row["image_id"], row["category_id"]) in known]
@@ -195,6 +194,6 @@ def test_bands_of_coco_go_by_the_area_and_ours_by_the_box() -> None:
     assert [(row["area"], row["n_gt"]) for row in details["by_area"]] == [("small", 1), ("medium", 1)]
     assert [(row["side_px"], row["n_gt"]) for row in details["by_side_px"]] == [("32-64", 2)]
     objects = tuple(ObjectRecord("cat", box(i, 0), area_px2=px2) for i, px2 in enumerate((900.0, None)))
-    upper_bound = codec_upper_bound([Record("1.jpg", 400, 400, objects)], FAST)
+    upper_bound = codec_upper_bound([Record("1.jpg", 400, 400, objects)])
     assert [(row["size"], row["n"]) for row in upper_bound["by_area"]] == [("small", 1), ("medium", 1)]
     assert [(row["size"], row["n"]) for row in upper_bound["by_side_px"]] == [("32-64", 2)]

@@ -8,16 +8,15 @@ import pytest
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap, weighted_ap
 from coordexp.evaluation.coco import coco_ap
 from coordexp.evaluation.coco_matching import match_categories
-from coordexp.evaluation.table import build_table
-from evaluation.builders import FAST, random_results
+from evaluation.builders import random_results, table_of
 from evaluation.test_coco import CASES
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_of_one_give_the_number_of_record(case):
-    table = build_table(*CASES[case])
+    table = table_of(*CASES[case])
     np.testing.assert_allclose(
-        unweighted_ap(match_categories(table), table.n_images), coco_ap(table, FAST).ap_KT(), atol=1e-12
+        unweighted_ap(match_categories(table), table.n_images), coco_ap(table).ap_KT(), atol=1e-12
     )
 
 
@@ -33,13 +32,13 @@ def test_weights_are_copies_of_images(seed):
         for result, weight in zip(results, weights, strict=True)
         for copy in range(weight)
     ]
-    table = build_table(results, categories)
+    table = table_of(results, categories)
     weighted = weighted_ap(match_categories(table), weights[None])[..., 0]
-    np.testing.assert_allclose(weighted, coco_ap(build_table(copies, categories), FAST).ap_KT(), atol=1e-12)
+    np.testing.assert_allclose(weighted, coco_ap(table_of(copies, categories)).ap_KT(), atol=1e-12)
 
 
 def test_many_weightings_at_once_equal_one_at_a_time(monkeypatch):
-    table = build_table(*random_results(9, n_images=15))
+    table = table_of(*random_results(9, n_images=15))
     matches = match_categories(table)
     weights_BI = np.random.default_rng(0).integers(0, 4, (7, table.n_images))
     single = [weighted_ap(matches, weights[None])[..., 0] for weights in weights_BI]
@@ -48,7 +47,7 @@ def test_many_weightings_at_once_equal_one_at_a_time(monkeypatch):
 
 
 def test_a_category_without_objects_is_no_zero():
-    table = build_table(*random_results(0))
+    table = table_of(*random_results(0))
     ap_KT = unweighted_ap(match_categories(table), table.n_images)
     assert np.isnan(ap_KT[-1]).all()
     assert mean_ap(ap_KT) == pytest.approx(ap_KT[:-1].mean())

@@ -6,13 +6,11 @@ import pytest
 from coordexp.evaluation.bootstrap import difference, interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.f1 import f1_from_counts, match_greedily
-from coordexp.evaluation.settings import EvalSettings
-from coordexp.evaluation.table import build_table
-from evaluation.builders import FAST, random_results
+from evaluation.builders import random_results, table_of
 
 
 def test_a_resample_draws_as_many_images_as_there_are():
-    weights_BI = resample_weights(37, EvalSettings(bootstrap_resamples=200))
+    weights_BI = resample_weights(37, 200, seed=17)
     assert weights_BI.shape == (200, 37)
     assert (weights_BI.sum(axis=1) == 37).all()
     assert (weights_BI == 0).mean() == pytest.approx((1 - 1 / 37) ** 37, abs=0.02), (
@@ -21,15 +19,15 @@ def test_a_resample_draws_as_many_images_as_there_are():
 
 
 def test_seed_decides_the_draws():
-    first, same, other = (resample_weights(20, EvalSettings(bootstrap_resamples=5, seed=s)) for s in (1, 1, 2))
+    first, same, other = (resample_weights(20, 5, s) for s in (1, 1, 2))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
 
 
 def test_f1_samples_equal_counting_the_drawn_images():
-    table = build_table(*random_results(3))
+    table = table_of(*random_results(3))
     matches = match_greedily(table, 0.3)
-    weights_BI = resample_weights(table.n_images, FAST)
+    weights_BI = resample_weights(table.n_images, 20, 17)
     samples = resampled_f1(matches, weights_BI)
     for b, weights in enumerate(weights_BI):
         drawn = np.repeat(np.arange(table.n_images), weights)
@@ -41,7 +39,7 @@ def test_f1_samples_equal_counting_the_drawn_images():
 
 def test_ap_of_a_set_that_vanishes_from_a_resample_is_undefined_there():
     results, categories = random_results(5, n_images=3, max_gt=2)
-    table = build_table(results, categories)
+    table = table_of(results, categories)
     only_first = np.array([[3, 0, 0], [1, 1, 1]])
     samples = resampled_ap(match_categories(table), only_first, {f"{k}": [k] for k in range(len(categories))})
     for k in range(len(categories)):

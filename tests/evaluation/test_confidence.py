@@ -7,8 +7,7 @@ from scipy.stats import mannwhitneyu
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.confidence import auroc, calibration_error, oracle_scores
-from coordexp.evaluation.table import build_table
-from evaluation.builders import random_results
+from evaluation.builders import random_results, table_of
 
 
 def test_auroc_is_the_mann_whitney_statistic():
@@ -43,7 +42,7 @@ def test_calibrated_confidence_has_a_small_error_and_overconfidence_a_large_one(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_ranking_beats_the_perfect_one(seed):
-    table = build_table(*random_results(seed, crowd_rate=0.1))
+    table = table_of(*random_results(seed, crowd_rate=0.1))
     rng = np.random.default_rng(seed)
 
     def m_ap(scores):

@@ -2,35 +2,38 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from coordexp.errors import ConfigError, DataError
+from coordexp.config.loading import load_params
+from coordexp.errors import DataError
 from coordexp.evaluation.comparison import COMPARED, compare, most_changed_images
-from coordexp.evaluation.evaluator import evaluate, rounded
+from coordexp.evaluation.evaluator import rounded
+from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.records.gt_vs_pred import ParseReport
-from evaluation.builders import ANIMALS, FAST, box, image, perfect_zoo, pred, random_results, run, with_predictions
+from evaluation.builders import FAST, box, image, perfect_zoo, pred, random_results, run, with_predictions
 
 
-@pytest.mark.parametrize("settings", [FAST, replace(FAST, f1_ious=(0.4,), duplicate_ious=(0.8, 0.99))])
-def test_metrics_are_exactly_the_registered_ones(settings):
+@pytest.mark.parametrize("changes", [{}, {"f1_ious": (0.4,), "duplicate_ious": (0.8, 0.99)}])
+def test_metrics_are_exactly_the_registered_ones(changes):
     results, categories = random_results(0)
-    metrics = evaluate(results, categories, settings).metrics
-    assert {f"{area}.{key}" for area, values in metrics.items() for key in values} == set(metric_specs(settings))
+    metrics = run(results, categories, **changes).metrics
+    specs = metric_specs(FAST.model_copy(update=changes))
+    assert {f"{area}.{key}" for area, values in metrics.items() for key in values} == set(specs)
 
 
 def test_metrics_can_be_written_as_strict_json():
     for results in (random_results(1)[0], [image(1, [], [])]):
-        evaluation = evaluate(results, random_results(1)[1], FAST)
+        evaluation = run(results, random_results(1)[1])
         whole = [evaluation.metrics, evaluation.per_image, evaluation.pr_curve, evaluation.details]
         assert json.loads(json.dumps(whole, allow_nan=False)) == json.loads(json.dumps(whole))
 
 
 def test_point_values_lie_inside_their_intervals():
     results, categories = random_results(2, n_images=60)
-    evaluation = evaluate(results, categories, EvalSettings(bootstrap_resamples=200))
+    evaluation = run(results, categories, bootstrap_resamples=200)
     for key, (low, high) in evaluation.metrics["interval"].items():
         assert low < evaluation.value(key) < high, key
 
@@ -100,7 +103,7 @@ def test_comparison_needs_the_same_images_annotations_and_draws():
     with pytest.raises(DataError, match="annotate the same images differently"):
         compare(base, run(relabelled))
     with pytest.raises(DataError, match="seed, resamples"):
-        compare(base, evaluate(perfect_zoo(3), ANIMALS, replace(FAST, seed=1)))
+        compare(base, run(perfect_zoo(3), seed=1))
 
 
 def test_a_metric_undefined_on_one_side_is_not_compared():
@@ -122,16 +125,6 @@ def test_rounding_reaches_every_float_and_nothing_else():
     assert rounded(value) == {"a": 0.1235, "b": [0.0, 7], "c": None, "d": "x", "e": {"f": True}}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"f1_ious": (0.5, 1.5)},
-        {"f1_ious": ()},
-        {"duplicate_ious": (0.9, 0.901)},
-        {"bootstrap_resamples": 0},
-        {"area_edges_px2": (96.0, 32.0)},
-    ],
-)
-def test_settings_out_of_range_are_refused(change):
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        EvalSettings(**change)
+def test_files_from_outside_are_judged_as_params_yaml_says():
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    assert (params.eval, params.matching, params.seed) == (STANDARD, STANDARD_MATCHING, STANDARD_SEED)

@@ -14,9 +14,8 @@ from coordexp.evaluation.f1 import (
     named_in_image,
     precision_recall,
 )
-from coordexp.evaluation.settings import EvalSettings
-from coordexp.evaluation.table import build_table
-from evaluation.builders import random_results
+from coordexp.evaluation.protocol import STANDARD
+from evaluation.builders import random_results, table_of
 
 
 def test_pairs_are_taken_in_falling_iou_with_ties_by_prediction_then_object():
@@ -55,7 +54,7 @@ def test_an_image_without_objects_is_right_if_left_empty():
 
 @pytest.mark.parametrize("crowd_rate", [0.0, 0.4])
 def test_counts_add_up(crowd_rate):
-    table = build_table(*random_results(2, crowd_rate=crowd_rate))
+    table = table_of(*random_results(2, crowd_rate=crowd_rate))
     matches = match_greedily(table, 0.3)
     for iou in (0.3, 0.5, 0.9):
         full, loc = matches.counts(iou, "full"), matches.counts(iou, "loc")
@@ -69,15 +68,15 @@ def test_counts_add_up(crowd_rate):
 
 
 def test_thresholds_name_the_keys_and_the_published_ones_are_always_there():
-    table = build_table(*random_results(1))
+    table = table_of(*random_results(1))
     matches = match_greedily(table, 0.35)
-    keys = set(f1_metrics(table, matches, matches, EvalSettings(f1_ious=(0.35, 0.9))))
+    keys = set(f1_metrics(table, matches, matches, STANDARD.model_copy(update={"f1_ious": (0.35, 0.9)})))
     assert {"loc_35", "full_35_macro", "loc_50", "full_50_annotated", "loc_90", "full_90", "full_95"} <= keys
     assert "loc_75" not in keys
 
 
 def test_named_in_image_is_a_question_to_each_image():
-    table = build_table(*random_results(6))
+    table = table_of(*random_results(6))
     present = {(int(i), int(c)) for i, c in zip(table.gt_image_G, table.gt_category_G, strict=True)}
     expected = [(int(i), int(c)) in present for i, c in zip(table.pred_image_P, table.pred_category_P, strict=True)]
     np.testing.assert_array_equal(named_in_image(table), expected)

@@ -7,7 +7,7 @@ from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.headline import headline
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.protocol import STANDARD
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -33,7 +33,7 @@ def metrics() -> dict[str, Any]:
 
 def test_it_is_a_small_subset_of_the_metrics_under_the_same_keys() -> None:
     everything = dict(leaves(metrics()))
-    chosen = dict(leaves(headline(metrics(), EvalSettings())))
+    chosen = dict(leaves(headline(metrics(), STANDARD)))
     assert chosen.items() <= everything.items()
     assert len(chosen) == 3 * 6 + 3
     assert {path[0] for path in chosen} == {"stage1", "stage1-control", "stage2", "comparison"}
@@ -43,12 +43,12 @@ def test_it_is_a_small_subset_of_the_metrics_under_the_same_keys() -> None:
 def test_an_undefined_comparison_leaves_no_row() -> None:
     tree = metrics()
     tree["comparison"]["stage2_vs_control"]["coco.mAP"] = None
-    assert "comparison" not in headline(tree, EvalSettings())
+    assert "comparison" not in headline(tree, STANDARD)
 
 
 def test_the_duplicates_are_those_of_the_lowest_threshold() -> None:
     tree = metrics()
     for name in CHECKPOINTS:
         tree[name]["eval"]["set"]["dup_pairs_80"] = 0.75
-    chosen = headline(tree, EvalSettings(duplicate_ious=(0.8, 0.9)))
+    chosen = headline(tree, STANDARD.model_copy(update={"duplicate_ious": (0.8, 0.9)}))
     assert chosen["stage2"]["eval"]["set"] == {"dup_pairs_80": 0.75}

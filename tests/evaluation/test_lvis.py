@@ -12,7 +12,6 @@ from coordexp.errors import DataError
 from coordexp.evaluation.annotations import read_annotations
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import overlapping_pairs
-from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.lvis import (
     FREQUENCIES,
     MAX_DETECTIONS,
@@ -25,10 +24,9 @@ from coordexp.evaluation.lvis import (
     match_federated,
 )
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.table import build_table
 from coordexp.records.categories import Category
 from coordexp.records.schema import Record
-from evaluation.builders import CAT, DOG, FAST, box, image, pred, random_results
+from evaluation.builders import CAT, DOG, FAST, box, image, pred, random_results, run, table_of
 
 HIT = pred("cat", box(0, 0), 0.5)
 FALSE_DOG = pred("dog", box(3, 3), 0.9)  # no dog is annotated in the image
@@ -45,8 +43,8 @@ def labels(absent=(), not_exhaustive=(), image_ids=(1, 2)) -> FederatedLabels:
 
 def ap(results, federated: FederatedLabels) -> dict[str, float | None]:
     """The numbers of record, after checking that our own matches give the same."""
-    table = build_table(results, [CAT, DOG])
-    record = lvis_ap(table, federated, FAST)
+    table = table_of(results, [CAT, DOG])
+    record = lvis_ap(table, federated)
     ap_KT = unweighted_ap(match_federated(table, federated, overlapping_pairs(table)), table.n_images)
     assert mean_ap(ap_KT) == pytest.approx(record["mAP"])
     return record
@@ -94,8 +92,8 @@ def test_own_matches_agree_with_the_library(seed: int):
     absent = {i: chosen - shown[i] for i, chosen in some(0.3).items()}
     frequency = {name: FREQUENCIES[k % 3] for k, name in enumerate(names)}
     federated = FederatedLabels(frequency=frequency, absent=absent, not_exhaustive=some(0.3))
-    table = build_table(results, categories)
-    record = lvis_ap(table, federated, FAST)
+    table = table_of(results, categories)
+    record = lvis_ap(table, federated)
     ap_KT = unweighted_ap(match_federated(table, federated, overlapping_pairs(table)), table.n_images)
     rows = {"mAP": list(range(len(names))), **frequency_rows(table, federated)}
     for name, members in rows.items():
@@ -105,15 +103,15 @@ def test_own_matches_agree_with_the_library(seed: int):
 
 
 def test_the_area_exists_only_with_labels():
-    with_labels = evaluate(scene(HIT), [CAT, DOG], FAST, labels()).metrics
+    with_labels = run(scene(HIT), [CAT, DOG], labels()).metrics
     assert {f"{a}.{k}" for a, values in with_labels.items() for k in values} == set(metric_specs(FAST, lvis=True))
     low, high = with_labels["interval"]["lvis.mAP"]
     assert low <= 1 <= high
-    assert "lvis" not in evaluate(scene(HIT), [CAT, DOG], FAST).metrics
+    assert "lvis" not in run(scene(HIT), [CAT, DOG]).metrics
 
 
 def test_images_and_categories_without_labels_are_refused():
-    table = build_table(scene(HIT), [CAT, DOG])
+    table = table_of(scene(HIT), [CAT, DOG])
     with pytest.raises(DataError, match="Image id 2 is not in the LVIS annotations"):
         check_federated(table, labels(image_ids=[1]))
     with pytest.raises(DataError, match="Category 'dog' is not in the LVIS annotations"):

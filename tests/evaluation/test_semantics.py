@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex
 from coordexp.evaluation.semantics import PACKAGE, MiniLM, map_descriptions, minilm
 from evaluation.builders import ANIMALS, FAST
 
-SEMANTIC = replace(FAST, mapping="semantic", semantic_floor=0.5, semantic_margin=0.05)
+SEMANTIC = FAST.model_copy(update={"mapping": "semantic", "semantic_floor": 0.5, "semantic_margin": 0.05})
 INDEX = CategoryIndex(ANIMALS)
 
 
@@ -59,8 +58,8 @@ def test_one_category_has_no_runner_up():
 
 
 def test_exact_mapping_takes_no_other_spelling():
-    settings = replace(FAST, mapping="exact")
-    assert map_descriptions(["cat", "Cat"], INDEX, settings) == {"cat": (0, "exact"), "Cat": (NO_CATEGORY, "unmapped")}
+    params = FAST.model_copy(update={"mapping": "exact"})
+    assert map_descriptions(["cat", "Cat"], INDEX, params) == {"cat": (0, "exact"), "Cat": (NO_CATEGORY, "unmapped")}
 
 
 def test_an_encoder_that_is_not_installed_is_an_error_even_if_no_text_needs_it(monkeypatch):

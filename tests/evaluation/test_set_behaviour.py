@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from coordexp.evaluation.set_behaviour import find_duplicates, first_of_duplicates
-from coordexp.evaluation.table import build_table, image_slices
+from coordexp.evaluation.table import image_slices
 from coordexp.geometry.boxes import pairwise_iou
-from evaluation.builders import ANIMALS, box, image, pred, random_results, run, shifted
+from evaluation.builders import ANIMALS, box, image, pred, random_results, run, shifted, table_of
 
 
 def test_duplicates_equal_comparing_every_pair():
-    table = build_table(*random_results(4, n_categories=2, max_gt=3, max_pred=25))
+    table = table_of(*random_results(4, n_categories=2, max_gt=3, max_pred=25))
     found = find_duplicates(table, 0.6)
     expected = []
     for rows in image_slices(table.pred_image_P, table.n_images):
@@ -43,7 +43,7 @@ def test_the_guard_keeps_the_first_and_what_only_a_removed_one_overlaps():
     """A chain a-b-c with a and c apart: b goes as a's duplicate, c stays because b is gone."""
     at = (0.0, 0.0, 100.0, 100.0)
     chain = [pred("cat", shifted(at, dx, 0)) for dx in (0, 4, 8)]
-    table = build_table([image(1, [], chain)], ANIMALS)
+    table = table_of([image(1, [], chain)], ANIMALS)
     duplicates = find_duplicates(table, 0.9)
     assert len(duplicates.first_D) == 2
     assert first_of_duplicates(3, duplicates, 0.9).tolist() == [True, False, True]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from coordexp.errors import DataError
-from coordexp.evaluation.table import build_table, image_slices
-from evaluation.builders import ANIMALS, box, image, perfect_zoo, pred
+from coordexp.evaluation.table import image_slices
+from evaluation.builders import ANIMALS, box, image, perfect_zoo, pred, table_of
 
 
 def broken(**change):
@@ -34,7 +34,7 @@ def broken(**change):
 )
 def test_broken_input_is_named(results, message):
     with pytest.raises(DataError, match=message):
-        build_table(results, ANIMALS)
+        table_of(results, ANIMALS)
 
 
 def test_images_are_sorted_and_predictions_keep_their_order():
@@ -42,7 +42,7 @@ def test_images_are_sorted_and_predictions_keep_their_order():
         image(9, [], [pred("cat", box(1, 0), 0.1), pred("dog", box(0, 0), 0.9)]),
         image(2, [("dog", box(0, 0))], []),
     ]
-    table = build_table(results, ANIMALS)
+    table = table_of(results, ANIMALS)
     assert table.image_ids_I.tolist() == [2, 9]
     assert table.pred_score_P.tolist() == [0.1, 0.9]
     assert (table.n_gt_I.tolist(), table.n_pred_I.tolist()) == ([1, 0], [0, 2])
@@ -50,7 +50,7 @@ def test_images_are_sorted_and_predictions_keep_their_order():
 
 
 def test_keeping_predictions_leaves_the_ground_truth():
-    table = build_table(perfect_zoo(), ANIMALS)
+    table = table_of(perfect_zoo(), ANIMALS)
     kept = table.keep_predictions(table.pred_category_P == 1)
     assert kept.n_pred_I.tolist() == [1, 1, 1, 1]
     np.testing.assert_array_equal(kept.gt_boxes_G4, table.gt_boxes_G4)

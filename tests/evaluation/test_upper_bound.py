@@ -5,7 +5,6 @@ import pytest
 
 from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.records.schema import ObjectRecord, Record
-from evaluation.builders import FAST
 
 
 def record(*boxes, width=1000, height=1000):
@@ -13,13 +12,13 @@ def record(*boxes, width=1000, height=1000):
 
 
 def test_boxes_on_the_bins_lose_nothing():
-    upper_bound = codec_upper_bound([record((0.0, 10.0, 500.0, 999.0), (7.0, 7.0, 8.0, 8.0))], FAST)
+    upper_bound = codec_upper_bound([record((0.0, 10.0, 500.0, 999.0), (7.0, 7.0, 8.0, 8.0))])
     assert [upper_bound[key] for key in ("mAP", "f1_95", "mean_iou", "min_iou")] == pytest.approx([1] * 4)
 
 
 def test_a_small_box_off_the_grid():
     """[100.4, 111.2] comes back as [100, 111]."""
-    upper_bound = codec_upper_bound([record((100.4, 100.4, 111.2, 111.2))], FAST)
+    upper_bound = codec_upper_bound([record((100.4, 100.4, 111.2, 111.2))])
     overlap = (111 - 100.4) ** 2
     iou = pytest.approx(overlap / (10.8**2 + 11**2 - overlap))
     assert upper_bound["mean_iou"] == iou
@@ -36,7 +35,7 @@ def test_small_boxes_lose_most():
     for side in (6.0, 12.0, 24.0, 100.0):
         corners = rng.uniform(0, 1200, (200, 2))
         records += [record((x, y, x + side, y + side), width=1333, height=1333) for x, y in corners]
-    upper_bound = codec_upper_bound(records, FAST)
+    upper_bound = codec_upper_bound(records)
     means = [row["mean_iou"] for row in upper_bound["by_side_px"]]
     assert [row["size"] for row in upper_bound["by_side_px"]] == ["<8", "8-16", "16-32", "64-128"]
     assert means == sorted(means)
@@ -54,7 +53,7 @@ def test_without_objects_nothing_is_scored():
     region = ObjectRecord("cat", (0.0, 0.0, 50.0, 50.0), metadata={"iscrowd": 1})
     crowd = Record("b.jpg", 100, 100, (region,))
     for records in ([record()], [crowd, record()]):
-        upper_bound = codec_upper_bound(records, FAST)
+        upper_bound = codec_upper_bound(records)
         assert (upper_bound.pop("n_images"), upper_bound.pop("n_objects")) == (len(records), 0)
         assert upper_bound.pop("by_area") == upper_bound.pop("by_side_px") == []
         assert set(upper_bound.values()) == {None}

@@ -20,7 +20,7 @@ from coordexp.losses.box_terms import (
     ordered_boxes,
     smooth_l1,
 )
-from coordexp.losses.coord_decode import expectation
+from coordexp.losses.readout import read_coordinates
 
 BINS = torch.arange(1000, dtype=torch.float64)
 
@@ -139,7 +139,7 @@ def test_published_gradients_of_one_displaced_edge(side, offset, ciou, ciou_grad
     target_4 = torch.tensor([500, 500, 500 + side, 500 + side], dtype=torch.float64)
     centre_4 = target_4 + torch.tensor([offset, 0, 0, 0])
     logits_4K = (-0.5 * ((BINS - centre_4[:, None]) / 3) ** 2).requires_grad_()
-    pred_14 = expectation(logits_4K)[None]
+    pred_14 = read_coordinates("expectation", logits_4K, 1.0, 16)[None]
 
     def loss_and_norm(name: str, beta_bins: float, target_bins_4: torch.Tensor) -> tuple[float, float]:
         loss = box_terms(pred_14, target_bins_4[None] / 1000, beta_bins, {name})[name].sum

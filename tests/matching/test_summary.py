@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coordexp.matching.assign import match
-from coordexp.matching.settings import MatchSettings
+from coordexp.matching.matcher import match
 from coordexp.matching.summary import MatchCounts, ratio_text
+from helpers import PARAMS
 
 # Step, F1, precision, recall, predictions, matched, false positives, false negatives of a published evaluation.
 PUBLISHED = [
@@ -41,8 +41,8 @@ def test_nothing_matched(n_pred, n_gt, expected):
 def test_ratios_are_sums_over_sums():
     box, far = [0.1, 0.1, 0.5, 0.5], [0.7, 0.7, 0.9, 0.9]
     half = [0.1, 0.1, 0.5, 0.3]
-    settings = MatchSettings()
-    images = [match([box], [box], settings), match([half, far, far], [box], settings), match([], [box, far], settings)]
+    pairs = [([box], [box]), ([half, far, far], [box]), ([], [box, far])]
+    images = [match(*boxes, PARAMS.matching) for boxes in pairs]
     total = sum((MatchCounts.from_result(result) for result in images), MatchCounts())
     assert total == MatchCounts(n_pred=4, n_gt=4, n_matched=2, iou_sum=pytest.approx(1.5))
     assert (total.precision, total.recall, total.f1) == (0.5, 0.5, 0.5)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from browser import Browser, find_browser
 from coordexp.errors import DataError
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 from coordexp.reporting.page import PageSettings, page_data, write_page
@@ -90,7 +91,7 @@ class Elements(HTMLParser):
 
 class TestWithoutABrowser:
     def test_the_data_say_what_became_of_every_box(self) -> None:
-        data = page_data(runs(), CATEGORIES, settings(), limit=10)
+        data = page_data(runs(), CATEGORIES, STANDARD, limit=10)
         assert (data["labels"], data["names"]) == (["one", "two"], sorted(["cat", "dog", EVIL]))
         fates = [[p["fate"] for p in image["runs"][0]["pred"]] for image in data["images"]]
         assert fates == [["right"], ["right", "false"], ["name"], [], ["right"]]
@@ -101,7 +102,7 @@ class TestWithoutABrowser:
         assert data["images"][3]["runs"][0]["found"] == [False, False]
 
     def test_a_limit_keeps_the_lowest_f1_and_says_how_many_there_are(self) -> None:
-        data = page_data(runs(), CATEGORIES, settings(), limit=3)
+        data = page_data(runs(), CATEGORIES, STANDARD, limit=3)
         assert [image["id"] for image in data["images"]] == [2, 3, 4]
         assert data["n_all"] == 5
 
@@ -138,12 +139,6 @@ class TestWithoutABrowser:
         small = write_page([file], CATEGORIES, page.parent, tmp_path / "x.html", page=PageSettings(2, 16))
         assert small < page.stat().st_size
         assert small < 30_000
-
-
-def settings() -> Any:
-    from coordexp.evaluation.settings import EvalSettings
-
-    return EvalSettings()
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path; apt-get install chromium")

@@ -14,8 +14,8 @@ from coordexp.config.block import field_specs
 from coordexp.config.profile import Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.losses.diagnostics import slot_diagnostics
 from coordexp.losses.partition import CoordSlots
 from coordexp.losses.soft_targets import SoftTarget
@@ -83,7 +83,7 @@ def test_a_key_names_the_stages_that_track_it_or_its_block() -> None:
 
 def test_every_metric_is_on_the_page() -> None:
     shown = rows(metrics_markdown())
-    for spec in metric_specs(EvalSettings()).values():
+    for spec in metric_specs(STANDARD).values():
         better = "" if spec.better == "neither" else spec.better
         assert shown[spec.key] == [spec.meaning, spec.unit, better]
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coordexp.geometry.bins import encode_boxes
+from coordexp.config.schema import DecodeParams
+from coordexp.geometry.bins import NUM_BINS, encode_boxes
 from coordexp.packing.prepare import text_objects
 from coordexp.records.gt_vs_pred import read_results, write_results
-from coordexp.rollout.decode import AnswerReader
+from coordexp.rollout.decode import BOX_RULES, AnswerReader, read_bins
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.rescore import Rescored
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
-from helpers import answer_reader, new_checkpoint, new_tokenizer
+from helpers import PARAMS, answer_reader, new_checkpoint, new_tokenizer
 
 CODECS = ("json", "tags", "digits")
 
@@ -31,9 +35,8 @@ def reader_and_encoder(checkpoint, codec: str):
     if codec != "digits":
         return answer_reader(checkpoint, codec), AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
     tokenizer = new_tokenizer()
-    return AnswerReader(TokenTable.from_tokenizer(tokenizer, None), codec, {}), AnswerEncoder(
-        tokenizer, get_codec(codec)
-    )
+    reader = AnswerReader(TokenTable.from_tokenizer(tokenizer, None), codec, {}, PARAMS.decode)
+    return reader, AnswerEncoder(tokenizer, get_codec(codec))
 
 
 def truth_of(sample) -> list[TextObject]:
@@ -116,3 +119,47 @@ def test_lines_survive_the_file(world, checkpoint, tmp_path):
     back = list(read_results(tmp_path / "gt_vs_pred.jsonl"))
     assert back == results
     assert back[0] != replace(results[0], raw_text="")
+
+
+def peaks(*masses: dict[int, float]) -> np.ndarray:
+    """Distributions at the four slots of one box, (1, 4, K)."""
+    probs = np.zeros((1, 4, NUM_BINS))
+    for slot, mass in enumerate(masses):
+        for k, p in mass.items():
+            probs[0, slot, k] = p
+    return probs
+
+
+def test_boxes_under_each_rule_by_hand():
+    probs = peaks({100: 0.75, 101: 0.25}, {200: 0.6, 700: 0.4}, {300: 1.0}, {900: 1.0})
+    emitted = np.array([[100.0, 200.0, 300.0, 900.0]])
+    found = {rule: read_bins(rule, emitted, probs, 1)[0] for rule in BOX_RULES}
+    assert found["argmax"].tolist() == emitted[0].tolist()
+    np.testing.assert_allclose(found["expectation"], [100.25, 400, 300, 900])
+    np.testing.assert_allclose(found["local_expectation"], [100.25, 200, 300, 900])
+    np.testing.assert_allclose(found["top_k"], [100, 200, 300, 900])
+    # Half the mass lies two thirds into bin 100, and five sixths into bin 200.
+    np.testing.assert_allclose(found["median"], [100 - 0.5 + 2 / 3, 200 - 0.5 + 5 / 6, 300, 900])
+
+
+def test_a_box_that_would_turn_over_keeps_its_emitted_axis():
+    probs = peaks({100: 0.5, 900: 0.5}, {200: 0.5, 202: 0.5}, {300: 0.9, 0: 0.1}, {400: 1.0})
+    found = read_bins("expectation", np.array([[100.0, 200.0, 300.0, 400.0]]), probs, 16)
+    np.testing.assert_allclose(found, [[100, 201, 300, 400]])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_any_distribution_gives_an_ordered_box_inside_the_axis(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(NUM_BINS, 0.02), size=(3, 4))
+    low, span = rng.integers(0, 900, (3, 2)), rng.integers(1, 100, (3, 2))
+    emitted = np.concatenate([low, low + span], axis=1).astype(np.float64)
+    for rule in BOX_RULES:
+        found = read_bins(rule, emitted, probs, 16)
+        assert (found[:, 2:] > found[:, :2]).all()
+        assert ((found >= 0) & (found <= NUM_BINS - 1)).all()
+        assert read_bins(rule, emitted[:0], probs[:0], 16).shape == (0, 4)
+
+
+def test_the_parameter_names_every_rule() -> None:
+    assert set(get_args(DecodeParams.model_fields["box"].annotation)) == set(BOX_RULES)

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
-from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.engine import DecodeRequest
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.text.grammar import Constraints
 from coordexp.text.parser import ParsedAnswer, parse_answer
 from coordexp.text.symbols import TokenTable
-from helpers import World, new_checkpoint
+from helpers import World, asked, decode_request, new_checkpoint
 
 
-def settings(
-    codec: str, budget: int, duplicate_iou: float = 1.0, names: tuple[str, ...] | None = None
-) -> DecodeSettings:
+def sampled(codec: str, budget: int, **changes: Any) -> DecodeRequest:
     """Sampling at temperature 1.5 under the grammar."""
-    constraints = Constraints(
-        codec=codec, names=names, valid_corners=True, duplicate_iou=duplicate_iou, max_new_tokens=budget
-    )
-    return DecodeSettings(
-        max_new_tokens=budget, temperature=1.5, top_p=1.0, repetition_penalty=1.0, seed=3, constraints=constraints
-    )
+    grammar = "closed" if "names" in changes else "any"
+    return decode_request(codec, max_new_tokens=budget, temperature=1.5, grammar=grammar, corners="valid", **changes)
 
 
-def answers(world: World, codec: str, decode: DecodeSettings, copies: int) -> list[ParsedAnswer]:
+def answers(world: World, codec: str, request: DecodeRequest, copies: int) -> list[ParsedAnswer]:
     """Parsed answers of an untrained model to copies of the world's samples."""
     checkpoint = new_checkpoint()
     samples = [replace(s, image_id=i) for i, s in enumerate(world.samples * copies)]
-    generations = HfEngine(checkpoint, world.root, 64).generate(samples, decode)
+    generations = HfEngine(checkpoint, world.root, 64).generate(samples, request)
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
     assert all(g.finish_reason == "stop" for g in generations)
     return [parse_answer(g.ids, table, codec) for g in generations]
@@ -40,7 +34,7 @@ def answers(world: World, codec: str, decode: DecodeSettings, copies: int) -> li
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_every_answer_parses(world: World, codec: str) -> None:
-    found = answers(world, codec, settings(codec, 60), copies=4)
+    found = answers(world, codec, sampled(codec, 60), copies=4)
     assert all(answer.report.ok for answer in found)
     assert any(answer.objects for answer in found)
 
@@ -48,14 +42,14 @@ def test_every_answer_parses(world: World, codec: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_two_thousand_answers_parse(world: World, codec: str) -> None:
-    found = answers(world, codec, settings(codec, 60), copies=334)
+    found = answers(world, codec, sampled(codec, 60), copies=334)
     assert len(found) >= 2000
     assert sum(not answer.report.ok for answer in found) == 0
     assert len({len(answer.objects) for answer in found}) > 1
 
 
 def test_the_duplicate_guard_holds_in_generation(world: World) -> None:
-    found = answers(world, "tags", settings("tags", 200, duplicate_iou=0.2, names=("cat",)), copies=1)
+    found = answers(world, "tags", sampled("tags", 200, duplicate_iou=0.2, names=("cat",)), copies=1)
     boxes = [as_boxes([o.bins for o in answer.objects]) for answer in found]
     overlaps = [pairwise_iou(b, b)[np.triu_indices(len(b), 1)] for b in boxes]
     assert max(map(len, boxes)) > 2
@@ -64,7 +58,7 @@ def test_the_duplicate_guard_holds_in_generation(world: World) -> None:
 
 def test_a_row_is_constrained_independently_of_its_neighbours(world: World) -> None:
     checkpoint = new_checkpoint()
-    decode = replace(settings("json", 40), temperature=0.0)
-    together = HfEngine(checkpoint, world.root, 6).generate(world.samples, decode)
-    alone = [HfEngine(checkpoint, world.root, 1).generate([s], decode)[0] for s in world.samples]
+    request = asked(sampled("json", 40), temperature=0.0)
+    together = HfEngine(checkpoint, world.root, 6).generate(world.samples, request)
+    alone = [HfEngine(checkpoint, world.root, 1).generate([s], request)[0] for s in world.samples]
     assert [g.ids.tolist() for g in together] == [g.ids.tolist() for g in alone]

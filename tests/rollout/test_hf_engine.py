@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from coordexp.packing.collator import teacher_segment
-from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.engine import Journal
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.journal import Journal
-from helpers import new_checkpoint
+from helpers import asked, decode_request, new_checkpoint
 
-GREEDY = DecodeSettings(max_new_tokens=10, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=17)
-SAMPLED = replace(GREEDY, temperature=1.0)
+GREEDY = decode_request(seed=17, max_new_tokens=10)
+SAMPLED = asked(GREEDY, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,9 @@ class Killed(BaseException):
     """Stands for `kill -9` in the middle of a batch."""
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_path, monkeypatch, settings):
-    undisturbed = answers(HfEngine(checkpoint, world.root, 2).generate(world.samples, settings))
+@pytest.mark.parametrize("request_", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_path, monkeypatch, request_):
+    undisturbed = answers(HfEngine(checkpoint, world.root, 2).generate(world.samples, request_))
     original, batches = HfEngine._run, []
 
     def run(self, samples, *rest):
@@ -60,13 +59,13 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_
     journal = Journal(tmp_path / "generations.jsonl")
     engine = HfEngine(checkpoint, world.root, 2, journal)
     with pytest.raises(Killed):
-        engine.generate(world.samples, settings)
+        engine.generate(world.samples, request_)
     assert len(journal.read(2**31)) == 4
     whole = (tmp_path / "generations.jsonl").read_text()
     (tmp_path / "generations.jsonl").write_text(whole[:-20])  # the write that the kill cut
-    assert answers(engine.generate(world.samples, settings)) == undisturbed
+    assert answers(engine.generate(world.samples, request_)) == undisturbed
     assert len(batches) == 3 + 2  # the batch of the cut line and the third one
-    assert answers(engine.generate(world.samples, replace(settings, max_new_tokens=5))) != undisturbed
+    assert answers(engine.generate(world.samples, asked(request_, max_new_tokens=5))) != undisturbed
 
 
 def test_the_order_of_the_samples_does_not_matter(world, checkpoint, one_by_one):
@@ -100,12 +99,12 @@ def test_sampling_is_seeded(world, checkpoint, one_by_one):
 
 
 def test_a_tiny_nucleus_is_greedy(world, checkpoint, one_by_one):
-    settings = replace(SAMPLED, top_p=1e-6)
-    assert answers(HfEngine(checkpoint, world.root, 6).generate(world.samples, settings)) == one_by_one
+    request_ = asked(SAMPLED, top_p=1e-6)
+    assert answers(HfEngine(checkpoint, world.root, 6).generate(world.samples, request_)) == one_by_one
 
 
 def test_the_token_budget_ends_an_answer(world, checkpoint):
-    generations = HfEngine(checkpoint, world.root, 6).generate(world.samples, replace(GREEDY, max_new_tokens=3))
+    generations = HfEngine(checkpoint, world.root, 6).generate(world.samples, asked(GREEDY, max_new_tokens=3))
     end = checkpoint.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for generation in generations:
         assert len(generation.ids) == 3 or generation.ids[-1] == end
@@ -131,7 +130,7 @@ def test_an_answer_ends_at_its_end_token(world, checkpoint, monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_in_training_goes_on_training(world, checkpoint, training):
     checkpoint.model.train(training)
-    HfEngine(checkpoint, world.root, 1).generate(world.samples[:1], replace(GREEDY, max_new_tokens=1))
+    HfEngine(checkpoint, world.root, 1).generate(world.samples[:1], asked(GREEDY, max_new_tokens=1))
     assert checkpoint.model.training is training
     checkpoint.model.eval()
 

@@ -13,11 +13,10 @@ import pytest
 from PIL import Image
 
 from coordexp.errors import DataError
-from coordexp.rollout.engine import DecodeSettings, Generation
-from coordexp.rollout.journal import Journal, request_key
-from helpers import World
+from coordexp.rollout.engine import Generation, Journal, request_key
+from helpers import World, asked, decode_request
 
-SETTINGS = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+REQUEST = decode_request(max_new_tokens=8)
 FINISHED = Generation(np.array([4, 5, 6], np.int32), "stop")
 VOCABULARY = 10
 
@@ -80,15 +79,15 @@ def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path:
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes((world.root / sample.image).read_bytes())
 
-    def key(sample=sample, settings=SETTINGS) -> str:
-        return request_key(sample, settings, tmp_path)
+    def key(sample=sample, request=REQUEST) -> str:
+        return request_key(sample, request, tmp_path)
 
     keys = {
         key(),
         key(replace(sample, image_id=7)),
         key(replace(sample, resized_width=64 + sample.resized_width)),
-        key(settings=replace(SETTINGS, temperature=0.5)),
-        key(settings=replace(SETTINGS, seed=4)),
+        key(request=asked(REQUEST, temperature=0.5)),
+        key(request=replace(REQUEST, seed=4)),
         key(replace(sample, image=f"{sample.image}#flip")),
     }
     assert len(keys) == 6
@@ -100,7 +99,7 @@ def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path:
 def test_a_key_needs_the_picture(world: World, tmp_path: Path) -> None:
     sample = replace(world.samples[0], image="a.png")
     with pytest.raises(DataError, match=r"a\.png: no such file"):
-        request_key(sample, SETTINGS, tmp_path)
+        request_key(sample, REQUEST, tmp_path)
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: no such file"):
-        request_key(sample, SETTINGS, tmp_path)
+        request_key(sample, REQUEST, tmp_path)

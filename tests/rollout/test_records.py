@@ -12,7 +12,7 @@ from coordexp.packing.prepare import text_objects
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.records import match_rollouts, read_rollouts, write_rollouts
 from coordexp.text.codecs import TextObject
-from helpers import MATCHING, answer_reader, new_checkpoint, rollout_of, teacher_rollouts
+from helpers import PARAMS, answer_reader, changed, new_checkpoint, rollout_of, teacher_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_gate_leaves_a_far_prediction_unmatched(world, checkpoint):
     sample = replace(sample, width=100, height=100)
     assert rollout_of(checkpoint, sample, [far, near]).pairs == ((1, 0),)
     assert rollout_of(checkpoint, sample, [far]).pairs == ()
-    closest_only = replace(MATCHING, gate_threshold=0.95)
+    closest_only = changed(PARAMS.matching, gate_threshold=0.95)
     generation = Generation(np.array(rollout_of(checkpoint, sample, [near]).ids, np.int32), "stop")
     (rollout,) = match_rollouts([sample], [generation], [answer_reader(checkpoint).parse(generation)], closest_only)
     assert rollout.pairs == ()

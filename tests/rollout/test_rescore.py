@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import token_logprobs
-from helpers import new_checkpoint
+from helpers import decode_request, new_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def generate_with_logprobs(world, checkpoint, monkeypatch, penalty: float):
         return output.sequences
 
     monkeypatch.setattr(checkpoint.model, "generate", recording)
-    settings = DecodeSettings(max_new_tokens=12, temperature=0.0, top_p=1.0, repetition_penalty=penalty, seed=0)
+    request = decode_request(max_new_tokens=12, repetition_penalty=penalty)
     # One image a batch, in order: what was recorded is then one row per sample.
     samples = sorted(world.samples, key=lambda sample: sample.prompt_length)
-    generations = HfEngine(checkpoint, world.root, 1).generate(samples, settings)
+    generations = HfEngine(checkpoint, world.root, 1).generate(samples, request)
     logprobs = [row[0, : len(g.ids)].double().numpy() for row, g in zip(seen, generations, strict=True)]
     return samples, generations, logprobs
 

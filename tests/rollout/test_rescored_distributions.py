@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from coordexp.packing.collator import coordinate_positions
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore, token_logprobs
-from helpers import World, new_checkpoint
+from helpers import World, decode_request, new_checkpoint
 
 
 def teacher(world: World) -> tuple[list[Generation], list[np.ndarray]]:
@@ -47,9 +47,7 @@ def test_the_engines_own_logprobs_equal_the_rescored_ones(world: World) -> None:
         output = checkpoint.model.generate(
             **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
         )  # fmt: skip
-    generations = engine.generate(
-        world.samples, DecodeSettings(max_new_tokens=12, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0)
-    )
+    generations = engine.generate(world.samples, decode_request(max_new_tokens=12))
     own = torch.stack(output.logits, dim=1).log_softmax(-1)
     rescored = token_logprobs(checkpoint, world.collator(checkpoint), world.samples, generations, 3)
     for row, generation, ours in zip(own, generations, rescored, strict=True):

@@ -15,13 +15,12 @@ from coordexp.models.tiny import build_tiny
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.rollout import stages
-from coordexp.rollout.engine import Generation
+from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.records import Rollout, read_rollouts
 from coordexp.rollout.rescore import Rescored
 from coordexp.rollout.stages import (
-    decode_settings,
+    decode_request,
     decode_val,
-    match_settings,
     rollout_summary,
     run_rollouts,
     warn_of_unusable,
@@ -43,17 +42,30 @@ def short(workspace: Workspace) -> Workspace:
     return workspace.set(decode__max_new_tokens=4)
 
 
-def test_settings_come_from_the_parameters(workspace):
-    space = workspace.set(decode__temperature=0.7, decode__top_p=0.9, seed=5, matching__gate_threshold=0.4)
-    settings = decode_settings(space.params, "json", [])
-    assert (settings.temperature, settings.top_p, settings.seed, settings.max_new_tokens) == (0.7, 0.9, 5, 256)
-    assert match_settings(space.params).gate_threshold == 0.4
+def test_a_request_holds_the_block_and_the_names_of_the_data_set(workspace):
+    workspace.paths.records.mkdir(parents=True)
+    rows = [{"id": 1, "name": "cat", "split": "train"}]
+    (workspace.paths.records / "categories.json").write_text(json.dumps(rows))
+    space = workspace.set(decode__temperature=0.7, seed=5)
+    free, closed = (decode_request(s, "json") for s in (space, space.set(decode__grammar="closed")))
+    assert free == DecodeRequest(params=space.params.decode, codec="json", seed=5)
+    assert closed.names == ("cat",)
+    digits = decode_request(space, "digits").params
+    assert (digits.box, digits.score) == ("argmax", "coord_logprob")
+
+
+def test_the_readout_is_no_part_of_what_generation_depends_on(workspace):
+    request = decode_request(workspace, "json")
+    for changes in ({"decode__box": "argmax"}, {"decode__score": "mix"}, {"decode__box_top_k": 3}):
+        assert decode_request(workspace.set(**changes), "json").identity() == request.identity()
+    shorter = decode_request(workspace.set(decode__max_new_tokens=9), "json")
+    assert shorter.identity() != request.identity()
 
 
 def test_rollouts_of_a_run(short, monkeypatch):
     """The engine answers with the truth of the even images and with nothing parseable for the others."""
 
-    def generate(self, samples, settings):
+    def generate(self, samples, request):
         return [Generation(s.answer_ids if s.image_id % 2 == 0 else s.answer_ids[-1:], "stop") for s in samples]
 
     monkeypatch.setattr(stages.HfEngine, "generate", generate)
@@ -78,7 +90,7 @@ def test_rollouts_of_a_run(short, monkeypatch):
 def test_fewer_rollouts_than_samples(short):
     tree = short.profile.model_dump()
     tree["rollout"] |= {"images": 2}
-    assert run_rollouts(short.params, type(short.profile).model_validate(tree), short.paths)["images"] == 2
+    assert run_rollouts(replace(short, profile=type(short.profile).model_validate(tree)))["images"] == 2
     chosen = read_rollouts(short.paths.run("rollout") / "rollouts.jsonl")
     assert len(chosen) == 2
     assert all(len(r.ids) <= 4 for r in chosen.values())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,22 +27,20 @@ from coordexp.models.adapters import apply_tuning
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.journal import Journal
 from coordexp.rollout.rescore import token_logprobs
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import VllmServer, vllm_server
-from coordexp.text.grammar import Constraints
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
-from helpers import World, new_checkpoint
+from helpers import World, asked, decode_request, new_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
-GREEDY = DecodeSettings(max_new_tokens=48, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+GREEDY = decode_request(max_new_tokens=48)
 LORA = TuningConfig(
     method="lora",
     vision="train",
@@ -109,12 +108,10 @@ def copies(world: World, n: int) -> list[Sample]:
     return [replace(s, image_id=i) for i, s in enumerate(world.samples * n)]
 
 
-def sampled(codec: str, duplicate_iou: float = 1.0, names: tuple[str, ...] | None = None) -> DecodeSettings:
+def sampled(codec: str, **changes: Any) -> DecodeRequest:
     """Sampling at temperature 1.5 under the grammar."""
-    constraints = Constraints(
-        codec=codec, names=names, valid_corners=True, duplicate_iou=duplicate_iou, max_new_tokens=BUDGET
-    )
-    return replace(GREEDY, max_new_tokens=BUDGET, temperature=1.5, constraints=constraints)
+    grammar = "closed" if "names" in changes else "any"
+    return decode_request(codec, max_new_tokens=BUDGET, temperature=1.5, grammar=grammar, corners="valid", **changes)
 
 
 def test_greedy_answers_agree_with_hugging_face(
@@ -171,7 +168,7 @@ def test_constrained_greedy_answers_agree_with_hugging_face(
 ) -> None:
     """The duplicate guard over HTTP and in `generate` are one description, so greedy answers are the same tokens."""
     loaded, _ = checkpoint
-    decode = replace(sampled("json", duplicate_iou=0.2, names=("cat", "dog")), temperature=0.0)
+    decode = asked(sampled("json", duplicate_iou=0.2, names=("cat", "dog")), temperature=0.0)
     ours = HfEngine(loaded, world.root, 8).generate(world.samples, decode)
     theirs = engine(loaded, world, servers, tmp_path).generate(world.samples, decode)
     assert ids_of(theirs) == ids_of(ours)
@@ -187,7 +184,7 @@ def test_sampled_answers_depend_on_neither_server_nor_concurrency(
     world: World, checkpoint: tuple[Checkpoint, Path], servers: list[VllmServer], tmp_path: Path
 ) -> None:
     loaded, _ = checkpoint
-    samples, decode = copies(world, 4), replace(GREEDY, temperature=0.7)
+    samples, decode = copies(world, 4), asked(GREEDY, temperature=0.7)
     both = engine(loaded, world, servers, tmp_path / "a", 16).generate(samples, decode)
     one = engine(loaded, world, servers[1:], tmp_path / "b", 1).generate(samples, decode)
     assert ids_of(both) == ids_of(one)

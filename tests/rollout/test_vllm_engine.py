@@ -21,15 +21,14 @@ from coordexp.errors import ConfigError, ServerError
 from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout import vllm_client
-from coordexp.rollout.engine import DecodeSettings, Generation
-from coordexp.rollout.journal import Journal
+from coordexp.rollout.engine import Generation, Journal
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.prompts import expand_image
-from helpers import World, new_checkpoint
+from helpers import World, decode_request, new_checkpoint
 
-SETTINGS = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=3)
+REQUEST = decode_request(max_new_tokens=8)
 TOKENIZER = new_checkpoint().tokenizer
 END = int(TOKENIZER.convert_tokens_to_ids(END_OF_TURN))  # type: ignore[arg-type]
 IMAGE = int(TOKENIZER.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[arg-type]
@@ -119,14 +118,14 @@ def by_seed(world: World, slow_first: bool = False) -> Answer:
 def image_of(body: dict) -> int:
     """The image id that a request's seed was made from."""
     stride = 1_000_003
-    return next(i for i in range(200) if (SETTINGS.seed + i * stride) & 0x7FFFFFFF == body["seed"])
+    return next(i for i in range(200) if (REQUEST.seed + i * stride) & 0x7FFFFFFF == body["seed"])
 
 
 def run(
     world: World, servers: list[FakeServer], samples: list[Sample], journal: Path, workers: int = 8, tries: int = 4
 ) -> list[Generation]:
     pool = ServerPool([s.url for s in servers], timeout_seconds=5, tries=tries)
-    return VllmEngine(pool, TOKENIZER, world.root, workers, Journal(journal)).generate(samples, SETTINGS)
+    return VllmEngine(pool, TOKENIZER, world.root, workers, Journal(journal)).generate(samples, REQUEST)
 
 
 def test_results_keep_the_order_of_the_samples_whatever_finishes_first(world: World, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.tiny import build_tiny
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
-from coordexp.text.grammar import AnswerGrammar, Constraints, utf8_tail
+from coordexp.text.grammar import AnswerGrammar, utf8_tail
 from coordexp.text.grammar_walk import AnswerWalk
 from coordexp.text.parser import ParsedAnswer, parse_answer
 from coordexp.text.symbols import TokenTable
 from coordexp.text.vocabulary import CoordVocabulary
-from helpers import new_tokenizer
+from helpers import PARAMS, changed, new_tokenizer
 
 CODECS = ("json", "tags", "digits")
 
@@ -31,22 +32,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def new_grammar(
-    codec: str,
-    names: tuple[str, ...] | None = None,
-    valid_corners: bool = True,
-    duplicate_iou: float = 1.0,
-    max_new_tokens: int = 80,
-) -> AnswerGrammar:
-    """A grammar over the tiny tokenizer."""
-    constraints = Constraints(
-        codec=codec,
-        names=names,
-        valid_corners=valid_corners,
-        duplicate_iou=duplicate_iou,
-        max_new_tokens=max_new_tokens,
-    )
-    return AnswerGrammar(tokenizer(), constraints)
+def new_grammar(codec: str, names: tuple[str, ...] | None = None, **changes: Any) -> AnswerGrammar:
+    """A grammar over the tiny tokenizer: corners in order and 80 tokens, but for changes to the block `decode`."""
+    wanted = {"grammar": "any" if names is None else "closed", "corners": "valid", "max_new_tokens": 80}
+    return AnswerGrammar(tokenizer(), codec, changed(PARAMS.decode, **wanted | changes), names or ())
 
 
 def sample(grammar: AnswerGrammar, rng: np.random.Generator) -> list[int]:
@@ -130,7 +119,7 @@ def test_the_duplicate_guard_leaves_other_names_alone_and_never_blocks() -> None
 
 
 def test_without_corner_constraint_boxes_may_turn_over() -> None:
-    grammar = new_grammar("json", ("cat",), valid_corners=False, max_new_tokens=100)
+    grammar = new_grammar("json", ("cat",), corners="any", max_new_tokens=100)
     rng = np.random.default_rng(3)
     dropped = [parsed(sample(grammar, rng), "json").report.dropped for _ in range(20)]
     assert {reason for d in dropped for reason in d} == {"bbox_invalid"}

@@ -10,9 +10,8 @@ import pytest
 from coordexp.config.loading import load_params
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
-from coordexp.losses.coord_decode import DECODE_RULES
 from coordexp.training import builders
-from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
+from coordexp.training.rollout_pool import match_schedule
 from helpers import new_checkpoint
 
 
@@ -77,30 +76,11 @@ def test_without_shares_every_step_has_the_same_objective(repository, checkpoint
     assert objective.at(0) is objective
 
 
-@pytest.mark.parametrize("mode", ["exp", "st", "hard", "local", "top_k"])
-def test_every_decode_mode_of_the_parameters_is_a_rule(repository, checkpoint, mode):
-    params = params_with(repository, stage2={"coord_decode_mode": mode})
-    assert builders.stage2_objective(params, checkpoint, 10).coord_decode_mode in DECODE_RULES
-
-
 def test_soft_context_of_the_parameters(repository, checkpoint):
-    changes = {"n_softctx_iter": 3, "coord_ctx_embed_mode": "soft", "softctx_grad_mode": "em_detach"}
+    changes = {"n_softctx_iter": 3, "coord_ctx_embed_mode": "expectation", "softctx_grad_mode": "em_detach"}
     context = builders.soft_context(params_with(repository, stage2=changes, temperature=2.0), checkpoint)
-    assert (context.n_iter, context.embed_mode, context.grad_mode) == (3, "soft", "em_detach")
+    assert (context.n_iter, context.embed_mode, context.grad_mode) == (3, "expectation", "em_detach")
     assert (context.temperature, context.first_coord_id) == (2.0, checkpoint.coord.first_id)
-
-
-def test_channel_b_of_the_parameters(repository):
-    changes = {
-        **{"passes": "one", "missed": "sorted", "extras": "drop", "over_generation": "truncate"},
-        **{"eos_weight": 2.0, "close_weight": 3.0, "over_close_weight": 4.0, "duplicate_unlikelihood_weight": 0.1},
-    }
-    settings = channel_b_settings(params_with(repository, stage2=changes))
-    for name, value in changes.items():
-        if name != "duplicate_unlikelihood_weight":
-            assert getattr(settings, name) == value
-    assert settings.mark_duplicates
-    assert not channel_b_settings(params_with(repository)).mark_duplicates
 
 
 def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):

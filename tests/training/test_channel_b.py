@@ -6,20 +6,19 @@ is only context as dots, one a token.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from coordexp.config.schema import Stage2Params
 from coordexp.packing.collator import Segment, teacher_segment
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
-from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
-from helpers import MATCHING, TRUTH, answer_reader, new_checkpoint, rollout_of, sample_of
+from coordexp.training.channel_b import channel_b_segments
+from helpers import MATCHING, PARAMS, TRUTH, answer_reader, changed, new_checkpoint, rollout_of, sample_of
 
-TWO = ChannelBSettings(passes="two", missed="append", eos_weight=1.0)
-ONE = replace(TWO, passes="one")
+TWO = changed(PARAMS.stage2, passes="two", missed="append", eos_weight=1.0)
+ONE = changed(TWO, passes="one")
 # The rollout: a dog one bin off, something that is not annotated, the cat under a wrong name; the cup is missed.
 DOG, EXTRA, CAT = (
     TextObject("dog", (501, 110, 800, 400)),
@@ -48,10 +47,10 @@ def shown(segment: Segment, checkpoint) -> str:
     return out
 
 
-def segments_of(checkpoint, codec: str, settings: ChannelBSettings, objects=(DOG, EXTRA, CAT)) -> list[Segment]:
+def segments_of(checkpoint, codec: str, params: Stage2Params, objects=(DOG, EXTRA, CAT)) -> list[Segment]:
     sample = sample_of(checkpoint, codec)
     rollout = rollout_of(checkpoint, sample, objects, codec)
-    return channel_b_segments(sample, rollout, encoder(checkpoint, codec), settings)
+    return channel_b_segments(sample, rollout, encoder(checkpoint, codec), params)
 
 
 def n_text(checkpoint, text: str) -> str:
@@ -137,12 +136,12 @@ def test_one_pass_in_tags(checkpoint):
 
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
-@pytest.mark.parametrize("settings", [TWO, ONE])
+@pytest.mark.parametrize("params", [TWO, ONE])
 @pytest.mark.parametrize(
     "objects", [(DOG, EXTRA, CAT), (EXTRA,), (), (CAT, DOG, TextObject("cup", (101, 601, 401, 900)))]
 )
-def test_every_object_gets_its_geometry_exactly_once(checkpoint, codec, settings, objects):
-    segments = segments_of(checkpoint, codec, settings, objects)
+def test_every_object_gets_its_geometry_exactly_once(checkpoint, codec, params, objects):
+    segments = segments_of(checkpoint, codec, params, objects)
     targets = np.concatenate([segment.box_targets for segment in segments])
     expected = np.array(list(TRUTH.values())) * 10
     assert sorted(map(tuple, targets.round(3))) == sorted(map(tuple, expected.astype(np.float32).round(3)))
@@ -156,37 +155,35 @@ def test_every_object_gets_its_geometry_exactly_once(checkpoint, codec, settings
 def test_sorting_puts_missed_objects_into_reading_order(checkpoint, codec):
     names = {"append": ["dog", "cat", "cup"], "sorted": ["cat", "dog", "cup"]}
     for missed, expected in names.items():
-        completion = segments_of(checkpoint, codec, replace(TWO, missed=missed))[1]
+        completion = segments_of(checkpoint, codec, changed(TWO, missed=missed))[1]
         text = checkpoint.tokenizer.decode(completion.answer_ids)
         assert sorted(expected, key=text.index) == expected
-    (one,) = segments_of(checkpoint, codec, replace(ONE, missed="sorted"))
+    (one,) = segments_of(checkpoint, codec, changed(ONE, missed="sorted"))
     first_rows = [checkpoint.coord.bin_of(t) for t in one.answer_ids[one.answer_roles == Role.COORD][1::4].tolist()]
     assert first_rows == sorted(first_rows) == [100, 110, 600, 600]
 
 
-@pytest.mark.parametrize("settings", [TWO, ONE])
-def test_the_order_of_the_annotations_does_not_matter(checkpoint, settings):
+@pytest.mark.parametrize("params", [TWO, ONE])
+def test_the_order_of_the_annotations_does_not_matter(checkpoint, params):
     """Another order of the ground truth is another matching of the same pairs: with sorting, the same segments."""
     made = []
     for names in (("cat", "dog", "cup"), ("cup", "cat", "dog"), ("dog", "cup", "cat")):
         sample = sample_of(checkpoint, "json", names)
         rollout = rollout_of(checkpoint, sample, (DOG, EXTRA, CAT))
-        made.append(
-            channel_b_segments(sample, rollout, encoder(checkpoint, "json"), replace(settings, missed="sorted"))
-        )
+        made.append(channel_b_segments(sample, rollout, encoder(checkpoint, "json"), changed(params, missed="sorted")))
     for other in made[1:]:
         for a, b in zip(made[0], other, strict=True):
             for field in ("answer_ids", "answer_roles", "text_weights", "box_tokens", "box_targets"):
                 np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
 
 
-@pytest.mark.parametrize("settings", [TWO, ONE])
+@pytest.mark.parametrize("params", [TWO, ONE])
 @pytest.mark.parametrize("objects", [(DOG, EXTRA, CAT), (DOG, EXTRA, CAT, CAT)], ids=["three", "four"])
-def test_the_weights_of_stopping(checkpoint, settings, objects):
+def test_the_weights_of_stopping(checkpoint, params, objects):
     """The closing brackets and the end token each have their own; both weigh more where too much was said."""
 
     def weights(**changes) -> np.ndarray:
-        return segments_of(checkpoint, "json", replace(settings, **changes), objects)[-1].text_weights
+        return segments_of(checkpoint, "json", changed(params, **changes), objects)[-1].text_weights
 
     plain, over = weights(), len(objects) > 3
     assert plain[-2:].tolist() == [1, 1]
@@ -196,14 +193,14 @@ def test_the_weights_of_stopping(checkpoint, settings, objects):
         ({"eos_weight": 0.0, "close_weight": 0.0}, [0, 0]),
         ({"eos_weight": 4.0, "close_weight": 3.0, "over_close_weight": 2.0}, [6, 8] if over else [3, 4]),
     ):
-        changed = weights(**changes)
-        assert changed[-2:].tolist() == close
-        np.testing.assert_array_equal(changed[:-2], plain[:-2])
+        found = weights(**changes)
+        assert found[-2:].tolist() == close
+        np.testing.assert_array_equal(found[:-2], plain[:-2])
 
 
 def test_the_end_token_of_tags_has_no_brackets_before_it(checkpoint):
     plain, heavy = (
-        segments_of(checkpoint, "tags", replace(TWO, eos_weight=w, close_weight=9.0))[-1].text_weights for w in (1, 5)
+        segments_of(checkpoint, "tags", changed(TWO, eos_weight=w, close_weight=9.0))[-1].text_weights for w in (1, 5)
     )
     assert (plain[-1], heavy[-1]) == (1, 5)
     np.testing.assert_array_equal(plain[:-1], heavy[:-1])
@@ -215,7 +212,7 @@ def names_in(checkpoint, segment: Segment) -> list[str]:
 
 
 def test_extras_can_be_left_out_of_one_pass(checkpoint):
-    (segment,) = segments_of(checkpoint, "json", replace(ONE, extras="drop"))
+    (segment,) = segments_of(checkpoint, "json", changed(ONE, extras="drop"))
     s = '", "'
     name = {name: n_text(checkpoint, name) for name in ("dog", "cup")}
     assert shown(segment, checkpoint) == (
@@ -228,29 +225,29 @@ def test_extras_can_be_left_out_of_one_pass(checkpoint):
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_the_target_ends_early_where_too_much_was_said(checkpoint, codec):
     """Four predictions of three objects: the missed cup is not asked for; three predictions: it is."""
-    short = replace(TWO, over_generation="truncate")
+    short = changed(TWO, over_generation="truncate")
     cut = segments_of(checkpoint, codec, short, (DOG, EXTRA, CAT, EXTRA))[-1]
     kept = segments_of(checkpoint, codec, short)[-1]
     assert names_in(checkpoint, cut) == ["dog", "cat"]
     assert cut.box_tokens.shape == (0, 4)
     assert names_in(checkpoint, kept) == ["dog", "cat", "cup"]
-    (one,) = segments_of(checkpoint, codec, replace(short, passes="one"), (DOG, EXTRA, CAT, EXTRA))
+    (one,) = segments_of(checkpoint, codec, changed(short, passes="one"), (DOG, EXTRA, CAT, EXTRA))
     assert len(one.box_tokens) == 2
 
 
 def test_nothing_right_is_no_reason_to_teach_silence(checkpoint):
-    short = replace(TWO, over_generation="truncate")
+    short = changed(TWO, over_generation="truncate")
     completion = segments_of(checkpoint, "json", short, (EXTRA, EXTRA, EXTRA, EXTRA))[-1]
     assert names_in(checkpoint, completion) == ["cat", "dog", "cup"]
 
 
-@pytest.mark.parametrize("settings", [TWO, ONE])
-def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, settings):
+@pytest.mark.parametrize("params", [TWO, ONE])
+def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, params):
     sample = sample_of(checkpoint, "json")
     garbage = Generation(sample.answer_ids[1:6], "length")
     rollout: Rollout
     (rollout,) = match_rollouts([sample], [garbage], [answer_reader(checkpoint).parse(garbage)], MATCHING)
-    (segment,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), settings)
+    (segment,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), params)
     expected = teacher_segment(sample)
     np.testing.assert_array_equal(segment.answer_ids, expected.answer_ids)
     np.testing.assert_array_equal(segment.text_weights, expected.text_weights)

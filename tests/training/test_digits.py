@@ -10,7 +10,6 @@ import pytest
 from coordexp.config.loading import read_yaml
 from coordexp.config.presets import read_preset, with_changes
 from coordexp.evaluation.evaluator import evaluate
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.packing.collator import teacher_segment
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import read_results
@@ -55,4 +54,6 @@ def test_the_graph_runs_on_text_alone(digits):
     assert len(results) == 6
     names = sorted({gt.desc for result in results for gt in result.gt})
     categories = [Category(i, name) for i, name in enumerate(names, 1)]
-    assert 0 <= evaluate(results, categories, EvalSettings(bootstrap_resamples=100)).metrics["parse"]["parse_rate"] <= 1
+    params = digits.params
+    metrics = evaluate(results, categories, params.eval, params.matching, params.seed).metrics
+    assert 0 <= metrics["parse"]["parse_rate"] <= 1

@@ -9,13 +9,13 @@ import pytest
 
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
-from coordexp.training.channel_b import ChannelBSettings, channel_b_segments
+from coordexp.training.channel_b import channel_b_segments
 from coordexp.training.duplicates import divergence_positions, duplicate_ranks
-from helpers import new_checkpoint, rollout_of, sample_of
+from helpers import PARAMS, changed, new_checkpoint, rollout_of, sample_of
 
 CAT, DOG = TextObject("cat", (100, 100, 300, 300)), TextObject("dog", (500, 110, 800, 400))
 NEAR_CAT, FAR_CAT = TextObject("cat", (101, 100, 300, 300)), TextObject("cat", (600, 600, 900, 900))
-TWO = ChannelBSettings(passes="two", missed="append", eos_weight=1.0, mark_duplicates=True)
+TWO = changed(PARAMS.stage2, passes="two", missed="append", eos_weight=1.0, duplicate_unlikelihood_weight=0.5)
 CODECS = ("json", "tags")
 
 
@@ -28,11 +28,11 @@ def rolled_out(checkpoint, objects, codec="json") -> Rollout:
     return rollout_of(checkpoint, sample_of(checkpoint, codec), objects, codec)
 
 
-def unlikely(checkpoint, objects, codec: str, settings=TWO) -> list[str]:
+def unlikely(checkpoint, objects, codec: str, params=TWO) -> list[str]:
     """The tokens that channel B pushes down, each with what stands before it."""
     sample = sample_of(checkpoint, codec)
     encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
-    segment = channel_b_segments(sample, rolled_out(checkpoint, objects, codec), encoder, settings)[0]
+    segment = channel_b_segments(sample, rolled_out(checkpoint, objects, codec), encoder, params)[0]
     return [checkpoint.tokenizer.decode(segment.answer_ids[: p + 1]) for p in segment.unlikely_tokens]
 
 
@@ -73,13 +73,13 @@ def test_a_run_of_duplicates_is_compared_with_what_comes_after_it(checkpoint, co
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_one_pass_marks_them_in_its_own_target(checkpoint, codec):
-    (found,) = unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, replace(TWO, passes="one"))
+    (found,) = unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, changed(TWO, passes="one"))
     assert found.endswith("cat")  # the missed cup follows
-    assert unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, replace(TWO, passes="one", extras="drop")) == []
+    assert unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, changed(TWO, passes="one", extras="drop")) == []
 
 
 def test_nothing_is_marked_unless_asked(checkpoint):
-    assert unlikely(checkpoint, (CAT, NEAR_CAT, DOG), "json", replace(TWO, mark_duplicates=False)) == []
+    assert unlikely(checkpoint, (CAT, NEAR_CAT, DOG), "json", changed(TWO, duplicate_unlikelihood_weight=0.0)) == []
 
 
 def test_an_answer_in_other_tokens_is_left_alone_from_there_on(checkpoint):

@@ -12,14 +12,13 @@ from coordexp.config.profile import TuningConfig
 from coordexp.losses.head_sweep import HeadSweep
 from coordexp.models.adapters import apply_tuning
 from coordexp.training import fused_batch
-from coordexp.training.channel_b import ChannelBSettings
 from coordexp.training.objective_step import Objective
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.soft_context import SoftContext
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2_task import Stage2Task, StepPlan
 from coordexp.training.teacher_task import TeacherTask
-from helpers import ALL_WEIGHTS, MATCHING, new_checkpoint, objective, teacher_rollouts
+from helpers import ALL_WEIGHTS, MATCHING, PARAMS, changed, new_checkpoint, objective, teacher_rollouts
 
 ALL = tuple(range(6))
 WEIGHTS = replace(ALL_WEIGHTS, entropy=0.1, duplicate_unlikelihood=0.5)
@@ -43,11 +42,11 @@ def stage2(world, checkpoint, goal: Objective, channel: str) -> Stage2Task:
     return Stage2Task(
         checkpoint.model,
         goal,
-        SoftContext(n_iter=2, embed_mode="soft", grad_mode="unroll", temperature=1.0, first_coord_id=first_id),
+        SoftContext(n_iter=2, embed_mode="expectation", grad_mode="unroll", temperature=1.0, first_coord_id=first_id),
         world.source(checkpoint),
         RolloutPool(teacher_rollouts(checkpoint, world), lambda _: MATCHING),
         world.encoder(checkpoint),
-        ChannelBSettings(passes="two", missed="append", eos_weight=2.0, mark_duplicates=True),
+        changed(PARAMS.stage2, passes="two", missed="append", eos_weight=2.0, duplicate_unlikelihood_weight=0.5),
         world.collator(checkpoint),
         [StepPlan(channel, ALL)],
         a1_coord_weight=0.5,

@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 from coordexp.errors import Interrupted
 from coordexp.models.loading import load_checkpoint
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, read_results
-from coordexp.rollout.decode import EMITTED
-from coordexp.rollout.engine import DecodeSettings
 from coordexp.rollout.records import write_rollouts
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.training.looks import count_answers, judge_answer
@@ -89,14 +87,14 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     monitor = make_monitor(space, "stage1", checkpoint, 4)
     again = predict_samples(
         checkpoint,
-        make_reader(checkpoint, "json", EMITTED, {}),
+        make_reader(checkpoint, "json", monitor._viewer.request.params),
         monitor._viewer.samples,
         space.paths.raw,
-        monitor._viewer.decode,
+        monitor._viewer.request,
         2,
     )
     assert [r.raw_text for r in left] == [r.raw_text for r in again]
-    assert monitor._viewer.decode.temperature == 0
+    assert monitor._viewer.request.params.temperature == 0
 
 
 def test_a_resumed_run_has_every_look_once(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +161,7 @@ def test_every_stage_looks_at_the_same_images_and_runaways_are_cut(ready: Worksp
     chosen = [[sample.image_id for sample in m._viewer.samples] for m in monitors]
     assert chosen[0] == chosen[1]
     longest = max(len(sample.answer_ids) for sample in monitors[0]._viewer.samples)
-    assert monitors[0]._viewer.decode == DecodeSettings(
-        max_new_tokens=2 * longest, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=0
-    )
+    assert monitors[0]._viewer.request.params.max_new_tokens == 2 * longest
 
 
 def test_looks_at_images_without_objects_are_undefined(

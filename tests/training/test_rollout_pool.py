@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from coordexp.rollout.engine import DecodeSettings, Generation
+from coordexp.rollout.engine import Generation
 from coordexp.training.rollout_pool import Refresh, Refresher, RolloutPool, plan_refreshes
-from helpers import MATCHING, answer_reader, new_checkpoint, teacher_rollouts
+from helpers import MATCHING, answer_reader, changed, decode_request, new_checkpoint, teacher_rollouts
 
-DECODE = DecodeSettings(max_new_tokens=8, temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=17)
+REQUEST = decode_request(seed=17, max_new_tokens=8)
 
 
 class TruthTeller:
@@ -20,9 +18,9 @@ class TruthTeller:
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], int]] = []
 
-    def generate(self, samples, settings):
-        torch.manual_seed(settings.seed)
-        self.asked.append(([s.image_id for s in samples], settings.seed))
+    def generate(self, samples, request):
+        torch.manual_seed(request.seed)
+        self.asked.append(([s.image_id for s in samples], request.seed))
         return [Generation(s.answer_ids, "stop") for s in samples]
 
 
@@ -37,7 +35,7 @@ def on_file(world, checkpoint):
 
 
 def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
-    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, DECODE, world.store, folder)
+    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, folder)
 
 
 def test_a_plan_by_hand():
@@ -70,7 +68,7 @@ def test_fresh_rollouts_replace_those_on_file_from_their_step_on(world, checkpoi
     assert pool.at(7, [sample])[1] == {}
     pool.refresh(9)
     assert [images for images, _ in engine.asked] == [[100, 102], [100]]
-    assert len({seed for _, seed in engine.asked} | {DECODE.seed}) == 3
+    assert len({seed for _, seed in engine.asked} | {REQUEST.seed}) == 3
 
 
 def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_file, tmp_path):
@@ -100,7 +98,7 @@ def test_generating_does_not_disturb_the_random_numbers_of_training(world, check
 
 def test_matching_follows_the_step(world, on_file):
     """A gate that only exact boxes pass lets none of the shifted ones through; relaxed, all but the missed object."""
-    strict = replace(MATCHING, gate_threshold=1.0)
+    strict = changed(MATCHING, gate_threshold=1.0)
     pool = RolloutPool(on_file, lambda step: strict if step < 3 else MATCHING)
     sample = world.store[0]
     assert pool.at(2, [sample])[0][sample.image_id].pairs == ()

@@ -20,7 +20,7 @@ from coordexp.training.objective_step import objective_terms
 from coordexp.training.soft_context import SoftContext, context_embeddings, self_context_forwards
 from helpers import new_checkpoint, objective
 
-MODES = ("soft", "st", "hard")
+MODES = ("expectation", "straight_through", "argmax")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,11 @@ def batch(world, checkpoint):
 @pytest.fixture
 def settings(checkpoint) -> SoftContext:
     return SoftContext(
-        n_iter=2, embed_mode="soft", grad_mode="unroll", temperature=1.0, first_coord_id=checkpoint.coord.first_id
+        n_iter=2,
+        embed_mode="expectation",
+        grad_mode="unroll",
+        temperature=1.0,
+        first_coord_id=checkpoint.coord.first_id,
     )
 
 
@@ -51,20 +55,22 @@ def random_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_soft_is_the_mean_embedding_and_hard_the_most_likely_one():
     logits, table = random_logits()
     expected = torch.stack([sum(p * row for p, row in zip(ps, table, strict=True)) for ps in logits.softmax(-1)])
-    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "soft"), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "hard"), table[logits.argmax(-1)])
+    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "expectation"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(context_embeddings(logits, table, 1.0, "argmax"), table[logits.argmax(-1)])
 
 
 def test_straight_through_is_hard_forwards_and_soft_backwards():
     logits, table = random_logits()
     values = {mode: context_embeddings(logits, table, 0.7, mode) for mode in MODES}
-    torch.testing.assert_close(values["st"], values["hard"])
-    assert (values["st"] - values["soft"]).abs().max() > 0.1
-    seed = torch.randn(values["st"].shape, generator=torch.Generator().manual_seed(1))
-    st, soft = (torch.autograd.grad((values[mode] * seed).sum(), logits)[0] for mode in ("st", "soft"))
+    torch.testing.assert_close(values["straight_through"], values["argmax"])
+    assert (values["straight_through"] - values["expectation"]).abs().max() > 0.1
+    seed = torch.randn(values["straight_through"].shape, generator=torch.Generator().manual_seed(1))
+    st, soft = (
+        torch.autograd.grad((values[mode] * seed).sum(), logits)[0] for mode in ("straight_through", "expectation")
+    )
     torch.testing.assert_close(st, soft)
     assert st.abs().max() > 0
-    assert not values["hard"].requires_grad
+    assert not values["argmax"].requires_grad
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,7 +83,7 @@ def test_a_certain_model_reads_the_embedding_of_its_bin(mode):
 
 def test_temperature_flattens_the_soft_embedding():
     logits, table = random_logits()
-    hot = context_embeddings(logits, table, 1e6, "soft")
+    hot = context_embeddings(logits, table, 1e6, "expectation")
     torch.testing.assert_close(hot, table.mean(0).expand(5, -1), atol=1e-3, rtol=0)
 
 
@@ -136,7 +142,7 @@ def reaches_first(checkpoint, batch, settings) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_only_unrolled_and_differentiable_context_reaches_the_first_forward(checkpoint, batch, settings, mode):
     unrolled = replace(settings, embed_mode=mode)
-    assert reaches_first(checkpoint, batch, unrolled) == (mode != "hard")
+    assert reaches_first(checkpoint, batch, unrolled) == (mode != "argmax")
     assert not reaches_first(checkpoint, batch, replace(unrolled, grad_mode="em_detach"))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
 from coordexp.infra.random_streams import repetition_seed
@@ -19,7 +19,25 @@ SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
+# How one value is read out of a distribution over bins; losses/readout.py says what each rule does.
+ReadoutRule = Literal["argmax", "expectation", "straight_through", "local_expectation", "top_k", "median"]
+_READOUT_SYNONYMS = {
+    "exp": "expectation",
+    "soft": "expectation",
+    "st": "straight_through",
+    "hard": "argmax",
+    "local": "local_expectation",
+}
+
+
+def _full_name(name: object) -> object:
+    return _READOUT_SYNONYMS.get(name, name) if isinstance(name, str) else name
+
+
+_SHORT_NAMES = BeforeValidator(_full_name)
+
 SeedOffset = Annotated[int, Field(ge=0, le=999)]
+BinCount = Annotated[int, Field(ge=1, le=1000)]
 
 
 class CoordWeights(Block):
@@ -67,10 +85,13 @@ class Stage2Params(Block):
     b_ratio: Fraction = Field(description="share of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
-    coord_ctx_embed_mode: Literal["st", "soft", "hard"] = Field(description="embedding of a predicted coordinate")
-    coord_decode_mode: Literal["exp", "st", "hard", "local", "top_k"] = Field(
-        description="coordinate that the box losses see (losses/coord_decode.py)"
+    coord_ctx_embed_mode: Annotated[Literal["argmax", "expectation", "straight_through"], _SHORT_NAMES] = Field(
+        description="embedding of a predicted coordinate (losses/readout.py)"
     )
+    coord_decode_mode: Annotated[ReadoutRule, _SHORT_NAMES] = Field(
+        description="coordinate that the box losses see (losses/readout.py)"
+    )
+    top_k: BinCount = Field(description="bins that coord_decode_mode top_k keeps")
     a1_coord_weight: Weight = Field(
         description="factor on the coordinate objective of the first forward, if channel A has several"
     )
@@ -129,9 +150,10 @@ class DecodeParams(Block):
     score: Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"] = Field(
         description="confidence of an object (rollout/confidence.py)"
     )
-    box: Literal["argmax", "expectation", "local_expectation", "median"] = Field(
-        description="position of an edge: the emitted bin, or a statistic of its distribution"
+    box: Annotated[Literal["argmax", "expectation", "local_expectation", "top_k", "median"], _SHORT_NAMES] = Field(
+        description="position of an edge: the emitted bin, or read from its distribution (losses/readout.py)"
     )
+    box_top_k: BinCount = Field(description="bins that box top_k keeps")
     grammar: Literal["none", "any", "closed"] = Field(
         description="emit only what parses, with any name or only names of the data set"
     )
@@ -172,8 +194,10 @@ class EvalParams(Block):
     def _thresholds_ascend(self) -> EvalParams:
         for name in ("f1_ious", "duplicate_ious"):
             values = getattr(self, name)
-            if any(a >= b for a, b in pairwise(values)):
-                raise ValueError(f"{name} is {list(values)}; list each threshold once, in ascending order.")
+            if any(round(100 * a) >= round(100 * b) for a, b in pairwise(values)):  # metrics are named by hundredths
+                raise ValueError(
+                    f"{name} is {list(values)}; list each threshold once, in ascending order, at least 0.01 apart."
+                )
         return self
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.ablation import CLAIMS, DUPLICATES, MAIN_METRIC, Arm, Claim
+from coordexp.config.schema import Params
 from coordexp.evaluation.bootstrap import resample_weights
 from coordexp.evaluation.effect import Effect, Verdict, effect, verdict_of_interval
 from coordexp.evaluation.evaluator import evaluate
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Floats
 from coordexp.infra.provenance import file_hash, fingerprint, write_json
 from coordexp.records.categories import Category
@@ -36,23 +36,24 @@ class SeedResult:
     bin_mae: float | None
 
 
-def seed_result(folder: Path, split: str, categories: Sequence[Category], settings: EvalSettings) -> SeedResult:
+def seed_result(folder: Path, split: str, categories: Sequence[Category], params: Params) -> SeedResult:
     """The result of a finished arm on a split; evaluated once, then read from `<split>.statistics.json`."""
     predictions, cache = folder / f"{split}.jsonl", folder / f"{split}.statistics.json"
-    key = fingerprint({"settings": repr(settings), "metrics": METRICS}, [predictions])
+    key = fingerprint({"params": repr((params.eval, params.matching, params.seed)), "metrics": METRICS}, [predictions])
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     found = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
     if found.get("key") != key:
-        found = {"key": key, "predictions": file_hash(predictions), **_statistics(predictions, categories, settings)}
+        found = {"key": key, "predictions": file_hash(predictions), **_statistics(predictions, categories, params)}
         write_json(cache, found)
     samples = {name: np.array(values, np.float64) for name, values in found["samples"].items()}
     return SeedResult(found["values"], samples, done["diagnostics"].get(BIN_MAE))
 
 
-def _statistics(predictions: Path, categories: Sequence[Category], settings: EvalSettings) -> dict[str, Any]:
-    evaluation = evaluate(list(read_results(predictions)), categories, settings)
+def _statistics(predictions: Path, categories: Sequence[Category], params: Params) -> dict[str, Any]:
+    evaluation = evaluate(list(read_results(predictions)), categories, params.eval, params.matching, params.seed)
     rows_I = np.array([row[DUPLICATES.split(".")[1]] for row in evaluation.per_image], np.float64)
-    samples = evaluation.samples | {DUPLICATES: resample_weights(len(rows_I), settings) @ rows_I / len(rows_I)}
+    weights_BI = resample_weights(len(rows_I), params.eval.bootstrap_resamples, params.seed)
+    samples = evaluation.samples | {DUPLICATES: weights_BI @ rows_I / len(rows_I)}
     values = {name: evaluation.value(name) or 0.0 for name in METRICS}
     return {"values": values, "samples": {name: np.nan_to_num(samples[name]).tolist() for name in METRICS}}
 

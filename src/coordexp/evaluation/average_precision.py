@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.evaluation.coco_matching import CategoryMatches
-from coordexp.evaluation.settings import COCO_IOUS, RECALL_GRID
+from coordexp.evaluation.protocol import COCO_IOUS, RECALL_GRID
 from coordexp.evaluation.table import Floats, Ints
 
 _CELLS_PER_BLOCK = 1_000_000  # detections x weightings held at once; keeps a block in a few MB

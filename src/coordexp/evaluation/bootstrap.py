@@ -14,17 +14,17 @@ import numpy as np
 from coordexp.evaluation.average_precision import weighted_ap
 from coordexp.evaluation.coco_matching import CategoryMatches
 from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts, image_f1
-from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
+from coordexp.evaluation.protocol import COCO_IOUS
 from coordexp.evaluation.table import Floats, Ints
 from coordexp.infra.random_streams import generator
 
 INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
-def resample_weights(n_images: int, settings: EvalSettings) -> Ints:
+def resample_weights(n_images: int, resamples: int, seed: int) -> Ints:
     """How often each image is drawn in each resample, shape (B, I); rows sum to I."""
-    rng = generator(settings.seed, "evaluation/resamples")
-    return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=settings.bootstrap_resamples)
+    rng = generator(seed, "evaluation/resamples")
+    return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=resamples)
 
 
 def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", scope: str = "") -> dict[str, Floats]:

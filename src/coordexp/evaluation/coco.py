@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from coordexp.evaluation.categories import NO_CATEGORY
-from coordexp.evaluation.settings import COCO_IOUS, EvalSettings
+from coordexp.evaluation.protocol import AREA_EDGES_PX2, COCO_IOUS
 from coordexp.evaluation.table import DetectionTable, Floats, Ints
 from coordexp.geometry.boxes import Boxes, area, xyxy_to_xywh
 from coordexp.records.schema import LARGEST_AREA_PX2
 
+Backend = Literal["pycocotools", "faster-coco-eval"]
 # COCOeval.stats, in its order.
 STAT_NAMES = ("mAP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _FAST_FROM_PREDICTIONS = 50_000
@@ -57,10 +58,10 @@ class CocoResult:
         return precision_RK[:, present].mean(axis=1).tolist() if present.any() else []
 
 
-def coco_ap(table: DetectionTable, settings: EvalSettings) -> CocoResult:
-    """Evaluate with the backend that the settings name, or choose."""
-    backend, reason = _choose_backend(table, settings)
-    evaluator = _run(table, settings, _library(backend))
+def coco_ap(table: DetectionTable, backend: Backend | None = None) -> CocoResult:
+    """Evaluate with this backend; without one with pycocotools, the number of record, unless there is much to do."""
+    backend, reason = (backend, "asked for") if backend else _choose_backend(table)
+    evaluator = _run(table, _library(backend))
     stats = dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
     return CocoResult(
         stats={name: None if value < 0 else value for name, value in stats.items()},
@@ -71,16 +72,14 @@ def coco_ap(table: DetectionTable, settings: EvalSettings) -> CocoResult:
     )
 
 
-def _choose_backend(table: DetectionTable, settings: EvalSettings) -> tuple[str, str]:
-    if settings.coco_backend != "auto":
-        return settings.coco_backend, "named by the settings"
+def _choose_backend(table: DetectionTable) -> tuple[Backend, str]:
     n_pred = len(table.pred_score_P)
     if n_pred <= _FAST_FROM_PREDICTIONS:
         return "pycocotools", f"the number of record; {n_pred} predictions"
     return "faster-coco-eval", f"identical and faster; {n_pred} predictions are more than {_FAST_FROM_PREDICTIONS}"
 
 
-def _library(backend: str) -> tuple[type, type]:
+def _library(backend: Backend) -> tuple[type, type]:
     if backend == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -92,7 +91,7 @@ def _library(backend: str) -> tuple[type, type]:
     return FastCOCO, COCOeval_faster
 
 
-def _run(table: DetectionTable, settings: EvalSettings, library: tuple[type, type]) -> Any:
+def _run(table: DetectionTable, library: tuple[type, type]) -> Any:
     dataset_type, evaluator_type = library
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries report progress by print
         truth, detections = dataset_type(), dataset_type()
@@ -100,16 +99,16 @@ def _run(table: DetectionTable, settings: EvalSettings, library: tuple[type, typ
         truth.createIndex()
         detections.createIndex()
         evaluator = evaluator_type(truth, detections, iouType="bbox")
-        set_area_ranges(evaluator, settings)
+        set_area_ranges(evaluator)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator
 
 
-def set_area_ranges(evaluator: Any, settings: EvalSettings) -> None:
-    """Part small, medium and large where the settings say."""
-    small, large = settings.area_edges_px2
+def set_area_ranges(evaluator: Any) -> None:
+    """Part small, medium and large at COCO's edges of the object's area."""
+    small, large = AREA_EDGES_PX2
     evaluator.params.areaRng = [[0, LARGEST_AREA_PX2], [0, small], [small, large], [large, LARGEST_AREA_PX2]]
 
 

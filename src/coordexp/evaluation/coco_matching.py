@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.evaluation.categories import NO_CATEGORY
-from coordexp.evaluation.settings import COCO_IOUS, MAX_DETECTIONS
+from coordexp.evaluation.protocol import COCO_IOUS, MAX_DETECTIONS
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints
 from coordexp.geometry.boxes import Boxes, xyxy_to_xywh
 

@@ -48,7 +48,7 @@ def _check_pairable(a: Evaluation, b: Evaluation) -> None:
     names = ("gt_image_G", "gt_boxes_G4", "gt_category_G", "gt_crowd_G")
     if not all(np.array_equal(getattr(a.table, name), getattr(b.table, name)) for name in names):
         raise DataError("The two evaluations annotate the same images differently; use one version of the data.")
-    draws_a, draws_b = ((e.settings.seed, e.settings.bootstrap_resamples) for e in (a, b))
+    draws_a, draws_b = ((e.seed, e.params.bootstrap_resamples) for e in (a, b))
     if draws_a != draws_b:
         raise DataError(
             f"Bootstrap (seed, resamples) is {draws_a} on one side, {draws_b} on the other; use one setting."

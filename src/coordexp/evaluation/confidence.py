@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, overlapping_pairs, ranking_flags
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Floats
 
+CALIBRATION_BINS = 10
 
-def reliability(
-    table: DetectionTable, matches_K: list[CategoryMatches], settings: EvalSettings
-) -> list[dict[str, Any]]:
+
+def reliability(table: DetectionTable, matches_K: list[CategoryMatches]) -> list[dict[str, Any]]:
     """The bins of the reliability diagram of the score in use: confidence, precision, n."""
     right_P, judged_P = ranking_flags(table, matches_K)
-    return calibration_error(table.pred_score_P[judged_P], right_P[judged_P], settings.calibration_bins)[1]
+    return calibration_error(table.pred_score_P[judged_P], right_P[judged_P])[1]
 
 
-def calibration_error(confidence_P: Floats, right_P: Bools, n_bins: int) -> tuple[float | None, list[dict[str, Any]]]:
+def calibration_error(
+    confidence_P: Floats, right_P: Bools, n_bins: int = CALIBRATION_BINS
+) -> tuple[float | None, list[dict[str, Any]]]:
     """Expected calibration error over bins of equal mass: sum of n_b/N * |mean confidence - precision|.
 
     Equal confidences share a bin, so there may be fewer bins than asked. The error is None, without bins, if there is

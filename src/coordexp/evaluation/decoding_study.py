@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from coordexp.config.schema import Params
 from coordexp.errors import DataError
 from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
@@ -25,21 +25,21 @@ SHOWN = (
 Row = dict[str, Any]
 
 
-def box_table(results: Sequence[ImageResult], categories: Sequence[Category], settings: EvalSettings) -> list[Row]:
+def box_table(results: Sequence[ImageResult], categories: Sequence[Category], params: Params) -> list[Row]:
     """The rules of `decode.box`, each with the scores as they are; compared with the emitted bins (argmax)."""
-    return _table(_alternatives(results, "boxes_xyxy_px", with_box), "argmax", categories, settings)
+    return _table(_alternatives(results, "boxes_xyxy_px", with_box), "argmax", categories, params)
 
 
-def score_table(results: Sequence[ImageResult], categories: Sequence[Category], settings: EvalSettings) -> list[Row]:
+def score_table(results: Sequence[ImageResult], categories: Sequence[Category], params: Params) -> list[Row]:
     """The schemes of `decode.score`, each with the boxes as they are; compared with the coordinate log-probability."""
-    return _table(_alternatives(results, "scores", with_score), "coord_logprob", categories, settings)
+    return _table(_alternatives(results, "scores", with_score), "coord_logprob", categories, params)
 
 
 def between_runs(
     runs: Mapping[str, Sequence[ImageResult]],
     baseline: str,
     categories: Sequence[Category],
-    settings: EvalSettings,
+    params: Params,
     extra: Mapping[str, Mapping[str, Any]],
 ) -> list[Row]:
     """Files that were decoded differently on the same images, such as with and without constraints.
@@ -49,7 +49,7 @@ def between_runs(
         baseline: the name that the others are compared with.
         extra: name -> further columns, such as tokens per second.
     """
-    rows = _table(runs, baseline, categories, settings)
+    rows = _table(runs, baseline, categories, params)
     return [row | dict(extra.get(row["name"], {})) for row in rows]
 
 
@@ -77,9 +77,12 @@ def _alternatives(
 
 
 def _table(
-    variants: Mapping[str, Sequence[ImageResult]], baseline: str, categories: Sequence[Category], settings: EvalSettings
+    variants: Mapping[str, Sequence[ImageResult]], baseline: str, categories: Sequence[Category], params: Params
 ) -> list[Row]:
-    evaluations = {name: evaluate(results, categories, settings) for name, results in variants.items()}
+    evaluations = {
+        name: evaluate(results, categories, params.eval, params.matching, params.seed)
+        for name, results in variants.items()
+    }
     return [_row(name, evaluation, evaluations[baseline]) for name, evaluation in evaluations.items()]
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.average_precision import mean_ap
 from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.coco import CocoResult
 from coordexp.evaluation.f1 import GreedyMatches, category_counts, f1_from_counts, image_f1, precision_recall
+from coordexp.evaluation.protocol import AREA_EDGES_PX2, iou_key
 from coordexp.evaluation.set_behaviour import Duplicates, mean_matched_iou
-from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.evaluation.sizes import recall_by_area
 from coordexp.evaluation.table import DetectionTable
 from coordexp.records.gt_vs_pred import ImageResult
@@ -47,12 +48,10 @@ def per_category(table: DetectionTable, coco: CocoResult, matches: GreedyMatches
     return rows
 
 
-def by_area(
-    table: DetectionTable, coco: CocoResult, matches: GreedyMatches, settings: EvalSettings
-) -> list[dict[str, Any]]:
+def by_area(table: DetectionTable, coco: CocoResult, matches: GreedyMatches) -> list[dict[str, Any]]:
     """COCO's bands of object area: AP and AR beside what `recall_by_area` says; bands without objects have no row."""
     letters = {"small": "s", "medium": "m", "large": "l"}
-    rows = recall_by_area(table, matches, settings.area_edges_px2)
+    rows = recall_by_area(table, matches, AREA_EDGES_PX2)
     return [
         row | {"AP": coco.stats[f"AP{letters[row['area']]}"], "AR100": coco.stats[f"AR{letters[row['area']]}"]}
         for row in rows
@@ -64,12 +63,12 @@ def per_image(
     table: DetectionTable,
     matches: GreedyMatches,
     duplicates: Duplicates,
-    settings: EvalSettings,
+    params: EvalParams,
 ) -> list[dict[str, Any]]:
     """One row for each image, by image id: what is needed to choose the images worth looking at."""
     full_I3, loc_I3 = matches.counts(0.5, "full"), matches.counts(0.5, "loc")
     unmapped_I = np.bincount(table.pred_image_P[table.pred_category_P == NO_CATEGORY], minlength=table.n_images)
-    dup_iou = min(settings.duplicate_ious)
+    dup_iou = min(params.duplicate_ious)
     columns = {
         "n_gt": table.n_gt_I,
         "n_pred": table.n_pred_I,

@@ -1,7 +1,7 @@
 """One evaluation of one set of predictions.
 
     results = list(read_results(Path("gt_vs_pred.jsonl")))
-    evaluation = evaluate(results, read_categories(Path("categories.json")), EvalSettings())
+    evaluation = evaluate(results, read_categories(Path("categories.json")), STANDARD, STANDARD_MATCHING, 17)
     evaluation.metrics["coco"]["AP50"]
 
 The names, meanings and units of all metrics are in registry.py. A metric that is undefined on the data at hand (no
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.schema import EvalParams, MatchingParams
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import CocoResult, coco_ap
 from coordexp.evaluation.coco_matching import match_categories
@@ -27,10 +28,10 @@ from coordexp.evaluation.lrp import lrp_metrics
 from coordexp.evaluation.lvis import FederatedLabels, check_federated, frequency_rows, lvis_ap, match_federated
 from coordexp.evaluation.matched import Matched, guarded_metrics, protocol_metrics, worst_duplicates
 from coordexp.evaluation.parse import parse_metrics
+from coordexp.evaluation.protocol import RECALL_GRID, iou_key
 from coordexp.evaluation.registry import PROTOCOL_SAMPLES, interval_keys
 from coordexp.evaluation.scores import CONSTANT, IN_USE, PERFECT, compare_scores
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
-from coordexp.evaluation.settings import RECALL_GRID, EvalSettings
 from coordexp.evaluation.sizes import recall_by_side
 from coordexp.evaluation.soundness import soundness_metrics
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table
@@ -53,7 +54,8 @@ class Evaluation:
             `scores` (the AP that each score would reach), `worst_duplicates`, `coco_backend`.
         samples: metric -> its value in each bootstrap resample, shape (B,).
         table: the checked input.
-        settings: the settings all of this was computed under.
+        params: what all of this was computed under.
+        seed: of the resamples.
     """
 
     metrics: Metrics
@@ -62,7 +64,8 @@ class Evaluation:
     details: dict[str, Any]
     samples: dict[str, Floats]
     table: DetectionTable
-    settings: EvalSettings
+    params: EvalParams
+    seed: int
 
     def value(self, key: str) -> float | None:
         """The metric named "area.metric"."""
@@ -72,7 +75,9 @@ class Evaluation:
 def evaluate(
     results: Sequence[ImageResult],
     categories: Sequence[Category],
-    settings: EvalSettings,
+    params: EvalParams,
+    matching: MatchingParams,
+    seed: int,
     federated: FederatedLabels | None = None,
 ) -> Evaluation:
     """Evaluate the predictions of a data set.
@@ -80,37 +85,38 @@ def evaluate(
     Args:
         results: the lines of a gt_vs_pred file, in any order, every image once, every prediction scored.
         categories: the classes of the data set; every annotated name must be one of them.
-        settings: thresholds, bands, mapping of descriptions, resamples and seed.
+        params: thresholds, mapping of descriptions and number of resamples.
+        matching: the training-time matching of the `rollout` area.
+        seed: of the resamples.
         federated: LVIS's labels; with them there is also the area `lvis`.
 
     Raises:
         ConfigError: descriptions are to be mapped by meaning, and the text encoder is not installed.
         DataError: the results break their contract (see input_checks.py).
     """
-    table = build_table(results, categories, settings)
-    everything = Matched.of(table, settings)
-    duplicates = find_duplicates(table, min(settings.duplicate_ious))
-    positive, guarded = everything.annotated(settings), everything.guarded(duplicates, settings)
-    coco = coco_ap(table, settings)
-    scores = compare_scores(table, everything.pairs, settings)
+    table = build_table(results, categories, params)
+    everything = Matched.of(table, params)
+    duplicates = find_duplicates(table, min(params.duplicate_ious))
+    positive, guarded = everything.annotated(params), everything.guarded(duplicates, params)
+    coco, scores = coco_ap(table), compare_scores(table, everything.pairs)
     metrics: Metrics = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
-        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, settings),
+        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
         "protocol": protocol_metrics(everything, positive),
-        "rollout": rollout_metrics(table, settings.matching),
+        "rollout": rollout_metrics(table, matching),
         "parse": parse_metrics(results) | soundness_metrics(results, table),
         "input": input_metrics(results, table),
-        "set": set_metrics(table, everything.by_iou, duplicates, settings),
-        "guarded": guarded_metrics(everything, guarded, settings),
+        "set": set_metrics(table, everything.by_iou, duplicates, params),
+        "guarded": guarded_metrics(everything, guarded, params),
         "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score),
     }
-    weights_BI = resample_weights(table.n_images, settings)
+    weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, seed)
     samples = _resample(everything, positive, guarded, weights_BI)
     samples |= _resample_headroom(everything, samples["coco.mAP"], weights_BI)
     if federated:
         check_federated(table, federated)
-        metrics["lvis"] = lvis_ap(table, federated, settings)
+        metrics["lvis"] = lvis_ap(table, federated)
         samples |= _resample_lvis(everything, federated, weights_BI)
     intervals = {
         key: interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
@@ -118,29 +124,31 @@ def evaluate(
     }
     return Evaluation(
         metrics=metrics | {"interval": intervals},
-        per_image=per_image(results, table, everything.by_iou, duplicates, settings),
-        pr_curve={
-            "recall": RECALL_GRID.tolist(),
-            "precision_50": coco.pr_curve(0.5),
-            "precision_75": coco.pr_curve(0.75),
-        },
-        details=_details(everything, coco, duplicates, settings) | {"scores": scores},
+        per_image=per_image(results, table, everything.by_iou, duplicates, params),
+        pr_curve=_pr_curve(coco),
+        details=_details(everything, coco, duplicates, params) | {"scores": scores},
         samples=samples,
         table=table,
-        settings=settings,
+        params=params,
+        seed=seed,
     )
 
 
-def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, settings: EvalSettings) -> dict[str, Any]:
+def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:
+    precision = {f"precision_{iou_key(iou)}": coco.pr_curve(iou) for iou in (0.5, 0.75)}
+    return {"recall": RECALL_GRID.tolist(), **precision}
+
+
+def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, params: EvalParams) -> dict[str, Any]:
     """The tables beneath the metrics."""
     table = matched.table
     return {
         "per_category": per_category(table, coco, matched.by_iou),
-        "by_area": by_area(table, coco, matched.by_iou, settings),
+        "by_area": by_area(table, coco, matched.by_iou),
         "by_side_px": recall_by_side(table, matched.by_iou),
         "by_gt_count": omission_by_gt_count(matched.by_iou),
-        "reliability": reliability(table, matched.by_score, settings),
-        "worst_duplicates": worst_duplicates(table, duplicates, settings),
+        "reliability": reliability(table, matched.by_score),
+        "worst_duplicates": worst_duplicates(table, duplicates, params),
         "coco_backend": {"name": coco.backend, "reason": coco.reason},
     }
 

@@ -18,7 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from coordexp.evaluation.settings import COCO_IOUS, EvalSettings, iou_key
+from coordexp.config.schema import EvalParams
+from coordexp.evaluation.protocol import COCO_IOUS, f1_thresholds, iou_key
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
 from coordexp.geometry.boxes import Boxes, area, pairwise_intersection, pairwise_iou
 
@@ -159,7 +160,7 @@ def category_counts(table: DetectionTable, matches: GreedyMatches, iou: float) -
 
 
 def f1_metrics(
-    table: DetectionTable, matches: GreedyMatches, annotated: GreedyMatches, settings: EvalSettings
+    table: DetectionTable, matches: GreedyMatches, annotated: GreedyMatches, params: EvalParams
 ) -> dict[str, float | int | None]:
     """The `f1` area of the metrics, of all predictions (scope `all`) and of the `annotated` scope.
 
@@ -172,7 +173,7 @@ def f1_metrics(
     n_matched = int(loc_I3[:, 0].sum())
     metrics: dict[str, float | int | None] = {"precision_50": precision, "recall_50": recall}
     for mode in MODES:
-        for iou in settings.all_f1_ious:
+        for iou in f1_thresholds(params):
             key = f"{mode}_{iou_key(iou)}"
             metrics[key] = micro_f1(matches, iou, mode)
             metrics[f"{key}_macro"] = macro_f1(matches, iou, mode)

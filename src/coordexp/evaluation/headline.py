@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.config.schema import EvalParams
+from coordexp.evaluation.protocol import iou_key
 
 SUBJECTS = ("stage1", "stage1-control", "stage2")
 DECIDING = ("stage2_vs_control", "coco.mAP")  # does stage 2 beat the same compute spent on stage 1?
 
 
-def headline_keys(settings: EvalSettings) -> tuple[str, ...]:
+def headline_keys(params: EvalParams) -> tuple[str, ...]:
     """The metrics shown of each checkpoint, as "area.metric"."""
-    duplicates = f"set.dup_pairs_{iou_key(min(settings.duplicate_ious))}"
+    duplicates = f"set.dup_pairs_{iou_key(min(params.duplicate_ious))}"
     return ("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", duplicates, "parse.parse_rate")
 
 
-def headline(metrics: dict[str, Any], settings: EvalSettings) -> dict[str, Any]:
+def headline(metrics: dict[str, Any], params: EvalParams) -> dict[str, Any]:
     """The part of metrics.json that `dvc metrics` reads: at most 21 values."""
     chosen: dict[str, Any] = {}
     for checkpoint in SUBJECTS:
         areas: dict[str, Any] = {}
-        for key in headline_keys(settings):
+        for key in headline_keys(params):
             area, name = key.split(".", 1)
             areas.setdefault(area, {})[name] = metrics[checkpoint]["eval"][area][name]
         chosen[checkpoint] = {"eval": areas}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coordexp.evaluation.coco_matching import CategoryMatches
-from coordexp.evaluation.settings import COCO_IOUS
+from coordexp.evaluation.protocol import COCO_IOUS
 from coordexp.evaluation.table import DetectionTable, Floats
 
 _TAU = COCO_IOUS[0]

@@ -21,7 +21,6 @@ import numpy as np
 from coordexp.errors import DataError
 from coordexp.evaluation.coco import detection_dataset, ground_truth_dataset, set_area_ranges
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, Rules, match_categories
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable, Ints
 from coordexp.records.categories import Category, Frequency
 from coordexp.records.descriptions import normalise_desc
@@ -90,7 +89,7 @@ def check_federated(table: DetectionTable, labels: FederatedLabels) -> None:
         raise DataError(f"Category {unknown[0]!r} is not in the LVIS annotations ({len(unknown)} such categories).")
 
 
-def lvis_ap(table: DetectionTable, labels: FederatedLabels, settings: EvalSettings) -> dict[str, float | None]:
+def lvis_ap(table: DetectionTable, labels: FederatedLabels) -> dict[str, float | None]:
     """The `lvis` area: mAP AP50 AP75, APs APm APl by size, APr APc APf by frequency, AR300; None where undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -102,7 +101,7 @@ def lvis_ap(table: DetectionTable, labels: FederatedLabels, settings: EvalSettin
         detections.createIndex()
         evaluator = COCOeval_faster(truth, detections, iouType="bbox", lvis_style=True)
         evaluator.params.maxDets = [MAX_DETECTIONS]
-        set_area_ranges(evaluator, settings)
+        set_area_ranges(evaluator)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, match_categories, overlapping_pairs
 from coordexp.evaluation.f1 import (
@@ -22,8 +23,8 @@ from coordexp.evaluation.f1 import (
     named_in_image,
     precision_recall,
 )
+from coordexp.evaluation.protocol import f1_thresholds
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, first_of_duplicates, set_metrics
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Bools, DetectionTable
 
 PROTOCOL_KEYS = ("mAP", "AP50", "AP75", "full_50", "full_95", "full_mean")
@@ -39,23 +40,23 @@ class Matched:
     by_iou: GreedyMatches
 
     @classmethod
-    def of(cls, table: DetectionTable, settings: EvalSettings, pairs: Pairs | None = None) -> Matched:
+    def of(cls, table: DetectionTable, params: EvalParams, pairs: Pairs | None = None) -> Matched:
         """Match a table; `pairs` are its own, if at hand."""
         pairs = pairs or overlapping_pairs(table)
-        return cls(table, pairs, match_categories(table, pairs), match_greedily(table, min(settings.all_f1_ious)))
+        return cls(table, pairs, match_categories(table, pairs), match_greedily(table, min(f1_thresholds(params))))
 
-    def keep(self, keep_P: Bools, settings: EvalSettings) -> Matched:
+    def keep(self, keep_P: Bools, params: EvalParams) -> Matched:
         """Match the kept predictions alone."""
-        return Matched.of(self.table.keep_predictions(keep_P), settings, self.pairs.keep_predictions(keep_P))
+        return Matched.of(self.table.keep_predictions(keep_P), params, self.pairs.keep_predictions(keep_P))
 
-    def annotated(self, settings: EvalSettings) -> Matched:
+    def annotated(self, params: EvalParams) -> Matched:
         """Only predictions of categories annotated in their image: GT-positive classes, the scope `annotated`."""
-        return self.keep(named_in_image(self.table), settings)
+        return self.keep(named_in_image(self.table), params)
 
-    def guarded(self, duplicates: Duplicates, settings: EvalSettings) -> Matched:
+    def guarded(self, duplicates: Duplicates, params: EvalParams) -> Matched:
         """Only predictions that no earlier one of the same name covers at the lowest duplicate IoU."""
-        iou = min(settings.duplicate_ious)
-        return self.keep(first_of_duplicates(len(self.table.pred_score_P), duplicates, iou), settings)
+        iou = min(params.duplicate_ious)
+        return self.keep(first_of_duplicates(len(self.table.pred_score_P), duplicates, iou), params)
 
 
 def headline(matched: Matched) -> dict[str, float | int | None]:
@@ -93,20 +94,20 @@ def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float 
     return metrics | {"absent_name_rate": (n_pred - n_named) / n_pred if n_pred else None}
 
 
-def guarded_metrics(everything: Matched, guarded: Matched, settings: EvalSettings) -> dict[str, float | int | None]:
+def guarded_metrics(everything: Matched, guarded: Matched, params: EvalParams) -> dict[str, float | int | None]:
     """The `guarded` area: the headline and the set behaviour after duplicates are removed."""
-    left = find_duplicates(guarded.table, min(settings.duplicate_ious))
+    left = find_duplicates(guarded.table, min(params.duplicate_ious))
     removed = len(everything.table.pred_score_P) - len(guarded.table.pred_score_P)
     return {
         **headline(guarded),
         "n_removed": removed,
-        **set_metrics(guarded.table, guarded.by_iou, left, settings),
+        **set_metrics(guarded.table, guarded.by_iou, left, params),
     }
 
 
-def worst_duplicates(table: DetectionTable, duplicates: Duplicates, settings: EvalSettings) -> list[dict[str, Any]]:
+def worst_duplicates(table: DetectionTable, duplicates: Duplicates, params: EvalParams) -> list[dict[str, Any]]:
     """The ten images with most duplicate pairs at the lowest duplicate IoU, most first; none without a pair."""
-    pairs_I = duplicates.per_image(min(settings.duplicate_ious))
+    pairs_I = duplicates.per_image(min(params.duplicate_ious))
     worst = np.argsort(-pairs_I, kind="stable")[:10]
     return [
         {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.parse import drop_key
-from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.evaluation.protocol import f1_thresholds, iou_key
 from coordexp.evaluation.soundness import LOOP_COPIES
 from coordexp.text.parser import DROP_REASONS
 
@@ -204,9 +205,9 @@ _F1_SCOPES = (
 )
 
 
-def metric_specs(settings: EvalSettings, *, lvis: bool = False) -> dict[str, MetricSpec]:
-    """All metrics under these settings, by key; those of the `lvis` area only if asked for."""
-    levels = [(iou_key(u), f"IoU {u:g}") for u in settings.all_f1_ious] + [("mean", "mean over IoU .50:.05:.95")]
+def metric_specs(params: EvalParams, *, lvis: bool = False) -> dict[str, MetricSpec]:
+    """All metrics under these params, by key; those of the `lvis` area only if asked for."""
+    levels = [(iou_key(u), f"IoU {u:g}") for u in f1_thresholds(params)] + [("mean", "mean over IoU .50:.05:.95")]
     thresholds = [
         MetricSpec(f"f1.{mode}_{key}{scope}", meaning.format(what=what, iou=iou))
         for key, iou in levels
@@ -215,7 +216,7 @@ def metric_specs(settings: EvalSettings, *, lvis: bool = False) -> dict[str, Met
     ]
     duplicates = [
         MetricSpec(f"set.dup_pairs_{iou_key(u)}", f"pairs of one name with IoU >= {u:g}", "pairs per image", "lower")
-        for u in settings.duplicate_ious
+        for u in params.duplicate_ious
     ]
     of_set = [*_SET, *duplicates]
     guarded = [

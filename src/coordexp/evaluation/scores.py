@@ -14,13 +14,12 @@ import numpy as np
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import Pairs, match_categories, ranking_flags
 from coordexp.evaluation.confidence import auroc, calibration_error, oracle_scores
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import DetectionTable, Floats
 
 IN_USE, CONSTANT, PERFECT = "in use", "constant", "perfect ranking"
 
 
-def compare_scores(table: DetectionTable, pairs: Pairs, settings: EvalSettings) -> list[dict[str, Any]]:
+def compare_scores(table: DetectionTable, pairs: Pairs) -> list[dict[str, Any]]:
     """One row for each score: mAP, AP50, AP75, auroc_tp_fp and ece (the last two None for what is no estimate).
 
     First the score in use, then the candidates of the file by name, the constant score, and the perfect ranking, which
@@ -36,7 +35,7 @@ def compare_scores(table: DetectionTable, pairs: Pairs, settings: EvalSettings) 
         estimate = name not in (CONSTANT, PERFECT)
         known = (score_P[judged_P], right_P[judged_P])
         row["auroc_tp_fp"] = auroc(*known) if estimate else None
-        row["ece"] = calibration_error(*known, settings.calibration_bins)[0] if estimate else None
+        row["ece"] = calibration_error(*known)[0] if estimate else None
         rows.append(row)
     return rows
 

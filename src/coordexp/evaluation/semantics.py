@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coordexp.config.schema import EvalParams
 from coordexp.errors import ConfigError
 from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.records.descriptions import normalise_desc
 
 Vectors = NDArray[np.float32]  # (texts, dimensions), rows of length 1
@@ -41,40 +41,40 @@ class TextEncoder(Protocol):
 
 
 def map_descriptions(
-    descs: Iterable[str], index: CategoryIndex, settings: EvalSettings, encoder: TextEncoder | None = None
+    descs: Iterable[str], index: CategoryIndex, params: EvalParams, encoder: TextEncoder | None = None
 ) -> dict[str, tuple[int, MatchedBy]]:
     """The row of the category each description names (or NO_CATEGORY), and how it was found.
 
     Args:
         descs: the distinct descriptions of a data set.
         index: the categories.
-        settings: `mapping`, `semantic_floor` and `semantic_margin`.
+        params: `mapping`, `semantic_floor` and `semantic_margin`.
         encoder: for the semantic mapping, by default MiniLM.
 
     Raises:
         ConfigError: the mapping is semantic and its encoder is not installed; it is never skipped.
     """
     found = {desc: index.lookup(desc) for desc in descs}
-    if settings.mapping == "exact":
+    if params.mapping == "exact":
         return {d: hit if hit[1] == "exact" else (NO_CATEGORY, "unmapped") for d, hit in found.items()}
-    if settings.mapping == "semantic":
+    if params.mapping == "semantic":
         encoder = encoder or minilm()
         unknown = sorted(desc for desc, (row, _) in found.items() if row == NO_CATEGORY and normalise_desc(desc))
         if unknown:
-            found |= dict(zip(unknown, _nearest(unknown, index, settings, encoder), strict=True))
+            found |= dict(zip(unknown, _nearest(unknown, index, params, encoder), strict=True))
     return found
 
 
 def _nearest(
-    descs: Sequence[str], index: CategoryIndex, settings: EvalSettings, encoder: TextEncoder
+    descs: Sequence[str], index: CategoryIndex, params: EvalParams, encoder: TextEncoder
 ) -> list[tuple[int, MatchedBy]]:
     names = [normalise_desc(category.name) for category in index.categories]
     vectors = encoder.encode([*names, *(normalise_desc(desc) for desc in descs)])
     cosine_DK = vectors[len(names) :] @ vectors[: len(names)].T
     best_D = cosine_DK.argmax(axis=1)
     top_D2 = np.sort(np.pad(cosine_DK, ((0, 0), (1, 0)), constant_values=-1.0), axis=1)[:, -2:]
-    near_D = top_D2[:, 1] >= settings.semantic_floor
-    leads_D = top_D2[:, 1] - top_D2[:, 0] >= settings.semantic_margin
+    near_D = top_D2[:, 1] >= params.semantic_floor
+    leads_D = top_D2[:, 1] - top_D2[:, 0] >= params.semantic_margin
     outcomes: list[tuple[int, MatchedBy]] = []
     for best, near, leads in zip(best_D.tolist(), near_D.tolist(), leads_D.tolist(), strict=True):
         how: MatchedBy = "unmapped" if not near else "semantic" if leads else "ambiguous"

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.f1 import GreedyMatches
-from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
 from coordexp.geometry.boxes import area, paired_iou, pairwise_intersection
 
@@ -20,10 +21,10 @@ GT_COUNT_BUCKETS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 12), (13, 25), (26, None
 
 
 def set_metrics(
-    table: DetectionTable, matches: GreedyMatches, duplicates: Duplicates, settings: EvalSettings
+    table: DetectionTable, matches: GreedyMatches, duplicates: Duplicates, params: EvalParams
 ) -> dict[str, float | None]:
     """The `set` area of the metrics; rates are None where their denominator is empty."""
-    dup_pairs = {u: duplicates.per_image(u) for u in settings.duplicate_ious}
+    dup_pairs = {u: duplicates.per_image(u) for u in params.duplicate_ious}
     excess_I = table.n_pred_I - table.n_gt_I
     missed_I = matches.counts(0.5, "loc")[:, 2]
     violations_I, steps_I = order_violations(table)

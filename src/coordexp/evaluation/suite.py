@@ -11,33 +11,17 @@ from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.headline import headline
 from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.lvis import federated_of
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
-from coordexp.matching.settings import MatchSettings
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import read_records
 
 
-def eval_settings(params: Params) -> EvalSettings:
-    """Evaluation settings from parameters."""
-    return EvalSettings(
-        bootstrap_resamples=params.eval.bootstrap_resamples,
-        f1_ious=tuple(params.eval.f1_ious),
-        duplicate_ious=tuple(params.eval.duplicate_ious),
-        mapping=params.eval.mapping,
-        semantic_floor=params.eval.semantic_floor,
-        semantic_margin=params.eval.semantic_margin,
-        matching=MatchSettings(**params.matching.model_dump()),
-        seed=params.seed,
-    )
-
-
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves, the codec's upper bound."""
-    settings, categories = eval_settings(params), read_categories(paths.records / "categories.json")
+    categories = read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
     federated = federated_of(records, categories)
@@ -47,18 +31,18 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
         results = list(read_results(folder / "gt_vs_pred.jsonl"))
         if known:  # records without ids are numbered by their decoder
             check_known_images(results, known, str(paths.records / "val.jsonl"))
-        evaluation = evaluate(results, categories, settings, federated)
+        evaluation = evaluate(results, categories, params.eval, params.matching, params.seed, federated)
         write_json(folder / "per_image.json", evaluation.per_image)
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))
         evaluations[name] = evaluation
-    write_json(paths.run("eval") / "upper_bound.json", rounded(codec_upper_bound(records, settings)))
+    write_json(paths.run("eval") / "upper_bound.json", rounded(codec_upper_bound(records)))
     metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
     }
     write_json(paths.reports / "metrics.json", metrics)
-    write_json(paths.reports / "headline.json", headline(metrics, settings))
+    write_json(paths.reports / "headline.json", headline(metrics, params.eval))
     _write_pr_curve(evaluations["stage2"], paths)
     return metrics
 

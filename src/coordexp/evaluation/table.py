@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError
 from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, MatchedBy
 from coordexp.evaluation.semantics import map_descriptions
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.geometry.boxes import area, as_boxes
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import normalise_desc
@@ -89,13 +89,11 @@ def image_slices(image_N: Ints, n_images: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def build_table(
-    results: Sequence[ImageResult], categories: Sequence[Category], settings: EvalSettings | None = None
-) -> DetectionTable:
-    """Check the results of a data set and lay them out as arrays; `settings` say how descriptions are mapped.
+def build_table(results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams) -> DetectionTable:
+    """Check the results of a data set and lay them out as arrays; `params` say how descriptions are mapped.
 
     Raises:
-        ConfigError: the settings ask for a mapping by meaning and its text encoder is not installed.
+        ConfigError: `params` ask for a mapping by meaning and its text encoder is not installed.
         DataError: no images, a repeated image id, an annotated name outside `categories`, a prediction without a finite
             score, or a box that is not finite or has x2 < x1 or y2 < y1; named by image and index.
     """
@@ -107,7 +105,7 @@ def build_table(
     repeated = image_ids[1:][image_ids[1:] == image_ids[:-1]]
     if repeated.size:
         raise DataError(f"Image id {repeated[0]} appears twice; each image is evaluated once.")
-    found = map_descriptions({p.desc for r in ordered for p in r.pred}, index, settings or EvalSettings())
+    found = map_descriptions({p.desc for r in ordered for p in r.pred}, index, params)
     normalised = {desc: normalise_desc(desc) for desc in found}  # once a description, not once a prediction
     names = {name: number for number, name in enumerate(sorted(set(normalised.values())))}
     return DetectionTable(

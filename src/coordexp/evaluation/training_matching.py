@@ -5,16 +5,15 @@ Not the F1 of f1.py: names are not compared unless the cost weighs them, and pai
 
 from __future__ import annotations
 
+from coordexp.config.schema import MatchingParams
 from coordexp.evaluation.table import DetectionTable, image_slices
 from coordexp.geometry.bins import box_scale
-from coordexp.matching.assign import match_images
-from coordexp.matching.names import name_distance
-from coordexp.matching.settings import MatchSettings
+from coordexp.matching.matcher import match_images, name_distance
 from coordexp.matching.summary import MatchCounts
 from coordexp.records.descriptions import normalise_desc
 
 
-def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str, float | None]:
+def rollout_metrics(table: DetectionTable, matching: MatchingParams) -> dict[str, float | None]:
     """Ratios of summed counts, None where there is nothing to judge, and the predictions that the gate kept away."""
     pred_slices = image_slices(table.pred_image_P, table.n_images)
     gt_slices = image_slices(table.gt_image_G, table.n_images)
@@ -24,12 +23,12 @@ def rollout_metrics(table: DetectionTable, settings: MatchSettings) -> dict[str,
     for (width, height), in_pred, in_gt in zip(table.sizes_wh_I2.tolist(), pred_slices, gt_slices, strict=True):
         scale = box_scale(width, height)
         is_object_G = ~table.gt_crowd_G[in_gt]
-        if settings.lambda_sem > 0:
+        if matching.lambda_sem > 0:
             predicted = [pred_names[i] for i in table.pred_name_P[in_pred]]
             distances.append(name_distance(predicted, [gt_names[i] for i in table.gt_category_G[in_gt][is_object_G]]))
         pred.append(table.pred_boxes_P4[in_pred] / scale)
         gt.append(table.gt_boxes_G4[in_gt][is_object_G] / scale)
-    results = match_images(pred, gt, settings, distances or None)
+    results = match_images(pred, gt, matching, distances or None)
     counts = sum((MatchCounts.from_result(result) for result in results), MatchCounts())
     return {
         "precision": counts.precision,

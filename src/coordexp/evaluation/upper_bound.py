@@ -12,7 +12,7 @@ import numpy as np
 from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
 from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.f1 import match_greedily, micro_f1
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.protocol import AREA_EDGES_PX2, STANDARD
 from coordexp.evaluation.sizes import AREA_NAMES, SIDE_EDGES_PX, bucket, side_label, side_px
 from coordexp.evaluation.table import Floats, Ints, build_table
 from coordexp.geometry.bins import decode_boxes, encode_boxes
@@ -26,14 +26,14 @@ _SCORES = ("mAP", "AP50", "AP75", "AP90", "f1_50", "f1_75", "f1_95")
 _BY_SIZE_KEYS = ("mAP", "AP75", "AP90", "f1_95")
 
 
-def codec_upper_bound(records: Sequence[Record], settings: EvalSettings) -> dict[str, Any]:
+def codec_upper_bound(records: Sequence[Record]) -> dict[str, Any]:
     """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
 
     Crowd regions are no objects. Without any object every score is None, and there is no row by size.
 
     Returns:
         n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by size `by_area`
-        (small, medium, large as in COCO, by the settings' edges) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75,
+        (small, medium, large as in COCO, by its edges) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75,
         AP90, f1_95 of the objects of that size alone, mean_iou, share_95 (IoU >= .95).
     """
     trips = [_round_trip(number, record) for number, record in enumerate(records)]
@@ -45,7 +45,7 @@ def codec_upper_bound(records: Sequence[Record], settings: EvalSettings) -> dict
     areas_px2 = [obj.area_px2 for result in results for obj in result.gt]
     annotated_N = np.array(areas_px2, dtype=np.float64)  # None becomes NaN
     area_px2_N = np.where(np.isnan(annotated_N), sides**2, annotated_N)
-    area_N, side_N = bucket(area_px2_N, settings.area_edges_px2), bucket(sides, SIDE_EDGES_PX)
+    area_N, side_N = bucket(area_px2_N, AREA_EDGES_PX2), bucket(sides, SIDE_EDGES_PX)
     return {
         "n_images": len(results),
         "n_objects": len(ious),
@@ -59,7 +59,7 @@ def codec_upper_bound(records: Sequence[Record], settings: EvalSettings) -> dict
 
 def _score(results: Sequence[ImageResult]) -> dict[str, float | None]:
     names = sorted({normalise_desc(obj.desc) for result in results for obj in result.gt})
-    table = build_table(results, [Category(number, name) for number, name in enumerate(names, 1)])
+    table = build_table(results, [Category(number, name) for number, name in enumerate(names, 1)], STANDARD)
     ap_KT = unweighted_ap(match_categories(table), table.n_images)
     matches = match_greedily(table, 0.5)
     return {

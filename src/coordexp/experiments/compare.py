@@ -20,7 +20,6 @@ from coordexp.evaluation.effect import LEVEL, Verdict, effect
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.soundness import faults_of
-from coordexp.evaluation.suite import eval_settings
 from coordexp.experiments.dependencies import Present
 from coordexp.experiments.grid import Arm, Grid, plan_grid
 from coordexp.experiments.protocol import PRIMARY, SECONDARY
@@ -108,13 +107,15 @@ def _one_run(
     folder = repository.root / "runs" / "ab" / name / run
     if not _is_fetched(folder, experiment.revision, wanted):
         _fetch(repository, experiment.revision, wanted, folder)
-    settings = eval_settings(load_params(folder / "params.yaml"))
+    params = load_params(folder / "params.yaml")
     categories = read_categories(folder / "categories.json")
     results = list(read_results(folder / "eval" / "gt_vs_pred.jsonl"))
     metadata = {
         stage: json.loads((folder / stage / METADATA).read_text(encoding="utf-8")) for stage in grid.trained_stages
     }
-    return Run(experiment.name, evaluate(results, categories, settings), metadata, folder)
+    return Run(
+        experiment.name, evaluate(results, categories, params.eval, params.matching, params.seed), metadata, folder
+    )
 
 
 def _fetch(repository: Repository, revision: str, wanted: Mapping[str, str], folder: Path) -> None:
@@ -137,7 +138,7 @@ def _is_fetched(folder: Path, revision: str, wanted: Mapping[str, str]) -> bool:
 
 def _arm_row(arm: Arm, runs: Sequence[Run], grid: Grid) -> dict[str, Any]:
     """Values by seed, and the cost of what the arm trained: seconds and tokens of one seed, as measured when it ran."""
-    shown = dict.fromkeys((PRIMARY, *SECONDARY, *headline_keys(runs[0].evaluation.settings)))
+    shown = dict.fromkeys((PRIMARY, *SECONDARY, *headline_keys(runs[0].evaluation.params)))
     trained = grid.trained_stages
     return {
         "arm": arm.name,

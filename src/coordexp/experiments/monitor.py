@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ import numpy as np
 from coordexp.config.run import RunConfig
 from coordexp.errors import DataError
 from coordexp.evaluation.evaluator import evaluate
-from coordexp.evaluation.suite import eval_settings
 from coordexp.infra.device import AUTO
 from coordexp.infra.files import write_text
 from coordexp.infra.random_streams import generator
@@ -27,10 +26,8 @@ from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.stages import (
-    allowed_names,
-    decode_settings,
+    decode_request,
     make_reader,
-    make_readout,
     predict_samples,
 )
 from coordexp.training.checkpoint import STATE_NAME, load_state
@@ -63,9 +60,9 @@ class Monitor:
         order = generator(run.params.seed, "coordexp-monitor/images").permutation(len(store))[:images]
         self._samples = [store[i] for i in np.sort(order).tolist()]
         codec = self._checkpoint.codec_name or run.params.text.codec
-        self._decode = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
-        self._reader = make_reader(self._checkpoint, codec, make_readout(run.params), identity={})
-        self._settings = replace(eval_settings(run.params), bootstrap_resamples=RESAMPLES)
+        self._request = decode_request(run, codec)
+        self._reader = make_reader(self._checkpoint, codec, run.params.decode)
+        self._params = run.params
         self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
 
     def look(self, state_folder: Path) -> Look | None:
@@ -78,9 +75,10 @@ class Monitor:
             return None
         self._checkpoint.model.load_state_dict(state.model)
         results = predict_samples(
-            self._checkpoint, self._reader, self._samples, self._image_root, self._decode, self._batch_images
+            self._checkpoint, self._reader, self._samples, self._image_root, self._request, self._batch_images
         )
-        found = evaluate(results, self._categories, self._settings)
+        params = self._params.eval.model_copy(update={"bootstrap_resamples": RESAMPLES})
+        found = evaluate(results, self._categories, params, self._params.matching, self._params.seed)
         values = {key: found.value(key) for key in COLUMNS if key.split(".")[1] in found.metrics[key.split(".")[0]]}
         return Look(state.step, values, results)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordexp.matching.assign import MatchResult
+from coordexp.matching.matcher import MatchResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import numpy as np
 from coordexp.config.paths import COMPARISONS
 from coordexp.evaluation.bootstrap import difference, resample_weights
 from coordexp.evaluation.effect import Verdict
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import Floats
 from coordexp.reporting.context_drift import drift_answer
 from coordexp.reporting.inputs import TRAINED, ReportData, metric
@@ -112,8 +111,8 @@ def more_duplicates(data: ReportData, params: Mapping[str, Any]) -> Difference |
     Resampled as the metrics are, with the seed and number of resamples of the evaluation.
     """
     more_I = _pairs_I(data, "stage2") - _pairs_I(data, "stage1-control")
-    settings = EvalSettings(bootstrap_resamples=params["eval"]["bootstrap_resamples"], seed=params["seed"])
-    mean_B = resample_weights(len(more_I), settings) @ more_I / len(more_I)
+    weights_BI = resample_weights(len(more_I), params["eval"]["bootstrap_resamples"], params["seed"])
+    mean_B = weights_BI @ more_I / len(more_I)
     return difference_from(difference(mean_B, np.zeros_like(mean_B), float(more_I.mean())))
 
 

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
-from coordexp.config.schema import Params
+from coordexp.config.schema import EvalParams, Params
 from coordexp.errors import DataError, closest
-from coordexp.evaluation.settings import EvalSettings
-from coordexp.evaluation.suite import eval_settings
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
 from coordexp.reporting.baseline import Baseline
@@ -90,9 +88,9 @@ class ReportInputs:
         )
 
     @property
-    def settings(self) -> EvalSettings:
-        """The evaluation settings that the parameters state."""
-        return eval_settings(Params.model_validate(dict(self.params)))
+    def settings(self) -> EvalParams:
+        """How the predictions were judged."""
+        return Params.model_validate(dict(self.params)).eval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

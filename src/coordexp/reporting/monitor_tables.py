@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from coordexp.config.paths import CHECKPOINTS
-from coordexp.evaluation.settings import EvalSettings, iou_key
+from coordexp.config.schema import EvalParams
+from coordexp.evaluation.protocol import iou_key
 from coordexp.reporting.inputs import TRAINED, Json, Metrics, metric
 from coordexp.reporting.markdown import number, percent, table
 
@@ -15,7 +16,7 @@ BUDGET = 0.05  # of the training time
 _COUNTS = ("predictions", "right", "false", "missed")
 
 
-def checkpoint_counts_table(metrics: Metrics, settings: EvalSettings) -> str:
+def checkpoint_counts_table(metrics: Metrics, settings: EvalParams) -> str:
     """Scores and the counts they rest on, one row a checkpoint."""
     pairs = f"set.dup_pairs_{iou_key(min(settings.duplicate_ious))}"
     keys: tuple[str, ...] = ("coco.mAP", "f1.full_50", "f1.precision_50", "f1.recall_50")

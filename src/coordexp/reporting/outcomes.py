@@ -12,9 +12,10 @@ from enum import IntEnum
 
 import numpy as np
 
+from coordexp.config.schema import EvalParams
 from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.f1 import GreedyMatches, match_greedily
-from coordexp.evaluation.settings import EvalSettings
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table, image_slices
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
@@ -70,15 +71,13 @@ class Outcomes:
         return Counter(names[category] for category in self.table.gt_category_G[self.found_G].tolist())
 
 
-def judge(
-    results: Sequence[ImageResult], categories: Sequence[Category], settings: EvalSettings | None = None
-) -> Outcomes:
-    """Match the predictions of one checkpoint, names mapped as the settings say.
+def judge(results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams = STANDARD) -> Outcomes:
+    """Match the predictions of one checkpoint, names mapped as `params` say.
 
     Raises:
         DataError: the results break their contract.
     """
-    table = build_table(results, categories, settings)
+    table = build_table(results, categories, params)
     matches = match_greedily(table, LOWEST_IOU)
     at_half_M = matches.at(MATCH_IOU)
     fate_P = np.full(len(table.pred_image_P), Fate.FALSE, dtype=np.int64)

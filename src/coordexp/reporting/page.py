@@ -18,10 +18,11 @@ from typing import Any
 
 from PIL import Image
 
+from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError
 from coordexp.evaluation.details import per_image
+from coordexp.evaluation.protocol import STANDARD, iou_key
 from coordexp.evaluation.set_behaviour import find_duplicates
-from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
@@ -48,7 +49,7 @@ def write_page(
     categories: Sequence[Category],
     image_root: Path,
     out: Path,
-    settings: EvalSettings | None = None,
+    params: EvalParams = STANDARD,
     page: PageSettings | None = None,
 ) -> int:
     """Write the page of one or two gt_vs_pred files of the same images; returns its size in bytes.
@@ -60,9 +61,9 @@ def write_page(
     """
     if not 1 <= len(files) <= MAX_RUNS:
         raise DataError(f"found {len(files)} prediction files, expected one or two of them.")
-    chosen, page = settings or EvalSettings(), page or PageSettings()
+    page = page or PageSettings()
     results = {label: list(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
-    data = page_data(results, categories, chosen, page.images)
+    data = page_data(results, categories, params, page.images)
     for row in data["images"]:
         row["src"] = _inline(image_path(image_root, row["image"]), page)
     write_text(out, render_page(data))
@@ -78,25 +79,25 @@ def render_page(data: dict[str, Any]) -> str:
 
 
 def page_data(
-    results: dict[str, list[ImageResult]], categories: Sequence[Category], settings: EvalSettings, limit: int
+    results: dict[str, list[ImageResult]], categories: Sequence[Category], params: EvalParams, limit: int
 ) -> dict[str, Any]:
     """Everything the page shows but the pictures: labels, names, and a row for each image with its boxes."""
-    outcomes = {label: judge(rows, categories, settings) for label, rows in results.items()}
+    outcomes = {label: judge(rows, categories, params) for label, rows in results.items()}
     labels = list(results)
     ids = {label: tuple(r.image_id for r in outcome.results) for label, outcome in outcomes.items()}
     if len(set(ids.values())) > 1:
         raise DataError(f"{' and '.join(labels)} hold different images; only answers to the same images can be paired.")
-    dup_key = f"dup_pairs_{iou_key(min(settings.duplicate_ious))}"
-    tables = {label: _rows(outcome, settings) for label, outcome in outcomes.items()}
+    dup_key = f"dup_pairs_{iou_key(min(params.duplicate_ious))}"
+    tables = {label: _rows(outcome, params) for label, outcome in outcomes.items()}
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
     names = sorted({g.desc for rows in results.values() for r in rows for g in r.gt})
     images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
     return {"labels": labels, "names": names, "n_all": len(ids[labels[0]]), "images": images}
 
 
-def _rows(outcome: Outcomes, settings: EvalSettings) -> dict[int, dict[str, Any]]:
-    duplicates = find_duplicates(outcome.table, min(settings.duplicate_ious))
-    rows = per_image(outcome.results, outcome.table, outcome.matches, duplicates, settings)
+def _rows(outcome: Outcomes, params: EvalParams) -> dict[int, dict[str, Any]]:
+    duplicates = find_duplicates(outcome.table, min(params.duplicate_ious))
+    rows = per_image(outcome.results, outcome.table, outcome.matches, duplicates, params)
     return {row["image_id"]: row for row in rows}
 
 

@@ -21,8 +21,8 @@ from coordexp.config.schema import Params
 from coordexp.evaluation.comparison import COMPARED
 from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.input_checks import BAD_INPUT
+from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import MetricSpec, metric_specs
-from coordexp.evaluation.settings import EvalSettings
 from coordexp.infra.files import write_bytes, write_text
 from coordexp.reporting.markdown import table
 from coordexp.reporting.readme import SHOWN_PROFILE, results_table, shown_picture, with_block, with_results
@@ -170,16 +170,16 @@ def tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
 
 
 def metrics_markdown() -> str:
-    """The page of all metrics and logged diagnostics; thresholds in names are the defaults of the evaluator."""
+    """The page of all metrics and logged diagnostics; thresholds in names are those of params.yaml."""
     by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
-    for spec in metric_specs(EvalSettings(), lvis=True).values():
+    for spec in metric_specs(STANDARD, lvis=True).values():
         by_area[spec.key.split(".")[0]].append(spec)
     logged = {**MEANINGS, "coord_tokens": "number of those slots"}
     diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]
     parts = [
         "# Metrics",
         GENERATED,
-        _METRICS_INTRO.format(headline=", ".join(f"`{key}`" for key in headline_keys(EvalSettings()))),
+        _METRICS_INTRO.format(headline=", ".join(f"`{key}`" for key in headline_keys(STANDARD))),
         *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),

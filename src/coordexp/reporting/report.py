@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.headline import headline as headline_numbers
-from coordexp.evaluation.settings import iou_key
+from coordexp.evaluation.protocol import iou_key
 from coordexp.infra.files import write_text
 from coordexp.reporting import provenance, tables
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError
 from coordexp.evaluation.effect import Verdict
+from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.settings import EvalSettings, iou_key
 from coordexp.evaluation.soundness import FAULTS
 from coordexp.reporting.inputs import Json, Metrics, metric
 from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, signed, table
@@ -20,7 +21,7 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 _CONFUSED_ROWS = 8
 
 
-def headline_keys(settings: EvalSettings) -> list[str]:
+def headline_keys(settings: EvalParams) -> list[str]:
     """The rows of the first table."""
     return [
         *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.full_95", "f1.full_mean", "f1.loc_50"),
@@ -29,7 +30,7 @@ def headline_keys(settings: EvalSettings) -> list[str]:
     ]
 
 
-def set_keys(metrics: Metrics, settings: EvalSettings) -> list[str]:
+def set_keys(metrics: Metrics, settings: EvalParams) -> list[str]:
     """The rows of the table on set behaviour and parsing; a drop reason has a row if any checkpoint met it."""
     met = {f"parse.{name}" for areas in metrics.values() for name, count in areas["parse"].items() if count}
     reasons = sorted(key for key in met if key.startswith("parse.dropped_") and key != "parse.dropped_total")
@@ -61,7 +62,7 @@ COUNT_KEYS = (
 )
 
 
-def metrics_table(metrics: Metrics, keys: Iterable[str], settings: EvalSettings) -> str:
+def metrics_table(metrics: Metrics, keys: Iterable[str], settings: EvalParams) -> str:
     """Metrics as rows, checkpoints as columns, with the 95 % interval where there is one."""
     specs = metric_specs(settings)
     rows = []
@@ -95,7 +96,7 @@ def protocol_table(metrics: Metrics) -> str:
     return table(header, rows, "llrrr")
 
 
-def guarded_table(metrics: Metrics, settings: EvalSettings) -> str:
+def guarded_table(metrics: Metrics, settings: EvalParams) -> str:
     """Raw and guarded, side by side: if little changes, the metrics do not hide duplicates."""
     pairs = f"dup_pairs_{iou_key(min(settings.duplicate_ious))}"
     rows = [["predictions removed", *(number(metric(metrics, name, "guarded.n_removed")) for name in CHECKPOINTS)]]

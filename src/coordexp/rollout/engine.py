@@ -1,29 +1,75 @@
-"""The engine protocol: whatever generates token ids for samples, and how it is told to sample."""
+"""The engine protocol: whatever generates token ids for samples, how it is asked, and the journal of what it answered.
+
+The journal keeps finished generations on disk as they come, so that an interrupted run goes on where it stopped.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
 import reprlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from coordexp.config.schema import DecodeParams
+from coordexp.errors import DataError
+from coordexp.infra.provenance import file_hash
 from coordexp.packing.samples import Sample
-from coordexp.text.grammar import Constraints
+from coordexp.records.augment import split_view
+from coordexp.records.manifest import image_path
+from coordexp.text.grammar import AnswerGrammar
+
+log = logging.getLogger(__name__)
+
+READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeSettings:
-    """Sampling settings; temperature 0 is greedy, and without constraints any token may come."""
+class DecodeRequest:
+    """How answers are generated: the parameters, and beside them the codec, the seed and, for `grammar: closed`, the
+    only names that are allowed."""
 
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    repetition_penalty: float
+    params: DecodeParams
+    codec: str
     seed: int
-    constraints: Constraints | None = None
+    names: tuple[str, ...] = ()
+
+    def identity(self) -> str:
+        """All of it that decides what is generated, as text."""
+        return json.dumps([self.params.model_dump(exclude=READOUT_KEYS), self.codec, self.seed, self.names])
+
+    def grammar(self, tokenizer: PreTrainedTokenizerBase) -> AnswerGrammar | None:
+        """What answers must keep to; None if any token may come."""
+        if self.params.grammar == "none":
+            return None
+        return AnswerGrammar(tokenizer, self.codec, self.params, self.names)
+
+
+def greedy(max_new_tokens: int, box: str, score: str) -> DecodeParams:
+    """Greedy decoding without constraints, for callers that take no parameters."""
+    return DecodeParams.model_validate(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "score": score,
+            "box": box,
+            "box_top_k": 16,
+            "grammar": "none",
+            "corners": "any",
+            "duplicate_iou": 1.0,
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +99,84 @@ def is_token_ids(value: Any) -> TypeGuard[list[int]]:
 class Engine(Protocol):
     """Generates answers; results come in the order of the samples, whatever the order of work."""
 
-    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample."""
         ...
+
+
+def request_key(sample: Sample, request: DecodeRequest, image_root: Path) -> str:
+    """What decides an answer of given weights: the picture's name and bytes, its size, prompt and request.
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    path = image_path(image_root, split_view(sample.image)[0])
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected the image of a sample. Run the raw stage.")
+    try:
+        content = file_hash(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected the image of a sample.") from error
+    size = f"{sample.resized_width}x{sample.resized_height}"
+    identity = f"{sample.image_id}:{sample.image}:{content}:{size}:{sample.prompt_ids.tolist()}:{request.identity()}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:24]
+
+
+class Journal:
+    """One JSON line per finished generation; safe to append to from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self, vocabulary_size: int) -> dict[str, Generation]:
+        """The finished generations by key. Damaged lines are dropped: what they answered is generated again."""
+        done: dict[str, Generation] = {}
+        if not self._path.is_file():
+            return done
+        damaged = []
+        for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
+            try:
+                key, generation = _finished(line, vocabulary_size)
+            except (ValueError, RecursionError) as error:
+                damaged.append(f"line {number}: {error}")
+                continue
+            done[key] = generation
+        if damaged:
+            log.warning(
+                "%s: %d damaged lines, whose answers are generated again; the first is %s",
+                self._path,
+                len(damaged),
+                damaged[0],
+            )
+        return done
+
+    def append(self, key: str, generation: Generation) -> None:
+        """Add a finished generation; it is on disk when this returns."""
+        row = {"key": key, "ids": generation.ids.tolist(), "finish_reason": generation.finish_reason}
+        with self._lock, self._path.open("a", encoding="utf-8") as out:
+            # A cut line of an earlier run must not swallow this one.
+            out.write(("\n" if _ends_mid_line(self._path) else "") + json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+    def remove(self) -> None:
+        """Forget everything: the run is complete."""
+        self._path.unlink(missing_ok=True)
+
+
+def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
+    """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.keys() != {"key", "ids", "finish_reason"} or not isinstance(row["key"], str):
+        raise ValueError("it is no object of key, ids and finish_reason")
+    return row["key"], Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
+
+
+def _ends_mid_line(path: Path) -> bool:
+    with path.open("rb") as handle:
+        if handle.seek(0, 2) == 0:
+            return False
+        handle.seek(-1, 2)
+        return handle.read(1) != b"\n"

@@ -12,9 +12,8 @@ from coordexp.config.profile import Profile
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.journal import Journal
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
@@ -22,7 +21,7 @@ from coordexp.rollout.vllm_server import vllm_server
 log = logging.getLogger(__name__)
 
 # What decides the contents of a decode; an edit there must not reuse older answers.
-DECODE_LAYERS = ("models", "packing", "rollout", "text", "geometry")
+DECODE_LAYERS = ("geometry", "losses", "models", "packing", "rollout", "text")
 START = ("start",)  # value of rollout.servers
 
 
@@ -33,7 +32,7 @@ def generate_answers(
     image_root: Path,
     batch_images: int,
     samples: Sequence[Sample],
-    settings: DecodeSettings,
+    request: DecodeRequest,
 ) -> tuple[list[Generation], Checkpoint, float]:
     """Answers of the checkpoint in `folder`, the checkpoint ready to re-score them, and the seconds of generating.
 
@@ -44,9 +43,9 @@ def generate_answers(
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
     if profile.rollout.engine == "hf":
         checkpoint = place_for_inference(folder, form)
-        generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, settings)
+        generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
     else:
-        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, settings)
+        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
         checkpoint = place_for_inference(folder, form)
     journal.remove()
     model = checkpoint.model
@@ -61,7 +60,7 @@ def _ask_servers(
     image_root: Path,
     journal: Journal,
     samples: Sequence[Sample],
-    settings: DecodeSettings,
+    request: DecodeRequest,
 ) -> tuple[list[Generation], float]:
     wanted = profile.rollout
     urls = wanted.servers
@@ -71,16 +70,16 @@ def _ask_servers(
                 Path(wanted.vllm_python),
                 folder,
                 form.pixels,
-                settings.max_new_tokens,
-                constrained=settings.constraints is not None,
+                request.params.max_new_tokens,
+                constrained=request.params.grammar != "none",
             )
             urls = (running.enter_context(server).url,)
         pool = ServerPool(urls, wanted.timeout_seconds, wanted.tries)
         workers, rows = wanted.requests_per_server * len(urls), vocabulary_size(folder)
         engine = VllmEngine(pool, form.tokenizer, image_root, workers, journal, vocabulary_size=rows)
-        return _timed(engine, samples, settings)
+        return _timed(engine, samples, request)
 
 
-def _timed(engine: Engine, samples: Sequence[Sample], settings: DecodeSettings) -> tuple[list[Generation], float]:
+def _timed(engine: Engine, samples: Sequence[Sample], request: DecodeRequest) -> tuple[list[Generation], float]:
     started = time.monotonic()
-    return engine.generate(samples, settings), time.monotonic() - started
+    return engine.generate(samples, request), time.monotonic() - started

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from coordexp.config.schema import MatchingParams
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.infra.files import replacing
-from coordexp.matching.assign import match_images
-from coordexp.matching.names import name_distance
-from coordexp.matching.settings import MatchSettings
+from coordexp.matching.matcher import match_images, name_distance
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import Generation
 from coordexp.text.parser import ParsedAnswer
@@ -48,7 +47,7 @@ def match_rollouts(
     samples: Sequence[Sample],
     generations: Sequence[Generation],
     answers: Sequence[ParsedAnswer],
-    settings: MatchSettings,
+    matching: MatchingParams,
 ) -> list[Rollout]:
     """The parsed objects of each generation, matched to the (non-crowd) ground truth of its sample."""
     rollouts = [
@@ -63,26 +62,26 @@ def match_rollouts(
         )
         for sample, generation, answer in zip(samples, generations, answers, strict=True)
     ]
-    return rematch(rollouts, samples, settings)
+    return rematch(rollouts, samples, matching)
 
 
-def rematch(rollouts: Sequence[Rollout], samples: Sequence[Sample], settings: MatchSettings) -> list[Rollout]:
+def rematch(rollouts: Sequence[Rollout], samples: Sequence[Sample], matching: MatchingParams) -> list[Rollout]:
     """The same answers matched anew: what stage 2 does in each step, where gate and costs may follow a curriculum."""
     pred, gt, distances = [], [], []
     for rollout, sample in zip(rollouts, samples, strict=True):
         keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
         pred.append(decode_norm([o.bins for o in rollout.objects]))
         gt.append(sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height))
-        if settings.lambda_sem > 0:
+        if matching.lambda_sem > 0:
             distances.append(name_distance([o.desc for o in rollout.objects], [sample.descs[i] for i in keep]))
-    found = match_images(pred, gt, settings, distances or None)
+    found = match_images(pred, gt, matching, distances or None)
     return [
         replace(
             rollout,
-            pairs=tuple((i, j) for i, j in matched.pairs.tolist()),
-            pair_ious=tuple(round(v, 4) for v in matched.iou_P.tolist()),
+            pairs=tuple((i, j) for i, j in result.pairs.tolist()),
+            pair_ious=tuple(round(v, 4) for v in result.iou_P.tolist()),
         )
-        for rollout, matched in zip(rollouts, found, strict=True)
+        for rollout, result in zip(rollouts, found, strict=True)
     ]
 
 

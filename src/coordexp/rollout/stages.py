@@ -13,80 +13,54 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
-from coordexp.config.schema import Params
+from coordexp.config.schema import DecodeParams
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
 from coordexp.infra.random_streams import generator
-from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
 from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, write_results
-from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
-from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.decode import AnswerReader, coord_positions, readable
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import DECODE_LAYERS, generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, write_rollouts
 from coordexp.rollout.rescore import rescore
-from coordexp.text.grammar import Constraints
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
 MOST_UNUSABLE = 0.1
 
 
-def decode_settings(params: Params, codec: str, names: Sequence[str]) -> DecodeSettings:
-    """Sampling settings and constraints from parameters; `names` are those of the data set, for the closed grammar."""
-    decode = params.decode
-    constraints = Constraints(
-        codec=codec,
-        names=tuple(names) if decode.grammar == "closed" else None,
-        valid_corners=decode.corners == "valid",
-        duplicate_iou=decode.duplicate_iou,
-        max_new_tokens=decode.max_new_tokens,
-    )
-    return DecodeSettings(
-        max_new_tokens=decode.max_new_tokens,
-        temperature=decode.temperature,
-        top_p=decode.top_p,
-        repetition_penalty=decode.repetition_penalty,
-        seed=params.seed,
-        constraints=None if decode.grammar == "none" else constraints,
+def decode_request(run: RunConfig, codec: str) -> DecodeRequest:
+    """What a run asks of an engine; for the closed grammar with the names of the data set."""
+    return DecodeRequest(
+        params=readable(run.params.decode, codec), codec=codec, seed=run.params.seed, names=allowed_names(run)
     )
 
 
-def allowed_names(params: Params, paths: ProfilePaths) -> list[str]:
+def allowed_names(run: RunConfig) -> tuple[str, ...]:
     """For the closed grammar all names of the data set, also those that no training image shows; else none."""
-    if params.decode.grammar != "closed":
-        return []
-    return [category.name for category in read_categories(paths.records / "categories.json")]
+    if run.params.decode.grammar != "closed":
+        return ()
+    return tuple(category.name for category in read_categories(run.paths.records / "categories.json"))
 
 
-def make_readout(params: Params) -> Readout:
-    """Box rule and score from parameters."""
-    return Readout(params.decode.box, params.decode.score)
-
-
-def match_settings(params: Params) -> MatchSettings:
-    """Matching settings from parameters."""
-    return MatchSettings(**params.matching.model_dump())
-
-
-def make_reader(checkpoint: ModelFormat, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
+def make_reader(
+    checkpoint: ModelFormat, codec: str, decode: DecodeParams, identity: dict[str, str] | None = None
+) -> AnswerReader:
     """A reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
-    return AnswerReader(table, codec, identity, readout.for_codec(codec))
+    return AnswerReader(table, codec, identity or {}, decode)
 
 
-def decode_identity(
-    folder: Path, sample: Sample, settings: DecodeSettings, codec: str, readout: Readout
-) -> dict[str, str]:
-    """Short hashes of weights, prompt and decode settings: two files with equal identities are comparable."""
+def decode_identity(folder: Path, sample: Sample, request: DecodeRequest) -> dict[str, str]:
+    """Short hashes of weights, prompt and decode request: two files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
-    decode = hashlib.sha256(f"{settings}{codec}{readout}".encode()).hexdigest()[:16]
+    decode = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
     return {"model": fingerprint({}, weight_files(folder)), "prompt": prompt, "decode": decode}
 
 
@@ -95,13 +69,13 @@ def predict_samples(
     reader: AnswerReader,
     samples: Sequence[Sample],
     image_root: Path,
-    settings: DecodeSettings,
+    request: DecodeRequest,
     batch_images: int,
     engine: Engine | None = None,
 ) -> list[ImageResult]:
     """Generate, re-score and parse; results in the order of the samples. Without an engine the checkpoint generates."""
     engine = engine or HfEngine(checkpoint, image_root, batch_images)
-    generations = engine.generate(samples, settings)
+    generations = engine.generate(samples, request)
     return judge_answers(checkpoint, reader, samples, generations, image_root, batch_images)
 
 
@@ -132,16 +106,14 @@ def run_rollouts(run: RunConfig) -> dict[str, Any]:
     count = min(run.profile.rollout.images, len(store))
     chosen = np.sort(generator(run.params.seed, "rollout/images").permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    codec, readout = run.params.text.codec, make_readout(run.params)
-    settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
-    reader = make_reader(form, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
+    request = decode_request(run, run.params.text.codec)
+    reader = make_reader(form, request.codec, request.params, decode_identity(folder, samples[0], request))
     started, batch_images = time.monotonic(), run.profile.rollout.batch_images
     generations, checkpoint, _ = generate_answers(
-        run.profile, form, folder, run.paths.raw, batch_images, samples, settings
+        run.profile, form, folder, run.paths.raw, batch_images, samples, request
     )
     results = judge_answers(checkpoint, reader, samples, generations, run.paths.raw, batch_images)
-    matching = match_settings(run.params)
-    rollouts = match_rollouts(samples, generations, [reader.parse(g) for g in generations], matching)
+    rollouts = match_rollouts(samples, generations, [reader.parse(g) for g in generations], run.params.matching)
     write_results(out / "gt_vs_pred.jsonl", results)
     write_rollouts(out / "rollouts.jsonl", rollouts)
     summary = rollout_summary(samples, rollouts, results) | {"seconds": round(time.monotonic() - started, 1)}
@@ -233,7 +205,7 @@ def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
         "decode": run.params.decode.model_dump(),
         "eval": run.profile.eval.model_dump(),
         "engine": run.profile.rollout.engine,
-        "names": allowed_names(run.params, run.paths),
+        "names": allowed_names(run),
         "seed": run.params.seed,
         "code": code_hash(DECODE_LAYERS),
     }
@@ -245,16 +217,15 @@ def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) ->
     # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
     form = load_format(folder, run.profile.model.min_pixels, run.profile.model.max_pixels)
     codec = form.codec_name or run.params.text.codec
-    settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
-    readout = make_readout(run.params).for_codec(codec)
+    request = decode_request(run, codec)
     count = min(run.profile.eval.images or len(store), len(store))
     samples = [store[i] for i in range(count)]
-    identity = decode_identity(folder, samples[0], settings, codec, readout)
-    reader = make_reader(form, codec, readout, identity)
+    identity = decode_identity(folder, samples[0], request)
+    reader = make_reader(form, codec, request.params, identity)
     batch_images = run.profile.eval.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(
-        run.profile, form, folder, run.paths.raw, batch_images, samples, settings
+        run.profile, form, folder, run.paths.raw, batch_images, samples, request
     )
     results = judge_answers(checkpoint, reader, samples, generations, run.paths.raw, batch_images)
     seconds = time.monotonic() - started
@@ -263,7 +234,7 @@ def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) ->
         "checkpoint": folder.name,
         "codec": codec,
         "identity": identity,
-        "settings": run.params.decode.model_dump() | {"box": readout.box, "score": readout.score},
+        "settings": request.params.model_dump(),
         "images": len(samples),
         "tokens": sum(r.n_generated_tokens for r in results),
         "seconds": round(seconds, 1),

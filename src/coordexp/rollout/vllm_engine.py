@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeSettings, Generation
-from coordexp.rollout.journal import Journal, request_key
+from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_key
 from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
 from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
-from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.prompts import IMAGE_TOKEN, TASKS, expand_image
 from coordexp.text.vocabulary import token_id
 
@@ -61,23 +58,23 @@ class VllmEngine:
         self._image_id = token_id(tokenizer, IMAGE_TOKEN)
         self._end_id = token_id(tokenizer, END_OF_TURN)
 
-    def generate(self, samples: Sequence[Sample], settings: DecodeSettings) -> list[Generation]:
+    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample; answers of an interrupted run are taken from the journal.
 
         Raises:
             DataError: the picture of a sample cannot be read.
             ServerError: no server is left that answers as asked, with the prompt that we see.
         """
-        keys = [request_key(sample, settings, self._image_root) for sample in samples]
+        keys = [request_key(sample, request, self._image_root) for sample in samples]
         done = self._journal.read(self._vocabulary_size)
         todo = [i for i, key in enumerate(keys) if key not in done]
         if len(todo) < len(samples):
             log.info("%d of %d answers are there from an earlier run", len(samples) - len(todo), len(samples))
         self._pool.check()
-        common = self._common(settings)
+        common = self._common(request)
         started = time.monotonic()
         with ThreadPoolExecutor(self._concurrency) as workers:
-            tasks = {workers.submit(self._one, i, samples[i], keys[i], settings, common): i for i in todo}
+            tasks = {workers.submit(self._one, i, samples[i], keys[i], request, common): i for i in todo}
             try:
                 for finished, task in enumerate(as_completed(tasks), 1):
                     done[keys[tasks[task]]] = task.result()
@@ -88,39 +85,38 @@ class VllmEngine:
                 workers.shutdown(cancel_futures=True)  # after a failure, do not ask what nobody will read
         return [done[key] for key in keys]
 
-    def _common(self, settings: DecodeSettings) -> dict[str, Any]:
+    def _common(self, request: DecodeRequest) -> dict[str, Any]:
         """What all requests share. The grammar goes to the server's own decoder, the rest to our logits processor."""
+        params = request.params
         body: dict[str, Any] = {
             "model": SERVED_NAME,
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
             "top_k": -1,
-            "repetition_penalty": settings.repetition_penalty,
+            "repetition_penalty": params.repetition_penalty,
             "stop_token_ids": [self._end_id],
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        if settings.constraints is not None:
-            grammar = AnswerGrammar(self._tokenizer, settings.constraints)
+        if grammar := request.grammar(self._tokenizer):
+            constraints = {"codec": request.codec, "decode": params.model_dump(), "names": request.names}
             body["structured_outputs"] = {"grammar": grammar.to_lark()}
-            body["vllm_xargs"] = {CONSTRAINTS_KEY: json.dumps(asdict(settings.constraints))}
+            body["vllm_xargs"] = {CONSTRAINTS_KEY: json.dumps(constraints)}
         return body
 
-    def _one(
-        self, index: int, sample: Sample, key: str, settings: DecodeSettings, common: dict[str, Any]
-    ) -> Generation:
+    def _one(self, index: int, sample: Sample, key: str, request: DecodeRequest, common: dict[str, Any]) -> Generation:
         content = [
             {"type": "image_url", "image_url": {"url": self._data_url(sample)}},
             {"type": "text", "text": TASKS["detect"]},
         ]
         # A seed per picture: what is sampled depends neither on the server nor on what else it is doing.
-        seed = stream_seed(settings.seed, "decode/request", sample.image_id)
+        seed = stream_seed(request.seed, "decode/request", sample.image_id)
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
         expected = Expected(
             prompt_ids=expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens).tolist(),
             vocabulary_size=self._vocabulary_size,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=request.params.max_new_tokens,
             end_id=self._end_id,
         )
         generation = self._pool.ask(index, body, lambda reply: read_completion(reply, expected))

@@ -15,7 +15,8 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from coordexp.text.grammar import AnswerGrammar, Constraints
+from coordexp.config.schema import DecodeParams
+from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.grammar_walk import AnswerWalk
 
 CONSTRAINTS_KEY = "coordexp_constraints"  # as in vllm_engine.py, which needs packages that a server may lack
@@ -39,9 +40,9 @@ class AnswerProcessor(AdapterLogitsProcessor):
         if text is None:
             return None
         if text not in self._grammars:
-            fields = json.loads(text)
-            names = None if fields["names"] is None else tuple(fields["names"])
-            self._grammars[text] = AnswerGrammar(self._tokenizer, Constraints(**fields | {"names": names}))
+            asked = json.loads(text)
+            decode = DecodeParams.model_validate(asked["decode"])
+            self._grammars[text] = AnswerGrammar(self._tokenizer, asked["codec"], decode, asked["names"])
         walk = AnswerWalk(self._grammars[text])
         taken = 0
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from coordexp.config.schema import DecodeParams
 from coordexp.errors import ConfigError
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.text.codecs import AnswerEncoder, Role, Segment, TextObject, get_codec
@@ -44,26 +45,6 @@ UTF8_RESERVE = 3  # a name that must end may still owe this many bytes of its la
 _BLANK_LEADS = b"\xc2\xe1\xe2\xe3"
 _JSON_UNSAFE = set(range(0x20)) | set(b'"\\')
 _TAGS_UNSAFE = set(range(0x20))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constraints:
-    """What generation must keep to.
-
-    Attributes:
-        codec: the grammar.
-        names: the only names allowed; None for any text.
-        valid_corners: x2 > x1 and y2 > y1.
-        duplicate_iou: at y2, values are refused whose box overlaps an emitted box of the same name by more than this;
-            1 is off. If every value is refused, the one with the least overlap stays.
-        max_new_tokens: budget of the answer, its end token included.
-    """
-
-    codec: str
-    names: tuple[str, ...] | None
-    valid_corners: bool
-    duplicate_iou: float
-    max_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +74,21 @@ class Pieces:
 
 
 class AnswerGrammar:
-    """The grammar of one tokenizer and set of constraints; `AnswerWalk` follows one answer."""
+    """The grammar of one tokenizer, codec and `decode` block; `AnswerWalk` follows one answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, constraints: Constraints) -> None:
-        """Raises ConfigError if the budget is too small for one object, or the list of names is empty."""
-        encoder = AnswerEncoder(tokenizer, get_codec(constraints.codec))
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, codec: str, decode: DecodeParams, names: Sequence[str] = ()
+    ) -> None:
+        """`names` are the only ones allowed by `grammar: closed`; `any` allows all.
+
+        Raises:
+            ConfigError: the budget is too small for one object, or the closed list of names is empty.
+        """
+        assert decode.grammar != "none"
+        encoder = AnswerEncoder(tokenizer, get_codec(codec))
         coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
         table = TokenTable.from_tokenizer(tokenizer, coord)
-        self.constraints = constraints
+        self.decode = decode
         self.pieces = Pieces.read(encoder)
         self.n_tokens = len(table.pieces) - 1  # the last one stands for unknown ids
         self.end_id = self.pieces.stop[-1]
@@ -110,10 +98,10 @@ class AnswerGrammar:
         self._unsafe = _TAGS_UNSAFE if encoder.codec.name == "tags" else _JSON_UNSAFE
         self._continuations: dict[bytes, NDArray[np.bool_]] = {}
         self._next_of_value: dict[Ids, NDArray[np.int64]] = {}
-        self.names = _name_ids(encoder, constraints.names)
-        if self.costs_from_start > constraints.max_new_tokens:
+        self.names = _name_ids(encoder, names) if decode.grammar == "closed" else None
+        if self.costs_from_start > decode.max_new_tokens:
             raise ConfigError(
-                f"decode.max_new_tokens is {constraints.max_new_tokens}, but the shortest answer with an object takes "
+                f"decode.max_new_tokens is {decode.max_new_tokens}, but the shortest answer with an object takes "
                 f"{self.costs_from_start} tokens under decode.grammar; raise it."
             )
 
@@ -224,9 +212,7 @@ def _value_ids(encoder: AnswerEncoder) -> tuple[Ids, ...]:
     return tuple(ids(value) for value in range(n_values))
 
 
-def _name_ids(encoder: AnswerEncoder, names: Sequence[str] | None) -> dict[str, Ids] | None:
-    if names is None:
-        return None
+def _name_ids(encoder: AnswerEncoder, names: Sequence[str]) -> dict[str, Ids]:
     if not names or not all(name.strip() for name in names):
         raise ConfigError(
             f"the closed list of names is {list(names)!r}; expected at least one name, none of them empty."

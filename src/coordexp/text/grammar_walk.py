@@ -39,7 +39,7 @@ class AnswerWalk:
         self._box: list[int] = []
         self._prefix: Ids = ()  # of the value at hand
         self._boxes_of: dict[str, list[list[int]]] = {}
-        self._remaining = grammar.constraints.max_new_tokens
+        self._remaining = grammar.decode.max_new_tokens
         pieces = grammar.pieces
         self._branches = [_Branch(pieces.opening, "name"), _Branch(pieces.empty, "end")]
 
@@ -183,17 +183,21 @@ class AnswerWalk:
         return [_Branch(pieces.again, "name"), _Branch(pieces.stop, "end")]
 
     def _allowed_values(self) -> NDArray[np.bool_]:
-        """Values of the coordinate at hand that keep to the constraints, (K,); never empty."""
-        constraints, axis = self._grammar.constraints, len(self._box)
+        """Values of the coordinate at hand that keep to corners and duplicate_iou, (K,); never empty.
+
+        At y2, values are refused whose box overlaps an earlier one of the same name too much; if that is every value,
+        the one with the least overlap stays.
+        """
+        decode, axis = self._grammar.decode, len(self._box)
         values_K = np.arange(len(self._grammar.values))
         allowed_K = np.ones(len(values_K), dtype=bool)
-        if constraints.valid_corners:
+        if decode.corners == "valid":
             allowed_K = values_K > self._box[axis - 2] if axis >= 2 else values_K < values_K[-1]
         earlier = self._boxes_of.get(self._key(), []) if axis == 3 else []
-        if constraints.duplicate_iou < NO_DUPLICATE_GUARD and earlier:
+        if decode.duplicate_iou < NO_DUPLICATE_GUARD and earlier:
             candidates_K4 = np.column_stack([np.tile(self._box, (len(values_K), 1)), values_K])
             overlap_K = pairwise_iou(as_boxes(candidates_K4), as_boxes(earlier)).max(axis=1)
-            fresh_K = allowed_K & (overlap_K <= constraints.duplicate_iou)
+            fresh_K = allowed_K & (overlap_K <= decode.duplicate_iou)
             least = values_K == np.where(allowed_K, overlap_K, np.inf).argmin()
             allowed_K = fresh_K if fresh_K.any() else least
         return allowed_K

@@ -40,9 +40,8 @@ from coordexp.training.builders import (
     make_encoder,
     stage1_objective,
 )
-from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from coordexp.training.objective_step import diagnose
-from coordexp.training.rollout_pool import RolloutPool
+from coordexp.training.rollout_pool import RolloutPool, match_schedule
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.stage1 import SHARED_KEYS, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -211,7 +210,7 @@ def step_tokens(run: RunConfig, steps: int) -> list[int]:
     source = SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed)
     rollouts = read_rollouts(run.paths.run("rollout") / "rollouts.jsonl")
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
-    pool, settings = RolloutPool(rollouts, match_schedule(run.params, steps)), channel_b_settings(run.params)
+    pool = RolloutPool(rollouts, match_schedule(run.params, steps))
     plan = plan_steps(
         len(store),
         rolled_out,
@@ -224,7 +223,7 @@ def step_tokens(run: RunConfig, steps: int) -> list[int]:
     for step, planned in enumerate(plan):
         is_a = planned.channel == "A"
         matched = {} if is_a else pool.at(step, [store[i] for i in planned.items])[0]
-        segments, _ = plan_segments(planned, step, source, matched, encoder, settings)
+        segments, _ = plan_segments(planned, step, source, matched, encoder, run.params.stage2)
         tokens.append(sum(s.length for s in segments) * (run.params.stage2.n_softctx_iter if is_a else 1))
     return tokens
 

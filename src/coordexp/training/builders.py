@@ -100,6 +100,7 @@ def _objective(params: Params, checkpoint: Checkpoint, weights: ObjectiveWeights
         first_coord_id=first_coord_id(checkpoint),
         smoothl1_beta_bins=params.smoothl1_beta_bins,
         coord_decode_mode=params.stage2.coord_decode_mode,
+        top_k=params.stage2.top_k,
         annealing=_annealing(params, steps),
         fused=fused_pays(checkpoint.model),
     )

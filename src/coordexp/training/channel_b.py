@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from coordexp.config.schema import Stage2Params
 from coordexp.geometry.bins import encode_boxes, target_bins
 from coordexp.geometry.boxes import reading_order
 from coordexp.packing.collator import Segment, coordinate_positions, teacher_segment
@@ -26,30 +27,6 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder, EncodedAnswer, Role, TextObject
 from coordexp.training.duplicates import divergence_positions, duplicate_ranks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelBSettings:
-    """Policies of channel B.
-
-    `close_weight` and `eos_weight` scale the text loss of the closing scaffold and of the end-of-turn token after it;
-    where the rollout has more objects than there are, `over_close_weight` scales both again.
-    """
-
-    passes: str  # "two" or "one"
-    missed: str  # "append" or "sorted"
-    eos_weight: float
-    close_weight: float = 1.0
-    extras: str = "context"  # "context" or "drop"; passes: one
-    over_generation: str = "keep"  # "keep" or "truncate"
-    over_close_weight: float = 1.0
-    mark_duplicates: bool = False
-
-    def close_weights(self, over_generated: bool) -> tuple[float, float]:
-        """Weight of the closing scaffold and of the end-of-turn token."""
-        factor = self.over_close_weight if over_generated else 1.0
-        return factor * self.close_weight, factor * self.eos_weight
-
 
 _NO_TOKENS = np.empty(0, np.int64)
 
@@ -72,19 +49,17 @@ class _Truth:
     boxes_M4: NDArray[np.float32]
 
 
-def channel_b_segments(
-    sample: Sample, rollout: Rollout, encoder: AnswerEncoder, settings: ChannelBSettings
-) -> list[Segment]:
+def channel_b_segments(sample: Sample, rollout: Rollout, encoder: AnswerEncoder, params: Stage2Params) -> list[Segment]:
     """Segments of one sample; a rollout that did not parse falls back to teacher forcing on the ground truth."""
     if not rollout.usable:
         return [teacher_segment(sample)]
     truth = _truth(sample)
-    if settings.passes == "two":
+    if params.passes == "two":
         return [
-            _self_context(sample, rollout, truth, encoder, settings),
-            _completion(sample, rollout, truth, encoder, settings),
+            _self_context(sample, rollout, truth, encoder, params),
+            _completion(sample, rollout, truth, encoder, params),
         ]
-    return [_clean_prefix(sample, rollout, truth, encoder, settings)]
+    return [_clean_prefix(sample, rollout, truth, encoder, params)]
 
 
 def _truth(sample: Sample) -> _Truth:
@@ -96,7 +71,7 @@ def _truth(sample: Sample) -> _Truth:
 
 
 def _self_context(
-    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, settings: ChannelBSettings
+    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, params: Stage2Params
 ) -> Segment:
     """The rollout as it was generated; no text loss, boxes of accepted matches against their ground truth."""
     ids = np.array(rollout.ids, np.int32)
@@ -108,7 +83,7 @@ def _self_context(
         text_weights=np.zeros(len(ids), np.float32),
         box_tokens=np.array(positions, np.int64).reshape(-1, 4),
         box_targets=truth.targets_M4[[j for _, j in rollout.pairs]].reshape(-1, 4),
-        unlikely_tokens=_diverging_tokens(rollout, encoder) if settings.mark_duplicates else _NO_TOKENS,
+        unlikely_tokens=_diverging_tokens(rollout, encoder) if marks_duplicates(params) else _NO_TOKENS,
     )
 
 
@@ -127,33 +102,44 @@ def _diverging_tokens(rollout: Rollout, encoder: AnswerEncoder) -> NDArray[np.in
     return positions[positions < agreeing]
 
 
+def marks_duplicates(params: Stage2Params) -> bool:
+    """Whether the token that begins a duplicate is to become unlikely."""
+    return params.duplicate_unlikelihood_weight > 0
+
+
+def close_weights(params: Stage2Params, over_generated: bool) -> tuple[float, float]:
+    """Weight of the closing scaffold and of the end-of-turn token; other ones where there are too many objects."""
+    factor = params.over_close_weight if over_generated else 1.0
+    return factor * params.close_weight, factor * params.eos_weight
+
+
 def is_over_generated(rollout: Rollout, n_true: int) -> bool:
     """Whether the rollout has more (valid) objects than are annotated."""
     return len(rollout.objects) > n_true
 
 
-def missed_objects(rollout: Rollout, n_true: int, settings: ChannelBSettings) -> list[int]:
+def missed_objects(rollout: Rollout, n_true: int, params: Stage2Params) -> list[int]:
     """Ground truth that the target adds to what was found.
 
     With `over_generation: truncate`, none where the rollout has too many objects already and any of them is right: the
     target then ends early, so that it teaches to stop rather than to go on.
     """
     matched = {j for _, j in rollout.pairs}
-    if settings.over_generation == "truncate" and matched and is_over_generated(rollout, n_true):
+    if params.over_generation == "truncate" and matched and is_over_generated(rollout, n_true):
         return []
     return [j for j in range(n_true) if j not in matched]
 
 
-def completion_order(rollout: Rollout, boxes_M4: NDArray, settings: ChannelBSettings) -> list[int]:
+def completion_order(rollout: Rollout, boxes_M4: NDArray, params: Stage2Params) -> list[int]:
     """Ground-truth indices in the order of the completion: matched ones by prediction rank, missed ones by policy."""
-    order = [j for _, j in sorted(rollout.pairs)] + missed_objects(rollout, len(boxes_M4), settings)
-    return [order[i] for i in reading_order(boxes_M4[order])] if settings.missed == "sorted" and order else order
+    order = [j for _, j in sorted(rollout.pairs)] + missed_objects(rollout, len(boxes_M4), params)
+    return [order[i] for i in reading_order(boxes_M4[order])] if params.missed == "sorted" and order else order
 
 
 def _completion(
-    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, settings: ChannelBSettings
+    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, params: Stage2Params
 ) -> Segment:
-    order = completion_order(rollout, truth.boxes_M4, settings)
+    order = completion_order(rollout, truth.boxes_M4, params)
     over_generated = is_over_generated(rollout, len(truth.objects))
     answer = encoder.encode([truth.objects[j] for j in order])
     matched = {j for _, j in rollout.pairs}
@@ -163,14 +149,14 @@ def _completion(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(weights, answer.roles, *settings.close_weights(over_generated)),
+        text_weights=_close_weighted(weights, answer.roles, *close_weights(params, over_generated)),
         box_tokens=coordinate_positions(answer.roles)[rows].reshape(-1, 4),
         box_targets=truth.targets_M4[[order[r] for r in rows]].reshape(-1, 4),
     )
 
 
 def _clean_prefix(
-    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, settings: ChannelBSettings
+    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, params: Stage2Params
 ) -> Segment:
     """Predictions re-serialised (matched: scaffold and GT boxes; extras: context), then missed objects in full."""
     partner = dict(rollout.pairs)
@@ -178,22 +164,22 @@ def _clean_prefix(
     predicted = [
         _Entry(TextObject(o.desc, o.bins), partner.get(i), i)
         for i, o in enumerate(rollout.objects)
-        if i in partner or settings.extras == "context"
+        if i in partner or params.extras == "context"
     ]
-    missed = [_Entry(truth.objects[j], j, None) for j in missed_objects(rollout, n_true, settings)]
+    missed = [_Entry(truth.objects[j], j, None) for j in missed_objects(rollout, n_true, params)]
     entries = predicted + missed
-    if settings.missed == "sorted":
+    if params.missed == "sorted":
         entries = [entries[i] for i in _order_by_bins([e.text for e in entries])]
     answer = encoder.encode([e.text for e in entries])
-    repeated = set(duplicate_ranks(rollout)) if settings.mark_duplicates else set()
+    repeated = set(duplicate_ranks(rollout)) if marks_duplicates(params) else set()
     duplicates = [rank for rank, e in enumerate(entries) if e.prediction in repeated]
-    close_weights = settings.close_weights(is_over_generated(rollout, n_true))
+    weights = close_weights(params, is_over_generated(rollout, n_true))
     supervised = [(rank, e.truth) for rank, e in enumerate(entries) if e.truth is not None]
     return Segment(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(_prefix_weights(entries, answer), answer.roles, *close_weights),
+        text_weights=_close_weighted(_prefix_weights(entries, answer), answer.roles, *weights),
         box_tokens=coordinate_positions(answer.roles)[[r for r, _ in supervised]].reshape(-1, 4),
         box_targets=truth.targets_M4[[j for _, j in supervised]].reshape(-1, 4),
         unlikely_tokens=divergence_positions(answer, duplicates),

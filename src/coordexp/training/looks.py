@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coordexp.config.schema import MatchingParams
 from coordexp.drawing.boxes import draw_detections
 from coordexp.drawing.panels import (
     FALSE,
@@ -29,8 +30,7 @@ from coordexp.drawing.panels import (
 )
 from coordexp.geometry.bins import box_scale
 from coordexp.geometry.boxes import as_boxes
-from coordexp.matching.assign import match
-from coordexp.matching.settings import MatchSettings
+from coordexp.matching.matcher import match
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
@@ -38,7 +38,7 @@ from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
 from coordexp.training.duplicates import same_object
 
-PAIRING = MatchSettings(gate="iou", gate_threshold=0.5)
+PAIRING = MatchingParams(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.5)
 DRAWN_IMAGES = 6
 _PANEL_PX = 320
 _COLUMNS = 2

@@ -35,8 +35,8 @@ from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.gt_vs_pred import write_results
-from coordexp.rollout.decode import EMITTED, AnswerReader
-from coordexp.rollout.engine import DecodeSettings
+from coordexp.rollout.decode import AnswerReader
+from coordexp.rollout.engine import DecodeRequest, greedy
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.training.looks import count_answers, draw_answers, judge_answer
 
@@ -55,7 +55,7 @@ class Viewer:
     checkpoint: Checkpoint
     reader: AnswerReader
     samples: Sequence[Sample]
-    decode: DecodeSettings
+    request: DecodeRequest
     image_root: Path
     batch_images: int
 
@@ -124,7 +124,7 @@ class Monitor:
                 viewer.reader,
                 viewer.samples,
                 viewer.image_root,
-                viewer.decode,
+                viewer.request,
                 viewer.batch_images,
             )
         answers = [judge_answer(result) for result in results]
@@ -163,17 +163,12 @@ def make_monitor(run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int)
     store = SampleStore(run.paths.norm1000 / "dev.parquet")
     chosen = np.sort(generator(run.params.seed, "monitor/images").permutation(len(store))[: run.profile.monitor.images])
     samples = [store[int(i)] for i in chosen]
+    decode = greedy(_LONGEST * max(len(sample.answer_ids) for sample in samples), "argmax", "coord_logprob")
     viewer = Viewer(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, run.params.text.codec, EMITTED, identity={}),
+        reader=make_reader(checkpoint, run.params.text.codec, decode),
         samples=samples,
-        decode=DecodeSettings(
-            max_new_tokens=_LONGEST * max(len(sample.answer_ids) for sample in samples),
-            temperature=0.0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            seed=0,
-        ),
+        request=DecodeRequest(params=decode, codec=run.params.text.codec, seed=0),
         image_root=run.paths.raw,
         batch_images=run.profile.monitor.batch_images,
     )

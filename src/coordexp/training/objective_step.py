@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
+from coordexp.config.schema import ReadoutRule
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.box_terms import BOX_TERMS, box_terms
-from coordexp.losses.coord_decode import DECODE_RULES
 from coordexp.losses.coord_terms import COORD_TERMS, coordinate_terms, slice_terms
 from coordexp.losses.diagnostics import CoordDiagnostics, slot_diagnostics
 from coordexp.losses.objective import COORD_SUPERVISION, ObjectiveWeights, combine, loss_factors, weighted_terms
 from coordexp.losses.partition import CoordSlots, scale
+from coordexp.losses.readout import read_coordinates
 from coordexp.losses.soft_targets import SoftTarget
 from coordexp.losses.terms import TermSum
 from coordexp.losses.text_terms import text_terms
@@ -50,7 +51,8 @@ class Objective:
     temperature: float
     first_coord_id: int
     smoothl1_beta_bins: float
-    coord_decode_mode: str
+    coord_decode_mode: ReadoutRule
+    top_k: int
     annealing: Annealing | None = None
     fused: bool = False
 
@@ -111,8 +113,10 @@ def objective_terms(
             coord_terms, coord = _coordinate_terms(model, objective, batch, coord_hidden.float())
             terms |= coord_terms
         if not wanted.isdisjoint(BOX_TERMS):
-            decode = DECODE_RULES[objective.coord_decode_mode]
-            boxes_G4 = decode(coord.logits_NK, objective.temperature).reshape(-1, 4)
+            coords_N = read_coordinates(
+                objective.coord_decode_mode, coord.logits_NK, objective.temperature, objective.top_k
+            )
+            boxes_G4 = coords_N.reshape(-1, 4)
             targets_G4 = batch.coord_targets.reshape(-1, 4) / NUM_BINS
             terms |= box_terms(boxes_G4, targets_G4, objective.smoothl1_beta_bins, wanted)
     return terms, coord

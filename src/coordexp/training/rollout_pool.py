@@ -14,17 +14,27 @@ from pathlib import Path
 
 import torch
 
+from coordexp.config.schema import MatchingParams, Params
 from coordexp.infra.random_streams import stream_seed
-from coordexp.matching.settings import MatchSettings
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.rollout.engine import DecodeSettings, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation
 from coordexp.rollout.records import Rollout, match_rollouts, read_rollouts, rematch, write_rollouts
 from coordexp.text.parser import ParsedAnswer
 from coordexp.training.distributed import wait_for_all, world
+from coordexp.training.schedule import ramp
 
 log = logging.getLogger(__name__)
 
-MatchSchedule = Callable[[int], MatchSettings]
+MatchSchedule = Callable[[int], MatchingParams]
+
+
+def match_schedule(params: Params, steps: int) -> MatchSchedule:
+    """Matching by step: that of `matching`, approached linearly over the curriculum's fraction of the steps."""
+    final, stage2 = params.matching, params.stage2
+    ramp_steps = round(stage2.curriculum_fraction * steps)
+    gate = ramp(stage2.gate_from, final.gate_threshold, ramp_steps)
+    lambda_sem = ramp(stage2.lambda_sem_from, final.lambda_sem, ramp_steps)
+    return lambda step: final.model_copy(update={"gate_threshold": gate(step), "lambda_sem": lambda_sem(step)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +65,14 @@ class Refresher:
         refreshes: Sequence[Refresh],
         engine: Engine,
         parse: Callable[[Generation], ParsedAnswer],
-        decode: DecodeSettings,
+        request: DecodeRequest,
         store: SampleStore,
         folder: Path,
     ) -> None:
         self._refreshes = refreshes
         self._engine = engine
         self._parse = parse
-        self._decode = decode
+        self._request = request
         self._store = store
         self._folder = folder
         self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
@@ -72,7 +82,7 @@ class Refresher:
         """The steps before which a set is generated."""
         return frozenset(refresh.step for refresh in self._refreshes)
 
-    def load(self, step: int, matching: MatchSettings) -> None:
+    def load(self, step: int, matching: MatchingParams) -> None:
         """Have the set of a step at hand: generated if no file holds it, by the weights of this moment."""
         refresh = self._current(step)
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
@@ -100,12 +110,12 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _generate(self, refresh: Refresh, matching: MatchSettings, path: Path) -> None:
+    def _generate(self, refresh: Refresh, matching: MatchingParams, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
-        settings = replace(self._decode, seed=stream_seed(self._decode.seed, "decode/fresh-rollouts", refresh.step))
+        request = replace(self._request, seed=stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step))
         with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
-            generations = self._engine.generate(samples, settings)
+            generations = self._engine.generate(samples, request)
         write_rollouts(path, match_rollouts(samples, generations, [self._parse(g) for g in generations], matching))
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:

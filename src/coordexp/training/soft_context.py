@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from coordexp.config.schema import ReadoutRule
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.losses.readout import read
 from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.packing.collator import PackedBatch
 
@@ -27,23 +29,15 @@ class SoftContext:
     """How many forwards, what the slot embedding is, and whether gradients pass through it."""
 
     n_iter: int
-    embed_mode: str  # "st", "soft" or "hard"
+    embed_mode: ReadoutRule
     grad_mode: str  # "unroll" or "em_detach"
     temperature: float
     first_coord_id: int
 
 
-def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: float, mode: str) -> Tensor:
-    """Input embeddings (N, D) made from coordinate distributions.
-
-    soft: sum_k p_k E_k. hard: E of the most likely bin. st: hard forward, soft backward.
-    """
-    probabilities_NK = (slice_logits_NK.float() / temperature).softmax(-1)
-    soft_ND = probabilities_NK @ table_KD.float()
-    if mode == "soft":
-        return soft_ND
-    hard_ND = table_KD.float()[probabilities_NK.argmax(-1)]
-    return hard_ND if mode == "hard" else hard_ND.detach() + (soft_ND - soft_ND.detach())
+def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: float, mode: ReadoutRule) -> Tensor:
+    """Input embeddings (N, D) read from coordinate distributions; see losses/readout.py."""
+    return read(mode, (slice_logits_NK.float() / temperature).softmax(-1), table_KD.float())
 
 
 def self_context_forwards(

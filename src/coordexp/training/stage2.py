@@ -9,10 +9,10 @@ from coordexp.errors import ConfigError
 from coordexp.infra.provenance import image_inputs, write_json
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleStore
-from coordexp.rollout.decode import EMITTED
+from coordexp.rollout.engine import READOUT_KEYS
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import read_rollouts
-from coordexp.rollout.stages import allowed_names, decode_settings, make_reader
+from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.training.builders import (
     load_for_training,
     make_collator,
@@ -21,15 +21,12 @@ from coordexp.training.builders import (
     soft_context,
     stage2_objective,
 )
-from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
 from coordexp.training.distributed import world
 from coordexp.training.monitor import make_monitor
-from coordexp.training.rollout_pool import Refresher, RolloutPool, plan_refreshes
+from coordexp.training.rollout_pool import Refresher, RolloutPool, match_schedule, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
-
-READOUT_KEYS = {"score", "box"}  # of `decode`: how an answer is judged, not how it is generated
 
 
 def train_stage2(run: RunConfig) -> dict[str, Any]:
@@ -66,7 +63,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed),
         RolloutPool(rollouts, match_schedule(run.params, optim.steps), refresher),
         encoder,
-        channel_b_settings(run.params),
+        run.params.stage2,
         make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
         plan,
         own_slice(run.profile),
@@ -112,8 +109,8 @@ def _refresher(
     return Refresher(
         plan_refreshes(of_channel_b, run.params.stage2.refresh_steps),
         HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images),
-        make_reader(checkpoint, codec, EMITTED, {}).parse,
-        decode_settings(run.params, codec, allowed_names(run.params, run.paths)),
+        make_reader(checkpoint, codec, run.params.decode).parse,
+        decode_request(run, codec),
         SampleStore(session.inputs["samples"]),
         session.state_folder(),
     )

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from coordexp.config.schema import Stage2Params
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.rank_slices import WHOLE, RankSlice, rank_batches
 from coordexp.packing.samples import Sample
 from coordexp.rollout.records import Rollout
 from coordexp.text.codecs import AnswerEncoder
-from coordexp.training.channel_b import ChannelBSettings, channel_b_segments, missed_objects
+from coordexp.training.channel_b import channel_b_segments, missed_objects
 from coordexp.training.grad_monitor import monitored_parameters
 from coordexp.training.loop import LogRow, MicroBatch
 from coordexp.training.objective_step import (
@@ -65,17 +66,17 @@ def plan_segments(
     source: SampleSource,
     rollouts: Mapping[int, Rollout],
     encoder: AnswerEncoder,
-    settings: ChannelBSettings,
+    params: Stage2Params,
 ) -> tuple[list[Segment], LogRow]:
     """Segments of one step and what channel B found: objects matched and missed, extras, fallbacks."""
     if plan.channel == "A":
         return [teacher_segment(source.get(i, step)) for i in plan.items], {"channel": "A"}
     samples: list[Sample] = [source.store[i] for i in plan.items]  # rollouts were matched in the stored order
     mine = [rollouts[s.image_id] for s in samples]
-    segments = [seg for s, r in zip(samples, mine, strict=True) for seg in channel_b_segments(s, r, encoder, settings)]
+    segments = [seg for s, r in zip(samples, mine, strict=True) for seg in channel_b_segments(s, r, encoder, params)]
     matched = sum(len(r.pairs) for r in mine)
     n_true = [len(s.descs) - sum(s.iscrowd) for s in samples]
-    appended = [len(missed_objects(r, n, settings)) if r.usable else n for r, n in zip(mine, n_true, strict=True)]
+    appended = [len(missed_objects(r, n, params)) if r.usable else n for r, n in zip(mine, n_true, strict=True)]
     logs: LogRow = {
         "channel": "B",
         "stage2_ab/matched_total": matched,
@@ -99,7 +100,7 @@ class Stage2Task:
         source: SampleSource,
         rollouts: RolloutPool,
         encoder: AnswerEncoder,
-        channel_b: ChannelBSettings,
+        stage2: Stage2Params,
         collator: Collator,
         plan: Sequence[StepPlan],
         share: RankSlice = WHOLE,
@@ -112,7 +113,7 @@ class Stage2Task:
         self._source = source
         self._rollouts = rollouts
         self._encoder = encoder
-        self._channel_b = channel_b
+        self._stage2 = stage2
         self._collator = collator
         self._plan = plan
         self._share = share
@@ -152,7 +153,7 @@ class Stage2Task:
         """This process's batches of a step, each with the counts of the whole step and what channel B found in it."""
         rollouts, compute = self._rollouts_of(step)
         plan = self._plan[step]
-        segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._channel_b)
+        segments, found = plan_segments(plan, step, self._source, rollouts, self._encoder, self._stage2)
         counts = denominators(segments)
         for batch in rank_batches(self._collator, segments, self._collator.rows(segments), self._share):
             yield batch, counts, compute | found

@@ -1,10 +1,14 @@
-"""One-to-one assignment of predictions to annotated objects, gated before it is solved.
+"""Which prediction is which object: pair cost, gate, and one-to-one assignment, as in DETR's matcher.
 
-Shapes: N predictions and M annotated objects of an image, P matched pairs; I images, R rows (`pair_rows`), C matched
-rows. Boxes are xyxy in [0, 1].
+    cost    lambda_l1 * L1 + lambda_iou * (1 - GIoU) + lambda_sem * distance of the names
+    gate    pairs of too little IoU, or too far apart, are forbidden
+    match   as many allowed pairs as possible, at the least total cost (Hungarian algorithm)
 
-Gating before the assignment matters: gated afterwards, an object can be spent on a partner that is then refused, while
-a good prediction of it goes unmatched.
+Gating comes before the assignment: gated afterwards, an object can be spent on a partner that is then refused, while a
+good prediction of it goes unmatched.
+
+Shapes: N predictions and M annotated objects of an image, P matched pairs; I images, R rows (`pair_rows`: pairs of a
+prediction and an object of the same image), C matched rows. Boxes are xyxy in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from coordexp.geometry.boxes import Boxes, as_boxes
-from coordexp.matching.cost import Pairs, gate_mask, pair_cost
+from coordexp.config.schema import MatchingParams
+from coordexp.errors import ConfigError
+from coordexp.geometry.boxes import Boxes, as_boxes, paired_iou_giou
 from coordexp.matching.pair_rows import Ints, PairRows, place_within, starts
-from coordexp.matching.settings import MatchSettings
+from coordexp.records.descriptions import normalise_desc
 
 # Equal costs (duplicates, symmetric neighbours) go to the earlier prediction and the earlier object. Order decides only
 # between costs closer than this, a millionth of a bin.
@@ -50,7 +55,7 @@ class MatchResult:
 def match(
     pred_boxes_N4: NDArray | list,
     gt_boxes_M4: NDArray | list,
-    settings: MatchSettings,
+    params: MatchingParams,
     semantic_NM: NDArray[np.floating] | None = None,
 ) -> MatchResult:
     """Match as many pairs of one image as the gate allows, at the least total cost.
@@ -58,16 +63,16 @@ def match(
     Args:
         pred_boxes_N4: predicted boxes, in the order of generation; N may be 0.
         gt_boxes_M4: annotated boxes; M may be 0.
-        settings: cost weights and gate.
-        semantic_NM: description distances, needed if `settings.lambda_sem` is positive.
+        params: cost weights and gate.
+        semantic_NM: description distances, needed if `params.lambda_sem` is positive.
     """
-    return match_images([pred_boxes_N4], [gt_boxes_M4], settings, None if semantic_NM is None else [semantic_NM])[0]
+    return match_images([pred_boxes_N4], [gt_boxes_M4], params, None if semantic_NM is None else [semantic_NM])[0]
 
 
 def match_images(
     pred_boxes: Sequence[NDArray | list],
     gt_boxes: Sequence[NDArray | list],
-    settings: MatchSettings,
+    params: MatchingParams,
     semantic: Sequence[NDArray[np.floating]] | None = None,
 ) -> list[MatchResult]:
     """`match` for many images, which takes a fraction of the time of as many calls."""
@@ -77,7 +82,7 @@ def match_images(
         semantic_R = None
         if semantic is not None:
             semantic_R = np.concatenate([distances.reshape(-1) for distances in semantic[part]])
-        results += _match_part(pred[part], gt[part], settings, semantic_R)
+        results += _match_part(pred[part], gt[part], params, semantic_R)
     return results
 
 
@@ -94,12 +99,12 @@ def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
 
 
 def _match_part(
-    pred: Sequence[Boxes], gt: Sequence[Boxes], settings: MatchSettings, semantic_R: NDArray[np.floating] | None
+    pred: Sequence[Boxes], gt: Sequence[Boxes], params: MatchingParams, semantic_R: NDArray[np.floating] | None
 ) -> list[MatchResult]:
     rows = PairRows.of([len(boxes) for boxes in pred], [len(boxes) for boxes in gt])
     between = Pairs.of(np.concatenate(pred)[rows.pred_R], np.concatenate(gt)[rows.gt_R])
-    allowed_R = gate_mask(between, settings)
-    cost_R = pair_cost(between, settings, semantic_R) + _TIE_BREAK * rows.lateness_R()
+    allowed_R = gate_mask(between, params)
+    cost_R = pair_cost(between, params, semantic_R) + _TIE_BREAK * rows.lateness_R()
     chosen_C = _assign(rows, cost_R, allowed_R)
     return _results(rows, allowed_R, chosen_C, between.iou_R[chosen_C])
 
@@ -158,3 +163,68 @@ def _results(
 def _cut(values: NDArray, counts: Ints) -> Iterator[NDArray]:
     """Consecutive pieces of so many values."""
     return (values[begin:end] for begin, end in pairwise(starts(counts).tolist()))
+
+
+def paired_l1(pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> NDArray[np.float64]:
+    """Mean absolute difference of the four corner coordinates, shape (R,), in [0, 1] for boxes in [0, 1]."""
+    return np.abs(pred_boxes_R4 - gt_boxes_R4).sum(axis=-1) / 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """How predictions lie to objects, each of shape (R,): what cost and gate are made of."""
+
+    l1_R: NDArray[np.float64]
+    iou_R: NDArray[np.float64]
+    giou_R: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> Pairs:
+        """Compare each prediction with its object, xyxy in [0, 1]."""
+        return cls(paired_l1(pred_boxes_R4, gt_boxes_R4), *paired_iou_giou(pred_boxes_R4, gt_boxes_R4))
+
+
+def pair_cost(
+    pairs: Pairs, params: MatchingParams, semantic_R: NDArray[np.floating] | None = None
+) -> NDArray[np.float64]:
+    """Cost of each pair (R,): `lambda_l1 * L1 + lambda_iou * (1 - GIoU) + lambda_sem * semantic`, never negative.
+
+    `semantic_R` holds description distances, >= 0.
+
+    Raises:
+        ConfigError: if `lambda_sem` is positive and no distances are given.
+    """
+    cost_R = params.lambda_l1 * pairs.l1_R
+    cost_R += params.lambda_iou * (1.0 - pairs.giou_R)
+    if params.lambda_sem > 0:
+        if semantic_R is None:
+            raise ConfigError(
+                f"matching.lambda_sem is {params.lambda_sem}, but this matching computes no description distances; "
+                "set it to 0, or give the distances (name_distance)."
+            )
+        assert semantic_R.shape == cost_R.shape, (semantic_R.shape, cost_R.shape)
+        cost_R += params.lambda_sem * semantic_R
+    return cost_R
+
+
+def gate_mask(pairs: Pairs, params: MatchingParams) -> NDArray[np.bool_]:
+    """True where a pair may be matched, shape (R,). The threshold itself passes."""
+    if params.gate == "iou":
+        return pairs.iou_R >= params.gate_threshold
+    return pairs.l1_R <= params.gate_threshold
+
+
+def name_distance(pred_descs: Sequence[str], gt_descs: Sequence[str]) -> NDArray[np.float64]:
+    """Share of words that only one of two names has, (N, M) in [0, 1]: 0 for equal names, 1 for no common word.
+
+    One minus the Jaccard index of the words of the normalised names: "black cat" is 0.5 from "cat", 1 from "dog".
+    """
+    words_N = [set(normalise_desc(desc).split()) for desc in pred_descs]
+    words_M = [set(normalise_desc(desc).split()) for desc in gt_descs]
+    distances = [[_distance(a, b) for b in words_M] for a in words_N]
+    return np.array(distances, np.float64).reshape(len(words_N), len(words_M))
+
+
+def _distance(a: set[str], b: set[str]) -> float:
+    either = len(a | b)
+    return 1.0 - len(a & b) / either if either else 0.0

@@ -1,0 +1,102 @@
+"""Reading one value out of a distribution over the 1000 bins: the rules of box losses, soft context and decoding.
+
+    argmax             value of the centre bin: quantised, no gradient
+    expectation        sum_k p_k v_k: differentiable; lies between the modes of a two-peaked p
+    straight_through   argmax forward, expectation backward (Bengio et al. 2013, arXiv:1308.3432)
+    local_expectation  expectation in a window round the centre bin: sub-bin and mode-safe
+    top_k              expectation over the k likeliest bins
+    median             where the CDF crosses 1/2: minimises the expected absolute error
+
+What is read is up to the values: bin k stands for the coordinate k / 1000 in a box loss, for position k in decoding,
+for its embedding in soft context. The centre bin is the likeliest one, in decoding the emitted one.
+
+K bins; `...` any leading shape (slots, or boxes x 4); D numbers a value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coordexp.config.schema import ReadoutRule
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.losses.partition import at_least_float32, scale
+
+LOCAL_RADIUS_BINS = 8
+
+
+def read_coordinates(rule: ReadoutRule, logits_K: Tensor, temperature: float, top_k: int) -> Tensor:
+    """(..., K) logits -> (...) coordinates in [0, 1). Float32 inside (float64 stays float64).
+
+    The gradient of the expectation on logit k is p_k (k / 1000 - value) / temperature.
+    """
+    probs_K = scale(at_least_float32(logits_K), temperature).softmax(-1)
+    phi_K = torch.arange(NUM_BINS, dtype=probs_K.dtype, device=probs_K.device) / NUM_BINS
+    return read(rule, probs_K, phi_K, top_k)
+
+
+def read(
+    rule: ReadoutRule, probs_K: Tensor, values: Tensor, top_k: int | None = None, center_bins: Tensor | None = None
+) -> Tensor:
+    """(..., K) distributions -> (...) or (..., D), by the shape of the values: (K,) or (K, D).
+
+    Args:
+        rule: see above.
+        probs_K: sums to 1 over K.
+        values: what each bin stands for.
+        top_k: bins that `top_k` keeps; no other rule asks for it.
+        center_bins: (...) integers; the likeliest bins (the lowest one of a tie) if not given.
+    """
+    if rule == "expectation":
+        return _mean(probs_K, values)
+    if rule == "median":
+        return _median(probs_K, values)
+    if rule == "top_k":
+        assert top_k is not None
+        kept = probs_K.topk(top_k, dim=-1)
+        return _mean(_normalised(torch.zeros_like(probs_K).scatter(-1, kept.indices, kept.values)), values)
+    center = probs_K.argmax(-1) if center_bins is None else center_bins
+    if rule == "local_expectation":
+        return _mean(_window(probs_K, center), values)
+    if rule == "straight_through":
+        soft = _mean(probs_K, values)
+        return values[center].detach() + (soft - soft.detach())
+    assert rule == "argmax", rule
+    return values[center]
+
+
+def _mean(probs_K: Tensor, values: Tensor) -> Tensor:
+    return (probs_K * values).sum(-1) if values.dim() == 1 else probs_K @ values
+
+
+def _normalised(mass_K: Tensor) -> Tensor:
+    return mass_K / mass_K.sum(-1, keepdim=True)
+
+
+def _window(probs_K: Tensor, center: Tensor) -> Tensor:
+    """The distribution within LOCAL_RADIUS_BINS of the centre m; all of it at m if the window holds no mass.
+
+    At the borders the window shrinks to the largest one symmetric round m, else a target cut off at the border would
+    be read inward of its peak.
+    """
+    last = probs_K.shape[-1] - 1
+    bins_K, m = torch.arange(last + 1, device=probs_K.device), center[..., None]
+    radius = torch.minimum(m, last - m).clamp(max=LOCAL_RADIUS_BINS)
+    kept_K = probs_K.masked_fill((bins_K - m).abs() > radius, 0.0)
+    is_empty = kept_K.sum(-1, keepdim=True) == 0
+    return _normalised(torch.where(is_empty, (bins_K == m).to(kept_K), kept_K))
+
+
+def _median(probs_K: Tensor, values: Tensor) -> Tensor:
+    """Bin k is uniform mass over [k - 1/2, k + 1/2]; between two bins their values are interpolated."""
+    cdf_K = probs_K.cumsum(-1)
+    half = cdf_K[..., -1:] / 2
+    crossing = (cdf_K < half).sum(-1, keepdim=True)
+    mass = probs_K.gather(-1, crossing)
+    before = cdf_K.gather(-1, crossing) - mass
+    last = probs_K.shape[-1] - 1
+    position = (crossing - 0.5 + ((half - before) / mass).clamp(0, 1)).clamp(0, last).squeeze(-1)
+    low = position.detach().floor().long()
+    part = position - low
+    part = part if values.dim() == 1 else part[..., None]
+    return torch.lerp(values[low], values[(low + 1).clamp(max=last)], part)
