@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
-from coordexp.config.block import Block, expectation, field_specs, named_blocks, nested_block
+from coordexp.config.block import Block, block_kinds, expectation, field_specs, named_blocks, nested_block
 from coordexp.config.loading import load_params, load_profile, read_yaml
-from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
+from coordexp.config.profile import DatasetConfig, DatasetsConfig, Profile, ScenesConfig
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import COORD_TERMS, Params
 from coordexp.errors import ConfigError
@@ -33,9 +33,10 @@ PROFILES = sorted((ROOT / "configs").glob("*.yaml"))
 
 def leaves(block: type[Block], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in block.model_fields.items():
-        if inner := nested_block(field):
+        inner = block_kinds(field).get("scenes") or nested_block(field)
+        if inner:
             yield from leaves(inner, f"{prefix}{name}.")
-        else:
+        elif name != "kind":  # the key that tells blocks apart has a test of its own
             yield prefix + name, field
 
 
@@ -329,7 +330,7 @@ def test_parameters_are_frozen() -> None:
 def test_profiles_load_and_have_the_same_keys(path: Path) -> None:
     profile = load_profile(path)
     tree, like = read_yaml(path), read_yaml(FILES[Profile][0])
-    if isinstance(profile, DatasetsProfile):
+    if isinstance(profile.source, DatasetsConfig):
         del tree["source"], like["source"]  # validated above; its sets have names of the user's choice
     del tree["model"]["files"], like["model"]["files"]  # null, or the names of its files
     assert key_tree(tree) == key_tree(like)
@@ -366,12 +367,12 @@ def datasets_error(folder: Path, changes: dict[str, Any]) -> str:
 def test_data_sets_are_read_by_name(tmp_path: Path) -> None:
     tree = with_value(read_yaml(FILES[Profile][0]), "source", copy.deepcopy(DATASETS))
     profile = load_profile(written(tmp_path / "sets.yaml", with_value(tree, "records.dev_images", 10**6)))
-    assert isinstance(profile, DatasetsProfile)
+    assert isinstance(profile.source, DatasetsConfig)
     assert profile.source.sets == {"coco": DatasetConfig(**COCO_SET)}
 
 
 DATASET_LEAVES = [
-    *((f"source.{name}", field) for name, field in DatasetsConfig.model_fields.items() if name != "sets"),
+    *((f"source.{name}", field) for name, field in DatasetsConfig.model_fields.items() if name == "verify"),
     *((f"source.sets.coco.{name}", field) for name, field in DatasetConfig.model_fields.items()),
 ]
 
@@ -382,8 +383,7 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way(tmp_path: Path, key: 
         message = datasets_error(tmp_path, {key: value})
         assert f"  {key}: found " in message, value
         assert f", expected {expectation(field)}." in message, value
-    if key != "source.kind":  # without it, the source would be read as composed scenes
-        assert f"  {key}: missing, expected {expectation(field)}." in datasets_error(tmp_path, {key: ...})
+    assert f"  {key}: missing, expected {expectation(field)}." in datasets_error(tmp_path, {key: ...})
     assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean" in datasets_error(tmp_path, {f"{key}_": 0.25})
 
 
@@ -401,9 +401,38 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way(tmp_path: Path, key: 
         ({"source.sets.coco.roots": "x"}, "(valid keys of source.sets.coco: format, root, train, val,"),
         ({"source.sets.COCO 2017": COCO_SET}, "source.sets.COCO 2017: not a name; expected small letters"),
         ({"source.sets.coco.val": "none"}, "source: no set has a val split; name the annotations of at least one."),
-        ({"source.kind": "datasetz"}, "source.kind: found 'datasetz' (text), expected one of scenes, datasets."),
-        ({"source.sprites": "x"}, "source.sprites: unknown key"),
+        (
+            {"source.sprites": "x"},
+            "source.sprites: unknown key, set to 'x' (text). 'sprites' is a key of configs/<profile>"
+            ".yaml: source of kind scenes.",
+        ),
     ],
 )
 def test_wrong_data_sets(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     assert f"  {message}" in datasets_error(tmp_path, changes)
+
+
+@pytest.mark.parametrize("source", [DATASETS, repository_tree(FILES[Profile][0])["source"]], ids=["datasets", "scenes"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("datasetz", "found 'datasetz' (text), expected one of scenes, datasets."),
+        (3, "found 3 (an integer), expected one of scenes, datasets."),
+        (None, "found nothing, expected one of scenes, datasets."),
+        (..., "missing, expected one of scenes, datasets."),
+    ],
+)
+def test_a_source_of_no_known_kind_is_one_problem(tmp_path: Path, source: Any, kind: Any, message: str) -> None:
+    problems = datasets_error(tmp_path, {"source": source, "source.kind": kind}).splitlines()[1:]
+    assert problems == [f"  source.kind: {message}"]
+
+
+def test_only_the_keys_of_the_chosen_kind_are_wrong(tmp_path: Path) -> None:
+    message = error_of(tmp_path, Profile, {"source.max_objects": 0, "source.sets": {}, "source.verify": "decod"})
+    assert "  source.max_objects: found 0 (an integer), expected an integer in [1, 100]." in message
+    assert f"  (valid keys of source: {', '.join(ScenesConfig.model_fields)})" in message
+    assert message.count("unknown key") == 2
+    assert "missing" not in message
+    assert "source: found 3 (an integer), expected a block with the key kind: scenes or datasets." in error_of(
+        tmp_path, Profile, {"source": 3}
+    )

@@ -13,7 +13,6 @@ IN_PLACE = {"write_text", "write_bytes"}
 # Where a half file harms nobody, and why.
 ALLOWED = {
     "coordexp.infra.files": "the helpers themselves",
-    "coordexp.records.scenes.coco_folder": "a new folder each time, and the base model's pipeline does without config",
     "coordexp.rollout.vllm_server": "a temporary folder of its own",
 }
 
