@@ -28,10 +28,10 @@ from benchmarks import harness
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
+from coordexp.models.expand import round_up
 from coordexp.models.forward import hidden_states
 from coordexp.models.processor import pixel_spec
 from coordexp.models.sizes import DENSE_SIZES, qwen3_vl_config, shrunken_config
-from coordexp.models.tiny import round_up
 from coordexp.packing.collator import Collator, PackedBatch, teacher_segment
 from coordexp.packing.samples import Sample
 from coordexp.text.codecs import Role

@@ -12,13 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coordexp.config.paths import ProfilePaths, model_folder
-from coordexp.config.profile import DatasetsConfig, DatasetsProfile, Profile, SourceConfig
+from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.run import RunConfig
 from coordexp.doctor.diagnosis import diagnose
 from coordexp.errors import DataError
 from coordexp.models.pins import pins_of
 from coordexp.models.sizes import write_shrunken
-from coordexp.records.sample_set import write_sample
+from coordexp.records.convert import write_sample
 from coordexp.stage import LOG, stage_main
 from pipelines import convert, norm1000, pack, raw, stage1
 
@@ -42,7 +42,7 @@ def _shrunken(context: RunConfig, folder: Path) -> RunConfig:
     profile, base = context.profile, folder / "base"
     parameters = write_shrunken(model_folder(profile.model.path), base, context.params.seed)
     LOG.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
-    source: SourceConfig | DatasetsConfig = profile.source
+    source = profile.source
     if isinstance(source, DatasetsConfig):
         sets = write_sample(source.sets, profile.records, folder / "sets", IMAGES)
         source = source.model_copy(update={"sets": sets, "verify": "decode"})
@@ -55,8 +55,7 @@ def _shrunken(context: RunConfig, folder: Path) -> RunConfig:
         "model": profile.model.model_copy(update={"path": str(base), "files": pins_of(base)}),
         "stage1": profile.stage1.model_copy(update=step),
     }
-    kind: type[Profile] = DatasetsProfile if isinstance(source, DatasetsConfig) else Profile
-    small = kind.model_validate(profile.model_copy(update=changes).model_dump())
+    small = Profile.model_validate(profile.model_copy(update=changes).model_dump())
     return replace(context, profile=small, paths=ProfilePaths(context.paths.profile, folder))
 
 

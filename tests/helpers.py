@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import OptimConfig, Profile
+from coordexp.config.profile import OptimConfig, Profile, ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.losses.objective import ObjectiveWeights
@@ -26,28 +26,33 @@ from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.processor import pixel_spec
-from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.plan_file import write_plan
 from coordexp.packing.planner import plan_packs
 from coordexp.packing.prepare import SamplePreparer, text_objects, write_split
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.records.scenes.composer import SceneSpec, compose_scene
-from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
-from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
 from coordexp.training.objective_step import Objective
 from coordexp.training.sample_source import SampleSource
+from toyworld.composer import compose_scene
+from toyworld.model import build_tiny, tiny_config
+from toyworld.sprites import SpriteCatalog, load_catalog
+from toyworld.tokenizer import build_tiny_tokenizer
 
 SPRITES = Path(__file__).parents[1] / "data" / "sprites"
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 128 * 128
-SPEC = SceneSpec(
+SCENES = ScenesConfig(
+    kind="scenes",
+    sprites=str(SPRITES),
+    train_images=7,
+    val_images=4,
+    seed_offset=0,
     min_side_px=64,
     max_side_px=128,
     max_objects=5,
@@ -148,7 +153,7 @@ def scene_records(folder: Path) -> list[Record]:
     """Six scenes in `folder`: one with a crowd box, one annotated with nothing, one that the model's format resizes."""
     records = []
     for index in range(6):
-        scene = compose_scene(SPEC, catalog(), 14, "train", index)
+        scene = compose_scene(SCENES, catalog(), 14, "train", index)
         image, boxes = Image.fromarray(scene.pixels), [obj.bbox_xyxy_px for obj in scene.objects]
         if index == 5:
             image = image.resize((image.width - 7, image.height))

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coordexp.text.tiny_tokenizer import CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS
+from toyworld.tokenizer import CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS
 
 # Ids 151657..151668, behind those that the embedded tokenizer has too. Only the first column is special.
 MORE_TOKENS = (

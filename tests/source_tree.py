@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "coordexp"
+TOYWORLD = ROOT / "src" / "toyworld"
 BASE = ROOT / "pipelines" / "base"
 
 # Lower layers first: a layer imports only itself and those before it.
@@ -21,8 +22,8 @@ LAYERS = (
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of the package and the pipeline entries."""
-    files = [*PACKAGE.rglob("*.py"), *(ROOT / "pipelines").glob("*.py"), *BASE.glob("*.py")]
+    """Dotted name -> file, of the packages and the pipeline entries."""
+    files = [*PACKAGE.rglob("*.py"), *TOYWORLD.rglob("*.py"), *(ROOT / "pipelines").glob("*.py"), *BASE.glob("*.py")]
     return {_dotted(file): file for file in sorted(files)}
 
 

@@ -21,14 +21,13 @@ from coordexp import __version__, cli
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.tiny import build_tiny
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 from coordexp.records.prediction_log import AnswerSource
-from coordexp.records.scenes.composer import SceneSpec, compose_scene
-from coordexp.records.scenes.sprites import load_catalog
 from coordexp.records.schema import read_records
-from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
-from helpers import save_model
+from helpers import SCENES, catalog, save_model
+from toyworld.composer import compose_scene
+from toyworld.model import build_tiny
+from toyworld.tokenizer import build_tiny_tokenizer
 
 CAT, DOG = (10.0, 10.0, 50.0, 50.0), (60.0, 20.0, 90.0, 80.0)
 
@@ -60,14 +59,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one composed scene and a file that is no image."""
-    spec = SceneSpec(
-        min_side_px=96, max_side_px=96, max_objects=2, smallest_fraction=0.2, largest_fraction=0.4, small_fraction=0.0,
-        crowd_fraction=0.0, distractors=0, held_out_fraction=0.0,
-    )  # fmt: skip
+    source = SCENES.model_copy(
+        update={"min_side_px": 96, "max_side_px": 96, "max_objects": 2, "held_out_fraction": 0.0}
+    )
     path = tmp_path_factory.mktemp("scenes") / "scene.png"
-    Image.fromarray(compose_scene(spec, load_catalog(repository / "data" / "sprites"), 5, "val", 0).pixels).save(path)
+    Image.fromarray(compose_scene(source, catalog(), 5, "val", 0).pixels).save(path)
     (path.parent / "notes.txt").write_text("not an image", encoding="utf-8")
     return path
 
@@ -470,7 +468,7 @@ def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
         ({"images": [{"id": 1, "file_name": "1.png"}]}, "expected COCO's instances layout"),
         ({"images": [{"id": 1, "file_name": "../1.png", "width": 64, "height": 48}]}, "leaves the image root"),
         ({"annotations": None}, "annotations is null, expected a list, as in COCO's instances layout"),
-        ({"images": [{"id": 1, "file_name": "1.png", "width": None, "height": 48}]}, "images[0].width is null"),
+        ({"images": [{"id": 1, "file_name": "1.png", "width": 0, "height": 48}]}, "image_size_invalid (0 x 48 px)"),
     ],
 )
 def test_convert_refuses_what_is_not_coco(

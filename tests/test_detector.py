@@ -22,32 +22,21 @@ from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataErr
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint
-from coordexp.models.tiny import build_tiny
 from coordexp.packing.pixels import load_rgb
 from coordexp.packing.prepare import text_objects
 from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.records.images import inspect_image
-from coordexp.records.scenes.composer import SceneSpec, compose_scene
-from coordexp.records.scenes.sprites import load_catalog
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.text.codecs import AnswerEncoder, get_codec
-from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
-from helpers import MAX_PIXELS, save_model
+from helpers import MAX_PIXELS, SCENES, catalog, save_model
+from toyworld.composer import compose_scene
+from toyworld.model import build_tiny
+from toyworld.tokenizer import build_tiny_tokenizer
 
 DESCS = ("red mug", "cat")
 BOXES_XYXY_PX = np.array([[10.0, 20.0, 50.5, 60.25], [0.0, 5.0, 118.0, 90.0]])
-SCENE = SceneSpec(
-    min_side_px=96,
-    max_side_px=160,
-    max_objects=4,
-    smallest_fraction=0.2,
-    largest_fraction=0.5,
-    small_fraction=0.0,
-    crowd_fraction=0.0,
-    distractors=1,
-    held_out_fraction=0.0,
-)
+SCENE = SCENES.model_copy(update={"min_side_px": 96, "max_side_px": 160, "held_out_fraction": 0.0})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """A composed scene, stored without loss."""
-    pixels = compose_scene(SCENE, load_catalog(repository / "data" / "sprites"), 5, "val", 0).pixels
+    pixels = compose_scene(SCENE, catalog(), 5, "val", 0).pixels
     path = tmp_path_factory.mktemp("images") / "scene.png"
     Image.fromarray(pixels).save(path)
     return path

@@ -7,22 +7,20 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from coordexp.records.scenes.coco_folder import write_coco_folder
-from coordexp.records.scenes.composer import SceneSpec
+from coordexp.config.profile import ScenesConfig
+from toyworld.coco_folder import write_coco_folder
 
-ROOT = Path("pipelines/base/data")
+HOME = Path("pipelines/base")
 
 
 def main() -> None:
     """One COCO folder per curriculum phase."""
-    params = YAML(typ="safe").load(Path("pipelines/base/params.yaml"))
+    params = YAML(typ="safe").load(HOME / "params.yaml")
+    common = {"kind": "scenes", "sprites": params["sprites"], "val_images": 1, "held_out_fraction": 0.0}
     for i, (phase, options) in enumerate(params["phases"].items()):
-        scenes = dict(options["scenes"])
-        images = scenes.pop("images")
-        spec = SceneSpec(held_out_fraction=0.0, **scenes)
-        seed = params["seed"] + i
-        write_coco_folder(ROOT / phase, spec, Path(params["sprites"]), seed, {"train": images}, os.cpu_count() or 1)
-        print(f"{phase}: {images} scenes")
+        source = ScenesConfig.model_validate(common | options["scenes"] | {"seed_offset": i})
+        write_coco_folder(HOME / "data" / phase, source, params["seed"], os.cpu_count() or 1)
+        print(f"{phase}: {source.train_images} scenes")
 
 
 if __name__ == "__main__":

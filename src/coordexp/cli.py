@@ -283,16 +283,14 @@ def convert(
     One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
     counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
     """
-    from coordexp.records.convert_file import convert_file
-    from coordexp.records.policy import Policies
+    from coordexp.records.convert import FILE_POLICIES, convert_file
     from coordexp.records.schema import write_records
 
-    policies = Policies(crowd=crowd, max_lost=max_lost)
+    config = FILE_POLICIES.model_copy(update={"crowd": crowd, "max_lost": max_lost})
     converted = convert_file(
-        source, annotations, images, split, policies, lambda found, total: _progress(found, total, "check images")
+        source, annotations, images, split, config, lambda found, total: _progress(found, total, "check images")
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_records(out, converted.records)
+    write_records(out, converted.splits[split])
     print(f"{out}:", "\n".join(converted.summary()))
 
 

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from coordexp.config.block import Block, expectation, field_specs, named_blocks, nested_block
+from coordexp.config.block import Block, block_kinds, expectation, field_specs, named_blocks, nested_block
 from coordexp.config.loading import (
     EXTENDS,
     load_params,
@@ -28,7 +28,7 @@ from coordexp.config.loading import (
     profile_tree,
     read_yaml,
 )
-from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
+from coordexp.config.profile import DatasetConfig, DatasetsConfig, Profile, ScenesConfig
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import COORD_TERMS, Params
 from coordexp.errors import ConfigError
@@ -39,9 +39,10 @@ FILES: dict[type[Block], Path] = {Params: ROOT / "params.yaml", Profile: ROOT / 
 
 def leaves(block: type[Block], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in block.model_fields.items():
-        if inner := nested_block(field):
+        inner = block_kinds(field).get("scenes") or nested_block(field)
+        if inner:
             yield from leaves(inner, f"{prefix}{name}.")
-        else:
+        elif name != "kind":  # the key that tells blocks apart has a test of its own
             yield prefix + name, field
 
 
@@ -422,12 +423,12 @@ def test_params_file_has_every_key_of_the_schema_once() -> None:
 def test_data_sets_are_read_by_name() -> None:
     tree = with_value(repository_tree(Profile), "source", copy.deepcopy(DATASETS))
     profile = parse(Profile, with_value(tree, "records.dev_images", 10**6))
-    assert isinstance(profile, DatasetsProfile)
+    assert isinstance(profile.source, DatasetsConfig)
     assert profile.source.sets == {"coco": DatasetConfig(**COCO_SET)}
 
 
 DATASET_LEAVES = [
-    *((f"source.{name}", field) for name, field in DatasetsConfig.model_fields.items() if name != "sets"),
+    *((f"source.{name}", field) for name, field in DatasetsConfig.model_fields.items() if name == "verify"),
     *((f"source.sets.coco.{name}", field) for name, field in DatasetConfig.model_fields.items()),
 ]
 
@@ -438,8 +439,7 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
             message = error_of(Profile, {key: value}, sets=True)
             assert f"  {key}: found " in message, value
             assert f", expected {expectation(field)}." in message, value
-        if key != "source.kind":  # without it, the source would be read as composed scenes
-            assert f"  {key}: missing, expected {expectation(field)}." in error_of(Profile, {key: ...}, sets=True)
+        assert f"  {key}: missing, expected {expectation(field)}." in error_of(Profile, {key: ...}, sets=True)
         unknown = error_of(Profile, {f"{key}_": 0.25}, sets=True)
         assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean" in unknown
 
@@ -458,12 +458,41 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
         ({"source.sets.coco.roots": "x"}, "(valid keys of source.sets.coco: format, root, train, val,"),
         ({"source.sets.COCO 2017": COCO_SET}, "source.sets.COCO 2017: not a name; expected small letters"),
         ({"source.sets.coco.val": "none"}, "source: no set has a val split; name the annotations of at least one."),
-        ({"source.kind": "datasetz"}, "source.kind: found 'datasetz' (text), expected one of scenes, datasets."),
-        ({"source.sprites": "x"}, "source.sprites: unknown key"),
+        (
+            {"source.sprites": "x"},
+            "source.sprites: unknown key, set to 'x' (text). 'sprites' is a key of configs/<profile>"
+            ".yaml: source of kind scenes.",
+        ),
     ],
 )
 def test_wrong_data_sets(changes: dict[str, Any], message: str) -> None:
     assert f"  {message}" in error_of(Profile, changes, sets=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("datasetz", "found 'datasetz' (text), expected one of scenes, datasets."),
+        (3, "found 3 (an integer), expected one of scenes, datasets."),
+        (None, "found nothing, expected one of scenes, datasets."),
+        (..., "missing, expected one of scenes, datasets."),
+    ],
+)
+def test_a_source_of_no_known_kind_is_one_problem(kind: Any, message: str) -> None:
+    for sets in (True, False):
+        problems = error_of(Profile, {"source.kind": kind}, sets=sets).splitlines()[1:]
+        assert problems == [f"  source.kind: {message}"]
+
+
+def test_only_the_keys_of_the_chosen_kind_are_wrong() -> None:
+    message = error_of(Profile, {"source.max_objects": 0, "source.sets": {}, "source.verify": "decod"})
+    assert "  source.max_objects: found 0 (an integer), expected an integer in [1, 100]." in message
+    assert f"  (valid keys of source: {', '.join(ScenesConfig.model_fields)})" in message
+    assert message.count("unknown key") == 2
+    assert "missing" not in message
+    assert "source: found 3 (an integer), expected a block with the key kind: scenes or datasets." in error_of(
+        Profile, {"source": 3}
+    )
 
 
 def test_the_short_names_of_readouts_are_resolved() -> None:

@@ -26,14 +26,14 @@ from coordexp.packing.prepare import SamplePreparer, have_areas, write_split
 from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, read_results, write_results
-from coordexp.records.policy import Policies, to_records
+from coordexp.records.manifest import READERS
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.records.sources.base import SplitFiles
-from coordexp.records.sources.registry import READERS
 from coordexp.rollout.decode import ground_truth
 from coordexp.text.codecs import get_codec
 from evaluation.builders import box, image, pred, run, table_of
 from helpers import new_tokenizer, tiny_pixels
+from records_folders import kept
 
 CATEGORIES = [
     {"id": 3 * i + 1, "name": f"kind {i}", "frequency": "rcf"[i % 3]}
@@ -127,7 +127,7 @@ def handed_over(folder: Path, source: str, truth: dict[str, Any], results: list[
     """Annotations -> records -> samples -> gt_vs_pred, each by way of its file."""
     (folder / "truth.json").write_text(json.dumps(truth))
     reading = READERS[source](SplitFiles(folder, "truth.json", "", "val"))
-    write_records(folder / "val.jsonl", to_records(reading, Policies()).records)
+    write_records(folder / "val.jsonl", kept(reading).records)
     preparer = SamplePreparer(new_tokenizer(), get_codec("json"), tiny_pixels())
     records = list(read_records(folder / "val.jsonl"))
     write_split(preparer, records, repeat("detect"), folder / "val.parquet", have_areas(records))

@@ -53,6 +53,8 @@ def test_the_base_model_depends_on_the_layers_that_its_stages_import(stage: str)
 def _dependency(module: str) -> str:
     """The path that dvc.yaml lists for a module: its layer's folder, or the file outside of any folder."""
     file = modules()[module].relative_to(ROOT)
+    if file.parts[:2] == ("src", "toyworld"):
+        return "src/toyworld"
     if layer := layer_of(module):
         return f"src/coordexp/{layer}" if file.parts[2:] != (f"{layer}.py",) else file.as_posix()
     return "" if file.name == "__init__.py" else file.as_posix()
@@ -84,6 +86,10 @@ def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_depends_on_the_whole_source(stage: str) -> None:
     assert not {"src", "src/", "src/coordexp", "src/coordexp/"} & set(declared(stage, "deps"))
+
+
+def test_the_embedded_world_is_known_to_the_stage_that_composes_it_alone() -> None:
+    assert [stage for stage in STAGES if "src/toyworld" in declared(stage, "deps")] == ["raw"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -44,8 +44,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def file_named(path: str) -> Path | None:
-    """The source file that a page names, from the root of the repository or from src/coordexp/."""
-    return next((base / path for base in (ROOT, PACKAGE) if (base / path).is_file()), None)
+    """The source file that a page names, from the root of the repository, from src/ or from src/coordexp/."""
+    return next((base / path for base in (ROOT, PACKAGE.parent, PACKAGE) if (base / path).is_file()), None)
 
 
 @cache

@@ -50,6 +50,14 @@ def test_the_library_does_not_know_the_stage_graph() -> None:
     }
 
 
+def test_the_product_does_not_know_the_embedded_world() -> None:
+    """To it, that is a COCO folder and a checkpoint: only the stage that composes it and its own pipeline import it."""
+    knowing = {name for name, file in modules().items() if any(i.split(".")[0] == "toyworld" for i in imports(file))}
+    assert {n for n in knowing if not n.startswith("toyworld")} == {
+        "pipelines.raw", "pipelines.base.pretrain", "pipelines.base.scenes",
+    }  # fmt: skip
+
+
 def test_the_core_starts_without_torch(repository: Path) -> None:
     core = [name for name in MODULES if layer_of(name) in CORE]
     assert core

@@ -27,7 +27,7 @@ def module_of(requirement: Requirement) -> str:
 def foreign_modules() -> set[str]:
     """First names of what the sources import and neither Python nor this repository holds."""
     found = {name.split(".")[0] for file in modules().values() for name in imports(file)}
-    return found - set(sys.stdlib_module_names) - {"coordexp", "pipelines"}
+    return found - set(sys.stdlib_module_names) - {"coordexp", "toyworld", "pipelines"}
 
 
 def test_every_dependency_is_used_and_every_import_is_a_dependency() -> None:

@@ -13,9 +13,9 @@ from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
 from coordexp.models.expand import ORDINAL_SCALE, add_coordinate_tokens, coordinate_rows, ordinal_term
 from coordexp.models.loading import load_checkpoint
-from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.text.vocabulary import CoordVocabulary
 from helpers import new_tokenizer, save_model
+from toyworld.model import build_tiny, tiny_config
 
 DIGIT_IDS = list(range(10, 20))
 

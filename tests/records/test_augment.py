@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.packing.pixels import load_sample_rgb
-from coordexp.records.augment import Augmentation, View, augment, split_view, swap_sides
-from coordexp.records.convert import convert_datasets
-from coordexp.records.manifest import write_manifest
+from coordexp.records.augment import View, augment, split_view, swap_sides
 from coordexp.records.schema import ObjectRecord, Record, parse_record
-from records_folders import coco_set, records_config, write_split
+from records_folders import coco_set, converted, records_config, write_split
 
 SIZE = (80, 60)
 BOX = (20, 12, 50, 40)
@@ -30,6 +29,10 @@ def scene() -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def how(flip: float, crop: float, scale_jitter: float) -> RecordsConfig:
+    return records_config(flip=float(flip), crop=float(crop), scale_jitter=scale_jitter)
+
+
 def record(**metadata) -> Record:
     return Record("scene.png", *SIZE, (ObjectRecord("left cat", BOX),), metadata=metadata)
 
@@ -37,7 +40,7 @@ def record(**metadata) -> Record:
 @pytest.mark.parametrize("seed", range(60))
 def test_boxes_are_where_the_pixels_are(tmp_path, seed):
     scene().save(tmp_path / "scene.png")
-    changed = augment(record(), Augmentation(0.5, 0.7, 0.5 if seed % 2 else 0.0), random.Random(seed))
+    changed = augment(record(), how(0.5, 0.7, 0.5 if seed % 2 else 0.0), random.Random(seed))
     parse_record(json.loads(json.dumps(changed.to_json())), "view")
     rgb = load_sample_rgb(tmp_path, changed.image, changed.width, changed.height)
     red = rgb[..., 0] > 127
@@ -50,9 +53,9 @@ def test_boxes_are_where_the_pixels_are(tmp_path, seed):
 
 
 def test_flipping_twice_is_nothing():
-    once = augment(record(), Augmentation(1.0, 0.0, 0.0), random.Random(0))
+    once = augment(record(), how(1.0, 0.0, 0.0), random.Random(0))
     assert once.image == "scene.png#flip"
-    again = augment(Record("scene.png", *SIZE, once.objects), Augmentation(1.0, 0.0, 0.0), random.Random(0))
+    again = augment(Record("scene.png", *SIZE, once.objects), how(1.0, 0.0, 0.0), random.Random(0))
     assert again.objects == record().objects
 
 
@@ -61,7 +64,7 @@ def test_what_a_crop_hardly_shows_becomes_an_ignore_region():
     seen = set()
     for seed in range(300):
         whole = Record("scene.png", *SIZE, (ObjectRecord("cat", corner),))
-        for obj in augment(whole, Augmentation(0.0, 1.0, 0.0), random.Random(seed)).objects:
+        for obj in augment(whole, how(0.0, 1.0, 0.0), random.Random(seed)).objects:
             x1, y1, x2, y2 = obj.bbox_xyxy_px
             share = (x2 - x1) * (y2 - y1) / (corner[2] * corner[3])
             assert bool(obj.metadata.get("iscrowd")) == (share < 0.5)
@@ -75,7 +78,7 @@ def test_areas_are_scaled_with_the_picture_and_lost_where_a_crop_cuts():
     seen = set()
     for seed in range(100):
         whole = Record("scene.png", *SIZE, objects)
-        for obj in augment(whole, Augmentation(0.5, 0.5, 0.5), random.Random(seed)).objects:
+        for obj in augment(whole, how(0.5, 0.5, 0.5), random.Random(seed)).objects:
             x1, y1, x2, y2 = obj.bbox_xyxy_px
             seen.add((obj.desc, obj.area_px2 is None))
             if obj.area_px2 is not None:
@@ -85,7 +88,7 @@ def test_areas_are_scaled_with_the_picture_and_lost_where_a_crop_cuts():
 
 
 def test_phrases_are_not_cropped_and_follow_the_flip():
-    changed = augment(record(phrase="the cat on the left"), Augmentation(1.0, 1.0, 0.0), random.Random(3))
+    changed = augment(record(phrase="the cat on the left"), how(1.0, 1.0, 0.0), random.Random(3))
     assert changed.metadata["phrase"] == "the cat on the right"
     assert split_view(changed.image)[1] == View(None, True)
 
@@ -121,15 +124,14 @@ def test_ordinary_names_have_no_view(name):
 
 def test_a_file_named_like_a_view_is_refused():
     with pytest.raises(DataError, match="named like a view"):
-        augment(Record("a.jpg#flip", 8, 8, ()), Augmentation(1, 0, 0), random.Random(0))
+        augment(Record("a.jpg#flip", 8, 8, ()), how(1, 0, 0), random.Random(0))
 
 
 def test_views_of_a_profile_are_of_training_records_only_and_reproducible(tmp_path):
     write_split(tmp_path / "coco", "train2017", 100, 12)
     write_split(tmp_path / "coco", "val2017", 500, 6)
-    write_manifest(tmp_path / "raw", {"coco": coco_set(tmp_path / "coco", weight=3.0)}, decode=False, workers=1)
-    config = records_config(flip=0.5, crop=0.5, scale_jitter=0.2)
-    one, two = (convert_datasets(tmp_path / "raw", config, seed=17).splits for _ in range(2))
+    sets, views_of = {"coco": coco_set(tmp_path / "coco", weight=3.0)}, {"flip": 0.5, "crop": 0.5, "scale_jitter": 0.2}
+    one, two = (converted(tmp_path, sets, **views_of).splits for _ in range(2))
     assert one == two
     views = [split_view(r.image)[1] for r in one["train"]]
     assert {v.flip for v in views} == {True, False}

@@ -14,7 +14,9 @@ from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.policy import RecordSet
 from coordexp.records.schema import parse_record
-from coordexp.records.sources.coco import read_coco
+from coordexp.records.sources.base import SplitFiles
+from coordexp.records.sources.coco import read
+from records_folders import kept
 
 IMAGES = [
     {"id": 9, "file_name": "b.jpg", "width": 100, "height": 80},
@@ -34,8 +36,12 @@ def write(folder: Path, **changes: object) -> Path:
     return path
 
 
-def convert(folder: Path, *annotations: dict) -> RecordSet:
-    return read_coco(write(folder, annotations=list(annotations)), "images/val/")
+def read_file(path: Path, **policies: object) -> RecordSet:
+    return kept(read(SplitFiles(path.parent, path.name, "images/val", "val")), **policies)
+
+
+def convert(folder: Path, *annotations: dict, **policies: object) -> RecordSet:
+    return read_file(write(folder, annotations=list(annotations)), **policies)
 
 
 def test_images_in_id_order_with_their_own_objects(tmp_path):
@@ -55,27 +61,30 @@ def test_categories_say_what_training_sees(tmp_path):
     assert convert(tmp_path).categories == (Category(1, "cat", "train"), Category(5, "lemon", "held_out"))
 
 
-def test_objects_are_in_reading_order(tmp_path):
-    boxes = [[50, 30, 9, 9], [10, 30, 9, 9], [70, 5, 9, 9]]
-    objects = convert(tmp_path, *map(annotation, boxes)).records[1].objects
-    assert [o.bbox_xyxy_px[:2] for o in objects] == [(70, 5), (10, 30), (50, 30)]
+@pytest.mark.parametrize(
+    ("boxes_xywh", "expected_xyxy"),
+    [
+        (
+            [[50, 30, 9, 9], [10, 30, 9, 9], [70, 5, 9, 9]],  # in reading order
+            [(70, 5, 79, 14), (10, 30, 19, 39), (50, 30, 59, 39)],
+        ),
+        ([[-5, -6.5, 300, 20]], [(0, 0, 100, 13.5)]),  # clipped to the image
+        ([[1.25, 2.5, 3.125, 4.0625]], [(1.25, 2.5, 4.375, 6.5625)]),  # fractions of pixels stay
+    ],
+)
+def test_boxes_as_records_hold_them(tmp_path, boxes_xywh, expected_xyxy):
+    objects = convert(tmp_path, *map(annotation, boxes_xywh)).records[1].objects
+    assert [o.bbox_xyxy_px for o in objects] == expected_xyxy
 
 
-def test_boxes_are_clipped_to_the_image(tmp_path):
-    (obj,) = convert(tmp_path, annotation([-5, -6.5, 300, 20])).records[1].objects
-    assert obj.bbox_xyxy_px == (0, 0, 100, 13.5)
-
-
-def test_fractions_of_pixels_are_kept(tmp_path):
-    (obj,) = convert(tmp_path, annotation([1.25, 2.5, 3.125, 4.0625])).records[1].objects
-    assert obj.bbox_xyxy_px == (1.25, 2.5, 4.375, 6.5625)
-
-
-def test_crowds_are_kept_and_marked(tmp_path):
-    objects = (
-        convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)).records[1].objects
-    )
-    assert [o.metadata for o in objects] == [{"iscrowd": 1}, {}]
+@pytest.mark.parametrize(
+    ("crowd", "metadata", "drops"),
+    [("ignore", [{"iscrowd": 1}, {}], {}), ("drop", [{}], {"crowd": 1}), ("as_objects", [{}, {}], {})],
+)
+def test_crowds_are_ignored_dropped_or_objects(tmp_path, crowd, metadata, drops):
+    rows = [annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)]
+    result = convert(tmp_path, *rows, crowd=crowd)
+    assert ([o.metadata for o in result.records[1].objects], result.drops) == (metadata, drops)
 
 
 @pytest.mark.parametrize(("area", "expected"), [(7.25, 7.25), (0, 0.0), ("7.25", 7.25), (" 9 ", 9.0), ("1e1", 10.0)])
@@ -99,17 +108,11 @@ def test_what_cannot_be_an_area_is_counted_and_the_object_stays(tmp_path, area):
     assert result.drops == {"area_invalid": 1}
 
 
-def test_an_area_that_is_absent_or_that_of_the_box_is_not_written(tmp_path):
+def test_only_an_area_that_is_not_that_of_the_whole_box_is_written(tmp_path):
     rows = [annotation([1, 2, 3, 4], area=12.0), annotation([1, 9, 3, 4]), annotation([9, 9, 3, 4], area=None)]
-    result = convert(tmp_path, *rows)
-    assert [o.area_px2 for o in result.records[1].objects] == [None, None, None]
-    assert all("area_px2" not in obj for obj in result.records[1].to_json()["objects"])
-    assert result.drops == {}
-
-
-def test_the_area_stays_where_the_box_is_clipped(tmp_path):
-    (obj,) = convert(tmp_path, annotation([-5, 0, 15, 20], area=250)).records[1].objects
-    assert (obj.bbox_xyxy_px, obj.area_px2) == ((0, 0, 10, 20), 250.0)
+    result = convert(tmp_path, *rows, annotation([-5, 30, 15, 20], area=250))  # clipped
+    objects = result.records[1].to_json()["objects"]
+    assert ([o.get("area_px2") for o in objects], result.drops) == ([None, None, None, 250.0], {})
 
 
 DROPPED = {
@@ -129,14 +132,18 @@ DROPPED = {
     "bbox_too_thin": [
         *map(annotation, [[1, 1, 0.9, 5], [1, 1, 5, 0], [1, 1, -5, 5], [99.5, 1, 40, 5], [200, 1, 40, 5]])
     ],
+    "bbox_outside": [annotation([90, 10, 60, 10])],
+    "duplicate_object": [annotation([1, 2, 3, 4], id=5)],
+    "duplicate_id": [annotation([9, 9, 9, 9], id=1)],
 }
 
 
 @pytest.mark.parametrize("reason", DROPPED)
 def test_every_dropped_box_has_one_reason(tmp_path, reason):
-    result = convert(tmp_path, *DROPPED[reason], annotation([1, 2, 3, 4]))
+    result = convert(tmp_path, annotation([1, 2, 3, 4], id=1), *DROPPED[reason], min_inside=0.25)
     assert result.drops == {reason: len(DROPPED[reason])}
     assert sum(len(r.objects) for r in result.records) == 1
+    assert all(p.file == str(tmp_path / "instances.json") and "annotation" in p.key for p in result.problems)
 
 
 def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(tmp_path):
@@ -153,41 +160,17 @@ def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(t
 
 
 BROKEN = {
-    "no annotations": {"annotations": ...},
-    "repeated image id": {"images": [*IMAGES, IMAGES[0]]},
-    "repeated category id": {"categories": [*CATEGORIES, {"id": 1, "name": "dog"}]},
-    "image without size": {"images": [{"id": 9, "file_name": "b.jpg"}]},
-    "image without name": {"images": [{"id": 9, "width": 5, "height": 5}]},
-    "category without name": {"categories": [{"id": 1}]},
-    "captions, not instances": {"categories": ..., "annotations": [{"id": 1, "caption": "a cat"}]},
-}
-
-
-@pytest.mark.parametrize("changes", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_files_are_named(tmp_path, changes):
-    path = write(tmp_path, **changes)
-    with pytest.raises(DataError, match=r"instances\.json"):
-        read_coco(path, "")
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"images": [', "7"], ids=repr)
-def test_files_that_are_no_instances_are_named(tmp_path, text):
-    (tmp_path / "instances.json").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"instances\.json"):
-        read_coco(tmp_path / "instances.json", "")
-
-
-UNUSABLE = {
+    "keys ['annotations'] are missing": {"annotations": ...},
+    "images: ids repeat": {"images": [*IMAGES, IMAGES[0]]},
+    "categories: ids repeat": {"categories": [*CATEGORIES, {"id": 1, "name": "dog"}]},
+    "images[0] has no ['width', 'height']": {"images": [{"id": 9, "file_name": "b.jpg"}]},
+    "images[0] has no ['file_name']": {"images": [{"id": 9, "width": 5, "height": 5}]},
+    "categories[0] has no ['name']": {"categories": [{"id": 1}]},
+    "keys ['categories'] are missing": {"categories": ..., "annotations": [{"id": 1, "caption": "a cat"}]},
     "images is null": {"images": None},
     "annotations is null": {"annotations": None},
     'categories is {"1": "cat"}': {"categories": {"1": "cat"}},
     "images[1] is null": {"images": [IMAGES[0], None]},
-    "annotations[0] is [1, 2]": {"annotations": [[1, 2]]},
-    "images[0].width is null": {"images": [IMAGES[0] | {"width": None}]},
-    "images[0].height is 0": {"images": [IMAGES[0] | {"height": 0}]},
-    "images[0].height is 79.5": {"images": [IMAGES[0] | {"height": 79.5}]},
-    "images[0].width is true": {"images": [IMAGES[0] | {"width": True}]},
-    "images[0].width is NaN": {"images": [IMAGES[0] | {"width": float("nan")}]},
     'images[0].id is "9a"': {"images": [IMAGES[0] | {"id": "9a"}]},
     "images[1].file_name is null": {"images": [IMAGES[0], IMAGES[1] | {"file_name": None}]},
     "categories[1].id is [5]": {"categories": [CATEGORIES[0], {"id": [5], "name": "lemon"}]},
@@ -195,33 +178,30 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("found", UNUSABLE)
-def test_values_that_cannot_be_used_are_quoted_with_their_place(tmp_path, found):
-    path = write(tmp_path, **UNUSABLE[found])
-    with pytest.raises(DataError, match=re.escape(f"instances.json: {found}, expected ")):
-        read_coco(path, "")
+@pytest.mark.parametrize("found", BROKEN)
+def test_what_cannot_be_used_is_quoted_with_its_place(tmp_path, found):
+    with pytest.raises(DataError, match=re.escape(f"instances.json: {found}") + ".* expected "):
+        read_file(write(tmp_path, **BROKEN[found]))
+
+
+@pytest.mark.parametrize("side", [0, -48, 79.5, True, float("nan"), "x"], ids=repr)
+def test_a_size_that_cannot_be_costs_its_image(tmp_path, side):
+    path = write(tmp_path, images=[IMAGES[0] | {"height": side}, IMAGES[1]])
+    (record,) = kept(read(SplitFiles(tmp_path, path.name, ".", "val")), size=(64, 64)).records
+    assert record.image == "a.jpg"
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "instances.json"
     path.write_bytes('{"images": "café"}'.encode("latin-1"))
     with pytest.raises(DataError, match=r"instances\.json: not JSON in UTF-8 .*0xe9.*expected a COCO instances file"):
-        read_coco(path, "")
+        read_file(path)
 
 
 def test_whole_numbers_written_as_floats_are_taken(tmp_path):
-    path = write(
-        tmp_path,
-        images=[IMAGES[0] | {"id": 9.0, "width": 100.0}],
-        annotations=[annotation([1, 2, 3, 4], image_id=9.0, category_id=1.0)],
-    )
-    (record,) = read_coco(path, "").records
+    rows = [annotation([1, 2, 3, 4], image_id=9.0, category_id=1.0)]
+    (record,) = read_file(write(tmp_path, images=[IMAGES[0] | {"id": 9.0, "width": 100.0}], annotations=rows)).records
     assert (record.width, type(record.width), len(record.objects)) == (100, int, 1)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.json: not found"):
-        read_coco(tmp_path / "nowhere.json", "")
 
 
 NO, YES = (0, False, None, "0", "false"), (1, True, "1", " True ", "1.0")
@@ -249,9 +229,9 @@ def test_numbers_as_text_are_read_as_numbers(tmp_path):
     expected = convert(tmp_path, *rows)
     tables = {"images": IMAGES, "annotations": rows, "categories": CATEGORIES}
     texts = {name: [{k: as_text(v) for k, v in row.items()} for row in table] for name, table in tables.items()}
-    result = read_coco(write(tmp_path, **texts), "images/val/")
+    result = read_file(write(tmp_path, **texts))
     assert (result.records, result.categories, result.drops) == (expected.records, expected.categories, {})
-    repeated = read_coco(write(tmp_path, annotations=[rows[0], rows[0] | {"id": "1"}]), "")
+    repeated = read_file(write(tmp_path, annotations=[rows[0], rows[0] | {"id": "1"}]))
     assert repeated.drops == {"duplicate_id": 1}
 
 

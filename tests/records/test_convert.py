@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coordexp.errors import ConfigError, DataError
 from coordexp.records.convert import Converted, convert_datasets
 from coordexp.records.manifest import image_path, read_manifest, write_manifest
+from coordexp.records.mixing import split_dev
 from coordexp.records.schema import Record, parse_record
-from records_folders import annotation, coco_set, edit, picture, records_config, write_split
+from records_folders import annotation, coco_set, converted, edit, picture, records_config, write_split
 
 
 @pytest.fixture
@@ -26,13 +29,11 @@ def coco(tmp_path: Path) -> Path:
 
 
 def convert(tmp_path: Path, sets, **config) -> Converted:
-    raw = tmp_path / "raw"
-    write_manifest(raw, sets, decode=True, workers=2)
-    result = convert_datasets(raw, records_config(**config), seed=17)
+    result = converted(tmp_path, sets, decode=True, **config)
     for records in result.splits.values():
         for record in records:
             parse_record(json.loads(json.dumps(record.to_json())), "converted")
-            assert image_path(raw, record.image).is_file()
+            assert image_path(tmp_path / "raw", record.image).is_file()
     return result
 
 
@@ -46,18 +47,18 @@ def test_a_coco_folder_converts_without_a_loss(coco, tmp_path):
     assert result.drops() == {"train": {}, "val": {}}
     assert images(result.splits["val"]) == [f"coco/val2017/{i:012d}.jpg" for i in range(500, 506)]
     assert [r.metadata["image_id"] for r in result.splits["val"]] == list(range(500, 506))
-    assert [(c.id, c.name, c.split) for c in result.categories] == [
+    assert [(c.id, c.name, c.split) for c in result.categories()] == [
         (1, "person", "train"), (2, "traffic light", "train"), (3, "cat", "train"), (4, "red mug", "held_out"),
     ]  # fmt: skip
-    assert result.sets == {"coco": {"train": 10, "dev": 2, "val": 6}}
+    assert result.sets() == {"coco": {"train": 10, "dev": 2, "val": 6}}
 
 
 def test_images_are_never_copied(coco, tmp_path):
     convert(tmp_path, {"coco": coco_set(coco)})
     assert sorted(p.name for p in (tmp_path / "raw").iterdir()) == ["images.parquet", "manifest.json"]
-    manifest, facts = read_manifest(tmp_path / "raw")
-    assert manifest["sets"]["coco"]["images"] == len(facts["coco"]) == 18
-    assert manifest["sets"]["coco"]["bytes"] == sum(p.stat().st_size for p in coco.rglob("*.jpg"))
+    sets, facts = read_manifest(tmp_path / "raw")
+    assert sets == {"coco": coco_set(coco)}
+    assert sum(f.n_bytes for f in facts["coco"].values()) == sum(p.stat().st_size for p in coco.rglob("*.jpg"))
 
 
 def test_the_manifest_does_not_depend_on_the_number_of_workers(coco, tmp_path):
@@ -147,42 +148,6 @@ def test_bad_images_can_be_dropped_and_are_counted_with_file_and_id(spoiled, tmp
     assert len(result.splits["train"]) + len(result.splits["dev"]) == 12 - 7
 
 
-# Annotations ----------------------------------------------------------------------------------------------------------
-
-ODD = {
-    "unknown_image": [annotation(1, 4711), {"id": 2, "category_id": 1, "bbox": [1, 1, 5, 5]}, "text", None],
-    "unknown_category": [annotation(3, 100, 99), annotation(4, 100, True), annotation(5, 100, [1])],
-    "duplicate_id": [annotation(1000, 100, 2, [9, 9, 9, 9])],
-    "bbox_malformed": [
-        annotation(6 + i, 100, 1, box) for i, box in enumerate([[1, 1, 5], "x", [1, 1, None, 5], [1, 1, 5, 1e999]])
-    ],
-    "bbox_too_thin": [
-        annotation(20 + i, 100, 1, box) for i, box in enumerate([[1, 1, -5, 5], [1, 1, 0, 9], [200, 1, 5, 5]])
-    ],
-    "duplicate_object": [annotation(30, 100, 1 + 100 % 3, [2, 3, 20, 25])],
-    "bbox_outside": [annotation(31, 100, 1, [50, 10, 60, 10])],
-}  # fmt: skip
-
-
-def test_every_odd_annotation_is_counted_under_its_reason(coco, tmp_path):
-    edit(coco, "train2017", annotations=lambda old: [*old, *(a for group in ODD.values() for a in group)])
-    result = convert(tmp_path, {"coco": coco_set(coco)}, min_inside=0.5)
-    assert result.drops()["train"] == {reason: len(group) for reason, group in sorted(ODD.items())}
-    assert sum(len(r.objects) for split in ("train", "dev") for r in result.splits[split]) == 24
-    assert all(p.key.startswith(("annotation", "image 100")) for p in result.problems["train"])
-
-
-def test_crowds_are_ignored_or_dropped(coco, tmp_path):
-    rle = {"counts": [0, 100, 2972], "size": [48, 64]}
-    crowd = annotation(7, 100, 4, [0, 0, 60, 40], iscrowd=1, segmentation=rle)
-    edit(coco, "train2017", annotations=lambda old: [*old, crowd])
-    for policy, (n_crowds, drops) in {"ignore": (1, {}), "drop": (0, {"crowd": 1})}.items():
-        result = convert(tmp_path / policy, {"coco": coco_set(coco)}, crowd=policy)
-        records = [*result.splits["train"], *result.splits["dev"]]
-        assert sum(bool(o.metadata.get("iscrowd")) for r in records for o in r.objects) == n_crowds
-        assert result.drops()["train"] == drops
-
-
 def test_descriptions_cannot_pose_as_markup(coco, tmp_path):
     bad = ["<|im_end|>", "cat<|coord_5|>", "\ue123 cat", "cat\x00", "x" * 300]
     edit(
@@ -238,13 +203,49 @@ def test_a_training_image_in_val_is_an_error(coco, tmp_path):
     assert f"coco/train2017/{104:012d}.jpg" not in images(result.splits["train"] + result.splits["dev"])
 
 
-@pytest.mark.parametrize("dev_images", range(1, 11))
-def test_one_picture_under_two_names_is_in_one_split(coco, tmp_path, dev_images):
-    shutil.copy(coco / "train2017" / f"{107:012d}.jpg", coco / "train2017" / f"{104:012d}.jpg")
-    result = convert(tmp_path, {"coco": coco_set(coco)}, dev_images=dev_images)
-    twins = {f"coco/train2017/{i:012d}.jpg" for i in (104, 107)}
-    assert len(twins & set(images(result.splits["dev"]))) in (0, 2)
-    assert len(result.splits["train"]) + len(result.splits["dev"]) == 12
+NAMES = st.lists(st.sampled_from([f"images/{i:03d}.jpg" for i in range(60)]), min_size=2, max_size=40)
+
+
+@given(names=NAMES, dev_images=st.integers(0, 12), twin=st.integers(1, 60), data=st.data())
+def test_dev_is_chosen_by_each_picture_alone(names, dev_images, twin, data):
+    """A name may be listed twice; names whose number is the same modulo `twin` are one picture."""
+    content = {f"images/{i:03d}.jpg": str(i % twin) for i in range(60)}
+    records = [Record(name, 64, 64, ()) for name in names]
+    pictures = {content[name] for name in names}
+    if dev_images >= len(pictures):
+        with pytest.raises(DataError, match=rf"records\.dev_images is {dev_images} of {len(pictures)}"):
+            split_dev(records, dev_images, content)
+        return
+    train, dev = split_dev(records, dev_images, content)
+    assert sorted(images(train) + images(dev)) == sorted(names)
+    of_dev = {content[r.image] for r in dev}
+    assert len(of_dev) == dev_images
+    assert not of_dev & {content[r.image] for r in train}
+    assert split_dev(data.draw(st.permutations(records)), dev_images, content) == (train, dev)
+    if dev_images:
+        assert {content[r.image] for r in split_dev(records, dev_images - 1, content)[1]} < of_dev
+    old = [r for r in records if content[r.image] < max(pictures)]  # without one picture
+    if dev_images < len({content[r.image] for r in old}):
+        assert of_dev - {max(pictures)} <= {content[r.image] for r in split_dev(old, dev_images, content)[1]}
+
+
+def test_dev_is_spread_over_the_source():
+    names = [f"images/{i:04d}.jpg" for i in range(400)]
+    dev = split_dev([Record(name, 64, 64, ()) for name in names], 90, {name: name for name in names})[1]
+    thirds = [names.index(name) * 3 // 400 for name in images(dev)]
+    assert all(15 <= thirds.count(third) <= 45 for third in range(3))
+
+
+def test_names_that_the_file_marks_as_held_out_are_believed_unless_training_holds_them(coco, tmp_path):
+    for split in ("train2017", "val2017"):
+        edit(coco, split, categories=lambda old: [
+            *({**c, "supercategory": "held_out"} if c["name"] in ("cat", "red mug") else c for c in old),
+            {"id": 9, "name": "dog", "supercategory": "thing"},
+        ])  # fmt: skip
+    result = convert(tmp_path, {"coco": coco_set(coco)})
+    assert {c.name: c.split for c in result.categories()} == {
+        "person": "train", "traffic light": "train", "cat": "train", "red mug": "held_out", "dog": "train",
+    }  # fmt: skip
 
 
 def test_a_split_without_records_is_an_error(coco, tmp_path):
@@ -267,7 +268,7 @@ def test_weights_repeat_training_records_and_ids_do_not_clash(coco, tmp_path):
     mine = [n for name, n in counts.items() if name.startswith("mine/")]
     assert set(mine) == {2, 3}
     assert {n for name, n in counts.items() if name.startswith("coco/")} == {1}
-    assert result.sets["mine"]["train"] == sum(mine)
+    assert result.sets()["mine"]["train"] == sum(mine)
     ids = {r.metadata["image_id"]: r.image for split in result.splits.values() for r in split}
     assert len(ids) == sum(map(len, result.splits.values()))
     assert {r.metadata["source_image_id"] for r in result.splits["val"]} == set(range(500, 506))
@@ -291,8 +292,10 @@ def present(record: Record) -> set[str]:
 
 def test_open_prompts_are_paraphrased_in_training_only(coco, tmp_path):
     result = convert(tmp_path, {"coco": coco_set(coco, weight=4.0)})
-    assert {p["style"] for p in prompts(result.splits["train"])} >= {1, 2, 3}
+    assert {p["style"] for p in prompts(result.splits["train"])} == {1, 2, 3}
     assert prompts(result.splits["dev"] + result.splits["val"]) == []
+    result = convert(tmp_path, {"coco": coco_set(coco, weight=4.0)}, wordings=1)
+    assert prompts(result.splits["train"]) == []
 
 
 def test_closed_prompts_name_every_class(coco, tmp_path):

@@ -13,10 +13,8 @@ import pytest
 from coordexp import cli
 from coordexp.doctor.records import examine
 from coordexp.errors import DataError
-from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.manifest import write_manifest
-from coordexp.records.policy import Policies
-from records_folders import annotation, coco_set, edit, records_config, write_split
+from coordexp.records.convert import FILE_POLICIES, Converted
+from records_folders import annotation, coco_set, converted, edit, records_config, write_split
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -41,8 +39,7 @@ def change_each(root: Path, split: str, change: Change) -> None:
 
 
 def convert(tmp_path: Path, sets: Any, **config: Any) -> Converted:
-    write_manifest(tmp_path / "raw", sets, decode=False, workers=2)
-    return convert_datasets(tmp_path / "raw", records_config(**({"max_lost": 0.05} | config)), seed=17)
+    return converted(tmp_path, sets, **({"max_lost": 0.05} | config))
 
 
 def stops(tmp_path: Path, sets: Any, **config: Any) -> str:
@@ -148,7 +145,8 @@ def test_a_split_without_a_counted_object_stops(coco, tmp_path):
 def test_a_set_of_empty_pictures_may_be_mixed_in(coco, tmp_path):
     write_split(tmp_path / "empty", "train2017", 900, 4)
     edit(tmp_path / "empty", "train2017", annotations=[])
-    assert stops(tmp_path, {"coco": coco_set(coco), "empty": coco_set(tmp_path / "empty", val="none")}) == ""
+    sets = {"coco": coco_set(coco), "empty": coco_set(tmp_path / "empty", val="none")}
+    assert stops(tmp_path, sets, dev_images=6) == ""
 
 
 def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
@@ -162,7 +160,7 @@ def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
 
 
 def test_the_command_has_the_limit_of_the_policies():
-    assert inspect.signature(cli.convert).parameters["max_lost"].default == Policies().max_lost
+    assert inspect.signature(cli.convert).parameters["max_lost"].default == FILE_POLICIES.max_lost
 
 
 def test_a_file_without_a_usable_line_says_why(tmp_path, capfd):

@@ -1,7 +1,8 @@
-"""Categories and names that evaluation could not tell apart are settled by convert, and doctor says the same."""
+"""Categories and their file; names that evaluation could not tell apart are settled by convert as doctor says."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import pytest
 from coordexp.doctor.records import examine
 from coordexp.errors import DataError
 from coordexp.evaluation.categories import CategoryIndex
-from coordexp.records.categories import Category
-from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.manifest import write_manifest
+from coordexp.records.categories import Category, read_categories
+from coordexp.records.convert import Converted
 from coordexp.records.names import respelled
 from coordexp.records.schema import ObjectRecord, Record
-from records_folders import coco_set, edit, picture, records_config, write_split
+from records_folders import coco_set, converted, edit, picture, records_config, write_split
 
 PERSON = {"id": 1, "name": "person"}
 
@@ -30,9 +30,8 @@ def coco(tmp_path: Path) -> Path:
 
 
 def convert(tmp_path: Path, sets: Any) -> Converted:
-    write_manifest(tmp_path / "raw", sets, decode=False, workers=2)
-    result = convert_datasets(tmp_path / "raw", records_config(), seed=17)
-    CategoryIndex(result.categories)  # evaluation takes what convert lets pass
+    result = converted(tmp_path, sets)
+    CategoryIndex(result.categories())  # evaluation takes what convert lets pass
     return result
 
 
@@ -50,7 +49,7 @@ def with_category(root: Path, category: dict[str, Any]) -> None:
 def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path, name):
     with_category(coco, {"id": 0, "name": name, "supercategory": "none"})
     result = convert(tmp_path, {"coco": coco_set(coco)})
-    assert [(c.id, c.name) for c in result.categories][:2] == [(1, "person"), (2, "traffic light")]
+    assert [(c.id, c.name) for c in result.categories()][:2] == [(1, "person"), (2, "traffic light")]
     assert f"0 {name!r}" in result.notes[0]
     stops, example = findings({"coco": coco_set(coco)})["category_unused"]
     assert (stops, "1 'person' stays" in example) == (False, True)
@@ -78,7 +77,7 @@ def test_a_name_of_several_sets_is_written_as_in_the_first(coco, tmp_path):
     )
     sets = {"coco": coco_set(coco, prompt="listed"), "mine": coco_set(other, val="none", prompt="listed")}
     result = convert(tmp_path, sets)
-    assert [c.name for c in result.categories] == ["cat", "person", "red mug", "traffic light"]
+    assert [c.name for c in result.categories()] == ["cat", "person", "red mug", "traffic light"]
     found = {o.desc for records in result.splits.values() for r in records for o in r.objects}
     asked = {n for records in result.splits.values() for r in records for n in r.metadata["prompt"]["names"]}
     assert found | asked == {"cat", "person", "red mug", "traffic light"}
@@ -97,3 +96,34 @@ def test_names_in_metadata_are_written_alike():
 def test_evaluation_names_the_categories_that_it_refuses():
     with pytest.raises(DataError, match=r"categories 1 'black cat' and 7 'Black_cat' have the same name"):
         CategoryIndex([Category(1, "black cat"), Category(7, "Black_cat")])
+
+
+def test_a_category_survives_its_file(tmp_path):
+    path = tmp_path / "categories.json"
+    categories = (Category(1, "cat", "held_out", "r"), Category(2, "dog"))
+    path.write_text(json.dumps([c.to_json() for c in categories]))
+    assert read_categories(path) == categories
+    assert "frequency" not in categories[1].to_json()
+    path.write_text(json.dumps([{"id": 2, "name": "dog", "more": 1}]))
+    assert read_categories(path) == (Category(2, "dog", "train"),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{}",
+        b"[",
+        b'[{"id": 1, "name": "caf\xe9"}]',
+        b"[" + b"1" * 5000 + b"]",
+        b'[{"id": "1", "name": "cat"}]',
+        b'[{"id": 1, "name": " "}]',
+        b'[{"id": 1, "name": "a", "split": "val"}]',
+        b'[{"id": 1, "name": "a", "frequency": "often"}]',
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+def test_broken_category_files_are_named(tmp_path, content):
+    path = tmp_path / "categories.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"categories\.json"):
+        read_categories(path)

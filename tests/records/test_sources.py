@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from coordexp.errors import DataError
-from coordexp.records.images import ImageFacts
-from coordexp.records.policy import Policies, RecordSet, to_records
+from coordexp.records.manifest import READERS
+from coordexp.records.policy import RecordSet
 from coordexp.records.sources.base import Reading, SplitFiles
-from coordexp.records.sources.objects365 import patch_path
-from coordexp.records.sources.registry import READERS
+from coordexp.records.sources.coco import patch_path
 from coordexp.records.sources.yolo import label_path
+from records_folders import kept
 
 COCO_URL = "http://images.cocodataset.org"
 
@@ -31,12 +31,8 @@ def read(fmt: str, root: Path, annotations: str, images: str, split: str = "trai
     return READERS[fmt](SplitFiles(root, annotations, images, split))
 
 
-def convert(reading: Reading, width: int = 100, height: int = 80, **policies: Any) -> RecordSet:
-    """Records, as if every image were there in one size."""
-    images = list(reading.images)
-    names = [str(image.file_name) for image in images]
-    facts = {name: ImageFacts(name, 1, name, width, height, "RGB") for name in names}
-    return to_records(Reading(images, reading.categories, reading.problems), Policies(**policies), facts)
+def convert(reading: Reading, **policies: Any) -> RecordSet:
+    return kept(reading, size=(100, 80), **policies)
 
 
 def shown(result: RecordSet) -> list[tuple[str, list[tuple[str, tuple[float, ...]]]]]:
@@ -89,20 +85,6 @@ def test_coco(tmp_path):
     assert result.records[0].metadata == {"image_id": 397133}
     assert result.problems == []
     assert [(c.id, c.name) for c in reading.categories] == [(1, "person"), (44, "bottle")]
-
-
-def test_a_repeated_annotation_id_is_counted_with_its_id(tmp_path):
-    again = COCO["annotations"][0] | {"bbox": [1, 1, 5, 5]}
-    dump(tmp_path / "i.json", COCO | {"annotations": [*COCO["annotations"], again]})
-    (problem,) = convert(read("coco", tmp_path, "i.json", ".")).problems
-    assert (problem.reason, problem.key) == ("duplicate_id", "annotation 82445")
-
-
-def test_an_object_annotated_twice_is_counted_once(tmp_path):
-    again = COCO["annotations"][0] | {"id": 5}
-    dump(tmp_path / "i.json", COCO | {"annotations": [*COCO["annotations"], again]})
-    result = convert(read("coco", tmp_path, "i.json", "."))
-    assert [str(p) for p in result.problems] == [f"{tmp_path}/i.json: image 397133, annotation 5: duplicate_object"]
 
 
 def test_one_picture_under_two_ids_is_one_record(tmp_path):
@@ -245,13 +227,10 @@ def test_a_record_without_an_object_is_no_question_about_one(tmp_path):
         lines[1] | {"images": ["absent.jpg"], "metadata": {"phrase": "a dog"}}
     )  # asked, and known to be absent
     (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    reading = read("jsonl", tmp_path, "r.jsonl", ".")
-    images = list(reading.images)
-    facts = {str(i.file_name): ImageFacts(str(i.file_name), 1, "", 100, 80, "RGB") for i in images}
-    result = to_records(Reading(images, (), reading.problems), Policies(), facts, asks_phrases=True)
+    result = kept(read("jsonl", tmp_path, "r.jsonl", "."), prompt="phrase")
     assert [r.image for r in result.records] == ["there.jpg", "absent.jpg"]
     assert reasons(result) == ["bbox_too_thin", "phrase_missing", "crowd"]
-    assert len(to_records(Reading(images, (), []), Policies(), facts).records) == 5
+    assert len(kept(read("jsonl", tmp_path, "r.jsonl", ".")).records) == 5
 
 
 @pytest.mark.parametrize("number", [[], {}, None, "x", 1e400], ids=repr)

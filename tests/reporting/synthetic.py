@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ from PIL import Image
 
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.config.profile import ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
-from coordexp.records.scenes.composer import SceneSpec, compose_scene
-from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training_log import target_entropy_nats
 from coordexp.training.looks import count_answers, judge_answer
+from toyworld.composer import compose_scene
+from toyworld.sprites import SpriteCatalog, load_catalog
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -70,8 +71,8 @@ def build_run(
     paths = ProfilePaths("tiny", root)
     inputs = ReportInputs.of(paths, params(resamples), gallery_images)
     catalog = load_catalog(REPOSITORY / "data" / "sprites")
-    spec = scene_spec()
-    records = [change(_record(paths.raw, spec, catalog, index)) for index in range(images)]
+    source = composed_source()
+    records = [change(_record(paths.raw, source, catalog, index)) for index in range(images)]
     categories = [
         Category(number, name, "held_out" if name in catalog.held_out else "train")
         for number, name in enumerate(catalog.descs, 1)
@@ -91,14 +92,15 @@ def build_run(
     return inputs
 
 
-def scene_spec() -> SceneSpec:
+def composed_source() -> ScenesConfig:
     """The scenes of the default profile."""
     source = load_profile(REPOSITORY / "configs" / "tiny.yaml").source
-    return SceneSpec(**{field.name: getattr(source, field.name) for field in fields(SceneSpec)})
+    assert isinstance(source, ScenesConfig)
+    return source
 
 
-def _record(raw: Path, spec: SceneSpec, catalog: SpriteCatalog, index: int) -> Record:
-    scene = compose_scene(spec, catalog, 5, "val", index)
+def _record(raw: Path, source: ScenesConfig, catalog: SpriteCatalog, index: int) -> Record:
+    scene = compose_scene(source, catalog, 5, "val", index)
     name = f"images/val/{index:06d}.jpg"
     (raw / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.pixels).save(raw / name, quality=92)

@@ -64,7 +64,8 @@ def test_the_picture_of_the_readme_is_one_of_the_committed_gallery(repository: P
 def test_every_parameter_and_removed_key_is_on_the_page_as_the_loader_words_it() -> None:
     shown = rows(parameters_markdown(STAGES))
     for spec in [*field_specs(Params), *field_specs(Profile)]:
-        assert shown[spec.key][:2] == [spec.description, spec.expected]
+        if spec.key != "source.kind":  # stands in the title of its table
+            assert shown[spec.key][:2] == [spec.description, spec.expected]
     for key, remedy in REMOVED.items():
         assert shown[key] == [remedy.replace("`", "")]
 

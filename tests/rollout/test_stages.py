@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from coordexp.models.tiny import build_tiny
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.rollout import stages
@@ -26,6 +25,7 @@ from coordexp.rollout.stages import (
     warn_of_unusable,
 )
 from helpers import Workspace, answer_reader, new_checkpoint, new_tokenizer, save_model, teacher_rollouts
+from toyworld.model import build_tiny
 
 
 def decode(space: Workspace, name: str = "stage1", folder: Path | None = None) -> bool:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from coordexp.errors import ConfigError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.tiny import build_tiny
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.grammar import AnswerGrammar, utf8_tail
 from coordexp.text.grammar_walk import AnswerWalk
@@ -20,6 +19,7 @@ from coordexp.text.parser import ParsedAnswer, parse_answer
 from coordexp.text.symbols import TokenTable
 from coordexp.text.vocabulary import CoordVocabulary
 from helpers import PARAMS, changed, new_tokenizer
+from toyworld.model import build_tiny
 
 CODECS = ("json", "tags", "digits")
 

@@ -145,7 +145,7 @@ def test_token_indices_by_hand():
 
 
 def test_an_answer_of_the_embedded_tokenizer():
-    from coordexp.text.tiny_tokenizer import build_tiny_tokenizer
+    from toyworld.tokenizer import build_tiny_tokenizer
 
     tokenizer = build_tiny_tokenizer(["black cat", "yellow dog"])
     tokenizer.add_special_tokens({"additional_special_tokens": list(COORD_TOKENS)})

@@ -17,13 +17,13 @@ from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.forward import input_table
 from coordexp.models.loading import load_checkpoint
 from coordexp.models.pins import pins_of
-from coordexp.models.tiny import build_tiny
 from coordexp.rollout.records import write_rollouts
 from coordexp.training import ablation
 from coordexp.training.ablation import Ablation, ArmPaths, step_tokens, steps_for_tokens
 from coordexp.training.session import summarise_log
 from coordexp.training.stage2 import train_stage2
 from helpers import Workspace, new_tokenizer, save_model, teacher_rollouts
+from toyworld.model import build_tiny
 
 BUDGET = Budget(seeds=(17, 18), stage1_steps=2, stage2_steps=2, dev_images=2, val_images=0)
 

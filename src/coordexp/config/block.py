@@ -47,6 +47,9 @@ def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
     for name, field in block.model_fields.items():
         if inner := nested_block(field):
             yield from field_specs(inner, f"{prefix}{name}.")
+        elif kinds := block_kinds(field):
+            for inner in kinds.values():
+                yield from field_specs(inner, f"{prefix}{name}.")
         elif inner := named_blocks(field):
             yield from field_specs(inner, f"{prefix}{name}.<name>.")
         else:
@@ -57,6 +60,14 @@ def nested_block(field: FieldInfo) -> type[Block] | None:
     """The block class of a field that holds a block, else None."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Block) else None
+
+
+def block_kinds(field: FieldInfo) -> dict[str, type[Block]]:
+    """The block classes of a field that holds one of several, by the value of the key that tells them apart."""
+    if not isinstance(field.discriminator, str):
+        return {}
+    blocks = get_args(field.annotation)
+    return {get_args(block.model_fields[field.discriminator].annotation)[0]: block for block in blocks}
 
 
 def named_blocks(field: FieldInfo) -> type[Block] | None:
@@ -82,6 +93,8 @@ def expectation(field: FieldInfo) -> str:
         return f"null, or {words}" if accepts_null(field) else words
     if inner := nested_block(field):
         return f"a block with the keys {', '.join(inner.model_fields)}"
+    if kinds := block_kinds(field):
+        return f"a block with the key {field.discriminator}: {' or '.join(kinds)}"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:

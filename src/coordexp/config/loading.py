@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from coordexp.config.block import Block, expectation, field_specs, list_item, named_blocks, nested_block
-from coordexp.config.profile import DatasetsProfile, Profile
+from coordexp.config.block import Block, block_kinds, expectation, field_specs, list_item, named_blocks, nested_block
+from coordexp.config.profile import Profile
 from coordexp.config.removed import removed_keys
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError, closest
@@ -25,7 +25,7 @@ Origins = dict[Location, Path]  # where a key stands that another file than the 
 
 EXTENDS = "extends"  # the one key of a profile file that is no parameter: whose keys it inherits
 # Blocks of names that the user chose: another list of data sets, or of pinned files, is no addition to the first.
-NAMED_BLOCKS = {spec.key.split(".<name>")[0] for spec in field_specs(DatasetsProfile) if "<name>" in spec.key}
+NAMED_BLOCKS = {spec.key.split(".<name>")[0] for spec in field_specs(Profile) if "<name>" in spec.key}
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a block"}
 
@@ -58,12 +58,12 @@ def load_profile(path: Path) -> Profile:
             f"Profiles there: {', '.join(names) or 'none'}."
         )
     tree, origins = _inherited(path)
-    return _parse_profile(path, tree, origins)
+    return _parse(path, tree, Profile, origins)
 
 
 def parse_profile(path: Path, tree: dict[str, Any]) -> Profile:
     """Check a whole profile, such as a changed `profile_tree`; errors are as for `load_profile` and name `path`."""
-    return _parse_profile(path, tree, {})
+    return _parse(path, tree, Profile, {})
 
 
 def profile_names(folder: Path) -> list[str]:
@@ -125,12 +125,6 @@ def _locations(value: Any, at: Location) -> Iterator[Location]:
         yield from _locations(inner, (*at, key))
 
 
-def _parse_profile(path: Path, tree: dict[str, Any], origins: Origins) -> Profile:
-    source = tree.get("source")
-    is_datasets = isinstance(source, dict) and source.get("kind") == "datasets"
-    return _parse(path, tree, DatasetsProfile if is_datasets else Profile, origins)
-
-
 def _parse(path: Path, tree: dict[str, Any], block: type[BlockT], origins: Origins) -> BlockT:
     kept, removed = removed_keys(tree)
     problems = [f"{_dotted(at)}: removed. {remedy}{_inherited_from(at, origins)}" for at, remedy in removed.items()]
@@ -182,27 +176,39 @@ def _problems(error: ValidationError, block: type[Block], origins: Origins) -> l
     errors = error.errors()
     # A list with a wrong item is reported again as too short: the item says it all.
     lists = {e["loc"][:-1] for e in errors if e["loc"] and isinstance(e["loc"][-1], int)}
-    lines = [_problem(e, block) + _inherited_from(e["loc"], origins) for e in errors if e["loc"] not in lists]
+    lines = [
+        _problem(e, block) + _inherited_from(_in_file(block, e["loc"]), origins)
+        for e in errors
+        if e["loc"] not in lists
+    ]
     for parent in dict.fromkeys(e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"):
         valid = ", ".join(_block_at(block, parent).model_fields)
-        lines.append(f"(valid keys {'of ' + _dotted(parent) if parent else 'at the top level'}: {valid})")
+        lines.append(f"(valid keys {'of ' + _key(block, parent) if parent else 'at the top level'}: {valid})")
     return lines
 
 
 def _problem(error: ErrorDetails, block: type[Block]) -> str:
     location, value = error["loc"], error["input"]
-    key = _dotted(location)
+    key = _key(block, location)
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key, set to {_found(value)}.{_hint(location, block)}"
         case "missing":
             return f"{key}: missing, expected {expectation(_field(block, location))}."
+        case "union_tag_not_found" | "union_tag_invalid":
+            return _unknown_kind(key, _field(block, location), value)
         case "value_error":  # a rule over several keys
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if location[-1] == "[key]":
         expected = "non-empty text" if location[:2] == ("model", "files") else "small letters, digits, '-' and '_'"
-        return f"{_dotted(location[:-1])}: not a name; expected {expected}."
+        return f"{_key(block, location[:-1])}: not a name; expected {expected}."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
+
+
+def _unknown_kind(key: str, field: FieldInfo, value: dict[str, Any]) -> str:
+    """A block whose own key must say which of several it is, and does not."""
+    name, expected = str(field.discriminator), f"expected one of {', '.join(block_kinds(field))}."
+    return f"{key}.{name}: " + (f"found {_found(value[name])}, {expected}" if name in value else f"missing, {expected}")
 
 
 def _hint(location: Location, block: type[Block]) -> str:
@@ -223,6 +229,8 @@ def _places(name: str, block: type[Block], where: str) -> Iterator[str]:
     for child, field in block.model_fields.items():
         if inner := nested_block(field):
             yield from _places(name, inner, f"{where}: {child}")
+        for kind, inner in block_kinds(field).items():
+            yield from _places(name, inner, f"{where}: {child} of {field.discriminator} {kind}")
 
 
 def _block_at(block: type[Block], location: Location) -> type[Block]:
@@ -230,7 +238,9 @@ def _block_at(block: type[Block], location: Location) -> type[Block]:
     for name in parts:
         field = block.model_fields[str(name)]
         inner = nested_block(field)
-        if inner is None:
+        if kinds := block_kinds(field):
+            inner = kinds[str(next(parts))]
+        elif inner is None:
             inner = named_blocks(field)
             next(parts, None)  # the name that the user chose
         assert inner, f"{name} is not a block"
@@ -247,14 +257,30 @@ def _field(block: type[Block], location: Location) -> FieldInfo:
 
 
 def _is_named(block: type[Block], location: Location) -> bool:
+    if len(location) == 2 and _has_kinds(block, location):
+        return False
     *parents, name = location
     field = _block_at(block, tuple(parents)).model_fields.get(str(name)) if isinstance(name, str) else None
     return field is not None and named_blocks(field) is not None
 
 
+def _key(block: type[Block], location: Location) -> str:
+    """The dotted key as it stands in the file, where pydantic also names the kind of a block that is one of several."""
+    return _dotted(_in_file(block, location))
+
+
+def _in_file(block: type[Block], location: Location) -> Location:
+    return location[:1] + location[2:] if _has_kinds(block, location) else location
+
+
 def _dotted(location: Location) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return text.removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _has_kinds(block: type[Block], location: Location) -> bool:
+    """Whether a location leads into a block that is one of several; only those at the top level are."""
+    field = block.model_fields.get(str(location[0])) if len(location) > 1 else None
+    return field is not None and bool(block_kinds(field))
 
 
 def _found(value: Any) -> str:

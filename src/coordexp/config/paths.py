@@ -31,7 +31,7 @@ class ProfilePaths:
 
     @property
     def raw(self) -> Path:
-        """COCO annotations, images, manifest."""
+        """The manifest of the data sets, and the images that were composed."""
         return self.root / "data" / self.profile / "raw"
 
     @property

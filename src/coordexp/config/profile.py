@@ -16,15 +16,14 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
 
 
-# Names of the source formats; their readers are in records/sources/registry.py.
+# Names of the source formats; their readers are records/manifest.py:READERS.
 Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
-SourceKind = Literal["scenes", "datasets"]
 
 
-class SourceConfig(Block):
-    """Source data: scenes composed of sprites on photo crops."""
+class ScenesConfig(Block):
+    """Source data: scenes composed of sprites on photo crops, written as a COCO folder."""
 
-    kind: SourceKind = Field(description="where images and boxes come from")
+    kind: Literal["scenes"] = Field(description="where images and boxes come from")
     sprites: Text = Field(description="folder of the sprites and their names")
     train_images: PositiveCount = Field(description="images of the training split, before dev is taken from it")
     val_images: PositiveCount = Field(description="images of the val split")
@@ -33,14 +32,16 @@ class SourceConfig(Block):
     max_objects: int = Field(ge=1, le=100, description="most objects in one scene")
     smallest_fraction: ObjectSide = Field(description="shortest ordinary object, of the image's shorter side")
     largest_fraction: ObjectSide = Field(description="longest object, of the image's shorter side")
-    small_fraction: Fraction = Field(description="share of objects below smallest_fraction, down to two thirds of it")
-    crowd_fraction: Fraction = Field(description="share of scenes with a row of neighbours of one name")
+    small_fraction: Fraction = Field(
+        description="fraction of objects below smallest_fraction, down to two thirds of it"
+    )
+    crowd_fraction: Fraction = Field(description="fraction of scenes with a row of neighbours of one name")
     distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
-    held_out_fraction: Fraction = Field(description="share of val objects whose name is never trained on")
+    held_out_fraction: Fraction = Field(description="fraction of val objects whose name is never trained on")
     seed_offset: Count = Field(description="added to the seed of composition, so that profiles see other scenes")
 
     @model_validator(mode="after")
-    def _sizes_are_ordered(self) -> SourceConfig:
+    def _sizes_are_ordered(self) -> ScenesConfig:
         if self.min_side_px > self.max_side_px:
             raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}; swap them.")
         if self.smallest_fraction > self.largest_fraction:
@@ -64,9 +65,12 @@ class DatasetConfig(Block):
 
 
 class DatasetsConfig(Block):
-    """Source data: annotated images of the user. Images stay where they are; a manifest names and hashes them."""
+    """Source data: annotated images of the user. Images stay where they are; a manifest names and hashes them.
 
-    kind: SourceKind = Field(description="where images and boxes come from")
+    `<name>` is chosen by the user, for one or more sets; formats and layouts are in [data.md](data.md).
+    """
+
+    kind: Literal["datasets"] = Field(description="where images and boxes come from")
     verify: Literal["decode", "header"] = Field(description="unpack every image once, or read only its header")
     sets: dict[Name, DatasetConfig] = Field(strict=False, min_length=1, description="the data sets by name")
 
@@ -78,6 +82,9 @@ class DatasetsConfig(Block):
         return self
 
 
+SourceConfig = ScenesConfig | DatasetsConfig
+
+
 class RecordsConfig(Block):
     """Splits, and what is kept of the unusual."""
 
@@ -87,18 +94,21 @@ class RecordsConfig(Block):
     )
     truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
     min_side_px: float = Field(ge=0.01, le=1000, description="shorter side below which a box is dropped, in pixels")
-    min_inside: Fraction = Field(description="share of a box that must lie inside the image")
+    min_inside: Fraction = Field(description="fraction of a box that must lie inside the image")
     polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
     max_objects: Count = Field(description="most objects of a training record; 0 is no limit")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
     max_lost: Fraction = Field(
-        description="share of a split's annotations, and of its images, that may be lost; more stops"
+        description="fraction of a split's annotations, and of its images, that may be lost; more stops"
+    )
+    wordings: int = Field(
+        ge=1, le=4, description="wordings of each question that training draws from; dev and val use the first"
     )
     listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
-    negative_rate: Fraction = Field(description="prompt listed: share of prompts that name only what is absent")
-    flip: Fraction = Field(description="share of training records that are mirrored, with left and right in words")
-    crop: Fraction = Field(description="share of training records that are cropped")
+    negative_rate: Fraction = Field(description="prompt listed: fraction of prompts that name only what is absent")
+    flip: Fraction = Field(description="fraction of training records that are mirrored, with left and right in words")
+    crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
 
@@ -254,7 +264,7 @@ class LaunchConfig(Block):
     processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
     sharding: Literal["none", "fsdp2"] = Field(
-        description="each training process holds all weights and moments, or its share of them (fsdp2)"
+        description="each training process holds all weights and moments, or its fraction of them (fsdp2)"
     )
     save_every_seconds: float = Field(ge=0, le=86400, description="time between two saved states of a training stage")
 
@@ -262,7 +272,7 @@ class LaunchConfig(Block):
 class Profile(Block):
     """All of one `configs/<profile>.yaml`."""
 
-    source: SourceConfig
+    source: SourceConfig = Field(discriminator="kind")
     records: RecordsConfig
     model: ModelConfig
     packing: PackingConfig
@@ -304,15 +314,9 @@ class Profile(Block):
 
     @model_validator(mode="after")
     def _dev_leaves_training_images(self) -> Profile:
-        if isinstance(self.source, SourceConfig) and self.records.dev_images >= self.source.train_images:
+        if isinstance(self.source, ScenesConfig) and self.records.dev_images >= self.source.train_images:
             raise ValueError(
                 f"records.dev_images {self.records.dev_images} leaves nothing of source.train_images "
                 f"{self.source.train_images} to train on; lower it."
             )
         return self
-
-
-class DatasetsProfile(Profile):
-    """A profile whose source is data sets on disk."""
-
-    source: DatasetsConfig  # type: ignore[assignment]

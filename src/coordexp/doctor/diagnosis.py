@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coordexp.config.loading import load_params
-from coordexp.config.profile import DatasetsConfig, Profile, SourceConfig
+from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.schema import Params
 from coordexp.doctor.memory import Memory
 from coordexp.doctor.needs import Needs, needs_of
@@ -42,7 +42,7 @@ def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diag
         data: the folder of the data stages' outputs.
         decode: unpack every image.
     """
-    source: SourceConfig | DatasetsConfig = profile.source
+    source = profile.source
     lines: list[str] = []
     faults: list[Problem] = []
     stops = False

@@ -10,18 +10,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.convert import policies_of
 from coordexp.records.losses import NOTHING_LOST, any_counts, excessive_losses
-from coordexp.records.manifest import SPLITS, dataset_root, inspect_all, open_split
+from coordexp.records.manifest import SPLITS, inspect_all, located, open_split
+from coordexp.records.mixing import overlap, same_pictures, split_dev
 from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
 from coordexp.records.schema import Record
-from coordexp.records.sources.base import Problem, Reading, SourceImage
-from coordexp.records.splits import overlap, same_pictures, split_dev
+from coordexp.records.sources.base import Problem
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
 NOTED = NOTHING_LOST | {"names_merged", "same_picture"}
@@ -76,12 +74,12 @@ def examine(
     read: dict[str, list[RecordSet]] = {}
     for name, dataset in sets.items():
         try:
-            described = dataset.model_dump() | {"root": str(dataset_root(dataset.root, name))}
+            here = located(name, dataset)
         except DataError as error:
             result.findings.append(Finding(name, "all", "root_missing", 1, True, (str(error),)))
             continue
         for split in SPLITS:
-            found = _examine_split(name, split, described, config, decode, workers, examples, result, content)
+            found = _examine_split(name, split, here, config, decode, workers, examples, result, content)
             read.setdefault(name, []).append(found)
     _examine_names(result, read, examples)
     _examine_overlap(result, content, config, examples)
@@ -96,7 +94,7 @@ def examine(
 def _examine_split(
     name: str,
     split: str,
-    described: Mapping[str, Any],
+    dataset: DatasetConfig,
     config: RecordsConfig,
     decode: bool,
     workers: int,
@@ -105,18 +103,15 @@ def _examine_split(
     content: dict[str, str],
 ) -> RecordSet:
     try:
-        reading = open_split(described, split)
-        images: list[SourceImage] = list(reading.images) if reading else []
+        reading = open_split(dataset, split)
+        if reading is None:
+            return RecordSet()
+        reading, names = reading.loaded()
     except DataError as error:
         result.findings.append(Finding(name, split, "annotations_unusable", 1, True, (str(error),)))
         return RecordSet()
-    if reading is None:
-        return RecordSet()
-    names = {str(image.file_name) for image in images}
-    facts = inspect_all(Path(described["root"]), names, decode, workers)
-    policies = policies_of(config, split)
-    complete = Reading(images, reading.categories, reading.problems)
-    found = to_records(complete, policies, facts, f"{name}/", asks_phrases=described["prompt"] == "phrase")
+    facts = inspect_all(Path(dataset.root), names, decode, workers)
+    found = to_records(reading, facts, config, split, prefix=f"{name}/", prompt=dataset.prompt)
     result.records[split] += found.records
     result.image_bytes += sum(f.n_bytes for f in facts.values())
     result.problems += found.problems
@@ -125,7 +120,7 @@ def _examine_split(
         shown = [str(p) for p in found.problems if p.reason == reason][:examples]
         stops = reason.startswith(BAD_IMAGE) and config.bad_images == "error"
         result.findings.append(Finding(name, split, reason, count, stops, tuple(shown)))
-    for excess in excessive_losses(found, policies):
+    for excess in excessive_losses(found, config):
         shown = [excess.message, *excess.examples[:examples]]
         result.findings.append(Finding(name, split, excess.reason, excess.count, True, tuple(shown)))
     return found

@@ -19,11 +19,16 @@ from coordexp.errors import CheckpointError, ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import input_table
-from coordexp.models.tiny import round_up
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
+VOCAB_MULTIPLE = 128
 ORDINAL_HARMONICS = 24
 ORDINAL_SCALE = 0.3  # of the known rows: more makes the first distributions sharp and wrong (benchmarks/NOTES.md)
+
+
+def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
+    """The smallest multiple that is at least n: the rows of embedding and head."""
+    return -(-n // multiple) * multiple
 
 
 def add_coordinate_tokens(

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.schema import ObjectRecord, Record
 
@@ -22,20 +23,6 @@ _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|wards?\b)", re.IGNORECASE
 SMALLEST_CROP = 0.6  # of each side
 # Less of a box inside the crop makes the object an ignore region: too little to ask for, too much to punish.
 MIN_VISIBLE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Augmentation:
-    """How often training records are changed; all zero is off."""
-
-    flip: float  # share of records
-    crop: float  # share of records
-    scale_jitter: float  # sides are scaled by a factor in [1 - j, 1 + j]
-
-    @property
-    def is_off(self) -> bool:
-        """Whether records stay as they are."""
-        return not (self.flip or self.crop or self.scale_jitter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +55,7 @@ def split_view(name: str) -> tuple[str, View]:
     return name[: found.start()], View(crop, flip is not None)
 
 
-def augment(record: Record, how: Augmentation, rng: random.Random) -> Record:
+def augment(record: Record, config: RecordsConfig, rng: random.Random) -> Record:
     """One random view of a record. Phrases say where things are, so their pictures are not cropped.
 
     Raises:
@@ -76,7 +63,7 @@ def augment(record: Record, how: Augmentation, rng: random.Random) -> Record:
     """
     if split_view(record.image)[0] != record.image:
         raise DataError(f"image {record.image!r} is named like a view of an image; rename the file.")
-    crop, flip, scale = rng.random() < how.crop, rng.random() < how.flip, rng.uniform(-1, 1) * how.scale_jitter
+    crop, flip, scale = rng.random() < config.crop, rng.random() < config.flip, rng.uniform(-1, 1) * config.scale_jitter
     box = _random_crop(record, rng) if crop and "phrase" not in record.metadata else None
     out = _cropped(record, box) if box else record
     if flip:

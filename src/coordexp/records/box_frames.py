@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from coordexp.records.sources.base import Box
 
-FITS = 0.99  # share of the boxes that another reading must explain
-FAR_OUT = 0.2  # share of the boxes that reach out of their pictures; amodal annotation alone stays below
-TOLERANCE = 0.02  # share of a side by which a box may reach out of its picture
+FITS = 0.99  # fraction of the boxes that another reading must explain
+FAR_OUT = 0.2  # fraction of the boxes that reach out of their pictures; amodal annotation alone stays below
+TOLERANCE = 0.02  # fraction of a side by which a box may reach out of its picture
 TOLERANCE_PX = 2.0
 EXAMPLES = 3
 
@@ -31,7 +31,7 @@ class BoxFrames:
     examples: list[str] = field(default_factory=list)  # the first of those that reach out
 
     def add(self, box_xyxy: Box, width: int, height: int, in_unit_frame: bool, shown: Callable[[], str]) -> None:
-        """Count a box: pixels, or shares of width and height. `shown` says in words which one it is."""
+        """Count a box: pixels, or fractions of width and height. `shown` says in words which one it is."""
         x1, y1, x2, y2 = box_xyxy
         right, bottom = (1.0, 1.0) if in_unit_frame else (width, height)
         slack = 0.0 if in_unit_frame else TOLERANCE_PX

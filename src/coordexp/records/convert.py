@@ -1,49 +1,103 @@
-"""Data sets on disk to the splits of a profile: read, apply the policies, part, mix, and account for every loss."""
+"""Annotations to records: one conversion, for the sets of a profile, for one file, and for a sample of a profile.
+
+Read, apply the policies, stop where too much is lost, settle names: `convert_sets`. A profile then mixes its sets into
+splits (`records.mixing`); `coordexp convert` writes the records as they are.
+"""
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from coordexp.config.profile import RecordsConfig
+from coordexp.config.profile import NO_SPLIT, DatasetConfig, Format, RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.augment import Augmentation
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
-from coordexp.records.losses import refuse_empty, refuse_losses
-from coordexp.records.manifest import SPLITS, open_split, read_manifest
-from coordexp.records.mixing import PromptPlan, repeat_by_weight, with_prompt, with_unique_ids, with_views
+from coordexp.records.losses import (
+    NOTHING_LOST,
+    SHOWN,
+    by_reason,
+    examples,
+    refuse_bad_images,
+    refuse_empty,
+    refuse_losses,
+)
+from coordexp.records.manifest import READERS, SPLITS, Watch, inspect_all, located, open_split, read_manifest
+from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
 from coordexp.records.names import refuse_clashes, respelled, settle_names
-from coordexp.records.policy import SHOWN, Policies, RecordSet, refuse_bad_images, to_records
-from coordexp.records.schema import Record
-from coordexp.records.sources.base import Problem
-from coordexp.records.splits import overlap, split_dev
+from coordexp.records.policy import to_records
+from coordexp.records.schema import Record, write_records
+from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFiles
+
+# What `coordexp convert` does with the unusual; its options change `crowd` and `max_lost`.
+FILE_POLICIES = RecordsConfig(
+    dev_images=1, crowd="ignore", truncated="keep", min_side_px=1.0, min_inside=0.0, polygons="drop", max_objects=0,
+    over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, negative_rate=0.0, flip=0.0,
+    crop=0.0, scale_jitter=0.0, overlap="error",
+)  # fmt: skip
+SAMPLE_IMAGES = "images"  # in a sample, a link to the root of the set
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSet:
+    """A data set to convert: a reading of each split it has, the facts of its images, and what its prompts ask for."""
+
+    readings: Mapping[str, Reading]
+    facts: Mapping[str, ImageFacts]
+    prompt: str = "open"
 
 
 @dataclass(slots=True)
 class Converted:
-    """The records of a profile, its categories, and what was lost by split."""
+    """Records by split, the categories that the files declare by set, and what was lost by split."""
 
-    splits: dict[str, list[Record]] = field(default_factory=dict)  # train, dev, val
-    categories: list[Category] = field(default_factory=list)
-    problems: dict[str, list[Problem]] = field(default_factory=dict)  # train, val
-    sets: dict[str, dict[str, int]] = field(default_factory=dict)  # set -> records by split, after weights
-    notes: list[str] = field(default_factory=list)  # names that were changed
+    splits: dict[str, list[Record]]
+    declared: dict[str, tuple[Category, ...]]
+    problems: dict[str, list[Problem]]
+    notes: list[str]  # names that were changed
 
     def drops(self) -> dict[str, dict[str, int]]:
-        """Counts by split and reason."""
+        """Counts of what was lost by split and reason."""
         return {split: dict(sorted(Counter(p.reason for p in ps).items())) for split, ps in self.problems.items()}
 
+    def sets(self) -> dict[str, dict[str, int]]:
+        """Counts of records by set and split."""
+        return {name: {split: len(_of(rs, name)) for split, rs in self.splits.items()} for name in self.declared}
 
-def policies_of(config: RecordsConfig, split: str) -> Policies:
-    """The policies of a split: what is evaluated is never thinned out."""
-    policies = Policies(**config.model_dump(include=set(Policies.__slots__)))
-    return policies if split == "train" else replace(policies, max_objects=0)
+    def categories(self) -> list[Category]:
+        """Every name that val may hold, and whether it is held out of training. One set keeps the ids of its file.
+
+        Held out is what training does not hold; a file that marks categories so itself is believed about the others.
+        """
+        trained = {o.desc for r in self.splits["train"] for o in r.objects}
+        found = {o.desc for r in self.splits["val"] for o in r.objects}
+        declared = [c for categories in self.declared.values() for c in categories]
+        says_so = any(c.split == "held_out" for c in declared)
+        trained |= {c.name for c in declared if says_so and c.split == "train"}
+        if len(self.declared) == 1 and found <= {c.name for c in declared}:
+            return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
+        names = sorted(found | {c.name for c in declared})
+        return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
+
+    def summary(self) -> list[str]:
+        """What is there, examples of what was not kept, and counts of it by reason: a line each."""
+        records = [r for split in self.splits.values() for r in split]
+        problems = [p for split in self.problems.values() for p in split]
+        objects = [o for r in records for o in r.objects]
+        crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
+        n_lost, counts = sum(p.reason not in NOTHING_LOST for p in problems), by_reason(problems)
+        return [
+            f"{len(records)} images, {len(objects)} objects, {crowds} of them crowd regions",
+            *(f"  {example}" for example in examples(problems)),
+            *(f"  {note}" for note in self.notes),
+            f"dropped: {n_lost} boxes{', ' if counts else ''}{counts}",
+        ]
 
 
 @contextmanager
@@ -59,100 +113,151 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
-    """Convert the sets of a manifest.
+def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int) -> Converted:
+    """Convert every split of every set; images are named `<set>/<path below its root>`.
 
     Raises:
         DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have one
-            name, train and val share images (`overlap: error`), or a split is empty; the message counts and names them.
+            name, or a split is empty; the message counts and names them.
     """
-    manifest, facts = read_manifest(raw)
-    sets: Mapping[str, Any] = manifest["sets"]
-    read = {name: _read_set(name, sets[name], facts[name], config, seed) for name in sets}
-    problems = {split: [p for r in read.values() for p in r[split].problems] for split in SPLITS}
-    result = Converted(problems=problems)
-    if config.bad_images == "error":
-        refuse_bad_images([p for r in read.values() for split in r.values() for p in split.bad_images])
-    refuse_losses({f"{name}/{s}": (r[s], policies_of(config, s)) for name, r in read.items() for s in SPLITS})
-    settled = settle_names({name: [r[split] for split in SPLITS] for name, r in read.items()})
-    refuse_clashes(settled)
-    result.notes = settled.notes()
-    content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
-    train, val = (respelled([r for name in sets for r in read[name][s].records], settled.spelling) for s in SPLITS)
-    train = _without_overlap(train, val, content, config, result.problems["train"])
-    for split, records in (("train", train), ("val", val)):
-        if not records:
-            raise DataError(f"{raw}: no {split} record is left; the drops are {result.drops()[split]}.")
-    declared = settled.categories
-    names = {name: _names(name, declared[name], [*train, *val]) for name in sets}
-    plans = {
-        name: PromptPlan(sets[name]["prompt"], names[name], config.listed_names, config.negative_rate, seed)
-        for name in sets
+    found = {
+        name: {
+            split: to_records(reading, a.facts, config, split, prefix=f"{name}/", prompt=a.prompt, seed=seed)
+            for split, reading in a.readings.items()
+        }
+        for name, a in opened.items()
     }
-    is_single = len(sets) == 1
-    train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
-    weighted = [r for name in sets for r in repeat_by_weight(_of(train, name), sets[name]["weight"], seed)]
-    how = Augmentation(config.flip, config.crop, config.scale_jitter)
-    if not how.is_off:
-        weighted = with_views(weighted, how, seed)
-    result.splits = {"train": _prompted(weighted, plans, True)}
-    result.splits["dev"] = _prompted(dev, plans, False)
-    result.splits["val"] = _prompted(with_unique_ids(val, is_single), plans, False)
-    refuse_empty(result.splits)
-    result.categories = _categories(list(declared.values()), result.splits)
-    result.sets = {name: {split: len(_of(rs, name)) for split, rs in result.splits.items()} for name in sets}
+    parts = {f"{name}/{split}": part for name, splits in found.items() for split, part in splits.items()}
+    if config.bad_images == "error":
+        refuse_bad_images(parts)
+    refuse_losses(parts, config)
+    settled = settle_names({name: list(splits.values()) for name, splits in found.items()})
+    refuse_clashes(settled)
+    result = Converted({}, settled.categories, {}, settled.notes())
+    for split in SPLITS:
+        of_split = [splits[split] for splits in found.values() if split in splits]
+        result.splits[split] = respelled((r for part in of_split for r in part.records), settled.spelling)
+        result.problems[split] = [p for part in of_split for p in part.problems]
+        if of_split and not result.splits[split]:
+            raise DataError(f"no {split} record is left; the drops are {result.drops()[split]}.")
     return result
 
 
-def _read_set(
-    name: str, described: Mapping[str, Any], facts: Mapping[str, ImageFacts], config: RecordsConfig, seed: int
-) -> dict[str, RecordSet]:
-    found = {}
-    for split in SPLITS:
-        policies = policies_of(config, split)
-        reading = open_split(described, split, polygons=policies.polygons == "keep")
-        if reading:
-            asks_phrases = described["prompt"] == "phrase"
-            found[split] = to_records(reading, policies, facts, f"{name}/", seed, asks_phrases)
-        else:
-            found[split] = RecordSet()
-    return found
+@_uncollected()
+def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
+    """The splits of a profile (train, dev, val) from the sets of its manifest.
+
+    Raises:
+        DataError: as `convert_sets`; train and val share images (`overlap: error`), or no object of a split counts.
+    """
+    sets, facts = read_manifest(raw)
+    opened = {
+        name: OpenedSet(_readings(dataset, config), facts[name], dataset.prompt) for name, dataset in sets.items()
+    }
+    result = convert_sets(opened, config, seed)
+    content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
+    val = result.splits["val"]
+    train = _without_overlap(result, content, config)
+    names = {name: _names(result.declared[name], _of([*train, *val], name)) for name in sets}
+    is_single = len(sets) == 1
+    train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
+    weighted = [r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed)]
+    splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
+    result.splits = {}
+    for split, records in splits.items():
+        of_set = ((r, r.image.partition("/")[0]) for r in records)
+        result.splits[split] = [
+            with_prompt(r, sets[name].prompt, names[name], config, seed, split == "train") for r, name in of_set
+        ]
+    refuse_empty(result.splits)
+    return result
 
 
-def _without_overlap(
-    train: list[Record], val: list[Record], content: Mapping[str, str], config: RecordsConfig, problems: list[Problem]
-) -> list[Record]:
-    shared = overlap(train, val, content)
+def _readings(dataset: DatasetConfig, config: RecordsConfig) -> dict[str, Reading]:
+    readings = {split: open_split(dataset, split, polygons=config.polygons == "keep") for split in SPLITS}
+    return {split: reading for split, reading in readings.items() if reading}
+
+
+def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> list[Record]:
+    """The training records whose picture val does not hold; the others become problems."""
+    shared = overlap(result.splits["train"], result.splits["val"], content)
     if shared and config.overlap == "error":
         pairs = "".join(f"\n  {a} is {b}" for a, b in sorted(shared.items())[:SHOWN])
         raise DataError(
             f"{len(shared)} training images have the same content as a val image:{pairs}\nResults on val would say "
             "nothing. Remove them, or set records.overlap to drop_train."
         )
-    problems += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
-    return [r for r in train if r.image not in shared]
+    result.problems["train"] += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
+    return [r for r in result.splits["train"] if r.image not in shared]
 
 
 def _of(records: Iterable[Record], name: str) -> list[Record]:
     return [r for r in records if r.image.startswith(f"{name}/")]
 
 
-def _names(name: str, declared: Sequence[Category], records: Iterable[Record]) -> tuple[str, ...]:
+def _names(declared: Iterable[Category], records: Iterable[Record]) -> list[str]:
     """The names that a set annotates: the declared ones, or those that occur."""
-    names = tuple(c.name for c in declared)
-    return names or tuple(sorted({o.desc for r in _of(records, name) for o in r.objects}))
+    return [c.name for c in declared] or sorted({o.desc for r in records for o in r.objects})
 
 
-def _categories(by_set: Sequence[Sequence[Category]], splits: Mapping[str, list[Record]]) -> list[Category]:
-    """Every name that val may hold, and whether training does. One set keeps its own ids, for its test server."""
-    trained = {o.desc for r in splits["train"] for o in r.objects}
-    declared = [c for categories in by_set for c in categories]
-    found = {o.desc for r in splits["val"] for o in r.objects}
-    if len(by_set) == 1 and found <= {c.name for c in declared}:
-        return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
-    names = sorted(found | {c.name for c in declared})
-    return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
+def convert_file(
+    fmt: Format,
+    annotations: Path,
+    images: Path,
+    split: str,
+    config: RecordsConfig = FILE_POLICIES,
+    watch: Watch = lambda found, total: found,
+) -> Converted:
+    """Convert one annotation file outside of a profile; images are named as below their folder.
+
+    Args:
+        fmt: its format.
+        annotations: the file (docs/data.md says which one of a format).
+        images: the folder that file names start from.
+        split: "train" or "val": which part of a file that holds both.
+        config: what to do with the unusual.
+        watch: passes the facts of images on, and may show how far it is of how many.
+
+    Raises:
+        DataError: the file is not of that format, or as `convert_sets`.
+    """
+    root = Path(os.path.commonpath([annotations.absolute().parent, images.absolute()]))
+    below = images.absolute().relative_to(root).as_posix()
+    files = SplitFiles(
+        root, annotations.absolute().relative_to(root).as_posix(), below, split, config.polygons == "keep"
+    )
+    reading, names = READERS[fmt](files).loaded()
+    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0)
+    prefix = f"{annotations.name}/" if below == "." else f"{annotations.name}/{below}/"
+    result.splits = {split: [replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split]]}
+    return result
 
 
-def _prompted(records: Iterable[Record], plans: Mapping[str, PromptPlan], training: bool) -> list[Record]:
-    return [with_prompt(r, plans[r.image.partition("/")[0]], training) for r in records]
+def write_sample(
+    sets: Mapping[str, DatasetConfig], config: RecordsConfig, folder: Path, count: int
+) -> dict[str, DatasetConfig]:
+    """Write `count` records of each split of each set below `folder`, chosen by a hash of the image's name.
+
+    Returns the sets to put in the place of the given ones, in the format `jsonl`; images that cannot be used are left
+    out. Raises DataError like the raw stage, for annotations that are missing or of another format.
+    """
+    return {name: _sample_set(located(name, dataset), config, folder / name, count) for name, dataset in sets.items()}
+
+
+def _sample_set(dataset: DatasetConfig, config: RecordsConfig, folder: Path, count: int) -> DatasetConfig:
+    root = Path(dataset.root)
+    folder.mkdir(parents=True)
+    (folder / SAMPLE_IMAGES).symlink_to(root, target_is_directory=True)
+    files = dict.fromkeys(SPLITS, NO_SPLIT)
+    for split, reading in _readings(dataset, config).items():
+        chosen, names = replace(reading, images=sorted(reading.images, key=_digest)[:count], problems=[]).loaded()
+        facts = inspect_all(root, names, decode=True, workers=4)
+        files[split] = f"{split}.jsonl"
+        write_records(folder / files[split], to_records(chosen, facts, config, split).records)
+    changes = {"format": "jsonl", "root": str(folder), "train_images": SAMPLE_IMAGES, "val_images": SAMPLE_IMAGES}
+    return dataset.model_copy(update=changes | files)
+
+
+def _digest(image: SourceImage) -> str:
+    return hashlib.sha256(f"{image.file_name}:{image.key}".encode()).hexdigest()

@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.box_frames import EXAMPLES
-from coordexp.records.policy import AREA_INVALID, Policies, RecordSet
+from coordexp.records.policy import AREA_INVALID, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
 
-ALLOWED = 2  # losses that stop nothing where an object is left: too few for a share to say anything
+SHOWN = 5  # bad images in an error
+ALLOWED = 2  # losses that stop nothing where an object is left: too few for a fraction to say anything
 NOTHING_LOST = frozenset({AREA_INVALID, "picture_repeated"})  # every object is kept
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
 HARMLESS = NOTHING_LOST | {
@@ -41,7 +43,7 @@ class Excess:
         return "".join([self.message, *(f"\n  {example}" for example in self.examples)])
 
 
-def excessive_losses(found: RecordSet, policies: Policies) -> list[Excess]:
+def excessive_losses(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     """What must stop a run in one split of one set; empty if nothing does."""
     if not any_counts(found.records) and (nothing_left := _nothing_left(found)):
         return [nothing_left]
@@ -50,24 +52,37 @@ def excessive_losses(found: RecordSet, policies: Policies) -> list[Excess]:
     objects = [p for p in lost if not _costs_an_image(p)]
     kept = sum(len(r.objects) for r in found.records)
     checks = (
-        _over_limit("too_many_lost", "annotations", objects, kept, policies, found.frames.cause()),
-        _over_limit("too_many_images_lost", "images", images, len(found.records), policies, ""),
+        _over_limit("too_many_lost", "annotations", objects, kept, config, found.frames.cause()),
+        _over_limit("too_many_images_lost", "images", images, len(found.records), config, ""),
     )
     excesses = [excess for excess in checks if excess]
-    return excesses or _misread(found, policies)
+    return excesses or _misread(found, config)
 
 
-def refuse_losses(found: Mapping[str, tuple[RecordSet, Policies]]) -> None:
-    """Raise DataError if anything must stop: what is lost where, by reason, with examples.
-
-    Args:
-        found: where (such as set and split) -> what was found there, and its policies.
-    """
-    parts = [
-        f"{where}: {e}" for where, (records, policies) in found.items() for e in excessive_losses(records, policies)
-    ]
+def refuse_losses(found: Mapping[str, RecordSet], config: RecordsConfig) -> None:
+    """Raise DataError if anything must stop: what is lost where (such as set and split), by reason, with examples."""
+    parts = [f"{where}: {e}" for where, records in found.items() for e in excessive_losses(records, config)]
     if parts:
         raise DataError("\n".join(parts))
+
+
+def refuse_bad_images(found: Mapping[str, RecordSet]) -> None:
+    """Raise DataError if there is any, counting reasons and showing the first ones."""
+    for where, records in found.items():
+        bad = records.bad_images
+        if bad and not records.records and {p.reason for p in bad} == {"image_missing"}:
+            raise DataError(
+                f"{where}: none of the {len(bad)} annotated images is there (first: {bad[0]}). Expected the folder "
+                "that file names start from: is source.sets.<name>.<split>_images (coordexp convert: --images) right?"
+            )
+    bad = [p for records in found.values() for p in records.bad_images]
+    if bad:
+        shown = "".join(f"\n  {p}" for p in bad[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DataError(
+            f"{len(bad)} images cannot be used ({by_reason(bad)}):{shown}{more}\nMend them, or set "
+            "records.bad_images to drop. `coordexp doctor` lists all."
+        )
 
 
 def refuse_empty(splits: Mapping[str, Iterable[Record]]) -> None:
@@ -123,22 +138,22 @@ def _nothing_left(found: RecordSet) -> Excess | None:
 
 
 def _over_limit(
-    reason: str, what: str, lost: list[Problem], kept: int, policies: Policies, cause: str
+    reason: str, what: str, lost: list[Problem], kept: int, config: RecordsConfig, cause: str
 ) -> Excess | None:
     total = len(lost) + kept
-    if len(lost) <= max(ALLOWED, policies.max_lost * total):
+    if len(lost) <= max(ALLOWED, config.max_lost * total):
         return None
     message = (
         f"{len(lost)} of {total} {what} are lost ({len(lost) / total:.1%}), records.max_lost allows "
-        f"{policies.max_lost:.1%}: {by_reason(lost)}."
+        f"{config.max_lost:.1%}: {by_reason(lost)}."
     )
     return Excess(reason, len(lost), f"{_with_cause(message, cause)} {_REMEDY}", examples(lost))
 
 
-def _misread(found: RecordSet, policies: Policies) -> list[Excess]:
+def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     """Boxes that clipping leaves as boxes, although their numbers are of another frame."""
     frames = found.frames
-    if frames.beyond <= max(ALLOWED, policies.max_lost * frames.boxes) or not frames.other_reading():
+    if frames.beyond <= max(ALLOWED, config.max_lost * frames.boxes) or not frames.other_reading():
         return []
     message = f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
     return [

@@ -1,7 +1,7 @@
 """The manifest of data sets on disk: what each image file is, found once, so that images are never copied.
 
     data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, counts, problems;
-                                       and the hash of the other file
+                                       and the hash of the other file. A root below this folder is relative to it.
     data/<profile>/raw/images.parquet  a row for each image: name, bytes, sha256, size, mode, orientation, problem
 
 Records name an image `<set>/<path below the set's root>`; `image_path` leads from there to the file.
@@ -26,9 +26,19 @@ from coordexp.errors import DataError
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import ImageFacts, inspect_image, unsafe_name
-from coordexp.records.sources.base import Reading, SplitFiles
-from coordexp.records.sources.registry import READERS
+from coordexp.records.sources import coco, jsonl, lvis, refcoco, visual_genome, voc, yolo
+from coordexp.records.sources.base import Reader, Reading, SplitFiles
 
+READERS: dict[str, Reader] = {
+    "coco": coco.read,
+    "lvis": lvis.read,
+    "objects365": coco.read_objects365,
+    "refcoco": refcoco.read,
+    "visual_genome": visual_genome.read,
+    "yolo": yolo.read,
+    "voc": voc.read,
+    "jsonl": jsonl.read,
+}
 MANIFEST, IMAGES = "manifest.json", "images.parquet"
 SPLITS = ("train", "val")
 
@@ -46,11 +56,12 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
     described: dict[str, Any] = {}
     facts: Facts = {}
     for name, config in sets.items():
-        root = dataset_root(config.root, name)
-        described[name] = config.model_dump() | {"root": str(root)}
-        names = {str(image) for split in SPLITS for image in _image_names(described[name], split)}
-        facts[name] = inspect_all(root, names, decode, workers)
-        described[name] |= _summary(described[name], facts[name].values())
+        dataset = located(name, config)
+        readings = (open_split(dataset, split, polygons=False) for split in SPLITS)
+        names = {str(image.file_name) for reading in readings if reading for image in reading.images}
+        facts[name] = inspect_all(Path(dataset.root), names, decode, workers)
+        root = _relative_to(folder, Path(dataset.root))
+        described[name] = config.model_dump() | {"root": str(root)} | _summary(dataset, facts[name].values())
     with replacing(folder / IMAGES) as temporary:
         pq.write_table(_table(facts), temporary, compression="zstd")
     manifest = {"sets": described, "images_hash": file_hash(folder / IMAGES)}
@@ -59,36 +70,39 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
     return manifest
 
 
-def dataset_root(root: str, name: str) -> Path:
-    """The absolute folder of a set. A relative one starts at the repository, also in a temporary experiment's copy."""
-    path = (repository_root() / Path(root).expanduser()).absolute()
+def located(name: str, dataset: DatasetConfig) -> DatasetConfig:
+    """The set with its root as an absolute path.
+
+    A relative one starts at the repository, also in a temporary experiment's copy. Raises DataError if it is no folder.
+    """
+    path = (repository_root() / Path(dataset.root).expanduser()).absolute()
     if not path.is_dir():
         raise DataError(
             f"source.sets.{name}.root: {path} is no folder; expected the data set. Set the key to where it lies, or "
-            f"link it there: ln -s /where/it/lies {root}"
+            f"link it there: ln -s /where/it/lies {dataset.root}"
         )
-    return path
+    return dataset.model_copy(update={"root": str(path)})
 
 
-def _image_names(described: Mapping[str, Any], split: str) -> Iterable[object]:
-    reading = open_split(described, split, polygons=False)
-    return (image.file_name for image in reading.images) if reading else ()
+def _relative_to(folder: Path, root: Path) -> Path:
+    """A root below the folder of the manifest as seen from there: both are copied, cached and moved together."""
+    return root.relative_to(folder.absolute()) if root.is_relative_to(folder.absolute()) else root
 
 
-def open_split(described: Mapping[str, Any], split: str, polygons: bool = True) -> Reading | None:
-    """Read one split of a set as manifest.json describes it; None if the set has no such split."""
-    if described[split] == NO_SPLIT:
+def open_split(dataset: DatasetConfig, split: str, polygons: bool = True) -> Reading | None:
+    """Read one split of a set that is `located`; None if it has no such split."""
+    if getattr(dataset, split) == NO_SPLIT:
         return None
-    files = replace(split_files(described, split), polygons=polygons)
-    return READERS[described["format"]](files)
+    return READERS[dataset.format](replace(split_files(dataset, split), polygons=polygons))
 
 
-def split_files(described: Mapping[str, Any], split: str) -> SplitFiles:
+def split_files(dataset: DatasetConfig, split: str) -> SplitFiles:
     """Where one split lies. Raises DataError for a path that leaves the root of the set."""
-    for key in (split, f"{split}_images"):
-        if reason := unsafe_name(described[key]):
-            raise DataError(f"{described['root']}: {key} is {described[key]!r}, which {reason}.")
-    return SplitFiles(Path(described["root"]), described[split], described[f"{split}_images"], split)
+    annotations, images = getattr(dataset, split), getattr(dataset, f"{split}_images")
+    for key, path in ((split, annotations), (f"{split}_images", images)):
+        if reason := unsafe_name(path):
+            raise DataError(f"{dataset.root}: {key} is {path!r}, which {reason}.")
+    return SplitFiles(Path(dataset.root), annotations, images, split)
 
 
 def inspect_all(
@@ -103,15 +117,11 @@ def inspect_all(
         return {facts.name: facts for facts in watch(found, len(names))}
 
 
-def _summary(described: Mapping[str, Any], facts: Iterable[ImageFacts]) -> dict[str, Any]:
+def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, Any]:
     known = list(facts)
-    hashes = {}
-    for split in SPLITS:
-        if described[split] != NO_SPLIT:
-            path = split_files(described, split).path
-            hashes[split] = file_hash(path)
+    used = [split for split in SPLITS if getattr(dataset, split) != NO_SPLIT]
     return {
-        "annotation_hashes": hashes,
+        "annotation_hashes": {split: file_hash(split_files(dataset, split).path) for split in used},
         "images": len(known),
         "bytes": sum(f.n_bytes for f in known),
         "problems": dict(sorted(Counter(f.problem for f in known if f.problem).items())),
@@ -125,28 +135,31 @@ def _table(facts: Facts) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Any], Facts]:
-    """manifest.json and the facts by set and name.
+def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
+    """The sets of a manifest, `located`, and the facts of their images by set and name.
 
     Raises:
         DataError: the folder holds no manifest of data sets, or an annotation file changed since.
     """
-    manifest = _manifest(folder)
-    if "sets" not in manifest:
+    described = _manifest(folder).get("sets")
+    if described is None:
         raise DataError(f"{folder / MANIFEST}: describes no data sets; run the raw stage of this profile.")
-    for name, described in manifest["sets"].items():
-        for split, digest in described["annotation_hashes"].items():
-            path = split_files(described, split).path
+    sets: dict[str, DatasetConfig] = {}
+    for name, row in described.items():
+        keys = {key: row[key] for key in DatasetConfig.model_fields} | {"root": str(image_roots(folder)[name])}
+        sets[name] = DatasetConfig.model_validate(keys)
+        for split, digest in row["annotation_hashes"].items():
+            path = split_files(sets[name], split).path
             if not path.is_file() or file_hash(path) != digest:
                 raise DataError(
                     f"{path}: {'changed' if path.is_file() else 'gone'} since the raw stage looked at set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
-    facts: Facts = {name: {} for name in manifest["sets"]}
+    facts: Facts = {name: {} for name in sets}
     for row in pq.read_table(folder / IMAGES).to_pylist():
         name = row.pop("set")
         facts[name][row["name"]] = ImageFacts(**row)
-    return manifest, facts
+    return sets, facts
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -157,7 +170,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def image_roots(folder: Path) -> dict[str, Path]:
     """Set -> root of its images; empty for a folder that holds its images itself."""
-    return {name: Path(described["root"]) for name, described in _manifest(folder).get("sets", {}).items()}
+    return {name: folder / described["root"] for name, described in _manifest(folder).get("sets", {}).items()}
 
 
 def image_path(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Several data sets as one: weights, image ids that do not clash, and what each prompt asks for.
+"""From the records of data sets to the splits of a profile: dev, weights, ids that do not clash, views, prompts.
 
 Every choice is made by a hash of the record and the seed, so that one record's choice does not depend on the others.
 """
@@ -8,32 +8,59 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from coordexp.errors import ConfigError
-from coordexp.records.augment import Augmentation, augment
+from coordexp.config.profile import RecordsConfig
+from coordexp.errors import ConfigError, DataError
+from coordexp.records.augment import augment
 from coordexp.records.schema import Record
 
 # A longer list costs more tokens than the picture.
 MAX_CLOSED_NAMES = 200
-PARAPHRASES = 4  # text.prompts has at least so many wordings of each kind
 
 
-@dataclass(frozen=True, slots=True)
-class PromptPlan:
-    """How the training prompts of one set are chosen (`source.sets.<name>.prompt` and the `records` block)."""
+def split_dev(
+    records: Iterable[Record], dev_images: int, content: Mapping[str, str]
+) -> tuple[list[Record], list[Record]]:
+    """(train, dev): the `dev_images` pictures whose name has the smallest hash become dev, with all their records.
 
-    kind: str  # open, closed, listed, phrase
-    names: tuple[str, ...]  # every name that the set annotates
-    listed_names: int
-    negative_rate: float
-    seed: int
+    The choice depends on each picture alone: adding some to the source moves few others between splits.
+
+    Args:
+        records: the training records; one image may have several.
+        dev_images: how many pictures to take.
+        content: image -> hash of its file. One picture under two names stays in one split, chosen by the first name.
+    """
+    listed = sorted(records, key=lambda r: r.image)
+    name_of: dict[str, str] = {}
+    for record in listed:
+        name_of.setdefault(content[record.image], record.image)
+    ranked = sorted(name_of, key=lambda c: hashlib.sha256(name_of[c].encode()).digest())
+    if dev_images >= len(ranked):
+        raise DataError(
+            f"records.dev_images is {dev_images} of {len(ranked)} training images; leave some for training."
+        )
+    dev = set(ranked[:dev_images])
+    return [r for r in listed if content[r.image] not in dev], [r for r in listed if content[r.image] in dev]
+
+
+def overlap(train: Sequence[Record], val: Sequence[Record], content: Mapping[str, str]) -> dict[str, str]:
+    """Training image -> the val image with the same content, for every one there is."""
+    of_val = {content[r.image]: r.image for r in val}
+    return {r.image: of_val[content[r.image]] for r in train if content[r.image] in of_val}
+
+
+def same_pictures(records: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
+    """Image -> another image of the records with the same content, for every one after the first."""
+    first: dict[str, str] = {}
+    pairs = ((r.image, first.setdefault(content[r.image], r.image)) for r in records)
+    return {image: other for image, other in pairs if image != other}
 
 
 def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> list[Record]:
-    """Each record floor(weight) times, and the share given by the fraction once more.
+    """Each record floor(weight) times, and, for the fraction that is left, some of them once more.
 
     Copies are numbered and have image ids of their own: each gets its own prompt and view, so its own rollout.
     """
@@ -48,9 +75,11 @@ def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> lis
     return out
 
 
-def with_views(records: Iterable[Record], how: Augmentation, seed: int) -> list[Record]:
-    """A random view of each record."""
-    return [augment(record, how, _choice(record, seed, "view")) for record in records]
+def with_views(records: Iterable[Record], config: RecordsConfig, seed: int) -> list[Record]:
+    """A random view of each record (`flip`, `crop`, `scale_jitter`)."""
+    if not (config.flip or config.crop or config.scale_jitter):
+        return list(records)
+    return [augment(record, config, _choice(record, seed, "view")) for record in records]
 
 
 def with_unique_ids(records: Sequence[Record], keep: bool) -> list[Record]:
@@ -74,28 +103,38 @@ def _hashed_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
-def with_prompt(record: Record, plan: PromptPlan, training: bool) -> Record:
+def with_prompt(
+    record: Record, kind: str, names: Sequence[str], config: RecordsConfig, seed: int, training: bool
+) -> Record:
     """The record with `metadata.prompt`, which `text.prompts` puts into words.
 
-    Training prompts are paraphrased; a listed one names what is there and up to `listed_names` in all, the others drawn
-    from what is known to be absent, and in `negative_rate` of the cases nothing that is there. Dev and val always use
-    the first wording, and name everything that may be judged: the whole list, or, where that is too long, the names
-    that the image was searched for; they are open where nothing is known to be absent.
+    Training prompts have one of the first `wordings`; a listed one names what is there and up to `listed_names` in all,
+    the others drawn from what is known to be absent, and in `negative_rate` of the cases nothing that is there. Dev and
+    val always use the first wording, and name everything that may be judged: the whole list, or, where that is too
+    long, the names that the image was searched for; they are open where nothing is known to be absent.
+
+    Args:
+        record: the record.
+        kind: what the prompts of its set ask for: open, closed, listed or phrase.
+        names: every name that the set annotates.
+        config: the policies.
+        seed: of the choices.
+        training: whether the record is trained on.
     """
-    rng = _choice(record, plan.seed, "prompt")
-    style = rng.randrange(PARAPHRASES) if training else 0
-    prompt: dict[str, Any] = {"kind": plan.kind, "style": style}
-    if plan.kind == "phrase":
+    rng = _choice(record, seed, "prompt")
+    style = rng.randrange(config.wordings) if training else 0
+    prompt: dict[str, Any] = {"kind": kind, "style": style}
+    if kind == "phrase":
         there = (o.desc for o in record.objects if not o.metadata.get("iscrowd"))
         prompt["names"] = [record.metadata.get("phrase") or next(there, "")]
-    elif plan.kind == "closed":
-        prompt["names"] = list(_closed(plan))
-    elif plan.kind == "listed":
-        present, absent = _present_and_absent(record, plan)
+    elif kind == "closed":
+        prompt["names"] = _closed(names)
+    elif kind == "listed":
+        present, absent = _present_and_absent(record, names)
         if training:
-            prompt["names"] = _listed(present, absent, plan, rng)
-        elif len(plan.names) <= MAX_CLOSED_NAMES and "absent" not in record.metadata:
-            prompt["names"] = sorted(plan.names)
+            prompt["names"] = _listed(present, absent, config, rng)
+        elif len(names) <= MAX_CLOSED_NAMES and "absent" not in record.metadata:
+            prompt["names"] = sorted(names)
         else:
             prompt["names"] = sorted({*present, *absent}) if absent else []
         if not prompt["names"]:
@@ -105,30 +144,30 @@ def with_prompt(record: Record, plan: PromptPlan, training: bool) -> Record:
     return _with(record, prompt=prompt)
 
 
-def _closed(plan: PromptPlan) -> tuple[str, ...]:
-    if not plan.names or len(plan.names) > MAX_CLOSED_NAMES:
+def _closed(names: Sequence[str]) -> list[str]:
+    if not names or len(names) > MAX_CLOSED_NAMES:
         raise ConfigError(
-            f"source.sets.<name>.prompt: closed, but the set has {len(plan.names)} names; expected 1 to "
+            f"source.sets.<name>.prompt: closed, but the set has {len(names)} names; expected 1 to "
             f"{MAX_CLOSED_NAMES}. Use listed (present and absent names) or open."
         )
-    return plan.names
+    return list(names)
 
 
-def _present_and_absent(record: Record, plan: PromptPlan) -> tuple[list[str], list[str]]:
+def _present_and_absent(record: Record, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names that are there, and names known not to be. A crowd's or difficult object's name is neither."""
     annotated = {o.desc for o in record.objects}
     present = sorted({o.desc for o in record.objects if not o.metadata.get("iscrowd")})
-    known_absent = record.metadata.get("absent", plan.names)
+    known_absent = record.metadata.get("absent", names)
     excluded = annotated | set(record.metadata.get("not_exhaustive", ()))
     return present, sorted(set(known_absent) - excluded)
 
 
-def _listed(present: list[str], absent: list[str], plan: PromptPlan, rng: random.Random) -> list[str]:
-    if absent and (not present or rng.random() < plan.negative_rate):
-        asked = rng.sample(absent, rng.randint(1, min(len(absent), plan.listed_names)))
+def _listed(present: list[str], absent: list[str], config: RecordsConfig, rng: random.Random) -> list[str]:
+    if absent and (not present or rng.random() < config.negative_rate):
+        asked = rng.sample(absent, rng.randint(1, min(len(absent), config.listed_names)))
     else:
-        asked = rng.sample(present, min(len(present), plan.listed_names))
-        room = min(len(absent), plan.listed_names - len(asked))
+        asked = rng.sample(present, min(len(present), config.listed_names))
+        room = min(len(absent), config.listed_names - len(asked))
         asked += rng.sample(absent, rng.randint(0, room))
     rng.shuffle(asked)
     return asked

@@ -11,9 +11,9 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-from coordexp.errors import DataError
+from coordexp.config.profile import RecordsConfig
 from coordexp.geometry.boxes import as_boxes, reading_order
 from coordexp.records.box_frames import BoxFrames
 from coordexp.records.categories import Category
@@ -22,22 +22,7 @@ from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, as_area_px2, is_finite
 
-SHOWN = 5  # examples in an error
 AREA_INVALID = "area_invalid"  # costs no object, only its annotated area
-
-
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """What happens to the unusual; the fields are those of the `records` block (docs/parameters.md)."""
-
-    crowd: Literal["ignore", "drop", "as_objects"] = "ignore"
-    truncated: Literal["keep", "drop"] = "keep"
-    min_side_px: float = 1.0
-    min_inside: float = 0.0
-    polygons: Literal["keep", "drop"] = "drop"
-    max_objects: int = 0
-    over_max: Literal["sample", "drop"] = "sample"
-    max_lost: float = 0.05  # records.losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +44,25 @@ class RecordSet:
 
 def to_records(
     reading: Reading,
-    policies: Policies,
-    facts: Mapping[str, ImageFacts] | None = None,
+    facts: Mapping[str, ImageFacts],
+    config: RecordsConfig,
+    split: str,
+    *,
     prefix: str = "",
+    prompt: str = "open",
     seed: int = 0,
-    asks_phrases: bool = False,
 ) -> RecordSet:
     """Apply the policies to every image of a reading.
 
     Args:
         reading: what a reader found.
-        policies: what to do with the unusual.
-        facts: file name -> what is known of the file; None takes the annotated size on trust.
+        facts: file name -> what is known of the file.
+        config: what to do with the unusual.
+        split: "train", or "val", where `max_objects` does not hold: what is evaluated is never thinned out.
         prefix: put before file names in records.
+        prompt: what the set's prompts ask for. With "phrase" each record becomes a question about one object; those
+            without any go.
         seed: of the choice of objects where there are too many.
-        asks_phrases: each record becomes a question about one object; those without any go.
     """
     result = RecordSet(categories=reading.categories)
     places: dict[str, int] = {}
@@ -81,12 +70,31 @@ def to_records(
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
             continue
-        record = _record(image, policies, facts, prefix, seed, asks_phrases, result)
-        if record is not None and not _joins(record, image, places, result):
-            result.records.append(record)
+        known = facts[image.file_name]
+        kept = _kept_objects(image, known, config, result)
+        if _asks_for_nothing(image, kept, prompt == "phrase"):
+            if kept:
+                result.problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
+            elif not image.objects:
+                result.problems.append(Problem("phrase_missing", image.file, image.key, "no object to ask for"))
+            continue
+        chosen = _at_most(kept, image, config, seed, result.problems) if split == "train" else kept
+        if chosen is not None:
+            record = _record(image, known, chosen, prefix)
+            if not _joins(record, image, places, result):
+                result.records.append(record)
     result.problems[:0] = reading.problems
     result.problems.extend(result.bad_images)
     return result
+
+
+def _record(image: SourceImage, known: ImageFacts, objects: list[ObjectRecord], prefix: str) -> Record:
+    order = reading_order(as_boxes([o.bbox_xyxy_px for o in objects]))
+    metadata = dict(image.metadata)
+    if image.image_id is not None:
+        metadata = {"image_id": image.image_id, **metadata}
+    ordered = tuple(objects[i] for i in order)
+    return Record(f"{prefix}{image.file_name}", known.width, known.height, ordered, metadata=metadata)
 
 
 def _joins(record: Record, image: SourceImage, places: dict[str, int], result: RecordSet) -> bool:
@@ -108,19 +116,7 @@ def _joins(record: Record, image: SourceImage, places: dict[str, int], result: R
     return True
 
 
-def refuse_bad_images(bad: list[Problem]) -> None:
-    """Raise DataError if there is any, counting reasons and showing the first ones."""
-    if bad:
-        counts = ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(p.reason for p in bad).items()))
-        shown = "".join(f"\n  {p}" for p in bad[:SHOWN])
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(
-            f"{len(bad)} images cannot be used ({counts}):{shown}{more}\nMend them, or set records.bad_images to drop. "
-            "`coordexp doctor` lists all."
-        )
-
-
-def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts] | None) -> Problem | None:
+def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Problem | None:
     """Why an image cannot be used at all, or None."""
     if reason := unsafe_name(image.file_name):
         return Problem("image_path_unsafe", image.file, image.key, f"{image.file_name!r} {reason}")
@@ -128,8 +124,6 @@ def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts] | None) ->
     if has_size and not (_is_side(image.width) and _is_side(image.height)):
         detail = f"{image.width!r} x {image.height!r} px"
         return Problem("image_size_invalid", image.file, image.key, detail)
-    if facts is None:
-        return None if has_size else Problem("image_size_invalid", image.file, image.key, "no size given")
     known = facts[image.file_name]
     if known.problem:
         return Problem(known.problem, image.file, image.key, f"{image.file_name}: {known.detail}")
@@ -145,24 +139,14 @@ def _is_side(value: Any) -> bool:
     return is_finite(value) and value >= 1 and float(value).is_integer()
 
 
-def _record(
-    image: SourceImage,
-    policies: Policies,
-    facts: Mapping[str, ImageFacts] | None,
-    prefix: str,
-    seed: int,
-    asks_phrases: bool,
-    result: RecordSet,
-) -> Record | None:
-    """The record of an image, or None where it goes; what is not kept is added to `result`."""
-    size = (image.width, image.height)
-    if facts is not None:
-        size = (facts[image.file_name].width, facts[image.file_name].height)
-    width, height = int(size[0]), int(size[1])
+def _kept_objects(
+    image: SourceImage, known: ImageFacts, config: RecordsConfig, result: RecordSet
+) -> list[ObjectRecord]:
+    """The objects of an image that may be kept, each once; the others are added to the problems of `result`."""
     kept: dict[tuple[str, Box], ObjectRecord] = {}
     problems = result.problems
     for obj in image.objects:
-        checked = _object(obj, width, height, policies, result)
+        checked = _object(obj, known.width, known.height, config, result)
         if isinstance(checked, ObjectRecord) and (checked.desc, checked.bbox_xyxy_px) not in kept:
             kept[checked.desc, checked.bbox_xyxy_px] = checked
             if obj.area_px2 is not None and as_area_px2(obj.area_px2) is None:
@@ -171,20 +155,7 @@ def _record(
         else:
             reason, detail = ("duplicate_object", "") if isinstance(checked, ObjectRecord) else checked
             problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}", detail))
-    if _asks_for_nothing(image, kept.values(), asks_phrases):
-        if kept:
-            problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
-        elif not image.objects:
-            problems.append(Problem("phrase_missing", image.file, image.key, "no object to ask for"))
-        return None
-    chosen = _at_most(list(kept.values()), image, policies, seed, problems)
-    if chosen is None:
-        return None
-    order = reading_order(as_boxes([o.bbox_xyxy_px for o in chosen]))
-    metadata = dict(image.metadata)
-    if image.image_id is not None:
-        metadata = {"image_id": image.image_id, **metadata}
-    return Record(f"{prefix}{image.file_name}", width, height, tuple(chosen[i] for i in order), metadata=metadata)
+    return list(kept.values())
 
 
 def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
@@ -198,7 +169,7 @@ def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phr
 
 
 def _object(
-    obj: SourceObject, width: int, height: int, policies: Policies, result: RecordSet
+    obj: SourceObject, width: int, height: int, config: RecordsConfig, result: RecordSet
 ) -> ObjectRecord | tuple[str, str]:
     """The object as it may be kept, or the reason why not and what was found."""
     desc = clean_desc(obj.desc)
@@ -212,20 +183,20 @@ def _object(
     result.frames.add(
         obj.box_xyxy, width, height, obj.in_unit_frame, lambda: f"{obj.key}: {_shown_box(obj, width, height)}"
     )
-    if obj.iscrowd and policies.crowd == "drop":
+    if obj.iscrowd and config.crowd == "drop":
         return "crowd", ""
-    if obj.truncated and policies.truncated == "drop":
+    if obj.truncated and config.truncated == "drop":
         return "truncated", ""
     x1, y1, x2, y2 = obj.box_xyxy
     found = (x1 * width, y1 * height, x2 * width, y2 * height) if obj.in_unit_frame else obj.box_xyxy
     box = _clip(found, width, height)
-    if box[2] - box[0] < policies.min_side_px or box[3] - box[1] < policies.min_side_px:
+    if box[2] - box[0] < config.min_side_px or box[3] - box[1] < config.min_side_px:
         return "bbox_too_thin", _shown_box(obj, width, height)
-    if _area(box) < policies.min_inside * _area(found):
+    if _area(box) < config.min_inside * _area(found):
         return "bbox_outside", _shown_box(obj, width, height)
-    is_region = obj.iscrowd and policies.crowd == "ignore"
+    is_region = obj.iscrowd and config.crowd == "ignore"
     metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
-    if policies.polygons == "keep" and obj.rings:
+    if config.polygons == "keep" and obj.rings:
         metadata["segmentation"] = [[round(v, 2) for v in ring] for ring in obj.rings]
     # An area that is the box's says nothing more. Others stay where a box is clipped: a mask ends with the image.
     area_px2 = as_area_px2(obj.area_px2)
@@ -249,17 +220,17 @@ def _area(box: Box) -> float:
 
 
 def _at_most(
-    objects: list[ObjectRecord], image: SourceImage, policies: Policies, seed: int, problems: list[Problem]
+    objects: list[ObjectRecord], image: SourceImage, config: RecordsConfig, seed: int, problems: list[Problem]
 ) -> list[ObjectRecord] | None:
     """At most `max_objects` objects (ignore regions do not count), or None where the whole record goes."""
     counted = [o for o in objects if not o.metadata.get("iscrowd")]
-    if not policies.max_objects or len(counted) <= policies.max_objects:
+    if not config.max_objects or len(counted) <= config.max_objects:
         return objects
-    if policies.over_max == "drop":
+    if config.over_max == "drop":
         problems.append(Problem("record_over_max_objects", image.file, image.key, f"{len(counted)} objects"))
         return None
     digest = hashlib.sha256(f"{seed}:{image.file_name}:{image.key}".encode()).digest()
-    chosen = random.Random(digest).sample(counted, policies.max_objects)
+    chosen = random.Random(digest).sample(counted, config.max_objects)
     lost = [o for o in counted if not any(o is c for c in chosen)]
     problems.extend(Problem("over_max_objects", image.file, image.key, o.desc) for o in lost)
     # Objects that are there but not asked for must not count as false alarms: they become ignore regions.

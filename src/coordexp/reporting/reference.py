@@ -9,13 +9,14 @@ the documents wrong.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.block import Block, FieldSpec, field_specs, nested_block
+from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
 from coordexp.config.loading import read_yaml
-from coordexp.config.profile import DatasetsConfig, Profile
+from coordexp.config.profile import Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.evaluation.comparison import COMPARED
@@ -58,10 +59,6 @@ are taken whole from the file that states them last.
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
-
-_DATASETS = """\
-In place of the keys of the scenes. `<name>` is chosen by the user, for one or more sets; formats and layouts are in
-[data.md](data.md)."""
 
 _METRICS_INTRO = """\
 `reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
@@ -126,9 +123,6 @@ def parameters_markdown(stages: Stages) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, stages),
         *_blocks(Profile, PROFILE_FILE, stages),
-        "### `source` with `kind: datasets`",
-        _DATASETS,
-        _parameter_table(field_specs(DatasetsConfig, "source."), PROFILE_FILE, stages),
         "## Removed keys",
         "Keys of earlier designs are refused with their remedy.",
         table(["key", "remedy"], removed, "ll"),
@@ -142,9 +136,12 @@ def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
     if top := [spec for spec in field_specs(root) if "." not in spec.key]:
         yield _parameter_table(top, file, stages)
     for name, field in root.model_fields.items():
-        if block := nested_block(field):
-            yield f"### `{name}`"
-            yield block.__doc__ or ""
+        inner = nested_block(field)
+        titled = {f"`{name}`": inner} if inner else {}
+        titled |= {f"`{name}` with `{field.discriminator}: {kind}`": b for kind, b in block_kinds(field).items()}
+        for title, block in titled.items():
+            yield f"### {title}"
+            yield inspect.getdoc(block) or ""
             yield _parameter_table(field_specs(block, f"{name}."), file, stages)
 
 

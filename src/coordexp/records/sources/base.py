@@ -40,7 +40,7 @@ class SourceObject:
     """One annotation. `box_xyxy` is None where the file holds nothing of that form."""
 
     desc: Any
-    box_xyxy: Box | None  # pixels; shares of width and height if `in_unit_frame`
+    box_xyxy: Box | None  # pixels; fractions of width and height if `in_unit_frame`
     key: str  # its id in the file, for messages
     iscrowd: bool | None = False  # a crowd, or what the source calls difficult; None: the file says neither yes nor no
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
@@ -73,6 +73,11 @@ class Reading:
     images: Iterable[SourceImage]
     categories: tuple[Category, ...]
     problems: list[Problem]
+
+    def loaded(self) -> tuple[Reading, set[str]]:
+        """The same with all images in memory, and the names of their files."""
+        images = list(self.images)
+        return Reading(images, self.categories, self.problems), {str(image.file_name) for image in images}
 
 
 @dataclass(frozen=True, slots=True)

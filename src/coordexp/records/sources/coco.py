@@ -1,17 +1,24 @@
-"""COCO instances JSON, and what LVIS and Objects365 share with it."""
+"""COCO instances JSON, what LVIS shares with it, and Objects365.
+
+Objects365 v2 has file names that are not where the downloaded patches unpack to: `zhiyuan_objv2_train.json` says
+`images/v1/patch8/objects365_v1_00420917.jpg`, the archive `patch8.tar.gz` unpacks to
+`patch8/objects365_v1_00420917.jpg`. So the last two parts of the name count, below the image folder of the set.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask
+
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
-from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
     Box,
@@ -20,19 +27,24 @@ from coordexp.records.sources.base import (
     SourceImage,
     SourceObject,
     SplitFiles,
+    around,
     as_number,
     as_whole,
     corners_of_xywh,
+    is_finite,
+    is_whole,
     read_json,
 )
-from coordexp.records.sources.segmentation import polygon_rings, tight_box
 
 LAYOUT = "COCO's instances layout"
-# What every entry must have: key -> is it a whole number (else a name).
+# What every entry must have, and what that is; sizes are left to records.policy, which finds all that cannot be.
 _FIELDS = {
-    "images": {"id": True, "file_name": False, "width": True, "height": True},
-    "categories": {"id": True, "name": False},
+    "images": {"id": "a whole number", "file_name": "a name", "width": "", "height": ""},
+    "categories": {"id": "a whole number", "name": "a name"},
 }
+MAX_SIDE_PX = 1 << 20
+# The alphabet of compressed counts. The last character must end a number: pycocotools would read on behind the text.
+_COMPRESSED = re.compile(r"[0-o]*[0-O]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +69,16 @@ def read(files: SplitFiles) -> Reading:
     return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
 
 
-def read_coco(annotations: Path, image_prefix: str, policies: Policies | None = None) -> RecordSet:
-    """Convert one instances file; `image_prefix` is put before each file name (path relative to the image root).
+def read_objects365(files: SplitFiles) -> Reading:
+    """Objects365 v2; the image folder is the one that holds `patch0`, `patch1`, ..."""
+    instances = load_instances(files.path, polygons=files.polygons)
+    return instances_reading(instances, lambda image: files.image_name(patch_path(image["file_name"])))
 
-    Records are in image-id order, objects in reading order. Boxes are clipped to the image; a box is dropped, and
-    counted, if it is not finite, too thin after clipping, or of an unknown category or image.
 
-    Raises:
-        DataError: naming the file and what is missing, or the images whose path or size cannot be used.
-    """
-    instances = load_instances(annotations, strict=True, polygons=False)
-    reading = instances_reading(instances, lambda image: f"{image_prefix}{image['file_name']}")
-    result = to_records(reading, policies or Policies())
-    refuse_bad_images(result.bad_images)
-    return result
+def patch_path(file_name: str) -> str:
+    """ "images/v2/patch43/objects365_v2_00908726.jpg" -> "patch43/objects365_v2_00908726.jpg"."""
+    parts = file_name.split("/")
+    return "/".join(parts[-2:]) if len(parts) >= 2 and parts[-2].startswith("patch") else file_name
 
 
 def instances_reading(
@@ -120,6 +128,41 @@ def annotated_box(annotation: dict[str, Any]) -> Box | None:
     return box
 
 
+def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
+    """COCO's polygon form, also a single ring without its list; a run-length mask or anything else gives no ring."""
+    if not isinstance(value, list):
+        return ()
+    rings = [value] if value and not isinstance(value[0], list) else value
+    return tuple(
+        tuple(float(v) for v in ring)
+        for ring in rings
+        if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(map(is_finite, ring))
+    )
+
+
+def tight_box(value: Any) -> Box | None:
+    """The box around a `segmentation`, in pixels; None where it is empty or neither polygons nor a run-length mask."""
+    if isinstance(value, dict):
+        return _mask_box(value.get("size"), value.get("counts"))
+    rings = polygon_rings(value)
+    return around([v for ring in rings for v in ring]) if rings else None
+
+
+def _mask_box(size: Any, counts: Any) -> Box | None:
+    if not isinstance(size, list) or len(size) != 2 or not all(is_whole(v) and 0 < v <= MAX_SIDE_PX for v in size):
+        return None
+    height, width = (int(v) for v in size)
+    code: dict[str, Any] = {"size": [height, width]}
+    if isinstance(counts, str) and _COMPRESSED.fullmatch(counts):
+        code["counts"] = counts.encode()
+    elif isinstance(counts, list) and all(is_whole(n) and n >= 0 for n in counts) and sum(counts) == height * width:
+        code = mask.frPyObjects(code | {"counts": [int(n) for n in counts]}, height, width)
+    else:
+        return None
+    x, y, w, h = (float(v) for v in mask.toBbox(code))
+    return (x, y, x + w, y + h) if w > 0 and h > 0 else None
+
+
 def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
     """`segmentation` is most of a file's bytes: it stays only where the box has to be taken from it."""
     if "segmentation" in row:
@@ -129,13 +172,12 @@ def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def load_instances(path: Path, names_images: bool = True, strict: bool = False, polygons: bool = True) -> Instances:
+def load_instances(path: Path, names_images: bool = True, polygons: bool = True) -> Instances:
     """Read and check an instances file; single annotations that fit nowhere become problems.
 
     Args:
         path: the file.
         names_images: each image must have a `file_name` (LVIS has urls instead).
-        strict: sizes that cannot be, and annotations that are no objects, are errors too; else they become problems.
         polygons: read `segmentation` as well.
 
     Raises:
@@ -147,7 +189,7 @@ def load_instances(path: Path, names_images: bool = True, strict: bool = False, 
         raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
     for section in ("images", "annotations", "categories"):
         skipped = {"file_name"} if section == "images" and not names_images else set()
-        _check_section(source[section], section, f"{path}: {section}", skipped, strict)
+        _check_section(source[section], section, f"{path}: {section}", skipped)
     images = {image_id: _with_size(image) for image_id, image in _by_id(source["images"])}
     rows = dict(_by_id(source["categories"]))
     categories = tuple(
@@ -173,12 +215,12 @@ def _with_size(image: dict[str, Any]) -> dict[str, Any]:
     return image | sides if sides else image
 
 
-def _check_section(entries: Any, section: str, where: str, skipped: set[str], strict: bool) -> None:
+def _check_section(entries: Any, section: str, where: str, skipped: set[str]) -> None:
     if not isinstance(entries, list):
         raise DataError(f"{where} is {_shown(entries)}, expected a list, as in {LAYOUT}. Export it again.")
-    if section == "annotations" and not strict:
+    if section not in _FIELDS:
         return
-    fields = {key: whole for key, whole in _FIELDS.get(section, {}).items() if key not in skipped}
+    fields = {key: wanted for key, wanted in _FIELDS[section].items() if key not in skipped}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise DataError(
@@ -186,22 +228,13 @@ def _check_section(entries: Any, section: str, where: str, skipped: set[str], st
             )
         if absent := [key for key in fields if key not in entry]:
             raise DataError(f"{where}[{i}] has no {absent}; expected {LAYOUT}.")
-        for key, whole in fields.items():
-            _check_value(entry[key], key, whole, f"{where}[{i}].{key}", strict)
-    if fields and len(dict(_by_id(entries))) != len(entries):
+        for key, wanted in fields.items():
+            value = entry[key]
+            is_name = isinstance(value, str) and bool(value.strip())
+            if (wanted == "a name" and not is_name) or (wanted == "a whole number" and as_whole(value) is None):
+                raise DataError(f"{where}[{i}].{key} is {_shown(value)}, expected {wanted}. Correct or remove it.")
+    if len(dict(_by_id(entries))) != len(entries):
         raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
-
-
-def _check_value(value: Any, key: str, whole: bool, where: str, strict: bool) -> None:
-    is_size = key in ("width", "height")
-    if is_size and not strict:  # left to records.policy, which finds all of them
-        return
-    number = as_whole(value)
-    if whole and (number is None or (is_size and number <= 0)):
-        wanted = "a size in whole pixels" if is_size else "a whole number"
-        raise DataError(f"{where} is {_shown(value)}, expected {wanted}. Correct or remove it.")
-    if not whole and not (isinstance(value, str) and value.strip()):
-        raise DataError(f"{where} is {_shown(value)}, expected a name. Correct or remove it.")
 
 
 def _shown(value: Any) -> str:

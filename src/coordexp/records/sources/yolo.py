@@ -1,8 +1,8 @@
 """YOLO folders: a `data.yaml` with names, images, and beside each image a label file of the same stem.
 
-A label file is found by replacing the last `images` in the path by `labels`. A line is `class cx cy w h` in shares of
-width and height, `class x1 y1 x2 y2 x3 y3 ...` for a polygon, or, where the data.yaml has a `kpt_shape`, a box with key
-points behind it, which are left out. An image without a label file holds no object.
+A label file is found by replacing the last `images` in the path by `labels`. A line is `class cx cy w h` in fractions
+of width and height, `class x1 y1 x2 y2 x3 y3 ...` for a polygon, or, where the data.yaml has a `kpt_shape`, a box with
+key points behind it, which are left out. An image without a label file holds no object.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[t
 def _is_pose(values: list[float]) -> bool:
     """Whether the first four numbers are a box around the points behind them, so that the line is no polygon.
 
-    Key points may have a visibility of 2, which is no share of a side. The first corner of a polygon lies on its
+    Key points may have a visibility of 2, which is no fraction of a side. The first corner of a polygon lies on its
     outline, so a box that has its center there covers little of the polygon.
     """
     if max(values[4:]) > 1.5 and max(values[:4]) <= 1:

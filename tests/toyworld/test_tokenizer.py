@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from coordexp.text.tiny_tokenizer import QWEN_SPECIAL_TOKENS, scaffold_pieces
 from helpers import catalog, new_tokenizer
+from toyworld.tokenizer import QWEN_SPECIAL_TOKENS, scaffold_pieces
 
 TOKENIZER = new_tokenizer()
 

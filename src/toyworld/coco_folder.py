@@ -1,8 +1,7 @@
-"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json` and `images/<split>/*.jpg`."""
+"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json` and `<split>/*.jpg`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from typing import Any
 
 from PIL import Image
 
-from coordexp.records.scenes.composer import SceneSpec, compose_scene
-from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
+from coordexp.config.profile import DatasetConfig, DatasetsConfig, ScenesConfig
+from coordexp.infra.files import write_text
+from toyworld.composer import compose_scene
+from toyworld.sprites import SpriteCatalog, load_catalog
 
+ANNOTATIONS = "annotations/instances_{split}.json"
 JPEG_QUALITY = 92
 CHUNK_SCENES = 250
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    spec: SceneSpec
-    sprites: Path
+    source: ScenesConfig
     seed: int
     split: str
     first: int
@@ -30,29 +31,31 @@ class _Chunk:
     out: Path
 
 
-def write_coco_folder(
-    out: Path, spec: SceneSpec, sprites: Path, seed: int, images_per_split: dict[str, int], workers: int
-) -> dict[str, Any]:
-    """Compose every split in parallel processes; returns its numbers of images and objects and a hash over its images.
+def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) -> None:
+    """Compose train and val in parallel processes.
 
     The result does not depend on `workers`: each scene has its own random generator.
     """
-    catalog = load_catalog(sprites)
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {"images": images_per_split, "objects": {}, "image_hashes": {}}
-    for split, count in images_per_split.items():
-        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+    catalog = load_catalog(Path(source.sprites))
+    for split, count in (("train", source.train_images), ("val", source.val_images)):
+        (out / split).mkdir(parents=True, exist_ok=True)
         chunks = [
-            _Chunk(spec, sprites, seed, split, first, min(first + CHUNK_SCENES, count), out)
+            _Chunk(source, seed + source.seed_offset, split, first, min(first + CHUNK_SCENES, count), out)
             for first in range(0, count, CHUNK_SCENES)
         ]
         with ProcessPoolExecutor(max_workers=workers) as pool:
             rows = [row for chunk in pool.map(_write_chunk, chunks) for row in chunk]
-        instances = _instances(rows, catalog)
-        (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(instances), encoding="utf-8")
-        made["objects"][split] = len(instances["annotations"])
-        made["image_hashes"][split] = hashlib.sha256(b"".join(row["sha256"] for row in rows)).hexdigest()[:16]
-    return made
+        write_text(out / ANNOTATIONS.format(split=split), json.dumps(_instances(rows, catalog)))
+
+
+def as_datasets(folder: Path) -> DatasetsConfig:
+    """A composed folder as what it is to a profile: a set of the user, in COCO's layout."""
+    keys = {
+        "format": "coco", "root": str(folder.absolute()), "train": ANNOTATIONS.format(split="train"),
+        "val": ANNOTATIONS.format(split="val"), "train_images": "train", "val_images": "val", "weight": 1.0,
+        "prompt": "open",
+    }  # fmt: skip
+    return DatasetsConfig(kind="datasets", verify="header", sets={folder.name: DatasetConfig.model_validate(keys)})
 
 
 @lru_cache(maxsize=1)
@@ -62,14 +65,14 @@ def _catalog_of_worker(sprites: Path) -> SpriteCatalog:
 
 
 def _write_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
-    catalog = _catalog_of_worker(chunk.sprites)
+    catalog = _catalog_of_worker(Path(chunk.source.sprites))
     rows = []
     for index in range(chunk.first, chunk.last):
-        scene = compose_scene(chunk.spec, catalog, chunk.seed, chunk.split, index)
-        path = chunk.out / "images" / chunk.split / f"{index:06d}.jpg"
+        scene = compose_scene(chunk.source, catalog, chunk.seed, chunk.split, index)
+        path = chunk.out / chunk.split / f"{index:06d}.jpg"
         Image.fromarray(scene.pixels).save(path, quality=JPEG_QUALITY)
-        row = {"id": index + 1, "file_name": path.name, "sha256": hashlib.sha256(path.read_bytes()).digest()}
-        rows.append(row | {"pixels": scene.pixels.shape, "objects": scene.objects})
+        size = scene.pixels.shape[:2]
+        rows.append({"id": index + 1, "file_name": path.name, "size": size, "objects": scene.objects})
     return rows
 
 
@@ -79,7 +82,7 @@ def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for row in rows:
-        height, width = row["pixels"][:2]
+        height, width = row["size"]
         images.append({"id": row["id"], "file_name": row["file_name"], "width": width, "height": height})
         for obj in row["objects"]:
             x1, y1, x2, y2 = obj.bbox_xyxy_px

@@ -9,14 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from coordexp.models.expand import round_up
 from coordexp.text.vocabulary import token_id
-
-VOCAB_MULTIPLE = 128
-
-
-def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
-    """The smallest multiple that is at least n: the rows of embedding and head."""
-    return -(-n // multiple) * multiple
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_layers: int = 6) -> Qwen3VLConfig:

@@ -13,30 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from coordexp.config.profile import ScenesConfig
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
-from coordexp.records.scenes.backgrounds import add_distractors, make_background
-from coordexp.records.scenes.sprites import Sprite, SpriteCatalog
+from toyworld.backgrounds import add_distractors, make_background
+from toyworld.sprites import Sprite, SpriteCatalog
 
 SIDE_STEP_PX = 32
 MIN_VISIBLE = 0.6
 MAX_IOU = 0.35
 PLACEMENT_TRIES = 12
 SPLIT_CODES = {"train": 0, "val": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneSpec:
-    """What scenes look like; every share is a probability in [0, 1]."""
-
-    min_side_px: int
-    max_side_px: int
-    max_objects: int
-    smallest_fraction: float  # longer side of ordinary objects, from this share of the image's shorter side ...
-    largest_fraction: float  # ... to this one
-    small_fraction: float  # objects that are smaller still, from two thirds of `smallest_fraction`
-    crowd_fraction: float  # scenes with several neighbours of one name
-    distractors: int  # at most this many textured shapes
-    held_out_fraction: float  # objects of a val scene that carry a name never trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +72,19 @@ class _Canvas:
         return True
 
 
-def compose_scene(spec: SceneSpec, catalog: SpriteCatalog, seed: int, split: str, index: int) -> Scene:
+def compose_scene(source: ScenesConfig, catalog: SpriteCatalog, seed: int, split: str, index: int) -> Scene:
     """Compose the scene that (seed, split, index) names; the same arguments give the same bytes."""
     rng = np.random.default_rng([seed, SPLIT_CODES[split], index])
     is_val = split == "val"
-    width, height = (_draw_side(rng, spec) for _ in range(2))
+    width, height = (_draw_side(rng, source) for _ in range(2))
     canvas = _Canvas(make_background(rng, width, height, is_val))
-    add_distractors(rng, canvas.pixels, int(rng.integers(spec.distractors + 1)), is_val)
-    wanted = _draw_count(rng, spec.max_objects)
-    if rng.random() < spec.crowd_fraction and wanted > 1:
-        _place_crowd(rng, spec, catalog, canvas, min(wanted, 6))
+    add_distractors(rng, canvas.pixels, int(rng.integers(source.distractors + 1)), is_val)
+    wanted = _draw_count(rng, source.max_objects)
+    if rng.random() < source.crowd_fraction and wanted > 1:
+        _place_crowd(rng, source, catalog, canvas, min(wanted, 6))
     while wanted > len(canvas.objects):
-        sprite = _draw_sprite(rng, catalog, spec.held_out_fraction if is_val else 0.0)
-        side = _draw_size(rng, spec, min(width, height))
+        sprite = _draw_sprite(rng, catalog, source.held_out_fraction if is_val else 0.0)
+        side = _draw_size(rng, source, min(width, height))
         if not _place_anywhere(rng, canvas, sprite, side):
             break  # the scene is full
     pixels = np.clip(canvas.pixels + rng.normal(0, 2.0, canvas.pixels.shape), 0, 255).astype(np.uint8)
@@ -106,9 +92,9 @@ def compose_scene(spec: SceneSpec, catalog: SpriteCatalog, seed: int, split: str
     return Scene(pixels, tuple(canvas.objects[i] for i in order))
 
 
-def _draw_side(rng: np.random.Generator, spec: SceneSpec) -> int:
+def _draw_side(rng: np.random.Generator, source: ScenesConfig) -> int:
     """A multiple of 32 px, smaller ones more likely (weights 1/n), which keeps scenes cheap on a CPU."""
-    sides = np.arange(spec.min_side_px, spec.max_side_px + 1, SIDE_STEP_PX)
+    sides = np.arange(source.min_side_px, source.max_side_px + 1, SIDE_STEP_PX)
     weights = 1.0 / np.arange(1, len(sides) + 1)
     return int(rng.choice(sides, p=weights / weights.sum()))
 
@@ -120,10 +106,10 @@ def _draw_count(rng: np.random.Generator, max_objects: int) -> int:
     return int(rng.choice(counts, p=weights / weights.sum()))
 
 
-def _draw_size(rng: np.random.Generator, spec: SceneSpec, side_px: int) -> int:
-    """Longer side of an object: log-uniform between the shares, a minority below the smallest one."""
-    low, high = spec.smallest_fraction, spec.largest_fraction
-    if rng.random() < spec.small_fraction:
+def _draw_size(rng: np.random.Generator, source: ScenesConfig, side_px: int) -> int:
+    """Longer side of an object: log-uniform between the fractions, a minority below the smallest one."""
+    low, high = source.smallest_fraction, source.largest_fraction
+    if rng.random() < source.small_fraction:
         low, high = low * 2 / 3, low
     return max(8, round(side_px * float(np.exp(rng.uniform(np.log(low), np.log(high))))))
 
@@ -152,7 +138,7 @@ def _place_anywhere(rng: np.random.Generator, canvas: _Canvas, sprite: Sprite, s
 
 
 def _place_crowd(
-    rng: np.random.Generator, spec: SceneSpec, catalog: SpriteCatalog, canvas: _Canvas, count: int
+    rng: np.random.Generator, source: ScenesConfig, catalog: SpriteCatalog, canvas: _Canvas, count: int
 ) -> None:
     """Put up to `count` objects of one name side by side: where repeated boxes are born."""
     height, width = canvas.pixels.shape[:2]

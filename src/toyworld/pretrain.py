@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +15,29 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
+from coordexp.config.profile import OptimConfig
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import soft_cross_entropy
 from coordexp.losses.soft_targets import SoftTarget, target_entropy
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import save_checkpoint
+from coordexp.models.processor import pixel_spec
 from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.records.sources.coco import read_coco
+from coordexp.records.convert import convert_file
 from coordexp.text.codecs import NUMBER_FORMATS, Role, get_codec
-from coordexp.training.loop import LogRow, MicroBatch
-from coordexp.training.schedule import step_items
+from coordexp.training.loop import LogRow, MicroBatch, train
+from coordexp.training.schedule import legs_schedule, step_items
 from coordexp.training.session import write_curve
+from toyworld.coco_folder import ANNOTATIONS
+from toyworld.model import build_tiny
+from toyworld.sprites import load_catalog
+from toyworld.tokenizer import build_tiny_tokenizer
 
+MIN_PIXELS, MAX_PIXELS = 64 * 64, 192 * 192
 AVERAGED_STEPS = 100  # metrics are means over the last steps
 CURVE_EVERY = 20
 
@@ -126,22 +134,64 @@ class TextTask:
         return {"phase": phase, "images": [self._stores[phase][i].image_id for i in items]}
 
 
+def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
+    """Tokenise the scenes below `home`, train, and write the checkpoint with its log, metrics and metadata there.
+
+    An interrupted run continues from `state`.
+    """
+    started = time.monotonic()
+    options, seed = params["train"], params["seed"]
+    tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).seen)
+    vlm = build_tiny(tokenizer, seed)
+    model = BaseModel(vlm)
+    pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
+    phases = []
+    for name, phase in params["phases"].items():
+        folder, samples = home / "data" / name, state / f"{name}.parquet"
+        prepare_base_samples(folder, samples, tokenizer, pixels, phase["task_shares"], seed)
+        steps, per_step = phase["steps"], phase["samples_per_step"]
+        phases.append(
+            CurriculumPhase(samples=samples, image_root=folder / "train", steps=steps, samples_per_step=per_step)
+        )
+    collators = [
+        Collator(p.image_root, pixels, vlm.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
+        for p in phases
+    ]
+    optim = OptimConfig(
+        optimizer="muon",
+        steps=sum(phase.steps for phase in phases),
+        lr=options["lr"],
+        coord_row_lr_factor=1.0,
+        betas=(0.9, 0.95),
+        warmup_steps=options["warmup_steps"],
+        weight_decay=0.0,
+        precision="bf16",
+        max_grad_norm=1.0,
+        log_every=25,
+        grad_monitor_every=0,
+    )
+    schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
+    task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
+    train(model, task, optim, state, state / "train_log.jsonl", save_every_seconds=240, schedule=schedule)
+    finish_base(home, vlm, tokenizer, pixels, state / "train_log.jsonl", params, time.monotonic() - started)
+
+
 def prepare_base_samples(
     coco_folder: Path,
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
     pixels: PixelSpec,
-    task_shares: dict[str, float],
+    task_shares: Mapping[str, float],
     seed: int,
 ) -> None:
     """Tokenise one composed folder with the digits codec, drawing a task per image."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    conversion = read_coco(coco_folder / "annotations" / "instances_train.json", "images/train/")
+    annotations = coco_folder / ANNOTATIONS.format(split="train")
+    records = convert_file("coco", annotations, coco_folder / "train", "train").splits["train"]
     rng = np.random.default_rng([seed, 7])
     names = [*task_shares, "detect"]
     shares = [*task_shares.values(), 1.0 - sum(task_shares.values())]
-    tasks = rng.choice(names, size=len(conversion.records), p=shares).tolist()
-    write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels, NUMBER_FORMATS), conversion.records, tasks, out)
+    tasks = rng.choice(names, size=len(records), p=shares).tolist()
+    write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels, NUMBER_FORMATS), records, tasks, out)
 
 
 def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from skimage import data as skimage_data
 
 Pixels = NDArray[np.float32]
-TRAIN_SHARE = 0.7
+TRAIN_FRACTION = 0.7
 # name -> the region (x1, y1, x2, y2) that shows no object of the vocabulary; None takes the whole picture
 PHOTO_REGIONS: dict[str, tuple[int, int, int, int] | None] = {
     "astronaut": None,
@@ -32,7 +32,7 @@ def photos(is_val: bool) -> tuple[Image.Image, ...]:
     for name, region in PHOTO_REGIONS.items():
         image = Image.fromarray(getattr(skimage_data, name)()).convert("RGB")
         image = image.crop(region) if region else image
-        cut = int(image.width * TRAIN_SHARE)
+        cut = int(image.width * TRAIN_FRACTION)
         out.append(image.crop((cut, 0, image.width, image.height) if is_val else (0, 0, cut, image.height)))
     return tuple(out)
 
@@ -41,8 +41,8 @@ def photo_crop(rng: np.random.Generator, width: int, height: int, is_val: bool) 
     """A random crop of a photo, scaled to the scene, with a random tint, flip and sometimes blur."""
     material = photos(is_val)
     image = material[rng.integers(len(material))]
-    share = rng.uniform(0.35, 1.0)
-    crop_w, crop_h = max(8, int(image.width * share)), max(8, int(image.height * share))
+    fraction = rng.uniform(0.35, 1.0)
+    crop_w, crop_h = max(8, int(image.width * fraction)), max(8, int(image.height * fraction))
     left, top = int(rng.integers(image.width - crop_w + 1)), int(rng.integers(image.height - crop_h + 1))
     crop = image.crop((left, top, left + crop_w, top + crop_h)).resize((width, height), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
@@ -13,27 +12,29 @@ import pytest
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
-from coordexp.records.scenes import coco_folder, composer
-from coordexp.records.scenes.backgrounds import photos
-from coordexp.records.scenes.coco_folder import write_coco_folder
-from coordexp.records.scenes.composer import MAX_IOU, MIN_VISIBLE, compose_scene
-from coordexp.records.scenes.sprites import load_catalog
-from coordexp.records.sources.coco import read_coco
-from helpers import SPEC, SPRITES, catalog
+from coordexp.records.convert import convert_datasets, convert_file
+from coordexp.records.manifest import IMAGES, MANIFEST, image_path, write_manifest
+from helpers import SCENES, SPRITES, catalog
+from records_folders import records_config
+from toyworld import coco_folder, composer
+from toyworld.backgrounds import photos
+from toyworld.coco_folder import as_datasets, write_coco_folder
+from toyworld.composer import MAX_IOU, MIN_VISIBLE, compose_scene
+from toyworld.sprites import load_catalog
 
-SCENES = [(split, index) for split in ("train", "val") for index in range(20)]
+PLACES = [(split, index) for split in ("train", "val") for index in range(20)]
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return {key: compose_scene(SPEC, catalog(), 3, *key) for key in SCENES}
+    return {key: compose_scene(SCENES, catalog(), 3, *key) for key in PLACES}
 
 
 def test_boxes_lie_inside_and_are_in_reading_order(scenes):
     for scene in scenes.values():
         height, width = scene.pixels.shape[:2]
         boxes = as_boxes([o.bbox_xyxy_px for o in scene.objects])
-        assert 1 <= len(boxes) <= SPEC.max_objects
+        assert 1 <= len(boxes) <= SCENES.max_objects
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, 2:] <= [width, height]).all()
         assert (boxes[:, 2:] - boxes[:, :2] >= 2).all()
@@ -66,7 +67,7 @@ def test_every_object_shows_most_of_its_pixels(monkeypatch):
     least = 1.0
     for index in range(20):
         placed.clear()
-        scene = compose_scene(SPEC, catalog(), 3, "train", index)
+        scene = compose_scene(SCENES, catalog(), 3, "train", index)
         owner = np.full(scene.pixels.shape[:2], -1)
         for i, (mask, left, top) in enumerate(placed):
             owner[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = i
@@ -96,8 +97,8 @@ def test_a_flipped_sprite_is_mirrored():
 
 
 def test_the_same_arguments_give_the_same_bytes(scenes):
-    for key in SCENES[::5]:
-        again = compose_scene(SPEC, catalog(), 3, *key)
+    for key in PLACES[::5]:
+        again = compose_scene(SCENES, catalog(), 3, *key)
         assert again.pixels.tobytes() == scenes[key].pixels.tobytes()
         assert again.objects == scenes[key].objects
 
@@ -105,7 +106,7 @@ def test_the_same_arguments_give_the_same_bytes(scenes):
 def test_seed_split_and_index_all_count(scenes):
     others = [(4, "train", 0), (3, "val", 0), (3, "train", 1)]
     first = scenes["train", 0].pixels.tobytes()
-    assert all(compose_scene(SPEC, catalog(), *other).pixels.tobytes() != first for other in others)
+    assert all(compose_scene(SCENES, catalog(), *other).pixels.tobytes() != first for other in others)
 
 
 def test_held_out_names_are_in_val_only(scenes):
@@ -128,25 +129,27 @@ def test_train_and_val_share_no_background_pixels():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("coco")
-    return out, write_coco_folder(out, SPEC, SPRITES, 3, {"train": 7, "val": 4}, workers=1)
+    write_coco_folder(out, SCENES, 3, workers=1)
+    return out
 
 
 def test_the_number_of_workers_changes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_folder, "CHUNK_SCENES", 3)
-    assert write_coco_folder(tmp_path, SPEC, SPRITES, 3, {"train": 7, "val": 4}, workers=2) == folder[1]
+    write_coco_folder(tmp_path, SCENES, 3, workers=2)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == 7 + 4 + 2
-    assert filecmp.cmpfiles(tmp_path, folder[0], files, shallow=False) == (files, [], [])
+    assert len(files) == SCENES.train_images + SCENES.val_images + 2
+    assert filecmp.cmpfiles(tmp_path, folder, files, shallow=False) == (files, [], [])
 
 
 def test_the_folder_reads_back_as_the_scenes(folder, scenes):
-    out, made = folder
-    for split in ("train", "val"):
-        conversion = read_coco(out / "annotations" / f"instances_{split}.json", "")
-        assert conversion.drops == {}
-        assert {c.name for c in conversion.categories if c.split == "held_out"} == set(catalog().held_out)
-        assert sum(len(r.objects) for r in conversion.records) == made["objects"][split]
-        for index, record in enumerate(conversion.records):
+    for split, count in (("train", SCENES.train_images), ("val", SCENES.val_images)):
+        annotations = folder / coco_folder.ANNOTATIONS.format(split=split)
+        result = convert_file("coco", annotations, folder / split, split)
+        assert result.drops()[split] == {}
+        (declared,) = result.declared.values()
+        assert {c.name for c in declared if c.split == "held_out"} == set(catalog().held_out)
+        assert len(result.splits[split]) == count
+        for index, record in enumerate(result.splits[split]):
             scene = scenes[split, index]
             assert (record.height, record.width) == scene.pixels.shape[:2]
             assert [(o.desc, o.bbox_xyxy_px) for o in record.objects] == [
@@ -154,24 +157,22 @@ def test_the_folder_reads_back_as_the_scenes(folder, scenes):
             ]
 
 
-def test_a_hash_stands_for_all_images_of_a_split(folder, tmp_path, monkeypatch):
-    real = compose_scene
-
-    def one_pixel_off(spec, sprites, seed, split, index):
-        scene = real(spec, sprites, seed, split, index)
-        if (split, index) == ("val", 2):
-            scene.pixels[0, 0] ^= 64
-        return scene
-
-    monkeypatch.setattr(coco_folder, "compose_scene", one_pixel_off)
-    monkeypatch.setattr(coco_folder, "ProcessPoolExecutor", ThreadPoolExecutor)  # which sees the patch
-    other = write_coco_folder(tmp_path, SPEC, SPRITES, 3, {"train": 7, "val": 4}, workers=1)
-    assert other["image_hashes"]["train"] == folder[1]["image_hashes"]["train"]
-    assert other["image_hashes"]["val"] != folder[1]["image_hashes"]["val"]
+def test_a_composed_folder_goes_the_way_of_a_users(folder, tmp_path):
+    """Its manifest holds nothing of where it was made, so the same scenes give the same bytes everywhere."""
+    results = []
+    for place in ("here", "there"):
+        raw = tmp_path / place
+        shutil.copytree(folder, raw / "images")
+        write_manifest(raw, as_datasets(raw / "images").sets, decode=True, workers=2)
+        splits = convert_datasets(raw, records_config(wordings=1), seed=17).splits
+        assert all(image_path(raw, r.image).is_file() for records in splits.values() for r in records)
+        results.append((splits, (raw / MANIFEST).read_bytes(), (raw / IMAGES).read_bytes()))
+    assert results[0] == results[1]
+    assert [r.image for r in results[0][0]["val"]] == [f"images/val/{i:06d}.jpg" for i in range(SCENES.val_images)]
 
 
 def test_areas_are_those_of_the_boxes(folder):
-    rows = json.loads((folder[0] / "annotations" / "instances_train.json").read_text())["annotations"]
+    rows = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
     assert all(row["area"] == row["bbox"][2] * row["bbox"][3] > 0 for row in rows)
 
 

@@ -1,0 +1,152 @@
+"""One conversion: every format says the same of the same pictures, in the graph and on the command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from coordexp.config.profile import RecordsConfig
+from coordexp.errors import DataError
+from coordexp.records.convert import convert_datasets, convert_file
+from coordexp.records.images import EXIF_ORIENTATION
+from coordexp.records.manifest import READERS, open_split, write_manifest
+from coordexp.records.schema import Record
+from records_folders import HOLDS_CROWDS, LAYOUTS, NAMES, Annotated, dataset, kept, picture, records_config
+from records_folders import write_annotations as write
+
+SIZE = (64, 48)
+
+
+def boxes(width: int, height: int) -> st.SearchStrategy[tuple[int, int, int, int]]:
+    x, y = st.integers(0, width - 2), st.integers(0, height - 2)
+    w, h = st.integers(2, width), st.integers(2, height)
+    return st.builds(lambda x, y, w, h: (x, y, min(width, x + w), min(height, y + h)), x, y, w, h)
+
+
+names = st.sampled_from(NAMES)
+objects = st.lists(st.tuples(names, boxes(*SIZE), st.booleans()), max_size=4, unique_by=lambda o: o[:2])
+
+
+@pytest.mark.parametrize("fmt", LAYOUTS)
+@given(world=st.lists(objects, min_size=1, max_size=3))
+@settings(max_examples=15)
+def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    pictures = [Annotated(f"{i}.jpg", SIZE, tuple(objects)) for i, objects in enumerate(world)]
+    write(fmt, root, "train", pictures)
+    if fmt == "yolo":  # finds its images by looking
+        (root / "images" / "train").mkdir(parents=True)
+        for p in pictures:
+            (root / "images" / "train" / p.name).touch()
+    reading = open_split(dataset(fmt, root), "train")
+    result = kept(reading, size=SIZE)
+    assert result.problems == []
+    assert [Path(r.image).name for r in result.records] == [p.name for p in pictures]
+    for record, p in zip(result.records, pictures, strict=True):
+        found = [(o.desc, tuple(round(v, 9) for v in o.bbox_xyxy_px), bool(o.metadata.get("iscrowd")))
+                 for o in record.objects]  # fmt: skip
+        wanted = [(desc, box, crowd and fmt in HOLDS_CROWDS) for desc, box, crowd in p.objects]
+        assert sorted(found) == sorted(wanted)
+        assert found == sorted(found, key=lambda o: (o[1][1], o[1][0]))  # reading order
+        assert (record.width, record.height) == SIZE
+
+
+def test_every_format_has_a_writer_here() -> None:
+    assert LAYOUTS.keys() | {"refcoco"} == READERS.keys()
+
+
+# The graph and the command line ---------------------------------------------------------------------------------------
+
+
+def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
+    """A folder as a phone and a download leave it: a picture that lies on its side, one cut off, one with a crowd."""
+    cat, big, crowd = (
+        ("cat", (4, 5, 30, 40), False),
+        ("red mug", (0, 0, 60, 44), False),
+        ("person", (0, 0, 60, 40), True),
+    )
+    splits = {
+        "train": [Annotated(f"{name}.jpg", SIZE, (cat,)) for name in ("plain", "rotated", "cut", "a", "b", "c")],
+        "val": [Annotated("val.jpg", SIZE, (big,))],
+    }
+    splits["train"].append(Annotated("crowd.jpg", SIZE, (cat, big, crowd)))
+    for split, pictures in splits.items():
+        write(fmt, root, split, pictures)
+        folder = root / LAYOUTS[fmt][0].format(split=split)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, p in enumerate(pictures):
+            image, exif = picture(100 * len(split) + i, *SIZE), Image.Exif()
+            if p.name == "rotated.jpg":
+                exif[EXIF_ORIENTATION] = 6
+                image = image.transpose(Image.Transpose.ROTATE_90)
+            image.save(folder / p.name, exif=exif)
+            if p.name == "cut.jpg":
+                (folder / p.name).write_bytes((folder / p.name).read_bytes()[:300])
+    return splits
+
+
+def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
+    """(records, problems) of the train split by the stages and by the command, or what either of them says."""
+    images, annotations = (part.format(split="train") for part in LAYOUTS[fmt])
+
+    def by_stages() -> tuple[list[Record], list[str]]:
+        write_manifest(root / "raw", {"mine": dataset(fmt, root)}, decode=True, workers=2)
+        result = convert_datasets(root / "raw", config, seed=0)
+        records = sorted(result.splits["train"] + result.splits["dev"], key=lambda r: r.image)
+        return [_plain(r, f"mine/{images}/") for r in records], list(map(str, result.problems["train"]))
+
+    def by_command() -> tuple[list[Record], list[str]]:
+        result = convert_file(dataset(fmt, root).format, root / annotations, root / images, "train", config)
+        records = sorted(result.splits["train"], key=lambda r: r.image)
+        return [_plain(r, "") for r in records], list(map(str, result.problems["train"]))
+
+    found: list[Any] = []
+    for way in (by_stages, by_command):
+        try:
+            found.append(way())
+        except DataError as error:
+            found.append(re.sub(r"^\S+/train: ", "", str(error)))
+    return found
+
+
+def _plain(record: Record, prefix: str) -> Record:
+    """Without the set's name, and without the ids that a profile makes where the source has none."""
+    metadata = {key: value for key, value in record.metadata.items() if key != "image_id"}
+    return replace(record, image=record.image.removeprefix(prefix), metadata=metadata)
+
+
+@pytest.mark.parametrize("fmt", ["coco", "yolo", "voc", "jsonl"])
+def test_the_graph_and_the_command_are_one_conversion(fmt, tmp_path):
+    splits = write_photos(fmt, tmp_path)
+    dropping = {"wordings": 1, "bad_images": "drop", "max_lost": 0.5}
+    by_stages, by_command = both_ways(fmt, tmp_path, records_config(**dropping))
+    assert by_stages == by_command
+    records, problems = by_stages
+    assert {r.image for r in records} == {p.name for p in splits["train"]} - {"cut.jpg"}
+    assert all((r.width, r.height) == SIZE for r in records)
+    crowds = [o.desc for r in records for o in r.objects if o.metadata.get("iscrowd")]
+    assert crowds == (["person"] if fmt in HOLDS_CROWDS else [])
+    assert [p for p in problems if "image_unreadable" in p and "cut.jpg" in p] == problems
+    for policies, words in (
+        ({"bad_images": "error"}, "1 images cannot be used (image_unreadable 1)"),
+        ({"min_side_px": 38.0}, "6 of "),
+    ):
+        by_stages, by_command = both_ways(fmt, tmp_path, records_config(**(dropping | policies)))
+        assert by_stages == by_command
+        assert words in by_stages
+
+
+def test_a_picture_annotated_as_it_is_stored_is_refused_both_ways(tmp_path):
+    splits = write_photos("coco", tmp_path)
+    turned = [replace(p, size=SIZE[::-1]) if p.name == "rotated.jpg" else p for p in splits["train"]]
+    write("coco", tmp_path, "train", turned)
+    by_stages, by_command = both_ways("coco", tmp_path, records_config(wordings=1))
+    assert by_stages == by_command
+    assert "image_exif_rotated (train2017/rotated.jpg is 64 x 48 px, annotated 48 x 64)" in by_stages
