@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.config.profile import Format
+from coordexp.config.formats import Format
 from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
 from coordexp.experiments.command import ab, monitor
 from coordexp.infra.files import write_text
@@ -109,14 +109,6 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each image.")] = False,
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
-    min_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Smallest image area given to the model, in pixels  [default: as in training]"),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Largest image area given to the model, in pixels  [default: as in training]"),
-    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
         Path | None,
@@ -138,8 +130,7 @@ def predict(
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
-    options = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_new_tokens": max_new_tokens}
-    detector = _load_detector(checkpoint, servers=server or (), device=device, **options)
+    detector = _load_detector(checkpoint, servers=server or (), device=device, max_new_tokens=max_new_tokens)
     from coordexp import prediction  # loads torch: only now, after the allocator was tuned
 
     seen: set[str] = set()

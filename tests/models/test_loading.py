@@ -22,7 +22,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def folder(tmp_path) -> Path:
     checkpoint = new_checkpoint()
-    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
+    save_checkpoint(tmp_path, checkpoint)
     return tmp_path
 
 

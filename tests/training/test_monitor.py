@@ -89,7 +89,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     monitor = make_monitor(space, "stage1", checkpoint, 4)
     again = predict_samples(
         checkpoint,
-        make_reader(checkpoint, "json", EMITTED, {}),
+        make_reader(checkpoint, EMITTED, {}),
         monitor._viewer.samples,
         space.paths.raw,
         monitor._viewer.decode,

@@ -16,6 +16,10 @@ from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
+# A checkpoint names its default ones too (models/detection_config.py).
+BoxRule = Literal["argmax", "expectation", "local_expectation", "median"]
+ScoreName = Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"]
+
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
 SeedOffset = Annotated[int, Field(ge=0, le=999)]
@@ -126,12 +130,8 @@ class DecodeParams(Block):
     temperature: float = Field(ge=0, le=5, description="sampling temperature; 0 is greedy")
     top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
     repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
-    score: Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"] = Field(
-        description="confidence of an object (rollout/confidence.py)"
-    )
-    box: Literal["argmax", "expectation", "local_expectation", "median"] = Field(
-        description="position of an edge: the emitted bin, or a statistic of its distribution"
-    )
+    score: ScoreName = Field(description="confidence of an object (rollout/confidence.py)")
+    box: BoxRule = Field(description="position of an edge: the emitted bin, or a statistic of its distribution")
     grammar: Literal["none", "any", "closed"] = Field(
         description="emit only what parses, with any name or only names of the data set"
     )

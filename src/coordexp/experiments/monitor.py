@@ -62,9 +62,8 @@ class Monitor:
         store = SampleStore(run.paths.norm1000 / "dev.parquet")
         order = np.random.default_rng([run.params.seed, _SUBSET]).permutation(len(store))[:images]
         self._samples = [store[i] for i in np.sort(order).tolist()]
-        codec = self._checkpoint.codec_name or run.params.text.codec
-        self._decode = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
-        self._reader = make_reader(self._checkpoint, codec, make_readout(run.params), identity={})
+        self._decode = decode_settings(run.params, self._checkpoint.codec, allowed_names(run.params, run.paths))
+        self._reader = make_reader(self._checkpoint, make_readout(run.params), identity={})
         self._settings = replace(eval_settings(run.params), bootstrap_resamples=RESAMPLES)
         self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.config.paths import ProfilePaths
+from coordexp.config.paths import ProfilePaths, model_folder
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
-from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
+from coordexp.infra.provenance import answer_files, code_hash, fingerprint, resume_folder, write_json
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -74,10 +74,10 @@ def match_settings(params: Params) -> MatchSettings:
     return MatchSettings(**params.matching.model_dump())
 
 
-def make_reader(checkpoint: ModelFormat, codec: str, readout: Readout, identity: dict[str, str]) -> AnswerReader:
+def make_reader(checkpoint: ModelFormat, readout: Readout, identity: dict[str, str]) -> AnswerReader:
     """A reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
-    return AnswerReader(table, codec, identity, readout.for_codec(codec))
+    return AnswerReader(table, checkpoint.codec, identity, readout.for_codec(checkpoint.codec))
 
 
 def decode_identity(
@@ -86,7 +86,7 @@ def decode_identity(
     """Short hashes of weights, prompt and decode settings: two files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
     decode = hashlib.sha256(f"{settings}{codec}{readout}".encode()).hexdigest()[:16]
-    return {"model": fingerprint({}, weight_files(folder)), "prompt": prompt, "decode": decode}
+    return {"model": fingerprint({}, answer_files(folder)), "prompt": prompt, "decode": decode}
 
 
 def predict_samples(
@@ -131,9 +131,9 @@ def run_rollouts(run: RunConfig) -> dict[str, Any]:
     count = min(run.profile.rollout.images, len(store))
     chosen = np.sort(np.random.default_rng([run.params.seed, 2]).permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    codec, readout = run.params.text.codec, make_readout(run.params)
+    codec, readout = form.codec, make_readout(run.params)
     settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
-    reader = make_reader(form, codec, readout, decode_identity(folder, samples[0], settings, codec, readout))
+    reader = make_reader(form, readout, decode_identity(folder, samples[0], settings, codec, readout))
     started, batch_images = time.monotonic(), run.profile.rollout.batch_images
     generations, checkpoint, _ = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, settings
@@ -236,20 +236,22 @@ def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
         "seed": run.params.seed,
         "code": code_hash(DECODE_LAYERS),
     }
-    inputs = [*weight_files(folder), run.paths.norm1000 / f"{split}.parquet"]
+    inputs = [*answer_files(folder), run.paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
 
 
 def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) -> None:
-    # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
-    form = load_format(folder, run.profile.model.min_pixels, run.profile.model.max_pixels)
-    codec = form.codec_name or run.params.text.codec
+    model = run.profile.model
+    # The base brings limits of its own, but is asked about pictures of the size that norm1000 gave them.
+    is_base = folder == model_folder(model.path)
+    form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
+    codec = form.codec
     settings = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
     readout = make_readout(run.params).for_codec(codec)
     count = min(run.profile.eval.images or len(store), len(store))
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], settings, codec, readout)
-    reader = make_reader(form, codec, readout, identity)
+    reader = make_reader(form, readout, identity)
     batch_images = run.profile.eval.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(

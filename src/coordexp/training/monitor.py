@@ -165,7 +165,7 @@ def make_monitor(run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int)
     samples = [store[int(i)] for i in chosen]
     viewer = Viewer(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, run.params.text.codec, EMITTED, identity={}),
+        reader=make_reader(checkpoint, EMITTED, identity={}),
         samples=samples,
         decode=DecodeSettings(
             max_new_tokens=_LONGEST * max(len(sample.answer_ids) for sample in samples),

@@ -120,7 +120,7 @@ def _run_main(
     undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels, weights)
+    save_checkpoint(temporary, checkpoint, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     monitor.hand_over(temporary)
     summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}

@@ -70,7 +70,7 @@ def _teach(
     data = run.paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(
-        SampleStore(data), make_encoder(run.params, checkpoint), run.params.text.object_order, run.params.stage1_seed
+        SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, run.params.stage1_seed
     )
     objective = stage1_objective(run.params, checkpoint, len(packs_by_step))
     share = own_slice(run.profile)
