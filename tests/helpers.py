@@ -30,8 +30,7 @@ from coordexp.models.processor import pixel_spec
 from coordexp.models.tiny import build_tiny, tiny_config
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
-from coordexp.packing.plan_file import write_plan
-from coordexp.packing.planner import plan_packs
+from coordexp.packing.planner import plan_packs, write_plan
 from coordexp.packing.prepare import SamplePreparer, text_objects, write_split
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.scenes.composer import SceneSpec, compose_scene

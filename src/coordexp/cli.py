@@ -23,8 +23,6 @@ from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
 if TYPE_CHECKING:
-    from coordexp.config.profile import Profile
-    from coordexp.config.schema import Params
     from coordexp.detector import Detector
     from coordexp.evaluation.evaluator import Evaluation
 
@@ -302,13 +300,10 @@ def export(
     A Hugging Face folder with a model card and COCO results; or with --predictions and --image-info only the results,
     for a test server that keeps the annotations.
     """
-    from coordexp.config.paths import ProfilePaths
     from coordexp.config.run import RunConfig
     from coordexp.export.publish import publish
 
-    parameters, chosen = _settings(params, profile)
-    run = RunConfig(params=parameters, profile=chosen, paths=ProfilePaths(parameters.profile, params.parent))
-    print("\n".join(publish(run, checkpoint, out, predictions, image_info)))
+    print("\n".join(publish(RunConfig.read(params, profile), checkpoint, out, predictions, image_info)))
 
 
 @app.command()
@@ -323,26 +318,20 @@ def doctor(
 
     Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.doctor.diagnosis import diagnose, pin_model
+    from coordexp.config.loading import load_params
+    from coordexp.config.run import RunConfig
+    from coordexp.doctor.diagnosis import diagnose
+    from coordexp.models.pins import write_pins
 
     if pin:
-        _note(pin_model(params, profile))
-    parameters, chosen = _settings(params, profile)
-    diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
+        file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
+        _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
+    diagnosis = diagnose(RunConfig.read(params, profile), decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
         write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
-
-
-def _settings(params: Path, profile: str | None) -> tuple[Params, Profile]:
-    """The parameters with the wanted profile, and that profile."""
-    from coordexp.config.loading import load_params, load_profile
-
-    parameters = load_params(params)
-    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
-    return parameters, load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.provenance import image_inputs
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.plan_file import read_packs
+from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.training.builders import (
     ROW_LR_FACTOR,
