@@ -62,7 +62,7 @@ BASE = DetectionConfig(version=1, codec="digits", object_order="top_left")
 def write_detection_config(folder: Path, config: DetectionConfig) -> None:
     """Write it into a checkpoint folder; a base model goes without."""
     if config.coordinates is not None:
-        write_json(folder / FILE, config.model_dump(mode="json"))
+        write_json(folder / FILE, {"version": config.version} | config.model_dump(mode="json"))
 
 
 def read_detection_config(folder: Path, coordinates: CoordVocabulary | None) -> DetectionConfig:
