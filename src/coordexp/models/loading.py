@@ -142,6 +142,11 @@ def check_config(folder: Path) -> None:
         raise CheckpointError(
             f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
         )
+    if quantised := config.get("quantization_config"):
+        raise CheckpointError(
+            f"{path}: quantization_config is {quantised!r:.60}, expected plain weights. Take the checkpoint that was "
+            "quantised."
+        )
 
 
 def _check_hashes(folder: Path) -> None:
@@ -167,9 +172,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({error}). Expected tokenizer files of Qwen3-VL that need no "
+            f"{folder}: the tokenizer cannot be loaded ({error!r}). Expected tokenizer files of Qwen3-VL that need no "
             "code of their own; take them from the checkpoint that the model came from."
         ) from error
     _check_added_tokens(folder / "tokenizer.json")
@@ -199,6 +204,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
+            attn_implementation="sdpa",  # whatever the folder names: others need packages or kernels from a hub
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
