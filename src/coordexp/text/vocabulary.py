@@ -28,10 +28,6 @@ class CoordVocabulary:
         """One past the last coordinate id."""
         return self.first_id + NUM_BINS
 
-    def id_of(self, bin_index: int) -> int:
-        """Token id of a bin 0..999."""
-        return self.first_id + int(bin_index)
-
     def bin_of(self, token_id: int) -> int | None:
         """Bin of a token id, or None if it is no coordinate token."""
         offset = token_id - self.first_id
