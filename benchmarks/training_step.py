@@ -34,7 +34,7 @@ from benchmarks import harness, tiny_run, trl_loop
 from coordexp.config.profile import OptimConfig
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
-from coordexp.packing.plan_file import read_packs
+from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.prompts import expand_image

@@ -32,7 +32,7 @@ def run(context: RunConfig) -> None:
         for stage in (raw, convert, norm1000, pack, stage1):
             stage.run(small)
         _summary(small)
-    diagnosis = diagnose(context.profile, context.params, context.paths.root / "data", decode=False)
+    diagnosis = diagnose(context, decode=False)
     LOG.info("the plan of the whole run:\n  %s", "\n  ".join(diagnosis.lines))
     if diagnosis.stops:
         raise DataError("the sample went through, but the whole run would stop at what is marked STOP above.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import repeat
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.provenance import write_json
+from coordexp.models.detection_config import DetectionConfig
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.models.pins import pinned_folder
@@ -22,8 +23,10 @@ def run(context: RunConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base = load_checkpoint(pinned_folder(config, context.params.profile), config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)
-    save_checkpoint(context.paths.init, base.model, base.tokenizer, base.pixels)
-    preparer = SamplePreparer(base.tokenizer, get_codec(context.params.text.codec), base.pixels)
+    asked = read_records(context.paths.records / "train.jsonl")
+    detection = DetectionConfig.of_training(context.params.text, asked, vocabulary)
+    save_checkpoint(context.paths.init, replace(base, detection=detection))
+    preparer = SamplePreparer(base.tokenizer, get_codec(detection.codec), base.pixels)
     summary: dict[str, object] = {"first_coord_id": vocabulary.first_id, "tokenizer_size": len(base.tokenizer)}
     for split in ("train", "dev", "val"):
         path, to = context.paths.records / f"{split}.jsonl", out / f"{split}.parquet"

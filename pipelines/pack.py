@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.provenance import write_json
-from coordexp.packing.plan_file import plan_stats, write_plan
-from coordexp.packing.planner import plan_packs
+from coordexp.packing.planner import plan_packs, plan_stats, write_plan
 from coordexp.packing.samples import SampleStore
 from coordexp.stage import LOG, stage_main
 

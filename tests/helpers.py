@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.losses.objective import ObjectiveWeights
 from coordexp.losses.soft_targets import SoftTarget
+from coordexp.models.detection_config import BASE, DetectionConfig
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.processor import pixel_spec
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
-from coordexp.packing.plan_file import write_plan
-from coordexp.packing.planner import plan_packs
+from coordexp.packing.planner import plan_packs, write_plan
 from coordexp.packing.prepare import SamplePreparer, text_objects, write_split
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
@@ -38,6 +38,7 @@ from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
+from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 from coordexp.training.objective_step import Objective
 from coordexp.training.sample_source import SampleSource
 from toyworld.composer import compose_scene
@@ -46,6 +47,7 @@ from toyworld.sprites import SpriteCatalog, load_catalog
 from toyworld.tokenizer import build_tiny_tokenizer
 
 SPRITES = Path(__file__).parents[1] / "data" / "sprites"
+Codec = Literal["json", "tags", "digits"]
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 128 * 128
 SCENES = ScenesConfig(
     kind="scenes",
@@ -101,7 +103,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     return build_tiny_tokenizer(catalog().descs)
 
 
-def new_checkpoint(seed: int = 17, init: str = "ordinal") -> Checkpoint:
+def new_checkpoint(seed: int = 17, init: str = "ordinal", codec: Codec = "json") -> Checkpoint:
     """A random tiny model with coordinate tokens, in float32; a fresh one each time, so that a test may train it.
 
     The weights are scaled up from their initialisation: otherwise all images and contexts give nearly the same logits,
@@ -115,7 +117,8 @@ def new_checkpoint(seed: int = 17, init: str = "ordinal") -> Checkpoint:
                 parameter.mul_(4.0)
     vocabulary = add_coordinate_tokens(model, tokenizer, init, seed)
     pixels = pixel_spec(model.config, MIN_PIXELS, MAX_PIXELS)
-    return Checkpoint(model=model.eval(), tokenizer=tokenizer, pixels=pixels, coord=vocabulary)
+    detection = DetectionConfig(version=1, codec=codec, object_order="top_left", coordinates=vocabulary)
+    return Checkpoint(model=model.eval(), tokenizer=tokenizer, pixels=pixels, detection=detection)
 
 
 def save_model(
@@ -124,9 +127,13 @@ def save_model(
     tokenizer: PreTrainedTokenizerFast,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
+    codec: Codec = "json",
 ) -> None:
-    """A checkpoint folder that asks for pictures between these areas."""
-    save_checkpoint(folder, model, tokenizer, pixel_spec(model.config, min_pixels, max_pixels))
+    """A checkpoint folder that asks for pictures between these areas: without coordinate tokens, a base model."""
+    coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
+    detection = BASE.model_copy(update={"codec": codec, "coordinates": coord}) if coord else BASE
+    pixels = pixel_spec(model.config, min_pixels, max_pixels)
+    save_checkpoint(folder, Checkpoint(model=model, tokenizer=tokenizer, pixels=pixels, detection=detection))
 
 
 @cache
@@ -175,7 +182,7 @@ class World:
 
     root: Path
     store: SampleStore
-    codec: str = "json"
+    codec: Codec = "json"
 
     @property
     def samples(self) -> list[Sample]:
@@ -196,7 +203,7 @@ class World:
         return SampleSource(self.store, self.encoder(checkpoint), object_order, seed=17)
 
 
-def build_world(folder: Path, codec: str = "json") -> World:
+def build_world(folder: Path, codec: Codec = "json") -> World:
     """Scenes -> records -> samples, by way of the files between the stages."""
     tokenizer = new_tokenizer()
     add_coordinate_tokens(build_tiny(tokenizer, 0), tokenizer, "mean", 0)
@@ -291,9 +298,9 @@ def build_workspace(root: Path, world: World) -> Workspace:
     paths.raw.mkdir(parents=True)
     for image in world.root.glob("*.png"):
         shutil.copy(image, paths.raw)
-    checkpoint = new_checkpoint()
+    checkpoint = new_checkpoint(codec=world.codec)
     for folder in (paths.norm1000 / "init", paths.run("stage1")):
-        save_checkpoint(folder, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
+        save_checkpoint(folder, checkpoint)
     for split in ("train", "dev", "val"):
         shutil.copy(world.root / "train.parquet", paths.norm1000 / f"{split}.parquet")
     paths.packed.mkdir(parents=True)

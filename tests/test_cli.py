@@ -487,7 +487,6 @@ def test_convert_refuses_what_is_not_coco(
         (["predict", "{empty}", "--checkpoint", "{checkpoint}"], "empty: no image there: none of its 0 files ends in"),
         (["predict", "{pipe}", "--checkpoint", "{checkpoint}"], "pipe.jpg: cannot be read as an image (it is a named"),
         (["predict", "{scene}", "--checkpoint", "{empty}"], "empty: no config.json"),
-        (["predict", "{scene}", "--checkpoint", "{checkpoint}", "--max-pixels", "10"], "max_pixels 10"),
         (["predict", "{scene}"], "Missing option '--checkpoint'"),
         (["predict", "{scene}", "{notes}", "--checkpoint", "{checkpoint}", "--save", "a.png"], "give a folder"),
         (["evaluate", "{blank}", "--out", "{empty}/m.json"], "blank.jsonl: no predictions in the file"),

@@ -1,4 +1,4 @@
-"""A checkpoint says how large pictures are given to it: trained at limits that no default has, read by everything."""
+"""A checkpoint says how it is used: trained at limits and in a codec that no default has, read alike by everything."""
 
 from __future__ import annotations
 
@@ -12,52 +12,73 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import norm1000, pack, stage1
+from pipelines import norm1000, pack, rollout, stage1, stage1_control, stage2
 from ruamel.yaml import YAML
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from coordexp import detector
-from coordexp.config.loading import read_yaml
-from coordexp.config.paths import ProfilePaths
+from coordexp import cli, detector
+from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.config.paths import ProfilePaths, model_folder
+from coordexp.config.run import RunConfig
 from coordexp.detector import Detector
 from coordexp.errors import CheckpointError
 from coordexp.models.loading import checkpoint_hashes, load_format
 from coordexp.models.processor import IMAGE_FILE, PROCESSOR_FILE
 from coordexp.packing.samples import Sample
+from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import ObjectRecord, Record, write_records
+from coordexp.rollout import stages
+from coordexp.rollout.stages import decode_val
 from coordexp.rollout.vllm_server import link_checkpoint
 from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
+from coordexp.text.vocabulary import CoordVocabulary
 
 LIMITS = (150 * 150, 180 * 180)  # neither those of a profile nor those that the base model brings
 SHOWN = (160, 160)  # a picture of 120 x 120 px under them
-BUDGET = 12
+BUDGET = 40
+STEPS = 30
+PARAMS = {
+    "text": {"codec": "tags", "object_order": "random"},
+    "decode": {"max_new_tokens": BUDGET, "box": "median", "score": "quality"},
+}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """Stage 1's checkpoint of a profile with these limits, made by the stages themselves."""
+def run(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunConfig:
+    """A profile with these limits and this codec, trained by the stages themselves until stage 1 knows its picture."""
     root = tmp_path_factory.mktemp("sizes")
     profile = read_yaml(repository / "configs" / "smoke.yaml")
     profile["model"] |= {"min_pixels": LIMITS[0], "max_pixels": LIMITS[1], "path": str(repository / "models/tiny-base")}
-    profile["stage1"] |= {"steps": 2, "warmup_steps": 1}
+    profile["stage1"] |= {"steps": STEPS, "warmup_steps": 5, "packs_per_step": 1}
+    profile["stage2"] |= {"steps": 2, "warmup_steps": 1}
     profile["monitor"]["every_steps"] = 0
+    params = read_yaml(repository / "params.yaml") | {"profile": "smoke"}
+    for block, changes in PARAMS.items():
+        params[block] |= changes
     (root / "configs").mkdir()
     YAML().dump(profile, root / "configs" / "smoke.yaml")
-    shutil.copy(repository / "params.yaml", root)
+    YAML().dump(params, root / "params.yaml")
     paths = ProfilePaths("smoke", root)
     for folder in (paths.raw, paths.records):
         folder.mkdir(parents=True)
     Image.fromarray(picture()).save(paths.raw / "a.png")
     for split in ("train", "dev", "val"):
-        objects = (ObjectRecord("cat", (10, 10, 90, 90)),)
-        write_records(paths.records / f"{split}.jsonl", [Record("a.png", 120, 120, objects)] * 4)
+        objects = (ObjectRecord("cat", (10, 10, 90, 90)), ObjectRecord("dog", (40, 30, 110, 80)))
+        write_records(paths.records / f"{split}.jsonl", [Record("a.png", 120, 120, objects)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(root))
-        for stage in (norm1000, pack, stage1):
+        for stage in (norm1000, pack, stage1, rollout, stage2, stage1_control):
             options = ["--profile", "smoke", "--params", str(root / "params.yaml"), "--out", str(root)]
             assert stage_main(stage.run, options) == 0
-    return paths.run("stage1")
+    chosen = load_profile(root / "configs" / "smoke.yaml")
+    return RunConfig(params=load_params(root / "params.yaml"), profile=chosen, paths=paths)
+
+
+@pytest.fixture
+def trained(run: RunConfig) -> Path:
+    """Stage 1's checkpoint."""
+    return run.paths.run("stage1")
 
 
 def picture() -> np.ndarray:
@@ -65,7 +86,9 @@ def picture() -> np.ndarray:
     return np.random.default_rng(5).integers(0, 255, (120, 120, 3), np.uint8)
 
 
-def test_the_limits_of_training_are_those_of_the_detector(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """What the detector asks."""
     asked: list[Sample] = []
     answer = detector.predict_samples
 
@@ -74,8 +97,51 @@ def test_the_limits_of_training_are_those_of_the_detector(trained: Path, monkeyp
         return answer(checkpoint, reader, samples, *rest)
 
     monkeypatch.setattr(detector, "predict_samples", predict_samples)
-    Detector.from_checkpoint(trained, max_new_tokens=2).predict([picture()])
+    return asked
+
+
+def test_every_writer_says_how_its_model_is_used(run: RunConfig) -> None:
+    folders = [run.paths.init, *(run.paths.run(name) for name in ("stage1", "stage1-control", "stage2"))]
+    for form in map(load_format, folders):
+        assert (form.pixels.min_pixels, form.pixels.max_pixels) == LIMITS
+        said = form.detection
+        assert (said.codec, said.object_order, said.prompts, said.names) == ("tags", "random", ("open",), ())
+        assert said.coordinates == CoordVocabulary.from_tokenizer(form.tokenizer)
+
+
+def test_detector_predict_and_evaluation_give_the_same_boxes(
+    run: RunConfig,
+    trained: Path,
+    asked: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(run.paths.root))
+    found = Detector.from_checkpoint(trained, max_new_tokens=BUDGET).predict(picture())
     assert [(sample.resized_width, sample.resized_height) for sample in asked] == [SHOWN]
+    assert len(found) >= 1, found.raw_text
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(run.paths.raw / "a.png"), "--checkpoint", str(trained), "--json"])
+    (told,) = map(json.loads, capsys.readouterr().out.splitlines()[-1:])
+    assert told["raw_text"] == found.raw_text
+    assert told["objects"] == found.to_json()["objects"]
+    decode_val(run, "stage1", trained)
+    (judged,) = read_results(run.paths.evaluation("stage1") / "gt_vs_pred.jsonl")
+    assert (judged.raw_text, [p.desc for p in judged.pred]) == (found.raw_text, list(found.descs))
+    np.testing.assert_allclose([p.bbox_xyxy_px for p in judged.pred], found.boxes_xyxy_px, atol=1e-4)
+    np.testing.assert_allclose([p.score for p in judged.pred], found.scores, atol=1e-6)
+
+
+def test_the_base_model_is_asked_about_pictures_of_the_size_of_the_profile(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(run.paths.root))
+    given: list[Any] = []
+    generate = stages.generate_answers
+    monkeypatch.setattr(stages, "generate_answers", lambda *a: given.append(a[1]) or generate(*a))
+    decode_val(run, "base", model_folder(run.profile.model.path))
+    (form,) = given
+    assert (form.codec, form.pixels.min_pixels, form.pixels.max_pixels) == ("digits", *LIMITS)
 
 
 def test_transformers_alone_sees_the_same_pixels_and_answers_the_same(trained: Path) -> None:
@@ -93,22 +159,18 @@ def test_transformers_alone_sees_the_same_pixels_and_answers_the_same(trained: P
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
     inputs.pop("token_type_ids", None)
     ids = model.generate(**inputs, max_new_tokens=BUDGET, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    (found,) = Detector.from_checkpoint(trained, max_new_tokens=BUDGET).predict([picture()])
+    found = Detector.from_checkpoint(trained, max_new_tokens=BUDGET).predict(picture())
     assert tokenizer.decode(ids) == found.raw_text
 
 
 def test_a_server_is_given_the_same_limits_whatever_the_folder_brought(trained: Path, tmp_path: Path) -> None:
     form = load_format(trained)
-    assert (form.pixels.min_pixels, form.pixels.max_pixels) == LIMITS
     shutil.copytree(trained, tmp_path / "base")
     edit(tmp_path / "base" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=16_777_216))
     link_checkpoint(tmp_path / "base", tmp_path / "served", form.pixels)
-    assert load_format_of_copy(tmp_path / "served") == form.pixels
-
-
-def load_format_of_copy(folder: Path) -> Any:
-    (folder / "run_metadata.json").unlink(missing_ok=True)  # its hashes are those of the original
-    return load_format(folder).pixels
+    (tmp_path / "served" / "run_metadata.json").unlink()  # its hashes are those of the original
+    served = load_format(tmp_path / "served")
+    assert (served.pixels, served.detection) == (form.pixels, form.detection)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.config.profile import Format
+from coordexp.config.formats import Format
 from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
 from coordexp.experiments.command import ab, monitor
 from coordexp.infra.files import write_text
@@ -23,8 +23,6 @@ from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
 if TYPE_CHECKING:
-    from coordexp.config.profile import Profile
-    from coordexp.config.schema import Params
     from coordexp.detector import Detector
     from coordexp.evaluation.evaluator import Evaluation
 
@@ -109,14 +107,6 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each image.")] = False,
     classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
-    min_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Smallest image area given to the model, in pixels  [default: as in training]"),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Largest image area given to the model, in pixels  [default: as in training]"),
-    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
         Path | None,
@@ -138,8 +128,7 @@ def predict(
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
-    options = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_new_tokens": max_new_tokens}
-    detector = _load_detector(checkpoint, servers=server or (), device=device, **options)
+    detector = _load_detector(checkpoint, servers=server or (), device=device, max_new_tokens=max_new_tokens)
     from coordexp import prediction  # loads torch: only now, after the allocator was tuned
 
     seen: set[str] = set()
@@ -312,13 +301,10 @@ def export(
     A Hugging Face folder with a model card and COCO results; or with --predictions and --image-info only the results,
     for a test server that keeps the annotations.
     """
-    from coordexp.config.paths import ProfilePaths
     from coordexp.config.run import RunConfig
     from coordexp.export.publish import publish
 
-    parameters, chosen = _settings(params, profile)
-    run = RunConfig(params=parameters, profile=chosen, paths=ProfilePaths(parameters.profile, params.parent))
-    print("\n".join(publish(run, checkpoint, out, predictions, image_info)))
+    print("\n".join(publish(RunConfig.read(params, profile), checkpoint, out, predictions, image_info)))
 
 
 @app.command()
@@ -333,26 +319,20 @@ def doctor(
 
     Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
     """
-    from coordexp.doctor.diagnosis import diagnose, pin_model
+    from coordexp.config.loading import load_params
+    from coordexp.config.run import RunConfig
+    from coordexp.doctor.diagnosis import diagnose
+    from coordexp.models.pins import write_pins
 
     if pin:
-        _note(pin_model(params, profile))
-    parameters, chosen = _settings(params, profile)
-    diagnosis = diagnose(chosen, parameters, params.parent / "data", decode=not header_only)
+        file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
+        _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
+    diagnosis = diagnose(RunConfig.read(params, profile), decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
         write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
-
-
-def _settings(params: Path, profile: str | None) -> tuple[Params, Profile]:
-    """The parameters with the wanted profile, and that profile."""
-    from coordexp.config.loading import load_params, load_profile
-
-    parameters = load_params(params)
-    parameters = parameters.model_copy(update={"profile": profile or parameters.profile})
-    return parameters, load_profile(params.parent / "configs" / f"{parameters.profile}.yaml")
 
 
 def _number(value: float | None) -> str:

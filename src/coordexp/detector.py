@@ -9,8 +9,6 @@ The model writes text; boxes come from the strict parser and scores from the re-
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.errors import CheckpointError, ConfigError, DataError
+from coordexp.errors import DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.infra.device import AUTO
 from coordexp.infra.provenance import answer_files, fingerprint
 from coordexp.models.forward import input_table
-from coordexp.models.loading import METADATA, Checkpoint, load_format, place_for_inference
+from coordexp.models.loading import Checkpoint, load_for_inference
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
@@ -41,7 +39,7 @@ from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import get_codec
-from coordexp.text.prompts import prompt_ids
+from coordexp.text.prompts import question
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -50,7 +48,6 @@ BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
 SERVER_TRIES = 4
 REQUESTS_PER_SERVER = 16
-READOUT = {"box": "median", "score": "quality"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,20 +156,15 @@ class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        codec: str,
-        max_new_tokens: int,
-        batch_images: int,
-        servers: Sequence[str],
-        folder: Path,
+        self, checkpoint: Checkpoint, max_new_tokens: int, batch_images: int, servers: Sequence[str], folder: Path
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
-        self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(codec), checkpoint.pixels)
-        decode = readable(greedy(max_new_tokens, **READOUT), codec)
-        self._reader = make_reader(checkpoint, codec, decode)
-        self._request = DecodeRequest(params=decode, codec=codec, seed=0)
+        form = checkpoint.detection
+        self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(form.codec), checkpoint.pixels)
+        decode = readable(greedy(max_new_tokens, form.box, form.score), form.codec)
+        self._reader = make_reader(checkpoint, decode)
+        self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
         self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
         # Servers take many pictures at a time, and each batch waits for its slowest.
@@ -183,9 +175,6 @@ class Detector:
         cls,
         folder: str | os.PathLike[str],
         *,
-        codec: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_images: int = BATCH_IMAGES,
         servers: Sequence[str] = (),
@@ -193,37 +182,21 @@ class Detector:
     ) -> Detector:
         """Load a checkpoint folder; `from_pretrained` is another name of this.
 
+        How large pictures are given to it, what it is asked, and how its answers are read stands in the folder: in the
+        processor files of transformers and in coordexp.json.
+
         Args:
-            folder: a Hugging Face checkpoint, as the training stages write it.
-            codec: "json", "tags" or "digits". None: what the checkpoint's run_metadata.json says, else "json"; a model
-                without coordinate tokens always answers in "digits".
-            min_pixels: smallest image area the model is given. None: as in training, which the processor files say.
-            max_pixels: largest image area the model is given. None: likewise.
+            folder: a Hugging Face checkpoint, as the training stages write it, or a base model (it answers in digits).
             max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
             batch_images: pictures decoded together, which bounds the memory.
             servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; bfloat16 on GPUs.
 
         Raises:
-            CheckpointError: the folder is no usable checkpoint, or has no coordinate tokens for the codec asked for.
-            ConfigError: the codec is unknown, min_pixels is not in [1, max_pixels], or there is no such device.
+            CheckpointError: the folder is no usable checkpoint.
+            ConfigError: there is no such device.
         """
-        folder = Path(folder)
-        form = load_format(folder, min_pixels, max_pixels)
-        pixels = form.pixels
-        if not 0 < pixels.min_pixels <= pixels.max_pixels:
-            raise ConfigError(
-                f"min_pixels is {pixels.min_pixels} and max_pixels {pixels.max_pixels}, expected 1 <= min_pixels <= "
-                "max_pixels. Leave both out to give the model pictures of the size it was trained on."
-            )
-        chosen = codec or form.codec_name or _recorded_codec(folder) or "json"
-        if form.coord is None and get_codec(chosen).name != "digits":
-            raise CheckpointError(
-                f"{folder}: codec {chosen!r} needs coordinate tokens and the tokenizer has none; expected 'digits'. "
-                "Leave the codec out, or give a checkpoint of a stage after norm1000."
-            )
-        checkpoint = place_for_inference(folder, form, device)
-        return cls(checkpoint, chosen, max_new_tokens, batch_images, servers, folder)
+        return cls(load_for_inference(Path(folder), device), max_new_tokens, batch_images, servers, Path(folder))
 
     from_pretrained = from_checkpoint
 
@@ -254,16 +227,9 @@ class Detector:
         return found
 
     def identity(self) -> AnswerSource:
-        """What decides its answers besides the picture: the checkpoint's files, and all settings as they came out."""
-        pixels = self._checkpoint.pixels
-        settings = {
-            "codec": self._reader.codec,
-            "prompt": hashlib.sha256(prompt_ids(self._checkpoint.tokenizer).tobytes()).hexdigest()[:16],
-            "min_pixels": pixels.min_pixels,
-            "max_pixels": pixels.max_pixels,
-            **self._request.params.model_dump(),
-            "seed": self._request.seed,
-        }
+        """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
+        asked = question(self._checkpoint.detection.prompt or {"kind": "open"})
+        settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
     def _predict_batch(self, images: Sequence[Picture], first: int) -> list[Detections]:
@@ -293,7 +259,9 @@ class Detector:
 
     def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"
-        record = Record(name, picture.width, picture.height, objects=(), metadata={"image_id": index})
+        prompt = self._checkpoint.detection.prompt
+        metadata = {"image_id": index} | ({"prompt": prompt} if prompt else {})
+        record = Record(name, picture.width, picture.height, objects=(), metadata=metadata)
         try:
             sample = self._preparer.prepare(record)
         except DataError as error:
@@ -338,14 +306,3 @@ def _detections(result: ImageResult) -> Detections:
         raw_text=result.raw_text,
         parse=result.parse,
     )
-
-
-def _recorded_codec(folder: Path) -> str | None:
-    """The codec that training recorded, if any."""
-    path = folder / METADATA
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("text", {}).get("codec")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not what training writes ({error}). Restore or delete it.") from error

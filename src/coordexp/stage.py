@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordexp.config.loading import load_params, load_profile
-from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
 from coordexp.errors import (
     EXIT_BUG,
@@ -111,12 +109,10 @@ def _write_fault(error: OSError) -> str:
 
 def _context(run: Callable[[RunConfig], None], argv: Sequence[str] | None) -> RunConfig:
     args = _parser(run.__doc__).parse_args(argv)
-    params = load_params(args.params)
-    params = params.model_copy(update={"profile": args.profile or params.profile})
-    profile = load_profile(args.params.parent / "configs" / f"{params.profile}.yaml")
+    context = RunConfig.read(args.params, args.profile, args.out)
     tune_allocator(LOG)
-    set_threads(profile.launch.threads, LOG)
-    return RunConfig(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out))
+    set_threads(context.profile.launch.threads, LOG)
+    return context
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -20,8 +20,9 @@ from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import soft_cross_entropy
 from coordexp.losses.soft_targets import SoftTarget, target_entropy
+from coordexp.models.detection_config import BASE
 from coordexp.models.forward import hidden_states, slot_logits
-from coordexp.models.loading import save_checkpoint
+from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.processor import pixel_spec
 from coordexp.packing.collator import Collator, Segment, teacher_segment
 from coordexp.packing.pixels import PixelSpec
@@ -215,7 +216,8 @@ def finish_base(
 ) -> None:
     """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
-    save_checkpoint(folder, model.bfloat16(), tokenizer, pixels)
+    base = Checkpoint(model=model.bfloat16(), tokenizer=tokenizer, pixels=pixels, detection=BASE)
+    save_checkpoint(folder, base)
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
     metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}

@@ -394,7 +394,7 @@ def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
          "stage1: warmup_steps 20 is not below steps 9; lower it.\n*"),
         ("extends: whole\nstage1: {lrr: 1}", "{}",
          "stage1.lrr: unknown key, set to 1 (an integer). Did you mean 'lr'?\n*"),
-        ("extends: base/middle", "stage1: {steps: 9}", "source: missing, expected a block with the keys *"),
+        ("extends: base/middle", "stage1: {steps: 9}", "source: missing, expected a block with the key kind: *"),
         ("extends: base/middle", "extends: child",
          "extends: {folder}/child.yaml extends {folder}/base/middle.yaml extends {folder}/child.yaml: a circle. *"),
         ("extends: base/midle", "{}",

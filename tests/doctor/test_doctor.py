@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from coordexp import cli
-from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.config.loading import load_params, read_yaml
+from coordexp.config.run import RunConfig
 from coordexp.doctor.needs import count_parameters, needs_of
 from coordexp.doctor.records import examine
+from coordexp.errors import CheckpointError
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.prepare import SamplePreparer
@@ -82,30 +86,36 @@ def test_parameters_are_counted_without_loading_them(repository):
     assert count_parameters(folder) == sum(p.numel() for p in checkpoint.model.parameters())
 
 
+def smoke(repository: Path, codec: str = "json", **launch: object) -> RunConfig:
+    """The smoke profile (64 x 64 to 96 x 96 px), with this codec and launched so."""
+    run = RunConfig.read(repository / "params.yaml", "smoke")
+    text = run.params.text.model_copy(update={"codec": codec})
+    profile = run.profile.model_copy(update={"launch": run.profile.launch.model_copy(update=launch)})
+    return replace(run, params=run.params.model_copy(update={"text": text}), profile=profile)
+
+
 def test_needs_by_hand(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    profile = load_profile(repository / "configs" / "smoke.yaml")  # 64 x 64 to 96 x 96 px
+    run = smoke(repository)
     image = load_checkpoint(repository / "models" / "tiny-base").pixels
     record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
-    needs = needs_of([record] * 10, profile, "json")
+    needs = needs_of(run, [record] * 10)
     assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)
     assert needs.text_tokens == 10 * (15 + 5 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
     assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
-    assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // profile.packing.pack_tokens)
+    assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // run.profile.packing.pack_tokens)
     assert needs.over_pack == 0
-    assert needs_of([record] * 10, profile, "tags").text_tokens < needs.text_tokens
-    every_gpu = profile.model_copy(update={"launch": profile.launch.model_copy(update={"processes": 0})})
-    assert needs_of([record] * 10, every_gpu, "json") == needs  # how many there are is not known here
-    four = profile.launch.model_copy(update={"processes": 4, "sharding": "fsdp2", "rows_per_forward": 1})
-    spread = needs_of([record] * 10, profile.model_copy(update={"launch": four}), "json").memory
+    assert needs_of(smoke(repository, "tags"), [record] * 10).text_tokens < needs.text_tokens
+    assert needs_of(smoke(repository, processes=0), [record] * 10) == needs  # how many there are is not known here
+    spread = needs_of(smoke(repository, processes=4, sharding="fsdp2", rows_per_forward=1), [record] * 10).memory
     assert spread.moments == needs.memory.moments // 4
 
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, codec):
     monkeypatch.chdir(repository)
-    profile = load_profile(repository / "configs" / "smoke.yaml")
-    limits = profile.model.min_pixels, profile.model.max_pixels
+    run = smoke(repository, codec)
+    limits = run.profile.model.min_pixels, run.profile.model.max_pixels
     base = load_checkpoint(repository / "models" / "tiny-base", *limits)
     add_coordinate_tokens(base.model, base.tokenizer, "mean", 0)
     preparer = SamplePreparer(base.tokenizer, get_codec(codec), base.pixels)
@@ -114,8 +124,27 @@ def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, co
     objects = tuple(ObjectRecord(names[i % 5], (i, i, i + 9, i + 9)) for i in range(20))
     asked = {"prompt": {"kind": "listed", "style": 1, "names": [*names[:2], "refrigerator", "surfboard"]}}
     for record in (Record("a.jpg", 96, 64, objects), Record("a.jpg", 96, 64, objects, metadata=asked)):
-        needs = needs_of([record], profile, codec)
+        needs = needs_of(run, [record])
         assert needs.longest_tokens == pytest.approx(preparer.prepare(record).length, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*\.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "not a safetensors file"),
+    ],
+)
+def test_a_model_that_cannot_be_read_stops_a_run(repository, tmp_path, damage, message):
+    folder = tmp_path / "base"
+    shutil.copytree(repository / "models" / "tiny-base", folder)
+    damage(folder)
+    run = smoke(repository)
+    model = run.profile.model.model_copy(update={"path": str(folder)})
+    with pytest.raises(CheckpointError, match=message):
+        needs_of(replace(run, profile=run.profile.model_copy(update={"model": model})), [Record("a.jpg", 96, 64, ())])
 
 
 def write_profile(repository: Path, coco: Path, folder: Path) -> Path:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from coordexp import cli
-from coordexp.config.loading import load_params, load_profile
+from coordexp.config.loading import load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
+from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
 from coordexp.export.publish import coco_results, export, write_server_results
+from coordexp.infra.provenance import run_metadata, write_json
+from coordexp.models.loading import METADATA, checkpoint_hashes, load_format, save_checkpoint
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
+from helpers import new_checkpoint
 
 CATEGORIES = [Category(13, "stop sign"), Category(44, "bottle")]
 
@@ -60,22 +69,71 @@ def test_results_for_a_server_that_keeps_the_annotations(paths: ProfilePaths, tm
         write_server_results(predictions, info, paths, out)
 
 
-def test_what_cannot_be_published_is_refused(
-    paths: ProfilePaths, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunConfig:
+    """An evaluated run of the smoke profile: a checkpoint, one answer, the metrics of another run."""
+    run = RunConfig.read(repository / "params.yaml", "smoke", tmp_path_factory.mktemp("finished"))
+    paths, checkpoint = run.paths, new_checkpoint(codec="tags")
+    folder = paths.run("stage2")
+    save_checkpoint(folder, checkpoint)
+    (folder / "train_log.jsonl").touch()
+    metadata = run_metadata("stage2", {}, {}, 1.0, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
+    write_json(folder / METADATA, metadata)
+    write_json(paths.records / "categories.json", [c.to_json() for c in CATEGORIES])
+    paths.reports.mkdir(parents=True)
+    shutil.copy(repository / "reports" / "tiny" / "metrics.json", paths.reports)
+    nothing = ImageResult(
+        image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
+        finish_reason="stop", n_generated_tokens=1, identity={},
+    )  # fmt: skip
+    paths.evaluation("stage2").mkdir(parents=True)
+    write_results(paths.evaluation("stage2") / "gt_vs_pred.jsonl", [nothing])
+    return run
+
+
+def with_decode(run: RunConfig, **changes: object) -> RunConfig:
+    decode = run.params.decode.model_copy(update=changes)
+    return replace(run, params=run.params.model_copy(update={"decode": decode}))
+
+
+def test_an_export_is_a_copy_that_is_read_as_it_was_evaluated(finished: RunConfig, tmp_path: Path) -> None:
+    export(with_decode(finished, box="argmax", score="mix"), "stage2", tmp_path / "new")
+    source, exported = finished.paths.run("stage2"), load_format(tmp_path / "new")
+    assert exported.pixels == load_format(source).pixels
+    assert (exported.codec, exported.detection.box, exported.detection.score) == ("tags", "argmax", "mix")
+    assert not (tmp_path / "new" / "train_log.jsonl").exists()
+    assert {path.stat().st_nlink for path in (tmp_path / "new").iterdir()} == {1}
+
+
+def test_the_snippet_of_the_card_answers_like_the_detector(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    params, profile = load_params(repository / "params.yaml"), load_profile(repository / "configs" / "smoke.yaml")
-    config = RunConfig(params=params, profile=profile, paths=paths)
-    run = paths.run("stage2")
-    run.mkdir(parents=True)
-    (run / "adapter_config.json").touch()
-    (run / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="no merged checkpoint"):
-        export(config, "stage2", tmp_path / "new")
-    (run / "adapter_config.json").unlink()
+    export(with_decode(finished, max_new_tokens=12), "stage2", tmp_path / "new")
+    noise = np.random.default_rng(1).integers(0, 255, (150, 130, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    code = snippet.replace("<this folder>", str(tmp_path / "new")).replace("photo.jpg", str(tmp_path / "photo.png"))
+    capsys.readouterr()
+    exec(code, {})
+    found = Detector.from_pretrained(tmp_path / "new", max_new_tokens=12).predict(noise)
+    assert capsys.readouterr().out.rstrip("\n") == found.raw_text
+
+
+def test_what_cannot_be_published_is_refused(
+    finished: RunConfig, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(DataError, match="is not empty"):
-        export(config, "stage2", tmp_path)
+        export(finished, "stage2", finished.paths.root)
+    with pytest.raises(CheckpointError, match="no merged checkpoint"):
+        export(finished, "stage1", tmp_path / "new")
+    other = replace(finished, paths=ProfilePaths("smoke", tmp_path))
+    shutil.copytree(finished.paths.run("stage2"), other.paths.run("stage2"))
     with pytest.raises(DataError, match=r"metrics\.json: missing; run the graph"):
-        export(config, "stage2", tmp_path / "new")
+        export(other, "stage2", tmp_path / "new")
+    (other.paths.run("stage2") / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match="no merged checkpoint"):
+        export(other, "stage2", tmp_path / "new")
     with pytest.raises(SystemExit):
         cli.main(["export", "--out", str(tmp_path / "x"), "--image-info", str(repository / "params.yaml")])
     assert "belong together" in capfd.readouterr().err
@@ -86,24 +144,9 @@ def test_what_cannot_be_published_is_refused(
     [(("coco",), "with the ids of the source"), (("coco", "mine"), "ids made for this mixture of sets")],
 )
 def test_the_card_says_whose_ids_the_results_have(
-    paths: ProfilePaths, tmp_path: Path, repository: Path, sets: tuple[str, ...], words: str
+    finished: RunConfig, tmp_path: Path, repository: Path, sets: tuple[str, ...], words: str
 ) -> None:
-    params = load_params(repository / "params.yaml")
     profile = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml")
     mixture = profile.source.model_copy(update={"sets": dict.fromkeys(sets, profile.source.sets["coco"])})
-    run = paths.run("stage2")
-    for folder in (run, paths.reports, paths.evaluation("stage2")):
-        folder.mkdir(parents=True)
-    (run / "model.safetensors").touch()
-    (run / "run_metadata.json").write_text(
-        json.dumps({"steps": 1, "tokens": 2, "git": {"commit": None, "dirty": None}})
-    )
-    (paths.reports / "metrics.json").write_bytes((repository / "reports" / "tiny" / "metrics.json").read_bytes())
-    nothing = ImageResult(
-        image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
-        finish_reason="stop", n_generated_tokens=1, identity={},
-    )  # fmt: skip
-    write_results(paths.evaluation("stage2") / "gt_vs_pred.jsonl", [nothing])
-    config = RunConfig(params=params, profile=profile.model_copy(update={"source": mixture}), paths=paths)
-    export(config, "stage2", tmp_path / "new")
+    export(replace(finished, profile=profile.model_copy(update={"source": mixture})), "stage2", tmp_path / "new")
     assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def test_merged_equals_adapted_and_is_a_plain_checkpoint(checkpoint, batch, meth
     assert list(snapshot(checkpoint.model)) == names
     is_tied = checkpoint.model.config.tie_word_embeddings
     assert (checkpoint.model.lm_head.weight is input_table(checkpoint.model).weight) == is_tied
-    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
+    save_checkpoint(tmp_path, checkpoint)
     assert not list(tmp_path.glob("adapter*"))
     loaded = load_checkpoint(tmp_path)
     torch.testing.assert_close(logits(loaded, batch), adapted, atol=1e-4, rtol=0)

@@ -22,7 +22,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def folder(tmp_path) -> Path:
     checkpoint = new_checkpoint()
-    save_checkpoint(tmp_path, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels)
+    save_checkpoint(tmp_path, checkpoint)
     return tmp_path
 
 
@@ -60,6 +60,16 @@ def test_a_folder_without_a_checkpoint_is_refused(folder, name):
 def test_another_model_is_refused(folder, found):
     change_config(folder, model_type=found)
     refused(folder, f"config.json: model_type is {found!r}, expected 'qwen3_vl'")
+
+
+def test_quantised_weights_are_refused(folder):
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(folder, "config.json: quantization_config is {'quant_method': 'gptq'")
+
+
+def test_the_attention_of_the_folder_is_not_followed(folder):
+    change_config(folder, attn_implementation="someone/kernel", _attn_implementation="someone/kernel")
+    assert load_checkpoint(folder).model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"], ids=repr)
@@ -153,6 +163,12 @@ def test_a_tokenizer_with_other_coordinate_tokens_is_refused(folder, edit):
     edit_tokenizer(folder, edit)
     with pytest.raises(CheckpointError, match=r"coord_\d+\|>|coordinate token ids"):
         load_checkpoint(folder)
+
+
+def test_a_tokenizer_without_its_added_tokens_is_refused(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "added_tokens"}))
+    refused(folder, "the tokenizer cannot be loaded (KeyError('added_tokens'))")
 
 
 def test_code_in_a_model_folder_is_not_run(folder, tmp_path):

@@ -10,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from coordexp.geometry.bins import target_bins
 from coordexp.losses.objective import combine
 from coordexp.models.forward import hidden_states
-from coordexp.packing.collator import Segment, teacher_segment
+from coordexp.packing.collator import Segment, segment_positions, teacher_segment
 from coordexp.text.codecs import Role
 from coordexp.training.objective_step import denominators, objective_terms
 from helpers import new_checkpoint, objective
@@ -190,3 +192,17 @@ def test_moving_a_batch_keeps_everything(packed):
     assert moved.input_ids.device.type == moved.coord_targets.device.type == "meta"
     assert (moved.n_segments, moved.n_tokens) == (packed.n_segments, packed.n_tokens)
     assert moved.input_ids.shape == packed.input_ids.shape
+
+
+@settings(max_examples=40)
+@given(before=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 9), after=st.integers(0, 20))
+def test_positions_equal_those_of_the_model(checkpoint, before, rows, columns, after):
+    model = checkpoint.model
+    merge = model.config.vision_config.spatial_merge_size
+    is_image = torch.tensor([[0] * before + [1] * (rows * columns) + [0] * after])
+    ids = torch.where(is_image == 1, model.config.image_token_id, 5)
+    grid = torch.tensor([[1, rows * merge, columns * merge]])
+    expected, _ = model.model.get_rope_index(ids, is_image.int(), image_grid_thw=grid)
+    positions = segment_positions(before, rows, columns, after)
+    assert positions[1:].tolist() == expected[:, 0].tolist()
+    assert positions[0].tolist() == list(range(before + rows * columns + after))

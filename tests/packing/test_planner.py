@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.errors import DataError
-from coordexp.packing.plan_file import plan_stats, read_packs, write_plan
-from coordexp.packing.planner import pack_rows, plan_packs
+from coordexp.packing.planner import pack_rows, plan_packs, plan_stats, read_packs, write_plan
 
 lengths_up_to_60 = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 

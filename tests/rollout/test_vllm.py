@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Pa
     folder = tmp_path_factory.mktemp("checkpoint")
     made = new_checkpoint()
     _move_and_merge_adapters(made)
-    save_checkpoint(folder, made.model, made.tokenizer, made.pixels)
+    save_checkpoint(folder, made)
     return load_checkpoint(folder), folder
 
 

@@ -83,6 +83,8 @@ def test_the_parser_gives_the_objects_back(name, objects):
     answer = parse_answer(ENCODERS[name].encode(objects).ids, TABLE, name)
     assert [TextObject(o.desc, o.bins) for o in answer.objects] == objects
     assert answer.report.ok
+    firsts = ENCODERS[name].encode(objects).roles[[t for o in answer.objects for t in o.coord_positions]]
+    assert set(firsts.tolist()) <= {Role.NUMBER if name == "digits" else Role.COORD}
 
 
 @pytest.mark.parametrize("name", ["json", "tags"])
@@ -210,12 +212,6 @@ def test_the_decision_to_stop_is_one_token(name, objects):
 def test_without_objects():
     assert printed("json", []) == ['CLOSE -1 {"objects": []}', "CLOSE -1 <|im_end|>"]
     assert printed("tags", []) == ["CLOSE -1 <|im_end|>"]
-
-
-def test_the_end_of_turn_is_optional():
-    encoder = ENCODERS["json"]
-    segments = encoder.codec.segments([CAT])
-    assert encoder.encode_segments(segments, end=False).ids.tolist() == encoder.encode([CAT]).ids[:-1].tolist()
 
 
 def test_an_unknown_codec_is_refused():

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from coordexp.errors import ConfigError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
 from coordexp.text import parser
-from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec, render
+from coordexp.text.codecs import Role, TextObject, get_codec, render
 from coordexp.text.parser import DROP_REASONS, ParsedAnswer, parse_answer
 from coordexp.text.symbols import FIRST_COORD, MARKERS, OTHER, RESERVED_SYMBOL, TokenTable
-from coordexp.text.vocabulary import CoordVocabulary
 
 CODECS = ("json", "digits", "tags")
 # Pieces fused across the borders of objects and descriptions, as byte-level BPE fuses them.
@@ -112,20 +111,9 @@ def test_round_trip(codec, objects, ends):
     assert as_text_objects(answer) == objects
     assert answer.report.ok
     check_answer(ids, answer, codec)
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_worked_example_of_two_objects(codec):
-    rollout = [TextObject("black cat", (120, 300, 420, 700)), TextObject("yellow dog", (500, 280, 880, 650))]
-    ids = answer_ids(codec, rollout)
-    answer = parse_answer(ids, TABLE, codec)
-    assert as_text_objects(answer) == rollout
-    for obj in answer.objects:
-        assert obj.desc in decode(ids[slice(*obj.desc_span)])
-        if codec == "digits":
-            assert [decode(ids[t:])[: len(str(v))] for t, v in zip(obj.coord_positions, obj.bins, strict=True)] == [
-                str(v) for v in obj.bins
-            ]
+    for obj in answer.objects if codec == "digits" else ():
+        starts = [decode(ids[t:])[: len(str(v))] for t, v in zip(obj.coord_positions, obj.bins, strict=True)]
+        assert starts == [str(v) for v in obj.bins]
 
 
 def test_token_indices_by_hand():
@@ -142,31 +130,6 @@ def test_token_indices_by_hand():
     assert cat.coord_positions == (3, 5, 7, 9)
     assert cat.desc_span == (1, 2)
     assert cat.object_span == (0, 11)
-
-
-def test_an_answer_of_the_embedded_tokenizer():
-    from toyworld.tokenizer import build_tiny_tokenizer
-
-    tokenizer = build_tiny_tokenizer(["black cat", "yellow dog"])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(COORD_TOKENS)})
-    table = TokenTable.from_tokenizer(tokenizer, CoordVocabulary.from_tokenizer(tokenizer))
-    objects = [CAT, DOG, TextObject('<|im_end|> "x" 猫', (0, 0, 999, 999))]
-    for codec in CODECS:
-        encoded = AnswerEncoder(tokenizer, get_codec(codec)).encode(objects)
-        answer = parse_answer(encoded.ids, table, codec)
-        assert as_text_objects(answer) == objects
-        assert answer.report.ok
-        first_tokens = [t for obj in answer.objects for t in obj.coord_positions]
-        roles = {int(role) for role in encoded.roles[first_tokens]}
-        assert roles == {Role.NUMBER if codec == "digits" else Role.COORD}
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_no_objects(codec):
-    for text in (render(get_codec(codec), []), render(get_codec(codec), []) + "<|im_end|>"):
-        answer = parse_text(codec, text)
-        assert answer.objects == ()
-        assert answer.report.ok
 
 
 @pytest.mark.parametrize("codec", ["json", "digits"])
@@ -491,10 +454,3 @@ def test_time_is_linear(case):
     small, large = (cpu_seconds(make(n), codec) for n in (10_000, 160_000))
     # 16 times the tokens: linear work takes 16 times as long, quadratic work 256 times.
     assert large < 64 * max(small, 1e-3)
-
-
-def test_a_megabyte_of_description():
-    ids = answer_ids("json", [TextObject("猫" * 350_000, CAT.bins), DOG])
-    answer = parse_answer(ids, TABLE, "json")
-    assert [len(obj.desc) for obj in answer.objects] == [350_000, len(DOG.desc)]
-    check_answer(ids, answer, "json")

@@ -91,7 +91,7 @@ def test_unknown_ids_become_a_reserved_character(unknown):
 
 def test_without_coordinate_tokens_they_are_special_tokens_like_others():
     table = TokenTable.from_tokenizer(TOKENIZER, None)
-    assert table.symbols([COORD.id_of(7)]).text == OTHER
+    assert table.symbols([COORD.first_id + 7]).text == OTHER
 
 
 def test_nothing_generated():
@@ -105,7 +105,7 @@ def test_broken_utf8_decodes_like_python_run_by_run(seed):
     """Random text ids give broken UTF-8. Each run between special tokens must decode as errors='replace' would."""
     rng = random.Random(seed)
     runs = [[rng.randrange(N_TEXT_IDS) for _ in range(rng.randrange(12))] for _ in range(6)]
-    marker = COORD.id_of(3)
+    marker = COORD.first_id + 3
     ids = [token for run in runs for token in [*run, marker]]
     expected = [b"".join(TABLE.pieces[i] for i in run).decode("utf-8", "replace") for run in runs]
     symbols = TABLE.symbols(ids)

@@ -10,6 +10,7 @@ import pytest
 from coordexp.config.loading import load_params
 from coordexp.config.schema import Params
 from coordexp.errors import CheckpointError
+from coordexp.models.detection_config import BASE
 from coordexp.training import builders
 from coordexp.training.rollout_pool import match_schedule
 from helpers import new_checkpoint
@@ -95,4 +96,4 @@ def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(reposito
 
 def test_a_checkpoint_without_coordinate_tokens_is_refused(repository, checkpoint):
     with pytest.raises(CheckpointError, match="norm1000"):
-        builders.stage1_objective(params_with(repository), replace(checkpoint, coord=None), 10)
+        builders.stage1_objective(params_with(repository), replace(checkpoint, detection=BASE), 10)

@@ -86,7 +86,7 @@ def untie(folder: Path) -> None:
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(0.5 * model.lm_head.weight.detach())
     shutil.rmtree(folder)
-    save_checkpoint(folder, model, checkpoint.tokenizer, checkpoint.pixels)
+    save_checkpoint(folder, replace(checkpoint, model=model))
     assert "lm_head.weight" in load_file(folder / "model.safetensors")
 
 

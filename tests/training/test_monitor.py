@@ -87,7 +87,7 @@ def test_a_look_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curv
     monitor = make_monitor(space, "stage1", checkpoint, 4)
     again = predict_samples(
         checkpoint,
-        make_reader(checkpoint, "json", monitor._viewer.request.params),
+        make_reader(checkpoint, monitor._viewer.request.params),
         monitor._viewer.samples,
         space.paths.raw,
         monitor._viewer.request,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from coordexp.errors import BusyError, CheckpointError, Interrupted
 from coordexp.infra.files import only_process
 from coordexp.models.loading import load_checkpoint
-from coordexp.packing.plan_file import read_packs
+from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.training import session

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
@@ -16,3 +18,15 @@ class RunConfig:
     params: Params
     profile: Profile
     paths: ProfilePaths
+
+    @classmethod
+    def read(cls, params: Path, profile: str | None = None, root: Path | None = None) -> RunConfig:
+        """From the parameter file, the profile that it or `profile` names, and the folder of data/, runs/ and reports/.
+
+        Profiles are in configs/ beside the parameter file, and so is everything else unless `root` is given.
+        """
+        values = load_params(params)
+        values = values.model_copy(update={"profile": profile or values.profile})
+        chosen = load_profile(params.parent / "configs" / f"{values.profile}.yaml")
+        paths = ProfilePaths(values.profile, params.parent if root is None else root)
+        return cls(params=values, profile=chosen, paths=paths)

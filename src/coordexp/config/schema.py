@@ -17,6 +17,10 @@ from coordexp.infra.random_streams import repetition_seed
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
+# A checkpoint names its default ones too (models/detection_config.py).
+BoxRule = Literal["argmax", "expectation", "local_expectation", "top_k", "median"]
+ScoreName = Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"]
+
 COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
 
 # How one value is read out of a distribution over bins; losses/readout.py says what each rule does.
@@ -147,10 +151,8 @@ class DecodeParams(Block):
     temperature: float = Field(ge=0, le=5, description="sampling temperature; 0 is greedy")
     top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
     repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
-    score: Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"] = Field(
-        description="confidence of an object (rollout/confidence.py)"
-    )
-    box: Annotated[Literal["argmax", "expectation", "local_expectation", "top_k", "median"], _SHORT_NAMES] = Field(
+    score: ScoreName = Field(description="confidence of an object (rollout/confidence.py)")
+    box: Annotated[BoxRule, _SHORT_NAMES] = Field(
         description="position of an edge: the emitted bin, or read from its distribution (losses/readout.py)"
     )
     box_top_k: BinCount = Field(description="bins that box top_k keeps")

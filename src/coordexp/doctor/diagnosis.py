@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coordexp.config.loading import load_params
 from coordexp.config.profile import DatasetsConfig, Profile
-from coordexp.config.schema import Params
+from coordexp.config.run import RunConfig
 from coordexp.doctor.memory import Memory
-from coordexp.doctor.needs import Needs, needs_of
+from coordexp.doctor.needs import needs_of
 from coordexp.doctor.records import Examination, examine
 from coordexp.errors import CheckpointError
-from coordexp.models.pins import pin_fault, write_pins
+from coordexp.models.pins import pin_fault
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
 
@@ -33,36 +32,27 @@ class Diagnosis:
     stops: bool
 
 
-def diagnose(profile: Profile, params: Params, data: Path, decode: bool) -> Diagnosis:
-    """Examine the data of a profile, estimate its needs, and put both into words.
+def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
+    """Examine the data of a profile, estimate the needs of a run, and put both into words; `decode` unpacks images.
 
-    Args:
-        profile: the profile; composed scenes have nothing to examine, their needs come from the records on file.
-        params: the parameters, of which the codec decides the tokens of an answer.
-        data: the folder of the data stages' outputs.
-        decode: unpack every image.
+    Composed scenes have nothing to examine; the needs come from the records on file.
     """
-    source = profile.source
-    lines: list[str] = []
-    faults: list[Problem] = []
-    stops = False
+    source = run.profile.source
+    lines, faults, stops = ["data: scenes are composed by the raw stage; nothing to examine"], list[Problem](), False
     if isinstance(source, DatasetsConfig):
-        found = examine(source.sets, profile.records, decode, workers=os.cpu_count() or 1)
-        lines += _data_lines(found)
-        faults += _faults(found)
-        train, stops = found.records["train"], found.stops
+        found = examine(source.sets, run.profile.records, decode, workers=os.cpu_count() or 1)
+        lines, faults, stops = list(_data_lines(found)), _faults(found), found.stops
+        train = found.records["train"]
     else:
-        lines.append("data: scenes are composed by the raw stage; nothing to examine")
-        on_file = data / params.profile / "records" / "train.jsonl"
+        on_file = run.paths.records / "train.jsonl"
         train = list(read_records(on_file)) if on_file.is_file() else []
-    n_data_lines = len(lines)
-    fault = pin_fault(profile.model, params.profile)
-    needed, lacks = _need_lines(train, profile, params)
-    lines += [f"STOP: model: {fault}", *needed] if fault else needed
-    stops = stops or bool(fault) or lacks
-    lines.append("a run would stop at what is marked STOP" if stops else "nothing here stops a run")
-    needs = [line.removeprefix(STOP) for line in lines[n_data_lines:] if line.startswith(STOP)]
-    faults += [Problem("needs", f"configs/{params.profile}.yaml", "", detail) for detail in needs]
+    needs = list(_need_lines(run, train))
+    if fault := pin_fault(run.profile.model, run.paths.profile):
+        needs.insert(0, f"{STOP}model: {fault}")
+    lacking = [line.removeprefix(STOP) for line in needs if line.startswith(STOP)]
+    faults += [Problem("needs", f"configs/{run.paths.profile}.yaml", "", detail) for detail in lacking]
+    stops = stops or bool(lacking)
+    lines += [*needs, "a run would stop at what is marked STOP" if stops else "nothing here stops a run"]
     return Diagnosis(tuple(lines), tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults), stops)
 
 
@@ -77,12 +67,6 @@ def _faults(found: Examination) -> list[Problem]:
     ]
 
 
-def pin_model(params: Path, profile: str | None) -> str:
-    """Write the pins of the model into the wanted profile, or the one that the parameter file names; says so."""
-    file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
-    return f"pinned {len(write_pins(file))} files of the model in {file}; commit it"
-
-
 def _data_lines(found: Examination) -> Iterator[str]:
     for split, records in found.records.items():
         objects = sum(len(r.objects) for r in records)
@@ -95,27 +79,35 @@ def _data_lines(found: Examination) -> Iterator[str]:
         yield from (f"    {example}" for example in finding.examples)
 
 
-def _need_lines(train: list[Record], profile: Profile, params: Params) -> tuple[list[str], bool]:
+def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
     if not train:
-        return ["needs: no training record to estimate from"], False
+        yield "needs: no training record to estimate from"
+        return
     try:
-        needs = needs_of(train, profile, params.text.codec)
+        needs = needs_of(run, train)
     except CheckpointError as error:
-        return [f"STOP: model: {error}"], True
+        yield f"{STOP}model: {error}"
+        return
     free = shutil.disk_usage(Path()).free
-    lines = [
-        f"model: {needs.parameters:,} parameters",
+    yield f"model: {needs.parameters:,} parameters"
+    yield (
         f"tokens: {needs.image_tokens:,} of images, about {needs.text_tokens:,} of text; longest record about "
-        f"{needs.longest_tokens:,}",
-        f"packs: about {needs.packs:,} of {profile.packing.pack_tokens:,} tokens; stage 1 passes over them "
-        f"{needs.stage1_passes:.2f} times",
+        f"{needs.longest_tokens:,}"
+    )
+    yield (
+        f"packs: about {needs.packs:,} of {run.profile.packing.pack_tokens:,} tokens; stage 1 passes over them "
+        f"{needs.stage1_passes:.2f} times"
+    )
+    yield (
         f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice that if the cache cannot link "
-        f"files; {_gigabytes(free)} free",
-        _memory_line(needs.memory),
-        _training_line(profile, needs.training_flops),
-    ]
-    too_long, too_full = _shortages(needs, free)
-    return [*lines, *too_long, *too_full], bool(too_long or too_full)
+        f"files; {_gigabytes(free)} free"
+    )
+    yield _memory_line(needs.memory)
+    yield _training_line(run.profile, needs.training_flops)
+    if needs.over_pack:
+        yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
+    if needs.disk_bytes > free:
+        yield f"{STOP}the disk lacks {_gigabytes(needs.disk_bytes - free)}"
 
 
 def _memory_line(memory: Memory) -> str:
@@ -133,12 +125,6 @@ def _training_line(profile: Profile, flops: float) -> str:
         f"{flops:.2g} floating-point operations, {flops / ASSUMED_FLOPS / 3600:.2g} hours on one device at "
         f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16); decoding comes on top"
     )
-
-
-def _shortages(needs: Needs, free_bytes: int) -> tuple[list[str], list[str]]:
-    too_long = f"STOP: {needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
-    too_full = f"STOP: the disk lacks {_gigabytes(needs.disk_bytes - free_bytes)}"
-    return [too_long] if needs.over_pack else [], [too_full] if needs.disk_bytes > free_bytes else []
 
 
 def _gigabytes(n_bytes: int) -> str:

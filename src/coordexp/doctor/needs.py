@@ -6,21 +6,26 @@ with the model's tokenizer; the frame around them is a constant.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from transformers import Qwen3VLConfig
 
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
 from coordexp.doctor.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.errors import CheckpointError
-from coordexp.packing.pixels import PixelSpec, resized_size
+from coordexp.infra.provenance import weight_files
+from coordexp.models.loading import check_config
+from coordexp.models.processor import pixel_spec
+from coordexp.packing.pixels import resized_size
 from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
 from coordexp.text.prompts import asked_names, question
@@ -46,26 +51,28 @@ class Needs:
     training_flops: float  # of stage 1, stage 2 and the control
 
 
-def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
+def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
     """Estimate the needs of training on these records.
 
     Raises:
-        CheckpointError: the model folder of the profile has no safetensors, no tokenizer, or no readable config.json.
+        CheckpointError: the model folder of the profile has no weights, no tokenizer, or no Qwen3-VL's config.json.
         DataError: an image is too long and thin to be given to the model.
     """
-    folder = model_folder(profile.model.path)
-    spec = _pixel_spec(folder, profile)
+    profile, folder = run.profile, model_folder(run.profile.model.path)
+    check_config(folder)
+    config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+    pixels = pixel_spec(config, profile.model.min_pixels, profile.model.max_pixels)
     count = _token_counter(folder)
-    per_object = tokens_per_object(count, codec)
+    per_object = tokens_per_object(count, run.params.text.codec)
     lengths, image_tokens = [], 0
     for record in records:
-        visual = spec.tokens(*resized_size(record.width, record.height, spec))
+        visual = pixels.tokens(*resized_size(record.width, record.height, pixels))
         image_tokens += visual
         lengths.append(visual + _text_tokens(record, per_object, count))
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
-    memory = _step_memory(folder, profile, sum(lengths), image_tokens)
+    memory = _step_memory(config.to_dict(), profile, sum(lengths), image_tokens)
     return Needs(
         train_records=len(lengths),
         image_tokens=image_tokens,
@@ -81,11 +88,10 @@ def needs_of(records: Iterable[Record], profile: Profile, codec: str) -> Needs:
     )
 
 
-def _step_memory(folder: Path, profile: Profile, tokens: int, image_tokens: int) -> Memory:
+def _step_memory(config: Mapping[str, Any], profile: Profile, tokens: int, image_tokens: int) -> Memory:
     """Of full packs with the mixture of the data; answers are nearly all of the text."""
     in_forward = rows_in_forward(profile) * profile.packing.pack_tokens
     visual = round(in_forward * image_tokens / max(1, tokens))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     optimizer = profile.stage1.optimizer
     memory = step_memory(config, profile.tuning, optimizer, in_forward, visual, in_forward - visual)
     is_sharded = profile.launch.sharding != "none" and _processes(profile) > 1
@@ -135,29 +141,15 @@ def tokens_per_object(count: Callable[[str], int], codec: str) -> int:
     return sum(1 if s.role is Role.COORD else count(s.text) for s in second)
 
 
-def _pixel_spec(folder: Path, profile: Profile) -> PixelSpec:
-    path = folder / "config.json"
-    try:
-        vision = json.loads(path.read_text(encoding="utf-8"))["vision_config"]
-        patch, merge, temporal = (int(vision[k]) for k in ("patch_size", "spatial_merge_size", "temporal_patch_size"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: no Qwen3-VL configuration ({error!r}); model.path must be a checkpoint folder."
-        ) from error
-    return PixelSpec(patch, merge, temporal, profile.model.min_pixels, profile.model.max_pixels)
-
-
 def count_parameters(folder: Path) -> int:
     """Parameters of a checkpoint, from the headers of its safetensors files; raises CheckpointError without any."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
-            with path.open("rb") as handle:
-                (size,) = struct.unpack("<Q", handle.read(8))
-                header = json.loads(handle.read(min(size, 100_000_000)))
-            total += sum(prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-        except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a safetensors file ({error!r}); fetch it again.") from error
+            with safe_open(path, "pt") as weights:
+                total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch it again.") from error
     if not total:
         raise CheckpointError(f"{folder}: holds no *.safetensors; model.path must be a checkpoint folder.")
     return total

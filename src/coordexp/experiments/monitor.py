@@ -59,9 +59,8 @@ class Monitor:
         store = SampleStore(run.paths.norm1000 / "dev.parquet")
         order = generator(run.params.seed, "coordexp-monitor/images").permutation(len(store))[:images]
         self._samples = [store[i] for i in np.sort(order).tolist()]
-        codec = self._checkpoint.codec_name or run.params.text.codec
-        self._request = decode_request(run, codec)
-        self._reader = make_reader(self._checkpoint, codec, run.params.decode)
+        self._request = decode_request(run, self._checkpoint.codec)
+        self._reader = make_reader(self._checkpoint, run.params.decode)
         self._params = run.params
         self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
 

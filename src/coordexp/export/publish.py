@@ -7,7 +7,6 @@ the `object-detection` pipeline expects a head that returns boxes, and this mode
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,16 @@ from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import weight_files, write_json
+from coordexp.models.detection_config import DetectionConfig, write_detection_config
+from coordexp.models.loading import METADATA, ModelFormat, checkpoint_hashes, load_format
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.prediction_log import read_rows
 from coordexp.reporting.markdown import number, table
+from coordexp.text.prompts import question
 
 CARD, RESULTS = "README.md", "coco_results.json"
+READOUT = {"box", "score"}
 _SHOWN = {
     "coco.mAP": "AP (COCO, .50:.95)",
     "coco.AP50": "AP at IoU .50",
@@ -52,13 +55,7 @@ class Exported:
     unmapped: int
 
 
-def publish(
-    run: RunConfig,
-    checkpoint: str,
-    out: Path,
-    predictions: Path | None,
-    image_info: Path | None,
-) -> list[str]:
+def publish(run: RunConfig, checkpoint: str, out: Path, predictions: Path | None, image_info: Path | None) -> list[str]:
     """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user."""
     if (predictions is None) != (image_info is None):
         raise DataError("--predictions and --image-info belong together; give both or none.")
@@ -73,14 +70,9 @@ def publish(
 
 
 def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
-    """Fill the folder `out` from the run of a run.profile.
+    """Fill the folder `out`, which is empty or new, with a checkpoint of a run: stage1, stage1-control or stage2.
 
-    Args:
-        params: the parameters of the run.
-        profile: its run.profile.
-        paths: its folders.
-        checkpoint: stage1, stage1-control or stage2.
-        out: an empty or new folder.
+    Its default readout becomes the one that the run was evaluated with.
 
     Raises:
         CheckpointError: the run left no such checkpoint, or it is an adapter that was not merged.
@@ -96,14 +88,21 @@ def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
     categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
     results, unmapped = coco_results(rows, categories)
+    form = load_format(source)
+    _copy_checkpoint(source, out, form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT)))
+    write_json(out / RESULTS, results)
+    write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics)))
+    return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
+
+
+def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> None:
+    """Copies, not links: DVC's cache holds the source, and whoever edits the export must not edit that."""
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix != ".jsonl":  # logs of the training
-            _link_or_copy(file, out / file.name)
-    write_json(out / RESULTS, results)
-    facts = _facts(run, checkpoint, metrics)
-    write_text(out / CARD, _card(facts))
-    return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
+            shutil.copyfile(file, out / file.name)
+    write_detection_config(out, detection)
+    write_json(out / METADATA, _read(source / METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(
@@ -166,15 +165,7 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Large weights take no second place on the disk where links work."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _facts(run: RunConfig, checkpoint: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trained, base = metrics[checkpoint]["eval"], metrics["base"]["eval"]
     rows = []
     for key, words in _SHOWN.items():
@@ -187,16 +178,17 @@ def _facts(run: RunConfig, checkpoint: str, metrics: Mapping[str, Any]) -> dict[
     return {
         "profile": run.params.profile,
         "checkpoint": checkpoint,
-        "codec": run.params.text.codec,
+        "codec": form.codec,
+        "question": json.dumps(question(form.detection.prompt or {"kind": "open"}), ensure_ascii=False),
         "sets": [f"{name} ({config.format})" for name, config in sets.items()] or ["composed scenes of emoji sprites"],
         "tuning": run.profile.tuning.model_dump(),
-        "model": run.profile.model.model_dump(),
+        "pixels": form.pixels,
         "n_images": trained["coco"]["n_images"],
         "n_objects": trained["coco"]["n_gt"],
         "decode": run.params.decode.model_dump(),
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
-        "metadata": _read(run.paths.run(checkpoint) / "run_metadata.json"),
+        "metadata": _read(run.paths.run(checkpoint) / METADATA),
     }
 
 

@@ -20,6 +20,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "
 # Beside the weights, all that loading a checkpoint or rendering a prompt may read.
 ANSWER_FILES = (
     "config.json",
+    "coordexp.json",
     "generation_config.json",
     "model.safetensors.index.json",
     "adapter_config.json",

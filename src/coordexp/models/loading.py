@@ -14,12 +14,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import AUTO, choose_device, inference_dtype
 from coordexp.infra.provenance import answer_files, file_hash
+from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
 from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
@@ -31,16 +38,21 @@ MODEL_TYPE = Qwen3VLConfig.model_type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFormat:
-    """What is needed to ask a model and to read its answers. `coord` is None before norm1000 added the tokens."""
+    """What is needed to ask a model and to read its answers."""
 
     tokenizer: PreTrainedTokenizerBase
     pixels: PixelSpec
-    coord: CoordVocabulary | None
+    detection: DetectionConfig
 
     @property
-    def codec_name(self) -> str | None:
-        """ "digits" for a model without coordinate tokens; otherwise the parameters decide (None)."""
-        return "digits" if self.coord is None else None
+    def coord(self) -> CoordVocabulary | None:
+        """Its coordinate tokens; None before norm1000 added them."""
+        return self.detection.coordinates
+
+    @property
+    def codec(self) -> str:
+        """In which of text.codecs.CODECS it answers."""
+        return self.detection.codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +67,14 @@ def load_checkpoint(folder: Path, min_pixels: int | None = None, max_pixels: int
 
     Args:
         folder: a Hugging Face folder.
-        min_pixels: smallest image area that the model is given from now on. None: as its processor files say.
+        min_pixels: smallest image area that the model is given from now on. None, for all but a profile's base model:
+            as its processor files say.
         max_pixels: largest image area. None: likewise.
 
     Raises:
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
             damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, its
-            processor files do not say how pictures are prepared, or a file is not the one that training wrote.
+            processor files or coordexp.json do not say how it is used, or a file is not the one that training wrote.
     """
     return _with_model(folder, load_format(folder, min_pixels, max_pixels), torch.float32)
 
@@ -85,14 +98,21 @@ def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | N
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     _check_hashes(folder)
+    form = read_format(folder)
+    low = form.pixels.min_pixels if min_pixels is None else min_pixels
+    high = form.pixels.max_pixels if max_pixels is None else max_pixels
+    return replace(form, pixels=replace(form.pixels, min_pixels=low, max_pixels=high))
+
+
+def read_format(folder: Path) -> ModelFormat:
+    """As `load_format`, of a folder whose weights may be missing or others than training wrote."""
+    check_config(folder)
     transformers_logging.disable_progress_bar()
     tokenizer = _load_tokenizer(folder)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
-    pixels = read_pixel_spec(folder, config)
-    low = pixels.min_pixels if min_pixels is None else min_pixels
-    high = pixels.max_pixels if max_pixels is None else max_pixels
-    return ModelFormat(tokenizer=tokenizer, pixels=replace(pixels, min_pixels=low, max_pixels=high), coord=coord)
+    pixels, detection = read_pixel_spec(folder, config), read_detection_config(folder, coord)
+    return ModelFormat(tokenizer=tokenizer, pixels=pixels, detection=detection)
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -102,7 +122,7 @@ def vocabulary_size(folder: Path) -> int:
 
 def _with_model(folder: Path, form: ModelFormat, dtype: torch.dtype) -> Checkpoint:
     model = _load_model(folder, dtype)
-    return Checkpoint(model=model, tokenizer=form.tokenizer, pixels=form.pixels, coord=form.coord)
+    return Checkpoint(model=model, tokenizer=form.tokenizer, pixels=form.pixels, detection=form.detection)
 
 
 def check_config(folder: Path) -> None:
@@ -121,6 +141,11 @@ def check_config(folder: Path) -> None:
     if found != MODEL_TYPE:
         raise CheckpointError(
             f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
+        )
+    if quantised := config.get("quantization_config"):
+        raise CheckpointError(
+            f"{path}: quantization_config is {quantised!r:.60}, expected plain weights. Take the checkpoint that was "
+            "quantised."
         )
 
 
@@ -147,9 +172,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({error}). Expected tokenizer files of Qwen3-VL that need no "
+            f"{folder}: the tokenizer cannot be loaded ({error!r}). Expected tokenizer files of Qwen3-VL that need no "
             "code of their own; take them from the checkpoint that the model came from."
         ) from error
     _check_added_tokens(folder / "tokenizer.json")
@@ -179,6 +204,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
+            attn_implementation="sdpa",  # whatever the folder names: others need packages or kernels from a hub
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
@@ -193,26 +219,24 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
             f"{folder}: weights that config.json asks for are not in the safetensors files or have another shape "
             f"({len(lost)} in all, first {min(lost)}). Take config and weights from one checkpoint."
         )
+    # Beams or a time limit that a folder asks for would change answers; how they are generated is a parameter.
+    ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     return model
 
 
-def save_checkpoint(
-    folder: Path,
-    model: Qwen3VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    pixels: PixelSpec,
-    weights: dict[str, Tensor] | None = None,
-) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None) -> None:
     """Write a plain checkpoint that Hugging Face and vLLM load without code of ours, and feed with the same pixels.
 
     `weights` are those of the model by name, where it does not hold them whole itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        checkpoint.model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
         if number := _OS_ERROR.search(str(error)):  # the disk is full, or not writable
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         raise
-    tokenizer.save_pretrained(folder)
-    write_processor_files(folder, pixels)
+    checkpoint.tokenizer.save_pretrained(folder)
+    write_processor_files(folder, checkpoint.pixels)
+    write_detection_config(folder, checkpoint.detection)

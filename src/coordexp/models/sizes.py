@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from coordexp.models.loading import check_config, save_checkpoint
-from coordexp.models.processor import read_pixel_spec
+from coordexp.models.loading import Checkpoint, read_format, save_checkpoint
 
 VOCABULARY_ROWS = 151_936
 
@@ -109,11 +108,10 @@ def write_shrunken(folder: Path, out: Path, seed: int) -> int:
     Raises:
         CheckpointError: the folder is no Qwen3-VL checkpoint; its weights are not looked at.
     """
-    check_config(folder)
-    config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
-    model = build_shrunken(config, seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    save_checkpoint(out, model, tokenizer, read_pixel_spec(folder, config))
+    form = read_format(folder)
+    model = build_shrunken(Qwen3VLConfig.from_pretrained(folder, local_files_only=True), seed)
+    model.generation_config.eos_token_id = form.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = form.tokenizer.pad_token_id
+    small = Checkpoint(model=model, tokenizer=form.tokenizer, pixels=form.pixels, detection=form.detection)
+    save_checkpoint(out, small)
     return sum(parameter.numel() for parameter in model.parameters())

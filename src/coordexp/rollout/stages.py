@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import DecodeParams
-from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
+from coordexp.infra.provenance import answer_files, code_hash, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -49,19 +50,17 @@ def allowed_names(run: RunConfig) -> tuple[str, ...]:
     return tuple(category.name for category in read_categories(run.paths.records / "categories.json"))
 
 
-def make_reader(
-    checkpoint: ModelFormat, codec: str, decode: DecodeParams, identity: dict[str, str] | None = None
-) -> AnswerReader:
+def make_reader(checkpoint: ModelFormat, decode: DecodeParams, identity: dict[str, str] | None = None) -> AnswerReader:
     """A reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
-    return AnswerReader(table, codec, identity or {}, decode)
+    return AnswerReader(table, checkpoint.codec, identity or {}, decode)
 
 
 def decode_identity(folder: Path, sample: Sample, request: DecodeRequest) -> dict[str, str]:
     """Short hashes of weights, prompt and decode request: two files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
     decode = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
-    return {"model": fingerprint({}, weight_files(folder)), "prompt": prompt, "decode": decode}
+    return {"model": fingerprint({}, answer_files(folder)), "prompt": prompt, "decode": decode}
 
 
 def predict_samples(
@@ -106,8 +105,8 @@ def run_rollouts(run: RunConfig) -> dict[str, Any]:
     count = min(run.profile.rollout.images, len(store))
     chosen = np.sort(generator(run.params.seed, "rollout/images").permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    request = decode_request(run, run.params.text.codec)
-    reader = make_reader(form, request.codec, request.params, decode_identity(folder, samples[0], request))
+    request = decode_request(run, form.codec)
+    reader = make_reader(form, request.params, decode_identity(folder, samples[0], request))
     started, batch_images = time.monotonic(), run.profile.rollout.batch_images
     generations, checkpoint, _ = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, request
@@ -209,19 +208,21 @@ def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
         "seed": run.params.seed,
         "code": code_hash(DECODE_LAYERS),
     }
-    inputs = [*weight_files(folder), run.paths.norm1000 / f"{split}.parquet"]
+    inputs = [*answer_files(folder), run.paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
 
 
 def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) -> None:
-    # The base brings limits of its own; pictures have the size that norm1000 gave them, for every checkpoint.
-    form = load_format(folder, run.profile.model.min_pixels, run.profile.model.max_pixels)
-    codec = form.codec_name or run.params.text.codec
+    model = run.profile.model
+    # The base brings limits of its own, but is asked about pictures of the size that norm1000 gave them.
+    is_base = folder == model_folder(model.path)
+    form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
+    codec = form.codec
     request = decode_request(run, codec)
     count = min(run.profile.eval.images or len(store), len(store))
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], request)
-    reader = make_reader(form, codec, request.params, identity)
+    reader = make_reader(form, request.params, identity)
     batch_images = run.profile.eval.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(

@@ -7,7 +7,7 @@ row is `logits[first_coord_id : first_coord_id + 1000]`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from coordexp.errors import CheckpointError
 from coordexp.geometry.bins import COORD_TOKENS, NUM_BINS
@@ -21,15 +21,12 @@ class CoordVocabulary:
     """Where the coordinate tokens sit: ids `first_id` .. `first_id + 999`."""
 
     first_id: int
+    count: Literal[1000] = 1000
 
     @property
     def end_id(self) -> int:
         """One past the last coordinate id."""
         return self.first_id + NUM_BINS
-
-    def id_of(self, bin_index: int) -> int:
-        """Token id of a bin 0..999."""
-        return self.first_id + int(bin_index)
 
     def bin_of(self, token_id: int) -> int | None:
         """Bin of a token id, or None if it is no coordinate token."""

@@ -133,7 +133,8 @@ class Ablation:
         config, folder = self._profile.model, self._root / f"init-{coord_init}"
         base = load_checkpoint(pinned_folder(config, self._paths.profile), config.min_pixels, config.max_pixels)
         add_coordinate_tokens(base.model, base.tokenizer, coord_init, self._tree["seed"])
-        save_checkpoint(folder, base.model, base.tokenizer, base.pixels)
+        detection = load_format(self._paths.init).detection
+        save_checkpoint(folder, replace(base, detection=detection))
         return folder
 
     def _key(self, arm: Arm, params: Params, profile: Profile, paths: ArmPaths) -> str:
@@ -205,7 +206,7 @@ def _with_steps(optim: OptimConfig, steps: int) -> OptimConfig:
 
 def step_tokens(run: RunConfig, steps: int) -> list[int]:
     """Tokens that the forwards of each step of stage 2 will take, known from the plan and the rollouts on file."""
-    encoder = make_encoder(run.params, load_format(run.paths.run("stage1")))
+    encoder = make_encoder(load_format(run.paths.run("stage1")))
     store = SampleStore(run.paths.norm1000 / "train.parquet")
     source = SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed)
     rollouts = read_rollouts(run.paths.run("rollout") / "rollouts.jsonl")

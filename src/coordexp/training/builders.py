@@ -52,9 +52,9 @@ def own_slice(profile: Profile) -> RankSlice:
     return RankSlice(world().rank, world().size, profile.launch.rows_per_forward)
 
 
-def make_encoder(params: Params, checkpoint: ModelFormat) -> AnswerEncoder:
+def make_encoder(checkpoint: ModelFormat) -> AnswerEncoder:
     """The encoder of training answers."""
-    return AnswerEncoder(checkpoint.tokenizer, get_codec(params.text.codec))
+    return AnswerEncoder(checkpoint.tokenizer, get_codec(checkpoint.codec))
 
 
 def _coordinate_weights(weights: CoordWeights) -> dict[str, float]:

@@ -166,9 +166,9 @@ def make_monitor(run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int)
     decode = greedy(_LONGEST * max(len(sample.answer_ids) for sample in samples), "argmax", "coord_logprob")
     viewer = Viewer(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, run.params.text.codec, decode),
+        reader=make_reader(checkpoint, decode),
         samples=samples,
-        request=DecodeRequest(params=decode, codec=run.params.text.codec, seed=0),
+        request=DecodeRequest(params=decode, codec=checkpoint.codec, seed=0),
         image_root=run.paths.raw,
         batch_images=run.profile.monitor.batch_images,
     )

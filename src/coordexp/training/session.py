@@ -127,7 +127,7 @@ def _finish(
     log_path, out = state / LOG_NAME, session.run.paths.run(session.stage)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels, weights)
+    save_checkpoint(temporary, checkpoint, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
     callback.hand_over(temporary)
     summary = summarise_log(log_path) | {"monitor_seconds": callback.seconds()}

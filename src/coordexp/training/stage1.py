@@ -12,7 +12,7 @@ from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.provenance import image_inputs
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.plan_file import read_packs
+from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.training.builders import (
     load_for_training,
@@ -71,7 +71,7 @@ def _teach(
     data = run.paths.norm1000 / "train.parquet"
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(
-        SampleStore(data), make_encoder(run.params, checkpoint), run.params.text.object_order, run.params.stage1_seed
+        SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, run.params.stage1_seed
     )
     objective = stage1_objective(run.params, checkpoint, len(packs_by_step))
     share = own_slice(run.profile)

@@ -54,7 +54,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         run.params.stage2.b_ratio,
         run.params.stage2_seed,
     )
-    encoder = make_encoder(run.params, checkpoint)
+    encoder = make_encoder(checkpoint)
     refresher = _refresher(run, session, checkpoint, plan)
     task = Stage2Task(
         checkpoint.model,
@@ -105,12 +105,11 @@ def _refresher(
     if run.params.stage2.refresh_steps == 0:
         return None
     of_channel_b = {step: p.items for step, p in enumerate(plan) if p.channel == "B"}
-    codec = run.params.text.codec
     return Refresher(
         plan_refreshes(of_channel_b, run.params.stage2.refresh_steps),
         HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images),
-        make_reader(checkpoint, codec, run.params.decode).parse,
-        decode_request(run, codec),
+        make_reader(checkpoint, run.params.decode).parse,
+        decode_request(run, checkpoint.codec),
         SampleStore(session.inputs["samples"]),
         session.state_folder(),
     )

@@ -1,0 +1,8 @@
+"""Names of the source formats, apart from the profile: `coordexp --help` lists them without loading pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Their readers are in records/sources/registry.py.
+Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
