@@ -57,6 +57,21 @@ def test_images_in_id_order_with_their_own_objects(tmp_path):
     assert result.drops == {}
 
 
+def test_one_picture_under_two_ids_is_one_record(tmp_path):
+    images = [*IMAGES, IMAGES[0] | {"id": 4}]
+    rows = [annotation([10, 10, 20, 20.5]), annotation([0, 0, 90, 70], 4, iscrowd=1), annotation([50, 5, 9, 9], 4)]
+    result = read_file(write(tmp_path, images=images, annotations=rows))
+    assert [r.image for r in result.records] == ["images/val/a.jpg", "images/val/b.jpg"]
+    assert [o.bbox_xyxy_px for o in result.records[1].objects] == [(0, 0, 90, 70), (50, 5, 59, 14), (10, 10, 30, 30.5)]
+    assert [(p.reason, p.key) for p in result.problems] == [("picture_repeated", "image 9")]
+
+
+def test_polygons_are_kept_if_asked_for(tmp_path):
+    row = annotation([10, 12, 20.5, 28], segmentation=[RING])
+    for polygons, metadata in (("keep", {"segmentation": [RING]}), ("drop", {})):
+        assert convert(tmp_path, row, polygons=polygons).records[1].objects[0].metadata == metadata
+
+
 def test_categories_say_what_training_sees(tmp_path):
     assert convert(tmp_path).categories == (Category(1, "cat", "train"), Category(5, "lemon", "held_out"))
 

@@ -17,7 +17,7 @@ from coordexp.records.policy import RecordSet
 from coordexp.records.sources.base import Reading, SplitFiles
 from coordexp.records.sources.coco import patch_path
 from coordexp.records.sources.yolo import label_path
-from records_folders import kept
+from records_folders import annotation, instances, kept
 
 COCO_URL = "http://images.cocodataset.org"
 
@@ -41,61 +41,6 @@ def shown(result: RecordSet) -> list[tuple[str, list[tuple[str, tuple[float, ...
 
 def reasons(result: RecordSet) -> list[str]:
     return [p.reason for p in result.problems]
-
-
-# COCO -----------------------------------------------------------------------------------------------------------------
-
-COCO = {
-    "info": {"description": "COCO 2017 Dataset", "year": 2017},
-    "licenses": [{"id": 1, "name": "x", "url": "http://x"}],
-    "images": [
-        {
-            "license": 4, "file_name": "000000397133.jpg", "coco_url": f"{COCO_URL}/val2017/000000397133.jpg",
-            "height": 80, "width": 100, "date_captured": "2013-11-14 17:02:52", "flickr_url": "http://f", "id": 397133,
-        }
-    ],
-    "annotations": [
-        {
-            "segmentation": [[10, 10, 30, 10, 30, 30.5]], "area": 205.0, "iscrowd": 0, "image_id": 397133,
-            "bbox": [10, 10, 20, 20.5], "category_id": 44, "id": 82445,
-        },
-        {
-            "segmentation": {"counts": [0, 8000], "size": [80, 100]}, "area": 8000, "iscrowd": 1, "image_id": 397133,
-            "bbox": [0, 0, 100, 80], "category_id": 1, "id": 900100397133,
-        },
-    ],
-    "categories": [
-        {"supercategory": "person", "id": 1, "name": "person"},
-        {"supercategory": "kitchen", "id": 44, "name": "bottle"},
-    ],
-}  # fmt: skip
-
-
-def test_coco(tmp_path):
-    dump(tmp_path / "annotations" / "instances_val2017.json", COCO)
-    reading = read("coco", tmp_path, "annotations/instances_val2017.json", "val2017")
-    result = convert(reading, polygons="keep")
-    assert shown(result) == [
-        ("val2017/000000397133.jpg", [("person", (0, 0, 100, 80)), ("bottle", (10, 10, 30, 30.5))])
-    ]
-    assert [o.metadata for o in result.records[0].objects] == [
-        {"iscrowd": 1},
-        {"segmentation": [[10, 10, 30, 10, 30, 30.5]]},
-    ]
-    assert result.records[0].metadata == {"image_id": 397133}
-    assert result.problems == []
-    assert [(c.id, c.name) for c in reading.categories] == [(1, "person"), (44, "bottle")]
-
-
-def test_one_picture_under_two_ids_is_one_record(tmp_path):
-    image, box, crowd = COCO["images"][0], *COCO["annotations"]
-    more = [crowd | {"id": 5, "image_id": 4}, box | {"id": 6, "image_id": 4, "bbox": [50, 5, 9, 9]}]
-    dump(tmp_path / "i.json", COCO | {"images": [image, image | {"id": 4}], "annotations": [box, *more]})
-    result = convert(read("coco", tmp_path, "i.json", "."))
-    assert shown(result) == [
-        ("000000397133.jpg", [("person", (0, 0, 100, 80)), ("bottle", (50, 5, 59, 14)), ("bottle", (10, 10, 30, 30.5))])
-    ]
-    assert [(p.reason, p.key) for p in result.problems] == [("picture_repeated", "image 397133")]
 
 
 # LVIS -----------------------------------------------------------------------------------------------------------------
@@ -134,23 +79,11 @@ def test_lvis_takes_the_path_from_the_url_and_keeps_the_federated_fields(tmp_pat
 
 
 def test_objects365_finds_images_in_their_patches(tmp_path):
-    source = COCO | {
-        "images": [COCO["images"][0] | {"file_name": "images/v1/patch8/objects365_v1_00420917.jpg"}],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 397133,
-                "category_id": 44,
-                "bbox": [1, 1, 9, 9],
-                "iscrowd": 0,
-                "isfake": 0,
-                "area": 80.25,
-            }
-        ],
-    }
-    dump(tmp_path / "zhiyuan_objv2_train.json", source)
+    image = {"id": 7, "file_name": "images/v1/patch8/objects365_v1_00420917.jpg", "width": 100, "height": 80}
+    row = annotation(1, 7, 3, [1, 1, 9, 9], isfake=0, area=80.25)
+    dump(tmp_path / "zhiyuan_objv2_train.json", instances([image], [row]))
     result = convert(read("objects365", tmp_path, "zhiyuan_objv2_train.json", "train"))
-    assert shown(result) == [("train/patch8/objects365_v1_00420917.jpg", [("bottle", (1, 1, 10, 10))])]
+    assert shown(result) == [("train/patch8/objects365_v1_00420917.jpg", [("cat", (1, 1, 10, 10))])]
     assert result.records[0].objects[0].area_px2 == 80.25
     assert patch_path("a.jpg") == "a.jpg"
 
@@ -175,9 +108,9 @@ THE_LADY = [
 ]
 
 
-def write_instances(folder: Path) -> None:
-    annotation = {"id": 1719310, "image_id": 581857, "category_id": 1, "bbox": [10, 20, 30, 40]}
-    dump(folder / "instances.json", COCO | {"images": [REF_IMAGE], "annotations": [annotation]})
+def write_instances(folder: Path, *more: dict[str, Any]) -> None:
+    rows = [annotation(1719310, 581857, 1, [10, 20, 30, 40]), *more]
+    dump(folder / "instances.json", instances([REF_IMAGE], rows))
 
 
 def test_refcoco_as_a_list_of_refs(tmp_path):
@@ -199,20 +132,15 @@ def test_a_ref_without_its_annotation_is_counted(tmp_path):
 
 def test_refcoco_as_mdetr_writes_it(tmp_path):
     image = REF_IMAGE | {"caption": "the lady", "dataset_name": "refcoco", "original_id": 581857, "tokens_negative": []}
-    annotation = {"id": 0, "image_id": 581857, "category_id": 1, "bbox": [10, 20, 30, 40], "tokens_positive": [[0, 8]]}
-    source = {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": "object"}], "info": []}
+    row = annotation(0, 581857, 1, [10, 20, 30, 40], tokens_positive=[[0, 8]])
+    source = instances([image], [row]) | {"categories": [{"id": 1, "name": "object"}], "info": []}
     dump(tmp_path / "finetune_refcoco_train.json", source)
     assert shown(convert(read("refcoco", tmp_path, "finetune_refcoco_train.json", "train2014"))) == THE_LADY[:1]
 
 
 def test_a_phrase_goes_with_its_box(tmp_path):
-    write_instances(tmp_path)
-    instances = json.loads((tmp_path / "instances.json").read_text())
-    for number, changes in {2: {"bbox": [1, 1, 0, 5]}, 3: {"bbox": []}, 4: {"iscrowd": "?"}}.items():
-        instances["annotations"].append(instances["annotations"][0] | {"id": number} | changes)
-    dump(tmp_path / "instances.json", instances)
-    refs = [REFS[0] | {"ann_id": i, "ref_id": i} for i in (1719310, 2, 3)]
-    dump(tmp_path / "refs.json", refs)
+    write_instances(tmp_path, annotation(2, 581857, 1, [1, 1, 0, 5]), annotation(3, 581857, 1, []))
+    dump(tmp_path / "refs.json", [REFS[0] | {"ann_id": i, "ref_id": i} for i in (1719310, 2, 3)])
     result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
     assert shown(result) == THE_LADY
     assert reasons(result) == ["bbox_too_thin", "bbox_too_thin", "bbox_malformed", "bbox_malformed"]
@@ -308,12 +236,12 @@ def test_visual_genome_regions(tmp_path):
     write_image_data(tmp_path)
     region = {
         "region_id": 1382,
-        "width": 82,
-        "height": 29,
         "image_id": 1,
         "phrase": "the clock is green ",
         "x": 3,
         "y": 4,
+        "width": 82,
+        "height": 29,
     }
     dump(tmp_path / "region_descriptions.json", [{"id": 1, "regions": [region]}])
     result = convert(read("visual_genome", tmp_path, "region_descriptions.json", "images"))

@@ -177,19 +177,21 @@ def _problems(error: ValidationError, block: type[Block], origins: Origins) -> l
     # A list with a wrong item is reported again as too short: the item says it all.
     lists = {e["loc"][:-1] for e in errors if e["loc"] and isinstance(e["loc"][-1], int)}
     lines = [
-        _problem(e, block) + _inherited_from(_in_file(block, e["loc"]), origins)
+        _problem(e, block) + _inherited_from(_in_file(e["loc"], block), origins)
         for e in errors
         if e["loc"] not in lists
     ]
     for parent in dict.fromkeys(e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"):
         valid = ", ".join(_block_at(block, parent).model_fields)
-        lines.append(f"(valid keys {'of ' + _key(block, parent) if parent else 'at the top level'}: {valid})")
+        lines.append(
+            f"(valid keys {'of ' + _dotted(_in_file(parent, block)) if parent else 'at the top level'}: {valid})"
+        )
     return lines
 
 
 def _problem(error: ErrorDetails, block: type[Block]) -> str:
     location, value = error["loc"], error["input"]
-    key = _key(block, location)
+    key = _dotted(_in_file(location, block))
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key, set to {_found(value)}.{_hint(location, block)}"
@@ -201,7 +203,7 @@ def _problem(error: ErrorDetails, block: type[Block]) -> str:
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if location[-1] == "[key]":
         expected = "non-empty text" if location[:2] == ("model", "files") else "small letters, digits, '-' and '_'"
-        return f"{_key(block, location[:-1])}: not a name; expected {expected}."
+        return f"{_dotted(_in_file(location[:-1], block))}: not a name; expected {expected}."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
 
 
@@ -264,12 +266,8 @@ def _is_named(block: type[Block], location: Location) -> bool:
     return field is not None and named_blocks(field) is not None
 
 
-def _key(block: type[Block], location: Location) -> str:
-    """The dotted key as it stands in the file, where pydantic also names the kind of a block that is one of several."""
-    return _dotted(_in_file(block, location))
-
-
-def _in_file(block: type[Block], location: Location) -> Location:
+def _in_file(location: Location, block: type[Block]) -> Location:
+    """The location as it stands in the file: pydantic also names the kind of a block that is one of several."""
     return location[:1] + location[2:] if _has_kinds(block, location) else location
 
 
