@@ -60,12 +60,6 @@ def test_expected_iou_converges_and_counts_turned_boxes_as_nothing() -> None:
     assert fine == pytest.approx(sampled_iou(BOXES[0], broad[0], 200_000), abs=0.01)
 
 
-def test_certain_slots_score_one() -> None:
-    probs = peaked(BOXES, 1e-3)
-    np.testing.assert_allclose(expected_iou(BOXES, probs), 1.0)
-    np.testing.assert_allclose(spread(BOXES, probs), 1.0)
-
-
 def test_stratum_means_keep_the_mean() -> None:
     probs = np.random.default_rng(1).dirichlet(np.full(NUM_BINS, 0.05), size=(3, 4))
     k = np.arange(NUM_BINS)

@@ -178,6 +178,8 @@ def test_a_key_in_the_url_is_sent_and_never_shown(serve: Callable[..., RawServer
     ],
 )  # fmt: skip
 def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.servers"):
+        ServerPool([], 1, 1)
     with pytest.raises(ConfigError, match=r"rollout\.servers") as caught:
         ServerPool([url], 1, 1)
     assert str(caught.value).isprintable()

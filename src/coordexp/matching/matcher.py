@@ -86,88 +86,16 @@ def match_images(
     return results
 
 
-def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
-    """Consecutive images with not many rows together, at least one image each."""
-    first, rows = 0, 0
-    for i, n_rows in enumerate(n_rows_I):
-        if i > first and rows + n_rows > _ROWS_AT_ONCE:
-            yield slice(first, i)
-            first, rows = i, 0
-        rows += n_rows
-    if n_rows_I:
-        yield slice(first, len(n_rows_I))
-
-
 def _match_part(
     pred: Sequence[Boxes], gt: Sequence[Boxes], params: MatchingParams, semantic_R: NDArray[np.floating] | None
 ) -> list[MatchResult]:
+    """Cost, gate, assignment and results of some images at once."""
     rows = PairRows.of([len(boxes) for boxes in pred], [len(boxes) for boxes in gt])
     between = Pairs.of(np.concatenate(pred)[rows.pred_R], np.concatenate(gt)[rows.gt_R])
     allowed_R = gate_mask(between, params)
     cost_R = pair_cost(between, params, semantic_R) + _TIE_BREAK * rows.lateness_R()
     chosen_C = _assign(rows, cost_R, allowed_R)
     return _results(rows, allowed_R, chosen_C, between.iou_R[chosen_C])
-
-
-def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.bool_]) -> Ints:
-    """Rows of the cheapest among the largest assignments of allowed pairs, image by image."""
-    start = starts(rows.n_rows_I)
-    n_allowed_I = np.diff(starts(allowed_R.astype(np.int64))[start]).astype(np.int64)
-    some = np.flatnonzero(n_allowed_I)
-    if not len(some):
-        return np.empty(0, np.int64)
-    allowed_costs, first_allowed = cost_R[allowed_R], starts(n_allowed_I[some])[:-1]
-    low, high = (extreme.reduceat(allowed_costs, first_allowed) for extreme in (np.minimum, np.maximum))
-    # One forbidden pair costs more than any rearrangement of allowed ones can save. A bound, not a huge constant, so
-    # that the solver keeps its precision.
-    forbidden_I = np.zeros(len(n_allowed_I))
-    forbidden_I[some] = 1.0 + high + np.minimum(rows.n_pred_I, rows.n_gt_I)[some] * (high - low)
-    solved_R = np.where(allowed_R, cost_R, np.repeat(forbidden_I, rows.n_rows_I))
-    chosen = []
-    for begin, end, width in zip(
-        start[some].tolist(), start[some + 1].tolist(), rows.n_gt_I[some].tolist(), strict=True
-    ):
-        pred_index, gt_index = linear_sum_assignment(solved_R[begin:end].reshape(-1, width))
-        chosen.append(begin + pred_index * width + gt_index)
-    chosen_C = np.concatenate(chosen)
-    return chosen_C[allowed_R[chosen_C]]
-
-
-def _results(
-    rows: PairRows, allowed_R: NDArray[np.bool_], chosen_C: Ints, iou_C: NDArray[np.float64]
-) -> list[MatchResult]:
-    """Cut what was found for all images into images, with places counted within them."""
-    n_pred_I, n_gt_I = rows.n_pred_I, rows.n_gt_I
-    place_P, place_G = place_within(n_pred_I), place_within(n_gt_I)
-    image_P = np.repeat(np.arange(len(n_pred_I)), n_pred_I)
-    taken_P, taken_G = rows.pred_R[chosen_C], rows.gt_R[chosen_C]
-    pairs_C2 = np.stack([place_P[taken_P], place_G[taken_G]], axis=1)
-    n_pairs_I = np.bincount(image_P[taken_P], minlength=len(n_pred_I))
-    is_left_P, is_left_G = np.ones(len(place_P), bool), np.ones(len(place_G), bool)
-    is_left_P[taken_P] = is_left_G[taken_G] = False
-    is_near_P = np.zeros(len(place_P), bool)
-    is_near_P[rows.pred_R[allowed_R]] = True
-    return [
-        MatchResult(*parts)
-        for parts in zip(
-            _cut(pairs_C2, n_pairs_I),
-            _cut(place_P[is_left_P], n_pred_I - n_pairs_I),
-            _cut(place_G[is_left_G], n_gt_I - n_pairs_I),
-            _cut(iou_C, n_pairs_I),
-            (n_pred_I - np.bincount(image_P[is_near_P], minlength=len(n_pred_I))).tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _cut(values: NDArray, counts: Ints) -> Iterator[NDArray]:
-    """Consecutive pieces of so many values."""
-    return (values[begin:end] for begin, end in pairwise(starts(counts).tolist()))
-
-
-def paired_l1(pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> NDArray[np.float64]:
-    """Mean absolute difference of the four corner coordinates, shape (R,), in [0, 1] for boxes in [0, 1]."""
-    return np.abs(pred_boxes_R4 - gt_boxes_R4).sum(axis=-1) / 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,8 +142,37 @@ def gate_mask(pairs: Pairs, params: MatchingParams) -> NDArray[np.bool_]:
     return pairs.l1_R <= params.gate_threshold
 
 
+def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.bool_]) -> Ints:
+    """Rows of the cheapest among the largest assignments of allowed pairs, image by image."""
+    start = starts(rows.n_rows_I)
+    n_allowed_I = np.diff(starts(allowed_R.astype(np.int64))[start]).astype(np.int64)
+    some = np.flatnonzero(n_allowed_I)
+    if not len(some):
+        return np.empty(0, np.int64)
+    allowed_costs, first_allowed = cost_R[allowed_R], starts(n_allowed_I[some])[:-1]
+    low, high = (extreme.reduceat(allowed_costs, first_allowed) for extreme in (np.minimum, np.maximum))
+    # One forbidden pair costs more than any rearrangement of allowed ones can save. A bound, not a huge constant, so
+    # that the solver keeps its precision.
+    forbidden_I = np.zeros(len(n_allowed_I))
+    forbidden_I[some] = 1.0 + high + np.minimum(rows.n_pred_I, rows.n_gt_I)[some] * (high - low)
+    solved_R = np.where(allowed_R, cost_R, np.repeat(forbidden_I, rows.n_rows_I))
+    chosen = []
+    for begin, end, width in zip(
+        start[some].tolist(), start[some + 1].tolist(), rows.n_gt_I[some].tolist(), strict=True
+    ):
+        pred_index, gt_index = linear_sum_assignment(solved_R[begin:end].reshape(-1, width))
+        chosen.append(begin + pred_index * width + gt_index)
+    chosen_C = np.concatenate(chosen)
+    return chosen_C[allowed_R[chosen_C]]
+
+
+def paired_l1(pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> NDArray[np.float64]:
+    """Mean absolute difference of the four corner coordinates, shape (R,), in [0, 1] for boxes in [0, 1]."""
+    return np.abs(pred_boxes_R4 - gt_boxes_R4).sum(axis=-1) / 4
+
+
 def name_distance(pred_descs: Sequence[str], gt_descs: Sequence[str]) -> NDArray[np.float64]:
-    """Share of words that only one of two names has, (N, M) in [0, 1]: 0 for equal names, 1 for no common word.
+    """Fraction of words that only one of two names has, (N, M) in [0, 1]: 0 for equal names, 1 for no common word.
 
     One minus the Jaccard index of the words of the normalised names: "black cat" is 0.5 from "cat", 1 from "dog".
     """
@@ -228,3 +185,47 @@ def name_distance(pred_descs: Sequence[str], gt_descs: Sequence[str]) -> NDArray
 def _distance(a: set[str], b: set[str]) -> float:
     either = len(a | b)
     return 1.0 - len(a & b) / either if either else 0.0
+
+
+def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
+    """Consecutive images with not many rows together, at least one image each."""
+    first, rows = 0, 0
+    for i, n_rows in enumerate(n_rows_I):
+        if i > first and rows + n_rows > _ROWS_AT_ONCE:
+            yield slice(first, i)
+            first, rows = i, 0
+        rows += n_rows
+    if n_rows_I:
+        yield slice(first, len(n_rows_I))
+
+
+def _results(
+    rows: PairRows, allowed_R: NDArray[np.bool_], chosen_C: Ints, iou_C: NDArray[np.float64]
+) -> list[MatchResult]:
+    """Cut what was found for all images into images, with places counted within them."""
+    n_pred_I, n_gt_I = rows.n_pred_I, rows.n_gt_I
+    place_P, place_G = place_within(n_pred_I), place_within(n_gt_I)
+    image_P = np.repeat(np.arange(len(n_pred_I)), n_pred_I)
+    taken_P, taken_G = rows.pred_R[chosen_C], rows.gt_R[chosen_C]
+    pairs_C2 = np.stack([place_P[taken_P], place_G[taken_G]], axis=1)
+    n_pairs_I = np.bincount(image_P[taken_P], minlength=len(n_pred_I))
+    is_left_P, is_left_G = np.ones(len(place_P), bool), np.ones(len(place_G), bool)
+    is_left_P[taken_P] = is_left_G[taken_G] = False
+    is_near_P = np.zeros(len(place_P), bool)
+    is_near_P[rows.pred_R[allowed_R]] = True
+    return [
+        MatchResult(*parts)
+        for parts in zip(
+            _cut(pairs_C2, n_pairs_I),
+            _cut(place_P[is_left_P], n_pred_I - n_pairs_I),
+            _cut(place_G[is_left_G], n_gt_I - n_pairs_I),
+            _cut(iou_C, n_pairs_I),
+            (n_pred_I - np.bincount(image_P[is_near_P], minlength=len(n_pred_I))).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _cut(values: NDArray, counts: Ints) -> Iterator[NDArray]:
+    """Consecutive pieces of so many values."""
+    return (values[begin:end] for begin, end in pairwise(starts(counts).tolist()))

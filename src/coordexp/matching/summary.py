@@ -53,12 +53,12 @@ class MatchCounts:
 
     @property
     def precision(self) -> float | None:
-        """Share of predictions that are matched; None without predictions."""
+        """Fraction of predictions that are matched; None without predictions."""
         return self.n_matched / self.n_pred if self.n_pred else None
 
     @property
     def recall(self) -> float | None:
-        """Share of objects that are matched; None without objects."""
+        """Fraction of objects that are matched; None without objects."""
         return self.n_matched / self.n_gt if self.n_gt else None
 
     @property

@@ -16,7 +16,7 @@ SCORES = ("constant", "coord_logprob", "desc_logprob", "mix", "spread", "expecte
 # Which of them need a distribution over bins at each slot, which numbers spelled in digits do not have.
 DISTRIBUTIONAL = frozenset({"spread", "expected_iou", "quality"})
 
-COORD_SHARE = 0.7  # of the coordinates in `mix`; the rest is the name
+COORD_FRACTION = 0.7  # of the coordinates in `mix`; the rest is the name
 NODES = 8  # per coordinate: 8^4 boxes an object; the error is measured by the tests
 _OBJECTS_PER_BLOCK = 64  # bounds the memory of the 8^4 boxes
 
@@ -42,7 +42,7 @@ def score_objects(evidence: Evidence) -> dict[str, Floats]:
     coord_logprob  geometric mean of the four coordinate probabilities
     desc_logprob   geometric mean of the probabilities of the name's tokens
     mix            weighted mean of the two
-    spread         exp(-4 mean sd / sqrt(w h)): a standard deviation costs about its share of the box's side, per side
+    spread         exp(-4 mean sd / sqrt(w h)): an sd costs about its fraction of the box's side, per side
     expected_iou   expectation of the IoU of the decoded box with boxes drawn from the four distributions
     quality        expected_iou times desc_logprob: right place and right name
     """
@@ -52,7 +52,7 @@ def score_objects(evidence: Evidence) -> dict[str, Floats]:
         "constant": np.ones(len(desc_N)),
         "coord_logprob": coord_N,
         "desc_logprob": desc_N,
-        "mix": COORD_SHARE * coord_N + (1 - COORD_SHARE) * desc_N,
+        "mix": COORD_FRACTION * coord_N + (1 - COORD_FRACTION) * desc_N,
     }
     if evidence.probs_N4K is None:
         return scores
@@ -93,7 +93,7 @@ def stratum_means(probs_NCK: NDArray[np.floating], nodes: int) -> Floats:
     """Means of the equal-mass strata of distributions over K bins, shape (N, C, nodes).
 
     With F the distribution function and M(k) = sum_{j<=k} j p_j, the integral of the quantile function up to u is
-    M at the last full bin plus its share of the next; stratum means are scaled differences of it.
+    M at the last full bin plus its part of the next; stratum means are scaled differences of it.
     """
     k = np.arange(probs_NCK.shape[-1], dtype=np.float64)
     probs = probs_NCK.astype(np.float64)
