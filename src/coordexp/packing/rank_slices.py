@@ -36,7 +36,7 @@ WHOLE = RankSlice()
 
 
 def rank_batches(
-    collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], rank_slice: RankSlice
+    collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], share: RankSlice
 ) -> Iterator[PackedBatch]:
     """The batches that this process runs, one after another. Over all processes every row is in exactly one batch.
 
@@ -44,9 +44,9 @@ def rank_batches(
         collator: lays out the batches.
         segments: all segments of the step.
         rows: which segments share a row.
-        rank_slice: what this process takes.
+        share: what this process takes.
     """
-    for chunk in rank_slice.chunks(len(rows)):
+    for chunk in share.chunks(len(rows)):
         chosen = [rows[r] for r in chunk]
         if chosen:
             own = [segments[i] for row in chosen for i in row]
