@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import shutil
@@ -375,6 +376,10 @@ def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
     assert profile.model_dump() == merged
     assert profile.stage1.model_copy(update={"steps": 400, "warmup_steps": 20, "lr": 0.003}) == whole.stage1
     assert profile_names(tmp_path) == ["child", "whole"]
+    block = json.dumps(DATASETS)  # of another kind: nothing of the scenes is left
+    child.write_text(f"extends: whole\nsource: {block}\nrecords: {{dev_images: 100000}}\n")
+    assert isinstance(load_profile(child).source, DatasetsConfig)
+    assert profile_tree(child)["source"] == DATASETS
 
 
 @pytest.mark.parametrize(

@@ -103,20 +103,12 @@ def uninterrupted(tmp_path_factory):
     return weights(run(folder)), log_rows(folder)
 
 
-@pytest.mark.parametrize("stop_in", [0, 3, STEPS - 2])
-def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, stop_in):
-    with pytest.raises(Interrupted, match=f"after step {stop_in + 1} of {STEPS}"):
-        run(tmp_path, on_step=raise_at(stop_in, terminate))
-    assert len(log_rows(tmp_path)) == stop_in + 1
-    assert load_state(tmp_path / "state").step == stop_in + 1
-    assert torch.equal(weights(run(tmp_path)), uninterrupted[0])
-    assert log_rows(tmp_path) == uninterrupted[1]
-
-
-def test_resumed_twice_equals_uninterrupted(tmp_path, uninterrupted):
-    for step in (1, 5):
-        with pytest.raises(Interrupted):
+@pytest.mark.parametrize("stops", [[0], [3], [STEPS - 2], [1, 5]])
+def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, stops):
+    for step in stops:
+        with pytest.raises(Interrupted, match=f"after step {step + 1} of {STEPS}"):
             run(tmp_path, on_step=raise_at(step, terminate))
+        assert len(log_rows(tmp_path)) == load_state(tmp_path / "state").step == step + 1
     assert torch.equal(weights(run(tmp_path)), uninterrupted[0])
     assert log_rows(tmp_path) == uninterrupted[1]
 

@@ -8,6 +8,7 @@ import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 
 from coordexp.errors import BusyError, CheckpointError, Interrupted
 from coordexp.infra.files import only_process
-from coordexp.models.loading import load_checkpoint
+from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.training import session
-from coordexp.training.session import summarise_log, write_curve
+from coordexp.training import session as session_module
+from coordexp.training import stage1, stage2
+from coordexp.training.loop import Task
+from coordexp.training.session import EvalCallback, Session, summarise_log, write_curve
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
@@ -88,8 +91,7 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
 
     monkeypatch.setattr(HfEngine, "generate", counting)
     space = ready.set(stage2__b_ratio=1.0, stage2__refresh_steps=2, decode__max_new_tokens=12)
-    monitor = space.profile.monitor.model_copy(update={"every_steps": 0})  # it generates too
-    space = replace(space, profile=space.profile.model_copy(update={"monitor": monitor}))
+    space = with_profile(space, "monitor", every_steps=0)  # it generates too
     summary = train(space, "stage2")
     out = space.paths.run("stage2")
     expected_weights, expected_rows = weights(out), log_rows(out)
@@ -108,76 +110,67 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
     assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sigma": 3.0},
-        {"anneal__sigma_fraction": 0.5},
-        {"stage1__softce_weight": 2.0},
-        {"seed": 1},
-        {"text__object_order": "random"},
-    ],
-)
-def test_stage_1_does_not_resume_from_another_experiment(ready, stop_in_step, change):
-    stop_in_step(1)
-    with pytest.raises(Interrupted):
-        train(ready, "stage1")
-    stop_in_step(0)
-    with pytest.raises(Interrupted, match="after step 1 of 4"):  # it began at step 0, so step 0 was the one to stop in
-        train(ready.set(**change), "stage1")
-    stop_in_step(2)
-    with pytest.raises(Interrupted, match="after step 3 of 4"):  # the first one's state is still there
-        train(ready, "stage1")
+class Planned(Exception):
+    """Carries session and task of a stage that would train now."""
 
 
-@pytest.mark.parametrize(("stage", "key"), [("stage1", "stage1__seed"), ("stage2", "stage2__seed")])
-def test_a_repetition_orders_the_same_data_otherwise(ready, stage, key):
-    other = "stage2__seed" if stage == "stage1" else "stage1__seed"
-    train(ready.set(**{other: 1}), stage)
-    first = log_rows(ready.paths.run(stage))
-    train(ready, stage)
-    assert log_rows(ready.paths.run(stage)) == first, "the other stage's repetition changes nothing"
-    train(ready.set(**{key: 1}), stage)
-    assert log_rows(ready.paths.run(stage)) != first
+def planned(space: Workspace, stage: str) -> tuple[Session, Task]:
+    def stop(session: Session, _: Checkpoint, task: Task, __: EvalCallback) -> NoReturn:
+        raise Planned(session, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (stage1, stage2):
+            patch.setattr(module, "run_session", stop)
+        with pytest.raises(Planned) as caught:
+            train(space, stage)
+    return caught.value.args
 
 
-def test_stage_1_resumes_whatever_only_stage_2_reads(ready, stop_in_step):
-    stop_in_step(1)
-    with pytest.raises(Interrupted):
-        train(ready, "stage1")
-    stop_in_step(0)  # would stop a run that starts over
-    train(ready.set(softce_weight=0.2, stage2__b_ratio=0.9, decode__max_new_tokens=7), "stage1")
-    assert len(log_rows(ready.paths.run("stage1"))) == STEPS
+def state_of(space: Workspace, stage: str) -> Path:
+    """What a run of this stage would go on from."""
+    return planned(space, stage)[0].state_folder()
 
 
-def test_other_inputs_start_over(ready, stop_in_step):
-    stop_in_step(1)
-    with pytest.raises(Interrupted):
-        train(ready, "stage2")
-    rollouts = ready.paths.run("rollout") / "rollouts.jsonl"
-    lines = rollouts.read_text().splitlines(keepends=True)
-    rollouts.write_text("".join(lines[:4]))
-    stop_in_step(0)
-    with pytest.raises(Interrupted, match="after step 1 of 4"):
-        train(ready, "stage2")
+def with_profile(space: Workspace, block: str, **changes) -> Workspace:
+    inner = getattr(space.profile, block).model_copy(update=changes)
+    return replace(space, profile=space.profile.model_copy(update={block: inner}))
 
 
-def test_other_code_starts_over(ready, stop_in_step, monkeypatch):
-    stop_in_step(1)
-    with pytest.raises(Interrupted):
-        train(ready, "stage1")
-    monkeypatch.setattr(session, "code_hash", lambda layers: "edited")
-    stop_in_step(0)
-    with pytest.raises(Interrupted, match="after step 1 of 4"):
-        train(ready, "stage1")
-
-
-def test_other_images_start_over(ready, stop_in_step):
-    for step, manifest in ((1, "{}"), (0, '{"sets": {}}')):
+def test_a_state_is_gone_on_with_by_the_same_run_alone(ready, monkeypatch):
+    changes = [
+        *({"sigma": 3.0}, {"anneal__sigma_fraction": 0.5}, {"stage1__softce_weight": 2.0}),
+        *({"seed": 1}, {"stage1__seed": 1}, {"text__object_order": "random"}),
+    ]
+    states = [state_of(ready.set(**change), "stage1") for change in ({}, *changes)]
+    states.append(state_of(with_profile(ready, "stage1", betas=(0.9, 0.99)), "stage1"))
+    states.append(state_of(with_profile(ready, "tuning", vision="freeze"), "stage1"))
+    for manifest in ("{}", '{"sets": {}}'):
         (ready.paths.raw / "manifest.json").write_text(manifest)
-        stop_in_step(step)
-        with pytest.raises(Interrupted, match=f"after step {step + 1} of 4"):
-            train(ready, "stage1")
+        states.append(state_of(ready, "stage1"))
+    states.append(state_of(ready, "stage2"))
+    rollouts = ready.paths.run("rollout") / "rollouts.jsonl"
+    rollouts.write_text("".join(rollouts.read_text().splitlines(keepends=True)[:4]))
+    states.append(state_of(ready, "stage2"))
+    monkeypatch.setattr(session_module, "code_hash", lambda layers: "edited")
+    states.append(state_of(ready, "stage1"))
+    assert len(set(states)) == len(states)
+
+
+def test_a_state_outlives_what_its_stage_does_not_read(ready):
+    ours = state_of(ready, "stage1")
+    elsewhere = {"softce_weight": 0.2, "stage2__b_ratio": 0.9, "stage2__seed": 1, "decode__max_new_tokens": 7}
+    assert state_of(ready.set(**elsewhere), "stage1") == ours
+    assert state_of(with_profile(ready, "launch", save_every_seconds=7.0, sharding="fsdp2"), "stage1") == ours
+
+
+@pytest.mark.parametrize(("stage", "other"), [("stage1", "stage2"), ("stage2", "stage1")])
+def test_a_repetition_orders_the_same_data_otherwise(ready, stage, other):
+    def items(space: Workspace) -> list:
+        task = planned(space, stage)[1]
+        return [task.items(step) for step in range(STEPS)]
+
+    assert items(ready.set(**{f"{other}__seed": 1})) == items(ready)
+    assert items(ready.set(**{f"{stage}__seed": 1})) != items(ready)
 
 
 def test_two_runs_of_one_session_do_not_share_its_state(ready, stop_in_step):

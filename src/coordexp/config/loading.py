@@ -106,17 +106,24 @@ def _parent(child: Path, name: Any, folder: Path) -> Path:
 
 
 def _extend(tree: dict[str, Any], layer: dict[str, Any], at: Location, file: Path, origins: Origins) -> None:
-    """Lay one file's keys over a tree: blocks merge; values, lists and blocks whose names the user chose replace."""
+    """Lay one file's keys over a tree.
+
+    Blocks merge; values, lists, blocks of another `kind` and blocks of names that the user chose replace.
+    """
     for key, value in layer.items():
         location = (*at, key)
         below = tree.get(key)
         origins[location] = file
-        if isinstance(value, dict) and isinstance(below, dict) and _dotted(location) not in NAMED_BLOCKS:
+        if isinstance(value, dict) and isinstance(below, dict) and _merges(location, value, below):
             _extend(below, value, location, file, origins)
         else:
             tree[key] = value
             for inner in _locations(value, location):
                 origins[inner] = file
+
+
+def _merges(location: Location, block: dict[str, Any], below: dict[str, Any]) -> bool:
+    return _dotted(location) not in NAMED_BLOCKS and block.get("kind") in (None, below.get("kind"))
 
 
 def _locations(value: Any, at: Location) -> Iterator[Location]:

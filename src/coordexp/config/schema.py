@@ -55,12 +55,12 @@ class CoordWeights(Block):
 
 
 class AnnealParams(Block):
-    """Wider targets and softer distributions at the start of each training stage; a share of 0 turns a ramp off."""
+    """Wider targets and softer distributions at the start of each training stage; a fraction of 0 turns a ramp off."""
 
     sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; truncate widens in proportion")
-    sigma_fraction: Fraction = Field(description="share of the steps over which the width goes linearly to sigma")
+    sigma_fraction: Fraction = Field(description="fraction of the steps in which the width goes linearly to sigma")
     temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
-    temperature_fraction: Fraction = Field(description="share of the steps over which it goes linearly to temperature")
+    temperature_fraction: Fraction = Field(description="fraction of the steps in which it goes linearly to temperature")
 
 
 class TextParams(Block):
@@ -86,7 +86,7 @@ class Stage2Params(Block):
     seed: SeedOffset = Field(
         description="number of the repetition of stage 2: another order of the same data and rollouts"
     )
-    b_ratio: Fraction = Field(description="share of steps that train on rollouts (channel B)")
+    b_ratio: Fraction = Field(description="fraction of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
     softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
     coord_ctx_embed_mode: Annotated[Literal["argmax", "expectation", "straight_through"], _SHORT_NAMES] = Field(
@@ -120,7 +120,7 @@ class Stage2Params(Block):
         description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
     )
     curriculum_fraction: Fraction = Field(
-        description="channel B: share of the steps over which gate and lambda_sem go to those of matching"
+        description="channel B: fraction of the steps over which gate and lambda_sem go to those of matching"
     )
     gate_from: Fraction = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")

@@ -54,8 +54,8 @@ recipe of `configs/presets/` (`mixture`, `pure_ce`, `raw_digits`, `seed`). What 
 [concepts.md](concepts.md).
 
 A profile may hold only what differs from another one, which it names: `extends: coco-qwen3vl-4b`, or `base/qwen3vl` for
-`configs/base/qwen3vl.yaml`, which need not be whole. Blocks merge, key by key; lists, `source.sets` and `model.files`
-are taken whole from the file that states them last.
+`configs/base/qwen3vl.yaml`, which need not be whole. Blocks merge, key by key; lists, `source.sets`, `model.files`
+and a `source` of another `kind` are taken whole from the file that states them last.
 
 The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""

@@ -170,5 +170,5 @@ def _kept_for_replay(error: TrainingError, task: Task, step: int, folder: Path) 
 def _console_line(row: LogRow, done: int, steps: int, seconds: float) -> str:
     eta = (steps - done) * seconds
     shown = " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in row if k.startswith("loss/"))
-    share = f"{100 * done / steps:.0f} %"
-    return f"step {done}/{steps} ({share}) {shown} lr {row['lr']:.2e} {seconds:.2f} s/step eta {eta:.0f} s"
+    progress = f"step {done}/{steps} ({100 * done / steps:.0f} %)"
+    return f"{progress} {shown} lr {row['lr']:.2e} {seconds:.2f} s/step eta {eta:.0f} s"

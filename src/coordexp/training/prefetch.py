@@ -1,4 +1,8 @@
-"""Making the next batch while this one is trained on: decoding pictures then costs no step any time."""
+"""Making the next batch while this one is trained on: decoding pictures then costs no step any time.
+
+In a thread, where torch's DataLoader has processes: stage 2 makes batches from rollouts that training makes in memory,
+which a worker process would not see, and decoding pictures leaves Python's lock to the others.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ divided by the counts of the whole step. Embedding, head and whatever else is no
 a micro-batch to the end of its backward: the head is read outside of the model's own forward (`in_forward`).
 
 What is on disk is that of one process: `whole_weights` and `keep_state_whole` gather, `own_rows` cuts again. So a run
-resumes with another number of processes, sharded or not.
+resumes with another number of processes, sharded or not. The helpers of torch.distributed.checkpoint do not serve here:
+they gather tied weights twice, as two tensors, and take an optimizer step in order to have a state that they can read.
 """
 
 from __future__ import annotations
