@@ -23,7 +23,7 @@ from coordexp.records.scenes.sprites import SpriteCatalog, load_catalog
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training_log import target_entropy_nats
-from coordexp.training.looks import count_answers, judge_answer
+from coordexp.training.dev_answers import count_answers, judge_answer
 
 REPOSITORY = Path(__file__).parents[2]
 

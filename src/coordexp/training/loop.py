@@ -57,29 +57,17 @@ class Task(Protocol):
         ...
 
 
-class Watch(Protocol):
-    """What looks at the model between two steps; it may not change what the steps compute. Main process only."""
+class Callback:
+    """What is called between two steps, here nothing; it may not change what the steps compute. Main process only."""
 
-    def resume(self, done_steps: int) -> None:
+    def on_train_begin(self, done_steps: int) -> None:
         """So many steps are done: the run starts, or goes on."""
-        ...
 
-    def after(self, done_steps: int) -> None:
+    def on_step_end(self, done_steps: int) -> None:
         """So many steps are done, and no gradient is held."""
-        ...
 
 
-class Unwatched:
-    """Nobody looks."""
-
-    def resume(self, done_steps: int) -> None:
-        """Nothing to forget."""
-
-    def after(self, done_steps: int) -> None:
-        """Nothing to see."""
-
-
-UNWATCHED = Unwatched()
+NO_CALLBACK = Callback()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,11 +145,11 @@ def train(
     settings: LoopSettings,
     state_folder: Path,
     log_path: Path,
-    watch: Watch = UNWATCHED,
+    callback: Callback = NO_CALLBACK,
 ) -> None:
     """Train in place for `settings.steps` steps, resuming from `state_folder` if it holds a state.
 
-    `watch` is asked after every step, before a state is saved: what it saw of a step is never behind the state.
+    `callback` is called after every step, before a state is saved: what it keeps of a step is never behind the state.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
@@ -175,7 +163,7 @@ def train(
         first = state.step
         log.info("resumed at step %d of %d from %s", first, settings.steps, state_folder)
     model.train()
-    watch.resume(first)
+    callback.on_train_begin(first)
     saved_at = time.monotonic()
     with StopRequest().watching() as stop, _Recorder(state_folder, log_path, first) as disk:
         for step in range(first, settings.steps):
@@ -197,7 +185,7 @@ def train(
             disk.log(row)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 log.info("%s", _console_line(row, step + 1, settings.steps, seconds))
-            watch.after(step + 1)
+            callback.on_step_end(step + 1)
             if any_process(stop.signal is not None) and step + 1 < settings.steps:
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,7 +19,8 @@ from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
-from coordexp.training.loop import LoopSettings, Task, Watch, train
+from coordexp.training.eval_callback import EvalCallback
+from coordexp.training.loop import LoopSettings, Task, train
 from coordexp.training.schedule import cosine_schedule
 from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
 
@@ -61,29 +62,13 @@ class Session:
         return resume_folder(self.stage, key)
 
 
-class Looks(Watch, Protocol):
-    """A watch that keeps what it saw, beside the resume state while the run lasts, then beside the checkpoint."""
-
-    def open(self, folder: Path) -> None:
-        """Keep it there."""
-        ...
-
-    def hand_over(self, folder: Path) -> None:
-        """Copy all of it into the finished checkpoint."""
-        ...
-
-    def seconds(self) -> float:
-        """How long the looks took."""
-        ...
-
-
 def start_files(folder: Path) -> dict[str, Path]:
     """The weights that a run starts from, as inputs by name."""
     files = weight_files(folder)
     return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
 
 
-def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks) -> dict[str, Any]:
+def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
     Of several processes, all train; the main one writes, and the others return an empty summary.
@@ -105,25 +90,25 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, monitor: L
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        return _run_main(session, checkpoint, task, monitor, undo)
+        return _run_main(session, checkpoint, task, callback, undo)
 
 
 def _run_main(
-    session: Session, checkpoint: Checkpoint, task: Task, monitor: Looks, undo: Callable[[], None]
+    session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback, undo: Callable[[], None]
 ) -> dict[str, Any]:
     state = session.state_folder()
     log_path = state / LOG_NAME
     started = time.monotonic()
-    monitor.open(state)
-    train(checkpoint.model, task, _loop_settings(session), state, log_path, monitor)
+    callback.folder = state
+    train(checkpoint.model, task, _loop_settings(session), state, log_path, callback)
     weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
     undo()  # a checkpoint is plain weights, adapters merged
     temporary = session.out.with_name(session.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint.model, checkpoint.tokenizer, checkpoint.pixels, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
-    monitor.hand_over(temporary)
-    summary = summarise_log(log_path) | {"monitor_seconds": monitor.seconds()}
+    callback.copy_to(temporary)
+    summary = summarise_log(log_path) | {"monitor_seconds": callback.seconds()}
     metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
