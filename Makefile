@@ -94,8 +94,8 @@ base: env  ## pretrain the embedded base model again (one to two hours) and put 
 preset: env  ## run the graph under a named recipe of configs/presets: make preset PRESET=mixture
 	dvc exp run $$(PYTHONPATH=src python -m coordexp.config.presets $(PRESET))
 
-ablation: env  ## train and compare the recipes of the objective, into reports/ablations/ (hours; resumable; ARGS="--seeds 17")
-	PYTHONPATH=src python -m pipelines.ablation $(ARGS)
+ablation: env  ## train and compare the recipes of the objective, into reports/ab/objective.md (hours; resumable; ARGS="--seeds 1 --arm pure_ce")
+	PYTHONPATH=src python -m coordexp.cli ab --study objective $(ARGS)
 
 decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study

@@ -38,15 +38,16 @@ if stage == "convert":
     folder.mkdir(parents=True)
     (folder / "categories.json").write_text(json.dumps([{"id": 1, "name": "cat", "split": "train"}]))
 elif stage == "coco-eval":
-    folder = Path("runs/tiny/eval/stage2")
-    folder.mkdir(parents=True)
-    rows = []
-    for i in range(1, 4):
-        off = i * weight * 20 + seed
-        pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
-        gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
-        rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
-    write_results(folder / "gt_vs_pred.jsonl", rows)
+    for checkpoint, worse in (("stage1", 6), ("stage1-control", 3), ("stage2", 0)):
+        folder = Path("runs/tiny/eval") / checkpoint
+        folder.mkdir(parents=True)
+        rows = []
+        for i in range(1, 4):
+            off = i * weight * 20 + seed + worse
+            pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
+            gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
+            rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
+        write_results(folder / "gt_vs_pred.jsonl", rows)
     Path("reports/tiny").mkdir(parents=True, exist_ok=True)
     Path("reports/tiny/headline.json").write_text(json.dumps({"weight": weight}))
 else:
@@ -162,6 +163,8 @@ def new_toy(repository: Path, folder: Path) -> Toy:
     for name in (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "configs/tiny.yaml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / name, root / name)
+    for name in ("presets", "studies"):
+        shutil.copytree(repository / "configs" / name, root / "configs" / name)
     shutil.copytree(repository / "models" / "tiny-base", root / "models" / "tiny-base")
     params = read_yaml(repository / "params.yaml")
     params["eval"]["bootstrap_resamples"] = 100

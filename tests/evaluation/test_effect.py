@@ -17,19 +17,50 @@ def test_two_seeds_by_hand() -> None:
     assert found is not None
     assert (found.delta, found.se_images, found.se_seeds) == (2.0, 1.0, 1.0)
     df = (1 + 1) ** 2 / (1**2 / 1)
-    assert found.hi - found.delta == pytest.approx(student.ppf(0.975, df) * np.sqrt(2))
+    widening = student.ppf(0.975, df) * np.sqrt(2) / norm.ppf(0.975)
+    assert found.hi - found.delta == pytest.approx(widening * np.percentile([-1, 0, 1], 97.5))
     assert found.smallest == pytest.approx((student.ppf(0.975, df) + student.ppf(0.8, df)) * np.sqrt(2))
-    assert found.verdict == Verdict.NO_DIFFERENCE
 
 
-def test_one_seed_leaves_the_seeds_out() -> None:
-    rng = np.random.default_rng(0)
-    resampled = rng.normal(0.1, 0.01, (1, 4000))
+def test_one_seed_is_the_paired_percentile_bootstrap() -> None:
+    """Of a skewed distribution too, where a normal interval would be symmetric."""
+    resampled = np.random.default_rng(0).exponential(0.01, (1, 4000))
     found = effect(np.array([0.1]), resampled)
     assert found is not None
     assert found.se_seeds is None
-    assert found.hi - found.delta == pytest.approx(norm.ppf(0.975) * resampled.std(ddof=1))
+    centred = resampled[0] - resampled.mean() + 0.1
+    assert [found.lo, found.hi] == pytest.approx(np.percentile(centred, [2.5, 97.5]))
+    assert found.hi - found.delta > 1.5 * (found.delta - found.lo)
     assert found.verdict == Verdict.BETTER
+
+
+def test_seeds_alone_give_the_t_interval() -> None:
+    """Resamples that never differ: what is left is Student's interval over the seeds."""
+    found = effect(np.array([0.1, 0.3, 0.2]), np.full((3, 50), 0.2))
+    assert found is not None
+    assert found.hi - found.delta == pytest.approx(student.ppf(0.975, 2) * 0.1 / np.sqrt(3))
+
+
+def test_pairing_cancels_what_both_sides_share() -> None:
+    """Two systems that differ by a constant are told apart for certain, however much both vary with the images."""
+    shared = np.random.default_rng(1).normal(0.5, 0.2, (1, 1000))
+    found = effect(np.array([0.01]), (shared + 0.01) - shared)
+    assert found is not None
+    assert (found.lo, found.hi, found.p_superior) == (pytest.approx(0.01), pytest.approx(0.01), 1.0)
+    same = effect(np.array([0.0]), shared - shared)
+    assert same is not None
+    assert (same.lo, same.hi, same.p_superior) == (0.0, 0.0, 0.5)
+    assert same.verdict == Verdict.IDENTICAL
+
+
+def test_superiority_counts_the_resamples_as_drawn() -> None:
+    """Two wins, three ties and one loss; the undefined resample does not count, and `delta` moves the interval only."""
+    resampled = np.array([[0.2, 0.1, 0.0, 0.0, 0.0, -0.1, np.nan]])
+    for delta in (0.0, 0.5, -0.5):
+        result = effect(np.array([delta]), resampled)
+        assert result is not None
+        assert result.p_superior == pytest.approx((2 + 3 / 2) / 6)
+        assert result.lo <= delta <= result.hi
 
 
 def test_a_stricter_level_gives_a_wider_interval() -> None:
@@ -60,7 +91,7 @@ def test_undefined_resamples_are_left_out_and_all_undefined_is_none() -> None:
     ],
 )
 def test_the_verdict_is_whether_the_interval_excludes_zero(lo: float, hi: float, verdict: Verdict) -> None:
-    assert Effect((lo + hi) / 2, lo, hi, 0.02, 0.01, 0.01).verdict == verdict
+    assert Effect((lo + hi) / 2, lo, hi, 0.5, 0.02, 0.01, 0.01).verdict == verdict
 
 
 def test_coverage_and_power_in_simulation() -> None:

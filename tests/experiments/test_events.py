@@ -36,11 +36,12 @@ def test_every_row_is_written_once_with_its_picture(tmp_path: Path) -> None:
         log.write('{"step": 2, "loss/to')  # a line that is being written
     events.follow(run)
     events.follow(run)
-    events.look(2, {"coco.mAP": 0.5, "coco.AP50": None})
+    append(tmp_path / "monitor.jsonl", {"step": 2, "map": 0.5, "map_50": None, "images": 16})
+    events.follow(tmp_path, "monitor")
     assert scalars(out, "train/loss/total") == [(0, 4.0), (1, 3.0)]
-    assert scalars(out, "look/f1") == [(2, 0.25)]
-    assert scalars(out, "dev/coco/mAP") == [(2, 0.5)]
+    assert scalars(out, "eval/f1") == [(2, 0.25)]
+    assert scalars(out, "monitor/map") == [(2, 0.5)]
     read = EventAccumulator(str(out))
     read.Reload()
-    assert [image.step for image in read.Images("look")] == [2]
-    assert set(read.Tags()["scalars"]) == {"train/loss/total", "look/f1", "dev/coco/mAP"}
+    assert [image.step for image in read.Images("eval")] == [2]
+    assert set(read.Tags()["scalars"]) == {"train/loss/total", "eval/f1", "monitor/map"}

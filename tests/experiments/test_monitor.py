@@ -1,4 +1,4 @@
-"""Looking at a training run from outside: right answers, replaced lines, an end, and a run that does not notice."""
+"""The eval callback from outside: what it finds with each state, an end, and a run that does not notice."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from coordexp.errors import DataError, Interrupted
-from coordexp.experiments.monitor import COLUMNS, Look, Monitor, find_state, watch, write_look
+from coordexp.experiments.monitor import find_state, follow, open_monitor
 from coordexp.infra.provenance import write_json
+from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.training.checkpoint import save_state
+from coordexp.training.eval_callback import CURVE_COLUMNS
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.teacher_task import TeacherTask
 from helpers import Workspace
@@ -30,11 +33,8 @@ def ready(workspace: Workspace) -> Workspace:
     names = sorted({desc for i in range(len(store)) for desc in store[i].descs})
     rows = [{"id": n, "name": name, "split": "train"} for n, name in enumerate(names, 1)]
     write_json(workspace.paths.records / "categories.json", rows)
-    return workspace.set(decode__max_new_tokens=8)
-
-
-def monitor_of(space: Workspace, images: int = 2) -> Monitor:
-    return Monitor(space, "stage1", images)
+    monitor = workspace.profile.monitor.model_copy(update={"every_steps": 2})
+    return replace(workspace, profile=workspace.profile.model_copy(update={"monitor": monitor}))
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, space: Workspace, step: int) -> None:
@@ -52,54 +52,50 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, space: Workspace, step: int
     monkeypatch.setattr(TeacherTask, "micro_batches", original)
 
 
-def test_a_run_is_watched_to_its_end_and_does_not_notice(ready, tmp_path, monkeypatch) -> None:
+def test_a_run_is_followed_to_its_end_and_does_not_notice(ready, tmp_path, monkeypatch) -> None:
+    """And what is found is what training finds itself with the same weights."""
     train_stage1(ready)
     undisturbed = (ready.paths.run("stage1") / "model.safetensors").read_bytes()
     interrupt_after(monkeypatch, ready, 1)
     state, out = find_state(tmp_path, "stage1"), tmp_path / "out"
     before = (state / "state.pt").read_bytes()
-    looks: list[Look] = []
-    followed: list[Path] = []
-    for look in watch(monitor_of(ready), state, out, 0.01, followed.append):
-        looks.append(look)
+    rows, polled = [], []
+    callback = open_monitor(ready, "stage1", None, out)
+    for row in follow(callback, state, 0.01, lambda: polled.append(state.exists())):
+        rows.append(row)
         assert (state / "state.pt").read_bytes() == before
         train_stage1(ready)  # resumes, ends, and removes its state
-    assert [look.step for look in looks] == [2]
-    assert set(followed) == {state}
+    assert [row["step"] for row in rows] == [2]
+    assert polled == [True, False]
     assert (ready.paths.run("stage1") / "model.safetensors").read_bytes() == undisturbed
-    results = list(read_results(out / "step_000002.jsonl"))
-    assert len(results) == 2
-    header, line = (out / "curve.tsv").read_text().splitlines()
-    assert header.split("\t") == ["step", *COLUMNS]
-    assert line.split("\t")[0] == "2"
+    header, line = (cells.split("\t") for cells in (out / "curve.tsv").read_text().splitlines())
+    assert header == ["step", *CURVE_COLUMNS, "map", "map_50"]
+    assert line[0] == "2"
+
+    callback.checkpoint.model.load_state_dict(load_checkpoint(ready.paths.run("stage1")).model.state_dict())
+    outside = callback.evaluate(4)
+    *_, inside = (ready.paths.run("stage1") / "monitor.jsonl").read_text().splitlines()
+    assert {k: v for k, v in json.loads(inside).items() if k != "seconds"} == {
+        k: v for k, v in outside.items() if k not in ("seconds", "map", "map_50")
+    }
 
 
-def test_each_look_uses_the_weights_of_its_state_on_the_same_images(ready, tmp_path) -> None:
-    monitor, model = monitor_of(ready), torch.nn.Linear(1, 1)
-    assert monitor.look(tmp_path / "nowhere") is None
-    own = monitor._checkpoint.model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_each_state_answers_with_its_own_weights_on_the_same_images(ready, tmp_path) -> None:
+    callback, model = open_monitor(ready, "stage1", 2, tmp_path), torch.nn.Linear(1, 1)
+    assert list(follow(callback, tmp_path / "nowhere", 0.01)) == []
+    own, optimizer = callback.checkpoint.model, torch.optim.SGD(model.parameters(), lr=0.1)
     save_state(tmp_path / "a", 3, own, optimizer)
-    first, again = monitor.look(tmp_path / "a"), monitor.look(tmp_path / "a")
     with torch.no_grad():
         for weight in own.parameters():
             weight.mul_(1.5)
     save_state(tmp_path / "b", 4, own, optimizer)
-    other = monitor.look(tmp_path / "b")
-    assert first is not None
-    assert again is not None
-    assert other is not None
-    assert (first.step, other.step) == (3, 4)
-    assert [r.raw_text for r in first.results] == [r.raw_text for r in again.results]
-    assert [r.image_id for r in first.results] == [r.image_id for r in other.results]
-    assert [r.raw_text for r in first.results] != [r.raw_text for r in other.results]
-
-
-def test_a_step_that_is_looked_at_again_replaces_its_line(tmp_path: Path) -> None:
-    for step, value in ((20, 0.5), (10, 0.25), (20, 0.75), (30, None)):
-        write_look(Look(step, {"coco.mAP": value}, []), tmp_path)
-    lines = (tmp_path / "curve.tsv").read_text().splitlines()
-    assert lines == ["step\tcoco.mAP", "10\t0.2500", "20\t0.7500", "30\t"]
+    answers = []
+    for name in ("a", "b", "a"):
+        row = next(follow(callback, tmp_path / name, 0.01))
+        answers.append(list(read_results(tmp_path / "monitor_answers" / f"step_{row['step']:06d}.jsonl")))
+    first, other, again = ([r.raw_text for r in results] for results in answers)
+    assert first == again != other
+    assert len({tuple(r.image_id for r in results) for results in answers}) == 1
 
 
 def test_the_newest_state_of_the_stage_is_found_and_the_control_is_another_stage(tmp_path: Path) -> None:

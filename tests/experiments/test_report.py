@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +10,37 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from coordexp.experiments.report import ab_markdown, verdict_sentence, write_ab_report
+from coordexp.experiments.report import report_markdown, verdict_sentence, write_report
+from coordexp.reporting.training_log import read_training_log
 
-VALUES = {"coco.mAP": [0.31, 0.33], "f1.full_50": [0.6, None]}
+KEYS = ("coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean", "set.dup_pairs_90")
 
 
 def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) -> dict[str, Any]:
-    found = {"delta": delta, "lo": lo, "hi": hi, "smallest": 0.0217, "se_images": 0.004, "se_seeds": 0.003}
-    if seeds == 1:
-        found["se_seeds"] = None
-    arms = [
+    found = {"delta": delta, "lo": lo, "hi": hi, "p_superior": 0.9, "smallest": 0.0217, "se_images": 0.004}
+    found |= {"se_seeds": 0.003 if seeds > 1 else None, "verdict": verdict}
+    metrics = {"coco.mAP": found, **{key: {"verdict": "not defined"} for key in KEYS}}
+    runs = [
         {
-            "arm": name,
-            "experiments": [f"ab-x-{n}-s{s}" for s in range(seeds)],
-            "values": {key: values[:seeds] for key, values in VALUES.items()},
-            "seconds": [101.0 + n] * seeds,
-            "tokens": [5000] * seeds,
-            "folders": [f"{n}-s{s}" for s in range(seeds)],
+            **{"arm": arm, "seed": s, "experiment": f"ab-x-{n}-s{s}", "seconds": 101.0 + n, "tokens": 5000 + 1000 * n},
+            **{"coco.mAP": (0.31, 0.33)[s], "f1.full_50": (0.6, None)[s]},
         }
-        for n, name in enumerate(("w=1", "w=2"))
+        for n, arm in enumerate(("w=1", "w=2"))
+        for s in range(seeds)
     ]
     return {
         "name": "x",
+        "title": "A/B test x",
         "profile": "tiny",
         "commit": "0123456789abcdef",
-        "checkpoint": "stage2",
         "seeds": seeds,
         "seed_keys": ["stage2.seed"],
         "n_images": 500,
         "level": 0.05,
-        "arms": arms,
-        "effects": [
-            {"arm": "w=2", "metrics": {"coco.mAP": found | {"verdict": verdict}, "coco.AP75": None}},
-        ],
+        "arms": {arm: {"checkpoint": "stage2"} for arm in ("w=1", "w=2")},
+        "runs": runs,
+        "effects": [{"arm": "w=2", "baseline": "w=1", "faults": {}, "metrics": metrics}],
+        "claims": [],
     }
 
 
@@ -53,7 +50,7 @@ def test_the_verdict_comes_first_and_says_what_could_have_been_shown(verdict: st
     sentence = verdict_sentence(tree["effects"][0], tree)
     assert sentence.startswith(f"`w=2` against `w=1`: **{verdict}**: `coco.mAP` +0.0120 [-0.0010, +0.0250]")
     assert ("smallest effect it could have shown is 0.0217" in sentence) == verdict.startswith("no difference")
-    assert sentence in ab_markdown(tree).splitlines()[2]
+    assert sentence in report_markdown(tree).splitlines()[2]
 
 
 def test_one_seed_is_said_to_know_nothing_of_training_noise() -> None:
@@ -70,23 +67,29 @@ def test_runs_that_never_differ_are_no_verdict_on_the_budget() -> None:
 
 def test_an_undefined_metric_is_no_verdict() -> None:
     tree = numbers(0.0, -0.1, 0.1, "better")
-    tree["effects"][0]["metrics"]["coco.mAP"] = None
+    tree["effects"][0]["metrics"]["coco.mAP"] = {"verdict": "not defined"}
     assert "not defined" in verdict_sentence(tree["effects"][0], tree)
 
 
 def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path) -> None:
     tree = numbers(0.012, -0.001, 0.025, "better")
+    claim = {"text": "more | is more", "source": "us", "arm": "w=2", "baseline": "w=1", "expected": "higher"}
+    tree["claims"] = [
+        claim | {"margin": 0.0, "metric": "coco.mAP", "delta": 0.1, "lo": 0.05, "hi": 0.2, "judgement": "x"}
+    ]
+    logs = {}
     for n, arm in enumerate(tree["arms"]):
-        for folder in arm["folders"]:
-            log = tmp_path / "runs" / folder / "stage2" / "train_log.jsonl"
-            log.parent.mkdir(parents=True)
-            rows = [{"step": s, "raw/softce": 5 - 0.1 * s + n, "raw/text_ce": 1.0} for s in range(20)]
-            log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = write_ab_report(tree, tmp_path / "runs", tmp_path / "out").read_text(encoding="utf-8")
+        rows = [{"step": s, "raw/softce": 5 - 0.1 * s + n, "raw/text_ce": 1.0} for s in range(20)]
+        log = tmp_path / f"{n}.jsonl"
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        logs[arm] = [read_training_log(log)] * 2
+    text = write_report(tree, logs, tmp_path / "out").read_text(encoding="utf-8")
     html = MarkdownIt("commonmark").enable("table").render(text)
-    assert html.count("<table>") == 3
+    assert html.count("<table>") == 5
     assert "<p>|" not in html
-    assert "102" in re.search(r"\| `w=2` \|.*\| 102 \|", text)[0]
+    assert "more | is more</td>" in html
+    assert "| `w=2` | 0.3200 | n/a | 102 | 6,000 |" in text  # F1 is undefined for one seed
+    assert "1.20 times the tokens" in verdict_sentence(tree["effects"][0], tree)
     with Image.open(tmp_path / "out" / "x.png") as picture:
         assert picture.width > picture.height
 

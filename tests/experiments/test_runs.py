@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from coordexp.config.loading import read_yaml
+from coordexp.config.study import load_study
 from coordexp.errors import ConfigError, DataError, TrainingError
-from coordexp.experiments.compare import run_ab
+from coordexp.experiments.compare import run_study
+from coordexp.experiments.plan import grid_study
 from coordexp.experiments.runs import Repository
 from toy_graph import Toy, new_toy, toy_environment
 
@@ -29,7 +31,8 @@ SAID: list[str] = []
 def ab(toy: Toy, assignments: list[str], seeds: int = 1, name: str = "x") -> dict[str, Any]:
     SAID.clear()
     toy.ran()
-    return run_ab(Repository(toy.root, SAID.append), assignments, seeds, name)
+    study = grid_study(assignments, "toy").model_copy(update={"seeds": seeds})
+    return run_study(Repository(toy.root, SAID.append), study, name)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,7 @@ def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
     assert toy.ran() == []
     more = ab(toy, ["softce_weight=0.2,0.4"], seeds=2, name="another-name")
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.2 1", "stage2 0.4 0", "stage2 0.4 1"}
-    [old] = [arm for arm in first["arms"] if arm["arm"] == "softce_weight=0.2"]
-    assert more["arms"][0]["values"]["coco.mAP"][0] == old["values"]["coco.mAP"][0]
+    assert more["runs"][0] == next(run for run in first["runs"] if run["arm"] == "softce_weight=0.2")
 
 
 def edit(name: str, old: str, new: str) -> Callable[[Toy], None]:
@@ -123,7 +125,7 @@ def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy],
     repository = Repository(toy.root, print)
     read = ["runs/tiny/eval/stage2", "runs/tiny/stage2/train_log.jsonl", "data/tiny/records/categories.json"]
     present = repository.present("tiny", read)
-    [found] = repository.experiments(next(Path(toy.root / "runs/ab/x").glob("*0.2*-s0")).name)
+    [found] = repository.experiments(f"ab-x-{next(Path(toy.root / 'runs/ab/x').glob('*0.2*-s0')).name}")
     past = repository.past(found.revision, present)
     assert present.change(past, ["softce_weight=0.2", "stage2.seed=0"]) == reason
     assert present.change(past, ["softce_weight=0.2", "stage2.seed=1"]) != ""
@@ -146,7 +148,7 @@ def test_in_a_fresh_clone_everything_comes_with_the_run(toy: Toy, tmp_path: Path
     fresh = Toy(tmp_path / "fresh", toy.log)
     numbers = ab(fresh, GRID)
     assert not (fresh.root / "data").exists()
-    assert [arm["arm"] for arm in numbers["arms"]] == ["softce_weight=0.1", "softce_weight=0.2"]
+    assert list(numbers["arms"]) == ["softce_weight=0.1", "softce_weight=0.2"]
     fresh.ran()
     (fresh.root / "runs" / "ab" / "y").write_text("a file in the way")
     with pytest.raises(DataError, match=r"runs/ab/y: a file is in the way"):
@@ -171,6 +173,48 @@ def test_whatever_lies_where_a_run_is_fetched_to_is_replaced(toy: Toy) -> None:
     assert (one / "stage2" / "train_log.jsonl").is_file()
     assert (folder / "moved" / "revision").is_file()
     assert (two / "categories.json").is_file()
+
+
+STUDY = """\
+title: A toy study
+seeds: 2
+arms:
+  default: {}
+  seed_recipe: {presets: [seed], baseline: default}
+  near:
+    changes: [softce_weight=0.1, "configs/${profile}.yaml:stage2.steps=50"]
+    baseline: stage1-control
+claims:
+  nearer: {text: less is nearer, source: the toy, arm: near, baseline: default, expected: higher}
+"""
+
+
+def test_a_study_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> None:
+    """The default comes from the cache; an arm that says the same in other words comes with it."""
+
+    def run(text: str) -> dict[str, Any]:
+        toy.write("configs/studies/toy.yaml", text)
+        SAID.clear()
+        toy.ran()
+        return run_study(Repository(toy.root, SAID.append), load_study("toy", toy.root), "toy")
+
+    numbers = run(STUDY)
+    assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 1.0 1", "stage2 0.1 0", "stage2 0.1 1"}
+    assert "seed-recipe" in SAID[1]
+    assert "there already, as ab-toy-default" in SAID[1]
+    by_arm = {row["arm"]: row["metrics"]["coco.mAP"] for row in numbers["effects"]}
+    assert by_arm["seed_recipe"]["verdict"] == "the same in every resample and seed"
+    [claim] = numbers["claims"]
+    assert claim["judgement"] == "confirmed"
+    assert claim["delta"] > by_arm["near"]["delta"] > 0  # its own control is 3 pixels off, the default 20 and more
+    page = (toy.root / "reports" / "ab" / "toy.md").read_text()
+    assert page.index("less is nearer") < page.index("## Effects")
+
+    arm = "  far: {changes: [softce_weight=0.8], checkpoint: stage1, baseline: default}\nclaims"
+    more = run(STUDY.replace("claims", arm, 1))
+    assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.8 0", "stage2 0.8 1"}
+    old = [run for run in more["runs"] if run["arm"] != "far"]
+    assert old == numbers["runs"]
 
 
 def test_what_git_and_dvc_say_is_in_the_message(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

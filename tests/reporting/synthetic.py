@@ -22,7 +22,7 @@ from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, P
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training_log import target_entropy_nats
-from coordexp.training.looks import count_answers, judge_answer
+from coordexp.training.dev_answers import count_answers, judge_answer
 from toyworld.composer import compose_scene
 from toyworld.sprites import SpriteCatalog, load_catalog
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordexp.config.loading import read_yaml
-from coordexp.experiments.grid import plan_grid
+from coordexp.experiments.plan import grid_study, plan_study
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.training_log import read_training_log
@@ -162,14 +161,13 @@ def test_every_suggested_ab_test_is_one_that_can_be_run(
     for row in per_image["stage2"]:
         row["dup_pairs_90"] += 2
     data = dataclasses.replace(data, per_image=per_image)
-    stages = read_yaml(repository / "dvc.yaml")["stages"]
     commands = set()
     for lo, hi in ((-0.03, -0.01), (-0.01, 0.03)):
         changed = with_difference(dataclasses.replace(data, metrics=metrics), lo, hi)
         commands |= {s.command for s in suggestions(changed, inputs.params)}
     assert len(commands) == 6
     for command in commands - {"make decoding-study"}:
-        assert plan_grid([command.split(" ")[3]], stages, repository / "params.yaml").trained
+        assert plan_study(grid_study([command.split(" ")[3]], command), repository).seed_keys
 
 
 def test_no_rule_fired_is_said() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from coordexp.detector import Detector
 from coordexp.errors import ConfigError
-from coordexp.experiments.monitor import Monitor
+from coordexp.experiments.monitor import open_monitor
 from coordexp.infra import device
 from coordexp.infra.device import choose_device, inference_autocast, inference_dtype
 from coordexp.infra.provenance import write_json
@@ -25,7 +25,7 @@ from coordexp.records.categories import Category
 from coordexp.rollout import opening, stages
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.vllm_server import VllmServer
-from coordexp.training import ablation, stage1, stage2
+from coordexp.training import stage1, stage2
 from coordexp.training.distributed import world as process_world
 from helpers import Workspace, World
 
@@ -60,7 +60,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     for module in (stage1, stage2):
         monkeypatch.setattr(module, "run_session", stop_session)
     monkeypatch.setattr(opening, "HfEngine", stop)
-    monkeypatch.setattr(ablation, "hidden_states", stop)
     monkeypatch.setattr(stages.HfEngine, "_run", lambda engine, *_: stop(engine._checkpoint))
     return models
 
@@ -73,17 +72,10 @@ def predict(space: Workspace) -> object:
     return Detector.from_checkpoint(space.paths.run("stage1")).predict([torch.zeros(40, 40, 3).byte().numpy()])
 
 
-def watch(space: Workspace) -> object:
+def monitor(space: Workspace) -> object:
     space.paths.records.mkdir(parents=True, exist_ok=True)
     write_json(space.paths.records / "categories.json", [Category(1, "cat").to_json()])
-    monitor = Monitor(space, "stage2", images=1)
-    return stages.predict_samples(
-        monitor._checkpoint, monitor._reader, monitor._samples, space.paths.raw, monitor._decode, 1
-    )
-
-
-def ablate(space: Workspace) -> object:
-    return ablation.teacher_forced(space, space.paths.run("stage1"), 1)
+    return open_monitor(space, "stage2", 1, space.paths.root / "monitor").evaluate(1)
 
 
 def rollout(space: Workspace) -> object:
@@ -95,7 +87,7 @@ TRAINING = {
     "stage1-control": lambda space: stage1.train_control(space),
     "stage2": lambda space: stage2.train_stage2(space),
 }
-INFERENCE = {"rollout": rollout, "decode": decode, "predict": predict, "monitor": watch, "ablation": ablate}
+INFERENCE = {"rollout": rollout, "decode": decode, "predict": predict, "monitor": monitor}
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *INFERENCE])

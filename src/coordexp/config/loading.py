@@ -44,6 +44,11 @@ def parse_params(where: str, tree: dict[str, Any]) -> Params:
     return _parse(Path(where), tree, Params, {})
 
 
+def load_block(path: Path, block: type[BlockT]) -> BlockT:
+    """Read a file that holds one block; raises ConfigError like `load_params`."""
+    return _parse(path, read_yaml(path), block, {})
+
+
 def load_profile(path: Path) -> Profile:
     """Read one `configs/<profile>.yaml`, with what it extends.
 

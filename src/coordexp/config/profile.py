@@ -233,10 +233,10 @@ class Stage2Config(OptimConfig):
 
 
 class MonitorConfig(Block):
-    """A look at the model while it trains: a fixed few images of dev, decoded, counted and drawn."""
+    """The eval callback of training: a fixed few images of dev, decoded, counted and drawn."""
 
-    every_steps: Count = Field(description="optimizer steps between two looks, and one at the end; 0 is never")
-    images: int = Field(ge=1, le=512, description="images of dev, the same ones at every look")
+    every_steps: Count = Field(description="optimizer steps between two evaluations, and one at the end; 0 is never")
+    images: int = Field(ge=1, le=512, description="images of dev, the same ones every time")
     batch_images: PositiveCount = Field(description="images decoded together")
 
 

@@ -1,1 +1,1 @@
-"""Boxes and panels on pictures, for the report and for looks at a model in training."""
+"""Boxes and panels on pictures, for the report and for the eval callback of training."""

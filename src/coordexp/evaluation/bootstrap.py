@@ -1,4 +1,4 @@
-"""Paired bootstrap over images: intervals, and whether one set of predictions beats another.
+"""Bootstrap over images: metrics in each resample, and their intervals.
 
 A resample draws as many images as there are, with replacement; it is held as the number of times each image was drawn.
 Nothing is matched again: counts are summed, and AP is re-counted from cached matches, under those weights. The same
@@ -80,20 +80,6 @@ def interval(samples_B: Floats, point: float | None, *, is_share: bool = True) -
         return None
     bounds = np.percentile(_centred(known, point), INTERVAL)
     return (np.clip(bounds, 0, 1) if is_share else bounds).tolist()
-
-
-def difference(a_B: Floats, b_B: Floats, delta: float) -> dict[str, float] | None:
-    """The paired difference a - b: `delta` as measured, `lo`, `hi`, and `p_superior` = P(a > b) + P(a = b)/2.
-
-    None if no resample has a value on both sides. `p_superior` counts the resamples as they were drawn: the bias that
-    centring takes out of an interval is on both sides of a pair, and moving the differences would break their ties.
-    """
-    known = (a_B - b_B)[~np.isnan(a_B - b_B)]
-    if not known.size:
-        return None
-    low, high = np.percentile(_centred(known, delta), INTERVAL)
-    superior = float((known > 0).mean() + (known == 0).mean() / 2)
-    return {"delta": delta, "lo": float(low), "hi": float(high), "p_superior": superior}
 
 
 def _centred(samples_B: Floats, point: float) -> Floats:

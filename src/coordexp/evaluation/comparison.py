@@ -1,14 +1,17 @@
-"""Is A better than B? The paired difference of two evaluations, and the images that changed most."""
+"""Two evaluations of the same images: paired differences of their metrics, and the images that changed most."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from coordexp.errors import DataError
-from coordexp.evaluation.bootstrap import difference
+from coordexp.evaluation.bootstrap import resample_weights
+from coordexp.evaluation.effect import LEVEL, Effect, effect
 from coordexp.evaluation.evaluator import Evaluation
+from coordexp.evaluation.table import Floats
 
 COMPARED = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "f1.full_95", "f1.full_mean"),
@@ -26,15 +29,41 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
     Raises:
         DataError: the two sides differ in images, in ground truth, or in the bootstrap's seed or number of resamples.
     """
-    _check_pairable(a, b)
-    compared: dict[str, dict[str, float] | None] = {}
-    for key in COMPARED:
-        value_a, value_b = a.value(key), b.value(key)
-        if value_a is None or value_b is None:
-            compared[key] = None
-        else:
-            compared[key] = difference(a.samples[key], b.samples[key], value_a - value_b)
-    return compared
+    shown = ("delta", "lo", "hi", "p_superior")
+    effects = {key: paired_effect([a], [b], key) for key in COMPARED}
+    return {
+        key: None if found is None else {name: getattr(found, name) for name in shown} for key, found in effects.items()
+    }
+
+
+def paired_effect(
+    ours: Sequence[Evaluation], theirs: Sequence[Evaluation], key: str, level: float = LEVEL
+) -> Effect | None:
+    """The effect ours - theirs on one metric; both list their evaluations seed by seed in the same order.
+
+    None if the metric is undefined on either side; raises DataError like `compare`.
+    """
+    for evaluation in (*ours, *theirs):
+        _check_pairable(evaluation, theirs[0])
+    pairs = list(zip(ours, theirs, strict=True))
+    values = [(a.value(key), b.value(key)) for a, b in pairs]
+    deltas = [a - b for a, b in values if a is not None and b is not None]
+    if len(deltas) < len(pairs):
+        return None
+    return effect(np.array(deltas), np.stack([_samples(a, key) - _samples(b, key) for a, b in pairs]), level)
+
+
+def _samples(evaluation: Evaluation, key: str) -> Floats:
+    """A metric in each resample, (B,); one that is not kept is the mean of its per-image values."""
+    if key in evaluation.samples:
+        return evaluation.samples[key]
+    name = key.partition(".")[2]
+    values_I = np.array([row[name] for row in evaluation.per_image], np.float64)
+    return (
+        resample_weights(len(values_I), evaluation.params.bootstrap_resamples, evaluation.seed)
+        @ values_I
+        / len(values_I)
+    )
 
 
 def _check_pairable(a: Evaluation, b: Evaluation) -> None:

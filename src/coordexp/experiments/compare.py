@@ -1,6 +1,9 @@
-"""An A/B test from parameters to verdict: run the grid, evaluate every run on the same images, compare with the first.
+"""A study from arms to verdicts: run what is missing, evaluate every run on the same images, judge arms and claims.
 
-`run_ab` writes `reports/ab/<name>.json` (every number), `<name>.md` (made from it) and `<name>.png`.
+    plan_study -> Plan -> run_arm -> Run -> judge -> Numbers -> report
+
+`run_study` writes `reports/ab/<name>.json` (every number), `<name>.md` (made from it) and `<name>.png`, anew after each
+seed that is complete.
 """
 
 from __future__ import annotations
@@ -11,111 +14,212 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
-from coordexp.errors import ConfigError, DataError
-from coordexp.evaluation.effect import LEVEL, Verdict, effect
-from coordexp.evaluation.evaluator import Evaluation, evaluate
+from coordexp.config.study import METRICS, PRIMARY, TRAINED, Claim, Study
+from coordexp.errors import DataError
+from coordexp.evaluation.comparison import paired_effect
+from coordexp.evaluation.effect import LEVEL, Effect, Verdict
+from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.headline import headline_keys
 from coordexp.evaluation.soundness import faults_of
-from coordexp.experiments.dependencies import Present
-from coordexp.experiments.grid import Arm, Grid, plan_grid
-from coordexp.experiments.protocol import PRIMARY, SECONDARY
+from coordexp.experiments.plan import Plan, plan_study
+from coordexp.experiments.report import PANELS, write_report
 from coordexp.experiments.runs import Repository
 from coordexp.infra.files import remove, replace_folder, write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
+from coordexp.reporting.training_log import TrainingLog, read_training_log
 
-JUDGED = "stage2"  # the checkpoint that the graph is there to make
-METADATA = "run_metadata.json"
-DIGITS = 4
+METADATA, LOG = "run_metadata.json", "train_log.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """One arm with one seed: how it answers, what it cost, how its losses went."""
+    """One arm with one seed: how its checkpoints answer, how its training went, what it cost."""
 
     experiment: str
-    evaluation: Evaluation
-    metadata: dict[str, dict[str, Any]]  # stage that the test trains -> run_metadata.json
-    folder: Path
+    evaluations: Mapping[str, Evaluation]  # by checkpoint
+    log: TrainingLog  # of the checkpoint of the arm
+    seconds: float
+    tokens: int
 
 
-def run_ab(repository: Repository, assignments: Sequence[str], seeds: int, name: str) -> dict[str, Any]:
-    """Run what is missing and return all numbers of the comparison, as they are written to `reports/ab/<name>.json`.
+Runs = Mapping[str, Sequence[Run]]  # by arm, one run a seed
+
+
+def run_study(repository: Repository, study: Study, name: str) -> dict[str, Any]:
+    """Run what is missing, seed by seed, and return all numbers, as they are written to `reports/ab/<name>.json`.
 
     Raises:
-        ConfigError: an assignment is wrong, the workspace is not committed, or repetitions would all be alike.
+        ConfigError: the study is wrong, the workspace is not committed, or repetitions would all be alike.
         Interrupted: stopped; the same call goes on.
         TrainingError: a stage of an experiment failed.
     """
     root = repository.root
-    params = load_params(root / "params.yaml")
-    grid = plan_grid(assignments, read_yaml(root / "dvc.yaml")["stages"], root / "params.yaml")
-    if not grid.trained and seeds > 1:
-        raise ConfigError(f"--seeds {seeds}: no stage trains again for {', '.join(assignments)}; use --seeds 1.")
-    commit = repository.commit()
-    wanted = _wanted(params.profile, grid)
-    present = repository.present(params.profile, list(wanted.values()))
+    plan = plan_study(study, root)
+    about = {"name": name, "title": study.title, "commit": repository.commit()}
+    for arm in study.arms:  # before anything is trained: what would stop the comparison afterwards
+        repository.present(_profile(root), list(_wanted(plan, arm, _profile(root)).values()))
     for folder in (root / "runs" / "ab" / name, root / "reports" / "ab"):
         _make_folder(folder)
-    runs = {
-        arm: [_one_run(repository, grid, arm, seed, name, wanted, present) for seed in range(seeds)]
-        for arm in grid.arms
-    }
-    numbers = {
-        "name": name,
-        "profile": params.profile,
-        "commit": commit,
-        "checkpoint": JUDGED,
-        "seeds": seeds,
-        "seed_keys": list(grid.seed_keys),
-        "n_images": runs[grid.arms[0]][0].evaluation.table.n_images,
-        "level": LEVEL / (len(grid.arms) - 1),
-        "arms": [_arm_row(arm, runs[arm], grid) for arm in grid.arms],
-        "effects": [_effects(arm, runs[arm], runs[grid.arms[0]], len(grid.arms) - 1) for arm in grid.arms[1:]],
-    }
-    write_json(root / "reports" / "ab" / f"{name}.json", numbers)
+    runs: dict[str, list[Run]] = {arm: [] for arm in study.arms}
+    numbers: dict[str, Any] = {}
+    for seed in range(study.seeds):
+        for arm in study.arms:
+            runs[arm].append(run_arm(repository, plan, arm, seed, name))
+        numbers = about | {"profile": _profile(root), "seed_keys": list(plan.seed_keys)} | judge(study, runs)
+        write_json(root / "reports" / "ab" / f"{name}.json", numbers)
+        logs = {arm: [run.log for run in found] for arm, found in runs.items()}
+        write_report(numbers, logs, root / "reports" / "ab")
     return numbers
 
 
-def _wanted(profile: str, grid: Grid) -> dict[str, str]:
-    """What the comparison reads of a run: name in its folder -> output of the graph. Nothing else is read later."""
-    paths = ProfilePaths(profile)
-    wanted = {"eval": paths.evaluation(JUDGED), "categories.json": paths.records / "categories.json"}
-    wanted["stage2/train_log.jsonl"] = paths.run("stage2") / "train_log.jsonl"
-    wanted |= {f"{stage}/{METADATA}": paths.run(stage) / METADATA for stage in grid.trained_stages}
-    return {name: path.as_posix() for name, path in wanted.items()}
-
-
-def _make_folder(folder: Path) -> None:
-    """Before anything is trained: a file in the way would stop the comparison afterwards."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{folder}: a file is in the way. Expected a folder; move the file.") from error
-
-
-def _one_run(
-    repository: Repository, grid: Grid, arm: Arm, seed: int, name: str, wanted: Mapping[str, str], present: Present
-) -> Run:
-    run = f"{arm.slug}-s{seed}"
-    experiment = repository.experiment(f"ab-{name}-{run}", run, grid.overrides(arm, seed), present)
-    folder = repository.root / "runs" / "ab" / name / run
+def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str) -> Run:
+    """One arm with one seed, run and fetched if it is not there yet, and evaluated."""
+    profile, slug = _profile(repository.root), plan.slug(arm, seed)
+    wanted = _wanted(plan, arm, profile)
+    present = repository.present(profile, list(wanted.values()))
+    experiment = repository.experiment(f"ab-{name}-{slug}", slug, plan.overrides(arm, seed), present)
+    folder = repository.root / "runs" / "ab" / name / slug
     if not _is_fetched(folder, experiment.revision, wanted):
         _fetch(repository, experiment.revision, wanted, folder)
     params = load_params(folder / "params.yaml")
     categories = read_categories(folder / "categories.json")
-    results = list(read_results(folder / "eval" / "gt_vs_pred.jsonl"))
-    metadata = {
-        stage: json.loads((folder / stage / METADATA).read_text(encoding="utf-8")) for stage in grid.trained_stages
-    }
+    checkpoint = plan.study.arms[arm].checkpoint
+    costs = [json.loads((folder / s / METADATA).read_text(encoding="utf-8")) for s in plan.trained(checkpoint)]
     return Run(
-        experiment.name, evaluate(results, categories, params.eval, params.matching, params.seed), metadata, folder
+        experiment=experiment.name,
+        evaluations={
+            name: evaluate(
+                list(read_results(folder / "eval" / name / "gt_vs_pred.jsonl")),
+                categories,
+                params.eval,
+                params.matching,
+                params.seed,
+            )
+            for name in _checkpoints(plan.study, arm)
+        },
+        log=read_training_log(folder / checkpoint / LOG),
+        seconds=sum(cost["wall_seconds"] for cost in costs),
+        tokens=sum(cost["tokens"] for cost in costs),
     )
+
+
+def judge(study: Study, runs: Runs) -> dict[str, Any]:
+    """The effect of every arm beside its baseline, and what it says of every claim.
+
+    Only the primary metric decides about an arm, at a level that holds for all arms together. Nothing is decided, and
+    `faults` says why, if answers of a side are cut, loop or do not parse.
+    """
+    compared = [name for name, arm in study.arms.items() if arm.baseline]
+    level = LEVEL / max(1, len(compared))
+    effects = []
+    for name in compared:
+        baseline = study.arms[name].baseline
+        ours, theirs = _side(study, runs, name, ""), _side(study, runs, name, baseline)
+        row: dict[str, Any] = {"arm": name, "baseline": baseline, "faults": _faults(ours | theirs), "metrics": {}}
+        for key in METRICS:
+            found = _effect(ours, theirs, key, level if key == PRIMARY else LEVEL)
+            verdict = Verdict.UNDEFINED if found is None else found.verdict
+            verdict = Verdict.NOT_JUDGED if found and row["faults"] else verdict
+            row["metrics"][key] = (asdict(found) if found else {}) | {"verdict": verdict.value}
+        effects.append(row)
+    first = next(iter(_side(study, runs, next(iter(study.arms)), "").values()))
+    return rounded(
+        {
+            "seeds": len(next(iter(runs.values()))),
+            "n_images": first.table.n_images,
+            "level": level,
+            "arms": {name: arm.model_dump() for name, arm in study.arms.items()},
+            "runs": [_row(study, name, seed, run) for name, found in runs.items() for seed, run in enumerate(found)],
+            "effects": effects,
+            "claims": [_judged_claim(study, runs, name, claim) for name, claim in study.claims.items()],
+        }
+    )
+
+
+def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any]) -> str:
+    """What a 95 % interval says of a claim: confirmed, refuted, or not shown; `same` is within the margin."""
+    if found is None or faults:
+        return (Verdict.UNDEFINED if found is None else Verdict.NOT_JUDGED).value
+    if claim.expected == "same":
+        inside = -claim.margin < found.lo and found.hi < claim.margin
+        outside = found.lo > claim.margin or found.hi < -claim.margin
+        return "confirmed" if inside else "refuted" if outside else "not shown"
+    lo, hi = (found.lo, found.hi) if claim.expected == "higher" else (-found.hi, -found.lo)
+    return "confirmed" if lo > 0 else "refuted" if hi < 0 else "not shown"
+
+
+def _judged_claim(study: Study, runs: Runs, name: str, claim: Claim) -> dict[str, Any]:
+    ours, theirs = _side(study, runs, claim.arm, ""), _side(study, runs, claim.arm, claim.baseline)
+    found = _effect(ours, theirs, claim.metric, LEVEL)
+    row = {"claim": name, **claim.model_dump(), **(asdict(found) if found else {})}
+    return row | {"judgement": judged(claim, found, _faults(ours | theirs))}
+
+
+Side = Mapping[str, Evaluation]  # by "experiment checkpoint", one a seed, in their order
+
+
+def _side(study: Study, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
+    """The evaluations of an arm, or of its baseline, seed by seed."""
+    name = arm if baseline in (*TRAINED, "") else baseline
+    checkpoint = baseline if baseline in TRAINED else study.arms[name].checkpoint
+    return {f"{seed} {run.experiment} {checkpoint}": run.evaluations[checkpoint] for seed, run in enumerate(runs[name])}
+
+
+def _effect(ours: Side, theirs: Side, key: str, level: float) -> Effect | None:
+    if not all(_has(evaluation, key) for evaluation in (*ours.values(), *theirs.values())):
+        return None
+    return paired_effect([*ours.values()], [*theirs.values()], key, level)
+
+
+def _has(evaluation: Evaluation, key: str) -> bool:
+    """Whether a metric was evaluated: `eval` may ask for other thresholds of duplicates."""
+    area, metric = key.split(".")
+    return metric in evaluation.metrics[area]
+
+
+def _faults(side: Side) -> dict[str, list[str]]:
+    return {name.partition(" ")[2]: words for name, found in side.items() if (words := faults_of(found.metrics))}
+
+
+def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
+    """The values of one run as a row of a frame: metrics, the end of its training, and what the training cost."""
+    checkpoint = study.arms[arm].checkpoint
+    evaluation = run.evaluations[checkpoint]
+    keys = dict.fromkeys((*METRICS, *headline_keys(evaluation.params)))
+    ends = {column: run.log.ends(column) for column in PANELS}
+    row = {"arm": arm, "seed": seed, "experiment": run.experiment, "seconds": run.seconds, "tokens": run.tokens}
+    row |= {key: evaluation.value(key) for key in keys if _has(evaluation, key)}
+    return row | {column: None if found is None else found[1] for column, found in ends.items()}
+
+
+def _profile(root: Path) -> str:
+    return str(read_yaml(root / "params.yaml")["profile"])
+
+
+def _checkpoints(study: Study, arm: str) -> list[str]:
+    """The checkpoints of an arm's runs that the study evaluates."""
+    baselines = [study.arms[arm].baseline, *(claim.baseline for claim in study.claims.values() if claim.arm == arm)]
+    return [name for name in TRAINED if name in (study.arms[arm].checkpoint, *baselines)]
+
+
+def _wanted(plan: Plan, arm: str, profile: str) -> dict[str, str]:
+    """What the comparison reads of a run: name in its folder -> output of the graph. Nothing else is read later."""
+    paths, checkpoint = ProfilePaths(profile), plan.study.arms[arm].checkpoint
+    wanted = {f"eval/{name}": paths.evaluation(name) for name in _checkpoints(plan.study, arm)}
+    wanted |= {"categories.json": paths.records / "categories.json", f"{checkpoint}/{LOG}": paths.run(checkpoint) / LOG}
+    wanted |= {f"{stage}/{METADATA}": paths.run(stage) / METADATA for stage in plan.trained(checkpoint)}
+    return {name: path.as_posix() for name, path in wanted.items()}
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: a file is in the way. Expected a folder; move the file.") from error
 
 
 def _fetch(repository: Repository, revision: str, wanted: Mapping[str, str], folder: Path) -> None:
@@ -134,61 +238,3 @@ def _is_fetched(folder: Path, revision: str, wanted: Mapping[str, str]) -> bool:
     if not mark.is_file() or mark.read_text(encoding="utf-8") != revision:
         return False
     return all((folder / name).exists() for name in (*wanted, "params.yaml"))
-
-
-def _arm_row(arm: Arm, runs: Sequence[Run], grid: Grid) -> dict[str, Any]:
-    """Values by seed, and the cost of what the arm trained: seconds and tokens of one seed, as measured when it ran."""
-    shown = dict.fromkeys((PRIMARY, *SECONDARY, *headline_keys(runs[0].evaluation.params)))
-    trained = grid.trained_stages
-    return {
-        "arm": arm.name,
-        "experiments": [run.experiment for run in runs],
-        "values": {key: [_rounded(run.evaluation.value(key)) for run in runs] for key in shown},
-        "seconds": [round(sum(run.metadata[s]["wall_seconds"] for s in trained), 1) for run in runs],
-        "tokens": [sum(run.metadata[s]["tokens"] for s in trained) for run in runs],
-        "folders": [run.folder.name for run in runs],
-    }
-
-
-def _effects(arm: Arm, runs: Sequence[Run], reference: Sequence[Run], n_comparisons: int) -> dict[str, Any]:
-    """The effect on every metric; only the primary one is corrected for the number of arms, only it decides.
-
-    Nothing is decided, and `faults` says why, if answers of a run are cut, loop or do not parse.
-    """
-    _check_pairable(runs, reference)
-    faults = {run.experiment: words for run in (*runs, *reference) if (words := faults_of(run.evaluation.metrics))}
-    row: dict[str, Any] = {"arm": arm.name, "metrics": {}, "faults": faults}
-    for key in (PRIMARY, *SECONDARY):
-        level = LEVEL / n_comparisons if key == PRIMARY else LEVEL
-        values = [(a.evaluation.value(key), b.evaluation.value(key)) for a, b in zip(runs, reference, strict=True)]
-        if any(a is None or b is None for a, b in values):
-            row["metrics"][key] = None
-            continue
-        deltas_S = np.array([a - b for a, b in values if a is not None and b is not None])
-        resampled_SB = np.array(
-            [a.evaluation.samples[key] - b.evaluation.samples[key] for a, b in zip(runs, reference, strict=True)]
-        )
-        found = effect(deltas_S, resampled_SB, level)
-        rounded = None if found is None else {name: _rounded(value) for name, value in asdict(found).items()}
-        if rounded is None or found is None:
-            row["metrics"][key] = None
-        else:
-            verdict = Verdict.NOT_JUDGED if faults else found.verdict
-            row["metrics"][key] = rounded | {"verdict": verdict.value}
-    return row
-
-
-def _check_pairable(runs: Sequence[Run], reference: Sequence[Run]) -> None:
-    first = reference[0].evaluation.table
-    for run in (*runs, *reference):
-        table = run.evaluation.table
-        same = np.array_equal(table.image_ids_I, first.image_ids_I)
-        if not same or not np.array_equal(table.gt_boxes_G4, first.gt_boxes_G4):
-            raise DataError(
-                f"{run.experiment} was evaluated on other images or annotations than {reference[0].experiment}, so "
-                "nothing can be paired. An A/B test cannot vary the data of the evaluation."
-            )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, DIGITS)

@@ -30,6 +30,10 @@ class StagePlan:
     outs: frozenset[str]
     params: Mapping[str, tuple[str, ...]]  # file -> keys; none are all
 
+    def makes(self, path: str) -> bool:
+        """Whether a path is an output of the stage, lies in one, or holds one."""
+        return any(_overlap(path, out) for out in self.outs)
+
 
 @dataclass(frozen=True, slots=True)
 class Past:
@@ -44,13 +48,14 @@ class Present:
     """What the working tree would run an experiment with."""
 
     plans: Mapping[str, StagePlan]  # the stages that lead to what is read
+    targets: tuple[str, ...]  # those of them that make it
     given: tuple[str, ...]  # their dependencies that no stage makes
     ids: GitIds
     lock: Lock
     values: Mapping[str, Mapping[str, Any]]  # parameter file -> its tree
 
     @classmethod
-    def of(cls, root: Path, profile: str, read: Iterable[str], ids_of: Callable[[Sequence[str]], GitIds]) -> Present:
+    def of(cls, root: Path, profile: str, read: Sequence[str], ids_of: Callable[[Sequence[str]], GitIds]) -> Present:
         """Read the working tree at `root`; `read` are the outputs that the comparison needs.
 
         Raises:
@@ -63,7 +68,8 @@ class Present:
         given = tuple(sorted(dep for dep in deps if not any(_overlap(dep, out) for out in outs)))
         files = {file for plan in plans.values() for file in plan.params}
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
-        return cls(plans, given, ids_of(given), lock, {file: read_yaml(root / file) for file in files})
+        targets = tuple(name for name, plan in plans.items() if any(map(plan.makes, read)))
+        return cls(plans, targets, given, ids_of(given), lock, {file: read_yaml(root / file) for file in files})
 
     def change(self, past: Past, overrides: Sequence[str]) -> str:
         """What is not as the experiment had it, were it run now with these overrides; the empty string if nothing."""
@@ -112,13 +118,13 @@ def _plan(stage: Mapping[str, Any], profile: str) -> StagePlan:
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
     """The stages that make these files, and all before them, in the order of dvc.yaml."""
     for path in read:
-        if not any(_overlap(path, out) for plan in plans.values() for out in plan.outs):
+        if not any(plan.makes(path) for plan in plans.values()):
             raise ConfigError(f"dvc.yaml: no stage makes {path}, which the comparison reads. Is this the repository?")
     found: set[str] = set()
     waiting = list(read)
     while waiting:
         path = waiting.pop()
-        makers = {name for name, plan in plans.items() if any(_overlap(path, out) for out in plan.outs)} - found
+        makers = {name for name, plan in plans.items() if plan.makes(path)} - found
         found |= makers
         waiting += [dep for name in makers for dep in plans[name].deps]
     return {name: plan for name, plan in plans.items() if name in found}

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run that is watched from outside: its log, its own looks, and those of the watcher."""
+"""TensorBoard events of a training run: its log, what its eval callback found, and what the one from outside found."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from coordexp.errors import ConfigError
 from coordexp.records.images import read_rgb
+from coordexp.training.eval_callback import PICTURES, ROWS
 
-LOG, LOOKS, PICTURES = "train_log.jsonl", "monitor.jsonl", "monitor"
+LOG = "train_log.jsonl"
 _LOGGED = ("loss/", "coord_diag/", "lr", "grad_norm")
 
 
@@ -25,36 +26,29 @@ class Events:
         except ImportError as error:
             raise ConfigError("--tensorboard: the package is not installed; pip install tensorboard.") from error
         self._writer: Any = SummaryWriter(str(folder))
-        self._written: dict[str, int] = {}  # by file: the last step
+        self._written: dict[tuple[str, str], int] = {}  # by name of the file and tag: the last step
 
-    def look(self, step: int, values: dict[str, float | None]) -> None:
-        """Metrics of one look of the watcher, under dev/."""
-        for key, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"dev/{key.replace('.', '/')}", value, step)
-        self._writer.flush()
-
-    def follow(self, run: Path) -> None:
-        """What training added to its folder since the last call: losses, and its looks with their pictures."""
-        for row in self._new_rows(run / LOG):
+    def follow(self, run: Path, evals: str = "eval") -> None:
+        """What was added to a folder since the last call: losses, and evaluations with their pictures under `evals`."""
+        for row in self._new_rows(run / LOG, evals):
             for key, value in row.items():
                 if key.startswith(_LOGGED) and isinstance(value, int | float):
                     self._writer.add_scalar(f"train/{key}", value, row["step"])
-        for row in self._new_rows(run / LOOKS):
+        for row in self._new_rows(run / ROWS, evals):
             for key, value in row.items():
                 if key not in ("step", "images", "objects", "seconds") and value is not None:
-                    self._writer.add_scalar(f"look/{key}", value, row["step"])
+                    self._writer.add_scalar(f"{evals}/{key}", value, row["step"])
             picture = run / PICTURES / f"step_{row['step']:06d}.jpg"
             if picture.is_file():
-                self._writer.add_image("look", np.asarray(read_rgb(picture)), row["step"], dataformats="HWC")
+                self._writer.add_image(evals, np.asarray(read_rgb(picture)), row["step"], dataformats="HWC")
         self._writer.flush()
 
-    def _new_rows(self, path: Path) -> list[dict[str, Any]]:
+    def _new_rows(self, path: Path, evals: str) -> list[dict[str, Any]]:
         if not path.is_file():
             return []
         whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        last = self._written.get(path.name, -1)
+        last = self._written.get((path.name, evals), -1)
         rows = [row for row in map(json.loads, whole) if row["step"] > last]
         if rows:
-            self._written[path.name] = rows[-1]["step"]
+            self._written[path.name, evals] = rows[-1]["step"]
         return rows

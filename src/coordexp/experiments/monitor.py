@@ -1,85 +1,44 @@
-"""Watch a training run from outside: decode a fixed part of dev with each resume state that it saves.
+"""The eval callback from outside: called with each resume state that a training run saves, in a process of its own.
 
-A process of its own, at low priority, that evaluates with AP and on as many images as wanted: the stages' own looks
-(coordexp.training.monitor) are smaller. Each look leaves the answers as `step_NNNNNN.jsonl` (gt_vs_pred, which
-`coordexp report --html` draws, two steps side by side) and a line of `curve.tsv`; TensorBoard on request.
+The same dev images and the same decoding as in training, with mAP beside the counts, and on as many images as wanted.
+The folder holds what the callback leaves in training (coordexp.training.eval_callback), and `curve.tsv`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from coordexp.config.run import RunConfig
+from coordexp.config.study import TRAINED
 from coordexp.errors import DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.infra.device import AUTO
-from coordexp.infra.files import write_text
-from coordexp.infra.random_streams import generator
 from coordexp.models.loading import load_for_inference
-from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import ImageResult, write_results
-from coordexp.rollout.stages import (
-    decode_request,
-    make_reader,
-    predict_samples,
-)
+from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.training.checkpoint import STATE_NAME, load_state
+from coordexp.training.eval_callback import EvalCallback, make_eval_callback
 
-STAGES = ("stage1", "stage1-control", "stage2")
-COLUMNS = (
-    *("coco.mAP", "coco.AP50", "f1.full_50", "f1.loc_50", "f1.tp_50", "f1.fp_50", "f1.fn_50"),
-    *("set.dup_pairs_90", "set.count_error_mean", "parse.parse_rate"),
-)
+STAGES = TRAINED
 RESAMPLES = 100  # intervals are not shown; the least that the evaluator takes
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What one resume state answers on the fixed images."""
+def open_monitor(run: RunConfig, stage: str, images: int | None, out: Path, device: str = AUTO) -> EvalCallback:
+    """The eval callback of a stage with a model of its own, to be given the weights of one state after another."""
+    start = run.paths.init if stage == "stage1" else run.paths.run("stage1")
+    categories = read_categories(run.paths.records / "categories.json")
+    params = run.params.eval.model_copy(update={"bootstrap_resamples": RESAMPLES})
 
-    step: int
-    values: dict[str, float | None]
-    results: list[ImageResult]
+    def measure(results: Sequence[ImageResult]) -> Mapping[str, float | None]:
+        found = evaluate(results, categories, params, run.params.matching, run.params.seed)
+        return {"map": found.value("coco.mAP"), "map_50": found.value("coco.AP50")}
 
-
-class Monitor:
-    """Decodes the same images with the weights of one state after another."""
-
-    def __init__(self, run: RunConfig, stage: str, images: int, device: str = AUTO) -> None:
-        start = run.paths.init if stage == "stage1" else run.paths.run("stage1")
-        self._checkpoint = load_for_inference(start, device)
-        self._categories = read_categories(run.paths.records / "categories.json")
-        store = SampleStore(run.paths.norm1000 / "dev.parquet")
-        order = generator(run.params.seed, "coordexp-monitor/images").permutation(len(store))[:images]
-        self._samples = [store[i] for i in np.sort(order).tolist()]
-        self._request = decode_request(run, self._checkpoint.codec)
-        self._reader = make_reader(self._checkpoint, run.params.decode)
-        self._params = run.params
-        self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
-
-    def look(self, state_folder: Path) -> Look | None:
-        """Judge the state that lies there now; None if there is none."""
-        try:
-            state = load_state(state_folder)
-        except FileNotFoundError:  # the run ended between looking and reading
-            return None
-        if state is None:
-            return None
-        self._checkpoint.model.load_state_dict(state.model)
-        results = predict_samples(
-            self._checkpoint, self._reader, self._samples, self._image_root, self._request, self._batch_images
-        )
-        params = self._params.eval.model_copy(update={"bootstrap_resamples": RESAMPLES})
-        found = evaluate(results, self._categories, params, self._params.matching, self._params.seed)
-        values = {key: found.value(key) for key in COLUMNS if key.split(".")[1] in found.metrics[key.split(".")[0]]}
-        return Look(state.step, values, results)
+    callback = make_eval_callback(run, stage, load_for_inference(start, device), 0, images)
+    return replace(callback, folder=out, curve=out / "curve.tsv", measure=measure)
 
 
 def find_state(root: Path, stage: str) -> Path:
@@ -95,42 +54,28 @@ def find_state(root: Path, stage: str) -> Path:
     return own[-1]
 
 
-def watch(
-    monitor: Monitor,
+def follow(
+    callback: EvalCallback,
     state_folder: Path,
-    out: Path,
     poll_seconds: float,
-    follow: Callable[[Path], None] = lambda _run: None,
-) -> Iterator[Look]:
-    """Look at every new state until the run ends and removes its folder; writes each look.
+    on_poll: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Evaluate every new state until the run ends and removes its folder; yields the row of each.
 
-    `follow` is given the folder whenever there may be something new in it.
+    `on_poll` is called whenever there may be something new in the folder.
     """
     seen = -1.0
     while True:
-        follow(state_folder)
+        on_poll()
         try:
             changed = (state_folder / STATE_NAME).stat().st_mtime
-        except FileNotFoundError:
+            if changed == seen:
+                time.sleep(poll_seconds)
+                continue
+            state = load_state(state_folder)
+        except FileNotFoundError:  # the run ended, perhaps between looking and reading
             return
-        if changed == seen:
-            time.sleep(poll_seconds)
-            continue
         seen = changed
-        look = monitor.look(state_folder)
-        if look is not None:
-            write_look(look, out)
-            yield look
-
-
-def write_look(look: Look, out: Path) -> None:
-    """Write the answers and the line of the curve; a step that was looked at before is replaced."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_results(out / f"step_{look.step:06d}.jsonl", look.results)
-    curve, rows = out / "curve.tsv", {}
-    with suppress(FileNotFoundError):
-        rows = {int(line.split("\t")[0]): line for line in curve.read_text(encoding="utf-8").splitlines()[1:]}
-    cells = ["" if value is None else f"{value:.4f}" for value in look.values.values()]
-    rows[look.step] = "\t".join([str(look.step), *cells])
-    lines = ["\t".join(["step", *look.values]), *(rows[step] for step in sorted(rows))]
-    write_text(curve, "\n".join(lines) + "\n")
+        if state is not None:
+            callback.checkpoint.model.load_state_dict(state.model)
+            yield callback.evaluate(state.step)

@@ -1,4 +1,4 @@
-"""The report of an A/B test: verdict first, then effects, cost, values by seed, curves overlaid."""
+"""The report of a study: verdicts first, then claims, effects, values and cost, values by seed, curves overlaid."""
 
 from __future__ import annotations
 
@@ -8,60 +8,73 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
+from coordexp.config.study import METRICS, PRIMARY
 from coordexp.evaluation.effect import Verdict
-from coordexp.experiments.protocol import PRIMARY, RULE
 from coordexp.infra.files import write_text
-from coordexp.reporting.markdown import MISSING, number, signed, table
+from coordexp.reporting.markdown import MISSING, escape, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
-from coordexp.reporting.training_log import TrainingLog, read_training_log, smoothed
+from coordexp.reporting.training_log import TrainingLog, smoothed
 
-# Okabe and Ito 2008, the reference in grey.
+# Okabe and Ito 2008, the first arm in grey.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PANELS = {
     "raw/softce": "softCE, unweighted (nats)",
     "coord_diag/expected_bin_mae": "mean error of E[k] (bins)",
     "raw/text_ce": "text CE, unweighted (nats)",
 }
+UNLIKE_TOKENS = 0.1  # more of a difference in tokens is said beside a verdict
+RULE = (
+    f"Fixed before any number was seen: `{PRIMARY}` decides. An arm is **better** or **worse** than its baseline when "
+    "the interval of its paired difference, over images and training seeds, excludes 0; otherwise there is **no "
+    "difference shown**: none that this budget could show. The intervals of {arms} hold together with 95 % confidence "
+    "(Bonferroni). The smallest effect that could be shown is the true difference that this budget would have found "
+    "with 80 % probability. The other metrics are context and decide nothing."
+)
+CLAIM_RULE = (
+    "A claim is **confirmed** if its 95 % interval lies on the side that it says (or within the margin, if it says "
+    "that nothing changes), **refuted** if it lies on the other (or outside of the margin), and otherwise **not "
+    "shown**. Each claim stands alone: of 20 about nothing, one is expected to look like something."
+)
 Numbers = Mapping[str, Any]
 
 
-def write_ab_report(numbers: Numbers, runs_folder: Path, out_dir: Path) -> Path:
-    """Write `<name>.md` and `<name>.png` from the numbers of `run_ab`; returns the path of the text."""
-    name = numbers["name"]
-    logs = {
-        arm["arm"]: [
-            read_training_log(runs_folder / folder / "stage2" / "train_log.jsonl") for folder in arm["folders"]
-        ]
-        for arm in numbers["arms"]
-    }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    draw_curves(logs, out_dir / f"{name}.png")
-    path = out_dir / f"{name}.md"
-    write_text(path, ab_markdown(numbers))
+def write_report(numbers: Numbers, logs: Mapping[str, Sequence[TrainingLog]], out_dir: Path) -> Path:
+    """Write `<name>.md` and `<name>.png` from the numbers of `run_study`; returns the path of the text.
+
+    Args:
+        logs: arm -> the training logs of its checkpoint, one a seed.
+    """
+    draw_curves(
+        logs, {name: arm["checkpoint"] for name, arm in numbers["arms"].items()}, out_dir / f"{numbers['name']}.png"
+    )
+    path = out_dir / f"{numbers['name']}.md"
+    write_text(path, report_markdown(numbers))
     return path
 
 
-def ab_markdown(numbers: Numbers) -> str:
+def report_markdown(numbers: Numbers) -> str:
     """The whole text; every number in it is one of `numbers`."""
-    reference = numbers["arms"][0]["arm"]
     n_arms = len(numbers["effects"])
-    arms = "all arms" if n_arms > 1 else "the one arm"
+    claims = ["## Claims", CLAIM_RULE, _claims_table(numbers["claims"])] if numbers["claims"] else []
     parts = [
-        f"# A/B test `{numbers['name']}`",
+        f"# {escape(numbers['title'])}",
         "\n".join(f"- {verdict_sentence(row, numbers)}" for row in numbers["effects"]),
         _what_ran(numbers),
-        RULE.format(arms=arms),
-        f"## Effects against `{reference}`",
+        RULE.format(arms="all arms" if n_arms > 1 else "the one arm"),
+        *claims,
+        "## Effects",
         _effects_table(numbers),
         "`SE images` and `SE seeds` are the two parts of the standard error: more images shrink the first, more seeds "
         "the second.",
+        _context_table(numbers),
         "## Values and cost",
         _arms_table(numbers),
-        "Seconds and tokens are those of the training that the arm changes, for one seed, as measured when it ran; a "
-        "run that came from the cache keeps its own.",
-        f"![Losses of stage 2 by arm]({numbers['name']}.png)",
+        "Seconds and tokens are those of the training that the arms change, for one seed, as measured when it ran; a "
+        "run that came from the cache keeps its own. Diagnostics of training are means over its last tenth.",
+        f"![Losses by arm]({numbers['name']}.png)",
         "Thin: one seed. Thick: their mean, smoothed over a twentieth of the steps. Losses are unweighted, so that "
         "arms with different weights can be compared.",
         "## By seed",
@@ -72,14 +85,13 @@ def ab_markdown(numbers: Numbers) -> str:
 
 def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     """One arm in words."""
-    reference, found = numbers["arms"][0]["arm"], row["metrics"][PRIMARY]
-    subject = f"`{row['arm']}` against `{reference}`"
-    if found is None:
-        return f"{subject}: **{Verdict.UNDEFINED.value}**."
-    bounds = f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]"
+    found = row["metrics"][PRIMARY]
+    subject = f"`{row['arm']}` against `{row['baseline']}`"
+    if "delta" not in found:
+        return f"{subject}: **{found['verdict']}**."
     seeds = numbers["seeds"]
     covered = f"{numbers['n_images']} images, {seeds} seeds" if seeds > 1 else f"{numbers['n_images']} images, one seed"
-    text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {bounds} ({covered})"
+    text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {_measured(found)} ({covered})"
     if found["verdict"] == Verdict.IDENTICAL.value:
         return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
     if found["verdict"] == Verdict.NO_DIFFERENCE.value:
@@ -89,70 +101,98 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
         return f"{text}, because of the answers of {why}."
     if seeds == 1:
         text += ". With one seed the interval knows nothing of training noise; a repetition may say otherwise"
-    return f"{text}."
+    return f"{text}{_unlike_tokens(row, numbers)}."
+
+
+def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
+    """What to know where the two sides trained on different numbers of tokens."""
+    tokens = pd.DataFrame(numbers["runs"]).groupby("arm")["tokens"].mean()
+    if row["baseline"] not in tokens or not tokens[row["baseline"]]:
+        return ""
+    ratio = tokens[row["arm"]] / tokens[row["baseline"]]
+    return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > UNLIKE_TOKENS else ""
+
+
+def _measured(found: Numbers) -> str:
+    return f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]" if "delta" in found else MISSING
 
 
 def _what_ran(numbers: Numbers) -> str:
     keys = " and ".join(f"`{key}`" for key in numbers["seed_keys"])
     repeated = f"{numbers['seeds']} repetitions of each arm by {keys}" if keys else "nothing is trained again"
+    checkpoints = dict.fromkeys(f"`{arm['checkpoint']}`" for arm in numbers["arms"].values())
     return (
-        f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, checkpoint `{numbers['checkpoint']}`, "
-        f"{numbers['n_images']} images; {repeated}. Arms with one seed see the same data in the same order."
+        f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, checkpoint {', '.join(checkpoints)}, "
+        f"{numbers['n_images']} images; {repeated}. Arms with one seed see the same data in the same order. A baseline "
+        "that is a checkpoint is that of the arm's own run: `stage1-control` is stage 1 continued for the tokens that "
+        "the stage 2 of that run took."
     )
+
+
+def _claims_table(claims: Sequence[Numbers]) -> str:
+    rows = [
+        [
+            *(escape(claim[key]) for key in ("text", "source")),
+            f"`{claim['arm']}` - `{claim['baseline']}`",
+            claim["expected"] + (f" (±{claim['margin']:g})" if claim["margin"] else ""),
+            f"`{claim['metric']}` {_measured(claim)}",
+            f"**{claim['judgement']}**",
+        ]
+        for claim in claims
+    ]
+    return table(["claim", "source", "compared", "expected", "measured", "our numbers"], rows, "llllll")
 
 
 def _effects_table(numbers: Numbers) -> str:
     rows = []
     for row in numbers["effects"]:
-        for key, found in row["metrics"].items():
-            if found is None:
-                rows.append([f"`{row['arm']}`", f"`{key}`", *[MISSING] * 5, Verdict.UNDEFINED.value])
-                continue
-            bounds = f"[{signed(found['lo'])}, {signed(found['hi'])}]"
-            errors = [number(found[name]) for name in ("se_images", "se_seeds", "smallest")]
-            verdict = f"**{found['verdict']}**" if key == PRIMARY else "context"
-            rows.append([f"`{row['arm']}`", f"`{key}`", signed(found["delta"]), bounds, *errors, verdict])
-    header = ["arm", "metric", "delta", "interval", "SE images", "SE seeds", "could have shown", "verdict"]
-    return table(header, rows, "llrrrrrl")
+        found = row["metrics"][PRIMARY]
+        errors = [number(found.get(name)) for name in ("se_images", "se_seeds", "smallest")]
+        rows.append([f"`{row['arm']}`", f"`{row['baseline']}`", _measured(found), *errors, f"**{found['verdict']}**"])
+    header = ["arm", "baseline", f"`{PRIMARY}`", "SE images", "SE seeds", "could have shown", "verdict"]
+    return table(header, rows, "llrrrrl")
+
+
+def _context_table(numbers: Numbers) -> str:
+    keys = [key for key in METRICS if key != PRIMARY]
+    rows = [[f"`{row['arm']}`", *(_measured(row["metrics"][key]) for key in keys)] for row in numbers["effects"]]
+    return table(["context, 95 % intervals", *(f"`{key}`" for key in keys)], rows)
 
 
 def _arms_table(numbers: Numbers) -> str:
-    keys = list(numbers["arms"][0]["values"])
-    rows = []
-    for arm in numbers["arms"]:
-        means = [_mean_text(arm["values"][key]) for key in keys]
-        cost = [_mean_text(arm["seconds"], 0), _mean_text(arm["tokens"], 0)]
-        rows.append([f"`{arm['arm']}`", *means, *cost])
-    return table(["arm, mean over seeds", *(f"`{key}`" for key in keys), "seconds", "tokens"], rows)
-
-
-def _mean_text(values: Sequence[float | None], digits: int = 4) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):,.{digits}f}" if known and len(known) == len(values) else MISSING
+    """Means over seeds; one that is undefined for a seed has none."""
+    frame = pd.DataFrame(numbers["runs"]).drop(columns=["experiment", "seed"])
+    means = frame.groupby("arm", sort=False).agg(lambda column: pd.to_numeric(column).mean(skipna=False))
+    means = means[[*(name for name in means if name not in ("seconds", "tokens")), "seconds", "tokens"]]
+    digits = {"seconds": 0, "tokens": 0}
+    rows = [
+        [f"`{arm}`", *(MISSING if pd.isna(v) else f"{v:,.{digits.get(k, 4)}f}" for k, v in row.items())]
+        for arm, row in means.iterrows()
+    ]
+    return table(["arm, mean over seeds", *(f"`{key}`" if key not in digits else key for key in means)], rows)
 
 
 def _seeds_table(numbers: Numbers) -> str:
     rows = [
-        [f"`{name}`", f"`{arm['arm']}`", str(seed), number(arm["values"][PRIMARY][seed])]
-        for arm in numbers["arms"]
-        for seed, name in enumerate(arm["experiments"])
+        [f"`{run['experiment']}`", f"`{run['arm']}`", str(run["seed"]), number(run[PRIMARY])] for run in numbers["runs"]
     ]
-    return table(
-        ["experiment (`dvc exp apply` puts it into the workspace)", "arm", "seed", f"`{PRIMARY}`"], rows, "llrr"
-    )
+    header = ["experiment (`dvc exp apply` puts it into the workspace)", "arm", "seed", f"`{PRIMARY}`"]
+    return table(header, rows, "llrr")
 
 
-def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], path: Path) -> None:
-    """Every arm in its colour, in the panels that all arms log."""
-    shown = [c for c in PANELS if all(len(log.series(c)[0]) for runs in logs.values() for log in runs)]
+def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], stages: Mapping[str, str], path: Path) -> None:
+    """One row of panels for each stage; every arm in its colour, in the panels that all arms log."""
+    shown = [c for c in PANELS if all(len(log.series(c)[0]) for runs in logs.values() for log in runs)] or [*PANELS][:1]
+    rows = list(dict.fromkeys(stages.values()))
     with figure_style():
-        figure = new_figure(3.4 * max(1, len(shown)), 3.2)
-        for ax, column in zip(figure.subplots(1, max(1, len(shown)), squeeze=False).flat, shown, strict=False):
-            for (name, runs), colour in zip(logs.items(), cycle(COLOURS), strict=False):
-                _draw_arm(ax, name, runs, column, colour)
-            ax.set(title=PANELS[column], xlabel="optimizer step")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, max(1, len(labels))))
+        figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows))
+        for axes, stage in zip(figure.subplots(len(rows), len(shown), squeeze=False), rows, strict=True):
+            arms = {name: runs for name, runs in logs.items() if stages[name] == stage}
+            for ax, column in zip(axes, shown, strict=True):
+                for (name, runs), colour in zip(arms.items(), cycle(COLOURS), strict=False):
+                    _draw_arm(ax, name, runs, column, colour)
+                ax.set(title=PANELS[column], xlabel=f"optimizer step of {stage}")
+            axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         save_figure(figure, path)
 
 

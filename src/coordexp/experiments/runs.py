@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Repository:
 
     root: Path
     say: Callable[[str], None]
+    _pasts: dict[tuple[str, tuple[str, ...]], Past] = field(default_factory=dict, repr=False)
 
     def commit(self) -> str:
         """The commit that experiments start from. What stages write may differ from it: a run of the graph did that.
@@ -66,11 +67,11 @@ class Repository:
         return Present.of(self.root, profile, read, lambda paths: self._ids("HEAD", paths))
 
     def experiment(self, name: str, run: str, overrides: Sequence[str], present: Present) -> Experiment:
-        """The experiment of one arm and seed; runs it unless there is one with the same dependencies.
+        """The experiment of one arm and seed; runs it unless there is one, under any name, with the same dependencies.
 
         Args:
             name: of a new experiment.
-            run: the end of the name, which says arm and seed, whatever the report is called.
+            run: the end of the name, which says arm and seed: such experiments are tried first.
             overrides: what `dvc exp run -S` is given.
             present: what it would depend on now.
 
@@ -79,14 +80,16 @@ class Repository:
             TrainingError: a stage failed.
         """
         changed = ""
-        for found in self.experiments(run):
-            changed = present.change(self.past(found.revision, present), overrides)
-            if not changed:
+        named = self.experiments(f"ab-*-{run}", f"ab-*-{run}-[0-9]*")
+        for found in [*named, *(other for other in self.experiments("*") if other not in named)]:
+            change = present.change(self.past(found.revision, present), overrides)
+            if not change:
                 self.say(f"{name}: there already" + (f", as {found.name}" if found.name != name else ""))
                 return found
+            changed = change if found in named else changed
         why = f" (again: {changed} changed)" if changed else ""
         self.say(f"{name}: {' '.join(overrides) or 'no change'}{why}")
-        made = self._new(name, overrides)
+        made = self._new(name, overrides, present.targets)
         if edited := present.change(self.past(made.revision, present), overrides):
             raise TrainingError(
                 f"{made.name}: {edited} changed in the working tree while experiments ran, so they cannot be compared. "
@@ -110,14 +113,14 @@ class Repository:
         """A file that git holds; raises ConfigError if it does not."""
         return self._git("show", f"{revision}:./{path}")
 
-    def _new(self, name: str, overrides: Sequence[str]) -> Experiment:
+    def _new(self, name: str, overrides: Sequence[str], targets: Sequence[str]) -> Experiment:
         head = self._git("rev-parse", "HEAD").strip()
         folder = f"refs/exps/{head[:2]}/{head[2:]}"
         taken = self._git("for-each-ref", "--format=%(refname:lstrip=4)", folder).split()
         if name in taken:  # with other dependencies, for example after stage 1 was trained again
             name = next(free for n in count(2) if (free := f"{name}-{n}") not in taken)
         assignments = [part for override in overrides for part in ("--set-param", override)]
-        done = self._run("dvc", "exp", "run", "--temp", "--name", name, *assignments)
+        done = self._run("dvc", "exp", "run", "--temp", "--name", name, *assignments, *targets)
         found = self._run("git", "rev-parse", "--verify", "--quiet", f"{folder}/{name}").stdout.strip()
         if found:
             return Experiment(name, found)
@@ -126,18 +129,21 @@ class Repository:
             raise Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{_end(output)}")
         raise TrainingError(f"{name}: dvc exp run ended with {done.returncode} and left no experiment:\n{_end(output)}")
 
-    def experiments(self, run: str) -> list[Experiment]:
-        """Experiments of one arm and seed under any commit, the newest first."""
-        patterns = [f"refs/exps/*/*/ab-*-{run}", f"refs/exps/*/*/ab-*-{run}-[0-9]*"]
+    def experiments(self, *names: str) -> list[Experiment]:
+        """Experiments under any commit whose name is like one of `names`, the newest first."""
         form = "--format=%(refname:lstrip=4) %(objectname)"
+        patterns = [f"refs/exps/*/*/{name}" for name in names]
         lines = self._git("for-each-ref", "--sort=-committerdate", form, *patterns).splitlines()
         return [Experiment(*line.split()) for line in lines]
 
     def past(self, revision: str, present: Present) -> Past:
         """What an experiment ran with."""
-        shown = self._run("git", "show", f"{revision}:./dvc.lock")
-        lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
-        return Past(lock.get("stages", {}), self._ids(revision, present.given))
+        key = revision, present.given
+        if key not in self._pasts:
+            shown = self._run("git", "show", f"{revision}:./dvc.lock")
+            lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
+            self._pasts[key] = Past(lock.get("stages", {}), self._ids(revision, present.given))
+        return self._pasts[key]
 
     def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:
         """Path -> id of the content, for those paths that git holds at a revision."""

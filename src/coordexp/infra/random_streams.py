@@ -33,7 +33,6 @@ STREAMS = {
     "pack/order": Stream("which of the samples of one length is packed where; order of the packs", mixed=(1000,)),
     "rollout/images": Stream("training images that get a rollout", mixed=(2,)),
     "monitor/images": Stream("dev images of the evaluation during training", mixed=(3,), seeded=False),
-    "coordexp-monitor/images": Stream("dev images of `coordexp monitor`", mixed=(3,)),
     "evaluation/resamples": Stream("images of each bootstrap resample"),
     "gallery/images": Stream("pictures of the gallery beside the telling ones"),
     "model/coordinate-rows": Stream("directions along which `coord_init: ordinal` orders the new rows"),
@@ -58,9 +57,7 @@ MEETINGS = {
     frozenset({"gallery/images", "train/object-order"}),
     frozenset({"stage1/order", "train/object-order"}),
     frozenset({"stage1/order", "rollout/images"}),  # in epoch 2
-    frozenset({"stage1/order", "coordexp-monitor/images"}),  # in epoch 3
     frozenset({"rollout/images", "train/object-order"}),  # in step 2
-    frozenset({"coordexp-monitor/images", "train/object-order"}),  # in step 3
     frozenset({"stage1-control/order", "stage2/order-b"}),  # packs, samples
 }
 

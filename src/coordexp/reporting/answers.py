@@ -7,14 +7,14 @@ checkpoint rests on images that it was not trained on, with an interval; where t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from coordexp.config.paths import COMPARISONS
-from coordexp.evaluation.bootstrap import difference, resample_weights
-from coordexp.evaluation.effect import Verdict
+from coordexp.evaluation.bootstrap import resample_weights
+from coordexp.evaluation.effect import Verdict, effect
 from coordexp.evaluation.table import Floats
 from coordexp.reporting.context_drift import drift_answer
 from coordexp.reporting.inputs import TRAINED, ReportData, metric
@@ -112,8 +112,8 @@ def more_duplicates(data: ReportData, params: Mapping[str, Any]) -> Difference |
     """
     more_I = _pairs_I(data, "stage2") - _pairs_I(data, "stage1-control")
     weights_BI = resample_weights(len(more_I), params["eval"]["bootstrap_resamples"], params["seed"])
-    mean_B = weights_BI @ more_I / len(more_I)
-    return difference_from(difference(mean_B, np.zeros_like(mean_B), float(more_I.mean())))
+    found = effect(np.array([more_I.mean()]), (weights_BI @ more_I / len(more_I))[np.newaxis])
+    return difference_from(None if found is None else asdict(found))
 
 
 def _pairs_I(data: ReportData, checkpoint: str) -> Floats:

@@ -14,7 +14,7 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.inputs import TRAINED, ReportData, metric
 from coordexp.reporting.markdown import interval, number, percent, signed, table
-from coordexp.reporting.monitor_tables import BUDGET, time_share
+from coordexp.reporting.monitor import BUDGET, time_fraction
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
 from coordexp.reporting.tables import required
 from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
@@ -55,7 +55,7 @@ def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[C
         _coordinate_mass_holds,
         _logs_are_whole,
         _softce_above_floor,
-        _looks_are_cheap,
+        _evaluations_are_cheap,
         _schedule_realised,
         _control_is_fair,
         _one_clean_commit,
@@ -153,13 +153,13 @@ def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy, params: Params)
     return Check(claim, all(abs(value / entropy - 1) <= FLOOR_TOLERANCE for value in measured.values()), evidence)
 
 
-def _looks_are_cheap(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
-    claim = f"Looking at the model while it trained took under {percent(BUDGET)} of the time"
-    shares = {name: share for name in TRAINED if (share := time_share(data.metadata[name])) is not None}
-    if not shares:
-        return Check(claim, None, "no step was looked at")
-    evidence = ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
-    return Check(claim, max(shares.values()) < BUDGET, evidence)
+def _evaluations_are_cheap(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+    claim = f"Evaluating the model while it trained took under {percent(BUDGET)} of the time"
+    found = {name: part for name in TRAINED if (part := time_fraction(data.metadata[name])) is not None}
+    if not found:
+        return Check(claim, None, "no step was evaluated")
+    evidence = ", ".join(f"{name} {percent(part)}" for name, part in found.items())
+    return Check(claim, max(found.values()) < BUDGET, evidence)
 
 
 def _schedule_realised(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:

@@ -105,7 +105,7 @@ class ReportData:
     details: dict[str, Json]
     decodes: dict[str, Json]
     logs: dict[str, TrainingLog]
-    looks: dict[str, list[Json] | None]  # what the monitor saw; None if the run left no file of it
+    dev_rows: dict[str, list[Json] | None]  # what the eval callback found; None if the run left no file of it
     metadata: dict[str, Json]
     rollout: Json
     packing: Json
@@ -132,7 +132,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
         logs={name: read_training_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
-        looks={name: _looks(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
+        dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "rollout"),
         packing=read_json(inputs.packing_stats, "pack"),
@@ -206,7 +206,7 @@ def _results(path: Path) -> list[ImageResult]:
     return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
 
 
-def _looks(path: Path) -> list[Json] | None:
+def _dev_rows(path: Path) -> list[Json] | None:
     return read_rows(path, LOOK_KEYS) if path.is_file() else None
 
 

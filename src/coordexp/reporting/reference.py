@@ -88,8 +88,8 @@ _LOGS = """\
 slots of the step; those of a first forward beside the last are `coord_diag_a1/*`. Of several forwards or processes they
 are averaged by slots, the 90th percentile too, which is near that of all slots and not equal to it.
 
-`monitor.jsonl` beside it holds one object for every look at the model in training (`monitor.every_steps`), over the
-same few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
+`monitor.jsonl` beside it holds one object for every call of the eval callback (`monitor.every_steps`), over the same
+few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
 `precision`, `recall`, `f1`, `f1_boxes` (names ignored), `matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`,
 `tokens_mean`, `seconds`. The pairing is that of training, not the evaluator's."""
 

@@ -27,12 +27,16 @@ from coordexp.reporting.explanation import explain, explanation_table
 from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
-from coordexp.reporting.figures_looks import write_looks_figure
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data, metric
 from coordexp.reporting.markdown import escape, number, percent, signed
-from coordexp.reporting.monitor_tables import checkpoint_counts_table, looks_sentence, looks_table
+from coordexp.reporting.monitor import (
+    checkpoint_counts_table,
+    monitor_sentence,
+    monitor_table,
+    write_monitor_figure,
+)
 from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.published import published_markdown
 from coordexp.reporting.training_log import TrainingLog
@@ -57,7 +61,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     strips = choose_strips(outcomes[SHOWN])
     text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
     write_training_figures(data.logs, inputs.params, out_dir / "figures")
-    write_looks_figure(data.looks, out_dir / "figures" / "looks.png")
+    write_monitor_figure(data.dev_rows, out_dir / "figures" / "monitor.png")
     write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
@@ -126,8 +130,8 @@ def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outco
         "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
         "comparison_table": tables.comparison_table(data.metrics, data.comparison),
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
-        "looks_sentence": looks_sentence(data.looks, data.metadata),
-        "looks_table": looks_table(data.looks),
+        "monitor_sentence": monitor_sentence(data.dev_rows, data.metadata),
+        "monitor_table": monitor_table(data.dev_rows),
         "resamples": settings.bootstrap_resamples,
         "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
         "protocol_table": tables.protocol_table(metrics),

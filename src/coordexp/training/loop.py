@@ -51,16 +51,17 @@ class Task(Protocol):
         ...
 
 
-class StepCallback(Protocol):
-    """Asked between two steps; it may not change what the steps compute. Main process only."""
+class Callback:
+    """What is called between two steps, here nothing; it may not change what the steps compute. Main process only."""
 
-    def resume(self, done_steps: int) -> None:
+    def on_train_begin(self, done_steps: int) -> None:
         """So many steps are done: the run starts, or goes on."""
-        ...
 
-    def after(self, done_steps: int) -> None:
+    def on_step_end(self, done_steps: int) -> None:
         """So many steps are done, and no gradient is held."""
-        ...
+
+
+NO_CALLBACK = Callback()
 
 
 def train(
@@ -72,12 +73,12 @@ def train(
     *,
     save_every_seconds: float,
     schedule: Schedule | None = None,
-    callback: StepCallback | None = None,
+    callback: Callback = NO_CALLBACK,
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
-    `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is asked
-    after every step, before a state is saved: what it keeps of a step is never behind the state.
+    `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is
+    called after every step, before a state is saved: what it keeps of a step is never behind the state.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
@@ -88,8 +89,7 @@ def train(
     peaks = [group["lr"] for group in optimizer.param_groups]
     first = _resumed_step(model, optimizer, state_folder)
     model.train()
-    if callback:
-        callback.resume(first)
+    callback.on_train_begin(first)
     saved_at = time.monotonic()
     with StopRequest().watching() as stop, Recorder(state_folder, log_path, first) as disk:
         for step in range(first, optim.steps):
@@ -111,8 +111,7 @@ def train(
             disk.log(row)
             if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
                 log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
-            if callback:
-                callback.after(step + 1)
+            callback.on_step_end(step + 1)
             if any_process(stop.signal is not None) and step + 1 < optim.steps:
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import world
-from coordexp.training.loop import StepCallback, Task, train
+from coordexp.training.eval_callback import EvalCallback
+from coordexp.training.loop import Task, train
 from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
@@ -59,22 +60,6 @@ class Session:
         return resume_folder(self.stage, key)
 
 
-class EvalCallback(StepCallback, Protocol):
-    """Judges the model between steps; its results lie beside the resume state, then beside the checkpoint."""
-
-    def open(self, folder: Path) -> None:
-        """Keep results there."""
-        ...
-
-    def hand_over(self, folder: Path) -> None:
-        """Copy all of it into the finished checkpoint."""
-        ...
-
-    def seconds(self) -> float:
-        """How long it took in all."""
-        ...
-
-
 def start_files(folder: Path) -> dict[str, Path]:
     """The weights that a run starts from, as inputs by name."""
     files = weight_files(folder)
@@ -108,7 +93,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
         started = time.monotonic()
-        callback.open(state)
+        callback.folder = state
         steps(callback=callback)
         weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
         undo()  # a checkpoint is plain weights, adapters merged
@@ -129,7 +114,7 @@ def _finish(
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint, weights)
     shutil.copyfile(log_path, temporary / LOG_NAME)
-    callback.hand_over(temporary)
+    callback.copy_to(temporary)
     summary = summarise_log(log_path) | {"monitor_seconds": callback.seconds()}
     metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})

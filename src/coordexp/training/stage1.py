@@ -21,7 +21,7 @@ from coordexp.training.builders import (
     own_slice,
     stage1_objective,
 )
-from coordexp.training.monitor import make_monitor
+from coordexp.training.eval_callback import make_eval_callback
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
@@ -89,8 +89,8 @@ def _teach(
         optim=optim,
         seed=run.params.stage1_seed,
     )
-    monitor = make_monitor(run, stage, checkpoint, len(packs_by_step))
-    return run_session(session, checkpoint, task, monitor)
+    callback = make_eval_callback(run, stage, checkpoint, len(packs_by_step))
+    return run_session(session, checkpoint, task, callback)
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:

@@ -22,7 +22,7 @@ from coordexp.training.builders import (
     stage2_objective,
 )
 from coordexp.training.distributed import world
-from coordexp.training.monitor import make_monitor
+from coordexp.training.eval_callback import make_eval_callback
 from coordexp.training.rollout_pool import Refresher, RolloutPool, match_schedule, plan_refreshes
 from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
@@ -70,8 +70,8 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         run.params.stage2.a1_coord_weight,
         optim.grad_monitor_every,
     )
-    monitor = make_monitor(run, "stage2", checkpoint, optim.steps)
-    summary = run_session(session, checkpoint, task, monitor)
+    callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)
+    summary = run_session(session, checkpoint, task, callback)
     if world().is_main:
         names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
         write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in names})

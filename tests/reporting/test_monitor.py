@@ -12,9 +12,8 @@ import pytest
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
-from coordexp.reporting.figures_looks import write_looks_figure
 from coordexp.reporting.inputs import TRAINED, ReportInputs, load_report_data
-from coordexp.reporting.monitor_tables import looks_sentence, looks_table, time_share
+from coordexp.reporting.monitor import monitor_sentence, monitor_table, time_fraction, write_monitor_figure
 from reporting.test_report import rows_of
 
 KEYS = (
@@ -31,7 +30,7 @@ KEYS = (
 )
 
 
-def test_every_look_is_a_row_with_the_numbers_of_its_file(inputs: ReportInputs, report: Path) -> None:
+def test_every_evaluation_is_a_row_with_the_numbers_of_its_file(inputs: ReportInputs, report: Path) -> None:
     shown = rows_of(report.read_text(encoding="utf-8"), "stage")
     expected = [
         (stage, json.loads(line))
@@ -39,9 +38,9 @@ def test_every_look_is_a_row_with_the_numbers_of_its_file(inputs: ReportInputs, 
         for line in (inputs.runs / stage / "monitor.jsonl").read_text().splitlines()
     ]
     assert len(shown) == len(expected) == 12
-    for row, (stage, look) in zip(shown, expected, strict=True):
-        assert row[:2] == [stage, str(look["step"])]
-        assert [float(cell) for cell in row[2:12]] == pytest.approx([look[key] for key in KEYS], abs=5e-5)
+    for row, (stage, found) in zip(shown, expected, strict=True):
+        assert row[:2] == [stage, str(found["step"])]
+        assert [float(cell) for cell in row[2:12]] == pytest.approx([found[key] for key in KEYS], abs=5e-5)
 
 
 def test_the_counts_of_the_checkpoints_are_those_of_metrics_json(report: Path, metrics: dict[str, Any]) -> None:
@@ -56,28 +55,30 @@ def test_the_counts_of_the_checkpoints_are_those_of_metrics_json(report: Path, m
         ]
 
 
-def test_the_sentence_says_what_looking_cost_and_how_little_one_look_proves(inputs: ReportInputs) -> None:
+def test_the_sentence_says_what_it_cost_and_how_little_one_evaluation_proves(inputs: ReportInputs) -> None:
     data = load_report_data(inputs)
-    assert time_share(data.metadata["stage1"]) == pytest.approx(6.6 / (200.1 + 6.6))
-    sentence = looks_sentence(data.looks, data.metadata)
+    assert time_fraction(data.metadata["stage1"]) == pytest.approx(6.6 / (200.1 + 6.6))
+    sentence = monitor_sentence(data.dev_rows, data.metadata)
     assert "16 dev images with 44 objects" in sentence
     assert "±0.15" in sentence  # 1.96 * sqrt(0.25 / 44)
     assert "stage1 3.2 %" in sentence
 
 
 @pytest.mark.parametrize(("left", "words"), [(None, "left no `monitor.jsonl`"), ([], "`monitor.every_steps`")])
-def test_without_looks_the_report_says_why(inputs: ReportInputs, left: list | None, words: str, tmp_path: Path) -> None:
+def test_without_evaluations_the_report_says_why(
+    inputs: ReportInputs, left: list | None, words: str, tmp_path: Path
+) -> None:
     data = load_report_data(inputs)
-    looks = dict.fromkeys(TRAINED, left)
-    assert words in looks_sentence(looks, data.metadata)
-    assert looks_table(looks) == ""
-    write_looks_figure(looks, tmp_path / "looks.png")
+    rows = dict.fromkeys(TRAINED, left)
+    assert words in monitor_sentence(rows, data.metadata)
+    assert monitor_table(rows) == ""
+    write_monitor_figure(rows, tmp_path / "monitor.png")
     assert not list(tmp_path.iterdir())
     metadata = {k: v for k, v in data.metadata["stage1"].items() if k != "monitor_seconds"}
-    assert time_share(metadata) is None
+    assert time_fraction(metadata) is None
 
 
-def test_a_broken_file_of_looks_is_named(inputs: ReportInputs, tmp_path: Path) -> None:
+def test_a_broken_file_of_rows_is_named(inputs: ReportInputs, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(inputs.runs, runs, ignore=shutil.ignore_patterns("eval"))
     file = runs / "stage2" / "monitor.jsonl"

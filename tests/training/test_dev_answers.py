@@ -1,4 +1,4 @@
-"""Counts of a look against a case done by hand, and a picture that shows it."""
+"""Counts over dev answers against a case done by hand, and a picture that shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
-from coordexp.training.looks import count_answers, draw_answers, duplicate_pairs, judge_answer
+from coordexp.training.dev_answers import count_answers, draw_answers, duplicate_pairs, judge_answer
 
 
 def answer(gt: list[GroundTruth], pred: list[tuple[str, tuple[float, ...]]], parse: ParseReport) -> ImageResult:

@@ -1,4 +1,4 @@
-"""What a look at the model in training finds: counts over its answers to a few images, and a picture of some of them.
+"""Answers of a model in training to a few dev images: counts over them, and a picture of some.
 
 The pairing is that of training (`matching`), gated at IoU .50 with names ignored; a located object is right if the
 normalised names agree too. Evaluation proper, with AP and intervals, is for finished checkpoints.

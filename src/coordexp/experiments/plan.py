@@ -1,0 +1,139 @@
+"""What a study runs: the values of every arm as `dvc exp run -S` takes them, and the seeds that repeat it.
+
+A study is a file of configs/studies/, or the combinations of `coordexp ab -S key=value,value`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.loading import parse_profile, read_yaml
+from coordexp.config.presets import changed_tree, overrides, read_preset, with_changes
+from coordexp.config.study import Arm, Study, Trained
+from coordexp.errors import ConfigError
+from coordexp.experiments.dependencies import values_by_file
+from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
+
+AS_COMMITTED = "as in params.yaml"
+_BEFORE_STAGE_2 = ("raw", "convert", "norm1000", "pack", "stage1")
+_TRAINING = (*_BEFORE_STAGE_2, "rollout", "stage2", "stage1-control")
+
+Settings = Mapping[str, str]  # target of `-S` -> text of the value
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Arms with their values, and the parameters that tell repetitions of one arm apart."""
+
+    study: Study
+    settings: Mapping[str, Settings]  # by arm
+    seed_keys: tuple[str, ...]  # of params.yaml; empty where nothing is trained again
+
+    def overrides(self, arm: str, seed: int) -> list[str]:
+        """What `dvc exp run -S` is given."""
+        return [f"{k}={v}" for k, v in self.settings[arm].items()] + [f"{key}={seed}" for key in self.seed_keys]
+
+    def slug(self, arm: str, seed: int) -> str:
+        """A folder and experiment name that no other arm or seed has."""
+        words = re.sub(r"[^A-Za-z0-9.]+", "-", arm)[:40].strip("-.")
+        return f"{words}-{hashlib.sha256(repr([*self.settings[arm].items()]).encode()).hexdigest()[:6]}-s{seed}"
+
+    def trained(self, checkpoint: Trained) -> tuple[str, ...]:
+        """The stages that the arms train for a checkpoint: its own, and stage 1 if a value reaches that."""
+        stages = dict.fromkeys((*(("stage1",) if "stage1.seed" in self.seed_keys else ()), checkpoint))
+        return tuple(stages) if self.seed_keys else ()
+
+
+def grid_study(assignments: Sequence[str], title: str) -> Study:
+    """All combinations of `key=value,value`, compared with the first; a single one with the parameters as they are.
+
+    Raises:
+        ConfigError: an assignment without value, or two arms alike.
+    """
+    choices = [_choice(assignment) for assignment in assignments]
+    keys = [key for key, _ in choices]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"-S {repeated[0]}: given twice; list its values in one, {repeated[0]}=A,B.")
+    found = [
+        tuple(f"{k}={v}" for k, v in zip(keys, values, strict=True)) for values in product(*(v for _, v in choices))
+    ]
+    if len(found) == 1:
+        found.insert(0, ())
+    names = [", ".join(changes) or AS_COMMITTED for changes in found]
+    arms = {
+        name: Arm(changes=changes, baseline=names[0] if n else "")
+        for n, (name, changes) in enumerate(zip(names, found, strict=True))
+    }
+    return Study(title=title, arms=arms)
+
+
+def plan_study(study: Study, root: Path) -> Plan:
+    """The plan of a study in the repository at `root`.
+
+    Repetitions vary `stage2.seed`, and `stage1.seed` too if a key of any arm reaches stage 1 or the data: so an
+    experiment on stage 2 takes its stage 1 from the cache, and arms are paired by the same seeds.
+
+    Raises:
+        ConfigError: an unknown key or preset, a value out of range, or repetitions that would all be alike.
+    """
+    params = root / "params.yaml"
+    profile = str(read_yaml(params)["profile"])
+    settings = {name: _settings(arm, profile, root) for name, arm in study.arms.items()}
+    for name, values in settings.items():
+        _check(name, values, params, f"configs/{profile}.yaml")
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    keys = {key for values in settings.values() for key in values}
+    touched = {name for key in keys for name, stage in stages.items() if _tracks(stage, key)}
+    trained = [name for name in _TRAINING if name in touched]
+    if not trained and study.seeds > 1:
+        raise ConfigError(f"--seeds {study.seeds}: no stage trains again for {', '.join(sorted(keys))}; use --seeds 1.")
+    both = any(name in _BEFORE_STAGE_2 for name in trained)
+    seed_keys = ("stage1.seed", "stage2.seed") if both else ("stage2.seed",) if trained else ()
+    if clash := set(seed_keys) & keys:
+        raise ConfigError(f"-S {min(clash)}: repetitions set this key themselves; use --seeds.")
+    return Plan(study, settings, seed_keys)
+
+
+def _choice(assignment: str) -> tuple[str, list[str]]:
+    key, equals, values = assignment.partition("=")
+    listed = [value.strip() for value in values.split(",")]
+    if not key.strip() or not equals or not all(listed):
+        raise ConfigError(f"-S {assignment}: expected key=value or key=value,value, such as softce_weight=0.1,0.2.")
+    if len(set(listed)) < len(listed):
+        raise ConfigError(f"-S {assignment}: a value stands there twice; two arms alike have nothing to compare.")
+    return key.strip(), listed
+
+
+def _settings(arm: Arm, profile: str, root: Path) -> Settings:
+    """The values of an arm, its presets first; a later value of a key replaces an earlier one."""
+    stated = [change for name in arm.presets for change in overrides(read_preset(name, root))[1::2]]
+    pairs = [change.partition("=") for change in (*stated, *arm.changes)]
+    if wrong := [change for change in arm.changes if not change.partition("=")[2]]:
+        raise ConfigError(f"changes: found {wrong[0]!r}, expected KEY=VALUE.")
+    return {key.replace("${profile}", profile): text for key, _, text in pairs}
+
+
+def _check(name: str, settings: Settings, params_path: Path, profile: str) -> None:
+    """Read the values as the stages will, so that a wrong one stops before the first arm is trained."""
+    changes = values_by_file(settings.items())
+    with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE, {}), f"{params_path} with {name}")
+    if "profile" in settings:
+        raise ConfigError("-S profile: an A/B test compares within one profile; choose it in params.yaml and commit.")
+    for file, values in changes.items():
+        if file != profile:
+            raise ConfigError(
+                f"-S {file}:...: the stages read {PARAMS_FILE} and {profile}; other files change nothing."
+            )
+        path = params_path.parent / file
+        parse_profile(path, changed_tree(read_yaml(path), values, f"{path} with {name}"))
+
+
+def _tracks(stage: Mapping[str, Any], key: str) -> bool:
+    file, colon, name = key.rpartition(":")
+    return tracks(stage, PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE, name)

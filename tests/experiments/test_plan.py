@@ -1,0 +1,163 @@
+"""The plan of a study: combinations, which seeds repeat them, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordexp.config.loading import load_block
+from coordexp.config.study import Claim, Study, load_study
+from coordexp.errors import ConfigError
+from coordexp.evaluation.effect import Effect
+from coordexp.experiments.compare import judged
+from coordexp.experiments.plan import AS_COMMITTED, Plan, grid_study, plan_study
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(repository: Path) -> MakePlan:
+    def plan(*assignments: str, seeds: int = 1) -> Plan:
+        return plan_study(grid_study(assignments, "test").model_copy(update={"seeds": seeds}), repository)
+
+    return plan
+
+
+def test_all_combinations_in_order_are_compared_with_the_first(plan: MakePlan) -> None:
+    arms = plan("softce_weight=0.1,0.2", "sigma=2.0,3.0").study.arms
+    names = [f"softce_weight={w}, sigma={s}" for w in ("0.1", "0.2") for s in ("2.0", "3.0")]
+    assert list(arms) == names
+    assert [arm.baseline for arm in arms.values()] == ["", *[names[0]] * 3]
+
+
+def test_a_single_value_is_compared_with_the_parameters_as_they_are(plan: MakePlan) -> None:
+    found = plan("softce_weight=0.2")
+    assert list(found.study.arms) == [AS_COMMITTED, "softce_weight=0.2"]
+    assert found.overrides(AS_COMMITTED, 1) == ["stage2.seed=1"]
+    assert found.overrides("softce_weight=0.2", 2) == ["softce_weight=0.2", "stage2.seed=2"]
+
+
+@pytest.mark.parametrize(
+    ("key", "seeds"),
+    [
+        *(
+            (key, ("stage2.seed",))
+            for key in ("softce_weight=0.1", "stage2.b_ratio=0.25", "matching.gate_threshold=0.4")
+        ),
+        ("decode.temperature=0.5", ("stage2.seed",)),  # rollouts are decoded too
+        ("configs/tiny.yaml:stage2.steps=50", ("stage2.seed",)),
+        *((key, ("stage1.seed", "stage2.seed")) for key in ("sigma=1.5", "stage1.w1_weight=1.0", "text.codec=tags")),
+        ("configs/tiny.yaml:stage1.steps=50", ("stage1.seed", "stage2.seed")),
+        ("eval.mapping=exact", ()),
+    ],
+)
+def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: tuple[str, ...]) -> None:
+    found = plan(key)
+    assert found.seed_keys == seeds
+    assert found.trained("stage2") == (("stage1", "stage2") if len(seeds) == 2 else ("stage2",) if seeds else ())
+    if not seeds:
+        with pytest.raises(ConfigError, match="use --seeds 1"):
+            plan(key, seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["softce_weight"], "expected key=value"),
+        (["softce_weight=0.1,"], "expected key=value"),
+        (["softce_weight=0.1,0.1"], "stands there twice"),
+        (["softce_weight=0.1", "softce_weight=0.2"], "given twice"),
+        (["softce_wt=0.1"], "softce_weight"),
+        (["softce_weight=high"], "softce_weight: found 'high'"),
+        (["softce_weight=-1"], "softce_weight"),
+        (["softce_weight.x=1"], "is no block"),
+        (["stage2.seed=1,2"], "use --seeds"),
+        (["configs/tiny.yaml:stage2.steps=many"], "stage2.steps: found 'many'"),
+        (["configs/tiny.yaml:stage2.step=5"], "stage2.step: unknown key"),
+        (["configs/smoke.yaml:stage2.steps=5"], "other files change nothing"),
+        (["profile=smoke"], "within one profile"),
+        (["sigma=[1"], "not YAML"),
+    ],
+)
+def test_wrong_assignments_are_refused(plan: MakePlan, assignments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan(*assignments)
+
+
+def test_slugs_are_safe_names_that_tell_arms_apart(repository: Path) -> None:
+    found = plan_study(load_study("objective", repository), repository)
+    settings = [repr(values) for values in found.settings.values()]
+    slugs = [found.slug(arm, 0) for arm in found.study.arms]
+    assert len(set(slugs)) == len(slugs) > len(set(settings))  # control and default are one run
+    long = grid_study(["configs/tiny.yaml:stage2.steps=50", "sigma=1.5"], "test")
+    slug = plan_study(long.model_copy(update={"seeds": 1}), repository).slug([*long.arms][1], 12)
+    assert all(c.isalnum() or c in ".-" for c in slug)
+    assert len(slug) <= 52
+
+
+def test_the_arms_of_the_objective_differ_from_the_recipe_in_what_they_are_named_after(repository: Path) -> None:
+    found = plan_study(load_study("objective", repository), repository)
+    recipe = found.settings["seed_recipe"]
+    for name, keys in {
+        **{"minus_w1": {"stage1.w1_weight"}, "minus_gate": {"stage1.gate_weight"}, "two_bin": {"target"}},
+        **{"sigma_1": {"sigma"}, "sigma_4": {"sigma", "truncate"}, "w1_weight_5": {"stage1.w1_weight"}},
+        **{"minus_softce": {"stage1.softce_weight"}, "init_mean": {"configs/tiny.yaml:model.coord_init"}},
+    }.items():
+        assert {key for key, value in found.settings[name].items() if recipe.get(key) != value} == keys, name
+    assert found.seed_keys == ("stage1.seed", "stage2.seed")
+
+
+def test_choosing_arms_brings_their_baselines_and_claims(repository: Path) -> None:
+    study = load_study("objective", repository)
+    chosen = study.only(["pure_ce"])
+    assert list(chosen.arms) == ["seed_recipe", "pure_ce"]
+    assert list(chosen.claims) == ["recipe_loses_to_ce"]
+    assert list(study.only(["control"]).arms) == ["seed_recipe", "stage1_default", "control"]
+    assert study.only([]) == study
+    with pytest.raises(ConfigError, match=r"arm 'pure_c': unknown\. Did you mean 'pure_ce'"):
+        study.only(["pure_c"])
+
+
+CLAIM = {"text": "t", "source": "s", "arm": "a", "baseline": "stage1", "expected": "same", "margin": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"a": {"baseline": "b"}}}, "arms.a.baseline: no arm 'b'"),
+        ({"arms": {"stage2": {}}}, "'stage2' is the name of a checkpoint"),
+        ({"arms": {"a": {"change": ["x=1"]}}}, "arms.a.change: unknown key"),
+        ({"arms": {"a": {"checkpoint": "base"}}}, "arms.a.checkpoint: found 'base'"),
+        ({"claims": {"c": CLAIM | {"arm": "stage1"}}}, "claims.c.arm: no arm 'stage1'"),
+        ({"claims": {"c": CLAIM | {"metric": "coco.AP"}}}, "claims.c.metric: found 'coco.AP'"),
+        ({"claims": {"c": CLAIM | {"margin": 0.0}}}, "margin is 0, expected above 0"),
+        ({"seeds": 0}, "seeds: found 0"),
+    ],
+)
+def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(str({"title": "t", "arms": {"a": {}}, "claims": {"c": CLAIM}} | changes))
+    with pytest.raises(ConfigError, match=words):
+        load_block(path, Study)
+
+
+@pytest.mark.parametrize(
+    ("expected", "above", "across", "below"),
+    [
+        ("higher", "confirmed", "not shown", "refuted"),
+        ("lower", "refuted", "not shown", "confirmed"),
+        ("same", "refuted", "not shown", "refuted"),
+    ],
+)
+def test_a_claim_is_judged_by_its_interval(expected: Any, above: str, across: str, below: str) -> None:
+    margin = 0.005 if expected == "same" else 0.0
+    claim = Claim(text="t", source="s", arm="a", baseline="b", metric="coco.mAP", expected=expected, margin=margin)
+    for (lo, hi), judgement in (((0.01, 0.02), above), ((-0.01, 0.02), across), ((-0.02, -0.01), below)):
+        assert judged(claim, Effect((lo + hi) / 2, lo, hi, 0.5, 0.01, 0.005, None), {}) == judgement
+    within = Effect(0.0, -0.004, 0.004, 0.5, 0.01, 0.005, None)
+    assert judged(claim, within, {}) == ("confirmed" if expected == "same" else "not shown")
+    assert judged(claim, within, {"run": ["loops"]}) == "not judged"
+    assert judged(claim, None, {}) == "not defined"
