@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.evaluation.f1 import (
-    f1_from_counts,
     f1_metrics,
     greedy_pairs,
     image_f1,
@@ -16,6 +15,7 @@ from coordexp.evaluation.f1 import (
 )
 from coordexp.evaluation.settings import EvalSettings
 from coordexp.evaluation.table import build_table
+from coordexp.matching.summary import f1_from_counts
 from evaluation.builders import random_results
 
 

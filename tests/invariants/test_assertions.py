@@ -11,7 +11,7 @@ from source_tree import modules, syntax
 
 # Modules that a user's files and arguments enter by.
 ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detector", "coordexp.records.", "coordexp.infra.provenance",
-             "coordexp.stage", "coordexp.evaluation.input_checks", "coordexp.models.loading",
+             "coordexp.stage", "coordexp.evaluation.table", "coordexp.models.loading",
              "coordexp.rollout.vllm_client", "coordexp.rollout.opening")  # fmt: skip
 # Values that come from a file or a command line under these names, wherever they are tested.
 FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profile", "settings", "record"}

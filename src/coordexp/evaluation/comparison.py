@@ -9,11 +9,7 @@ import numpy as np
 from coordexp.errors import DataError
 from coordexp.evaluation.bootstrap import difference
 from coordexp.evaluation.evaluator import Evaluation
-
-COMPARED = (
-    *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "f1.full_95", "f1.full_mean"),
-    *("known.mAP", "held_out.mAP", "protocol.positive_full_mean", "guarded.full_50"),
-)
+from coordexp.evaluation.registry import view
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
@@ -28,7 +24,7 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
     """
     _check_pairable(a, b)
     compared: dict[str, dict[str, float] | None] = {}
-    for key in COMPARED:
+    for key in view("compared", a.settings):
         value_a, value_b = a.value(key), b.value(key)
         if value_a is None or value_b is None:
             compared[key] = None

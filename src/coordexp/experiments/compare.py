@@ -18,8 +18,8 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.errors import ConfigError, DataError
 from coordexp.evaluation.effect import LEVEL, Verdict, effect
 from coordexp.evaluation.evaluator import Evaluation, evaluate
-from coordexp.evaluation.headline import headline_keys
-from coordexp.evaluation.soundness import faults_of
+from coordexp.evaluation.parse import faults_of
+from coordexp.evaluation.registry import view
 from coordexp.evaluation.suite import eval_settings
 from coordexp.experiments.dependencies import Present
 from coordexp.experiments.grid import Arm, Grid, plan_grid
@@ -137,7 +137,7 @@ def _is_fetched(folder: Path, revision: str, wanted: Mapping[str, str]) -> bool:
 
 def _arm_row(arm: Arm, runs: Sequence[Run], grid: Grid) -> dict[str, Any]:
     """Values by seed, and the cost of what the arm trained: seconds and tokens of one seed, as measured when it ran."""
-    shown = dict.fromkeys((PRIMARY, *SECONDARY, *headline_keys(runs[0].evaluation.settings)))
+    shown = dict.fromkeys((PRIMARY, *SECONDARY, *view("headline", runs[0].evaluation.settings)))
     trained = grid.trained_stages
     return {
         "arm": arm.name,

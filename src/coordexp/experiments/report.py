@@ -7,15 +7,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from coordexp.evaluation.effect import Verdict
 from coordexp.experiments.protocol import PRIMARY, RULE
 from coordexp.infra.files import write_text
+from coordexp.infra.logs import logged, read_log, smoothed
 from coordexp.reporting.markdown import MISSING, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
-from coordexp.reporting.training_log import TrainingLog, read_training_log, smoothed
 
 # Okabe and Ito 2008, the reference in grey.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -31,9 +31,7 @@ def write_ab_report(numbers: Numbers, runs_folder: Path, out_dir: Path) -> Path:
     """Write `<name>.md` and `<name>.png` from the numbers of `run_ab`; returns the path of the text."""
     name = numbers["name"]
     logs = {
-        arm["arm"]: [
-            read_training_log(runs_folder / folder / "stage2" / "train_log.jsonl") for folder in arm["folders"]
-        ]
+        arm["arm"]: [read_log(runs_folder / folder / "stage2" / "train_log.jsonl") for folder in arm["folders"]]
         for arm in numbers["arms"]
     }
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -142,9 +140,9 @@ def _seeds_table(numbers: Numbers) -> str:
     )
 
 
-def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], path: Path) -> None:
+def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], path: Path) -> None:
     """Every arm in its colour, in the panels that all arms log."""
-    shown = [c for c in PANELS if all(len(log.series(c)[0]) for runs in logs.values() for log in runs)]
+    shown = [c for c in PANELS if all(len(logged(log, c)) for runs in logs.values() for log in runs)]
     with figure_style():
         figure = new_figure(3.4 * max(1, len(shown)), 3.2)
         for ax, column in zip(figure.subplots(1, max(1, len(shown)), squeeze=False).flat, shown, strict=False):
@@ -156,12 +154,12 @@ def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], path: Path) -> None:
         save_figure(figure, path)
 
 
-def _draw_arm(ax: Axes, name: str, runs: Sequence[TrainingLog], column: str, colour: str) -> None:
-    series = [log.series(column) for log in runs]
-    for steps, values in series:
-        ax.plot(steps, _smooth(values), color=colour, alpha=0.3, linewidth=0.8)
-    if len({tuple(steps.tolist()) for steps, _ in series}) == 1:
-        ax.plot(series[0][0], _smooth(np.mean([v for _, v in series], axis=0)), color=colour, label=name)
+def _draw_arm(ax: Axes, name: str, runs: Sequence[pd.DataFrame], column: str, colour: str) -> None:
+    series = [logged(log, column) for log in runs]
+    for values in series:
+        ax.plot(values.index, _smooth(values), color=colour, alpha=0.3, linewidth=0.8)
+    if len({tuple(values.index) for values in series}) == 1:
+        ax.plot(series[0].index, _smooth(sum(series) / len(series)), color=colour, label=name)
 
 
 def _smooth(values: Any) -> Any:

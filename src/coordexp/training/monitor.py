@@ -30,6 +30,7 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
+from coordexp.infra.logs import read_rows
 from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
@@ -102,8 +103,7 @@ class Monitor:
     def rows(self) -> list[dict[str, Any]]:
         """The looks so far; a line that was cut off is none."""
         path = self._folder / ROWS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_rows(path, growing=True) if path.is_file() else []
 
     def seconds(self) -> float:
         """What all looks took."""
