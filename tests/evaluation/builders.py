@@ -9,10 +9,10 @@ import numpy as np
 
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.settings import EvalSettings
+from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 
-Box = tuple[float, float, float, float]
 CAT, DOG, OWL = Category(1, "cat"), Category(2, "dog"), Category(3, "barn owl", "held_out")
 ANIMALS = (CAT, DOG, OWL)
 FAST = EvalSettings(bootstrap_resamples=20)

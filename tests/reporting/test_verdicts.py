@@ -14,21 +14,6 @@ from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.verdicts import Difference, count_change, difference_from, explain, f1_of, verdict_of
 
 
-@pytest.mark.parametrize(
-    ("lo", "hi", "verdict"),
-    [
-        (0.001, 0.02, Verdict.BETTER),
-        (-0.02, -0.001, Verdict.WORSE),
-        (-0.01, 0.02, Verdict.NO_DIFFERENCE),
-        (0.0, 0.02, Verdict.NO_DIFFERENCE),  # touching 0 does not exclude it
-        (-0.02, 0.0, Verdict.NO_DIFFERENCE),
-        (0.0, 0.0, Verdict.NO_DIFFERENCE),
-    ],
-)
-def test_only_an_interval_without_zero_decides(lo: float, hi: float, verdict: Verdict) -> None:
-    assert Difference(delta=(lo + hi) / 2, lo=lo, hi=hi, p_superior=0.5).verdict is verdict
-
-
 @given(st.floats(-1, 1), st.floats(0, 1))
 def test_swapping_the_sides_swaps_the_verdict(lo: float, width: float) -> None:
     swapped = {

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.policy import Policies, RecordSet, refuse_bad_images, to_records
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
-    Box,
     Problem,
     Reading,
     SourceImage,

@@ -7,7 +7,8 @@ from typing import Any
 
 from pycocotools import mask
 
-from coordexp.records.sources.base import Box, around, is_finite, is_whole
+from coordexp.geometry.boxes import Box
+from coordexp.records.sources.base import around, is_finite, is_whole
 
 MAX_SIDE_PX = 1 << 20
 # The alphabet of compressed counts. The last character must end a number: pycocotools would read on behind the text.
