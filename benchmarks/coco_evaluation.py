@@ -21,9 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks import harness
-from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
 from coordexp.evaluation.coco import STAT_NAMES, coco_ap, detection_dataset, ground_truth_dataset
-from coordexp.evaluation.coco_matching import match_categories
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.table import DetectionTable, build_table
 from coordexp.records.categories import Category

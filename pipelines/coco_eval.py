@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.run import RunConfig
-from coordexp.evaluation.soundness import faults_of
+from coordexp.evaluation.parse import faults_of
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.matching.summary import ratio_text
 from coordexp.models.pins import pinned_folder

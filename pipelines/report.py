@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from coordexp.config.run import RunConfig
-from coordexp.reporting.baseline import experiment_baseline
 from coordexp.reporting.inputs import ReportInputs
+from coordexp.reporting.provenance import experiment_baseline
 from coordexp.reporting.report import build_report
 from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
     """Write `progress.md` with its pictures."""
-    gallery = context.profile.report.gallery_images
-    composed = context.profile.source.kind == "scenes"
-    inputs = ReportInputs.of(
-        context.paths,
-        context.params.model_dump(),
-        gallery,
-        composed=composed,
-        baseline=experiment_baseline(context.paths.profile),
-    )
+    inputs = ReportInputs.of(context, experiment_baseline(context.paths.profile))
     LOG.info("report: %s", build_report(inputs, context.paths.reports))
 
 

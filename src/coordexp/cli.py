@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHOWN_METRICS = (
-    *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
-    *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
-    *("parse.parse_rate", "set.dup_pairs_90", "confidence.ece", "confidence.auroc_tp_fp", "confidence.headroom_mAP"),
-    *("confidence.lrp", "input.names_unmapped", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
-)
-
 # Rich help costs as much time as everything else that --help does.
 app = typer.Typer(
     add_completion=False,
@@ -175,18 +168,19 @@ def evaluate(
     AP, F1, parsing, duplicates, calibration, and 95% intervals; a short table is printed, everything goes into --out.
     """
     from coordexp.evaluation.evaluator import rounded
+    from coordexp.evaluation.registry import view
     from coordexp.infra.provenance import write_json
 
     (evaluation,) = _evaluate([results], categories, mapping, annotations)
     write_json(out, rounded(evaluation.metrics))
     if tables:
-        from coordexp.evaluation.tables import write_tables
+        from coordexp.evaluation.suite import write_tables
 
         write_tables(evaluation, tables)
     counts = evaluation.metrics["coco"]
     print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
     intervals = evaluation.metrics["interval"]
-    shown = [key for key in SHOWN_METRICS if key.split(".")[0] in evaluation.metrics]
+    shown = [key for key in view("printed", evaluation.params) if key.split(".")[0] in evaluation.metrics]
     rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in shown]
     _print_table(rows, ["metric", "value", "95% interval"])
     print(f"all metrics: {out}")
@@ -229,12 +223,12 @@ def _evaluate(
     files: Sequence[Path], categories: Path | None, mapping: Mapping, annotations: Path | None = None
 ) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
-    from coordexp.evaluation.annotations import read_annotations
     from coordexp.evaluation.categories import annotated_categories
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
-    from coordexp.evaluation.input_checks import check_known_images
+    from coordexp.evaluation.lvis import read_annotations
+    from coordexp.evaluation.parse import faults_of
     from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
-    from coordexp.evaluation.soundness import faults_of
+    from coordexp.evaluation.table import check_known_images
     from coordexp.records.categories import read_categories
     from coordexp.records.gt_vs_pred import read_results
 

@@ -12,10 +12,10 @@ from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.lvis import FederatedLabels
 from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
 from coordexp.evaluation.table import DetectionTable, build_table
+from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 
-Box = tuple[float, float, float, float]
 CAT, DOG, OWL = Category(1, "cat"), Category(2, "dog"), Category(3, "barn owl", "held_out")
 ANIMALS = (CAT, DOG, OWL)
 FAST = STANDARD.model_copy(update={"bootstrap_resamples": 20})  # fewer than a run may ask for

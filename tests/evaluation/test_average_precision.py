@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordexp.evaluation.average_precision import mean_ap, unweighted_ap, weighted_ap
+from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap, weighted_ap
 from coordexp.evaluation.coco import coco_ap
-from coordexp.evaluation.coco_matching import match_categories
 from evaluation.builders import random_results, table_of
 from evaluation.test_coco import CASES
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from coordexp.evaluation.average_precision import match_categories
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
-from coordexp.evaluation.coco_matching import match_categories
-from coordexp.evaluation.f1 import f1_from_counts, match_greedily
+from coordexp.evaluation.f1 import match_greedily
+from coordexp.matching.summary import f1_from_counts
 from evaluation.builders import random_results, table_of
 
 

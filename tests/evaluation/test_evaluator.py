@@ -8,10 +8,10 @@ import pytest
 
 from coordexp.config.loading import load_params
 from coordexp.errors import DataError
-from coordexp.evaluation.comparison import COMPARED, compare, most_changed_images
+from coordexp.evaluation.comparison import compare, most_changed_images
 from coordexp.evaluation.evaluator import rounded
 from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
-from coordexp.evaluation.registry import metric_specs
+from coordexp.evaluation.registry import metric_specs, view
 from coordexp.records.gt_vs_pred import ParseReport
 from evaluation.builders import FAST, box, image, perfect_zoo, pred, random_results, run, with_predictions
 
@@ -79,8 +79,8 @@ def test_better_predictions_are_found_better():
     worse = run(results, categories)
     better = run([replace(r, pred=tuple(pred(g.desc, g.bbox_xyxy_px) for g in r.gt)) for r in results], categories)
     forward, backward = compare(better, worse), compare(worse, better)
-    assert tuple(forward) == COMPARED
-    for key in COMPARED:
+    assert tuple(forward) == view("compared", FAST)
+    for key in forward:
         assert forward[key]["delta"] == pytest.approx(better.value(key) - worse.value(key))
         assert 0 < forward[key]["lo"] < forward[key]["delta"] < forward[key]["hi"]
         assert (forward[key]["p_superior"], backward[key]["p_superior"]) == (1, 0)

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.evaluation.f1 import (
-    f1_from_counts,
     f1_metrics,
     greedy_pairs,
     image_f1,
@@ -15,6 +14,7 @@ from coordexp.evaluation.f1 import (
     precision_recall,
 )
 from coordexp.evaluation.protocol import STANDARD
+from coordexp.matching.summary import f1_from_counts
 from evaluation.builders import random_results, table_of
 
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from coordexp.errors import DataError
-from coordexp.evaluation.annotations import read_annotations
-from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
-from coordexp.evaluation.coco_matching import overlapping_pairs
+from coordexp.evaluation.average_precision import mean_ap, overlapping_pairs, unweighted_ap
 from coordexp.evaluation.lvis import (
     FREQUENCIES,
     MAX_DETECTIONS,
@@ -22,6 +20,7 @@ from coordexp.evaluation.lvis import (
     frequency_rows,
     lvis_ap,
     match_federated,
+    read_annotations,
 )
 from coordexp.evaluation.registry import metric_specs
 from coordexp.records.categories import Category

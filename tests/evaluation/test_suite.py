@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,7 @@ def test_val_without_a_counted_object_is_evaluated_and_scores_nothing(tmp_path, 
     assert set(metrics["comparison"]["stage2_vs_control"].values()) == {None}
     headline = json.loads((paths.reports / "headline.json").read_text())
     assert headline["stage2"]["eval"]["f1"]["full_50"] is None
+    assert "comparison" not in headline, "an undefined comparison leaves no row"
     assert json.loads((paths.run("eval") / "upper_bound.json").read_text())["mAP"] is None
     lines = paths.curve("pr").read_text().splitlines()
     assert (len(lines), lines[0], lines[1]) == (102, "recall\tprecision", "0.00\t")
@@ -81,3 +84,24 @@ def test_other_data_have_no_such_area(paths, repository, lacks):
     categories = [replace(c, frequency=None) for c in NAMES] if lacks == "frequency" else NAMES
     write(paths, categories, labelled=lacks == "frequency")
     assert "lvis" not in evaluate_run(load_params(repository / "params.yaml"), paths)["stage2"]["eval"]
+
+
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def test_headline_json_is_a_small_subset_of_the_metrics_under_the_same_keys(paths, repository) -> None:
+    write(paths, NAMES, labelled=False)
+    params = load_params(repository / "params.yaml")
+    for ious in ([0.9, 0.95], [0.8, 0.9]):
+        changed = params.model_copy(update={"eval": params.eval.model_copy(update={"duplicate_ious": ious})})
+        everything = dict(leaves(evaluate_run(changed, paths)))
+        chosen = dict(leaves(json.loads((paths.reports / "headline.json").read_text())))
+        assert chosen.items() <= everything.items()
+        assert len(chosen) == 3 * 6 + 3
+        assert {path[0] for path in chosen} == {"stage1", "stage1-control", "stage2", "comparison"}
+        assert ("stage2", "eval", "set", f"dup_pairs_{100 * ious[0]:.0f}") in chosen

@@ -28,6 +28,7 @@ def test_perfect_predictions_reach_every_maximum():
     ones = {"precision": 1, "recall": 1, "f1": 1, "matched_iou_mean": pytest.approx(1)}
     assert metrics["rollout"] == {**ones, "gate_rejected": 0}
     assert metrics["confidence"]["auroc_tp_fp"] is None, "no false positive to be separated from"
+    assert metrics["confidence"]["lrp"] == pytest.approx(0)
     assert metrics["coco"]["APs"] is None, "no small object in the data"
     assert set(metrics["set"].values()) == {0}
 

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from coordexp.experiments.report import report_markdown, verdict_sentence, write_report
-from coordexp.reporting.training_log import read_training_log
+from coordexp.infra.logs import read_log
 
 KEYS = ("coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean", "set.dup_pairs_90")
 
@@ -82,7 +82,7 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
         rows = [{"step": s, "raw/softce": 5 - 0.1 * s + n, "raw/text_ce": 1.0} for s in range(20)]
         log = tmp_path / f"{n}.jsonl"
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        logs[arm] = [read_training_log(log)] * 2
+        logs[arm] = [read_log(log)] * 2
     text = write_report(tree, logs, tmp_path / "out").read_text(encoding="utf-8")
     html = MarkdownIt("commonmark").enable("table").render(text)
     assert html.count("<table>") == 5

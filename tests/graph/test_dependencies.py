@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from coordexp.config.loading import read_yaml
+from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.paths import ProfilePaths
+from coordexp.config.run import RunConfig
 from coordexp.reporting.inputs import TRAINED, ReportInputs
 from source_tree import BASE, ROOT, import_closure, imports, layer_of, lazy_names, modules, syntax
 
@@ -128,7 +129,12 @@ def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
     The decoding study is made on demand, so the graph cannot ask for it; the report takes it only if it names the very
     weights that are reported (tests/reporting/test_decoding_tables.py), and says so otherwise.
     """
-    inputs = ReportInputs.of(ProfilePaths(PROFILE), {}, gallery_images=0)
+    run = RunConfig(
+        params=load_params(ROOT / "params.yaml"),
+        profile=load_profile(ROOT / "configs" / "tiny.yaml"),
+        paths=ProfilePaths(PROFILE),
+    )
+    inputs = ReportInputs.of(run)
     named = {value for name in inputs.__slots__ if isinstance(value := getattr(inputs, name), Path)} - {inputs.runs}
     read = named - {inputs.decoding_study} | {inputs.runs / stage for stage in TRAINED}
     deps = [PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep]

@@ -14,13 +14,13 @@ MODULE_LINES, ENTRY_LINES, FUNCTION_LINES = 450, 80, 60
 
 # Modules that a user's files and arguments enter by.
 ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detector", "coordexp.records.", "coordexp.infra.provenance",
-             "coordexp.stage", "coordexp.evaluation.input_checks", "coordexp.models.loading",
+             "coordexp.stage", "coordexp.models.loading",
              "coordexp.rollout.vllm_client", "coordexp.rollout.opening")  # fmt: skip
 # Values that come from a file or a command line under these names, wherever they are tested.
 FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profile", "settings", "record"}
 BROAD = {"Exception", "BaseException"}
 # Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
-WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.records.scenes.coco_folder", "coordexp.rollout.vllm_server"}
+WRITES_IN_PLACE = {"coordexp.infra.files", "toyworld.coco_folder", "coordexp.rollout.vllm_server"}
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own.
 TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server"}

@@ -14,14 +14,14 @@ from PIL import Image
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.profile import ScenesConfig
-from coordexp.config.schema import Params
+from coordexp.config.run import RunConfig
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
-from coordexp.reporting.training_log import target_entropy_nats
+from coordexp.reporting.training import target_entropy_nats
 from coordexp.training.dev_answers import count_answers, judge_answer
 from toyworld.composer import compose_scene
 from toyworld.sprites import SpriteCatalog, load_catalog
@@ -48,11 +48,20 @@ QUALITIES = {
 }
 
 
-def params(resamples: int = 100) -> dict[str, Any]:
-    """The repository's parameters, with a cheaper bootstrap."""
-    tree = load_params(REPOSITORY / "params.yaml").model_dump()
-    tree["eval"]["bootstrap_resamples"] = resamples
-    return tree
+def changed(block: Any, **values: Any) -> Any:
+    """A frozen block with some values changed; `eval__bootstrap_resamples` is the one of the block `eval`."""
+    for key, value in values.items():
+        name, _, inner = key.partition("__")
+        value = changed(getattr(block, name), **{inner: value}) if inner else value
+        block = block.model_copy(update={name: value})
+    return block
+
+
+def run_config(root: Path, resamples: int, gallery_images: int) -> RunConfig:
+    """The repository's default profile under `root`, with a cheaper bootstrap."""
+    params = changed(load_params(REPOSITORY / "params.yaml"), eval__bootstrap_resamples=resamples)
+    profile = changed(load_profile(REPOSITORY / "configs" / "tiny.yaml"), report__gallery_images=gallery_images)
+    return RunConfig(params=params, profile=profile, paths=ProfilePaths("tiny", root))
 
 
 def build_run(
@@ -68,8 +77,8 @@ def build_run(
 
     `change` is applied to every record of val, `answered` to the answers of each checkpoint.
     """
-    paths = ProfilePaths("tiny", root)
-    inputs = ReportInputs.of(paths, params(resamples), gallery_images)
+    inputs = ReportInputs.of(run_config(root, resamples, gallery_images))
+    paths = inputs.run.paths
     catalog = load_catalog(REPOSITORY / "data" / "sprites")
     source = composed_source()
     records = [change(_record(paths.raw, source, catalog, index)) for index in range(images)]
@@ -86,7 +95,7 @@ def build_run(
         write_json(
             paths.evaluation(name) / "decode.json", {"codec": "json", "images": images, "tokens": 9, "seconds": 1.5}
         )
-    evaluate_run(Params.model_validate(inputs.params), paths)
+    evaluate_run(inputs.run.params, paths)
     _write_small_files(inputs)
     _write_logs(inputs, steps, has_objects=any(_objects(record) for record in records))
     return inputs
@@ -210,7 +219,7 @@ def _write_small_files(inputs: ReportInputs) -> None:
 
 def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
     rng = np.random.default_rng(3)
-    tree = inputs.params
+    tree = inputs.run.params.model_dump()
     floor = target_entropy_nats(tree["target"], tree["sigma"], tree["truncate"])
     write_rows(
         inputs.runs / "stage1" / "train_log.jsonl",

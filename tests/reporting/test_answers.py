@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from coordexp.experiments.plan import grid_study, plan_study
+from coordexp.infra.logs import read_log
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
-from coordexp.reporting.training_log import read_training_log
-from reporting.synthetic import write_rows
+from reporting.synthetic import changed, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def with_difference(data: ReportData, lo: float, hi: float) -> ReportData:
     return dataclasses.replace(data, comparison=comparison)
 
 
-def answer(data: ReportData, params: Any, question: str) -> str:
-    [row] = [line for line in standing_answers(data, params).splitlines() if question in line]
+def answer(data: ReportData, question: str) -> str:
+    [row] = [line for line in standing_answers(data).splitlines() if question in line]
     return row
 
 
@@ -39,7 +39,7 @@ def answer(data: ReportData, params: Any, question: str) -> str:
 def test_does_stage_2_beat_the_control(
     data: ReportData, inputs: ReportInputs, lo: float, hi: float, words: str
 ) -> None:
-    row = answer(with_difference(data, lo, hi), inputs.params, "beat the control")
+    row = answer(with_difference(data, lo, hi), "beat the control")
     assert words in row
     assert ("could show 0.0200" in row) == (words == "**not shown**")
 
@@ -47,27 +47,26 @@ def test_does_stage_2_beat_the_control(
 def test_an_unshown_difference_asks_for_more_seeds_and_a_shown_one_does_not(
     data: ReportData, inputs: ReportInputs
 ) -> None:
-    asked = suggestions(with_difference(data, -0.01, 0.03), inputs.params)[0]
+    asked = suggestions(with_difference(data, -0.01, 0.03))[0]
     assert "below 0.0200 mAP are invisible" in asked.because
-    better = suggestions(with_difference(data, 0.01, 0.03), inputs.params)
+    better = suggestions(with_difference(data, 0.01, 0.03))
     assert all("control shown" not in s.rule for s in better)
 
 
 def test_a_share_of_the_loss_asks_for_weights_that_count_and_answers_nothing(
     data: ReportData, inputs: ReportInputs
 ) -> None:
-    row = answer(data, inputs.params, "W1 matter")
+    row = answer(data, "W1 matter")
     assert "**not shown**" in row
     assert "only an A/B test" in row
-    assert any("w1_weight=0.1,1,10" in s.command for s in suggestions(data, inputs.params))
+    assert any("w1_weight=0.1,1,10" in s.command for s in suggestions(data))
 
 
-def drift_row(data: ReportData, inputs: ReportInputs, n_forwards: int, rows: list[dict[str, Any]], path: Path) -> str:
+def drift_row(data: ReportData, n_forwards: int, rows: list[dict[str, Any]], path: Path) -> str:
     write_rows(path, [{"step": n, "loss/total": 1.0, **row} for n, row in enumerate(rows)])
-    logs = {**data.logs, "stage2": read_training_log(path)}
-    params = copy.deepcopy(dict(inputs.params))
-    params["stage2"]["n_softctx_iter"] = n_forwards
-    return answer(dataclasses.replace(data, logs=logs), params, "A2")
+    logs = {**data.logs, "stage2": read_log(path)}
+    run = dataclasses.replace(data.run, params=changed(data.run.params, stage2__n_softctx_iter=n_forwards))
+    return answer(dataclasses.replace(data, run=run, logs=logs), "A2")
 
 
 def step_of_a(a1: float | None, a2: float) -> dict[str, Any]:
@@ -94,7 +93,7 @@ B = {"channel": "B", "coord_diag/expected_bin_mae": 90.0}
 def test_the_last_forward_is_compared_with_the_first_of_the_same_steps(
     data: ReportData, inputs: ReportInputs, tmp_path: Path, n_forwards: int, rows: Any, words: str, evidence: str
 ) -> None:
-    row = drift_row(data, inputs, n_forwards, rows, tmp_path / "train_log.jsonl")
+    row = drift_row(data, n_forwards, rows, tmp_path / "train_log.jsonl")
     assert words in row
     assert evidence in row
 
@@ -102,11 +101,11 @@ def test_the_last_forward_is_compared_with_the_first_of_the_same_steps(
 def test_what_only_training_steps_could_say_is_not_said(data: ReportData, inputs: ReportInputs) -> None:
     """The log of the fixture falls in channel B, and channel A ends far from the control."""
     logs = copy.deepcopy(data.logs)
-    logs["stage2"].columns["coord_diag/expected_bin_mae"] *= 3
-    changed = dataclasses.replace(data, logs=logs)
-    text = standing_answers(changed, inputs.params)
+    logs["stage2"]["coord_diag/expected_bin_mae"] *= 3
+    other = dataclasses.replace(data, logs=logs)
+    text = standing_answers(other)
     assert "its own answers" not in text
-    assert suggestions(changed, inputs.params) == suggestions(data, inputs.params)
+    assert suggestions(other) == suggestions(data)
 
 
 @pytest.mark.parametrize(("everywhere", "words"), [(1, "**yes**"), (-1, "**no, they shrink**"), (0, "**not shown**")])
@@ -114,14 +113,13 @@ def test_duplicates_grow_if_the_interval_over_images_says_so(
     data: ReportData, inputs: ReportInputs, everywhere: int, words: str
 ) -> None:
     rows = copy.deepcopy(data.per_image)
-    for n, (of_stage2, of_control) in enumerate(zip(rows["stage2"], rows["stage1-control"], strict=True)):
-        of_control["dup_pairs_90"] = 5
-        of_stage2["dup_pairs_90"] = 5 + everywhere
-        if n == 0:  # one image alone moves the mean, and proves nothing
-            of_stage2["dup_pairs_90"] += 3 if not everywhere else 0
-    changed = dataclasses.replace(data, per_image=rows)
-    assert words in answer(changed, inputs.params, "duplicates")
-    assert ("duplicates grow" in {s.rule for s in suggestions(changed, inputs.params)}) == (words == "**yes**")
+    rows["stage1-control"]["dup_pairs_90"] = 5
+    rows["stage2"]["dup_pairs_90"] = 5 + everywhere
+    if not everywhere:  # one image alone moves the mean, and proves nothing
+        rows["stage2"].iloc[0, rows["stage2"].columns.get_loc("dup_pairs_90")] += 3
+    other = dataclasses.replace(data, per_image=rows)
+    assert words in answer(other, "duplicates")
+    assert ("duplicates grow" in {s.rule for s in suggestions(other)}) == (words == "**yes**")
 
 
 @pytest.mark.parametrize(
@@ -138,9 +136,10 @@ def test_the_score_ranks_well_if_an_interval_says_so_and_there_is_something_to_r
     data: ReportData, inputs: ReportInputs, headroom: Any, bounds: Any, perfect: Any, words: str
 ) -> None:
     metrics = copy.deepcopy(data.metrics)
-    metrics["stage2"]["confidence"] |= {"headroom_mAP": headroom, "perfect_ranking_mAP": perfect}
-    metrics["stage2"]["interval"]["confidence.headroom_mAP"] = bounds
-    assert words in answer(dataclasses.replace(data, metrics=metrics), inputs.params, "rank well")
+    metrics.at["confidence.headroom_mAP", "stage2"] = headroom
+    metrics.at["confidence.perfect_ranking_mAP", "stage2"] = perfect
+    metrics.at["interval.confidence.headroom_mAP", "stage2"] = bounds
+    assert words in answer(dataclasses.replace(data, metrics=metrics), "rank well")
 
 
 def test_every_comparison_says_what_improved_and_what_shows_no_difference(data: ReportData) -> None:
@@ -155,16 +154,15 @@ def test_every_suggested_ab_test_is_one_that_can_be_run(
     data: ReportData, inputs: ReportInputs, repository: Path
 ) -> None:
     metrics = copy.deepcopy(data.metrics)
-    metrics["stage2"]["parse"]["parse_rate"] = 0.5
-    metrics["stage2"]["interval"]["confidence.headroom_mAP"] = [0.1, 0.3]
+    metrics.at["parse.parse_rate", "stage2"] = 0.5
+    metrics.at["interval.confidence.headroom_mAP", "stage2"] = [0.1, 0.3]
     per_image = copy.deepcopy(data.per_image)
-    for row in per_image["stage2"]:
-        row["dup_pairs_90"] += 2
+    per_image["stage2"]["dup_pairs_90"] += 2
     data = dataclasses.replace(data, per_image=per_image)
     commands = set()
     for lo, hi in ((-0.03, -0.01), (-0.01, 0.03)):
-        changed = with_difference(dataclasses.replace(data, metrics=metrics), lo, hi)
-        commands |= {s.command for s in suggestions(changed, inputs.params)}
+        other = with_difference(dataclasses.replace(data, metrics=metrics), lo, hi)
+        commands |= {s.command for s in suggestions(other)}
     assert len(commands) == 6
     for command in commands - {"make decoding-study"}:
         assert plan_study(grid_study([command.split(" ")[3]], command), repository).seed_keys

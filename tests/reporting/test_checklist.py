@@ -12,6 +12,7 @@ import pytest
 from coordexp.reporting.checklist import Check, run_checks
 from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data
 from coordexp.reporting.outcomes import Outcomes, judge
+from reporting.synthetic import changed
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,8 @@ def loaded(inputs: ReportInputs) -> tuple[ReportData, dict[str, Outcomes]]:
     return data, {name: judge(results, data.categories) for name, results in data.results.items()}
 
 
-def checks_by_claim(data: ReportData, outcomes: dict[str, Outcomes], params: Any) -> dict[str, Check]:
-    return {check.claim: check for check in run_checks(data, outcomes, params)}
+def checks_by_claim(data: ReportData, outcomes: dict[str, Outcomes]) -> dict[str, Check]:
+    return {check.claim: check for check in run_checks(data, outcomes)}
 
 
 def edited(data: ReportData, field: str, edit: Callable[[Any], Any]) -> ReportData:
@@ -40,16 +41,23 @@ def set_in(*path: str, to: Any) -> Callable[[Any], None]:
     return edit
 
 
+def set_metric(checkpoint: str, key: str, to: Any) -> Callable[[Any], None]:
+    def edit(metrics: Any) -> None:
+        metrics.at[key, checkpoint] = to
+
+    return edit
+
+
 def lose_a_step(logs: Any) -> None:
-    logs["stage1"].step_S[3] = 2
+    logs["stage1"] = logs["stage1"].rename(index={3: 2})
 
 
 def lose_mass(logs: Any) -> None:
-    logs["stage2"].columns["coord_diag/coord_vocab_mass_mean"] *= 0.5
+    logs["stage2"]["coord_diag/coord_vocab_mass_mean"] *= 0.5
 
 
 def raise_softce(logs: Any) -> None:
-    logs["stage2"].columns["raw/softce"] += 0.5
+    logs["stage2"]["raw/softce"] += 0.5
 
 
 WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
@@ -58,9 +66,9 @@ WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
 @pytest.mark.parametrize(
     ("claim", "field", "edit"),
     [
-        ("metrics.json counts", "metrics", set_in("stage2", "f1", "tp_50", to=1)),
-        ("At least 99 % of the answers", "metrics", set_in("stage2", "parse", "parse_rate", to=0.5)),
-        ("Every checkpoint found something", "metrics", set_in("stage1", "coco", "n_pred", to=0)),
+        ("metrics.json counts", "metrics", set_metric("stage2", "f1.tp_50", 1)),
+        ("At least 99 % of the answers", "metrics", set_metric("stage2", "parse.parse_rate", 0.5)),
+        ("Every checkpoint found something", "metrics", set_metric("stage1", "coco.n_pred", 0)),
         ("Where a coordinate belongs", "logs", lose_mass),
         ("Every step is logged once", "logs", lose_a_step),
         ("softCE minus KL", "logs", raise_softce),
@@ -73,35 +81,31 @@ WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
     ],
 )
 def test_a_broken_claim_is_found(
-    inputs: ReportInputs,
     loaded: tuple[ReportData, dict[str, Outcomes]],
     claim: str,
     field: str,
     edit: Callable[[Any], Any],
 ) -> None:
     data, outcomes = loaded
-    whole = edited(data, "metrics", lambda m: [m[n]["parse"].update(parse_rate=1.0) for n in m])
-    before = checks_by_claim(whole, outcomes, inputs.params)
-    after = checks_by_claim(edited(whole, field, edit), outcomes, inputs.params)
+    whole = edited(data, "metrics", lambda m: [m.at.__setitem__(("parse.parse_rate", name), 1.0) for name in m])
+    before = checks_by_claim(whole, outcomes)
+    after = checks_by_claim(edited(whole, field, edit), outcomes)
     (name,) = [c for c in before if c.startswith(claim)]
     assert (before[name].passed, after[name].passed) == (True, False)
     assert before[name].evidence != after[name].evidence
     assert all(before[other].passed == after[other].passed for other in before if other != name)
 
 
-def test_the_channel_schedule_is_counted(inputs: ReportInputs, loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
+def test_the_channel_schedule_is_counted(loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
     data, outcomes = loaded
-    params = copy.deepcopy(dict(inputs.params))
-    params["stage2"]["b_ratio"] = 0.29
-    check = checks_by_claim(data, outcomes, params)["Channel B got its share of steps"]
+    run = dataclasses.replace(data.run, params=changed(data.run.params, stage2__b_ratio=0.29))
+    check = checks_by_claim(dataclasses.replace(data, run=run), outcomes)["Channel B got its share of steps"]
     assert (check.passed, check.mark) == (False, "✘")
     assert check.evidence == "15 of 30 steps, planned 8"
 
 
-def test_what_the_files_do_not_tell_is_marked_so(
-    inputs: ReportInputs, loaded: tuple[ReportData, dict[str, Outcomes]]
-) -> None:
+def test_what_the_files_do_not_tell_is_marked_so(loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
     data, outcomes = loaded
     anonymous = {name: [dataclasses.replace(r, identity={}) for r in rows] for name, rows in data.results.items()}
-    checks = checks_by_claim(dataclasses.replace(data, results=anonymous), outcomes, inputs.params)
+    checks = checks_by_claim(dataclasses.replace(data, results=anonymous), outcomes)
     assert checks["The trained checkpoints were decoded under one setting"].mark == "?"

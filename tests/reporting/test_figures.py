@@ -12,10 +12,12 @@ from scipy.stats import binomtest
 
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
+from coordexp.reporting.figures_coordinates import RULES, bin_errors, choose_strips
 from coordexp.reporting.figures_evaluation import wilson, write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.inputs import ReportInputs, load_report_data
-from coordexp.reporting.outcomes import judge
+from coordexp.reporting.outcomes import Outcomes, judge
+from reporting.synthetic import changed
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (90, 400), (0, 1)])
@@ -30,31 +32,63 @@ def image(image_id: int, pred: tuple[Prediction, ...]) -> ImageResult:
     return ImageResult(image_id, "x.jpg", 64, 64, gt, pred, "", report, "stop", 1)
 
 
-def test_checkpoints_that_predict_nothing_or_nothing_right_still_have_figures(tmp_path: Path) -> None:
+def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, tmp_path: Path) -> None:
     categories = [Category(1, "$a$ & <b>"), Category(2, "dog")]
     silent = judge([image(1, ()), image(2, ())], categories)
     wrong = Prediction("dog", (2.0, 2.0, 20.0, 20.0), (0, 0, 0, 0), score=-3.5)
     poor = judge([image(1, (wrong,)), image(2, (wrong,))], categories)
     curve = {"recall": np.linspace(0, 1, 101).tolist(), "precision_50": [0.0] * 101, "precision_75": []}
+    data = load_report_data(inputs)
+    data = dataclasses.replace(data, pr_curves=dict.fromkeys(data.pr_curves, curve))
     outcomes = {"base": silent, "stage1": silent, "stage1-control": silent, "stage2": poor}
-    write_evaluation_figures(outcomes, dict.fromkeys(outcomes, curve), tmp_path)
-    write_evaluation_figures(dict.fromkeys(outcomes, silent), dict.fromkeys(outcomes, curve), tmp_path)
+    write_evaluation_figures(data, outcomes, tmp_path)
+    write_evaluation_figures(data, dict.fromkeys(outcomes, silent), tmp_path)
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_an_experiment_with_another_weight_has_two_floors(inputs: ReportInputs, tmp_path: Path) -> None:
     data = load_report_data(inputs)
-    weights = {**inputs.params, "softce_weight": 0.2}
-    stage2 = data.logs["stage2"]
-    columns = {**stage2.columns, "loss/softce": 0.2 * stage2.columns["raw/softce"]}
-    logs = {**data.logs, "stage2": dataclasses.replace(stage2, columns=columns)}
+    weights, stage2 = changed(inputs.run.params, softce_weight=0.2), data.logs["stage2"]
+    logs = {**data.logs, "stage2": stage2.assign(**{"loss/softce": 0.2 * stage2["raw/softce"]})}
     write_training_figures(logs, weights, tmp_path / "weighted")
-    write_training_figures(data.logs, inputs.params, tmp_path / "default")
+    write_training_figures(data.logs, inputs.run.params, tmp_path / "default")
     same = {
         path.name: path.read_bytes() == (tmp_path / "default" / path.name).read_bytes()
         for path in (tmp_path / "weighted").iterdir()
     }
     assert same == {"stage1_losses.png": True, "stage2_losses.png": False, "bin_mae.png": True}
+
+
+def outcome(n_images: int, *, distributions: bool) -> Outcomes:
+    """Images of 200 x 100 px; the box of image i is i px off at its left edge, and i + 1 bins wide in spirit."""
+    results = []
+    for i in range(1, n_images + 1):
+        truth, box = (20.0, 10.0, 120.0, 90.0), (20.0 + i, 10.0, 120.0, 90.0)
+        extra = {"coord_sd_bins": (10.0 * i, 1.0, 1.0, 1.0), "boxes_xyxy_px": {"expectation": box}}
+        pred = Prediction("cat", box, (100 + 5 * i, 100, 600, 900), score=0.5, **(extra if distributions else {}))
+        results.append(
+            ImageResult(
+                i, f"{i}.jpg", 200, 100, (GroundTruth("cat", truth),), (pred,), "", ParseReport(True, 1), "stop", 9
+            )
+        )
+    return judge(results, [Category(1, "cat")])
+
+
+def test_an_error_of_one_pixel_in_two_hundred_is_five_bins() -> None:
+    np.testing.assert_allclose(bin_errors(outcome(2, distributions=False)), [[5, 0, 0, 0], [10, 0, 0, 0]])
+
+
+def test_strips_follow_their_rules_and_show_a_box_once() -> None:
+    strips = choose_strips(outcome(8, distributions=True), per_rule=1)
+    assert [s.rule for s in strips] == list(RULES)
+    assert len({s.image_id for s in strips}) == 4
+    widest, largest = strips[0], strips[1]
+    assert (widest.image_id, widest.slot, widest.sd_bins) == (8, "x1", 80.0)
+    assert (largest.image_id, largest.emitted_bin - largest.true_bin) == (7, 35.0)  # 8 is taken
+
+
+def test_no_distribution_on_file_gives_no_strip() -> None:
+    assert choose_strips(outcome(3, distributions=False)) == []

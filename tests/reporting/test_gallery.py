@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from skimage import data as skimage_data
@@ -26,12 +26,10 @@ from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.outcomes import judge
 
 
-def rows(**errors: tuple[int, int, int]) -> list[dict[str, Any]]:
+def rows(**errors: tuple[int, int, int]) -> pd.DataFrame:
     """Per-image rows from `i<id>=(false, missed, duplicate pairs)`."""
-    return [
-        {"image_id": int(name[1:]), "fp_50": fp, "fn_50": fn, "dup_pairs_90": dup}
-        for name, (fp, fn, dup) in errors.items()
-    ]
+    ids = pd.Index([int(name[1:]) for name in errors], name="image_id")
+    return pd.DataFrame(list(errors.values()), ids, ["fp_50", "fn_50", "dup_pairs_90"])
 
 
 STAGE2 = rows(
@@ -84,7 +82,7 @@ def test_files_are_numbered_and_named_by_image() -> None:
 
 def test_tables_of_different_images_are_refused() -> None:
     with pytest.raises(DataError, match="different images"):
-        choose_images({"stage1": STAGE1[1:], "stage2": STAGE2}, "dup_pairs_90", 4, 17)
+        choose_images({"stage1": STAGE1.iloc[1:], "stage2": STAGE2}, "dup_pairs_90", 4, 17)
 
 
 def test_a_table_without_duplicates_is_refused() -> None:
@@ -101,8 +99,9 @@ def colours_in(path: Path) -> tuple[set[tuple[int, int, int]], tuple[int, int]]:
 def test_pictures_show_the_three_fates_and_two_or_three_panels(inputs: ReportInputs, tmp_path: Path) -> None:
     data = load_report_data(inputs)
     outcomes = {name: judge(data.results[name], data.categories) for name in ("stage1", "stage2")}
-    row = next(r for r in data.per_image["stage2"] if r["tp_50"] and r["fp_50"] and r["fn_50"])
-    picks = [GalleryPick(n, rule, row["image_id"]) for n, rule in enumerate(("random", "biggest change"), 1)]
+    counts = data.per_image["stage2"][["tp_50", "fp_50", "fn_50"]]
+    all_fates = int(counts[(counts > 0).all(axis=1)].index[0])
+    picks = [GalleryPick(n, rule, all_fates) for n, rule in enumerate(("random", "biggest change"), 1)]
     write_gallery(picks, outcomes, inputs.image_root, tmp_path)
     two, size_two = colours_in(tmp_path / picks[0].file_name)
     _, size_three = colours_in(tmp_path / picks[1].file_name)

@@ -19,7 +19,6 @@ from coordexp.evaluation.registry import metric_specs
 from coordexp.losses.diagnostics import slot_diagnostics
 from coordexp.losses.partition import CoordSlots
 from coordexp.losses.soft_targets import SoftTarget
-from coordexp.reporting.readme import SHOWN_PROFILE, shown_picture
 from coordexp.reporting.reference import (
     METRICS_PAGE,
     PARAMETERS_PAGE,
@@ -27,9 +26,11 @@ from coordexp.reporting.reference import (
     PRODUCTION_PAGE,
     README,
     SCALING_PAGE,
+    SHOWN_PROFILE,
     metrics_markdown,
     pages,
     parameters_markdown,
+    shown_picture,
 )
 
 STAGES = {

@@ -15,10 +15,10 @@ from PIL import Image
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
-from coordexp.evaluation.comparison import COMPARED
-from coordexp.reporting.inputs import ReportInputs
+from coordexp.evaluation.registry import VIEWS
+from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.report import build_report, headline
-from reporting.synthetic import write_json
+from reporting.synthetic import changed, write_json
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -58,7 +58,7 @@ def test_every_number_of_the_comparison_table_is_that_of_metrics_json(report: Pa
     rows = [
         row for row in rows_of(report.read_text(encoding="utf-8"), "difference") if row[0] in names and "`" in row[1]
     ]
-    assert len(rows) == 2 * len(COMPARED)
+    assert len(rows) == 2 * len(VIEWS["compared"])
     for pair, key, delta, bounds, chance, _reach, verdict in rows:
         compared = metrics["comparison"][names[pair]][key.strip("`")]
         shown = [float(delta), *(float(n) for n in re.findall(r"[+-][\d.]+", bounds)), float(chance)]
@@ -116,11 +116,10 @@ def test_the_checklist_counts_the_failures_it_announces(report: Path) -> None:
     assert (int(announced[1]) if announced else 0) == len(failed)
 
 
-def test_the_headline_states_what_could_have_been_shown(metrics: dict[str, Any]) -> None:
+def test_the_headline_states_what_could_have_been_shown(inputs: ReportInputs) -> None:
     row = {"delta": 0.0042, "lo": -0.008, "hi": 0.0161, "p_superior": 0.75}
-    data = type("Data", (), {})()
-    data.comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
-    data.metrics = {name: metrics[name]["eval"] for name in CHECKPOINTS}
+    comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
+    data = dataclasses.replace(load_report_data(inputs), comparison=comparison)
     line = headline(data, "stage2_vs_control")
     assert line.startswith("**No difference shown** between stage 2 and the control: mAP ")
     assert "difference +0.0042 [-0.0080, +0.0161]; these images could show differences from about 0.0120" in line
@@ -175,10 +174,13 @@ def test_published_numbers_stand_beside_data_they_are_about_and_never_beside_sce
     inputs: ReportInputs, report: Path, tmp_path: Path, metrics: dict[str, Any]
 ) -> None:
     assert "Rex-Omni" not in report.read_text(encoding="utf-8")
-    text = build_report(dataclasses.replace(inputs, composed=False), tmp_path).read_text(encoding="utf-8")
+    source = inputs.run.profile.source.model_copy(update={"kind": "datasets"})
+    run = dataclasses.replace(inputs.run, profile=changed(inputs.run.profile, source=source))
+    text = build_report(dataclasses.replace(inputs, run=run), tmp_path).read_text(encoding="utf-8")
     ours = metrics["stage2"]["eval"]
     rows = [row for row in rows_of(text, "system") if row[0] == "**this run, stage2**"]
     by_protocol = {row[4]: row for row in rows[:2]}
-    assert by_protocol["P1"][1:4] == [f"{ours['protocol'][f'positive_full_{k}']:.4f}" for k in ("50", "95", "mean")]
-    assert by_protocol["P2"][-3:] == [f"{ours['coco'][k]:.4f}" for k in ("mAP", "AP50", "AP75")]
-    assert by_protocol["P1"][-3:] == by_protocol["P2"][1:4] == [""] * 3, "no number under the other protocol"
+    oracle, full = by_protocol["oracle-class"], by_protocol["full-vocabulary"]
+    assert oracle[1:4] == [f"{ours['protocol'][f'positive_full_{k}']:.4f}" for k in ("50", "95", "mean")]
+    assert full[-3:] == [f"{ours['coco'][k]:.4f}" for k in ("mAP", "AP50", "AP75")]
+    assert oracle[-3:] == full[1:4] == [""] * 3, "no number under the other protocol"

@@ -1,11 +1,13 @@
-"""COCO average precision from cached matches, under any image weights.
+"""COCO average precision from cached matches, under any ranking and any image weights.
 
 pycocotools gives the numbers of record (coco.py). This module computes the same AP (area range "all") in a form that
-can be evaluated again for thousands of re-weightings of the images, which is what a bootstrap needs: matching depends
-on one image at a time, so it is done once (coco_matching.py), and only the counting depends on the weights.
+can be evaluated again for thousands of re-weightings of the images, which is what a bootstrap needs. Which boxes
+overlap does not depend on scores, so the overlapping pairs of a data set are found once (they are few), each ranking
+only walks them, as pycocotools and lvis-api do within one image and category, and only the counting depends on the
+weights.
 
-Legend: K categories, T IoU thresholds .50:.05:.95, D detections of a category by falling score, H true positives among
-them, I images, B weightings.
+Legend: P predictions, G annotated objects, N overlapping pairs, K categories, T IoU thresholds .50:.05:.95, D
+detections of one category by falling score, H true positives among them, I images, B weightings.
 """
 
 from __future__ import annotations
@@ -13,13 +15,192 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordexp.evaluation.coco_matching import CategoryMatches
-from coordexp.evaluation.protocol import COCO_IOUS, RECALL_GRID
-from coordexp.evaluation.table import Floats, Ints
+from coordexp.evaluation.categories import NO_CATEGORY
+from coordexp.evaluation.protocol import COCO_IOUS, MAX_DETECTIONS, RECALL_GRID
+from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints
+from coordexp.geometry.boxes import Boxes, xyxy_to_xywh
+
+_PAIRS_PER_BLOCK = 500_000  # candidate pairs held at once; keeps a block in a few tens of MB
+_FP, _TP, _IGNORED, _SURPLUS = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Predictions and objects of one image and category with IoU >= .50, as rows of a DetectionTable.
+
+    With a crowd region the overlap is the share of the prediction inside it, as in pycocotools.
+    """
+
+    pred_N: Ints
+    gt_N: Ints
+    iou_N: Floats
+    crowd_N: Bools
+
+    def keep_predictions(self, keep_P: Bools) -> Pairs:
+        """The pairs of `table.keep_predictions(keep_P)`."""
+        kept_N = keep_P[self.pred_N]
+        new_row_P = np.cumsum(keep_P) - 1
+        return Pairs(new_row_P[self.pred_N[kept_N]], self.gt_N[kept_N], self.iou_N[kept_N], self.crowd_N[kept_N])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CategoryMatches:
+    """Matched detections of one category over the data set, in ranking order (ties by image, then generation)."""
+
+    pred_D: Ints  # row in the DetectionTable
+    image_D: Ints
+    tp_TD: Bools  # matched to an annotated object
+    ignored_TD: Bools  # neither right nor wrong, such as one inside a crowd region
+    iou_D: Floats  # with the object matched at IoU .50, 0 for the others
+    gt_image_G: Ints  # image of each annotated object, crowd regions left out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rules:
+    """What differs between protocols: how many detections count, and which count only if they are right."""
+
+    max_per_group: int | None = MAX_DETECTIONS  # per image and category, highest scores first
+    max_per_image: int | None = None
+    dropped_P: Bools | None = None  # never looked at
+    ignored_if_wrong_P: Bools | None = None
+
+
+def overlapping_pairs(table: DetectionTable) -> Pairs:
+    """All pairs of the table, found image by image in blocks."""
+    n_gt_I = np.bincount(table.gt_image_G, minlength=table.n_images)
+    first_gt_I = np.cumsum(n_gt_I) - n_gt_I
+    n_candidates_P = n_gt_I[table.pred_image_P]
+    cuts = np.searchsorted(np.cumsum(n_candidates_P), np.arange(0, n_candidates_P.sum(), _PAIRS_PER_BLOCK))
+    blocks = [
+        _pairs_of(table, rows, first_gt_I, n_candidates_P)
+        for rows in np.split(np.arange(len(n_candidates_P)), np.unique(cuts))
+    ]
+    return Pairs(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
+
+
+def _pairs_of(
+    table: DetectionTable, rows: Ints, first_gt_I: Ints, n_candidates_P: Ints
+) -> tuple[Ints, Ints, Floats, Bools]:
+    n_R = n_candidates_P[rows]
+    pred_N = np.repeat(rows, n_R)
+    within_N = np.arange(len(pred_N)) - np.repeat(np.cumsum(n_R) - n_R, n_R)
+    gt_N = first_gt_I[table.pred_image_P[pred_N]] + within_N
+    same_N = table.pred_category_P[pred_N] == table.gt_category_G[gt_N]
+    pred_N, gt_N = pred_N[same_N], gt_N[same_N]
+    crowd_N = table.gt_crowd_G[gt_N]
+    iou_N = _coco_iou(table.pred_boxes_P4[pred_N], table.gt_boxes_G4[gt_N], crowd_N)
+    near_N = iou_N >= COCO_IOUS[0]
+    return pred_N[near_N], gt_N[near_N], iou_N[near_N], crowd_N[near_N]
+
+
+def _coco_iou(pred_N4: Boxes, gt_N4: Boxes, crowd_N: Bools) -> Floats:
+    """IoU, or share of the detection inside a crowd region, with pycocotools' arithmetic on xywh to the last bit."""
+    d, g = xyxy_to_xywh(pred_N4), xyxy_to_xywh(gt_N4)
+    sides = np.minimum(d[:, :2] + d[:, 2:], g[:, :2] + g[:, 2:]) - np.maximum(d[:, :2], g[:, :2])
+    overlap_N = np.where((sides > 0).all(axis=1), sides.prod(axis=1), 0.0)
+    area_d, area_g = d[:, 2:].prod(axis=1), g[:, 2:].prod(axis=1)
+    union_N = np.where(crowd_N, area_d, area_d + area_g - overlap_N)
+    return np.divide(overlap_N, union_N, out=np.zeros_like(overlap_N), where=overlap_N > 0)
+
+
+def match_categories(
+    table: DetectionTable, pairs: Pairs | None = None, rules: Rules | None = None
+) -> list[CategoryMatches]:
+    """Match detections to annotated objects for each category; `pairs` are those of this table, if at hand."""
+    pairs, rules = pairs or overlapping_pairs(table), rules or Rules()
+    # Stable: equal scores stay in generation order within an image, as in pycocotools' merge sort.
+    by_score = np.argsort(-table.pred_score_P, kind="stable")
+    counted_P = _counted(table, by_score, rules)
+    state_TP, iou_P = _walk(table, pairs, counted_P)
+    if rules.ignored_if_wrong_P is not None:
+        state_TP[(state_TP == _FP) & rules.ignored_if_wrong_P] = _IGNORED
+    kept = by_score[counted_P[by_score]]
+    kept = kept[np.argsort(table.pred_category_P[kept], kind="stable")]
+    ends = np.searchsorted(table.pred_category_P[kept], np.arange(len(table.index)), side="right")
+    return [
+        CategoryMatches(
+            pred_D=pred_D,
+            image_D=table.pred_image_P[pred_D],
+            tp_TD=state_TP[:, pred_D] == _TP,
+            ignored_TD=state_TP[:, pred_D] == _IGNORED,
+            iou_D=iou_P[pred_D],
+            gt_image_G=table.gt_image_G[(table.gt_category_G == category) & ~table.gt_crowd_G],
+        )
+        for category, pred_D in enumerate(np.split(kept, ends)[:-1])
+    ]
+
+
+def _counted(table: DetectionTable, by_score: Ints, rules: Rules) -> Bools:
+    """Which predictions take part at all, shape (P,): those with a category, within the limits."""
+    counted_P = table.pred_category_P != NO_CATEGORY
+    if rules.dropped_P is not None:
+        counted_P &= ~rules.dropped_P
+    if rules.max_per_image is not None:
+        counted_P &= _rank_in_group(table.pred_image_P, by_score) < rules.max_per_image
+    if rules.max_per_group is not None:
+        group_P = table.pred_image_P * (len(table.index) + 1) + table.pred_category_P
+        counted_P &= _rank_in_group(group_P, by_score) < rules.max_per_group
+    return counted_P
+
+
+def _rank_in_group(group_P: Ints, by_score: Ints) -> Ints:
+    """Place of each prediction in its group, 0 for the best, shape (P,)."""
+    order = by_score[np.argsort(group_P[by_score], kind="stable")]
+    n_before = np.searchsorted(group_P[order], group_P[order], side="left")
+    rank_P = np.empty(len(order), dtype=np.int64)
+    rank_P[order] = np.arange(len(order)) - n_before
+    return rank_P
+
+
+def _walk(table: DetectionTable, pairs: Pairs, counted_P: Bools) -> tuple[NDArray[np.int8], Floats]:
+    """State of each prediction at each threshold, shape (T, P), and the IoU of its match at IoU .50, shape (P,).
+
+    Detections choose in ranking order: the free object of highest IoU (the last of equals), and only if there is none,
+    a crowd region, which stays free.
+    """
+    order = np.lexsort((-pairs.gt_N, -pairs.iou_N, pairs.crowd_N, pairs.pred_N, -table.pred_score_P[pairs.pred_N]))
+    order = order[counted_P[pairs.pred_N[order]]]
+    pred_N, gt_N, iou_N, crowd_N = (c[order] for c in (pairs.pred_N, pairs.gt_N, pairs.iou_N, pairs.crowd_N))
+    state_TP = np.zeros((len(COCO_IOUS), len(counted_P)), dtype=np.int8)
+    iou_P = np.zeros(len(counted_P))
+    for t, threshold in enumerate(np.minimum(COCO_IOUS, 1 - 1e-10)):
+        passing = np.flatnonzero(iou_N >= threshold)
+        state, free, won = bytearray(len(counted_P)), bytearray(b"\1") * len(table.gt_image_G), []
+        columns = (passing, pred_N[passing], gt_N[passing], crowd_N[passing])
+        for n, pred, gt, crowd in zip(*(column.tolist() for column in columns), strict=True):
+            if state[pred]:
+                continue
+            if crowd:
+                state[pred] = _IGNORED
+            elif free[gt]:
+                free[gt], state[pred] = 0, _TP
+                won.append(n)
+        state_TP[t] = np.frombuffer(state, dtype=np.int8)
+        if t == 0:
+            iou_P[pred_N[won]] = iou_N[won]
+    return state_TP, iou_P
+
+
+def ranking_flags(
+    table: DetectionTable, matches_K: list[CategoryMatches], threshold_index: int = 0
+) -> tuple[Bools, Bools]:
+    """Whether each prediction of the table is a true positive, and whether it is judged at all, both of shape (P,).
+
+    Not judged: matched to a crowd region, or beyond the 100 best of its image and category. A prediction without a
+    category is judged, and wrong. `threshold_index` 0 is IoU 0.5.
+    """
+    tp_P = np.zeros(len(table.pred_score_P), dtype=bool)
+    judged_P = table.pred_category_P == NO_CATEGORY
+    for matches in matches_K:
+        tp_P[matches.pred_D] = matches.tp_TD[threshold_index]
+        judged_P[matches.pred_D] = ~matches.ignored_TD[threshold_index]
+    return tp_P, judged_P
+
 
 _CELLS_PER_BLOCK = 1_000_000  # detections x weightings held at once; keeps a block in a few MB
 _MOST_THREADS = 8  # each holds a few blocks

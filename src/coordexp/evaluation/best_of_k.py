@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 
 from coordexp.errors import DataError
 from coordexp.evaluation.table import Floats
-from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.geometry.boxes import Box, as_boxes, pairwise_iou
 from coordexp.records.descriptions import normalise_desc
-from coordexp.records.gt_vs_pred import Box, ImageResult, Prediction
+from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
 SAME_IOU = 0.5
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordexp.evaluation.average_precision import weighted_ap
-from coordexp.evaluation.coco_matching import CategoryMatches
+from coordexp.evaluation.average_precision import CategoryMatches, weighted_ap
 from coordexp.evaluation.f1 import MODES, GreedyMatches, f1_from_counts, image_f1
 from coordexp.evaluation.protocol import COCO_IOUS
 from coordexp.evaluation.table import Floats, Ints

@@ -11,12 +11,8 @@ from coordexp.errors import DataError
 from coordexp.evaluation.bootstrap import resample_weights
 from coordexp.evaluation.effect import LEVEL, Effect, effect
 from coordexp.evaluation.evaluator import Evaluation
+from coordexp.evaluation.registry import view
 from coordexp.evaluation.table import Floats
-
-COMPARED = (
-    *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "f1.full_95", "f1.full_mean"),
-    *("known.mAP", "held_out.mAP", "protocol.positive_full_mean", "guarded.full_50"),
-)
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
@@ -30,7 +26,7 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
         DataError: the two sides differ in images, in ground truth, or in the bootstrap's seed or number of resamples.
     """
     shown = ("delta", "lo", "hi", "p_superior")
-    effects = {key: paired_effect([a], [b], key) for key in COMPARED}
+    effects = {key: paired_effect([a], [b], key) for key in view("compared", a.params)}
     return {
         key: None if found is None else {name: getattr(found, name) for name in shown} for key, found in effects.items()
     }
@@ -59,11 +55,8 @@ def _samples(evaluation: Evaluation, key: str) -> Floats:
         return evaluation.samples[key]
     name = key.partition(".")[2]
     values_I = np.array([row[name] for row in evaluation.per_image], np.float64)
-    return (
-        resample_weights(len(values_I), evaluation.params.bootstrap_resamples, evaluation.seed)
-        @ values_I
-        / len(values_I)
-    )
+    weights_BI = resample_weights(len(values_I), evaluation.params.bootstrap_resamples, evaluation.seed)
+    return weights_BI @ values_I / len(values_I)
 
 
 def _check_pairable(a: Evaluation, b: Evaluation) -> None:

@@ -1,15 +1,35 @@
-"""What the scores know: calibration, separation of right from wrong, and the AP that the ranking costs.
+"""What the scores know: calibration, separation of right from wrong, and the AP that each ranking of the boxes
+reaches.
 
-A prediction is right if COCO's matching at IoU 0.5 makes it a true positive (category included).
+A prediction is right if COCO's matching at IoU 0.5 makes it a true positive (category included). The perfect ranking
+and one constant score for all bound what any score can do; what lies between the score in use and the perfect ranking
+is the headroom of confidence.
+
+LRP (Localisation-Recall-Precision error, Oksuz et al., arXiv 2011.10772) is one number per object, for a set with a
+cut. Each object and each false box costs 1, unless a box of the right name is on it: then it costs (1 - IoU) / (1 -
+.5). Unlike calibration it cannot be improved by dropping the hard objects, and unlike AP it judges the scores by the
+best cut they allow. The optimum over cuts is taken for each category (oLRP, equations 9 and 10).
+
+Legend: P predictions, D detections of one category by falling score.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, overlapping_pairs, ranking_flags
+from coordexp.evaluation.average_precision import (
+    CategoryMatches,
+    Pairs,
+    match_categories,
+    mean_ap,
+    overlapping_pairs,
+    ranking_flags,
+    unweighted_ap,
+)
+from coordexp.evaluation.protocol import COCO_IOUS
 from coordexp.evaluation.table import Bools, DetectionTable, Floats
 
 CALIBRATION_BINS = 10
@@ -73,3 +93,72 @@ def oracle_scores(table: DetectionTable, pairs: Pairs | None = None) -> Floats:
             free_P[pred] = free_G[gt] = 0
             score_P[pred] = iou
     return score_P
+
+
+IN_USE, CONSTANT, PERFECT = "in use", "constant", "perfect ranking"
+
+
+def compare_scores(table: DetectionTable, pairs: Pairs) -> list[dict[str, Any]]:
+    """One row for each score: mAP, AP50, AP75, auroc_tp_fp and ece (the last two None for what is no estimate).
+
+    First the score in use, then the candidates of the file by name, the constant score, and the perfect ranking, which
+    knows the IoU of each box with the object it takes.
+    """
+    rows = []
+    for name, score_P in _rankings(table, pairs):
+        ranked = table.with_scores(score_P)
+        matches_K = match_categories(ranked, pairs)
+        ap_KT = unweighted_ap(matches_K, table.n_images)
+        row = {"score": name, "mAP": mean_ap(ap_KT), "AP50": mean_ap(ap_KT[:, :1]), "AP75": mean_ap(ap_KT[:, 5:6])}
+        right_P, judged_P = ranking_flags(ranked, matches_K)
+        estimate = name not in (CONSTANT, PERFECT)
+        known = (score_P[judged_P], right_P[judged_P])
+        row["auroc_tp_fp"] = auroc(*known) if estimate else None
+        row["ece"] = calibration_error(*known)[0] if estimate else None
+        rows.append(row)
+    return rows
+
+
+def _rankings(table: DetectionTable, pairs: Pairs) -> Iterator[tuple[str, Floats]]:
+    yield IN_USE, table.pred_score_P
+    yield from ((name, scores) for name, scores in table.candidates.items() if name != CONSTANT)
+    yield CONSTANT, np.ones(len(table.pred_score_P))
+    yield PERFECT, oracle_scores(table, pairs)
+
+
+_TAU = COCO_IOUS[0]
+
+
+def lrp_metrics(table: DetectionTable, matches_K: Sequence[CategoryMatches]) -> dict[str, float | None]:
+    """Means over the categories that have objects: `lrp` at the best cut, and there `lrp_loc`, `lrp_fp`, `lrp_fn`.
+
+    `lrp_loc` is the mean 1 - IoU of the hits, over categories that have any; `lrp_fp` is 1 - precision, `lrp_fn` is
+    1 - recall. All are None if no category has objects.
+    """
+    optima = [best_cut(m, table.pred_score_P[m.pred_D]) for m in matches_K if len(m.gt_image_G)]
+    if not optima:
+        return dict.fromkeys(("lrp", "lrp_loc", "lrp_fp", "lrp_fn"))
+    lrp, loc, fp, fn = np.array(optima).T
+    return {
+        "lrp": float(lrp.mean()),
+        "lrp_loc": float(np.nanmean(loc)) if not np.isnan(loc).all() else None,
+        "lrp_fp": float(fp.mean()),
+        "lrp_fn": float(fn.mean()),
+    }
+
+
+def best_cut(matches: CategoryMatches, score_D: Floats) -> tuple[float, float, float, float]:
+    """LRP, 1 - IoU of the hits (NaN without one), 1 - precision and 1 - recall, at the score where LRP is least.
+
+    Cuts lie between different scores, so equal ones stay together; above all scores nothing is predicted and LRP is 1.
+    """
+    n_gt = len(matches.gt_image_G)
+    hit_D = matches.tp_TD[0]
+    cut_ends = np.append(score_D[1:] != score_D[:-1], True)[: len(score_D)]
+    n_hit, n_false = (np.append(0, np.cumsum(flags)[cut_ends]) for flags in (hit_D, ~hit_D & ~matches.ignored_TD[0]))
+    lost = np.append(0.0, np.cumsum(np.where(hit_D, 1 - matches.iou_D, 0.0))[cut_ends])
+    lrp = (lost / (1 - _TAU) + n_false + (n_gt - n_hit)) / (n_gt + n_false)
+    best = int(np.argmin(lrp))
+    hits, false = int(n_hit[best]), int(n_false[best])
+    loc = float(lost[best] / hits) if hits else float("nan")
+    return float(lrp[best]), loc, false / (hits + false) if hits + false else 0.0, 1 - hits / n_gt

@@ -40,7 +40,7 @@ class Verdict(StrEnum):
     NO_DIFFERENCE = "no difference shown"
     IDENTICAL = "the same in every resample and seed"
     UNDEFINED = "not defined"
-    NOT_JUDGED = "not judged"  # the answers of one side are no detections: evaluation/soundness.py
+    NOT_JUDGED = "not judged"  # the answers of one side are no detections: evaluation/parse.py
 
 
 def verdict_of_interval(lo: float, hi: float) -> Verdict:

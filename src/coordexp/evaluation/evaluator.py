@@ -17,29 +17,32 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.schema import EvalParams, MatchingParams
+from coordexp.evaluation.average_precision import match_categories
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import CocoResult, coco_ap
-from coordexp.evaluation.coco_matching import match_categories
-from coordexp.evaluation.confidence import oracle_scores, reliability
-from coordexp.evaluation.details import by_area, per_category, per_image
+from coordexp.evaluation.confidence import (
+    CONSTANT,
+    IN_USE,
+    PERFECT,
+    compare_scores,
+    lrp_metrics,
+    oracle_scores,
+    reliability,
+)
+from coordexp.evaluation.details import by_area, per_category, per_image, recall_by_side
 from coordexp.evaluation.f1 import f1_metrics
-from coordexp.evaluation.input_checks import input_metrics
-from coordexp.evaluation.lrp import lrp_metrics
 from coordexp.evaluation.lvis import FederatedLabels, check_federated, frequency_rows, lvis_ap, match_federated
-from coordexp.evaluation.matched import Matched, guarded_metrics, protocol_metrics, worst_duplicates
-from coordexp.evaluation.parse import parse_metrics
+from coordexp.evaluation.matched import Matched, nms_metrics, protocol_metrics, worst_duplicates
+from coordexp.evaluation.parse import parse_metrics, soundness_metrics
 from coordexp.evaluation.protocol import RECALL_GRID, iou_key
-from coordexp.evaluation.registry import PROTOCOL_SAMPLES, interval_keys
-from coordexp.evaluation.scores import CONSTANT, IN_USE, PERFECT, compare_scores
+from coordexp.evaluation.registry import PROTOCOL_KEYS, view
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
-from coordexp.evaluation.sizes import recall_by_side
-from coordexp.evaluation.soundness import soundness_metrics
-from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table
+from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table, input_metrics
 from coordexp.evaluation.training_matching import rollout_metrics
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
-Metrics = dict[str, dict[str, Any]]
+Areas = dict[str, dict[str, Any]]  # area -> metric -> value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +61,7 @@ class Evaluation:
         seed: of the resamples.
     """
 
-    metrics: Metrics
+    metrics: Areas
     per_image: list[dict[str, Any]]
     pr_curve: dict[str, list[float]]
     details: dict[str, Any]
@@ -97,9 +100,10 @@ def evaluate(
     table = build_table(results, categories, params)
     everything = Matched.of(table, params)
     duplicates = find_duplicates(table, min(params.duplicate_ious))
-    positive, guarded = everything.annotated(params), everything.guarded(duplicates, params)
-    coco, scores = coco_ap(table), compare_scores(table, everything.pairs)
-    metrics: Metrics = {
+    positive, after_nms = everything.annotated(params), everything.after_nms(duplicates, params)
+    coco = coco_ap(table)
+    scores = compare_scores(table, everything.pairs)
+    metrics: Areas = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
         "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
@@ -108,11 +112,11 @@ def evaluate(
         "parse": parse_metrics(results) | soundness_metrics(results, table),
         "input": input_metrics(results, table),
         "set": set_metrics(table, everything.by_iou, duplicates, params),
-        "guarded": guarded_metrics(everything, guarded, params),
+        "guarded": nms_metrics(everything, after_nms, params),
         "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score),
     }
     weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, seed)
-    samples = _resample(everything, positive, guarded, weights_BI)
+    samples = _resample(everything, positive, after_nms, weights_BI)
     samples |= _resample_headroom(everything, samples["coco.mAP"], weights_BI)
     if federated:
         check_federated(table, federated)
@@ -120,7 +124,7 @@ def evaluate(
         samples |= _resample_lvis(everything, federated, weights_BI)
     intervals = {
         key: interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
-        for key in interval_keys(lvis=federated is not None)
+        for key in (*view("intervals", params), *(view("lvis intervals", params) if federated else ()))
     }
     return Evaluation(
         metrics=metrics | {"interval": intervals},
@@ -153,7 +157,7 @@ def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, params:
     }
 
 
-def _value(metrics: Metrics, key: str) -> float | None:
+def _value(metrics: Areas, key: str) -> float | None:
     area, metric = key.split(".")
     return metrics[area][metric]
 
@@ -189,16 +193,16 @@ def _confidence_metrics(scores: list[dict[str, Any]]) -> dict[str, float | None]
     }
 
 
-def _resample(everything: Matched, positive: Matched, guarded: Matched, weights_BI: Ints) -> dict[str, Floats]:
+def _resample(everything: Matched, positive: Matched, after_nms: Matched, weights_BI: Ints) -> dict[str, Floats]:
     table = everything.table
     whole = list(range(len(table.index)))
     samples = resampled_ap(everything.by_score, weights_BI, {"coco": whole, **_subsets(table)})
     samples |= resampled_f1(everything.by_iou, weights_BI)
     samples |= resampled_f1(positive.by_iou, weights_BI, scope="_annotated")
     samples |= resampled_ap(positive.by_score, weights_BI, {"positive": whole})
-    samples |= resampled_f1(guarded.by_iou, weights_BI, area="guarded")
-    samples |= resampled_ap(guarded.by_score, weights_BI, {"guarded": whole})
-    for key, (of_positive, of_all) in PROTOCOL_SAMPLES.items():
+    samples |= resampled_f1(after_nms.by_iou, weights_BI, area="guarded")
+    samples |= resampled_ap(after_nms.by_score, weights_BI, {"guarded": whole})
+    for key, (of_all, of_positive) in PROTOCOL_KEYS.items():
         samples[f"protocol.positive_{key}"] = samples[of_positive]
         samples[f"protocol.gap_{key}"] = samples[of_positive] - samples[of_all]
     return samples

@@ -22,6 +22,7 @@ from coordexp.config.schema import EvalParams
 from coordexp.evaluation.protocol import COCO_IOUS, f1_thresholds, iou_key
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
 from coordexp.geometry.boxes import Boxes, area, pairwise_intersection, pairwise_iou
+from coordexp.matching.summary import f1_from_counts
 
 Mode = Literal["loc", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -127,12 +128,6 @@ def named_in_image(table: DetectionTable) -> Bools:
     present = np.unique(table.gt_image_G * n_categories + table.gt_category_G)
     mapped_P = table.pred_category_P >= 0
     return mapped_P & np.isin(table.pred_image_P * n_categories + table.pred_category_P, present)
-
-
-def f1_from_counts(counts: NDArray) -> Floats:
-    """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN where no object is counted."""
-    tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
-    return np.divide(2 * tp, 2 * tp + fp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
 
 
 def image_f1(counts_I3: NDArray) -> Floats:

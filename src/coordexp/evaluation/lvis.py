@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from coordexp.errors import DataError
+from coordexp.evaluation.average_precision import CategoryMatches, Pairs, Rules, match_categories
 from coordexp.evaluation.coco import detection_dataset, ground_truth_dataset, set_area_ranges
-from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, Rules, match_categories
 from coordexp.evaluation.table import Bools, DetectionTable, Ints
 from coordexp.records.categories import Category, Frequency
 from coordexp.records.descriptions import normalise_desc
@@ -30,7 +32,6 @@ FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
 MAX_DETECTIONS = 300  # per image over all categories, highest score first
 # Position of each number in COCOeval_faster.all_stats with lvis_style and one detection limit.
 _STATS = {"mAP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6, "APr": -3, "APc": -2, "APf": -1}
-LVIS_KEYS = tuple(_STATS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,3 +163,18 @@ def _labelled_cells(table: DetectionTable, names_of: Mapping[int, Iterable[str]]
         if name in rows
     ]
     return np.array(cells, dtype=np.int64)
+
+
+def read_annotations(path: Path) -> tuple[set[int], FederatedLabels | None]:
+    """Image ids of a COCO or LVIS annotation file, and LVIS's labels, None for COCO.
+
+    Raises:
+        DataError: the file holds no such annotations, or is LVIS in part only.
+    """
+    try:
+        source = json.loads(path.read_text(encoding="utf-8"))
+        image_ids = {int(image["id"]) for image in source["images"]}
+        is_lvis = any("neg_category_ids" in image for image in source["images"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: found something else ({error!r}), expected COCO or LVIS annotations.") from error
+    return image_ids, federated_from(source, str(path)) if is_lvis else None

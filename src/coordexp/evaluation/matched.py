@@ -1,7 +1,7 @@
 """One set of predictions with its matches, and the same set with some of the predictions left out.
 
-The headline numbers are taken of three sets: all predictions, those of categories annotated in their image (protocol
-P1), and those that a duplicate guard keeps. They are always shown together.
+The headline numbers are taken of three sets: all predictions, those of categories annotated in their image (the
+oracle-class protocol), and those that NMS keeps. They are always shown together.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 
 from coordexp.config.schema import EvalParams
-from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
-from coordexp.evaluation.coco_matching import CategoryMatches, Pairs, match_categories, overlapping_pairs
+from coordexp.evaluation.average_precision import (
+    CategoryMatches,
+    Pairs,
+    match_categories,
+    mean_ap,
+    overlapping_pairs,
+    unweighted_ap,
+)
 from coordexp.evaluation.f1 import (
     GreedyMatches,
     Mode,
@@ -24,10 +30,9 @@ from coordexp.evaluation.f1 import (
     precision_recall,
 )
 from coordexp.evaluation.protocol import f1_thresholds
+from coordexp.evaluation.registry import PROTOCOL_KEYS
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, first_of_duplicates, set_metrics
 from coordexp.evaluation.table import Bools, DetectionTable
-
-PROTOCOL_KEYS = ("mAP", "AP50", "AP75", "full_50", "full_95", "full_mean")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +55,10 @@ class Matched:
         return Matched.of(self.table.keep_predictions(keep_P), params, self.pairs.keep_predictions(keep_P))
 
     def annotated(self, params: EvalParams) -> Matched:
-        """Only predictions of categories annotated in their image: GT-positive classes, the scope `annotated`."""
+        """Only predictions of categories annotated in their image: oracle classes, the scope `annotated`."""
         return self.keep(named_in_image(self.table), params)
 
-    def guarded(self, duplicates: Duplicates, params: EvalParams) -> Matched:
+    def after_nms(self, duplicates: Duplicates, params: EvalParams) -> Matched:
         """Only predictions that no earlier one of the same name covers at the lowest duplicate IoU."""
         iou = min(params.duplicate_ious)
         return self.keep(first_of_duplicates(len(self.table.pred_score_P), duplicates, iou), params)
@@ -80,10 +85,11 @@ _HEADLINE_F1: tuple[tuple[Mode, str, float], ...] = (("loc", "50", 0.5), ("full"
 
 
 def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float | None]:
-    """The `protocol` area: GT-positive classes (P1), the gap to the full vocabulary (P2), and what lies between.
+    """The `protocol` area: oracle classes, the gap to the full vocabulary, and what lies between.
 
-    The full vocabulary is what the areas `coco` and `f1` hold. P1 is taken from the same answers, by leaving out
-    predictions of categories that their image does not show; a prompt that lists an image's classes may differ.
+    The full vocabulary is what the areas `coco` and `f1` hold. Oracle-class numbers are taken from the same answers, by
+    leaving out predictions of categories that their image does not show; a prompt that lists an image's classes may
+    differ.
     """
     full, restricted = headline(everything), headline(positive)
     metrics: dict[str, float | None] = {f"positive_{key}": restricted[key] for key in PROTOCOL_KEYS}
@@ -94,14 +100,14 @@ def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float 
     return metrics | {"absent_name_rate": (n_pred - n_named) / n_pred if n_pred else None}
 
 
-def guarded_metrics(everything: Matched, guarded: Matched, params: EvalParams) -> dict[str, float | int | None]:
-    """The `guarded` area: the headline and the set behaviour after duplicates are removed."""
-    left = find_duplicates(guarded.table, min(params.duplicate_ious))
-    removed = len(everything.table.pred_score_P) - len(guarded.table.pred_score_P)
+def nms_metrics(everything: Matched, after_nms: Matched, params: EvalParams) -> dict[str, float | int | None]:
+    """The `guarded` area: the headline and the set behaviour after NMS."""
+    left = find_duplicates(after_nms.table, min(params.duplicate_ious))
+    removed = len(everything.table.pred_score_P) - len(after_nms.table.pred_score_P)
     return {
-        **headline(guarded),
+        **headline(after_nms),
         "n_removed": removed,
-        **set_metrics(guarded.table, guarded.by_iou, left, params),
+        **set_metrics(after_nms.table, after_nms.by_iou, left, params),
     }
 
 

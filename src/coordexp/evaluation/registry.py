@@ -1,4 +1,7 @@
-"""Every metric the evaluator writes: what it means, its unit, and which way is better. Documents are made from this."""
+"""Every metric: what it means, its unit, which way is better, and which tables show it; documents follow from it.
+
+A new metric is computed in its area, declared here, and shown by each view that names its key.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +9,119 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from coordexp.config.schema import EvalParams
-from coordexp.evaluation.parse import drop_key
+from coordexp.evaluation.parse import LOOP_COPIES, drop_key
 from coordexp.evaluation.protocol import f1_thresholds, iou_key
-from coordexp.evaluation.soundness import LOOP_COPIES
 from coordexp.text.parser import DROP_REASONS
 
 Better = Literal["higher", "lower", "neither"]
-_INTERVALS = (
-    *("coco.mAP", "coco.AP50", "coco.AP75", "known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50"),
-    *("f1.loc_50", "f1.full_50", "f1.loc_95", "f1.full_95", "f1.loc_mean", "f1.full_mean"),
-    *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_annotated", "f1.full_mean_annotated"),
-    *("protocol.positive_mAP", "protocol.positive_AP50", "protocol.positive_AP75"),
-    *("protocol.positive_full_50", "protocol.positive_full_95", "protocol.positive_full_mean"),
-    *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
-    *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
-    *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
-)
-_LVIS_INTERVALS = ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf")
-# Key of the protocol area -> the resampled metric under GT-positive classes, and over the full vocabulary.
-PROTOCOL_SAMPLES = {
-    **{key: (f"positive.{key}", f"coco.{key}") for key in ("mAP", "AP50", "AP75")},
-    **{key: (f"f1.{key}_annotated", f"f1.{key}") for key in ("full_50", "full_95", "full_mean")},
-}
-
-
-def interval_keys(*, lvis: bool) -> tuple[str, ...]:
-    """The metrics that have a bootstrap interval, with or without those of the `lvis` area."""
-    return (*_INTERVALS, *_LVIS_INTERVALS) if lvis else _INTERVALS
 
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One metric; `key` is "area.metric", undefined values are None."""
+    """One metric; `key` is "area.metric", `name` what a narrow table calls it, undefined values are None."""
 
     key: str
     meaning: str
     unit: str = "0..1"
     better: Better = "higher"
+    name: str = ""
+
+
+# What shows which metrics, in which order. `<lowest>` is the lowest duplicate threshold of the params, `<each>` every
+# threshold or drop reason in turn.
+VIEWS: dict[str, tuple[str, ...]] = {
+    "intervals": (  # a bootstrap interval each, in metrics.json
+        *("coco.mAP", "coco.AP50", "coco.AP75", "known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50"),
+        *("f1.loc_50", "f1.full_50", "f1.loc_95", "f1.full_95", "f1.loc_mean", "f1.full_mean"),
+        *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_annotated", "f1.full_mean_annotated"),
+        *("protocol.positive_mAP", "protocol.positive_AP50", "protocol.positive_AP75"),
+        *("protocol.positive_full_50", "protocol.positive_full_95", "protocol.positive_full_mean"),
+        *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
+        *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
+        *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
+    ),
+    "lvis intervals": ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf"),
+    "compared": (  # a paired difference and a verdict each; of all of them higher is better
+        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "f1.full_95", "f1.full_mean"),
+        *("known.mAP", "held_out.mAP", "protocol.positive_full_mean", "guarded.full_50"),
+    ),
+    "headline": (  # what `dvc metrics` reads of each trained checkpoint
+        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "set.dup_pairs_<lowest>", "parse.parse_rate"),
+    ),
+    "readme": (
+        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "set.dup_pairs_<lowest>"),
+        "parse.parse_rate",
+    ),
+    "printed": (  # by `coordexp evaluate`
+        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
+        *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
+        *("parse.parse_rate", "set.dup_pairs_<lowest>", "confidence.ece", "confidence.auroc_tp_fp"),
+        *("confidence.headroom_mAP", "confidence.lrp", "input.names_unmapped"),
+        *("lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
+    ),
+    # Tables of the report.
+    "checkpoints": (
+        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.full_95", "f1.full_mean", "f1.loc_50"),
+        *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_class_macro"),
+        *("parse.parse_rate", "set.dup_pairs_<lowest>", "set.count_error_mean"),
+    ),
+    "protocols": ("coco.mAP", "coco.AP50", "f1.full_50", "f1.full_95", "f1.full_mean"),
+    "absent names": ("protocol.absent_name_rate",),
+    "sizes": ("coco.APs", "coco.APm", "coco.APl", "coco.ARs", "coco.ARm", "coco.ARl"),
+    "names": ("known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50", "f1.sem_acc_on_matched_50"),
+    "mapping": (
+        *("input.names_exact", "input.names_normalised", "input.names_semantic", "input.names_ambiguous"),
+        "input.names_unmapped",
+    ),
+    "set": (
+        *("set.dup_pairs_<each>", "set.dup_image_rate", "set.count_error_mean", "set.omission_rate"),
+        *("set.over_generation_rate", "set.order_violation_rate", "set.giant_box_rate", "parse.parse_rate"),
+        *("parse.valid_objects", "parse.dropped_total", "parse.dropped_<each>", "parse.truncated_rate"),
+        *("parse.loop_rate", "parse.unreadable_rate", "parse.empty_rate"),
+    ),
+    "after NMS": (
+        *("coco.mAP", "coco.AP50", "f1.full_50", "f1.full_mean", "f1.precision_50", "f1.recall_50"),
+        *("set.dup_pairs_<lowest>", "set.count_error_mean", "set.omission_rate", "set.over_generation_rate"),
+    ),
+    "counts": (
+        *("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", "f1.full_50", "coco.mAP"),
+        *("confidence.perfect_ranking_mAP", "confidence.constant_score_mAP", "confidence.auroc_tp_fp"),
+        *("confidence.ece", "confidence.headroom_mAP", "confidence.lrp", "confidence.lrp_loc", "confidence.lrp_fp"),
+        *("confidence.lrp_fn", "rollout.f1", "rollout.matched_iou_mean", "rollout.gate_rejected"),
+    ),
+}
+# Key of the `protocol` area -> the metric over the full vocabulary, and the resamples under oracle classes.
+PROTOCOL_KEYS = {
+    **{key: (f"coco.{key}", f"positive.{key}") for key in ("mAP", "AP50", "AP75")},
+    **{key: (f"f1.{key}", f"f1.{key}_annotated") for key in ("full_50", "full_95", "full_mean")},
+}
+# Headline keys of the `guarded` area; it also holds every key of `set`.
+NMS_KEYS = (
+    *("coco.mAP", "coco.AP50", "coco.AP75", "f1.loc_50", "f1.full_50", "f1.full_95", "f1.full_mean"),
+    *("f1.precision_50", "f1.recall_50", "coco.n_pred"),
+)
+
+
+def view(name: str, params: EvalParams) -> tuple[str, ...]:
+    """The keys that a view shows under these params, in its order."""
+    duplicates = [f"set.dup_pairs_{iou_key(u)}" for u in params.duplicate_ious]
+    found = {
+        "set.dup_pairs_<lowest>": [f"set.dup_pairs_{iou_key(min(params.duplicate_ious))}"],
+        "set.dup_pairs_<each>": duplicates,
+        "parse.dropped_<each>": sorted(f"parse.{drop_key(reason)}" for reason in DROP_REASONS),
+    }
+    return tuple(key for entry in VIEWS[name] for key in found.get(entry, [entry]))
+
+
+def after_nms(key: str) -> str:
+    """The key of a metric after NMS: "guarded.mAP" for "coco.mAP"."""
+    return f"guarded.{key.split('.', 1)[1]}"
 
 
 _COCO = (
-    MetricSpec("coco.mAP", "COCO AP, mean over IoU .50:.05:.95 and the categories that have objects"),
-    MetricSpec("coco.AP50", "COCO AP at IoU .50"),
-    MetricSpec("coco.AP75", "COCO AP at IoU .75"),
+    MetricSpec("coco.mAP", "COCO AP, mean over IoU .50:.05:.95 and the categories that have objects", name="mAP"),
+    MetricSpec("coco.AP50", "COCO AP at IoU .50", name="AP50"),
+    MetricSpec("coco.AP75", "COCO AP at IoU .75", name="AP75"),
     MetricSpec("coco.AP90", "COCO AP at IoU .90"),
     MetricSpec("coco.APs", "COCO AP of small objects, by the annotated area (the box's where there is none)"),
     MetricSpec("coco.APm", "COCO AP of medium objects, by the same area"),
@@ -74,8 +147,8 @@ _COCO = (
     MetricSpec("held_out.AP50", "COCO AP at IoU .50 over the categories never seen in training"),
 )
 _F1 = (
-    MetricSpec("f1.precision_50", "right boxes with the right name / predictions, IoU .50"),
-    MetricSpec("f1.recall_50", "right boxes with the right name / objects, IoU .50"),
+    MetricSpec("f1.precision_50", "right boxes with the right name / predictions, IoU .50", name="precision"),
+    MetricSpec("f1.recall_50", "right boxes with the right name / objects, IoU .50", name="recall"),
     MetricSpec("f1.full_50_class_macro", "mean over the categories that have objects of each one's F1, IoU .50"),
     MetricSpec("f1.tp_50", "right boxes with the right name, IoU .50", "objects"),
     MetricSpec("f1.fp_50", "predictions that are not among tp_50", "predictions", "lower"),
@@ -90,7 +163,11 @@ _ROLLOUT = (
     MetricSpec("rollout.gate_rejected", "predictions that the gate lets near no object", "predictions", "lower"),
 )
 _PARSE = (
-    MetricSpec("parse.parse_rate", "answers that are whole: container found, not truncated, nothing dropped"),
+    MetricSpec(
+        "parse.parse_rate",
+        "answers that are whole: container found, not truncated, nothing dropped",
+        name="answers that parse",
+    ),
     MetricSpec("parse.valid_objects", "objects parsed", "objects", "neither"),
     MetricSpec("parse.dropped_total", "objects dropped by the parser, all reasons", "objects", "lower"),
     MetricSpec("parse.truncated_rate", "answers cut by the token budget", better="lower"),
@@ -153,25 +230,12 @@ _PROTOCOL_NAMES = {
     "full_mean": "F1 of boxes and names, mean over IoU .50:.05:.95",
 }
 _PROTOCOL = (
-    *(MetricSpec(f"protocol.positive_{key}", f"{name}, GT-positive classes") for key, name in _PROTOCOL_NAMES.items()),
+    *(MetricSpec(f"protocol.positive_{key}", f"{name}, oracle classes") for key, name in _PROTOCOL_NAMES.items()),
     *(
-        MetricSpec(f"protocol.gap_{key}", f"{name}: GT-positive classes minus full vocabulary", better="lower")
+        MetricSpec(f"protocol.gap_{key}", f"{name}: oracle classes minus full vocabulary", better="lower")
         for key, name in _PROTOCOL_NAMES.items()
     ),
     MetricSpec("protocol.absent_name_rate", "predictions that name nothing annotated in their image", better="lower"),
-)
-_GUARDED = (
-    MetricSpec("guarded.mAP", "COCO AP of what the duplicate guard keeps"),
-    MetricSpec("guarded.AP50", "COCO AP at IoU .50 of what the guard keeps"),
-    MetricSpec("guarded.AP75", "COCO AP at IoU .75 of what the guard keeps"),
-    MetricSpec("guarded.loc_50", "micro F1 of the boxes alone, IoU .50, of what the guard keeps"),
-    MetricSpec("guarded.full_50", "micro F1 of boxes and names, IoU .50, of what the guard keeps"),
-    MetricSpec("guarded.full_95", "micro F1 of boxes and names, IoU .95, of what the guard keeps"),
-    MetricSpec("guarded.full_mean", "micro F1 of boxes and names, mean over IoU, of what the guard keeps"),
-    MetricSpec("guarded.precision_50", "precision of boxes and names, IoU .50, of what the guard keeps"),
-    MetricSpec("guarded.recall_50", "recall of boxes and names, IoU .50, of what the guard keeps"),
-    MetricSpec("guarded.n_pred", "predictions that the guard keeps", "predictions", "neither"),
-    MetricSpec("guarded.n_removed", "predictions that the guard removes", "predictions", "lower"),
 )
 _CONFIDENCE = (
     MetricSpec(
@@ -205,32 +269,45 @@ _F1_SCOPES = (
 )
 
 
+_F1_NAMES = {"full_50": "F1@.5", "full_95": "F1@.95", "full_mean": "F1@.5:.95", "loc_50": "F1@.5, boxes alone"}
+
+
 def metric_specs(params: EvalParams, *, lvis: bool = False) -> dict[str, MetricSpec]:
     """All metrics under these params, by key; those of the `lvis` area only if asked for."""
     levels = [(iou_key(u), f"IoU {u:g}") for u in f1_thresholds(params)] + [("mean", "mean over IoU .50:.05:.95")]
     thresholds = [
-        MetricSpec(f"f1.{mode}_{key}{scope}", meaning.format(what=what, iou=iou))
+        MetricSpec(
+            f"f1.{mode}_{key}{scope}",
+            meaning.format(what=what, iou=iou),
+            name="" if scope else _F1_NAMES.get(f"{mode}_{key}", ""),
+        )
         for key, iou in levels
         for mode, what in (("loc", "the boxes alone"), ("full", "boxes and names"))
         for scope, meaning in _F1_SCOPES
     ]
     duplicates = [
-        MetricSpec(f"set.dup_pairs_{iou_key(u)}", f"pairs of one name with IoU >= {u:g}", "pairs per image", "lower")
+        MetricSpec(
+            *(f"set.dup_pairs_{iou_key(u)}", f"pairs of one name with IoU >= {u:g}", "pairs per image", "lower"),
+            name="duplicate pairs an image",
+        )
         for u in params.duplicate_ious
-    ]
-    of_set = [*_SET, *duplicates]
-    guarded = [
-        replace(spec, key=spec.key.replace("set.", "guarded.", 1), meaning=f"{spec.meaning}; after the guard")
-        for spec in of_set
     ]
     dropped = [
         MetricSpec(f"parse.{drop_key(reason)}", f"objects dropped by the parser as {reason}", "objects", "lower")
         for reason in DROP_REASONS
     ]
+    of_set = [*_SET, *duplicates]
+    raw = {spec.key: spec for spec in (*_COCO, *_F1, *thresholds, *of_set)}
+    guarded = [
+        replace(raw[key], key=after_nms(key), meaning=f"{raw[key].meaning}; after NMS")
+        for key in (*NMS_KEYS, *(spec.key for spec in of_set))
+    ]
+    guarded.append(MetricSpec("guarded.n_removed", "predictions that NMS removes", "predictions", "lower"))
+    with_interval = [*view("intervals", params), *(view("lvis intervals", params) if lvis else ())]
     intervals = [
         MetricSpec(f"interval.{key}", f"95 % bootstrap interval over images of {key}", "[low, high]", "neither")
-        for key in interval_keys(lvis=lvis)
+        for key in with_interval
     ]
     every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
-    every += [*of_set, *_GUARDED, *guarded, *_CONFIDENCE, *intervals]
+    every += [*of_set, *guarded, *_CONFIDENCE, *intervals]
     return {spec.key: spec for spec in every}

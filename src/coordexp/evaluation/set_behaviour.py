@@ -83,7 +83,7 @@ def find_duplicates(table: DetectionTable, min_iou: float) -> Duplicates:
 
 
 def first_of_duplicates(n_pred: int, duplicates: Duplicates, iou: float) -> Bools:
-    """Which predictions a duplicate guard keeps, shape (P,): each unless an earlier kept one is its duplicate."""
+    """Which predictions NMS in generation order keeps, shape (P,): each unless an earlier kept one is its duplicate."""
     keep_P = np.ones(n_pred, dtype=bool)
     close = duplicates.iou_D >= iou
     pairs = sorted(zip(duplicates.second_D[close].tolist(), duplicates.first_D[close].tolist(), strict=True))

@@ -1,16 +1,24 @@
-"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill."""
+"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill.
+
+headline.json holds the few numbers that `dvc metrics diff` shows, under the keys of metrics.json: a table of
+all values that moved a little would hide the ones that decide. The base model is left out, no experiment trains it.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
-from coordexp.config.schema import Params
+from coordexp.config.schema import EvalParams, Params
 from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
-from coordexp.evaluation.headline import headline
-from coordexp.evaluation.input_checks import check_known_images
 from coordexp.evaluation.lvis import federated_of
+from coordexp.evaluation.registry import view
+from coordexp.evaluation.table import check_known_images
 from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
@@ -50,6 +58,50 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
 def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
     """Recall and precision at IoU 0.5 as TSV for `dvc plots`; no precision (an empty cell) without objects."""
     curve = evaluation.pr_curve
-    precision = [f"{p:.4f}" for p in curve["precision_50"]] or [""] * len(curve["recall"])
-    rows = zip(curve["recall"], precision, strict=True)
-    write_text(paths.curve("pr"), "recall\tprecision\n" + "".join(f"{r:.2f}\t{p}\n" for r, p in rows))
+    table = pd.DataFrame({"recall": curve["recall"], "precision": curve["precision_50"] or None})
+    table["recall"] = table["recall"].map("{:.2f}".format)
+    write_text(paths.curve("pr"), table.to_csv(sep="\t", index=False, float_format="%.4f"))
+
+
+SUBJECTS = ("stage1", "stage1-control", "stage2")
+DECIDING = ("stage2_vs_control", "coco.mAP")  # does stage 2 beat the same compute spent on stage 1?
+
+
+def headline(metrics: dict[str, Any], params: EvalParams) -> dict[str, Any]:
+    """The part of metrics.json that `dvc metrics` reads: at most 21 values."""
+    chosen: dict[str, Any] = {}
+    for checkpoint in SUBJECTS:
+        areas: dict[str, Any] = {}
+        for key in view("headline", params):
+            area, name = key.split(".", 1)
+            areas.setdefault(area, {})[name] = metrics[checkpoint]["eval"][area][name]
+        chosen[checkpoint] = {"eval": areas}
+    pair, key = DECIDING
+    difference = metrics["comparison"][pair][key]
+    if difference is not None:
+        shown = {name: difference[name] for name in ("delta", "lo", "hi")}
+        chosen["comparison"] = {pair: {key: shown}}
+    return chosen
+
+
+# File name -> table of Evaluation.details.
+CSV_TABLES = {
+    "per_class.csv": "per_category",
+    "by_area.csv": "by_area",
+    "by_side_px.csv": "by_side_px",
+    "by_gt_count.csv": "by_gt_count",
+    "scores.csv": "scores",
+    "reliability.csv": "reliability",
+    "worst_duplicates.csv": "worst_duplicates",
+}
+
+
+def write_tables(evaluation: Evaluation, folder: Path) -> None:
+    """Write the CSV tables, per_image.json and pr_curve.json; undefined values are empty cells."""
+    for name, key in CSV_TABLES.items():
+        rows = pd.DataFrame(
+            rounded(evaluation.details[key]), dtype=object
+        )  # each value as it is: no int becomes a float
+        write_text(folder / name, rows.to_csv(index=False))
+    for name, value in (("per_image.json", evaluation.per_image), ("pr_curve.json", evaluation.pr_curve)):
+        write_text(folder / name, json.dumps(rounded(value)) + "\n")

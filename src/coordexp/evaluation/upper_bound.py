@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
-from coordexp.evaluation.coco_matching import match_categories
+from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
+from coordexp.evaluation.details import AREA_NAMES, SIDE_EDGES_PX, bucket, side_label, side_px
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.protocol import AREA_EDGES_PX2, STANDARD
-from coordexp.evaluation.sizes import AREA_NAMES, SIDE_EDGES_PX, bucket, side_label, side_px
 from coordexp.evaluation.table import Floats, Ints, build_table
 from coordexp.geometry.bins import decode_boxes, encode_boxes
 from coordexp.geometry.boxes import as_boxes, pairwise_iou

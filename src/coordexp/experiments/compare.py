@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from coordexp.config.loading import load_params, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.study import METRICS, PRIMARY, TRAINED, Claim, Study
@@ -21,16 +23,16 @@ from coordexp.errors import DataError
 from coordexp.evaluation.comparison import paired_effect
 from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
-from coordexp.evaluation.headline import headline_keys
-from coordexp.evaluation.soundness import faults_of
+from coordexp.evaluation.parse import faults_of
+from coordexp.evaluation.registry import view
 from coordexp.experiments.plan import Plan, plan_study
 from coordexp.experiments.report import PANELS, write_report
 from coordexp.experiments.runs import Repository
 from coordexp.infra.files import remove, replace_folder, write_text
+from coordexp.infra.logs import ends, read_log
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
-from coordexp.reporting.training_log import TrainingLog, read_training_log
 
 METADATA, LOG = "run_metadata.json", "train_log.jsonl"
 
@@ -41,7 +43,7 @@ class Run:
 
     experiment: str
     evaluations: Mapping[str, Evaluation]  # by checkpoint
-    log: TrainingLog  # of the checkpoint of the arm
+    log: pd.DataFrame  # of the checkpoint of the arm
     seconds: float
     tokens: int
 
@@ -101,7 +103,7 @@ def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str) 
             )
             for name in _checkpoints(plan.study, arm)
         },
-        log=read_training_log(folder / checkpoint / LOG),
+        log=read_log(folder / checkpoint / LOG),
         seconds=sum(cost["wall_seconds"] for cost in costs),
         tokens=sum(cost["tokens"] for cost in costs),
     )
@@ -189,11 +191,11 @@ def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
     """The values of one run as a row of a frame: metrics, the end of its training, and what the training cost."""
     checkpoint = study.arms[arm].checkpoint
     evaluation = run.evaluations[checkpoint]
-    keys = dict.fromkeys((*METRICS, *headline_keys(evaluation.params)))
-    ends = {column: run.log.ends(column) for column in PANELS}
+    keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params)))
+    tenths = {column: ends(run.log, column) for column in PANELS}
     row = {"arm": arm, "seed": seed, "experiment": run.experiment, "seconds": run.seconds, "tokens": run.tokens}
     row |= {key: evaluation.value(key) for key in keys if _has(evaluation, key)}
-    return row | {column: None if found is None else found[1] for column, found in ends.items()}
+    return row | {column: None if found is None else found[1] for column, found in tenths.items()}
 
 
 def _profile(root: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coordexp.errors import ConfigError
+from coordexp.infra.logs import read_rows
 from coordexp.records.images import read_rgb
 from coordexp.training.eval_callback import PICTURES, ROWS
 
@@ -46,9 +46,8 @@ class Events:
     def _new_rows(self, path: Path, evals: str) -> list[dict[str, Any]]:
         if not path.is_file():
             return []
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         last = self._written.get((path.name, evals), -1)
-        rows = [row for row in map(json.loads, whole) if row["step"] > last]
+        rows = [row for row in read_rows(path, growing=True) if row["step"] > last]
         if rows:
             self._written[path.name, evals] = rows[-1]["step"]
         return rows

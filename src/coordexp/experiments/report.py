@@ -7,16 +7,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from coordexp.config.study import METRICS, PRIMARY
 from coordexp.evaluation.effect import Verdict
 from coordexp.infra.files import write_text
+from coordexp.infra.logs import logged, smoothed
 from coordexp.reporting.markdown import MISSING, escape, number, signed, table
 from coordexp.reporting.style import figure_style, new_figure, save_figure
-from coordexp.reporting.training_log import TrainingLog, smoothed
 
 # Okabe and Ito 2008, the first arm in grey.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -41,7 +40,7 @@ CLAIM_RULE = (
 Numbers = Mapping[str, Any]
 
 
-def write_report(numbers: Numbers, logs: Mapping[str, Sequence[TrainingLog]], out_dir: Path) -> Path:
+def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], out_dir: Path) -> Path:
     """Write `<name>.md` and `<name>.png` from the numbers of `run_study`; returns the path of the text.
 
     Args:
@@ -180,9 +179,9 @@ def _seeds_table(numbers: Numbers) -> str:
     return table(header, rows, "llrr")
 
 
-def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], stages: Mapping[str, str], path: Path) -> None:
+def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], stages: Mapping[str, str], path: Path) -> None:
     """One row of panels for each stage; every arm in its colour, in the panels that all arms log."""
-    shown = [c for c in PANELS if all(len(log.series(c)[0]) for runs in logs.values() for log in runs)] or [*PANELS][:1]
+    shown = [c for c in PANELS if all(len(logged(log, c)) for runs in logs.values() for log in runs)] or [*PANELS][:1]
     rows = list(dict.fromkeys(stages.values()))
     with figure_style():
         figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows))
@@ -196,12 +195,12 @@ def draw_curves(logs: Mapping[str, Sequence[TrainingLog]], stages: Mapping[str, 
         save_figure(figure, path)
 
 
-def _draw_arm(ax: Axes, name: str, runs: Sequence[TrainingLog], column: str, colour: str) -> None:
-    series = [log.series(column) for log in runs]
-    for steps, values in series:
-        ax.plot(steps, _smooth(values), color=colour, alpha=0.3, linewidth=0.8)
-    if len({tuple(steps.tolist()) for steps, _ in series}) == 1:
-        ax.plot(series[0][0], _smooth(np.mean([v for _, v in series], axis=0)), color=colour, label=name)
+def _draw_arm(ax: Axes, name: str, runs: Sequence[pd.DataFrame], column: str, colour: str) -> None:
+    series = [logged(log, column) for log in runs]
+    for values in series:
+        ax.plot(values.index, _smooth(values), color=colour, alpha=0.3, linewidth=0.8)
+    if len({tuple(values.index) for values in series}) == 1:
+        ax.plot(series[0].index, _smooth(sum(series) / len(series)), color=colour, label=name)
 
 
 def _smooth(values: Any) -> Any:

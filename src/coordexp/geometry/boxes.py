@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Boxes = NDArray[np.float64]
+Box = tuple[float, float, float, float]
+Boxes = NDArray[np.float64]  # (N, 4)
 
 
 def as_boxes(boxes: NDArray | list) -> Boxes:

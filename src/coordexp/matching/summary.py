@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordexp.matching.matcher import MatchResult
 
 
@@ -64,12 +67,19 @@ class MatchCounts:
     @property
     def f1(self) -> float | None:
         """Harmonic mean of precision and recall, 0 where objects meet no prediction; None without objects."""
-        return 2 * self.n_matched / (self.n_pred + self.n_gt) if self.n_gt else None
+        counts = (self.n_matched, self.n_false_positive, self.n_false_negative)
+        return float(f1_from_counts(counts)) if self.n_gt else None
 
     @property
     def matched_iou_mean(self) -> float | None:
         """Mean IoU over matched pairs; None without pairs."""
         return self.iou_sum / self.n_matched if self.n_matched else None
+
+
+def f1_from_counts(counts: NDArray | tuple[int, int, int]) -> NDArray[np.float64]:
+    """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN where no object is counted."""
+    tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
+    return np.divide(2 * tp, 2 * tp + fp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
 
 
 def rounded_ratio(ratio: float | None) -> float | None:

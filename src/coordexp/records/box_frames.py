@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from coordexp.records.sources.base import Box
+from coordexp.geometry.boxes import Box
 
 FITS = 0.99  # fraction of the boxes that another reading must explain
 FAR_OUT = 0.2  # fraction of the boxes that reach out of their pictures; amodal annotation alone stays below

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.infra.files import replacing
 from coordexp.records.schema import checked_area_px2, checked_flag
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)

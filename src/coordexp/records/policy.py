@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordexp.config.profile import RecordsConfig
-from coordexp.geometry.boxes import as_boxes, reading_order
+from coordexp.geometry.boxes import Box, as_boxes, reading_order
 from coordexp.records.box_frames import BoxFrames
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
-from coordexp.records.sources.base import Box, Problem, Reading, SourceImage, SourceObject, as_area_px2, is_finite
+from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, as_area_px2, is_finite
 
 AREA_INVALID = "area_invalid"  # costs no object, only its annotated area
 

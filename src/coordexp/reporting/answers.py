@@ -6,20 +6,19 @@ checkpoint rests on images that it was not trained on, with an interval; where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.stats import t as student
 
 from coordexp.config.paths import COMPARISONS
 from coordexp.evaluation.bootstrap import resample_weights
-from coordexp.evaluation.effect import Verdict, effect
-from coordexp.evaluation.table import Floats
-from coordexp.reporting.context_drift import drift_answer
-from coordexp.reporting.inputs import TRAINED, ReportData, metric
-from coordexp.reporting.markdown import interval, number, percent, signed, table
-from coordexp.reporting.training_tables import w1_share
+from coordexp.evaluation.effect import LEVEL, Verdict, effect
+from coordexp.evaluation.protocol import iou_key
+from coordexp.reporting.inputs import TRAINED, ReportData, bounds_of, metric
+from coordexp.reporting.markdown import interval, number, percent, table
+from coordexp.reporting.training import of_channel, w1_fraction
 from coordexp.reporting.verdicts import Difference, checkpoint_faults, compared, difference_from, verdict_of
 
 W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
@@ -42,10 +41,10 @@ def improved_and_flat(data: ReportData) -> list[str]:
     lines = []
     for name, (new, old) in COMPARISONS.items():
         groups: dict[Verdict, list[str]] = {}
-        for key, found in compared(data.metrics, data.comparison, name).items():
+        for key, found in compared(data, name).items():
             shown = f"`{key}`"
             if found is not None and found.verdict in (Verdict.BETTER, Verdict.WORSE):
-                shown += f" {signed(found.delta)} [{signed(found.lo)}, {signed(found.hi)}]"
+                shown += f" {found}"
             groups.setdefault(verdict_of(found), []).append(shown)
         parts = [f"{word}: {', '.join(groups[verdict])}" for verdict, word in _MOVES.items() if verdict in groups]
         lines.append(f"**{new} against {old}**: {'; '.join(parts) or 'nothing is defined'}.")
@@ -60,23 +59,23 @@ _MOVES = {
 }
 
 
-def standing_answers(data: ReportData, params: Mapping[str, Any]) -> str:
+def standing_answers(data: ReportData) -> str:
     """The standing questions with answer and evidence, as a table; only what the data carry is answered."""
     rows = [
         ["Does stage 2 beat the control?", *_beats_control(data)],
-        ["Does W1 matter?", *_w1_matters(data, params)],
+        ["Does W1 matter?", *_w1_matters(data)],
         [
             "Does the self-context (A2) drift from the ground-truth context (A1)?",
-            *drift_answer(data.logs["stage2"].of_channel("A"), params),
+            *drift_answer(of_channel(data.logs["stage2"], "A"), data.run.params.stage2.n_softctx_iter),
         ],
-        ["Do duplicates grow?", *_duplicates(data, params)],
+        ["Do duplicates grow?", *_duplicates(data)],
         ["Does the score rank well?", *_ranking(data)],
     ]
     return table(["question", "answer", "evidence"], rows, "lll")
 
 
 def _main(data: ReportData) -> Difference | None:
-    return compared(data.metrics, data.comparison, "stage2_vs_control")["coco.mAP"]
+    return compared(data, "stage2_vs_control")["coco.mAP"]
 
 
 def _beats_control(data: ReportData) -> tuple[str, str]:
@@ -85,57 +84,80 @@ def _beats_control(data: ReportData) -> tuple[str, str]:
         return "not defined on this data", ""
     words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is worse", Verdict.NOT_JUDGED: "not judged"}
     answer = words.get(found.verdict, "not shown")
-    return f"**{answer}**", f"mAP {_bounds(found)}{_reach(found)}"
-
-
-def _bounds(found: Difference) -> str:
-    return f"{signed(found.delta)} [{signed(found.lo)}, {signed(found.hi)}]"
+    return f"**{answer}**", f"mAP {found}{_reach(found)}"
 
 
 def _reach(found: Difference) -> str:
     return f"; could show {number(found.half_width)}" if found.verdict == Verdict.NO_DIFFERENCE else ""
 
 
-def _w1_matters(data: ReportData, params: Mapping[str, Any]) -> tuple[str, str]:
+def _w1_matters(data: ReportData) -> tuple[str, str]:
     """A share of the loss is no effect on boxes, so it answers nothing beyond whether there is a term at all."""
-    share = w1_share(data.logs["stage2"])
+    params, share = data.run.params, w1_fraction(data.logs["stage2"])
     if share is None:
-        return "**not in this run**", f"w1_weight {params['w1_weight']:g}, softce_weight {params['softce_weight']:g}"
-    evidence = f"{percent(share)} of softCE + W1 at the end of stage 2, w1_weight {params['w1_weight']:g}"
+        return "**not in this run**", f"w1_weight {params.w1_weight:g}, softce_weight {params.softce_weight:g}"
+    evidence = f"{percent(share)} of softCE + W1 at the end of stage 2, w1_weight {params.w1_weight:g}"
     return "**not shown**", f"{evidence}; only an A/B test over the weight tells"
 
 
-def more_duplicates(data: ReportData, params: Mapping[str, Any]) -> Difference | None:
+def context_drift(log: pd.DataFrame) -> pd.DataFrame:
+    """Mean error of E[k] in bins at `first` (A1) and `last` (A2), of the steps of channel A that log both contexts.
+
+    A1 reads the annotated coordinates, the last forward its own: on the same slots, so the difference is paired and
+    needs no other model or data.
+    """
+    columns = {"coord_diag_a1/expected_bin_mae": "first", "coord_diag/expected_bin_mae": "last"}
+    return log.reindex(columns=list(columns)).rename(columns=columns).dropna()
+
+
+def drift_answer(log: pd.DataFrame, n_forwards: int) -> tuple[str, str]:
+    """Answer and evidence on the drift of A2 from A1; the steps hold equally many samples and count alike."""
+    if n_forwards == 1:
+        return "**none to measure**", "n_softctx_iter is 1: channel A is one forward, in the ground-truth context"
+    both = context_drift(log)
+    if both.empty:
+        return "**not shown**", "no step logs the first forward beside the last"
+    errors = f"error of E[k] {both['first'].mean():.1f} bins at A1, {both['last'].mean():.1f} at A2"
+    n, more = len(both), both["last"] - both["first"]
+    if n == 1:
+        return "**not shown**", f"{errors}, in one step"
+    delta, half_width = more.mean(), student.ppf(1 - LEVEL / 2, n - 1) * more.sem()
+    lo, hi = delta - half_width, delta + half_width
+    answer = "yes" if lo > 0 else "no, A2 is nearer" if hi < 0 else "not shown"
+    bounds = f"{delta:+.1f} [{lo:+.1f}, {hi:+.1f}]"
+    return f"**{answer}**", f"{errors}, paired {bounds} (95 % t interval over {n} training steps)"
+
+
+def more_duplicates(data: ReportData) -> Difference | None:
     """Duplicate pairs per image, stage 2 minus the control, paired over the images; here `better` means more of them.
 
     Resampled as the metrics are, with the seed and number of resamples of the evaluation.
     """
-    more_I = _pairs_I(data, "stage2") - _pairs_I(data, "stage1-control")
-    weights_BI = resample_weights(len(more_I), params["eval"]["bootstrap_resamples"], params["seed"])
+    more_I = (_pairs_I(data, "stage2") - _pairs_I(data, "stage1-control")).to_numpy(np.float64)
+    params = data.run.params
+    weights_BI = resample_weights(len(more_I), params.eval.bootstrap_resamples, params.seed)
     found = effect(np.array([more_I.mean()]), (weights_BI @ more_I / len(more_I))[np.newaxis])
     return difference_from(None if found is None else asdict(found))
 
 
-def _pairs_I(data: ReportData, checkpoint: str) -> Floats:
+def _pairs_I(data: ReportData, checkpoint: str) -> pd.Series:
     """Duplicate pairs of each image, by image id."""
-    rows = sorted(data.per_image[checkpoint], key=lambda row: int(row["image_id"]))
-    key = min(name for name in rows[0] if name.startswith("dup_pairs_"))
-    return np.array([row[key] for row in rows], dtype=np.float64)
+    return data.per_image[checkpoint][f"dup_pairs_{iou_key(min(data.settings.duplicate_ious))}"]
 
 
-def _duplicates(data: ReportData, params: Mapping[str, Any]) -> tuple[str, str]:
-    found = more_duplicates(data, params)
+def _duplicates(data: ReportData) -> tuple[str, str]:
+    found = more_duplicates(data)
     if found is None:
         return "not defined on this data", ""
     answer = {Verdict.BETTER: "yes", Verdict.WORSE: "no, they shrink"}.get(found.verdict, "not shown")
     means = ", ".join(f"{name} {number(float(_pairs_I(data, name).mean()))}" for name in TRAINED)
-    return f"**{answer}**", f"pairs per image: {means}; stage2 - stage1-control {_bounds(found)}{_reach(found)}"
+    return f"**{answer}**", f"pairs per image: {means}; stage2 - stage1-control {found}{_reach(found)}"
 
 
 def _ranking(data: ReportData) -> tuple[str, str]:
     """Whether the interval of what a perfect ranking would add lies on one side of HEADROOM_WORTH."""
     headroom = metric(data.metrics, "stage2", "confidence.headroom_mAP")
-    bounds = data.metrics["stage2"]["interval"].get("confidence.headroom_mAP")
+    bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if headroom is None or bounds is None:
         return "not defined on this data", ""
     perfect = metric(data.metrics, "stage2", "confidence.perfect_ranking_mAP")
@@ -149,12 +171,12 @@ def _ranking(data: ReportData) -> tuple[str, str]:
     return ("**yes**" if bounds[1] < HEADROOM_WORTH else "**not shown**"), f"{evidence}; worth it: {HEADROOM_WORTH:g}"
 
 
-def suggestions(data: ReportData, params: Mapping[str, Any]) -> list[Suggestion]:
+def suggestions(data: ReportData) -> list[Suggestion]:
     """Experiments that the numbers ask for, most decisive first."""
     return [
         *_on_the_difference(_main(data)),
-        *_on_the_objective(data, params),
-        *_on_the_answers(data, params),
+        *_on_the_objective(data),
+        *_on_the_answers(data),
     ]
 
 
@@ -162,7 +184,7 @@ def _on_the_difference(found: Difference | None) -> list[Suggestion]:
     if found is None or found.verdict not in (Verdict.WORSE, Verdict.NO_DIFFERENCE):
         return []
     if found.verdict == Verdict.WORSE:
-        rule, because = "stage 2 is worse than the control", f"mAP {_bounds(found)} against the control, with one seed"
+        rule, because = "stage 2 is worse than the control", f"mAP {found} against the control, with one seed"
         return [Suggestion(because, rule, "coordexp ab -S stage2.b_ratio=0.0,0.25,0.5 --seeds 3")]
     because = f"differences below {number(found.half_width)} mAP are invisible to one seed and this many images"
     return [
@@ -170,27 +192,27 @@ def _on_the_difference(found: Difference | None) -> list[Suggestion]:
     ]
 
 
-def _on_the_objective(data: ReportData, params: Mapping[str, Any]) -> list[Suggestion]:
-    share = w1_share(data.logs["stage2"])
+def _on_the_objective(data: ReportData) -> list[Suggestion]:
+    share = w1_fraction(data.logs["stage2"])
     if share is None or share >= W1_INERT:
         return []
-    heavier = [f"{params['w1_weight'] * factor:g}" for factor in (1, 10, 100)]
+    heavier = [f"{data.run.params.w1_weight * factor:g}" for factor in (1, 10, 100)]
     command = f"coordexp ab -S w1_weight={','.join(heavier)} --seeds 3"
     return [Suggestion(f"W1 is {percent(share)} of softCE + W1", f"share below {percent(W1_INERT)}", command)]
 
 
-def _on_the_answers(data: ReportData, params: Mapping[str, Any]) -> list[Suggestion]:
+def _on_the_answers(data: ReportData) -> list[Suggestion]:
     made = []
-    duplicates = more_duplicates(data, params)
+    duplicates = more_duplicates(data)
     if duplicates is not None and duplicates.verdict == Verdict.BETTER:
-        because = f"{_bounds(duplicates)} duplicate pairs per image against the control"
+        because = f"{duplicates} duplicate pairs per image against the control"
         made.append(Suggestion(because, "duplicates grow", "coordexp ab -S stage2.missed=append,sorted --seeds 3"))
-    bounds = data.metrics["stage2"]["interval"].get("confidence.headroom_mAP")
+    bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if bounds is not None and bounds[0] >= HEADROOM_WORTH:
         because = f"a perfect ranking would add {interval(bounds)} mAP"
         made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "make decoding-study"))
     rate = metric(data.metrics, "stage2", "parse.parse_rate")
-    if rate < PARSE_WORTH and params["decode"]["grammar"] == "none":
+    if rate < PARSE_WORTH and data.run.params.decode.grammar == "none":
         because = f"{percent(1 - rate)} of the answers do not parse whole"
         command = "coordexp ab -S decode.grammar=none,any --seeds 1"
         made.append(Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command))

@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.effect import Verdict
-from coordexp.reporting.inputs import TRAINED, ReportData, metric
+from coordexp.infra.logs import ends
+from coordexp.reporting.inputs import TRAINED, ReportData, metric, required
 from coordexp.reporting.markdown import interval, number, percent, signed, table
 from coordexp.reporting.monitor import BUDGET, time_fraction
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
-from coordexp.reporting.tables import required
-from coordexp.reporting.training_log import TrainingLog, target_entropy_nats
+from coordexp.reporting.training import target_entropy_nats
 from coordexp.reporting.verdicts import compared
 
 PARSE_RATE = 0.99
@@ -40,13 +40,12 @@ class Check:
         return "?" if self.passed is None else "✔" if self.passed else "✘"
 
 
-Params = Mapping[str, Any]
 OutcomesBy = Mapping[str, Outcomes]
 
 
-def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[Check]:
+def run_checks(data: ReportData, outcomes: OutcomesBy) -> list[Check]:
     """All lines of the checklist, in reading order."""
-    rules: tuple[Callable[[ReportData, OutcomesBy, Params], Check], ...] = (
+    rules: tuple[Callable[[ReportData, OutcomesBy], Check], ...] = (
         _same_images,
         _counts_agree,
         _one_decode,
@@ -63,7 +62,7 @@ def run_checks(data: ReportData, outcomes: OutcomesBy, params: Params) -> list[C
         _stage1_learned,
         _stage2_not_worse,
     )
-    return [rule(data, outcomes, params) for rule in rules]
+    return [rule(data, outcomes) for rule in rules]
 
 
 def checklist_table(checks: list[Check]) -> str:
@@ -71,7 +70,7 @@ def checklist_table(checks: list[Check]) -> str:
     return table(["", "claim", "evidence"], [[c.mark, c.claim, c.evidence] for c in checks], "lll")
 
 
-def _same_images(_data: ReportData, outcomes: OutcomesBy, _params: Params) -> Check:
+def _same_images(_data: ReportData, outcomes: OutcomesBy) -> Check:
     tables = [outcomes[name].table for name in CHECKPOINTS]
     first = tables[0]
     same = all(
@@ -82,7 +81,7 @@ def _same_images(_data: ReportData, outcomes: OutcomesBy, _params: Params) -> Ch
     return Check("All checkpoints answered the same images", same, evidence if same else "images or annotations differ")
 
 
-def _counts_agree(data: ReportData, outcomes: OutcomesBy, _params: Params) -> Check:
+def _counts_agree(data: ReportData, outcomes: OutcomesBy) -> Check:
     keys = ("f1.tp_50", "f1.fp_50", "f1.fn_50")
     differing = []
     for name in CHECKPOINTS:
@@ -94,7 +93,7 @@ def _counts_agree(data: ReportData, outcomes: OutcomesBy, _params: Params) -> Ch
     return Check("metrics.json counts what the prediction files hold", not differing, evidence)
 
 
-def _one_decode(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _one_decode(data: ReportData, _outcomes: OutcomesBy) -> Check:
     # The base model writes digits, another codec, so its identity differs by design.
     found = {row.identity.get("decode") for name in TRAINED for row in data.results[name]}
     known = sorted(value for value in found if value is not None)
@@ -102,49 +101,49 @@ def _one_decode(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Che
     return Check("The trained checkpoints were decoded under one setting", len(found) == 1 if known else None, evidence)
 
 
-def _answers_parse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _answers_parse(data: ReportData, _outcomes: OutcomesBy) -> Check:
     rates = {name: metric(data.metrics, name, "parse.parse_rate") for name in TRAINED}
     evidence = ", ".join(f"{name} {number(rate)}" for name, rate in rates.items())
     claim = f"At least {percent(PARSE_RATE)} of the answers parse whole"
     return Check(claim, min(rates.values()) >= PARSE_RATE, evidence)
 
 
-def _answers_hold_objects(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _answers_hold_objects(data: ReportData, _outcomes: OutcomesBy) -> Check:
     found = {name: metric(data.metrics, name, "coco.n_pred") or 0 for name in CHECKPOINTS}
     evidence = ", ".join(f"{name} {count:,.0f} boxes" for name, count in found.items())
     return Check("Every checkpoint found something", min(found.values()) > 0, evidence)
 
 
-def _coordinate_mass_holds(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _coordinate_mass_holds(data: ReportData, _outcomes: OutcomesBy) -> Check:
     share = percent(COORD_MASS)
     claim = f"Where a coordinate belongs, in training, at least {share} of the probability is on coordinate tokens"
-    ends = {name: data.logs[name].ends("coord_diag/coord_vocab_mass_mean") for name in TRAINED}
-    masses = {name: values[1] for name, values in ends.items() if values}
+    found = {name: ends(data.logs[name], "coord_diag/coord_vocab_mass_mean") for name in TRAINED}
+    masses = {name: values[1] for name, values in found.items() if values}
     if not masses:
         return Check(claim, None, "not logged")
     evidence = ", ".join(f"{name} {number(mass)} at the end" for name, mass in masses.items())
     return Check(claim, min(masses.values()) >= COORD_MASS, evidence)
 
 
-def _logs_are_whole(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _logs_are_whole(data: ReportData, _outcomes: OutcomesBy) -> Check:
     broken = [name for name in TRAINED if not _is_whole(data.logs[name])]
-    steps = ", ".join(f"{name} {len(data.logs[name].step_S)} steps" for name in TRAINED)
+    steps = ", ".join(f"{name} {len(data.logs[name])} steps" for name in TRAINED)
     evidence = f"{steps}; broken: {', '.join(broken)}" if broken else steps
     return Check("Every step is logged once, with a finite loss", not broken, evidence)
 
 
-def _is_whole(log: TrainingLog) -> bool:
-    total = log.series("loss/total")[1]
-    in_order = np.array_equal(log.step_S, np.arange(len(log.step_S)))
-    return in_order and len(total) == len(log.step_S) and bool(np.isfinite(total).all())
+def _is_whole(log: pd.DataFrame) -> bool:
+    in_order = np.array_equal(log.index, np.arange(len(log)))
+    return in_order and bool(np.isfinite(log["loss/total"]).all())
 
 
-def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:
-    entropy = target_entropy_nats(params["target"], params["sigma"], params["truncate"])
+def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy) -> Check:
+    params = data.run.params
+    entropy = target_entropy_nats(params.target, params.sigma, params.truncate)
     claim = "softCE minus KL is the entropy of the target: loss and target agree"
     measured = {}
     for name in TRAINED:
-        softce, kl = data.logs[name].ends("raw/softce"), data.logs[name].ends("coord_diag/softce_kl")
+        softce, kl = ends(data.logs[name], "raw/softce"), ends(data.logs[name], "coord_diag/softce_kl")
         if softce and kl:
             measured[name] = softce[1] - kl[1]
     if not measured:
@@ -153,7 +152,7 @@ def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy, params: Params)
     return Check(claim, all(abs(value / entropy - 1) <= FLOOR_TOLERANCE for value in measured.values()), evidence)
 
 
-def _evaluations_are_cheap(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _evaluations_are_cheap(data: ReportData, _outcomes: OutcomesBy) -> Check:
     claim = f"Evaluating the model while it trained took under {percent(BUDGET)} of the time"
     found = {name: part for name in TRAINED if (part := time_fraction(data.metadata[name])) is not None}
     if not found:
@@ -162,16 +161,14 @@ def _evaluations_are_cheap(data: ReportData, _outcomes: OutcomesBy, _params: Par
     return Check(claim, max(found.values()) < BUDGET, evidence)
 
 
-def _schedule_realised(data: ReportData, _outcomes: OutcomesBy, params: Params) -> Check:
-    channels = data.logs["stage2"].channel_S
-    wanted = math.floor(len(channels) * Fraction(str(params["stage2"]["b_ratio"])))
-    found = channels.count("B")
-    return Check(
-        "Channel B got its share of steps", found == wanted, f"{found} of {len(channels)} steps, planned {wanted}"
-    )
+def _schedule_realised(data: ReportData, _outcomes: OutcomesBy) -> Check:
+    log = data.logs["stage2"]
+    wanted = math.floor(len(log) * Fraction(str(data.run.params.stage2.b_ratio)))
+    found = int((log["channel"] == "B").sum())
+    return Check("Channel B got its share of steps", found == wanted, f"{found} of {len(log)} steps, planned {wanted}")
 
 
-def _control_is_fair(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _control_is_fair(data: ReportData, _outcomes: OutcomesBy) -> Check:
     control, stage2 = (
         required(data.metadata[name], "tokens", f"{name}/run_metadata.json") for name in ("stage1-control", "stage2")
     )
@@ -180,7 +177,7 @@ def _control_is_fair(data: ReportData, _outcomes: OutcomesBy, _params: Params) -
     return Check("The control trained on as much as stage 2", share >= CONTROL_SHARE, evidence)
 
 
-def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy) -> Check:
     states = [required(data.metadata[name], "git", f"{name}/run_metadata.json") for name in TRAINED]
     commits = sorted({str(state["commit"])[:12] for state in states})
     dirty = any(state["dirty"] is not False for state in states)
@@ -188,7 +185,7 @@ def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy, _params: Params) 
     return Check("All training ran from one clean commit", len(commits) == 1 and not dirty, evidence)
 
 
-def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy) -> Check:
     claim = "No checkpoint exceeds the upper bound of the codec"
     upper_bound = required(data.upper_bound, "mAP", "upper_bound.json")
     if upper_bound is None:
@@ -198,19 +195,19 @@ def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy, _params: Params)
     return Check(claim, best <= upper_bound, evidence)
 
 
-def _stage1_learned(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _stage1_learned(data: ReportData, _outcomes: OutcomesBy) -> Check:
     claim = "Stage 1 is better than the base model (AP50)"
     return _compared(data, claim, "stage1_vs_base", "coco.AP50", {Verdict.BETTER})
 
 
-def _stage2_not_worse(data: ReportData, _outcomes: OutcomesBy, _params: Params) -> Check:
+def _stage2_not_worse(data: ReportData, _outcomes: OutcomesBy) -> Check:
     allowed = {Verdict.BETTER, Verdict.NO_DIFFERENCE}
     claim = "Stage 2 is not shown to be worse than stage 1 (mAP)"
     return _compared(data, claim, "stage2_vs_stage1", "coco.mAP", allowed)
 
 
 def _compared(data: ReportData, claim: str, comparison: str, key: str, allowed: set[Verdict]) -> Check:
-    difference = compared(data.metrics, data.comparison, comparison)[key]
+    difference = compared(data, comparison)[key]
     if difference is None:
         return Check(claim, None, "not defined on this data")
     verdict = difference.verdict

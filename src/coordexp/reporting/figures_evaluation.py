@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from coordexp.evaluation.confidence import CONSTANT, PERFECT
+from coordexp.evaluation.details import side_px
 from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
-from coordexp.evaluation.sizes import side_px
 from coordexp.evaluation.table import Bools, Floats, Ints
+from coordexp.reporting.inputs import Json, Metrics, ReportData, metric
 from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Fate, Outcomes
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
 
@@ -24,19 +25,18 @@ CONFUSED_NAMES = 12
 _Z95 = NormalDist().inv_cdf(0.975)
 
 
-def write_evaluation_figures(
-    outcomes: Mapping[str, Outcomes], pr_curves: Mapping[str, Mapping[str, Any]], folder: Path
-) -> None:
-    """Write pr_curves, iou_histogram, scores, recall and confusion as PNG."""
+def write_evaluation_figures(data: ReportData, outcomes: Mapping[str, Outcomes], folder: Path) -> None:
+    """Write pr_curves, iou_histogram, scores, recall, confusion and confidence as PNG."""
     with figure_style():
-        save_figure(_pr_curves(pr_curves), folder / "pr_curves.png")
+        save_figure(_pr_curves(data.pr_curves), folder / "pr_curves.png")
         save_figure(_iou_histogram(outcomes), folder / "iou_histogram.png")
         save_figure(_scores(outcomes), folder / "scores.png")
         save_figure(_recall(outcomes), folder / "recall.png")
         save_figure(_confusion(outcomes["stage2"]), folder / "confusion.png")
+        save_figure(_confidence(data.details, data.metrics), folder / "confidence.png")
 
 
-def _pr_curves(pr_curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+def _pr_curves(pr_curves: Mapping[str, Json]) -> Figure:
     figure = new_figure(9.6, 3.8)
     for ax, at in zip(figure.subplots(1, 2, sharey=True), ("50", "75"), strict=True):
         for name, curve in pr_curves.items():
@@ -191,3 +191,43 @@ def _confusion(outcome: Outcomes) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="predicted name", ylabel="annotated name")
     return figure
+
+
+def _confidence(details: Mapping[str, Json], metrics: Metrics) -> Figure:
+    """Is the score a probability, and what would another score be worth: reliability beside the mAP of each ranking."""
+    figure = new_figure(10.4, 4.2)
+    calibration, rankings = figure.subplots(1, 2, width_ratios=(4, 5))
+    _calibration(calibration, details, metrics)
+    _rankings(rankings, details)
+    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS) + 1)
+    return figure
+
+
+def _calibration(ax: Axes, details: Mapping[str, Json], metrics: Metrics) -> None:
+    """Precision over mean confidence in bins of equal mass; the area of a marker is its fraction of the predictions."""
+    ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="calibrated")
+    for name, tables in details.items():
+        bins, look, ece = tables["reliability"], LOOKS[name], metric(metrics, name, "confidence.ece")
+        if not bins:  # no prediction, or a score that is no probability
+            continue
+        x, y, n = (np.array([row[key] for row in bins]) for key in ("confidence", "precision", "n"))
+        label = f"{name}: ECE {ece:.3f}"
+        ax.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker, markersize=3, label=label)
+        ax.scatter(x, y, s=300 * n / n.sum(), color=look.colour, marker=look.marker, alpha=0.7, linewidth=0)
+    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="mean score of the bin", ylabel="share that is right, IoU .50")
+    ax.set_title("Reliability of the score in use")
+
+
+def _rankings(ax: Axes, details: Mapping[str, Json]) -> None:
+    scores = list(dict.fromkeys(row["score"] for tables in details.values() for row in tables["scores"]))
+    scores.sort(key=lambda score: {CONSTANT: 0, PERFECT: 2}.get(score, 1))
+    for shift, (name, tables) in enumerate(details.items()):
+        known = {row["score"]: row["mAP"] for row in tables["scores"] if row["mAP"] is not None}
+        places = [(known[score], scores.index(score)) for score in scores if score in known]
+        x, y = np.array(places).reshape(-1, 2).T
+        look = LOOKS[name]
+        offset = 0.14 * (shift - (len(details) - 1) / 2)
+        ax.plot(x, y - offset, color=look.colour, marker=look.marker, linestyle="", markersize=5)
+    ax.set_yticks(range(len(scores)), scores)
+    ax.set(xlabel="mAP under this ranking", ylim=(-0.6, len(scores) - 0.4), xlim=(0, None))
+    ax.set_title("The same boxes, ranked by")

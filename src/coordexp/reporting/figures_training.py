@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from coordexp.evaluation.table import Floats
+from coordexp.config.schema import Params
+from coordexp.infra.logs import logged, smoothed
 from coordexp.reporting.style import CHANNEL_LOOKS, INK, LOOKS, LineLook, figure_style, new_figure, save_figure
-from coordexp.reporting.training_log import TrainingLog, smoothed
-from coordexp.reporting.training_tables import loss_floor
+from coordexp.reporting.training import channels, loss_columns, loss_floor, of_channel
 
 _PANELS_PER_ROW = 3
-_SMOOTHING_SHARE = 0.05  # of the rows
+_SMOOTHED_FRACTION = 0.05  # of the rows
 _LOG_FROM_RATIO = 20.0  # a curve that spans more than this is drawn on a logarithmic axis
-_TITLES = {
-    "total": "total",
-    "text_ce": "text CE",
-    "softce": "softCE",
-    "w1": "W1",
-    "gate": "gate",
-    "coord_ce": "hard coordinate CE",
-    "text_gate": "text gate",
-    "entropy": "entropy",
-    "bbox_smoothl1": "box SmoothL1",
-    "bbox_ciou": "box CIoU",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +28,21 @@ class Curve:
     """One run, or one channel of it; `softce_floor` is weighted as the run's losses are."""
 
     label: str
-    log: TrainingLog
+    log: pd.DataFrame
     look: LineLook
     softce_floor: float
 
 
-def write_training_figures(logs: Mapping[str, TrainingLog], params: Mapping[str, Any], folder: Path) -> None:
+def write_training_figures(logs: Mapping[str, pd.DataFrame], params: Params, folder: Path) -> None:
     """Write stage1_losses.png, stage2_losses.png and bin_mae.png."""
     floors = {stage: loss_floor("softce", params, stage) or 0.0 for stage in logs}
     stage1, control = (Curve(name, logs[name], LOOKS[name], floors[name]) for name in ("stage1", "stage1-control"))
     # The control beside stage 2, and stage 2 by channel: losses of the two channels mean different things.
-    channels = [
-        Curve(f"stage2, channel {name}", logs["stage2"].of_channel(name), CHANNEL_LOOKS[name], floors["stage2"])
-        for name in logs["stage2"].channels
+    by_channel = [
+        Curve(f"stage2, channel {name}", of_channel(logs["stage2"], name), CHANNEL_LOOKS[name], floors["stage2"])
+        for name in channels(logs["stage2"])
     ]
-    stage2 = channels or [Curve("stage2", logs["stage2"], LOOKS["stage2"], floors["stage2"])]
+    stage2 = by_channel or [Curve("stage2", logs["stage2"], LOOKS["stage2"], floors["stage2"])]
     with figure_style():
         save_figure(_loss_panels([stage1]), folder / "stage1_losses.png")
         save_figure(_loss_panels([control, *stage2]), folder / "stage2_losses.png")
@@ -62,8 +51,8 @@ def write_training_figures(logs: Mapping[str, TrainingLog], params: Mapping[str,
 
 def _loss_panels(curves: Sequence[Curve]) -> Figure:
     """One panel per weighted term, since terms differ by orders of magnitude."""
-    longest = max((curve.log.names("loss/") for curve in curves), key=len)
-    names = longest + sorted({name for curve in curves for name in curve.log.names("loss/")} - set(longest))
+    longest_first = sorted((loss_columns(curve.log) for curve in curves), key=len, reverse=True)
+    names = list(dict.fromkeys(chain(*longest_first)))
     n_rows = -(-len(names) // _PANELS_PER_ROW)
     figure = new_figure(9.6, 2.3 * n_rows + 0.4)
     axes = list(figure.subplots(n_rows, _PANELS_PER_ROW, squeeze=False).flat)
@@ -81,9 +70,9 @@ def _loss_panel(ax: Axes, curves: Sequence[Curve], column: str) -> None:
     term = column.removeprefix("loss/")
     for curve in curves:
         _draw(ax, curve, column)
-    ax.set_title(_TITLES.get(term, term))
+    ax.set_title(term)
     ax.set_xlabel("optimizer step")
-    ax.set_ylabel("weighted loss" if term.startswith(("bbox", "w1", "total")) else "weighted loss (nats)")
+    ax.set_ylabel("weighted loss")
     floors = sorted({curve.softce_floor for curve in curves if column in curve.log.columns})
     if term in ("softce", "total") and floors[0] > 0:  # no other term takes the total lower
         _draw_floors(ax, floors)
@@ -105,20 +94,20 @@ def _draw_floors(ax: Axes, floors: Sequence[float]) -> None:
 
 
 def _spans_decades(curves: Sequence[Curve], column: str) -> bool:
-    values = np.concatenate([_smooth(curve.log.series(column)[1]) for curve in curves])
+    values = np.concatenate([_smooth(logged(curve.log, column)) for curve in curves])
     return bool(values.min() > 0 and values.max() > _LOG_FROM_RATIO * values.min())
 
 
-def _smooth(values: Floats) -> Floats:
-    return smoothed(values, max(3, round(_SMOOTHING_SHARE * len(values))))
+def _smooth(values: pd.Series) -> pd.Series:
+    return smoothed(values, max(3, round(_SMOOTHED_FRACTION * len(values))))
 
 
 def _draw(ax: Axes, curve: Curve, column: str) -> None:
     """Raw values faintly, their moving mean on top."""
-    steps, values = curve.log.series(column)
-    if len(steps):
-        ax.plot(steps, values, color=curve.look.colour, alpha=0.25, linewidth=0.8)
-        ax.plot(steps, _smooth(values), color=curve.look.colour, linestyle=curve.look.line, label=curve.label)
+    values = logged(curve.log, column)
+    if len(values):
+        ax.plot(values.index, values, color=curve.look.colour, alpha=0.25, linewidth=0.8)
+        ax.plot(values.index, _smooth(values), color=curve.look.colour, linestyle=curve.look.line, label=curve.label)
 
 
 def _bin_mae(stage1: Sequence[Curve], stage2: Sequence[Curve]) -> Figure:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, readable_scale
@@ -19,7 +19,6 @@ from coordexp.records.images import read_rgb
 from coordexp.records.manifest import image_path
 from coordexp.reporting.outcomes import Fate, Outcomes
 
-Row = dict[str, Any]
 SHOWN, BEFORE = "stage2", "stage1"
 RULES = ("most duplicates", "most misses", "biggest change", "random")
 MAX_PICTURE_BYTES = 80_000
@@ -41,8 +40,8 @@ class GalleryPick:
         return f"{self.number:04d}_{self.image_id}.png"
 
 
-def choose_images(per_image: Mapping[str, Sequence[Row]], dup_key: str, count: int, seed: int) -> list[GalleryPick]:
-    """Choose images of the stage-2 checkpoint, an equal share by each rule, no image twice.
+def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: int, seed: int) -> list[GalleryPick]:
+    """Choose images of the stage-2 checkpoint, an equal number by each rule, no image twice.
 
     Duplicates and misses are ranked by their number, change by the difference in errors (false and missed) between
     stage 1 and stage 2; ties go to the lower image id. What a rule cannot fill goes to the random rule.
@@ -50,35 +49,32 @@ def choose_images(per_image: Mapping[str, Sequence[Row]], dup_key: str, count: i
     Raises:
         DataError: the per-image tables do not hold the same images, or lack a column.
     """
-    rows = {checkpoint: _by_id(per_image[checkpoint], checkpoint, dup_key) for checkpoint in (SHOWN, BEFORE)}
-    if rows[SHOWN].keys() != rows[BEFORE].keys():
+    shown, before = (_checked(per_image[checkpoint], checkpoint, dup_key) for checkpoint in (SHOWN, BEFORE))
+    if not shown.index.equals(before.index):
         raise DataError(f"per_image.json of {SHOWN} and {BEFORE} hold different images; run `dvc repro coco-eval`.")
-    scores: dict[str, Callable[[int], float]] = {
-        "most duplicates": lambda i: rows[SHOWN][i][dup_key],
-        "most misses": lambda i: rows[SHOWN][i]["fn_50"],
-        "biggest change": lambda i: abs(n_errors(rows[SHOWN][i]) - n_errors(rows[BEFORE][i])),
+    scores = {
+        "most duplicates": shown[dup_key],
+        "most misses": shown["fn_50"],
+        "biggest change": (n_errors(shown) - n_errors(before)).abs(),
     }
     chosen: dict[int, str] = {}
     for rule, score in scores.items():
-        ranked = sorted((i for i in rows[SHOWN] if i not in chosen and score(i) > 0), key=lambda i: (-score(i), i))
-        chosen |= dict.fromkeys(ranked[: count // len(RULES)], rule)
-    left = sorted(rows[SHOWN].keys() - chosen.keys())
-    drawn = generator(seed, "gallery/images").permutation(left)[: max(0, count - len(chosen))]
-    chosen |= dict.fromkeys(sorted(drawn.tolist()), "random")
+        left = score[(score > 0) & ~score.index.isin(chosen)].sort_values(ascending=False, kind="stable")
+        chosen |= dict.fromkeys(left.index[: count // len(RULES)].tolist(), rule)
+    drawn = generator(seed, "gallery/images").permutation(shown.index.difference(list(chosen)))
+    chosen |= dict.fromkeys(sorted(drawn[: max(0, count - len(chosen))].tolist()), "random")
     return [GalleryPick(number, rule, image_id) for number, (image_id, rule) in enumerate(chosen.items(), 1)]
 
 
-def n_errors(row: Row) -> int:
-    """False and missed boxes of one image."""
-    return int(row["fp_50"] + row["fn_50"])
+def n_errors(per_image: pd.DataFrame) -> pd.Series:
+    """False and missed boxes of each image."""
+    return per_image["fp_50"] + per_image["fn_50"]
 
 
-def _by_id(rows: Sequence[Row], checkpoint: str, dup_key: str) -> dict[int, Row]:
-    for row in rows:
-        missing = {"image_id", "fp_50", "fn_50", dup_key} - row.keys()
-        if missing:
-            raise DataError(f"per_image.json of {checkpoint} lacks {sorted(missing)}; run `dvc repro coco-eval`.")
-    return {row["image_id"]: row for row in rows}
+def _checked(per_image: pd.DataFrame, checkpoint: str, dup_key: str) -> pd.DataFrame:
+    if missing := {"fp_50", "fn_50", dup_key} - set(per_image.columns):
+        raise DataError(f"per_image.json of {checkpoint} lacks {sorted(missing)}; run `dvc repro coco-eval`.")
+    return per_image
 
 
 def image_paths(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[Path]:

@@ -8,41 +8,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
-from coordexp.config.schema import EvalParams, Params
+import pandas as pd
+
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.config.run import RunConfig
+from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
+from coordexp.evaluation.registry import metric_specs
+from coordexp.evaluation.suite import headline
+from coordexp.infra.logs import read_log, read_rows
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
-from coordexp.reporting.baseline import Baseline
-from coordexp.reporting.training_log import TrainingLog, read_rows, read_training_log
 
 Json = dict[str, Any]
-Metrics = Mapping[str, Json]  # checkpoint -> area -> metric
+Metrics: TypeAlias = pd.DataFrame  # "area.metric" by checkpoint; intervals under "interval.area.metric"
 TRAINED = ("stage1", "stage1-control", "stage2")
 LOOK_KEYS = frozenset(
     {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
     | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated", "seconds"}
 )
-AREAS = (
-    *("coco", "known", "held_out", "f1", "protocol", "rollout", "parse", "input", "set", "guarded", "confidence"),
-    "interval",
-)
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The commit that an experiment started from, as far as it holds the files."""
+
+    revision: str
+    settings: Mapping[str, Any]  # params.yaml and, under its file name, the profile
+    headline: Mapping[str, Any]  # reports/<profile>/headline.json; empty if it was not made then
+    profile: Mapping[str, Any] = field(default_factory=dict)  # the profile as it is now, under its file name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportInputs:
-    """Where the files of one report lie, and the parameters the run was made with.
+    """The run that a report is about, and where its files lie.
 
     `evaluations` holds a folder per checkpoint (gt_vs_pred.jsonl, per_image.json, pr_curve.json, details.json,
     decode.json), `runs` one per training stage (train_log.jsonl, monitor.jsonl, run_metadata.json). Image paths of the
     records are relative to `image_root`.
     """
 
-    profile: str
+    run: RunConfig
     metrics: Path
     evaluations: Path
     runs: Path
@@ -53,24 +63,14 @@ class ReportInputs:
     categories: Path
     image_root: Path
     decoding_study: Path  # made on demand: may be absent
-    params: Mapping[str, Any]  # params.yaml as the run resolved it
-    gallery_images: int
-    composed: bool = True  # the data are composed scenes, which no published number is about
     baseline: Baseline | None = None  # of the experiment, if this is one
 
     @classmethod
-    def of(
-        cls,
-        paths: ProfilePaths,
-        params: Mapping[str, Any],
-        gallery_images: int,
-        *,
-        composed: bool = True,
-        baseline: Baseline | None = None,
-    ) -> ReportInputs:
+    def of(cls, run: RunConfig, baseline: Baseline | None = None) -> ReportInputs:
         """The files where the stages of a profile write them."""
+        paths = run.paths
         return cls(
-            profile=paths.profile,
+            run=run,
             metrics=paths.reports / "metrics.json",
             evaluations=paths.run("eval"),
             runs=paths.run("stage1").parent,
@@ -81,30 +81,24 @@ class ReportInputs:
             categories=paths.records / "categories.json",
             image_root=paths.raw,
             decoding_study=paths.reports / "decoding.json",
-            params=params,
-            gallery_images=gallery_images,
-            composed=composed,
             baseline=baseline,
         )
-
-    @property
-    def settings(self) -> EvalParams:
-        """How the predictions were judged."""
-        return Params.model_validate(dict(self.params)).eval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything read; mappings are keyed by checkpoint or training stage."""
 
-    metrics: dict[str, Json]  # checkpoint -> area -> metric
+    run: RunConfig
+    headline: Json  # what headline.json holds of this run
+    metrics: Metrics
     comparison: dict[str, dict[str, Json | None]]  # comparison -> metric -> delta, lo, hi, p_superior
     results: dict[str, list[ImageResult]]
-    per_image: dict[str, list[Json]]
+    per_image: dict[str, pd.DataFrame]  # by image id
     pr_curves: dict[str, Json]
     details: dict[str, Json]
     decodes: dict[str, Json]
-    logs: dict[str, TrainingLog]
+    logs: dict[str, pd.DataFrame]
     dev_rows: dict[str, list[Json] | None]  # what the eval callback found; None if the run left no file of it
     metadata: dict[str, Json]
     rollout: Json
@@ -113,6 +107,11 @@ class ReportData:
     drops: Json
     decoding_study: Json | None
     categories: tuple[Category, ...]
+
+    @property
+    def settings(self) -> EvalParams:
+        """How the predictions were judged."""
+        return self.run.params.eval
 
 
 def load_report_data(inputs: ReportInputs) -> ReportData:
@@ -124,36 +123,50 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
     metrics = read_json(inputs.metrics, "coco-eval")
     folders = {name: inputs.evaluations / name for name in CHECKPOINTS}
     return ReportData(
-        metrics={name: _evaluation(metrics, name, inputs.metrics) for name in CHECKPOINTS},
+        run=inputs.run,
+        metrics=_metrics(metrics, inputs),
+        headline=headline(metrics, inputs.run.params.eval),
         comparison={name: _comparison(metrics, name, inputs.metrics) for name in COMPARISONS},
         results={name: _results(folder / "gt_vs_pred.jsonl") for name, folder in folders.items()},
         per_image={name: _per_image(folder / "per_image.json") for name, folder in folders.items()},
         pr_curves={name: read_json(folder / "pr_curve.json", "coco-eval") for name, folder in folders.items()},
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
-        logs={name: read_training_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
+        logs={name: read_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
         dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "rollout"),
         packing=read_json(inputs.packing_stats, "pack"),
         upper_bound=read_json(inputs.upper_bound, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),
-        decoding_study=json.loads(inputs.decoding_study.read_text(encoding="utf-8"))
-        if inputs.decoding_study.is_file()
-        else None,
+        decoding_study=read_json(inputs.decoding_study, "") if inputs.decoding_study.is_file() else None,
         categories=read_categories(_existing(inputs.categories, "convert")),
     )
 
 
+def metrics_frame(areas: Mapping[str, Json]) -> pd.DataFrame:
+    """Metrics by "area.metric" and checkpoint, from checkpoint -> area -> metric; values keep their types."""
+    columns = {
+        name: {f"{area}.{key}": value for area, values in by_area.items() for key, value in values.items()}
+        for name, by_area in areas.items()
+    }
+    return pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
+
+
 def metric(metrics: Metrics, checkpoint: str, key: str) -> Any:
     """The value of "area.metric"; raises DataError if the evaluation did not write it."""
-    area, name = key.split(".", 1)
     try:
-        return metrics[checkpoint][area][name]
+        return metrics.at[key, checkpoint]
     except KeyError as error:
         raise DataError(
             f"metrics.json: {checkpoint}.eval.{key} is missing. Run `dvc repro coco-eval` under the present parameters."
         ) from error
+
+
+def bounds_of(metrics: Metrics, checkpoint: str, key: str) -> list[float] | None:
+    """The 95 % interval of a metric; None if it has none."""
+    name = f"interval.{key}"
+    return metrics.at[name, checkpoint] if name in metrics.index else None
 
 
 def read_json(path: Path, stage: str) -> Json:
@@ -162,6 +175,13 @@ def read_json(path: Path, stage: str) -> Json:
     if not isinstance(value, dict):
         raise DataError(f"{path}: found a {type(value).__name__}, expected a JSON object. Run `dvc repro {stage}`.")
     return value
+
+
+def required(tree: Json, key: str, file: str) -> Any:
+    """A key that a file must have; raises DataError naming both."""
+    if key not in tree:
+        raise DataError(f"{file}: key {key!r} is missing, found {', '.join(tree) or 'none'}. Run its stage again.")
+    return tree[key]
 
 
 def _existing(path: Path, stage: str) -> Path:
@@ -181,18 +201,18 @@ def _json(path: Path, stage: str) -> Any:
         ) from error
 
 
-def _evaluation(metrics: Json, checkpoint: str, path: Path) -> Json:
+def _metrics(metrics: Json, inputs: ReportInputs) -> pd.DataFrame:
     present = [name for name in metrics if name != "comparison"]
-    if checkpoint not in metrics:
-        raise DataError(
-            f"{path}: no metrics of checkpoint {checkpoint!r}; found {', '.join(present) or 'none'}."
-            f"{closest(checkpoint, present)} A report compares {', '.join(CHECKPOINTS)}. Run `dvc repro coco-eval`."
-        )
-    areas = metrics[checkpoint].get("eval", {})
-    missing = [area for area in AREAS if area not in areas]
-    if missing:
-        raise DataError(f"{path}: {checkpoint}.eval lacks {', '.join(missing)}. Run `dvc repro coco-eval`.")
-    return cast(Json, areas)
+    wanted = dict.fromkeys(key.split(".")[0] for key in metric_specs(inputs.run.params.eval))
+    for name in CHECKPOINTS:
+        if name not in metrics:
+            raise DataError(
+                f"{inputs.metrics}: no metrics of checkpoint {name!r}; found {', '.join(present) or 'none'}."
+                f"{closest(name, present)} A report compares {', '.join(CHECKPOINTS)}. Run `dvc repro coco-eval`."
+            )
+        if missing := [area for area in wanted if area not in metrics[name].get("eval", {})]:
+            raise DataError(f"{inputs.metrics}: {name}.eval lacks {', '.join(missing)}. Run `dvc repro coco-eval`.")
+    return metrics_frame({name: metrics[name]["eval"] for name in CHECKPOINTS})
 
 
 def _comparison(metrics: Json, name: str, path: Path) -> dict[str, Json | None]:
@@ -210,10 +230,10 @@ def _dev_rows(path: Path) -> list[Json] | None:
     return read_rows(path, LOOK_KEYS) if path.is_file() else None
 
 
-def _per_image(path: Path) -> list[Json]:
+def _per_image(path: Path) -> pd.DataFrame:
     rows = _json(path, "coco-eval")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "image_id" in row for row in rows):
         raise DataError(
             f"{path}: expected a list of objects with an image_id, one per image. Run `dvc repro coco-eval`."
         )
-    return rows
+    return pd.DataFrame(rows).set_index("image_id").sort_index()

@@ -10,24 +10,29 @@ the documents wrong.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
 from coordexp.config.loading import read_yaml
-from coordexp.config.profile import Profile
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.config.profile import Profile, TuningConfig
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
-from coordexp.evaluation.comparison import COMPARED
-from coordexp.evaluation.headline import headline_keys
-from coordexp.evaluation.input_checks import BAD_INPUT
+from coordexp.errors import DataError
 from coordexp.evaluation.protocol import STANDARD
-from coordexp.evaluation.registry import MetricSpec, metric_specs
+from coordexp.evaluation.registry import MetricSpec, metric_specs, view
+from coordexp.evaluation.table import BAD_INPUT
 from coordexp.infra.files import write_bytes, write_text
-from coordexp.reporting.markdown import table
-from coordexp.reporting.readme import SHOWN_PROFILE, results_table, shown_picture, with_block, with_results
-from coordexp.reporting.training_tables import MEANINGS
+from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
+from coordexp.reporting.markdown import interval, number, table
+from coordexp.reporting.training import MEANINGS
+
+if TYPE_CHECKING:
+    from coordexp.doctor.memory import Memory
 
 Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
 
@@ -41,6 +46,9 @@ BEGIN_MEMORY = "<!-- memory: written by `python -m coordexp.reporting.reference`
 END_MEMORY = "<!-- end of memory -->"
 PARAMS_FILE = "params.yaml"
 PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
+SHOWN_PROFILE = "tiny"
+BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
+END = "<!-- end of results -->"
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
 
 _PARAMETERS_INTRO = """\
@@ -99,14 +107,14 @@ _AREAS = {
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
-    "protocol": "GT-positive classes (P1) beside the full vocabulary (P2) and the gap (`evaluation/matched.py`).",
+    "protocol": "Only classes that the image shows, beside the full vocabulary, and the gap (`evaluation/matched.py`).",
     "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
     "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
-    "input": "How predicted names were mapped, and input that is odd but judged (`evaluation/input_checks.py`).",
+    "input": "How predicted names were mapped, and input that is odd but judged (`evaluation/table.py`).",
     "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
     "guarded": (
-        "Headline and set behaviour after a duplicate guard: of boxes of one name that overlap by the lowest duplicate "
-        "IoU, the first stays (`evaluation/matched.py`)."
+        "Headline and set behaviour after NMS: of boxes of one name that overlap by the lowest duplicate IoU, the "
+        "first stays (`evaluation/matched.py`)."
     ),
     "confidence": "What the scores know (`evaluation/confidence.py`).",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
@@ -176,12 +184,12 @@ def metrics_markdown() -> str:
     parts = [
         "# Metrics",
         GENERATED,
-        _METRICS_INTRO.format(headline=", ".join(f"`{key}`" for key in headline_keys(STANDARD))),
+        _METRICS_INTRO.format(headline=", ".join(f"`{key}`" for key in view("headline", STANDARD))),
         *(part for area, area_specs in by_area.items() for part in _area(area, area_specs)),
         "## `comparison`",
-        _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in COMPARED)),
+        _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in view("compared", STANDARD))),
         "## Bad input",
-        "Decided in `evaluation/input_checks.py`: an error, by exit code 2 and a message naming the place, for what "
+        "Decided in `evaluation/table.py`: an error, by exit code 2 and a message naming the place, for what "
         "would make a number wrong; a counter for what a model may well answer.",
         table(["input", "outcome", "why"], [[_cell(b.what), _cell(b.outcome), _cell(b.why)] for b in BAD_INPUT], "lll"),
         "## Training logs",
@@ -203,10 +211,116 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")
 
 
+def results_table(profile: str, root: Path) -> str:
+    """Headline metrics of the committed run, a row for each checkpoint; mAP with its 95 % interval.
+
+    Raises:
+        DataError: the profile has no metrics.json.
+    """
+    path = ProfilePaths(profile, root).reports / "metrics.json"
+    if not path.is_file():
+        raise DataError(f"{path}: missing; README.md shows its numbers. Run `make demo`.")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    metrics = metrics_frame({name: found[name]["eval"] for name in CHECKPOINTS})
+    keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
+    rows = []
+    for name in CHECKPOINTS:
+        first, *others = (number(metric(metrics, name, key)) for key in keys)
+        rows.append([name, f"{first} {interval(bounds_of(metrics, name, keys[0]))}".rstrip(), *others])
+    return table(["val", *(specs[key].name for key in keys)], rows)
+
+
+def with_results(readme: str, results: str) -> str:
+    """README.md with its block of results replaced."""
+    return with_block(readme, BEGIN, END, results, "README.md")
+
+
+def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
+    """A page with what stands between two markers replaced; raises DataError if they are not there once."""
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise DataError(f"{name}: expected one block between {begin!r} and {end!r}.")
+    return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", page)
+
+
+def shown_picture(profile: str, root: Path) -> bytes:
+    """The picture of README.md: the last of the gallery in the committed report, one of those that chance picks.
+
+    Raises:
+        DataError: the report has no gallery.
+    """
+    folder = ProfilePaths(profile, root).reports / "gallery"
+    pictures = sorted(folder.glob("*.png"))
+    if not pictures:
+        raise DataError(f"{folder}: holds no picture; README.md shows one. Run `make demo`.")
+    return pictures[-1].read_bytes()
+
+
+# The step that both pages describe: one pack, of it the visual tokens; all others are supervised.
+PACK_TOKENS, IMAGE_TOKENS = 8192, 5120
+PROCESSES = 8
+_FULL = TuningConfig(
+    method="full",
+    vision="train",
+    projector="train",
+    language="train",
+    rank=64,
+    alpha=128.0,
+    dropout=0.0,
+    activations="recompute",
+)
+_LORA = _FULL.model_copy(update={"method": "lora"})
+_KEEP = _FULL.model_copy(update={"activations": "keep"})
+_ONE_DEVICE = (
+    ("2b", _FULL, "adamw", "all, AdamW"),
+    ("4b", _FULL, "adamw", "all, AdamW"),
+    ("4b", _KEEP, "adamw", "all, AdamW, `activations: keep`"),
+    ("4b", _FULL, "adamw_8bit", "all, `adamw_8bit`"),
+    ("4b", _LORA, "adamw", "LoRA of rank 64"),
+    ("8b", _FULL, "adamw", "all, AdamW"),
+    ("8b", _LORA, "adamw", "LoRA of rank 64"),
+)
+_MEMORY_COLUMNS = ("weights, gradients, moments", "whole step")
+
+
+def one_device_table() -> str:
+    """What one device holds, by size of the model and by what trains."""
+    rows = [
+        [size.upper(), trains, *_cells(_step(size, tuning, optimizer))]
+        for size, tuning, optimizer, trains in _ONE_DEVICE
+    ]
+    return table(["model", "trains", *_MEMORY_COLUMNS], rows, "llrr")
+
+
+def sharded_table() -> str:
+    """What each of several processes holds with sharded states, beside one process without."""
+    from coordexp.doctor.memory import sharded_memory
+    from coordexp.models.sizes import qwen3_vl_config
+
+    rows = []
+    for size in ("4b", "8b"):
+        whole = _step(size, _FULL, "adamw")
+        spread = sharded_memory(whole, qwen3_vl_config(size).to_dict(), PROCESSES)
+        rows.append([f"{size.upper()}, one process", *_cells(whole)])
+        rows.append([f"{size.upper()}, {PROCESSES} processes", *_cells(spread)])
+    return table(["model, all weights, AdamW", *_MEMORY_COLUMNS], rows, "lrr")
+
+
+def _step(size: str, tuning: TuningConfig, optimizer: str) -> Memory:
+    from coordexp.doctor.memory import step_memory  # loads transformers
+    from coordexp.models.sizes import qwen3_vl_config
+
+    config = qwen3_vl_config(size).to_dict()
+    return step_memory(config, tuning, optimizer, PACK_TOKENS, IMAGE_TOKENS, PACK_TOKENS - IMAGE_TOKENS)
+
+
+def _cells(memory: Memory) -> list[str]:
+    states = memory.weights + memory.gradients + memory.moments
+    return [f"{n_bytes / 1e9:.0f} GB" for n_bytes in (states, memory.total)]
+
+
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
-    from coordexp.reporting.memory_tables import one_device_table, sharded_table  # loads transformers
-
     stages = read_yaml(root / "dvc.yaml")["stages"]
     readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
     written = {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}

@@ -1,6 +1,6 @@
 """The report: read everything, draw the pictures, write the text.
 
-    build_report(ReportInputs.of(paths, params.model_dump(), gallery_images=24), Path("reports/tiny"))
+    build_report(ReportInputs.of(run), Path("reports/tiny"))
 
 The text holds no time or place of its own: the same inputs give the same bytes.
 """
@@ -15,22 +15,27 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.evaluation.effect import Verdict
-from coordexp.evaluation.headline import headline as headline_numbers
 from coordexp.evaluation.protocol import iou_key
 from coordexp.infra.files import write_text
 from coordexp.reporting import provenance, tables
 from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
-from coordexp.reporting.baseline import baseline_markdown
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.decoding_tables import decoding_section
-from coordexp.reporting.explanation import explain, explanation_table
-from coordexp.reporting.figures_confidence import write_confidence_figure
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
-from coordexp.reporting.gallery import RULES, SHOWN, GalleryPick, choose_images, image_paths, n_errors, write_gallery
-from coordexp.reporting.inputs import ReportData, ReportInputs, load_report_data, metric
-from coordexp.reporting.markdown import escape, number, percent, signed
+from coordexp.reporting.gallery import (
+    BEFORE,
+    RULES,
+    SHOWN,
+    GalleryPick,
+    choose_images,
+    image_paths,
+    n_errors,
+    write_gallery,
+)
+from coordexp.reporting.inputs import Baseline, ReportData, ReportInputs, load_report_data, metric, required
+from coordexp.reporting.markdown import escape, number, percent
 from coordexp.reporting.monitor import (
     checkpoint_counts_table,
     monitor_sentence,
@@ -38,10 +43,23 @@ from coordexp.reporting.monitor import (
     write_monitor_figure,
 )
 from coordexp.reporting.outcomes import Outcomes, judge
-from coordexp.reporting.published import published_markdown
-from coordexp.reporting.training_log import TrainingLog
-from coordexp.reporting.training_tables import counters_table, training_sentence, training_table, w1_sentence
-from coordexp.reporting.verdicts import RULE, compared, verdict_of, warnings
+from coordexp.reporting.training import (
+    channels,
+    counters_table,
+    of_channel,
+    training_sentence,
+    training_table,
+    w1_sentence,
+)
+from coordexp.reporting.verdicts import (
+    RULE,
+    compared,
+    comparison_table,
+    explain,
+    explanation_table,
+    verdict_of,
+    warnings,
+)
 
 SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
 _HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")
@@ -54,17 +72,17 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
     """
     data = load_report_data(inputs)
-    outcomes = {name: judge(results, data.categories, inputs.settings) for name, results in data.results.items()}
-    dup_key = f"dup_pairs_{iou_key(min(inputs.settings.duplicate_ious))}"
-    picks = choose_images(data.per_image, dup_key, inputs.gallery_images, inputs.params["seed"])
+    params, profile = inputs.run.params, inputs.run.profile
+    outcomes = {name: judge(results, data.categories, data.settings) for name, results in data.results.items()}
+    dup_key = f"dup_pairs_{iou_key(min(data.settings.duplicate_ious))}"
+    picks = choose_images(data.per_image, dup_key, profile.report.gallery_images, params.seed)
     image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
-    write_training_figures(data.logs, inputs.params, out_dir / "figures")
+    write_training_figures(data.logs, params, out_dir / "figures")
     write_monitor_figure(data.dev_rows, out_dir / "figures" / "monitor.png")
-    write_evaluation_figures(outcomes, data.pr_curves, out_dir / "figures")
+    write_evaluation_figures(data, outcomes, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
-    write_confidence_figure(data.details, data.metrics, out_dir / "figures" / "confidence.png")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     path = out_dir / "progress.md"
     write_text(path, text)  # after its pictures: what it shows is there
@@ -96,11 +114,11 @@ def _context(
     strips: list[Strip],
     dup_key: str,
 ) -> dict[str, Any]:
-    checks = run_checks(data, outcomes, inputs.params)
+    checks = run_checks(data, outcomes)
     return {
-        **_summary(inputs, data),
-        **_scores(inputs, data, outcomes),
-        **_behind_the_scores(inputs, data),
+        **_summary(data, inputs.baseline),
+        **_scores(data, outcomes),
+        **_behind_the_scores(data),
         "has_strips": bool(strips),
         "gallery": _gallery(data, picks, dup_key),
         "failed_checks": [check.claim for check in checks if check.passed is False],
@@ -108,65 +126,65 @@ def _context(
     }
 
 
-def _summary(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
     """What the first page says."""
-    params, counts = inputs.params, data.metrics["stage2"]["coco"]
     return {
-        "profile": inputs.profile,
+        "profile": data.run.params.profile,
         "headlines": [*warnings(data.metrics), *(headline(data, name) for name in _HEADLINES)],
         "rule": RULE,
-        "what_ran": provenance.what_ran(inputs.profile, data.metadata, params, counts["n_images"], counts["n_gt"]),
-        "against_baseline": _against_baseline(inputs, data),
+        "what_ran": provenance.what_ran(data),
+        "against_baseline": provenance.baseline_markdown(baseline, data.run.params.model_dump(), data.headline),
         "improved": improved_and_flat(data),
-        "answers": standing_answers(data, params),
-        "suggestions": suggestions_table(suggestions(data, params)),
+        "answers": standing_answers(data),
+        "suggestions": suggestions_table(suggestions(data)),
     }
 
 
-def _scores(inputs: ReportInputs, data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
+def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     """Sections 1 to 5: what was found, and why F1 and mAP are what they are."""
-    metrics, settings = data.metrics, inputs.settings
+    metrics, settings, shown = data.metrics, data.settings, outcomes[SHOWN]
+    composed = data.run.profile.source.kind == "scenes"  # which no published number is about
     return {
-        "checkpoint_table": tables.metrics_table(metrics, tables.headline_keys(settings), settings),
-        "comparison_table": tables.comparison_table(data.metrics, data.comparison),
+        "checkpoint_table": tables.metrics_table(data, "checkpoints"),
+        "comparison_table": comparison_table(data),
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
         "monitor_sentence": monitor_sentence(data.dev_rows, data.metadata),
         "monitor_table": monitor_table(data.dev_rows),
         "resamples": settings.bootstrap_resamples,
-        "names_table": tables.metrics_table(metrics, tables.NAME_KEYS, settings),
-        "protocol_table": tables.protocol_table(metrics),
-        "absent_table": tables.metrics_table(metrics, ["protocol.absent_name_rate"], settings),
-        "area_table": tables.metrics_table(metrics, tables.AREA_KEYS, settings),
+        "names_table": tables.metrics_table(data, "names"),
+        "protocol_table": tables.protocol_table(data),
+        "absent_table": tables.metrics_table(data, "absent names"),
+        "area_table": tables.metrics_table(data, "sizes"),
         "size_table": tables.size_table(data.details, "by_side_px", "side_px"),
         "category_table": tables.category_table(data.details[SHOWN]),
         "mapping": settings.mapping,
-        "mapping_table": tables.mapping_table(metrics),
+        "mapping_table": tables.mapping_table(data),
         "n_known": sum(category.split == "train" for category in data.categories),
         "n_held_out": sum(category.split == "held_out" for category in data.categories),
-        "confusion_table": tables.confusion_table(outcomes[SHOWN]),
-        "n_confused": outcomes[SHOWN].confusions().total(),
-        "set_table": tables.metrics_table(metrics, tables.set_keys(metrics, settings), settings),
-        "guarded_table": tables.guarded_table(metrics, settings),
+        "confusion_table": tables.confusion_table(shown),
+        "n_confused": shown.confusions().total(),
+        "set_table": tables.metrics_table(data, "set"),
+        "nms_table": tables.nms_table(data),
         "omission_table": tables.omission_table(data.details),
         "worst_duplicates": tables.worst_duplicates_table(data.details[SHOWN]),
         "scores_table": tables.scores_table(data.details),
         "decoding_study": decoding_section(data.decoding_study, data.decodes, level=3),
-        "published": "" if inputs.composed else published_markdown(metrics),
-        "count_table": tables.metrics_table(metrics, tables.COUNT_KEYS, settings),
+        "published": "" if composed else tables.published_markdown(metrics),
+        "count_table": tables.metrics_table(data, "counts"),
         "explanation_table": explanation_table(metrics),
-        "explanations": [explain(metrics, data.comparison, name) for name in COMPARISONS],
+        "explanations": [explain(data, name) for name in COMPARISONS],
     }
 
 
-def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]:
+def _behind_the_scores(data: ReportData) -> dict[str, Any]:
     """Sections 6 to 12: training, rollouts, upper bound, provenance."""
-    params = inputs.params
+    params = data.run.params
     return {
-        "training": _training(data, params),
+        "training": _training(data),
         "w1": w1_sentence(data.logs["stage2"]),
         "rollout_table": tables.leaves_table(data.rollout, ["rollouts of stage 1", "value"]),
         "counters_table": counters_table(data.logs["stage2"]),
-        "matching": params["matching"],
+        "matching": params.matching,
         "upper_bound_headline": _upper_bound(data),
         "upper_bound_table": tables.upper_bound_table(data.upper_bound),
         "runs_table": provenance.runs_table(data.metadata),
@@ -179,15 +197,10 @@ def _behind_the_scores(inputs: ReportInputs, data: ReportData) -> dict[str, Any]
     }
 
 
-def _against_baseline(inputs: ReportInputs, data: ReportData) -> str:
-    everything = {name: {"eval": areas} for name, areas in data.metrics.items()} | {"comparison": data.comparison}
-    return baseline_markdown(inputs.baseline, inputs.params, headline_numbers(everything, inputs.settings))
-
-
 def headline(data: ReportData, comparison: str) -> str:
     """One comparison in plain words, with the numbers it rests on."""
     new, old = COMPARISONS[comparison]
-    differences = compared(data.metrics, data.comparison, comparison)
+    differences = compared(data, comparison)
     difference, of_f1 = differences["coco.mAP"], verdict_of(differences["f1.full_50"])
     values = " against ".join(number(metric(data.metrics, name, "coco.mAP")) for name in (new, old))
     if difference is None:
@@ -202,30 +215,27 @@ def headline(data: ReportData, comparison: str) -> str:
             claim, reach = f"{SUBJECTS[new]} against {SUBJECTS[old].lower()} is **not judged**", ""
         case verdict:
             claim, reach = f"{SUBJECTS[new]} is **{verdict.value}** than {SUBJECTS[old].lower()}", ""
-    bounds = f"[{signed(difference.lo)}, {signed(difference.hi)}]"
-    shown = f"mAP {values}, difference {signed(difference.delta)} {bounds}{reach}"
     of_boxes_and_names = "" if of_f1 == Verdict.NOT_JUDGED else f" F1 of boxes and names: {of_f1.value}."
-    return f"{claim}: {shown}.{of_boxes_and_names}"
+    return f"{claim}: mAP {values}, difference {difference}{reach}.{of_boxes_and_names}"
 
 
-def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str]]:
+def _training(data: ReportData) -> list[dict[str, str]]:
     """Title, sentence and table of each training stage; stage 2 by channel."""
-    parts: list[tuple[str, str, TrainingLog]] = [
+    parts = [
         ("Stage 1", "stage1", data.logs["stage1"]),
         ("Control: stage 1 continued", "stage1-control", data.logs["stage1-control"]),
     ]
-    stage2 = data.logs["stage2"]
-    n_forwards = params["stage2"]["n_softctx_iter"]
+    params, stage2 = data.run.params, data.logs["stage2"]
     context = "ground-truth context"
-    if n_forwards > 1:
+    if (n_forwards := params.stage2.n_softctx_iter) > 1:
         context = f"text in the ground-truth context, coordinates in the soft self-context of forward {n_forwards}"
     whose = {"A": context, "B": "own rollouts"}
-    by_channel = [(f"Stage 2, channel {c} ({whose[c]})", "stage2", stage2.of_channel(c)) for c in stage2.channels]
+    by_channel = [(f"Stage 2, channel {c} ({whose[c]})", "stage2", of_channel(stage2, c)) for c in channels(stage2)]
     parts += by_channel or [("Stage 2", "stage2", stage2)]
     return [
         {
             "title": title,
-            "sentence": f"{len(log.step_S)} steps. {training_sentence(log, params)}".rstrip(),
+            "sentence": f"{len(log)} steps. {training_sentence(log, params)}".rstrip(),
             "table": training_table(log, params, stage),
         }
         for title, stage, log in parts
@@ -233,33 +243,31 @@ def _training(data: ReportData, params: Mapping[str, Any]) -> list[dict[str, str
 
 
 def _upper_bound(data: ReportData) -> str:
-    upper_bound = tables.required(data.upper_bound, "mAP", "upper_bound.json")
+    upper_bound = required(data.upper_bound, "mAP", "upper_bound.json")
     if not upper_bound:
         return "nothing: no object is annotated."
-    shares = []
-    for name in CHECKPOINTS:
-        value = metric(data.metrics, name, "coco.mAP")
-        shares.append(f"{name} {percent((value or 0.0) / upper_bound)}")
-    f1_95 = tables.required(data.upper_bound, "f1_95", "upper_bound.json")
+    reached = {name: (metric(data.metrics, name, "coco.mAP") or 0.0) / upper_bound for name in CHECKPOINTS}
+    f1_95 = required(data.upper_bound, "f1_95", "upper_bound.json")
     score = f"mAP {number(upper_bound)} and F1 at IoU .95 of {number(f1_95)}"
-    return f"{score}. Of that mAP the checkpoints reach: {', '.join(shares)}."
+    shown = ", ".join(f"{name} {percent(fraction)}" for name, fraction in reached.items())
+    return f"{score}. Of that mAP the checkpoints reach: {shown}."
 
 
 def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[dict[str, Any]]:
     """The chosen pictures under their rule, with counts of stage 2 and, where it chose them, of the change."""
-    rows = {row["image_id"]: row for row in data.per_image[SHOWN]}
-    before = {row["image_id"]: row for row in data.per_image["stage1"]}
+    rows, errors = data.per_image[SHOWN], {name: n_errors(data.per_image[name]) for name in (BEFORE, SHOWN)}
     groups = []
     for rule in RULES:
         pictures = []
         for pick in (p for p in picks if p.rule == rule):
-            row = rows[pick.image_id]
+            row = rows.loc[pick.image_id]
             caption = (
                 f"{escape(row['image'])} (id {pick.image_id}): objects {row['n_gt']}, predictions {row['n_pred']}; "
                 f"right {row['tp_50']}, false {row['fp_50']}, missed {row['fn_50']}, duplicate pairs {row[dup_key]}"
             )
             if rule == "biggest change":
-                caption += f"; errors {n_errors(before[pick.image_id])} in stage 1, {n_errors(row)} in stage 2"
+                before, after = (errors[name][pick.image_id] for name in (BEFORE, SHOWN))
+                caption += f"; errors {before} in stage 1, {after} in stage 2"
             pictures.append({"path": f"gallery/{pick.file_name}", "id": pick.image_id, "caption": caption})
         groups.append({"rule": rule, "pictures": pictures})
     return groups

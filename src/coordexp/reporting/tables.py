@@ -1,129 +1,101 @@
-"""Tables of metrics.json: every number in them is one of that file, in its own digits."""
+"""Tables of metrics.json, each number in the digits of that file; the rows are views of the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS
-from coordexp.config.schema import EvalParams
-from coordexp.errors import DataError
-from coordexp.evaluation.effect import Verdict
-from coordexp.evaluation.protocol import iou_key
-from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.soundness import FAULTS
-from coordexp.reporting.inputs import Json, Metrics, metric
-from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, signed, table
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.evaluation.confidence import CONSTANT, PERFECT
+from coordexp.evaluation.registry import PROTOCOL_KEYS, after_nms, metric_specs, view
+from coordexp.reporting.inputs import Json, Metrics, ReportData, bounds_of, metric, required
+from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, table
 from coordexp.reporting.outcomes import Outcomes
-from coordexp.reporting.verdicts import compared, verdict_of
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 _CONFUSED_ROWS = 8
 
 
-def headline_keys(settings: EvalParams) -> list[str]:
-    """The rows of the first table."""
-    return [
-        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.full_95", "f1.full_mean", "f1.loc_50"),
-        *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_class_macro"),
-        *("parse.parse_rate", f"set.dup_pairs_{iou_key(min(settings.duplicate_ious))}", "set.count_error_mean"),
-    ]
+def metrics_table(data: ReportData, name: str) -> str:
+    """The metrics of a view as rows, checkpoints as columns, with the 95 % interval where there is one.
 
-
-def set_keys(metrics: Metrics, settings: EvalParams) -> list[str]:
-    """The rows of the table on set behaviour and parsing; a drop reason has a row if any checkpoint met it."""
-    met = {f"parse.{name}" for areas in metrics.values() for name, count in areas["parse"].items() if count}
-    reasons = sorted(key for key in met if key.startswith("parse.dropped_") and key != "parse.dropped_total")
-    return [
-        *(f"set.dup_pairs_{iou_key(u)}" for u in settings.duplicate_ious),
-        *("set.dup_image_rate", "set.count_error_mean", "set.omission_rate", "set.over_generation_rate"),
-        *("set.order_violation_rate", "set.giant_box_rate", "parse.parse_rate", "parse.valid_objects"),
-        *("parse.dropped_total", *reasons, *FAULTS, "parse.empty_rate"),
-    ]
-
-
-AREA_KEYS = ("coco.APs", "coco.APm", "coco.APl", "coco.ARs", "coco.ARm", "coco.ARl")
-NAME_KEYS = ("known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50", "f1.sem_acc_on_matched_50")
-COUNT_KEYS = (
-    *("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", "f1.full_50", "coco.mAP", "confidence.perfect_ranking_mAP"),
-    *(
-        "confidence.constant_score_mAP",
-        "confidence.auroc_tp_fp",
-        "confidence.ece",
-        "confidence.headroom_mAP",
-        "confidence.lrp",
-        "confidence.lrp_loc",
-        "confidence.lrp_fp",
-        "confidence.lrp_fn",
-        "rollout.f1",
-        "rollout.matched_iou_mean",
-        "rollout.gate_rejected",
-    ),
-)
-
-
-def metrics_table(metrics: Metrics, keys: Iterable[str], settings: EvalParams) -> str:
-    """Metrics as rows, checkpoints as columns, with the 95 % interval where there is one."""
-    specs = metric_specs(settings)
-    rows = []
-    for key in keys:
+    A reason for which the parser dropped nothing has no row.
+    """
+    specs, rows = metric_specs(data.settings), []
+    for key in view(name, data.settings):
         spec = specs[key]
+        if key.startswith("parse.dropped_") and not data.metrics.loc[key].any() and key != "parse.dropped_total":
+            continue
         unit = "" if spec.unit == "0..1" else f" ({spec.unit})"
-        cells = [_cell(metrics, checkpoint, key) for checkpoint in CHECKPOINTS]
-        rows.append([f"`{key}`{_ARROWS[spec.better]}", escape(spec.meaning) + unit, *cells])
+        rows.append([f"`{key}`{_ARROWS[spec.better]}", escape(spec.meaning) + unit, *_cells(data.metrics, key)])
     return table(["metric", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
 
 
+def _cells(metrics: Metrics, key: str) -> list[str]:
+    return [_cell(metrics, checkpoint, key) for checkpoint in CHECKPOINTS]
+
+
 def _cell(metrics: Metrics, checkpoint: str, key: str) -> str:
-    bounds = metrics[checkpoint]["interval"].get(key)
+    bounds = bounds_of(metrics, checkpoint, key)
     return f"{number(metric(metrics, checkpoint, key))} {interval(bounds)}".rstrip()
 
 
-PROTOCOL_ROWS = (
-    *(("mAP", "coco.mAP", "mAP"), ("AP50", "coco.AP50", "AP50"), ("F1, IoU .50", "f1.full_50", "full_50")),
-    *(("F1, IoU .95", "f1.full_95", "full_95"), ("F1, mean IoU .50:.95", "f1.full_mean", "full_mean")),
-)
+def protocol_table(data: ReportData) -> str:
+    """Full vocabulary, oracle classes and their gap for each checkpoint, one row per metric and checkpoint."""
+    names = {full: key for key, (full, _) in PROTOCOL_KEYS.items()}
+    specs, rows = metric_specs(data.settings), []
+    for checkpoint in CHECKPOINTS:
+        for full in view("protocols", data.settings):
+            keys = (full, f"protocol.positive_{names[full]}", f"protocol.gap_{names[full]}")
+            rows.append([checkpoint, specs[full].name, *(_cell(data.metrics, checkpoint, key) for key in keys)])
+    return table(["checkpoint", "metric", "full-vocabulary", "oracle-class", "gap"], rows, "llrrr")
 
 
-def protocol_table(metrics: Metrics) -> str:
-    """Full vocabulary, GT-positive classes and their gap for each checkpoint, one row per metric and checkpoint."""
-    rows = []
-    for name in CHECKPOINTS:
-        for title, full, key in PROTOCOL_ROWS:
-            positive, gap = f"protocol.positive_{key}", f"protocol.gap_{key}"
-            rows.append([name, title, *(_cell(metrics, name, k) for k in (full, positive, gap))])
-    header = ["checkpoint", "metric", "full vocabulary (P2)", "GT-positive classes (P1)", "gap P1 - P2"]
-    return table(header, rows, "llrrr")
+def nms_table(data: ReportData) -> str:
+    """Before and after NMS: if little changes, the metrics do not hide duplicates."""
+    rows = [["predictions removed", *_cells(data.metrics, "guarded.n_removed")]]
+    for key in view("after NMS", data.settings):
+        sides = [[number(metric(data.metrics, name, k)) for k in (key, after_nms(key))] for name in CHECKPOINTS]
+        rows.append([f"`{key}`", *(" to ".join(side) for side in sides)])
+    return table(["before to after NMS", *CHECKPOINTS], rows)
 
 
-def guarded_table(metrics: Metrics, settings: EvalParams) -> str:
-    """Raw and guarded, side by side: if little changes, the metrics do not hide duplicates."""
-    pairs = f"dup_pairs_{iou_key(min(settings.duplicate_ious))}"
-    rows = [["predictions removed", *(number(metric(metrics, name, "guarded.n_removed")) for name in CHECKPOINTS)]]
-    for raw, key in (
-        *(("coco.mAP", "mAP"), ("coco.AP50", "AP50"), ("f1.full_50", "full_50"), ("f1.full_mean", "full_mean")),
-        *(("f1.precision_50", "precision_50"), ("f1.recall_50", "recall_50"), (f"set.{pairs}", pairs)),
-        *((f"set.{key}", key) for key in ("count_error_mean", "omission_rate", "over_generation_rate")),
-    ):
-        before_after = [
-            f"{number(metric(metrics, name, raw))} to {number(metric(metrics, name, f'guarded.{key}'))}"
-            for name in CHECKPOINTS
-        ]
-        rows.append([f"`{raw}`", *before_after])
-    return table(["raw to guarded", *CHECKPOINTS], rows)
+def mapping_table(data: ReportData) -> str:
+    """How the predicted names were found among the categories."""
+    keys = view("mapping", data.settings)
+    rows = [[name, *(number(metric(data.metrics, name, key)) for key in keys)] for name in CHECKPOINTS]
+    return table(["predicted names", *(key.removeprefix("input.names_") for key in keys)], rows)
 
 
 def omission_table(details: Mapping[str, Json]) -> str:
     """Missed objects by the number of objects in the image."""
-    by_count = {name: required(details[name], "by_gt_count", f"{name}/details.json") for name in CHECKPOINTS}
-    rows = []
-    for n, row in enumerate(by_count[CHECKPOINTS[0]]):
-        missed = [
-            f"{number(by_count[name][n]['omission_rate'])} ({by_count[name][n]['count_error_mean']:+.2f})"
-            for name in CHECKPOINTS
+    by_count = _detail(details, "by_gt_count")
+    rows = [
+        [
+            *(first["n_gt"], str(first["n_images"])),
+            *(f"{number(row['omission_rate'])} ({row['count_error_mean']:+.2f})" for row in (first, *others)),
         ]
-        rows.append([row["n_gt"], str(row["n_images"]), *missed])
+        for first, *others in zip(*by_count, strict=True)
+    ]
     return table(["objects in the image", "images", *CHECKPOINTS], rows)
+
+
+def size_table(details: Mapping[str, Json], key: str, label: str) -> str:
+    """Recall of boxes at IoU .50 / .75 / .95 by object size (`key` of details.json, `label` its column)."""
+    rows = [
+        [
+            *(escape(first[label]), str(first["n_gt"])),
+            *(" / ".join(f"{row[f'recall_{iou}']:.2f}" for iou in (50, 75, 95)) for row in (first, *others)),
+        ]
+        for first, *others in zip(*_detail(details, key), strict=True)
+    ]
+    return table(["size", "objects", *CHECKPOINTS], rows)
+
+
+def _detail(details: Mapping[str, Json], key: str) -> list[list[Json]]:
+    return [required(details[name], key, f"{name}/details.json") for name in CHECKPOINTS]
 
 
 def worst_duplicates_table(details: Json) -> str:
@@ -135,33 +107,18 @@ def worst_duplicates_table(details: Json) -> str:
 
 def scores_table(details: Mapping[str, Json]) -> str:
     """The mAP that each score would reach, and how well it tells right from false (AUROC)."""
-    by_name = {
-        name: {row["score"]: row for row in required(details[name], "scores", f"{name}/details.json")}
-        for name in CHECKPOINTS
-    }
-    scores = dict.fromkeys(score for rows in by_name.values() for score in rows)
-    bounds = [score for score in scores if score in ("constant", "perfect ranking")]
-    rows = []
-    for score in [*(s for s in scores if s not in bounds), *bounds]:
-        cells = []
-        for name in CHECKPOINTS:
-            row = by_name[name].get(score)
-            auroc = "" if row is None or row["auroc_tp_fp"] is None else f" ({row['auroc_tp_fp']:.3f})"
-            cells.append(MISSING if row is None else f"{number(row['mAP'])}{auroc}")
-        rows.append([escape(score), *cells])
+    by_name = [{row["score"]: row for row in rows} for rows in _detail(details, "scores")]
+    scores = dict.fromkeys(score for rows in by_name for score in rows)
+    ordered = sorted(scores, key=lambda score: score in (CONSTANT, PERFECT))  # bounds last
+    rows = [[escape(score), *(_score_cell(rows.get(score)) for rows in by_name)] for score in ordered]
     return table(["score", *CHECKPOINTS], rows)
 
 
-def size_table(details: Mapping[str, Json], key: str, label: str) -> str:
-    """Recall of boxes at IoU .50 / .75 / .95 by object size (`key` of details.json, `label` its column)."""
-    by_size = {name: required(details[name], key, f"{name}/details.json") for name in CHECKPOINTS}
-    rows = []
-    for n, row in enumerate(by_size[CHECKPOINTS[0]]):
-        recalls = [
-            " / ".join(f"{by_size[name][n][f'recall_{iou}']:.2f}" for iou in (50, 75, 95)) for name in CHECKPOINTS
-        ]
-        rows.append([escape(row[label]), str(row["n_gt"]), *recalls])
-    return table(["size", "objects", *CHECKPOINTS], rows)
+def _score_cell(row: Json | None) -> str:
+    if row is None:
+        return MISSING
+    auroc = "" if row["auroc_tp_fp"] is None else f" ({row['auroc_tp_fp']:.3f})"
+    return f"{number(row['mAP'])}{auroc}"
 
 
 def category_table(details: Json) -> str:
@@ -178,38 +135,11 @@ def category_table(details: Json) -> str:
     return table(header, rows, "ll" + "r" * (len(header) - 2))
 
 
-def mapping_table(metrics: Metrics) -> str:
-    """How the predicted names were found among the categories."""
-    ways = ("exact", "normalised", "semantic", "ambiguous", "unmapped")
-    rows = [[name, *(number(metric(metrics, name, f"input.names_{way}")) for way in ways)] for name in CHECKPOINTS]
-    return table(["predicted names", *ways], rows)
-
-
-def comparison_table(metrics: Metrics, comparison: Mapping[str, Mapping[str, Json | None]]) -> str:
-    """Paired differences with their verdicts; `could show` is the half-width of the interval."""
-    rows = []
-    for name, (new, old) in COMPARISONS.items():
-        for key, difference in compared(metrics, comparison, name).items():
-            pair = f"{new} - {old}"
-            if difference is None:
-                rows.append([pair, f"`{key}`", *[MISSING] * 4, Verdict.UNDEFINED.value])
-                continue
-            bounds = f"[{signed(difference.lo)}, {signed(difference.hi)}]"
-            chance = number(difference.p_superior)
-            verdict = verdict_of(difference).value
-            rows.append(
-                [pair, f"`{key}`", signed(difference.delta), bounds, chance, number(difference.half_width), verdict]
-            )
-    header = ["difference", "metric", "delta", "95 % interval", "P(superior)", "could show", "verdict"]
-    return table(header, rows, "llrrrrl")
-
-
 def confusion_table(outcomes: Outcomes) -> str:
     """The most frequent wrong names of located objects; empty if there are none."""
     confusions = sorted(outcomes.confusions().items(), key=lambda item: (-item[1], item[0]))[:_CONFUSED_ROWS]
-    return table(
-        ["annotated", "predicted", "objects"], [[escape(a), escape(b), str(n)] for (a, b), n in confusions], "llr"
-    )
+    rows = [[escape(truth), escape(predicted), str(n)] for (truth, predicted), n in confusions]
+    return table(["annotated", "predicted", "objects"], rows, "llr")
 
 
 def upper_bound_table(upper_bound: Json) -> str:
@@ -232,8 +162,40 @@ def leaves_table(tree: Any, header: Sequence[str]) -> str:
     return table(header, [[f"`{key}`", escape(number(value))] for key, value in flatten(tree)])
 
 
-def required(tree: Json, key: str, file: str) -> Any:
-    """A key that a file must have; raises DataError naming both."""
-    if key not in tree:
-        raise DataError(f"{file}: key {key!r} is missing, found {', '.join(tree) or 'none'}. Run its stage again.")
-    return tree[key]
+# Published column -> our metric, by the protocol under which the two may stand in one table.
+_OURS = {
+    "oracle-class": {f"f1_{level}": f"protocol.positive_full_{level}" for level in ("50", "95", "mean")},
+    "full-vocabulary": {name: f"coco.{name}" for name in ("mAP", "AP50", "AP75")},
+    "training matching": {
+        **{"mAP": "coco.mAP", "n_pred": "coco.n_pred"},
+        **{name: f"rollout.{name}" for name in ("f1", "precision", "recall")},
+    },
+}
+
+
+def published_tables() -> dict[str, Json]:
+    """The tables of published.json by name.
+
+    Each has `title`, `source`, `rows`, and either one `protocol` for all rows or `protocols` that the rows refer to by
+    name. AP and F1 are in 0..1. `mark` says how the number is known: paper, source read, or reported and not
+    reproduced.
+    """
+    return json.loads(files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
+
+
+def published_markdown(metrics: Metrics) -> str:
+    """Every published table with its protocols in words, and stage 2 as its last rows, one for each protocol."""
+    return "\n\n".join(_published(metrics, published) for published in published_tables().values())
+
+
+def _published(metrics: Metrics, published: Json) -> str:
+    columns = list(dict.fromkeys(key for row in published["rows"] for key in row))
+    protocols = published.get("protocols") or {"training matching": "; ".join(map(str, published["protocol"].values()))}
+    rows = [[escape(number(row[key])) if key in row else "" for key in columns] for row in published["rows"]]
+    for name in protocols:
+        ours = {columns[0]: "**this run, stage2**", "protocol": name, "mark": "measured"}
+        ours |= {column: number(metric(metrics, "stage2", key)) for column, key in _OURS[name].items()}
+        rows.append([ours.get(key, "") for key in columns])
+    title = f"**{escape(published['title'])}** ({escape(published['source'])})"
+    notes = "\n".join(f"- {name}: {escape(words)}" for name, words in protocols.items())
+    return f"{title}\n\n{table(columns, rows)}\n\n{notes}"

@@ -1,4 +1,11 @@
-"""The paired differences of metrics.json with their verdicts, and what outranks a verdict."""
+"""The paired differences of metrics.json with their verdicts, what outranks a verdict, and why F1 and mAP move.
+
+Two identities carry the explanation, so that the parts add up to the whole:
+
+* F1 = 2 TP / (boxes + objects). Its change is split into what more right boxes give and what the number of boxes takes,
+  each the mean over both orders of changing one after the other (Shapley's rule for two players).
+* mAP = mAP under a perfect ranking - what the actual ranking loses. The first term knows boxes and names only.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +15,10 @@ from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
 from coordexp.evaluation.effect import Verdict, verdict_of_interval
-from coordexp.evaluation.soundness import FAULTS, MOST_FAULTY, faults_of
-from coordexp.reporting.inputs import Json, Metrics, metric
+from coordexp.evaluation.parse import FAULTS, MOST_FAULTY, faults_of
+from coordexp.matching.summary import f1_from_counts
+from coordexp.reporting.inputs import Metrics, ReportData, metric
+from coordexp.reporting.markdown import MISSING, number, signed, table
 
 RULE = (
     "A difference is called **better** or **worse** when its 95 % interval (paired bootstrap over images) excludes 0, "
@@ -37,18 +46,27 @@ class Difference:
         """The verdict, for a metric of which higher is better; all compared metrics are of that kind."""
         return verdict_of_interval(self.lo, self.hi) if self.judged else Verdict.NOT_JUDGED
 
+    @property
+    def bounds(self) -> str:
+        """The interval, signed, in brackets."""
+        return f"[{signed(self.lo)}, {signed(self.hi)}]"
 
-def difference_from(row: Mapping[str, Any] | None, *, judged: bool = True) -> Difference | None:
+    def __str__(self) -> str:
+        return f"{signed(self.delta)} {self.bounds}"
+
+
+def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> Difference | None:
     """The difference of one row of metrics.json's `comparison`; None where a metric is undefined on either side."""
     return None if row is None else Difference(row["delta"], row["lo"], row["hi"], row["p_superior"], judged)
 
 
-def compared(
-    metrics: Metrics, comparison: Mapping[str, Mapping[str, Json | None]], name: str
-) -> dict[str, Difference | None]:
-    """Metric -> difference of one comparison; none is judged if a side's answers are cut, loop or do not parse."""
-    judged = not any(checkpoint_faults(metrics, checkpoint) for checkpoint in COMPARISONS[name])
-    return {key: difference_from(row, judged=judged) for key, row in comparison[name].items()}
+def compared(data: ReportData, name: str) -> dict[str, Difference | None]:
+    """Metric -> difference of one comparison, None where it is undefined on either side.
+
+    None is judged if a side's answers are cut, loop or do not parse.
+    """
+    judged = not any(checkpoint_faults(data.metrics, checkpoint) for checkpoint in COMPARISONS[name])
+    return {key: difference_from(row, judged=judged) for key, row in data.comparison[name].items()}
 
 
 def verdict_of(difference: Difference | None) -> Verdict:
@@ -58,17 +76,123 @@ def verdict_of(difference: Difference | None) -> Verdict:
 
 def checkpoint_faults(metrics: Metrics, checkpoint: str) -> list[str]:
     """What is wrong with the answers of a checkpoint, in words; raises DataError if the evaluation did not count it."""
-    for key in FAULTS:
-        metric(metrics, checkpoint, key)
-    return faults_of(metrics[checkpoint])
+    return faults_of({"parse": {key.removeprefix("parse."): metric(metrics, checkpoint, key) for key in FAULTS}})
 
 
 def warnings(metrics: Metrics) -> list[str]:
     """One line for each checkpoint that is not judged, and why; empty if all answers are sound."""
     found = {name: checkpoint_faults(metrics, name) for name in CHECKPOINTS}
     return [
-        f"**{name} is not judged**: {', '.join(faults)} (of {metrics[name]['coco']['n_images']} on val; "
+        f"**{name} is not judged**: {', '.join(faults)} (of {metric(metrics, name, 'coco.n_images')} on val; "
         f"above {100 * MOST_FAULTY:g} %, no score says how well it detects)."
         for name, faults in found.items()
         if faults
     ]
+
+
+def comparison_table(data: ReportData) -> str:
+    """Paired differences with their verdicts; `could show` is the half-width of the interval."""
+    rows = []
+    for name, (new, old) in COMPARISONS.items():
+        for key, found in compared(data, name).items():
+            cells = [MISSING] * 4
+            if found is not None:
+                cells = [signed(found.delta), found.bounds, number(found.p_superior), number(found.half_width)]
+            rows.append([f"{new} - {old}", f"`{key}`", *cells, verdict_of(found).value])
+    header = ["difference", "metric", "delta", "95 % interval", "P(superior)", "could show", "verdict"]
+    return table(header, rows, "llrrrrl")
+
+
+@dataclass(frozen=True, slots=True)
+class CountChange:
+    """The change from one checkpoint to another; parts of one metric add up to its change, None where undefined."""
+
+    right_boxes: int
+    false_boxes: int
+    missed: int
+    f1: float | None
+    f1_by_right_boxes: float | None
+    f1_by_number_of_boxes: float | None
+    map_by_boxes_and_names: float | None
+    map_by_ranking: float | None
+
+
+def f1_of(tp: int, n_boxes: int, n_objects: int) -> float | None:
+    """F1 from right boxes, judged boxes and objects; None without objects."""
+    return float(f1_from_counts((tp, n_boxes - tp, n_objects - tp))) if n_objects else None
+
+
+def count_change(new: Mapping[str, Any], old: Mapping[str, Any]) -> CountChange:
+    """Split the change of F1 and mAP between the metrics ("area.metric") of two checkpoints on the same images."""
+    (tp, boxes, objects), (tp_old, boxes_old, _) = _counts(new), _counts(old)
+    change = _minus(f1_of(tp, boxes, objects), f1_of(tp_old, boxes_old, objects))
+    orders = [_minus(f1_of(tp, n, objects), f1_of(tp_old, n, objects)) for n in (boxes_old, boxes)]
+    known = [part for part in orders if part is not None]
+    by_right = sum(known) / len(orders) if known else None
+    perfect, perfect_old = (side["confidence.perfect_ranking_mAP"] for side in (new, old))
+    return CountChange(
+        right_boxes=tp - tp_old,
+        false_boxes=new["f1.fp_50"] - old["f1.fp_50"],
+        missed=new["f1.fn_50"] - old["f1.fn_50"],
+        f1=change,
+        f1_by_right_boxes=by_right,
+        f1_by_number_of_boxes=_minus(change, by_right),
+        map_by_boxes_and_names=_minus(perfect, perfect_old),
+        map_by_ranking=_minus(_minus(new["coco.mAP"], perfect), _minus(old["coco.mAP"], perfect_old)),
+    )
+
+
+def _counts(metrics: Mapping[str, Any]) -> tuple[int, int, int]:
+    tp = metrics["f1.tp_50"]
+    return tp, tp + metrics["f1.fp_50"], tp + metrics["f1.fn_50"]
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def explanation_table(metrics: Metrics) -> str:
+    """One row per comparison: the change of mAP and of F1, each in its parts, and the counts behind."""
+    rows = []
+    for new, old in COMPARISONS.values():
+        change = count_change(metrics[new], metrics[old])
+        d_map = _minus(metric(metrics, new, "coco.mAP"), metric(metrics, old, "coco.mAP"))
+        of_map = (d_map, change.map_by_boxes_and_names, change.map_by_ranking)
+        of_f1 = (change.f1, change.f1_by_right_boxes, change.f1_by_number_of_boxes)
+        counts = (change.right_boxes, change.false_boxes, change.missed)
+        rows.append([f"{new} - {old}", *(MISSING if v is None else signed(v) for v in (*of_map, *of_f1, *counts))])
+    changes = ["mAP", "by boxes and names", "by ranking", "F1", "by right boxes", "by number of boxes"]
+    return table(["difference", *changes, "right", "false", "missed"], rows)
+
+
+_MOVES = {
+    Verdict.BETTER: "rises",
+    Verdict.WORSE: "falls",
+    Verdict.NO_DIFFERENCE: "shows no difference",
+    Verdict.UNDEFINED: "is not defined",
+    Verdict.NOT_JUDGED: "is not judged",
+}
+
+
+def explain(data: ReportData, name: str) -> str:
+    """One or two sentences on one comparison: how mAP and F1 move, and the counts behind."""
+    new, old = COMPARISONS[name]
+    differences = compared(data, name)
+    of_map, of_f1 = (verdict_of(differences[key]) for key in ("coco.mAP", "f1.full_50"))
+    change = count_change(data.metrics[new], data.metrics[old])
+    counts = ", ".join(
+        (
+            _count(change.right_boxes, "right box", "right boxes"),
+            _count(change.false_boxes, "false box", "false boxes"),
+            _count(change.missed, "missed object", "missed objects"),
+        )
+    )
+    moves = f"mAP {_MOVES[of_map]}, F1 {_MOVES[of_f1]}"
+    opposed = {of_map, of_f1} == {Verdict.BETTER, Verdict.WORSE}
+    part = "mAP and F1 part: " if opposed else ""
+    return f"**{new} against {old}**: {part}{moves}. {counts[0].upper()}{counts[1:]}."
+
+
+def _count(n: int, one: str, many: str) -> str:
+    noun = one if abs(n) == 1 else many
+    return f"no change in {many}" if n == 0 else f"{abs(n)} {'more' if n > 0 else 'fewer'} {noun}"

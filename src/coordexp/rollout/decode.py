@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from coordexp.config.schema import DecodeParams, ReadoutRule
 from coordexp.geometry.bins import decode_boxes
+from coordexp.geometry.boxes import Box
 from coordexp.losses.readout import read
 from coordexp.packing.samples import Sample
-from coordexp.records.gt_vs_pred import Box, GroundTruth, ImageResult, Prediction
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, Prediction
 from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects, slot_sd
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.rescore import Rescored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import only_process, replace_folder, write_text
+from coordexp.infra.logs import ends, logged, read_log
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
@@ -129,39 +129,34 @@ def summarise_log(path: Path) -> dict[str, Any]:
 
     `tokens` went through a training forward; those that fresh rollouts read and wrote are counted apart.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = rows[-max(1, len(rows) // 10) :]
+    table = read_log(path)
+    last = ends(table, "loss/total")
+    assert last is not None, "every step logs its loss"
     return {
-        "steps": len(rows),
-        "samples": int(sum(r["samples"] for r in rows)),
-        "tokens": int(sum(r["tokens"] for r in rows)),
-        **{f"refresh_{name}": int(sum(r.get(f"rollout/{name}", 0) for r in rows)) for name in GENERATION_TOKENS},
-        "step_seconds": round(sum(r["time/step_s"] for r in rows), 1),
-        "final_loss": round(sum(r["loss/total"] for r in last) / len(last), 4),
+        "steps": len(table),
+        "samples": int(table["samples"].sum()),
+        "tokens": int(table["tokens"].sum()),
+        **{f"refresh_{name}": int(logged(table, f"rollout/{name}").sum()) for name in GENERATION_TOKENS},
+        "step_seconds": round(float(table["time/step_s"].sum()), 1),
+        "final_loss": round(last[1], 4),
     }
 
 
 def warn_of_collapse(path: Path) -> None:
     """Say loudly that a model no longer, or not yet, answers a coordinate slot with a coordinate token."""
-    name = "coord_diag/coord_vocab_mass_mean"
-    masses = [row[name] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if name in row]
-    last = masses[-max(1, len(masses) // 10) :]
-    if last and sum(last) / len(last) < LEAST_COORD_MASS:
+    mass = ends(read_log(path), "coord_diag/coord_vocab_mass_mean")
+    if mass and mass[1] < LEAST_COORD_MASS:
         log.warning(
             "the probability of coordinate tokens where one belongs is %.3f at the end of training, expected above %s: "
             "answers will not parse. Raise gate_weight, or train longer.",
-            sum(last) / len(last),
+            mass[1],
             LEAST_COORD_MASS,
         )
 
 
 def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
     """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged."""
-    rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    lines = ["\t".join(["step", *names])]
-    for first in range(0, len(rows), every):
-        chunk = rows[first : first + every]
-        found = [[row[name] for row in chunk if name in row] for name in names]
-        means = [f"{sum(values) / len(values):.4f}" if values else "" for values in found]
-        lines.append("\t".join([str(chunk[-1]["step"]), *means]))
-    write_text(out, "\n".join(lines) + "\n")
+    table = read_log(log_path).reindex(columns=list(names)).reset_index()
+    chunk = table.index // every
+    means = table.groupby(chunk).mean().assign(step=table["step"].groupby(chunk).last())
+    write_text(out, means.to_csv(sep="\t", index=False, float_format="%.4f"))

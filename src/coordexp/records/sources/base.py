@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.schema import is_area_px2
 
-Box = tuple[float, float, float, float]
 # float() would take "nan", "inf" and "1_0" as well.
 _PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
 

@@ -18,10 +18,10 @@ from typing import Any
 from pycocotools import mask
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
-    Box,
     Problem,
     Reading,
     SourceImage,

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.records.sources.base import (
-    Box,
     Problem,
     Reading,
     SourceImage,

@@ -13,9 +13,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from coordexp.errors import DataError
+from coordexp.geometry.boxes import Box
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
-    Box,
     Problem,
     Reading,
     SourceImage,

@@ -14,11 +14,10 @@ from typing import Any
 
 from coordexp.config.loading import read_yaml
 from coordexp.errors import DataError
-from coordexp.geometry.boxes import as_boxes, pairwise_iou
+from coordexp.geometry.boxes import Box, as_boxes, pairwise_iou
 from coordexp.records.categories import Category
 from coordexp.records.image_files import IMAGE_SUFFIXES
 from coordexp.records.sources.base import (
-    Box,
     Problem,
     Reading,
     SourceImage,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordexp.evaluation.sizes import SIDE_EDGES_PX, bucket, side_label
+from coordexp.evaluation.details import SIDE_EDGES_PX, bucket, side_label
 from coordexp.records.gt_vs_pred import GroundTruth
 from evaluation.builders import box, image, pred, run
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from coordexp.config.loading import load_params
-from coordexp.reporting.training_log import TrainingLog
-from coordexp.reporting.training_tables import (
+from coordexp.errors import DataError
+from coordexp.losses.soft_targets import SoftTarget, target_entropy
+from coordexp.reporting.training import (
     change_above_floor,
+    channels,
     counters_table,
+    entropy_nats,
+    loss_columns,
     loss_floor,
+    of_channel,
+    target_entropy_nats,
     term_meaning,
     training_sentence,
     training_table,
     w1_sentence,
 )
-from reporting.synthetic import REPOSITORY
+from reporting.synthetic import REPOSITORY, changed
 
-PARAMS = load_params(REPOSITORY / "params.yaml").model_dump()
+PARAMS = load_params(REPOSITORY / "params.yaml")
 
 
-def log(**columns: list[float]) -> TrainingLog:
+def log(**columns: list[float]) -> pd.DataFrame:
     """A log of ten steps; `a__b` names the column a/b."""
-    return TrainingLog(
-        np.arange(10), ("",) * 10, {k.replace("__", "/"): np.array(v, float) for k, v in columns.items()}
-    )
+    return pd.DataFrame({k.replace("__", "/"): np.array(v, float) for k, v in columns.items()})
 
 
 def falling(first: float, last: float) -> list[float]:
@@ -47,7 +53,7 @@ def test_change_is_measured_above_the_floor(first: float, last: float, floor: fl
 
 
 def test_the_floor_of_softce_carries_the_weight_of_its_stage() -> None:
-    params = {**PARAMS, "softce_weight": 0.5, "stage1": {**PARAMS["stage1"], "softce_weight": 2.0}}
+    params = changed(PARAMS, softce_weight=0.5, stage1__softce_weight=2.0)
     assert loss_floor("softce", params, "stage2") == pytest.approx(0.5 * 2.1121, abs=1e-3)
     assert loss_floor("softce", params, "stage1-control") == pytest.approx(2.0 * 2.1121, abs=1e-3)
     assert (loss_floor("gate", params, "stage1"), loss_floor("text_ce", params, "stage1")) == (0.0, None)
@@ -60,6 +66,25 @@ def test_rows_say_where_a_term_began_ended_and_weighs() -> None:
     assert cells["| `loss/total`"] == ["8", "4", "n/a", "-50 %", " |"]
     assert cells["| `loss/softce`"] == ["6.112", "3.112", "2.112", "-75 %", "78 % |"]
     assert cells["| `loss/w1`"][-1] == "under 0.1 % |"
+
+
+def test_a_term_of_no_weight_shows_what_it_would_be() -> None:
+    columns = {"loss__total": falling(8, 4), "raw__bbox_giou": falling(0.5, 0.25), "loss__w1": falling(2, 1)}
+    rows = training_table(log(**columns, raw__w1=falling(2, 1)), PARAMS, "stage2").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| `loss/total`", "| `loss/w1`", "| `raw/bbox_giou`"]
+    assert rows[-1] == "| `raw/bbox_giou` | stage 2: 1 - GIoU (weight 0) | 0.5 | 0.25 | n/a | -50 % |  |"
+
+
+def test_a_channel_has_its_rows_and_the_columns_that_they_log() -> None:
+    both = log(loss__softce=falling(2, 1), loss__total=falling(3, 2)).assign(channel=["A", "B"] * 5)
+    both["loss/bbox_ciou"] = both["loss/total"].where(both["channel"] == "B")
+    assert channels(both) == ["A", "B"]
+    assert loss_columns(both) == ["loss/total", "loss/softce", "loss/bbox_ciou"], (
+        "the total, then the objective's order"
+    )
+    assert loss_columns(of_channel(both, "A")) == ["loss/total", "loss/softce"]
+    assert of_channel(both, "B").index.tolist() == [1, 3, 5, 7, 9]
+    assert channels(log(loss__total=falling(3, 2))) == []
 
 
 def test_meanings_are_those_of_the_parameters() -> None:
@@ -97,3 +122,19 @@ def test_counters_are_summed_and_other_columns_averaged_at_their_ends() -> None:
     assert "| `stage2_ab/fallback_total` | 10 | sum over steps |" in table
     assert "| `rollout/f1` | 0.5 to 0.75 | first to last tenth |" in table
     assert "lr" not in table
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "triangular"])
+@pytest.mark.parametrize(("sigma", "truncate"), [(2.0, 8), (1.5, 8), (0.5, 4), (6.0, 3)])
+def test_the_floor_is_the_entropy_of_the_training_target(kind: str, sigma: float, truncate: int) -> None:
+    q = SoftTarget(kind, sigma, truncate).distribution(torch.tensor([500.0]), dtype=torch.float64)
+    assert target_entropy_nats(kind, sigma, truncate) == pytest.approx(float(target_entropy(q)), abs=1e-12)
+
+
+def test_the_floor_of_two_bins_is_the_mean_over_all_fractions() -> None:
+    targets = 500 + (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    q = SoftTarget("two_bin").distribution(targets, dtype=torch.float64)
+    assert target_entropy_nats("two_bin", 2.0, 8) == pytest.approx(float(target_entropy(q).mean()), abs=1e-4)
+    assert entropy_nats([1, 1, 1, 1]) == pytest.approx(np.log(4))
+    with pytest.raises(DataError, match="found 'box', expected gaussian"):
+        target_entropy_nats("box", 2.0, 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordexp.reporting.baseline import Baseline, baseline_markdown, experiment_baseline, settings_delta
+from coordexp.reporting.provenance import Baseline, baseline_markdown, experiment_baseline, settings_delta
 
 
 def test_only_differing_leaves_are_listed_by_their_dotted_keys() -> None:

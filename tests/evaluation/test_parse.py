@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordexp.evaluation.soundness import FAULTS, faults_of
+from coordexp.evaluation.parse import FAULTS, faults_of
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from evaluation.builders import box, image, pred, run, shifted
 

@@ -1,0 +1,74 @@
+"""The logs of a run, one JSON object a line with an integer `step`: how they are read, and what is asked of them.
+
+pandas is loaded with the first log, so that a command that reads none starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coordexp.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the rows
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """A train_log.jsonl as a table by step, its columns in the order logged; what a row does not log is NaN.
+
+    Raises:
+        DataError: an empty log, a broken line, or a row without a step; named by file and line.
+    """
+    import pandas as pd
+
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"{path}: the log is empty, expected one JSON object per logged step. Run the stage again.")
+    return pd.DataFrame(rows).set_index("step")
+
+
+def read_rows(path: Path, columns: Set[str] = frozenset(), *, growing: bool = False) -> list[dict[str, Any]]:
+    """The rows of a log, each with a `step` and at least `columns`; raises DataError as `read_log`.
+
+    Of a file that is `growing`, a last line without its end is left out: it is being written.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if growing and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [_row(line, columns, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+
+
+def _row(line: str, columns: Set[str], where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}); the log was cut. Run the stage again.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise DataError(f"{where}: expected a JSON object with an integer `step`.")
+    if missing := columns - row.keys():
+        raise DataError(f"{where}: lacks {', '.join(sorted(missing))}. Run the stage again.")
+    return row
+
+
+def logged(log: pd.DataFrame, column: str) -> pd.Series:
+    """The values of a column by step, of the rows that log it; empty if none does."""
+    return log.get(column, log.index.to_series().iloc[:0].astype(float)).dropna()
+
+
+def ends(log: pd.DataFrame, column: str) -> tuple[float, float] | None:
+    """Means over the first and the last tenth of the rows that log a column; None if none does."""
+    values = logged(log, column)
+    if values.empty:
+        return None
+    n = max(1, round(END_FRACTION * len(values)))
+    return float(values.iloc[:n].mean()), float(values.iloc[-n:].mean())
+
+
+def smoothed(values: pd.Series, window: int) -> pd.Series:
+    """Centred moving mean; at the ends the window shrinks, so that the length stays and nothing is invented."""
+    return values.rolling(2 * (window // 2) + 1, center=True, min_periods=1).mean()

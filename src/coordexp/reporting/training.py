@@ -1,0 +1,163 @@
+"""What the losses did: where they began, where they ended, and how far they are from what they cannot go below.
+
+A log is the table of `infra/logs.py`; its columns stand in the order of the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from coordexp.config.block import field_specs
+from coordexp.config.schema import Params
+from coordexp.errors import DataError
+from coordexp.evaluation.table import Floats
+from coordexp.infra.logs import ends, logged
+from coordexp.reporting.markdown import MISSING, percent, significant, table
+
+MEANINGS = {
+    "softce_kl": "softCE minus the target's entropy (nats): what can reach 0",
+    "expected_bin_mae": "mean error of E[k], bins",
+    "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins; of a step in several forwards, their mean",
+    "p_gt_mean": "probability of the target bin",
+    "acc_top5": "target bin among the five likeliest",
+    "margin_mean": "log-margin of the target bin over the best other; a soft target does not want a peak",
+    "w1_to_delta": "W1 distance to the hard target, share of the axis",
+    "coord_vocab_mass_mean": "probability of any coordinate token",
+}
+ZERO_FLOOR_DIAGNOSTICS = ("softce_kl", "w1_to_delta", "expected_bin_mae", "expected_bin_abs_err_p90")
+NO_FLOOR = ("total", "text_ce", "entropy")  # what they cannot go below is not known, or is no bound
+_FLAT = 0.02  # a smaller relative change above the floor is called flat
+HEADER = ["quantity", "what it is", "first tenth", "last tenth", "floor", "change", "share of loss at end"]
+
+
+def channels(log: pd.DataFrame) -> list[str]:
+    """The channels that occur, sorted; empty for a stage without channels."""
+    return sorted(log["channel"].dropna().unique()) if "channel" in log else []
+
+
+def of_channel(log: pd.DataFrame, channel: str) -> pd.DataFrame:
+    """Only the rows of one channel, and only the columns that it logs."""
+    return log[log["channel"] == channel].dropna(axis="columns", how="all")
+
+
+def loss_columns(log: pd.DataFrame) -> list[str]:
+    """The total, then the weighted terms in the order of the objective."""
+    return sorted((c for c in log.columns if c.startswith("loss/")), key=lambda column: column != "loss/total")
+
+
+def training_table(log: pd.DataFrame, params: Params, stage: str) -> str:
+    """Weighted losses with floors and shares, raw terms of no weight, and the diagnostics, of one stage or channel."""
+    total = ends(log, "loss/total")
+    rows = []
+    for column in loss_columns(log):
+        term = column.removeprefix("loss/")
+        share_of = total[1] if total and term != "total" else None
+        rows.append(_row(log, column, term_meaning(term), loss_floor(term, params, stage), share_of))
+    raw = [c for c in log.columns if c.startswith("raw/") and c.replace("raw/", "loss/", 1) not in log]
+    rows += [_row(log, c, f"{term_meaning(c.removeprefix('raw/'))} (weight 0)", None, None) for c in raw]
+    for area, whose in (("coord_diag", ""), ("coord_diag_a1", "first forward: ")):
+        for name, meaning in MEANINGS.items():
+            column = f"{area}/{name}"
+            if column in log.columns:
+                floor = 0.0 if name in ZERO_FLOOR_DIAGNOSTICS else None
+                rows.append(_row(log, column, whose + meaning, floor, None))
+    return table(HEADER, rows, "llrrrrr")
+
+
+def term_meaning(term: str) -> str:
+    """What a term of the objective is, in the words of its weight in the parameters."""
+    meanings = {spec.key.split(".")[-1]: spec.description for spec in field_specs(Params)}
+    return "sum of all terms" if term == "total" else meanings.get(f"{term}_weight", "")
+
+
+def loss_floor(term: str, params: Params, stage: str) -> float | None:
+    """What a weighted term cannot go below; None where that is not known."""
+    if term == "softce":
+        weights = params if stage == "stage2" else params.stage1
+        return weights.softce_weight * target_entropy_nats(params.target, params.sigma, params.truncate)
+    return None if term in NO_FLOOR or term.startswith("a1_") else 0.0
+
+
+def _row(log: pd.DataFrame, column: str, meaning: str, floor: float | None, total: float | None) -> list[str]:
+    found = ends(log, column)
+    assert found is not None, f"{column} has no values"
+    first, last = found
+    shown_floor = MISSING if floor is None else significant(floor)
+    share = percent(last / total) if total else ""
+    change = change_above_floor(first, last, floor or 0.0)
+    return [f"`{column}`", meaning, significant(first), significant(last), shown_floor, change, share]
+
+
+def change_above_floor(first: float, last: float, floor: float) -> str:
+    """Relative change of the part above the floor, "flat" below 2 %; n/a for a quantity that starts at or below it."""
+    if first <= floor:
+        return MISSING
+    change = (last - floor) / (first - floor) - 1
+    return "flat" if abs(change) < _FLAT else f"{100 * change:+.0f} %"
+
+
+def training_sentence(log: pd.DataFrame, params: Params) -> str:
+    """The two numbers that matter: softCE against its floor, and the error in bins; empty if neither was logged."""
+    entropy = target_entropy_nats(params.target, params.sigma, params.truncate)
+    parts = []
+    softce, kl = ends(log, "raw/softce"), ends(log, "coord_diag/softce_kl")
+    if softce is not None and kl is not None:
+        parts.append(
+            f"unweighted softCE went from {softce[0]:.3f} to {softce[1]:.3f} nats against a floor of {entropy:.3f}; "
+            f"the KL above the floor went from {kl[0]:.3f} to {kl[1]:.3f}"
+        )
+    if (mae := ends(log, "coord_diag/expected_bin_mae")) is not None:
+        parts.append(f"the mean error of the expected coordinate went from {mae[0]:.1f} to {mae[1]:.1f} bins")
+    return (". ".join(part[0].upper() + part[1:] for part in parts) + ".") if parts else ""
+
+
+def w1_fraction(log: pd.DataFrame) -> float | None:
+    """W1's part of softCE + W1 in the last tenth of a run; None where one is not trained, or both are 0."""
+    softce, w1 = ends(log, "loss/softce"), ends(log, "loss/w1")
+    if softce is None or w1 is None or not softce[1] + w1[1]:
+        return None
+    return w1[1] / (softce[1] + w1[1])
+
+
+def w1_sentence(log: pd.DataFrame) -> str:
+    """W1's part of the coordinate losses at the end; empty if there is none."""
+    fraction = w1_fraction(log)
+    return "" if fraction is None else f"W1 is {percent(fraction)} of softCE + W1 at the end."
+
+
+def counters_table(log: pd.DataFrame) -> str:
+    """What channel B met: counters (`*_total`) summed over its steps, anything else it logged as its ends."""
+    own = {"lr", "grad_norm", "tokens", "samples", "channel"}
+    areas = ("loss/", "raw/", "coord_diag/", "coord_diag_a1/", "grad/", "time/")
+    rows = []
+    for name in sorted(name for name in log.columns if name not in own and not name.startswith(areas)):
+        if name.endswith("_total"):
+            rows.append([f"`{name}`", f"{logged(log, name).sum():.0f}", "sum over steps"])
+        elif (found := ends(log, name)) is not None:
+            rows.append([f"`{name}`", f"{significant(found[0])} to {significant(found[1])}", "first to last tenth"])
+    return table(["logged by channel B", "value", "how"], rows, "lrl")
+
+
+def target_entropy_nats(kind: str, sigma: float, truncate: int) -> float:
+    """Entropy of the soft target away from the borders, in nats: the floor of softCE, reached only when p = q.
+
+    A two-bin target has no one entropy; its mean over targets that lie anywhere between two bins is exactly 1/2.
+    """
+    distance = np.abs(np.arange(-truncate, truncate + 1))
+    match kind:
+        case "gaussian":
+            return entropy_nats(np.exp(-0.5 * (distance / sigma) ** 2))
+        case "triangular":
+            return entropy_nats(truncate + 1.0 - distance)
+        case "two_bin":
+            return 0.5
+    raise DataError(f"target: found {kind!r}, expected gaussian, triangular or two_bin.")
+
+
+def entropy_nats(weights: Floats | Sequence[float]) -> float:
+    """Entropy of positive weights after normalisation."""
+    q = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    return float(-(q * np.log(q)).sum())
