@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def test_ambiguous_lists_are_refused(categories):
         CategoryIndex(categories)
 
 
-SEMANTIC = replace(FAST, mapping="semantic", semantic_floor=0.5, semantic_margin=0.05)
+SEMANTIC = FAST.model_copy(update={"mapping": "semantic", "semantic_floor": 0.5, "semantic_margin": 0.05})
 INDEX = CategoryIndex(ANIMALS)
 
 
@@ -94,7 +93,7 @@ def test_one_category_has_no_runner_up():
 
 
 def test_exact_mapping_takes_no_other_spelling():
-    settings = replace(FAST, mapping="exact")
+    settings = FAST.model_copy(update={"mapping": "exact"})
     assert map_descriptions(["cat", "Cat"], INDEX, settings) == {"cat": (0, "exact"), "Cat": (NO_CATEGORY, "unmapped")}
 
 
