@@ -66,7 +66,7 @@ class Monitor:
         self._decode = decode_settings(run.params, codec, allowed_names(run.params, run.paths))
         self._reader = make_reader(self._checkpoint, codec, make_readout(run.params), identity={})
         self._settings = replace(eval_settings(run.params), bootstrap_resamples=RESAMPLES)
-        self._image_root, self._batch_images = run.paths.raw, run.profile.eval.batch_images
+        self._image_root, self._batch_images = run.paths.raw, run.profile.rollout.batch_images
 
     def look(self, state_folder: Path) -> Look | None:
         """Judge the state that lies there now; None if there is none."""

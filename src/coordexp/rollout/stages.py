@@ -251,7 +251,7 @@ def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) ->
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], settings, codec, readout)
     reader = make_reader(form, codec, readout, identity)
-    batch_images = run.profile.eval.batch_images
+    batch_images = run.profile.rollout.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, settings

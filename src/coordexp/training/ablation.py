@@ -252,7 +252,7 @@ def teacher_forced(run: RunConfig, checkpoint: Path, images: int) -> dict[str, f
     )
     model = loaded.model.eval()
     total: CoordDiagnostics | None = None
-    size = run.profile.eval.batch_images
+    size = run.profile.rollout.batch_images
     count = min(images or len(store), len(store))
     for first in range(0, count, size):
         batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))]).to(model.device)
