@@ -223,7 +223,7 @@ class RolloutConfig(Block):
     )
     tries: PositiveCount = Field(description="vllm: attempts at one request before its server is left out")
     images: PositiveCount = Field(description="training images that get a rollout")
-    batch_images: PositiveCount = Field(description="images generated together")
+    batch_images: PositiveCount = Field(description="hf: images generated together, here and in evaluation")
 
 
 class Stage2Config(OptimConfig):
@@ -244,7 +244,6 @@ class EvalConfig(Block):
     """Size of the evaluation."""
 
     images: Count = Field(description="val images that are evaluated; 0 is all")
-    batch_images: PositiveCount = Field(description="images decoded together")
 
 
 class ReportConfig(Block):

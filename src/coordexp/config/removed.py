@@ -29,6 +29,7 @@ REMOVED = {
     "stage2_ab.schedule": "Use stage2.b_ratio.",
     "stage2_ab.channel_b": "Use stage2.passes and stage2.missed.",
     "stage2_ab.coord_ce_weight": "Use coord_ce_weight at the top level.",
+    "eval.batch_images": "Use rollout.batch_images, which holds for evaluation too, as rollout.engine does.",
     **{key: f"Use {key.removesuffix('share')}fraction, of the same meaning." for key in _SHARES},
 }
 

@@ -10,7 +10,7 @@ object of that kind, no prediction) is None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,12 +122,9 @@ def evaluate(
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated)
         samples |= _resample_lvis(everything, federated, weights_BI)
-    intervals = {
-        key: interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
-        for key in (*view("intervals", params), *(view("lvis intervals", params) if federated else ()))
-    }
+    keys = (*view("intervals", params), *(view("lvis intervals", params) if federated else ()))
     return Evaluation(
-        metrics=metrics | {"interval": intervals},
+        metrics=metrics | {"interval": {key: _interval(metrics, samples, key) for key in keys}},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
         pr_curve=_pr_curve(coco),
         details=_details(everything, coco, duplicates, params) | {"scores": scores},
@@ -136,6 +133,10 @@ def evaluate(
         params=params,
         seed=seed,
     )
+
+
+def _interval(metrics: Areas, samples: Mapping[str, Floats], key: str) -> Any:
+    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
 
 
 def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:

@@ -223,7 +223,7 @@ def _decode_into(out: Path, run: RunConfig, folder: Path, store: SampleStore) ->
     samples = [store[i] for i in range(count)]
     identity = decode_identity(folder, samples[0], request)
     reader = make_reader(form, request.params, identity)
-    batch_images = run.profile.eval.batch_images
+    batch_images = run.profile.rollout.batch_images
     started = time.monotonic()
     generations, checkpoint, generate_seconds = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, request
