@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from coordexp.config.loading import load_params, read_yaml
+from coordexp.config.loading import load_params
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.study import METRICS, PRIMARY, TRAINED, Claim, Study
 from coordexp.errors import DataError
@@ -25,6 +25,7 @@ from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
 from coordexp.evaluation.parse import faults_of
 from coordexp.evaluation.registry import view
+from coordexp.experiments.dependencies import Present
 from coordexp.experiments.plan import Plan, plan_study
 from coordexp.experiments.report import PANELS, write_report
 from coordexp.experiments.runs import Repository
@@ -61,28 +62,27 @@ def run_study(repository: Repository, study: Study, name: str) -> dict[str, Any]
     """
     root = repository.root
     plan = plan_study(study, root)
-    about = {"name": name, "title": study.title, "commit": repository.commit()}
-    for arm in study.arms:  # before anything is trained: what would stop the comparison afterwards
-        repository.present(_profile(root), list(_wanted(plan, arm, _profile(root)).values()))
+    about = {"name": name, "title": study.title, "commit": repository.commit(), "profile": plan.profile}
+    # Before anything is trained: what would stop the comparison afterwards.
+    reads = {arm: tuple(_wanted(plan, arm).values()) for arm in study.arms}
+    presents = {read: repository.present(plan.profile, read) for read in set(reads.values())}
     for folder in (root / "runs" / "ab" / name, root / "reports" / "ab"):
         _make_folder(folder)
     runs: dict[str, list[Run]] = {arm: [] for arm in study.arms}
     numbers: dict[str, Any] = {}
     for seed in range(study.seeds):
         for arm in study.arms:
-            runs[arm].append(run_arm(repository, plan, arm, seed, name))
-        numbers = about | {"profile": _profile(root), "seed_keys": list(plan.seed_keys)} | judge(study, runs)
+            runs[arm].append(run_arm(repository, plan, arm, seed, name, presents[reads[arm]]))
+        numbers = about | {"seed_keys": list(plan.seed_keys)} | judge(study, runs)
         write_json(root / "reports" / "ab" / f"{name}.json", numbers)
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
         write_report(numbers, logs, root / "reports" / "ab")
     return numbers
 
 
-def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str) -> Run:
+def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str, present: Present) -> Run:
     """One arm with one seed, run and fetched if it is not there yet, and evaluated."""
-    profile, slug = _profile(repository.root), plan.slug(arm, seed)
-    wanted = _wanted(plan, arm, profile)
-    present = repository.present(profile, list(wanted.values()))
+    slug, wanted = plan.slug(arm, seed), _wanted(plan, arm)
     experiment = repository.experiment(f"ab-{name}-{slug}", slug, plan.overrides(arm, seed), present)
     folder = repository.root / "runs" / "ab" / name / slug
     if not _is_fetched(folder, experiment.revision, wanted):
@@ -94,14 +94,14 @@ def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str) 
     return Run(
         experiment=experiment.name,
         evaluations={
-            name: evaluate(
-                list(read_results(folder / "eval" / name / "gt_vs_pred.jsonl")),
+            of: evaluate(
+                list(read_results(folder / "eval" / of / "gt_vs_pred.jsonl")),
                 categories,
                 params.eval,
                 params.matching,
                 params.seed,
             )
-            for name in _checkpoints(plan.study, arm)
+            for of in _checkpoints(plan.study, arm)
         },
         log=read_log(folder / checkpoint / LOG),
         seconds=sum(cost["wall_seconds"] for cost in costs),
@@ -198,19 +198,15 @@ def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
     return row | {column: None if found is None else found[1] for column, found in tenths.items()}
 
 
-def _profile(root: Path) -> str:
-    return str(read_yaml(root / "params.yaml")["profile"])
-
-
 def _checkpoints(study: Study, arm: str) -> list[str]:
     """The checkpoints of an arm's runs that the study evaluates."""
     baselines = [study.arms[arm].baseline, *(claim.baseline for claim in study.claims.values() if claim.arm == arm)]
     return [name for name in TRAINED if name in (study.arms[arm].checkpoint, *baselines)]
 
 
-def _wanted(plan: Plan, arm: str, profile: str) -> dict[str, str]:
+def _wanted(plan: Plan, arm: str) -> dict[str, str]:
     """What the comparison reads of a run: name in its folder -> output of the graph. Nothing else is read later."""
-    paths, checkpoint = ProfilePaths(profile), plan.study.arms[arm].checkpoint
+    paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
     wanted = {f"eval/{name}": paths.evaluation(name) for name in _checkpoints(plan.study, arm)}
     wanted |= {"categories.json": paths.records / "categories.json", f"{checkpoint}/{LOG}": paths.run(checkpoint) / LOG}
     wanted |= {f"{stage}/{METADATA}": paths.run(stage) / METADATA for stage in plan.trained(checkpoint)}

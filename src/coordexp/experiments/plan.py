@@ -32,6 +32,7 @@ class Plan:
     """Arms with their values, and the parameters that tell repetitions of one arm apart."""
 
     study: Study
+    profile: str
     settings: Mapping[str, Settings]  # by arm
     seed_keys: tuple[str, ...]  # of params.yaml; empty where nothing is trained again
 
@@ -97,7 +98,7 @@ def plan_study(study: Study, root: Path) -> Plan:
     seed_keys = ("stage1.seed", "stage2.seed") if both else ("stage2.seed",) if trained else ()
     if clash := set(seed_keys) & keys:
         raise ConfigError(f"-S {min(clash)}: repetitions set this key themselves; use --seeds.")
-    return Plan(study, settings, seed_keys)
+    return Plan(study, profile, settings, seed_keys)
 
 
 def _choice(assignment: str) -> tuple[str, list[str]]:
