@@ -16,7 +16,8 @@ import numpy as np
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
-from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, weight_files, write_json
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.provenance import fingerprint, resume_folder, weight_files, write_json
 from coordexp.matching.settings import MatchSettings
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -27,7 +28,7 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, Readout, coord_positions
 from coordexp.rollout.engine import DecodeSettings, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.opening import DECODE_LAYERS, generate_answers
+from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.grammar import Constraints
@@ -234,7 +235,7 @@ def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
         "engine": run.profile.rollout.engine,
         "names": allowed_names(run.params, run.paths),
         "seed": run.params.seed,
-        "code": code_hash(DECODE_LAYERS),
+        "code": code_hash(__name__),
     }
     inputs = [*weight_files(folder), run.paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))
