@@ -27,6 +27,7 @@ from coordexp.errors import (
     TrainingError,
 )
 from coordexp.infra.threads import set_threads
+from coordexp.inputs import refuse_stale
 
 LOG = logging.getLogger("coordexp")
 
@@ -114,9 +115,12 @@ def _context(run: Callable[[RunConfig], None], argv: Sequence[str] | None) -> Ru
     params = load_params(args.params)
     params = params.model_copy(update={"profile": args.profile or params.profile})
     profile = load_profile(args.params.parent / "configs" / f"{params.profile}.yaml")
+    context = RunConfig(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out))
+    if code := getattr(run, "__code__", None):  # each stage has its name from the file of its entry
+        refuse_stale(context, args.params.parent, Path(code.co_filename).stem.replace("_", "-"))
     tune_allocator(LOG)
     set_threads(profile.launch.threads, LOG)
-    return RunConfig(params=params, profile=profile, paths=ProfilePaths(params.profile, args.out))
+    return context
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from coordexp.config.loading import read_yaml
 from coordexp.errors import ConfigError
 from coordexp.experiments.grid import BASELINE, Arm, Grid, plan_grid
 
 
 @pytest.fixture(scope="module")
 def plan(repository: Path):
-    stages = read_yaml(repository / "dvc.yaml")["stages"]
-
     def plan(*assignments: str) -> Grid:
-        return plan_grid(assignments, stages, repository / "params.yaml")
+        return plan_grid(assignments, repository)
 
     return plan
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from coordexp.config.loading import load_params, read_yaml
+from coordexp.config.loading import load_params
 from coordexp.config.paths import ProfilePaths
 from coordexp.errors import ConfigError, DataError
 from coordexp.evaluation.effect import LEVEL, Verdict, effect
@@ -55,7 +55,7 @@ def run_ab(repository: Repository, assignments: Sequence[str], seeds: int, name:
     """
     root = repository.root
     params = load_params(root / "params.yaml")
-    grid = plan_grid(assignments, read_yaml(root / "dvc.yaml")["stages"], root / "params.yaml")
+    grid = plan_grid(assignments, root)
     if not grid.trained and seeds > 1:
         raise ConfigError(f"--seeds {seeds}: no stage trains again for {', '.join(assignments)}; use --seeds 1.")
     commit = repository.commit()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from coordexp.config.loading import parse_profile, read_yaml
-from coordexp.config.presets import changed_tree, with_changes
 from coordexp.errors import ConfigError
-from coordexp.experiments.dependencies import values_by_file
-from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
+from coordexp.experiments.dependencies import ParameterFiles
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 
 BASELINE = "as in params.yaml"
 _BEFORE_STAGE_2 = ("raw", "convert", "norm1000", "pack", "stage1")
@@ -57,7 +54,7 @@ class Grid:
         return [*(f"{key}={value}" for key, value in arm.settings), *(f"{key}={seed}" for key in self.seed_keys)]
 
 
-def plan_grid(assignments: Sequence[str], stages: Mapping[str, Mapping[str, Any]], params_path: Path) -> Grid:
+def plan_grid(assignments: Sequence[str], root: Path) -> Grid:
     """All combinations of `key=value,value`; a single one is compared with the parameters as they are.
 
     Repetitions vary `stage2.seed`, and `stage1.seed` too if a key reaches stage 1 or the data: so an experiment on
@@ -65,8 +62,7 @@ def plan_grid(assignments: Sequence[str], stages: Mapping[str, Mapping[str, Any]
 
     Args:
         assignments: as `dvc exp run -S` takes them, `configs/<profile>.yaml:stage2.steps=50,100` included.
-        stages: `stages` of dvc.yaml.
-        params_path: params.yaml, which the values are checked against.
+        root: the repository, whose parameters the values are checked against.
 
     Raises:
         ConfigError: an assignment without value, an unknown key, a value out of range, or two arms alike.
@@ -76,11 +72,12 @@ def plan_grid(assignments: Sequence[str], stages: Mapping[str, Mapping[str, Any]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"-S {repeated[0]}: given twice; list its values in one, {repeated[0]}=A,B.")
     arms = [Arm(tuple(zip(keys, values, strict=True))) for values in product(*(values for _, values in choices))]
-    for arm in arms:
-        _check(arm, params_path)
+    files = ParameterFiles.of(root)
+    for arm in arms:  # as the stages will, so that a wrong value stops before the first arm is trained
+        files.under(arm.settings, arm.name)
     if len(arms) == 1:
         arms.insert(0, Arm())
-    touched = {name for key in keys for name, stage in stages.items() if _tracks(stage, key)}
+    touched = {stage.stage for stage in declarations(root) for key in keys if stage.reads(*_place(key))}
     trained = [name for name in _TRAINING if name in touched]
     if not trained:
         return Grid(tuple(arms), (), "")
@@ -101,22 +98,7 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
     return key.strip(), listed
 
 
-def _check(arm: Arm, params_path: Path) -> None:
-    """Read the values as the stages will, so that a wrong one stops before the first arm is trained."""
-    changes = values_by_file(arm.settings)
-    params = with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE, {}), f"{params_path} with {arm.name}")
-    if "profile" in dict(arm.settings):
-        raise ConfigError("-S profile: an A/B test compares within one profile; choose it in params.yaml and commit.")
-    profile = PROFILE_FILE.replace("${profile}", params.profile)
-    for file, values in changes.items():
-        if file != profile:
-            raise ConfigError(
-                f"-S {file}:...: the stages read {PARAMS_FILE} and {profile}; other files change nothing."
-            )
-        path = params_path.parent / file
-        parse_profile(path, changed_tree(read_yaml(path), values, f"{path} with {arm.name}"))
-
-
-def _tracks(stage: Mapping[str, Any], key: str) -> bool:
-    file, colon, name = key.rpartition(":")
-    return tracks(stage, PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE, name)
+def _place(target: str) -> tuple[str, str]:
+    """The file, as stages name it, and the key of what `-S` sets."""
+    file, colon, key = target.rpartition(":")
+    return (PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE), key

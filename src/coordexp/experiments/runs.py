@@ -7,6 +7,7 @@ same arm and seed is not made again, whatever commit it started from, as long as
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -137,7 +138,11 @@ class Repository:
         """What an experiment ran with."""
         shown = self._run("git", "show", f"{revision}:./dvc.lock")
         lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
-        return Past(lock.get("stages", {}), self._ids(revision, present.given))
+        told = {
+            stage: self._run("git", "show", f"{revision}:./{path}") for stage, path in present.input_files().items()
+        }
+        inputs = {stage: json.loads(shown.stdout) for stage, shown in told.items() if shown.returncode == 0}
+        return Past(lock.get("stages", {}), self._ids(revision, present.given), inputs)
 
     def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:
         """Path -> id of the content, for those paths that git holds at a revision."""
