@@ -20,8 +20,10 @@ from coordexp.config.block import Block, expectation, field_specs, named_blocks,
 from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, DatasetsProfile, Profile
 from coordexp.config.removed import REMOVED
-from coordexp.config.schema import COORD_TERMS, Params
+from coordexp.config.schema import CoordSupervision, Params
 from coordexp.errors import ConfigError
+
+COORD_KEYS = tuple(CoordSupervision.model_fields)
 
 ROOT = Path(__file__).parents[2]
 FILES: dict[type[Block], tuple[Path, Callable[[Path], Block]]] = {
@@ -191,11 +193,11 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
 @pytest.mark.parametrize(
     ("block", "changes", "message"),
     [
-        (Params, dict.fromkeys(COORD_TERMS, 0), f"{', '.join(COORD_TERMS)} are all 0"),
+        (Params, dict.fromkeys(COORD_KEYS, 0), f"{', '.join(COORD_KEYS)} are all 0"),
         (
             Params,
-            {f"stage1.{term}": 0 for term in COORD_TERMS},
-            f"{', '.join(f'stage1.{t}' for t in COORD_TERMS)} are all 0",
+            {f"stage1.{term}": 0 for term in COORD_KEYS},
+            f"{', '.join(f'stage1.{t}' for t in COORD_KEYS)} are all 0",
         ),
         (
             Params,
@@ -273,8 +275,8 @@ def test_rules_over_values(tmp_path: Path, block: type[Block], changes: dict[str
 
 def test_one_coordinate_term_is_enough(tmp_path: Path) -> None:
     tree = read_yaml(FILES[Params][0])
-    for term in COORD_TERMS:
-        zeroed = tree | dict.fromkeys(COORD_TERMS, 0) | {term: 0.5}
+    for term in COORD_KEYS:
+        zeroed = tree | dict.fromkeys(COORD_KEYS, 0) | {term: 0.5}
         assert getattr(load_params(written(tmp_path / "params.yaml", zeroed)), term) == 0.5
 
 

@@ -16,7 +16,7 @@ from coordexp.losses.coord_decode import (
     straight_through,
     top_k_expectation,
 )
-from coordexp.losses.soft_targets import gaussian_target
+from coordexp.losses.coord_terms import gaussian_target
 
 BINS = torch.arange(1000, dtype=torch.float64)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordexp.packing.positions import segment_positions
+from coordexp.packing.collator import segment_positions
 from helpers import new_checkpoint
 
 

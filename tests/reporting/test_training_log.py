@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coordexp.errors import DataError
-from coordexp.losses.soft_targets import SoftTarget, target_entropy
+from coordexp.losses.coord_terms import soft_target, target_entropy
 from coordexp.reporting.training_log import entropy_nats, read_training_log, smoothed, target_entropy_nats
 
 
@@ -25,12 +25,12 @@ class TestFloor:
     @pytest.mark.parametrize("kind", ["gaussian", "triangular"])
     @pytest.mark.parametrize(("sigma", "truncate"), [(2.0, 8), (1.5, 8), (0.5, 4), (6.0, 3)])
     def test_equals_the_entropy_of_the_training_target(self, kind: str, sigma: float, truncate: int) -> None:
-        q = SoftTarget(kind, sigma, truncate).distribution(torch.tensor([500.0]), dtype=torch.float64)
+        q = soft_target(torch.tensor([500.0]), kind, sigma, truncate, torch.float64)
         assert target_entropy_nats(kind, sigma, truncate) == pytest.approx(float(target_entropy(q)), abs=1e-12)
 
     def test_of_two_bins_is_the_mean_over_all_fractions(self) -> None:
         targets = 500 + (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-        q = SoftTarget("two_bin").distribution(targets, dtype=torch.float64)
+        q = soft_target(targets, "two_bin", 2.0, 8, torch.float64)
         assert target_entropy_nats("two_bin", 2.0, 8) == pytest.approx(float(target_entropy(q).mean()), abs=1e-4)
 
     def test_published_values(self) -> None:

@@ -16,19 +16,22 @@ from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
-COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
-
 SeedOffset = Annotated[int, Field(ge=0, le=999)]
 SEED_STRIDE = 1000  # apart from the small offsets by which stages tell their random choices apart
 
 
-class CoordWeights(Block):
-    """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
+class CoordSupervision(Block):
+    """Weights of the terms that train coordinate tokens, which the text loss leaves out: one must be above 0."""
 
     softce_weight: Weight = Field(description="cross-entropy against the soft target over the 1000 bins")
     w1_weight: Weight = Field(description="Wasserstein-1 distance of predicted and target bins, in [0, 1] units")
     gate_weight: Weight = Field(description="-log P(any coordinate token) at coordinate slots")
     coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
+
+
+class CoordWeights(CoordSupervision):
+    """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
+
     text_gate_weight: Weight = Field(description="-log P(no coordinate token) at text slots")
 
 
@@ -221,10 +224,11 @@ class Params(CoordWeights):
     def _coordinates_are_supervised(self) -> Params:
         if self.text.codec == "digits":  # plain numbers are text, and trained as text
             return self
+        keys = CoordSupervision.model_fields
         for weights, prefix in ((self, ""), (self.stage1, "stage1.")):
-            if not any(getattr(weights, term) for term in COORD_TERMS):
+            if not any(getattr(weights, key) for key in keys):
                 raise ValueError(
-                    f"{', '.join(prefix + term for term in COORD_TERMS)} are all 0, so nothing would train the "
+                    f"{', '.join(prefix + key for key in keys)} are all 0, so nothing would train the "
                     "coordinate tokens; set at least one above 0."
                 )
         return self

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from coordexp.geometry.bins import MAX_BIN, NUM_BINS
-from coordexp.losses.partition import at_least_float32, scale
+from coordexp.losses.terms import at_least_float32
 
 LOCAL_RADIUS_BINS = 8
 TOP_K_BINS = 16
@@ -82,7 +82,8 @@ DECODE_RULES: MappingProxyType[str, Callable[..., Tensor]] = MappingProxyType(
 
 
 def _scaled(logits_K: Tensor, temperature: float) -> Tensor:
-    return scale(at_least_float32(logits_K), temperature)
+    assert temperature > 0, f"temperature {temperature}: expected > 0"
+    return at_least_float32(logits_K) / temperature
 
 
 def _mean_coordinate(scaled_logits_K: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from coordexp.drawing.boxes import draw_detections, readable_scale
 from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN, WRONG_NAME_SIGN, side_by_side
 from coordexp.errors import DataError
 from coordexp.infra.files import write_bytes
-from coordexp.records.images import read_rgb
-from coordexp.records.manifest import image_path
+from coordexp.records.images import image_path, read_rgb
 from coordexp.reporting.outcomes import Fate, Outcomes
 
 Row = dict[str, Any]

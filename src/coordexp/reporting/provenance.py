@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.schema import CoordWeights, Params
 from coordexp.reporting.inputs import TRAINED, Json
 from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
 from coordexp.reporting.tables import required
 
-SHARED_WEIGHTS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight")
-STAGE2_WEIGHTS = (
-    *("entropy_weight", "bbox_smoothl1_weight", "bbox_ciou_weight", "bbox_giou_weight", "bbox_l1_weight"),
-    "bbox_log_wh_weight",
-)
+SHARED_WEIGHTS = tuple(CoordWeights.model_fields)
+STAGE2_WEIGHTS = tuple(key for key in Params.model_fields if key.endswith("_weight") and key not in SHARED_WEIGHTS)
 
 
 def what_ran(

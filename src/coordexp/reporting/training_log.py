@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.schema import Params
 from coordexp.errors import DataError
 from coordexp.evaluation.table import Bools, Floats, Ints
 
 END_SHARE = 0.1  # "first" and "last" are means over this share of the rows
-# The order of the objective; terms outside it follow by name.
-TERMS = ("total", "text_ce", "softce", "w1", "gate", "coord_ce", "text_gate", "entropy", "bbox_smoothl1", "bbox_ciou")
+# The order of their weights in the parameters; terms outside it follow by name.
+TERMS = ("total", "text_ce", *(key.removesuffix("_weight") for key in Params.model_fields if key.endswith("_weight")))
 
 
 @dataclass(frozen=True, slots=True)

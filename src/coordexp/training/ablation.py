@@ -25,28 +25,22 @@ from coordexp.config.profile import OptimConfig, Profile
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.infra.provenance import fingerprint, write_json
-from coordexp.losses.diagnostics import CoordDiagnostics
-from coordexp.losses.partition import CoordSlots
+from coordexp.losses.coord_terms import CoordDiagnostics, slot_diagnostics
 from coordexp.models.expand import add_coordinate_tokens
-from coordexp.models.forward import hidden_states, slot_logits
+from coordexp.models.forward import hidden_states
 from coordexp.models.loading import load_checkpoint, load_for_inference, load_format, save_checkpoint
 from coordexp.models.pins import pinned_folder
 from coordexp.packing.collator import teacher_segment
-from coordexp.packing.samples import SampleStore
+from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import decode_split, run_rollouts
-from coordexp.training.builders import (
-    make_collator,
-    make_encoder,
-    stage1_objective,
-)
+from coordexp.training.builders import first_coord_id, make_collator, make_encoder
 from coordexp.training.channel_b_builders import channel_b_settings, match_schedule
-from coordexp.training.objective_step import diagnose
 from coordexp.training.rollout_pool import RolloutPool
-from coordexp.training.sample_source import SampleSource
 from coordexp.training.stage1 import SHARED_KEYS, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import plan_segments, plan_steps
+from coordexp.training.step import Criterion, term_sums
 
 log = logging.getLogger(__name__)
 
@@ -246,18 +240,15 @@ def teacher_forced(run: RunConfig, checkpoint: Path, images: int) -> dict[str, f
     """Coordinate diagnostics on val (its first images, 0 for all) under the annotated context."""
     loaded = load_for_inference(checkpoint)
     store = SampleStore(run.paths.norm1000 / "val.parquet")
-    collator, objective = (
-        make_collator(loaded, run.paths.raw, run.profile.packing.pack_tokens),
-        stage1_objective(run.params, loaded, 1),
-    )
+    collator = make_collator(loaded, run.paths.raw, run.profile.packing.pack_tokens)
+    criterion = Criterion.stage1(run.params, first_coord_id(loaded), 1)
     model = loaded.model.eval()
     total: CoordDiagnostics | None = None
     size = run.profile.eval.batch_images
     count = min(images or len(store), len(store))
     for first in range(0, count, size):
         batch = collator([teacher_segment(store[i]) for i in range(first, min(first + size, count))]).to(model.device)
-        logits_NV = slot_logits(model, hidden_states(model, batch), batch.coord_slots).float()
-        coord = CoordSlots.of(logits_NV, objective.first_coord_id, objective.temperature)
-        found = diagnose(objective, batch, coord)
+        hidden = hidden_states(model, batch)
+        found = slot_diagnostics(term_sums(model, criterion, batch, hidden, hidden)[1])
         total = found if total is None else total + found
     return total.summary() if total is not None else {}

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from coordexp.errors import CheckpointError
 from coordexp.infra.files import replacing
-from coordexp.training.distributed import world
-from coordexp.training.sharding import is_sharded, own_rows, whole_weights
+from coordexp.training.distributed import is_sharded, world
+from coordexp.training.sharding import own_rows, whole_weights
 
 STATE_NAME = "state.pt"
 

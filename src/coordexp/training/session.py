@@ -18,10 +18,10 @@ from coordexp.infra.files import only_process, replace_folder, write_text
 from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
-from coordexp.training.distributed import world
+from coordexp.training.distributed import is_sharded, world
 from coordexp.training.loop import LoopSettings, Task, Watch, train
 from coordexp.training.schedule import cosine_schedule
-from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
+from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 60.0

@@ -1,0 +1,113 @@
+"""How much code one thing reaches: a training step at most so many files and classes, a new loss term three files.
+
+pytest tests/invariants/test_reach.py -s      # prints what a step enters
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from coordexp.training.loop import LoopSettings, MicroBatch, train
+from coordexp.training.stage1 import TeacherTask
+from coordexp.training.step import Criterion
+from helpers import World, build_world, default_params, new_checkpoint
+from source_tree import PACKAGE
+
+MOST_FILES, MOST_CLASSES = 17, 20
+
+
+class Trace:
+    """Files of the package that were entered, and its classes of which a method ran or an instance was made."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.classes: set[str] = set()
+
+    def start(self) -> None:
+        """Watch this thread and those that it starts; the functions that are on the stack were entered, too."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            self._enter(frame, "call", None)
+            frame = frame.f_back
+        threading.setprofile(self._enter)
+        sys.setprofile(self._enter)
+
+    @staticmethod
+    def stop() -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _enter(self, frame: FrameType, event: str, _: Any) -> None:
+        if event != "call":
+            return
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE):
+            self.files.add(file.relative_to(PACKAGE).as_posix())
+        owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+        for kind in (owner if isinstance(owner, type) else type(owner)).__mro__:
+            # A generated __init__ has no file; a method may belong to any base.
+            is_entered = frame.f_code.co_qualname.startswith((f"{kind.__name__}.", "__create_fn__"))
+            if is_entered and kind.__module__.startswith("coordexp."):
+                self.classes.add(kind.__qualname__)
+                return
+
+
+class FirstStep(TeacherTask):
+    """Starts the trace where the loop asks for the batches of the first step: collation is part of it."""
+
+    trace: Trace
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        if step == 0:
+            self.trace.start()
+        yield from super().micro_batches(step)
+
+
+def traced_step(world: World, folder: Path) -> Trace:
+    """What one step of stage 1 enters, from taking the batch to the optimizer's update."""
+    checkpoint, params = new_checkpoint(), default_params()
+    assert checkpoint.coord is not None
+    criterion = Criterion.stage1(params, checkpoint.coord.first_id, 1)
+    task = FirstStep(
+        checkpoint.model, criterion, world.source(checkpoint), world.collator(checkpoint), [[[0, 1, 2], [3, 4, 5]]]
+    )
+    task.trace = trace = Trace()
+    settings = LoopSettings(
+        steps=1,
+        schedule=lambda _: 1.0,
+        lr=1e-3,
+        optimizer="muon",
+        weight_decay=0.0,
+        row_lr_factor=1.0,
+        max_grad_norm=1.0,
+        precision="bf16",
+        log_every=1,
+        save_every_seconds=1e9,
+    )
+
+    def stop(optimizer: Optimizer, *_: object) -> None:
+        if optimizer.param_groups and type(optimizer).__module__.startswith("coordexp."):
+            trace.stop()
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        train(checkpoint.model, task, settings, folder / "state", folder / "log.jsonl")
+    finally:
+        trace.stop()
+        hook.remove()
+    return trace
+
+
+def test_a_step_of_stage_1_is_short(tmp_path: Path) -> None:
+    trace = traced_step(build_world(tmp_path), tmp_path)
+    files, classes = sorted(trace.files), sorted(trace.classes - {FirstStep.__name__})
+    print(f"\n{len(files)} files: {' '.join(files)}\n{len(classes)} classes: {' '.join(classes)}")
+    assert len(files) <= MOST_FILES, files
+    assert len(classes) <= MOST_CLASSES, classes
