@@ -5,6 +5,11 @@ pytest tests/invariants/test_reach.py -s      # prints what a step enters
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,13 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from coordexp.training.loop import LoopSettings, MicroBatch, train
 from coordexp.training.stage1 import TeacherTask
 from coordexp.training.step import Criterion
 from helpers import World, build_world, default_params, new_checkpoint
-from source_tree import PACKAGE
+from source_tree import PACKAGE, ROOT
 
 MOST_FILES, MOST_CLASSES = 17, 20
 
@@ -111,3 +117,57 @@ def test_a_step_of_stage_1_is_short(tmp_path: Path) -> None:
     print(f"\n{len(files)} files: {' '.join(files)}\n{len(classes)} classes: {' '.join(classes)}")
     assert len(files) <= MOST_FILES, files
     assert len(classes) <= MOST_CLASSES, classes
+
+
+# What a person edits to add a term, as pattern and replacement: its function with its declaration, its key, its values.
+NEW_TERM = {
+    "src/coordexp/losses/coord_terms.py": (
+        r"\n(?=def gaussian_target\()",
+        """
+@term("overshoot", "coord")
+def overshoot(p_NK: Tensor, label_N: Tensor) -> Tensor:
+    return (p_NK * (torch.arange(NUM_BINS, device=p_NK.device) > label_N[:, None])).sum(-1)
+
+""",
+    ),
+    "src/coordexp/config/schema.py": (
+        r"\n\n(?=\nclass CoordWeights)",
+        '\n    overshoot_weight: Weight = Field(description="probability above the target")\n\n',
+    ),
+    "params.yaml": (r"(?m)^( *)(coord_ce_weight: .*)$", r"\1\2\n\1overshoot_weight: 0.25"),
+}
+TRAIN = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = ["src", "tests"]
+import helpers
+from test_reach import traced_step
+folder = Path(sys.argv[1])
+traced_step(helpers.build_world(folder), folder)
+print((folder / "log.jsonl").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_term_is_added_in_three_files(tmp_path: Path) -> None:
+    """In a copy of the package; a step then trains with it.
+
+    For the graph, a weight at the top level of params.yaml also stands in dvc.yaml, as every such key; one in a block
+    that a stage reads whole need not.
+    """
+    copy = tmp_path / "copy"
+    for folder in ("src", "tests", "data/sprites"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", copy)
+    for name, (pattern, replacement) in NEW_TERM.items():
+        text, count = re.subn(pattern, replacement, (copy / name).read_text(encoding="utf-8"))
+        assert count, name
+        (copy / name).write_text(text, encoding="utf-8")
+    paths = os.pathsep.join([str(copy / "src"), str(copy / "tests" / "invariants")])
+    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    assert row["loss/overshoot"] == pytest.approx(0.25 * row["raw/overshoot"], rel=1e-4)
+    assert 0 < row["raw/overshoot"] < 1

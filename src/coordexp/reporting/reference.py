@@ -56,9 +56,9 @@ The last column names the stages that track the key in `dvc.yaml`. A changed val
 every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
 
 _TERMS = """\
-In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose weight
-is 0 is not computed, but for box terms, which are always logged. Stage 1 takes `text_ce` at weight 1 and has no term
-without a key in its block."""
+In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
+weight is 0 is not computed, but for box terms, which are always logged. Stage 1 takes `text_ce` at weight 1 and has no
+term without a key in its block."""
 
 _DATASETS = """\
 In place of the keys of the scenes. `<name>` is chosen by the user, for one or more sets; formats and layouts are in
