@@ -25,9 +25,8 @@ from torch.optim import AdamW, Optimizer
 from transformers import Qwen3VLForConditionalGeneration
 
 from benchmarks import harness
+from coordexp.config.loading import load_params
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.objective import ObjectiveWeights
-from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.expand import round_up
 from coordexp.models.forward import hidden_states
 from coordexp.models.processor import pixel_spec
@@ -35,7 +34,7 @@ from coordexp.models.sizes import DENSE_SIZES, qwen3_vl_config, shrunken_config
 from coordexp.packing.collator import Collator, PackedBatch, teacher_segment
 from coordexp.packing.samples import Sample
 from coordexp.text.codecs import Role
-from coordexp.training.objective_step import LossPart, Objective, denominators, objective_terms, to_micro_batch
+from coordexp.training.step import Counts, Criterion, step_counts, term_sums, weigh
 
 FIRST_COORD = 151_669  # behind Qwen's own tokens
 OBJECTS = 7  # of one picture, as in COCO
@@ -59,8 +58,8 @@ class Bench:
     optimizer: Optimizer
     batch: PackedBatch
     alone: list[PackedBatch]
-    counts: dict[str, Tensor]
-    objective: Objective
+    counts: Counts
+    criterion: Criterion
 
     def hidden(self, batch: PackedBatch | None = None) -> Tensor:
         """The forward up to the head, in the trainer's precision: float32 weights, bf16 products."""
@@ -69,8 +68,9 @@ class Bench:
 
     def loss(self, hidden: Tensor) -> Tensor:
         """The objective of stage 1 on hidden states."""
-        terms, _ = objective_terms(self.model, self.objective, self.batch, hidden, hidden)
-        return to_micro_batch([LossPart(terms, self.objective.weights)], self.counts, {}).loss
+        sums, _ = term_sums(self.model, self.criterion, self.batch, hidden, hidden, self.counts)
+        weighted, _ = weigh(sums, self.criterion.weights, self.counts)
+        return torch.stack(list(weighted.values())).sum()
 
     def update(self) -> None:
         """One optimizer step."""
@@ -113,16 +113,8 @@ def build(arguments: argparse.Namespace, attention: str, device: torch.device) -
         optimizer=AdamW(model.parameters(), lr=1e-5),
         batch=collator(chosen).to(device),
         alone=[collator([s]).to(device) for s in chosen[:3]],
-        counts={name: count.to(device) for name, count in denominators(chosen).items()},
-        objective=Objective(
-            weights=ObjectiveWeights(text_ce=1.0, softce=1.0, w1=0.1, gate=1.0),
-            target=SoftTarget(kind="gaussian", sigma=2.0, truncate=8),
-            temperature=1.0,
-            first_coord_id=FIRST_COORD,
-            smoothl1_beta_bins=10.0,
-            coord_decode_mode="expectation",
-            top_k=16,
-        ),
+        counts=step_counts(chosen),
+        criterion=Criterion.stage1(load_params(Path("params.yaml")), FIRST_COORD, steps=1),
     )
 
 

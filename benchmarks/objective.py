@@ -5,8 +5,7 @@
 One pack of COCO's mixture: 70 % of its tokens are image and prompt, 15 % of the supervised ones are coordinates. Each
 way computes text CE, gate and softCE with the gradients of hidden states and head:
 
-    fused   losses/fused_linear.py: chunks of rows
-    plain   this package's terms on stored logits of the supervised slots
+    fused   losses/vocabulary_terms.py: chunks of slots
     usual   one tensor of logits of the supervised slots, cross-entropy and log-sum-exps on it
     stock   the same on logits of all positions, as a model computes them from labels
     bare    the three matrix products of the supervised slots alone, into memory that is there
@@ -36,18 +35,12 @@ from benchmarks.harness import Row, side_by_side
 from torch import Tensor
 
 from benchmarks import harness
-from coordexp.losses.coord_terms import coordinate_terms, slice_terms
-from coordexp.losses.fused_linear import fused_terms
-from coordexp.losses.head_sweep import FUSED_ROWS, HeadSlots
-from coordexp.losses.soft_targets import SoftTarget
-from coordexp.losses.terms import TermSum
-from coordexp.losses.text_terms import text_terms
+from coordexp.losses.coord_terms import soft_cross_entropy, soft_target
+from coordexp.losses.vocabulary_terms import HeadSlots, vocabulary_sums
 from coordexp.stage import LOG, tune_allocator
 
 K = 1000
-TARGET = SoftTarget()
-WANTED = {"text_ce", "gate", "softce"}
-ORDER = ("fused", "plain", "usual", "stock")
+ORDER = ("fused", "usual", "stock")
 TURNS = 3
 
 
@@ -89,15 +82,15 @@ class Pack:
         self.slots_N = torch.randperm(n_tokens, device=device)[:n_supervised]
         self.bins_N = 999 * torch.rand(self.n_coord, device=device)
         self.ids_N = torch.randint(self.first_id, (self.n_text,), device=device)
-        self.counts = {"text_ce": float(self.n_text), "gate": float(self.n_coord), "softce": float(self.n_coord)}
+        self.counts = {"text_ce": float(self.n_text), "gate": float(self.n_coord)}
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Hidden states (T, D) and head (V, D), without gradients so far."""
         return self.hidden_TD.detach().requires_grad_(), self.head_VD.detach().requires_grad_()
 
-    def loss(self, terms: dict[str, TermSum]) -> Tensor:
-        """Every term over its count."""
-        return torch.stack([term.sum / self.counts[name] for name, term in terms.items()]).sum()
+    def softce(self, logits_MK: Tensor) -> Tensor:
+        """Mean cross-entropy of coordinate slots against the default soft target."""
+        return soft_cross_entropy(logits_MK.log_softmax(-1), soft_target(self.bins_N, "gaussian", 2.0, 8)).mean()
 
 
 Outcome = tuple[Tensor, Tensor, Tensor]  # loss, gradients of hidden states and head
@@ -120,19 +113,10 @@ def fused(pack: Pack) -> Outcome:
         first_coord_id=pack.first_id,
         n_coord=pack.n_coord,
     )
-    factors = {name: torch.tensor(1 / count) for name, count in pack.counts.items()}
-    found = fused_terms(hidden_TD[pack.slots_N], head_VD, slots, factors, FUSED_ROWS)
-    terms = found.terms | slice_terms(found.coord_MK, pack.bins_N, TARGET, 1.0, WANTED)
-    return _outcome(pack.loss(terms), hidden_TD, head_VD)
-
-
-def plain(pack: Pack) -> Outcome:
-    """This package's terms on logits."""
-    hidden_TD, head_VD = pack.leaves()
-    coord_ND, text_ND = hidden_TD[pack.slots_N].split([pack.n_coord, pack.n_text])
-    terms = text_terms(text_ND @ head_VD.t(), pack.ids_N, pack.first_id, 1.0, WANTED)
-    terms |= coordinate_terms(coord_ND @ head_VD.t(), pack.bins_N, pack.first_id, TARGET, 1.0, WANTED)
-    return _outcome(pack.loss(terms), hidden_TD, head_VD)
+    factors = {name: 1 / count for name, count in pack.counts.items()}
+    sums, coord_MK, _ = vocabulary_sums(hidden_TD[pack.slots_N], head_VD, slots, factors)
+    loss = sum((factors[name] * total for name, total in sums.items()), pack.softce(coord_MK))
+    return _outcome(loss, hidden_TD, head_VD)
 
 
 def usual(pack: Pack) -> Outcome:
@@ -156,8 +140,7 @@ def stock(pack: Pack) -> Outcome:
 def _usual_loss(pack: Pack, logits_NV: Tensor, labels_N: Tensor, coord_MV: Tensor) -> Tensor:
     slice_MK = coord_MV[:, pack.first_id :].float()
     gate = (coord_MV.float().logsumexp(-1) - slice_MK.logsumexp(-1)).mean()
-    softce = -(TARGET.distribution(pack.bins_N) * slice_MK.log_softmax(-1)).sum(-1).mean()
-    return F.cross_entropy(logits_NV.float(), labels_N) + gate + softce
+    return F.cross_entropy(logits_NV.float(), labels_N) + gate + pack.softce(slice_MK)
 
 
 def bare(pack: Pack) -> Callable[[], object]:
@@ -183,7 +166,7 @@ def liger(pack: Pack) -> Outcome:
     return _outcome(loss, hidden_TD, head_VD)
 
 
-WAYS: dict[str, Callable[[Pack], Outcome]] = {f.__name__: f for f in (fused, plain, usual, stock, liger)}
+WAYS: dict[str, Callable[[Pack], Outcome]] = {f.__name__: f for f in (fused, usual, stock, liger)}
 
 
 def measure_here(way: str, size: Size) -> dict[str, float]:
@@ -280,9 +263,8 @@ def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
         time_row("bare", "forward and two backward products of the supervised slots", limit),
         time_row("stock", "logits at all positions", 0.5),
         time_row("usual", "logits of the supervised slots in one tensor"),
-        time_row("plain", "this package's terms on logits of the supervised slots"),
         memory_row("fused", 0.05),
-        *(memory_row(way) for way in ("plain", "usual", "stock")),
+        *(memory_row(way) for way in ("usual", "stock")),
     ]
     if "liger" in found:
         return [*rows, time_row("liger", "fused cross-entropy of the text slots alone"), memory_row("liger")]

@@ -24,7 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks import harness, tiny_run
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.samples import Sample
+from coordexp.packing.samples import Sample, permuted
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.vllm_client import ServerPool
@@ -32,7 +32,6 @@ from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.codecs import CODECS, AnswerEncoder
-from coordexp.training.sample_source import permuted
 
 GRAMMAR_COST, CODEC_GAIN = 1.05, 2.0
 # Of the same 64 requests a server on two cores takes between 2 and 7 s: many more of them, and often.

@@ -35,14 +35,13 @@ from coordexp.config.profile import OptimConfig
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.planner import read_packs
-from coordexp.packing.samples import Sample, SampleStore
+from coordexp.packing.samples import Sample, SampleSource, SampleStore
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.prompts import expand_image
-from coordexp.training.builders import make_collator, make_encoder, stage1_objective
+from coordexp.training.builders import first_coord_id, make_collator, make_encoder
 from coordexp.training.loop import train
 from coordexp.training.optimizers import build_optimizer
-from coordexp.training.sample_source import SampleSource
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import Criterion, TeacherTask
 
 SPEED, WAITING = 3.0, 0.03
 WARM_STEPS = 2
@@ -74,8 +73,8 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     store = SampleStore(run.paths.norm1000 / "train.parquet")
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(store, make_encoder(run.params, checkpoint), run.params.text.object_order, seed=0)
-    objective = stage1_objective(run.params, checkpoint, steps)
-    task = TeacherTask(checkpoint.model, objective, source, collator, step_packs(run, steps))
+    criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), steps)
+    task = TeacherTask(checkpoint.model, criterion, source, collator, step_packs(run, steps))
     optim = adamw(run, steps)
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"

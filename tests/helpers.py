@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
@@ -21,8 +21,6 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig, Profile, ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
-from coordexp.losses.objective import ObjectiveWeights
-from coordexp.losses.soft_targets import SoftTarget
 from coordexp.models.detection_config import BASE, DetectionConfig
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint, save_checkpoint
@@ -31,7 +29,7 @@ from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.planner import plan_packs, write_plan
 from coordexp.packing.prepare import SamplePreparer, text_objects, write_split
-from coordexp.packing.samples import Sample, SampleStore
+from coordexp.packing.samples import Sample, SampleSource, SampleStore
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, Generation
@@ -39,8 +37,9 @@ from coordexp.rollout.records import Rollout, match_rollouts
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
-from coordexp.training.objective_step import Objective
-from coordexp.training.sample_source import SampleSource
+from coordexp.training.distributed import gathered_row, merge_rows
+from coordexp.training.loop import MicroBatch
+from coordexp.training.step import Criterion
 from toyworld.composer import compose_scene
 from toyworld.model import build_tiny, tiny_config
 from toyworld.sprites import SpriteCatalog, load_catalog
@@ -66,7 +65,7 @@ SCENES = ScenesConfig(
     held_out_fraction=0.3,
 )
 # Every family of terms at once, so that an equality of losses speaks for all of them.
-ALL_WEIGHTS = ObjectiveWeights(
+ALL_WEIGHTS = dict(
     text_ce=1.0, text_gate=0.1, softce=1.0, w1=10.0, gate=1.0, coord_ce=0.5, bbox_smoothl1=2.0, bbox_ciou=0.2
 )
 REPOSITORY = Path(__file__).parents[1]
@@ -75,8 +74,16 @@ B = TypeVar("B", bound=Block)
 
 
 def changed(block: B, **changes: Any) -> B:
-    """A checked block with other values: `changed(PARAMS.matching, gate="l1")`."""
-    return type(block).model_validate(block.model_dump() | changes)
+    """A checked block with other values; `changed(PARAMS, stage1__softce_weight=2.0)` sets stage1.softce_weight."""
+    tree = block.model_dump()
+    for key, value in changes.items():
+        *blocks, name = key.split("__")
+        inner = tree
+        for outer in blocks:
+            inner = inner[outer]
+        assert name in inner
+        inner[name] = value
+    return type(block).model_validate(tree)
 
 
 MATCHING = PARAMS.matching
@@ -142,18 +149,11 @@ def tiny_pixels() -> PixelSpec:
     return pixel_spec(tiny_config(new_tokenizer()), MIN_PIXELS, MAX_PIXELS)
 
 
-def objective(checkpoint: Checkpoint, weights: ObjectiveWeights = ALL_WEIGHTS) -> Objective:
-    """An objective for this checkpoint's vocabulary."""
+def criterion_of(checkpoint: Checkpoint, weights: Mapping[str, float] = ALL_WEIGHTS, **changes: Any) -> Criterion:
+    """A criterion for this checkpoint's vocabulary, at the default parameters but for `changes`."""
     assert checkpoint.coord is not None
-    return Objective(
-        weights=weights,
-        target=SoftTarget(sigma=2.0),
-        temperature=1.0,
-        first_coord_id=checkpoint.coord.first_id,
-        smoothl1_beta_bins=10.0,
-        coord_decode_mode="expectation",
-        top_k=16,
-    )
+    params = changed(PARAMS, **changes)
+    return Criterion(params=params, weights=weights, first_coord_id=checkpoint.coord.first_id, steps=10)
 
 
 def scene_records(folder: Path) -> list[Record]:
@@ -279,16 +279,8 @@ class Workspace:
     paths: ProfilePaths
 
     def set(self, **changes: Any) -> Workspace:
-        """The same with other parameters: `stage1__softce_weight=2.0` sets stage1.softce_weight."""
-        tree = self.params.model_dump()
-        for key, value in changes.items():
-            *blocks, name = key.split("__")
-            inner = tree
-            for block in blocks:
-                inner = inner[block]
-            assert name in inner
-            inner[name] = value
-        return replace(self, params=Params.model_validate(tree))
+        """The same with other parameters, named as in `changed`."""
+        return replace(self, params=changed(self.params, **changes))
 
 
 def build_workspace(root: Path, world: World) -> Workspace:
@@ -319,6 +311,7 @@ def workspace(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> 
     return build_workspace(tmp_path, world)
 
 
-def untimed(logs: dict[str, Any]) -> dict[str, Any]:
-    """What is logged of a step, without what never repeats."""
-    return {name: value for name, value in logs.items() if not name.startswith("time/")}
+def logs_of(micro: MicroBatch) -> dict[str, Any]:
+    """What a step of this one batch logs, without what never repeats."""
+    row = gathered_row(merge_rows([dict(micro.logs)]))
+    return {name: value for name, value in row.items() if not name.startswith("time/")}

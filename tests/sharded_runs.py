@@ -28,7 +28,7 @@ from coordexp.training.distributed import wait_for_all, world
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 
 STAGES = {"stage1": train_stage1, "stage2": train_stage2}
 HELD: list[float] = []

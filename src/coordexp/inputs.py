@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ Inputs = dict[str, Any]  # the JSON of one stage: values by the names that `-S` 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What a stage reads: dotted keys or blocks."""
+    """What a stage reads: dotted keys or blocks; `*` stands for any letters of one part."""
 
     stage: str
     params: tuple[str, ...]
@@ -135,4 +136,6 @@ def first_difference(then: Inputs, now: Inputs) -> tuple[str, Any, Any] | None:
 
 
 def _within(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+    """Whether a dotted key is one of the names, lies in a block of that name, or fits one with a star, part by part."""
+    parts = key.split(".")
+    return any(all(map(fnmatchcase, parts, stated)) for name in names if len(stated := name.split(".")) <= len(parts))

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from coordexp.config.profile import OptimConfig
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.provenance import run_metadata, write_json
-from coordexp.losses.coord_terms import soft_cross_entropy
-from coordexp.losses.soft_targets import SoftTarget, target_entropy
+from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
 from coordexp.models.detection_config import BASE
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint, save_checkpoint
@@ -98,7 +97,6 @@ class TextTask:
     ) -> None:
         self._model = model
         self._weights = weights
-        self._target = SoftTarget("gaussian", weights.localiser_sigma, int(4 * weights.localiser_sigma))
         self._collators = collators
         self._stores = [SampleStore(phase.samples) for phase in phases]
         self._plan = [
@@ -116,7 +114,8 @@ class TextTask:
         weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
         text_ce = (F.cross_entropy(logits, batch.text_targets, reduction="none") * weights).sum() / weights.sum()
         log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
-        q = self._target.distribution(batch.coord_targets)
+        sigma = self._weights.localiser_sigma
+        q = gaussian_target(batch.coord_targets, sigma, int(4 * sigma))
         localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
         logs: LogRow = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
         hit = (logits.argmax(-1) == batch.text_targets).float()

@@ -31,8 +31,10 @@ from coordexp.config.loading import (
 )
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, Profile, ScenesConfig
 from coordexp.config.removed import REMOVED
-from coordexp.config.schema import COORD_TERMS, Params
+from coordexp.config.schema import CoordSupervision, Params
 from coordexp.errors import ConfigError
+
+COORD_KEYS = tuple(CoordSupervision.model_fields)
 
 ROOT = Path(__file__).parents[2]
 FILES: dict[type[Block], Path] = {Params: ROOT / "params.yaml", Profile: ROOT / "configs" / "tiny.yaml"}
@@ -199,11 +201,11 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
 @pytest.mark.parametrize(
     ("block", "changes", "message"),
     [
-        (Params, dict.fromkeys(COORD_TERMS, 0), f"{', '.join(COORD_TERMS)} are all 0"),
+        (Params, dict.fromkeys(COORD_KEYS, 0), f"{', '.join(COORD_KEYS)} are all 0"),
         (
             Params,
-            {f"stage1.{term}": 0 for term in COORD_TERMS},
-            f"{', '.join(f'stage1.{t}' for t in COORD_TERMS)} are all 0",
+            {f"stage1.{term}": 0 for term in COORD_KEYS},
+            f"{', '.join(f'stage1.{t}' for t in COORD_KEYS)} are all 0",
         ),
         (
             Params,
@@ -281,10 +283,8 @@ def test_rules_over_values(block: type[Block], changes: dict[str, Any], message:
 
 
 def test_one_coordinate_term_is_enough() -> None:
-    for term in COORD_TERMS:
-        assert (
-            getattr(parse(Params, repository_tree(Params) | dict.fromkeys(COORD_TERMS, 0) | {term: 0.5}), term) == 0.5
-        )
+    for term in COORD_KEYS:
+        assert getattr(parse(Params, repository_tree(Params) | dict.fromkeys(COORD_KEYS, 0) | {term: 0.5}), term) == 0.5
 
 
 def test_integers_are_numbers_and_stay_the_declared_type() -> None:

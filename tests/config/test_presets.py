@@ -10,8 +10,10 @@ import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.presets import overrides, preset_names, read_preset, with_changes
-from coordexp.config.schema import COORD_TERMS, Params
+from coordexp.config.schema import CoordSupervision, Params
 from coordexp.errors import ConfigError
+
+COORD_KEYS = tuple(CoordSupervision.model_fields)
 
 ROOT = Path(__file__).parents[2]
 NAMES = preset_names(ROOT)
@@ -39,20 +41,20 @@ def test_every_key_is_one_of_the_parameter_file_and_reaches_the_parameters(name)
 def test_both_stages_have_the_weights_of_the_recipe(name):
     """No weight of a recipe is left to what params.yaml happens to say."""
     changes = read_preset(name, ROOT)
-    for term in (*COORD_TERMS, "text_gate_weight"):
+    for term in (*COORD_KEYS, "text_gate_weight"):
         assert changes[term] == changes[f"stage1.{term}"], term
 
 
 def test_pure_cross_entropy_is_hard_ce_plus_gate():
     stage1 = applied("pure_ce").stage1
-    assert {term for term in COORD_TERMS if getattr(stage1, term)} == {"gate_weight", "coord_ce_weight"}
+    assert {term for term in COORD_KEYS if getattr(stage1, term)} == {"gate_weight", "coord_ce_weight"}
     assert stage1.gate_weight == stage1.coord_ce_weight
 
 
 def test_raw_digits_train_text_alone():
     params = applied("raw_digits")
     assert params.text.codec == "digits"
-    assert not any(getattr(weights, term) for weights in (params, params.stage1) for term in COORD_TERMS)
+    assert not any(getattr(weights, term) for weights in (params, params.stage1) for term in COORD_KEYS)
     assert params.stage2.b_ratio == 0
 
 

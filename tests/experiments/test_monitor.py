@@ -21,7 +21,7 @@ from coordexp.records.gt_vs_pred import read_results
 from coordexp.training.checkpoint import save_state
 from coordexp.training.eval_callback import CURVE_COLUMNS
 from coordexp.training.stage1 import train_stage1
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 from helpers import Workspace
 
 

@@ -135,19 +135,6 @@ def test_the_paper_index_names_files_and_functions_that_exist(row: str) -> None:
         assert function in defined, function
 
 
-def test_the_readme_says_of_every_term_of_the_objective_where_it_lives() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("### Where a loss lives")[1].split("\n[")[0]
-    rows = dict(re.findall(r"^\| `(?:stage2\.)?([a-z0-9_]+)_weight` \| (.+) \|$", text, flags=re.MULTILINE))
-    objective = syntax(PACKAGE / "losses" / "objective.py")
-    weights = next(n for n in ast.walk(objective) if isinstance(n, ast.ClassDef) and n.name == "ObjectiveWeights")
-    terms = {n.target.id for n in weights.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    assert rows.keys() == terms
-    for term, place in rows.items():
-        file, function = re.match(r"`(losses/[a-z_]+\.py)`: `([a-z0-9_]+)`", place).groups()
-        defined = {n.name for n in ast.walk(syntax(PACKAGE / file)) if isinstance(n, ast.FunctionDef)}
-        assert function in defined, term
-
-
 def test_recipes_set_parameters_that_exist() -> None:
     keys = {spec.key for spec in field_specs(Params)}
     for page in PAGES:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.config.schema import ReadoutRule
+from coordexp.losses.coord_terms import gaussian_target
 from coordexp.losses.readout import LOCAL_RADIUS_BINS, read, read_coordinates
-from coordexp.losses.soft_targets import gaussian_target
 
 BINS = torch.arange(1000, dtype=torch.float64)
 RULES = get_args(ReadoutRule)

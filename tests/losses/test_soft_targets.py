@@ -9,19 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordexp.errors import ConfigError
-from coordexp.losses.soft_targets import (
-    SoftTarget,
+from coordexp.losses.coord_terms import (
     gaussian_target,
-    one_hot_target,
     rounded_bins,
+    soft_target,
     target_entropy,
     triangular_target,
     two_bin_target,
 )
 
 BINS = torch.arange(1000, dtype=torch.float64)
-KINDS = ("gaussian", "triangular", "two_bin", "one_hot")
+KINDS = ("gaussian", "triangular", "two_bin")
 
 
 def gaussian_at(target_bin: float, sigma: float, truncate: int) -> torch.Tensor:
@@ -67,7 +65,7 @@ def test_edge_bias_and_its_mirror(sigma, biases):
 @pytest.mark.parametrize(("sigma", "peak", "floor"), [(1, 0.6995, 0.985), (1.5, 0.633, 1.280), (2, 0.600, 1.479)])
 def test_mixing_hard_and_soft_is_a_spiked_target(sigma, peak, floor):
     soft = gaussian_at(500, sigma, 8)
-    spiked = (one_hot_target(torch.tensor([500.0]), torch.float64)[0] + soft) / 2
+    spiked = ((BINS == 500).double() + soft) / 2
     assert spiked.max().item() == pytest.approx(peak, abs=6e-4)
     assert target_entropy(spiked[None]).item() == pytest.approx(floor, abs=6e-4)
     soft_w1, spiked_w1 = ((q * (BINS - 500).abs()).sum().item() for q in (soft, spiked))
@@ -83,7 +81,7 @@ def test_triangular_by_hand():
 @pytest.mark.parametrize("build", [lambda y: gaussian_target(y, 2.0, 0), lambda y: triangular_target(y, 0)])
 def test_truncate_zero_is_one_hot(build):
     y_N = torch.tensor([0.0, 17.4, 999.0])
-    assert torch.equal(build(y_N), one_hot_target(y_N))
+    assert torch.equal(build(y_N), (rounded_bins(y_N)[:, None] == BINS).float())
 
 
 def test_windowed_gaussian_equals_the_formula_over_all_bins():
@@ -122,7 +120,7 @@ def test_two_bin_mean_is_the_unrounded_target(y):
 @pytest.mark.parametrize("kind", KINDS)
 @given(y=st.floats(min_value=-3, max_value=1003))
 def test_every_family_is_a_distribution_near_its_target(kind, y):
-    q = SoftTarget(kind=kind).distribution(torch.tensor([y], dtype=torch.float64), torch.float64)[0]
+    q = soft_target(torch.tensor([y], dtype=torch.float64), kind, 2.0, 8, torch.float64)[0]
     inside = min(max(y, 0.0), 999.0)
     assert q.min() >= 0
     assert q.sum().item() == pytest.approx(1, abs=1e-12)
@@ -131,15 +129,9 @@ def test_every_family_is_a_distribution_near_its_target(kind, y):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_slots(kind):
-    assert SoftTarget(kind=kind).distribution(torch.zeros(0)).shape == (0, 1000)
+    assert soft_target(torch.zeros(0), kind, 2.0, 8).shape == (0, 1000)
 
 
 def test_rounding_clamps_to_the_bins():
     y_N = torch.tensor([-0.2, 0.49, 0.51, 998.6, 1000.0])
     assert rounded_bins(y_N).tolist() == [0, 0, 1, 999, 999]
-
-
-@pytest.mark.parametrize(("settings", "key"), [({"sigma": 0.0}, "sigma"), ({"truncate": -1}, "truncate")])
-def test_settings_out_of_range_name_their_key(settings, key):
-    with pytest.raises(ConfigError, match=f"{key}: found"):
-        SoftTarget(**settings)

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from coordexp.geometry.bins import target_bins
-from coordexp.losses.objective import combine
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Segment, segment_positions, teacher_segment
 from coordexp.text.codecs import Role
-from coordexp.training.objective_step import denominators, objective_terms
-from helpers import new_checkpoint, objective
+from coordexp.training.step import micro_batch, step_counts
+from helpers import criterion_of, new_checkpoint
 
 IGNORED = -100
 
@@ -124,12 +123,11 @@ def test_text_positions_restart_at_every_segment_and_at_the_padding(packed, segm
 
 def step_loss(checkpoint, batches, segments):
     """Loss and gradient of one step, its batches accumulated, all terms on."""
-    goal, counts = objective(checkpoint), denominators(segments)
+    criterion, counts = criterion_of(checkpoint), step_counts(segments)
     checkpoint.model.zero_grad()
     total = 0.0
     for batch in batches:
-        hidden = hidden_states(checkpoint.model, batch)
-        loss, _ = combine(objective_terms(checkpoint.model, goal, batch, hidden, hidden)[0], goal.weights, counts)
+        loss = micro_batch(checkpoint.model, criterion, batch, counts).loss
         loss.backward()
         total += float(loss.detach())
     return total, torch.cat([p.grad.flatten() for p in checkpoint.model.parameters() if p.grad is not None])

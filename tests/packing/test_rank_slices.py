@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordexp.packing.collator import teacher_segment
-from coordexp.packing.rank_slices import WHOLE, RankSlice, rank_batches
+from coordexp.packing.collator import WHOLE, RankSlice, rank_batches, teacher_segment
 from helpers import new_checkpoint
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.packing.pixels import load_sample_rgb
-from coordexp.records.augment import View, augment, split_view, swap_sides
+from coordexp.records.augment import augment, swap_sides
+from coordexp.records.images import View, split_view
 from coordexp.records.schema import ObjectRecord, Record, parse_record
 from records_folders import coco_set, converted, records_config, write_split
 
@@ -119,7 +120,7 @@ def test_names_and_views_round_trip(name, crop, flip):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a#.jpg", "a#", "a#flipped", "flip", "a#crop=1,2,3"])
 def test_ordinary_names_have_no_view(name):
-    assert split_view(name) == (name, View())
+    assert split_view(name) == (name, None)
 
 
 def test_a_file_named_like_a_view_is_refused():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from coordexp.errors import ConfigError, DataError
 from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.manifest import image_path, read_manifest, write_manifest
+from coordexp.records.images import image_path
+from coordexp.records.manifest import read_manifest, write_manifest
 from coordexp.records.mixing import split_dev
 from coordexp.records.schema import Record, parse_record
 from records_folders import annotation, coco_set, converted, edit, picture, records_config, write_split

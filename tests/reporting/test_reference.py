@@ -17,9 +17,7 @@ from coordexp.config.schema import Params
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs
 from coordexp.inputs import Declaration
-from coordexp.losses.diagnostics import slot_diagnostics
-from coordexp.losses.partition import CoordSlots
-from coordexp.losses.soft_targets import SoftTarget
+from coordexp.losses.coord_terms import CoordSlots, slot_diagnostics
 from coordexp.reporting.reference import (
     METRICS_PAGE,
     PARAMETERS_PAGE,
@@ -33,6 +31,7 @@ from coordexp.reporting.reference import (
     parameters_markdown,
     shown_picture,
 )
+from helpers import PARAMS
 
 STAGES = [
     Declaration("train", ("softce_weight", "matching"), ("stage1",)),
@@ -93,7 +92,7 @@ def test_every_metric_is_on_the_page() -> None:
 
 def test_every_logged_diagnostic_is_on_the_page() -> None:
     target_bins = torch.tensor([1.0, 500.25, 999.0])
-    slots = CoordSlots.of(torch.zeros(3, 1000), 0, temperature=1.0)
-    logged = slot_diagnostics(slots, target_bins, SoftTarget(), temperature=1.0).summary()
+    slots = CoordSlots(torch.zeros(3, 1000), torch.zeros(3), target_bins, PARAMS)
+    logged = slot_diagnostics(slots).summary()
     on_page = {key.removeprefix("coord_diag/") for key in rows(metrics_markdown()) if key.startswith("coord_diag/")}
     assert on_page == set(logged)

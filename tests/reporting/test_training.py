@@ -9,7 +9,7 @@ import torch
 
 from coordexp.config.loading import load_params
 from coordexp.errors import DataError
-from coordexp.losses.soft_targets import SoftTarget, target_entropy
+from coordexp.losses.coord_terms import soft_target, target_entropy
 from coordexp.reporting.training import (
     change_above_floor,
     channels,
@@ -127,13 +127,13 @@ def test_counters_are_summed_and_other_columns_averaged_at_their_ends() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "triangular"])
 @pytest.mark.parametrize(("sigma", "truncate"), [(2.0, 8), (1.5, 8), (0.5, 4), (6.0, 3)])
 def test_the_floor_is_the_entropy_of_the_training_target(kind: str, sigma: float, truncate: int) -> None:
-    q = SoftTarget(kind, sigma, truncate).distribution(torch.tensor([500.0]), dtype=torch.float64)
+    q = soft_target(torch.tensor([500.0]), kind, sigma, truncate, torch.float64)
     assert target_entropy_nats(kind, sigma, truncate) == pytest.approx(float(target_entropy(q)), abs=1e-12)
 
 
 def test_the_floor_of_two_bins_is_the_mean_over_all_fractions() -> None:
     targets = 500 + (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    q = SoftTarget("two_bin").distribution(targets, dtype=torch.float64)
+    q = soft_target(targets, "two_bin", 2.0, 8, torch.float64)
     assert target_entropy_nats("two_bin", 2.0, 8) == pytest.approx(float(target_entropy(q).mean()), abs=1e-4)
     assert entropy_nats([1, 1, 1, 1]) == pytest.approx(np.log(4))
     with pytest.raises(DataError, match="found 'box', expected gaussian"):

@@ -13,7 +13,8 @@ import pytest
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
 from coordexp.records.convert import convert_datasets, convert_file
-from coordexp.records.manifest import IMAGES, MANIFEST, image_path, write_manifest
+from coordexp.records.images import MANIFEST, image_path
+from coordexp.records.manifest import IMAGES, write_manifest
 from helpers import SCENES, SPRITES, catalog
 from records_folders import records_config
 from toyworld import coco_folder, composer

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordexp.training.distributed import merge_rows
+from coordexp.losses.coord_terms import CoordDiagnostics, CoordSlots, slot_diagnostics
+from coordexp.training.distributed import gathered_row, merge_rows
+from helpers import PARAMS
 from stage_runs import ENDS_WITHIN_S, assert_alike, run_stage, trace
 
 # Stage -> keys of `launch`. Of three processes, one finds no row left in some steps.
@@ -40,18 +42,18 @@ def test_the_trace_is_that_of_one_process(ready, stage):
 
 
 RAISES = (
-    "from coordexp.training.teacher_task import TeacherTask as T\n"
+    "from coordexp.training.step import TeacherTask as T\n"
     "def fail(self, step):\n    raise ZeroDivisionError('on purpose')\n"
     "if os.environ.get('RANK') == '1': T.micro_batches = fail"
 )
 IS_NAN = (
-    "from coordexp.training import teacher_task as t\nkept = t.to_micro_batch\n"
+    "from coordexp.training import step as t\nkept = t.micro_batch\n"
     "def broken(*args):\n    made = kept(*args)\n    made.loss.data.fill_(float('nan'))\n    return made\n"
-    "if os.environ.get('RANK') == '1': t.to_micro_batch = broken"
+    "if os.environ.get('RANK') == '1': t.micro_batch = broken"
 )
 DIES = "if os.environ.get('RANK') == '1': os._exit(3)"
 IS_STOPPED = (
-    "import signal\nfrom coordexp.training.teacher_task import TeacherTask as T\nkept = T.micro_batches\n"
+    "import signal\nfrom coordexp.training.step import TeacherTask as T\nkept = T.micro_batches\n"
     "def stop(self, step):\n    step == 1 and os.kill(os.getpid(), signal.SIGTERM)\n"
     "    return kept(self, step)\n"
     "if os.environ.get('RANK') == '1': T.micro_batches = stop"
@@ -88,15 +90,29 @@ def test_when_one_process_cannot_roll_out_all_end(ready):
     assert (code, "error: step 1: the engine is gone" in output) == (1, True), output[-4000:]
 
 
+def slots_with_errors(errors_bins: list[float]) -> CoordDiagnostics:
+    """Diagnostics of as many slots, certain of bins that are off by so much."""
+    logits_NK = torch.zeros(len(errors_bins), 1000)
+    logits_NK[:, 500] = 100.0
+    targets_N = 500 - torch.tensor(errors_bins)
+    return slot_diagnostics(CoordSlots(logits_NK, torch.zeros(len(errors_bins)), targets_N, PARAMS))
+
+
 def test_rows_of_parts_by_hand():
     parts = [
-        {"channel": "A", "loss/total": 1.0, "raw/w1": 0.5, "tokens": 10, "samples": 1, "coord_diag/mae": 4.0,
-         "coord_diag/coord_tokens": 1.0, "stage2_ab/matched_total": 3},
-        {"channel": "A", "loss/total": 2.0, "raw/w1": 0.25, "tokens": 5, "samples": 2, "coord_diag/mae": 8.0,
-         "coord_diag/coord_tokens": 3.0, "stage2_ab/matched_total": 3},
-        {"channel": "A", "loss/total": 0.0, "raw/w1": 0.0, "tokens": 0, "samples": 0, "coord_diag/coord_tokens": 0.0},
-    ]  # fmt: skip
-    assert merge_rows(parts) == {
-        "channel": "A", "loss/total": 3.0, "raw/w1": 0.75, "tokens": 15, "samples": 3, "coord_diag/mae": 7.0,
-        "coord_diag/coord_tokens": 4.0, "stage2_ab/matched_total": 3,
-    }  # fmt: skip
+        {"channel": "A", "loss/total": 1.0, "raw/w1": 0.5, "tokens": 10, "samples": 1, "stage2_ab/matched_total": 3},
+        {"channel": "A", "loss/total": 2.0, "raw/w1": 0.25, "tokens": 5, "samples": 2, "stage2_ab/matched_total": 3},
+        {"channel": "A", "loss/total": 0.0, "raw/w1": 0.0, "tokens": 0, "samples": 0},
+    ]
+    row = {"channel": "A", "loss/total": 3.0, "raw/w1": 0.75, "tokens": 15, "samples": 3, "stage2_ab/matched_total": 3}
+    assert merge_rows(parts) == row
+
+
+def test_diagnostics_of_parts_are_those_of_all_slots_percentiles_included():
+    """Parts of very unequal size and error, whose mean of percentiles would be far off."""
+    errors = [[1.0], [40.0, 41.0, 60.0], [2.0 + i / 10 for i in range(16)], []]
+    whole = slots_with_errors([e for part in errors for e in part]).summary()
+    merged = gathered_row(merge_rows([{"coord_diag": slots_with_errors(part)} for part in errors]))
+    assert merged == pytest.approx({f"coord_diag/{name}": value for name, value in whole.items()}, rel=1e-6)
+    assert merged["coord_diag/coord_tokens"] == 20
+    assert merged["coord_diag/expected_bin_abs_err_p90"] == pytest.approx(40, abs=1.5)

@@ -21,7 +21,7 @@ from coordexp.rollout.records import write_rollouts
 from coordexp.training.eval_callback import CURVE_COLUMNS, make_eval_callback, undisturbed
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 from helpers import Workspace, World, new_checkpoint, teacher_rollouts
 
 STAGES = {"stage1": train_stage1, "stage2": train_stage2}

@@ -22,7 +22,7 @@ from coordexp.errors import ConfigError, Interrupted
 from coordexp.models.loading import load_checkpoint, save_checkpoint
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 from helpers import Workspace, World, build_workspace
 from stage_runs import ENDS_WITHIN_S, EXACT, REPOSITORY, add_rollouts, assert_alike, trace
 

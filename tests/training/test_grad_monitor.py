@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from coordexp.losses.objective import TERM_ORDER
-from coordexp.training.grad_monitor import gradient_logs, monitored_parameters
-from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective
+from coordexp.losses.terms import TERMS
+from coordexp.training.step import TeacherTask, gradient_logs, monitored_parameters
+from helpers import criterion_of, logs_of, new_checkpoint
 
 
 def test_two_terms_by_hand():
@@ -44,10 +43,10 @@ def test_every_term_is_measured_and_the_step_stays_as_it_is(world):
     gradients, rows, states = [], [], []
     for every in (0, 2):
         checkpoint = new_checkpoint()
-        goal = objective(checkpoint)
+        criterion = criterion_of(checkpoint)
         task = TeacherTask(
             checkpoint.model,
-            goal,
+            criterion,
             world.source(checkpoint),
             world.collator(checkpoint),
             [[[0, 1], [2]]],
@@ -58,17 +57,17 @@ def test_every_term_is_measured_and_the_step_stays_as_it_is(world):
         micro.loss.backward()
         states.append(torch.get_rng_state())
         gradients.append(torch.cat([p.grad.flatten() for p in checkpoint.model.parameters() if p.grad is not None]))
-        rows.append({name: value for name, value in micro.logs.items() if not name.startswith("time/")})
+        rows.append(logs_of(micro))
     plain, monitored = rows
     assert torch.equal(*gradients)
     assert torch.equal(*states)
     assert {k: v for k, v in monitored.items() if not k.startswith("grad/")} == plain
-    for name in TERM_ORDER:
-        assert (f"grad/{name}_norm" in monitored) == (name in goal.weights.wanted)
+    for name in TERMS:
+        assert (f"grad/{name}_norm" in monitored) == (criterion.weights.get(name, 0) != 0)
     # By the cosines alone: <sum of gradients, text gradient> / |text gradient|.
     text = monitored["grad/text_ce_norm"]
     along_text = text + sum(
-        monitored[f"grad/{n}_norm"] * monitored[f"grad/{n}_cos_text"] for n in goal.weights.wanted - {"text_ce"}
+        monitored[f"grad/{n}_norm"] * monitored[f"grad/{n}_cos_text"] for n in criterion.weights.keys() - {"text_ce"}
     )
     assert math.isfinite(along_text)
     assert along_text <= gradients[0].norm().item() * (1 + 1e-4)

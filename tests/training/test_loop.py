@@ -19,8 +19,8 @@ from coordexp.training import checkpoint as checkpoint_module
 from coordexp.training.checkpoint import load_state
 from coordexp.training.loop import MicroBatch, train
 from coordexp.training.schedule import cosine_schedule
-from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective, optim
+from coordexp.training.step import TeacherTask
+from helpers import criterion_of, new_checkpoint, optim
 
 STEPS = 8
 OPTIM = optim(optimizer="muon", steps=STEPS, lr=0.05, weight_decay=0.01)
@@ -233,7 +233,7 @@ def train_tiny(world, folder: Path, stop_after: int | None = None) -> torch.Tens
     checkpoint = new_checkpoint()
     task = TeacherTask(
         checkpoint.model,
-        objective(checkpoint),
+        criterion_of(checkpoint),
         world.source(checkpoint),
         world.collator(checkpoint),
         [[[0, 1]], [[2], [3, 4]], [[5]], [[1]]],

@@ -27,7 +27,7 @@ from coordexp.training.session import EvalCallback, Session, summarise_log, writ
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 from helpers import Workspace
 from permissions import permissions_hold
 

@@ -5,7 +5,6 @@ Shapes: N coordinate slots, K bins, D hidden size, B rows, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,9 +15,9 @@ from coordexp.geometry.bins import NUM_BINS
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.packing.collator import teacher_segment
 from coordexp.training import soft_context
-from coordexp.training.objective_step import objective_terms
-from coordexp.training.soft_context import SoftContext, context_embeddings, self_context_forwards
-from helpers import new_checkpoint, objective
+from coordexp.training.soft_context import context_embeddings, self_context
+from coordexp.training.step import term_sums
+from helpers import criterion_of, new_checkpoint
 
 MODES = ("expectation", "straight_through", "argmax")
 
@@ -34,15 +33,11 @@ def batch(world, checkpoint):
     return world.collator(checkpoint)([teacher_segment(world.store[i]) for i in (2, 5)])
 
 
-@pytest.fixture
-def settings(checkpoint) -> SoftContext:
-    return SoftContext(
-        n_iter=2,
-        embed_mode="expectation",
-        grad_mode="unroll",
-        temperature=1.0,
-        first_coord_id=checkpoint.coord.first_id,
-    )
+def forwards(checkpoint, batch, n_forwards=2, mode="expectation", grad_mode="unroll"):
+    """Hidden states of the first and of the last forward."""
+    criterion = criterion_of(checkpoint, stage2__coord_ctx_embed_mode=mode, stage2__softctx_grad_mode=grad_mode)
+    first = soft_context.hidden_states(checkpoint.model, batch)
+    return first, self_context(checkpoint.model, batch, first, criterion.params, criterion.first_coord_id, n_forwards)
 
 
 def random_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,26 +82,18 @@ def test_temperature_flattens_the_soft_embedding():
     torch.testing.assert_close(hot, table.mean(0).expand(5, -1), atol=1e-3, rtol=0)
 
 
-def test_one_iteration_is_plain_teacher_forcing(checkpoint, batch, settings):
-    with torch.no_grad():
-        first, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=1))
-        expected = hidden_states(checkpoint.model, batch)
-    assert first is last
-    torch.testing.assert_close(first, expected)
-
-
-def test_context_that_tells_the_truth_changes_nothing(checkpoint, batch, settings, monkeypatch):
+def test_context_that_tells_the_truth_changes_nothing(checkpoint, batch, monkeypatch):
     """With the embeddings of the very tokens that stand there: the slots and the picture are put where they were."""
-    tokens = batch.input_ids.flatten()[batch.coord_slots + 1] - settings.first_coord_id
+    tokens = batch.input_ids.flatten()[batch.coord_slots + 1] - checkpoint.coord.first_id
     monkeypatch.setattr(soft_context, "context_embeddings", lambda logits, table, *_: table[tokens])
     with torch.no_grad():
-        first, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=3))
+        first, last = forwards(checkpoint, batch, 3)
     assert first is not last
     torch.testing.assert_close(last, first, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch, settings, mode, monkeypatch):
+def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch, mode, monkeypatch):
     seen = []
 
     def recording(model, packed, inputs_embeds_BTD=None):
@@ -116,12 +103,12 @@ def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch,
 
     monkeypatch.setattr(soft_context, "hidden_states", recording)
     with torch.no_grad():
-        _, last = self_context_forwards(checkpoint.model, batch, replace(settings, n_iter=3, embed_mode=mode))
+        _, last = forwards(checkpoint, batch, 3, mode)
         assert len(seen) == 3
         assert seen[0][0] is None
         assert last is seen[2][1]
         table = checkpoint.model.get_input_embeddings().weight
-        span = slice(settings.first_coord_id, settings.first_coord_id + NUM_BINS)
+        span = slice(checkpoint.coord.first_id, checkpoint.coord.end_id)
         for (_, before), (embeds, _) in pairwise(seen):
             logits_NK = slot_logits(checkpoint.model, before, batch.coord_slots)[:, span]
             expected = table[batch.input_ids].flatten(0, 1)
@@ -131,26 +118,25 @@ def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch,
         assert (seen[2][1] - seen[1][1]).abs().max() > 1e-3
 
 
-def reaches_first(checkpoint, batch, settings) -> bool:
+def reaches_first(checkpoint, batch, mode, grad_mode) -> bool:
     """Whether the coordinate loss of the last forward has a gradient with respect to the first one."""
-    first, last = self_context_forwards(checkpoint.model, batch, settings)
+    first, last = forwards(checkpoint, batch, 2, mode, grad_mode)
     loss = slot_logits(checkpoint.model, last, batch.coord_slots).square().mean()
     (gradient,) = torch.autograd.grad(loss, first, allow_unused=True)
     return gradient is not None and bool(gradient.abs().max() > 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_only_unrolled_and_differentiable_context_reaches_the_first_forward(checkpoint, batch, settings, mode):
-    unrolled = replace(settings, embed_mode=mode)
-    assert reaches_first(checkpoint, batch, unrolled) == (mode != "argmax")
-    assert not reaches_first(checkpoint, batch, replace(unrolled, grad_mode="em_detach"))
+def test_only_unrolled_and_differentiable_context_reaches_the_first_forward(checkpoint, batch, mode):
+    assert reaches_first(checkpoint, batch, mode, "unroll") == (mode != "argmax")
+    assert not reaches_first(checkpoint, batch, mode, "em_detach")
 
 
-def losses(checkpoint, batch, settings) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(checkpoint, batch, n_forwards=2, grad_mode="unroll") -> tuple[torch.Tensor, torch.Tensor]:
     """Text cross-entropy, anchored on the first forward, and the coordinate terms of the last one."""
-    first, last = self_context_forwards(checkpoint.model, batch, settings)
-    terms, _ = objective_terms(checkpoint.model, objective(checkpoint), batch, first, last)
-    return terms["text_ce"].mean(), terms["softce"].mean()
+    first, last = forwards(checkpoint, batch, n_forwards, grad_mode=grad_mode)
+    sums, _ = term_sums(checkpoint.model, criterion_of(checkpoint), batch, first, last)
+    return sums["text_ce"] / len(batch.text_slots), sums["softce"] / len(batch.coord_slots)
 
 
 def gradient(checkpoint, loss) -> torch.Tensor:
@@ -161,28 +147,27 @@ def gradient(checkpoint, loss) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grad_mode", ["unroll", "em_detach"])
-def test_text_is_trained_as_without_self_context(checkpoint, batch, settings, grad_mode):
+def test_text_is_trained_as_without_self_context(checkpoint, batch, grad_mode):
     """The known failure of em_detach is a first forward without gradient: text would stay untrained."""
-    alone = gradient(checkpoint, losses(checkpoint, batch, replace(settings, n_iter=1))[0])
-    text, _ = losses(checkpoint, batch, replace(settings, grad_mode=grad_mode))
+    alone = gradient(checkpoint, losses(checkpoint, batch, 1)[0])
+    text, _ = losses(checkpoint, batch, grad_mode=grad_mode)
     assert alone.norm() > 0
     torch.testing.assert_close(gradient(checkpoint, text), alone)
 
 
-def test_unrolling_changes_the_gradient_and_not_the_loss(checkpoint, batch, settings):
-    _, unrolled = losses(checkpoint, batch, settings)
-    _, detached = losses(checkpoint, batch, replace(settings, grad_mode="em_detach"))
+def test_unrolling_changes_the_gradient_and_not_the_loss(checkpoint, batch):
+    (_, unrolled), (_, detached) = losses(checkpoint, batch), losses(checkpoint, batch, grad_mode="em_detach")
     torch.testing.assert_close(unrolled, detached)
     full, partial = gradient(checkpoint, unrolled), gradient(checkpoint, detached)
     assert (full - partial).norm() > 0.01 * full.norm()
 
 
-def test_the_unrolled_gradient_is_the_derivative_of_the_loss(world, settings):
+def test_the_unrolled_gradient_is_the_derivative_of_the_loss(world):
     """Against a central difference, in the direction of what em_detach leaves out."""
     checkpoint = new_checkpoint()
     batch = world.collator(checkpoint)([teacher_segment(world.store[2])])
-    full = gradient(checkpoint, losses(checkpoint, batch, settings)[1])
-    partial = gradient(checkpoint, losses(checkpoint, batch, replace(settings, grad_mode="em_detach"))[1])
+    full = gradient(checkpoint, losses(checkpoint, batch)[1])
+    partial = gradient(checkpoint, losses(checkpoint, batch, grad_mode="em_detach")[1])
     through_context = (full - partial) / (full - partial).norm()
     values, step = [], 3e-4
     for sign in (1, -1):
@@ -192,7 +177,7 @@ def test_the_unrolled_gradient_is_the_derivative_of_the_loss(world, settings):
             for parameter in moved.model.parameters():
                 parameter += sign * step * through_context[at : at + parameter.numel()].view_as(parameter)
                 at += parameter.numel()
-            values.append(float(losses(moved, batch, settings)[1]))
+            values.append(float(losses(moved, batch)[1]))
     measured = (values[0] - values[1]) / (2 * step)
     assert measured == pytest.approx(float(full @ through_context), rel=0.01)
     assert float(partial @ through_context) != pytest.approx(measured, rel=0.1)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from coordexp.losses.objective import combine
 from coordexp.packing.collator import teacher_segment
-from coordexp.training.loop import MicroBatch
-from coordexp.training.objective_step import denominators, objective_terms
 from coordexp.training.rollout_pool import RolloutPool
 from coordexp.training.schedule import is_channel_b
-from coordexp.training.soft_context import SoftContext, self_context_forwards
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_segments, plan_steps
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask, micro_batch, step_counts
 from helpers import (
     ALL_WEIGHTS,
     MATCHING,
     PARAMS,
     build_world,
     changed,
+    criterion_of,
+    logs_of,
     new_checkpoint,
-    objective,
     teacher_rollouts,
-    untimed,
 )
+from loss_reference import terms_of
 
 ALL = tuple(range(6))
 TWO = changed(PARAMS.stage2, passes="two", missed="append", eos_weight=2.0)
@@ -41,17 +38,6 @@ def checkpoint():
 @pytest.fixture(scope="module")
 def rollouts(world, checkpoint):
     return teacher_rollouts(checkpoint, world)
-
-
-@pytest.fixture
-def context(checkpoint) -> SoftContext:
-    return SoftContext(
-        n_iter=1,
-        embed_mode="straight_through",
-        grad_mode="unroll",
-        temperature=1.0,
-        first_coord_id=checkpoint.coord.first_id,
-    )
 
 
 def test_a_plan_keeps_to_the_schedule_and_to_what_was_rolled_out():
@@ -102,24 +88,24 @@ def test_channel_a_is_teacher_forcing(world, checkpoint):
     assert logs == {"channel": "A"}
 
 
-def stage2(world, checkpoint, rollouts, context, plan, settings=TWO, pack_tokens=256, **options) -> Stage2Task:
+def stage2(world, checkpoint, rollouts, plan, settings=TWO, pack_tokens=256, weights=ALL_WEIGHTS, **changes):
+    """A task at these parameters of stage 2 but for `changes`."""
+    criterion = criterion_of(checkpoint, weights, stage2=changed(settings, **changes).model_dump())
     return Stage2Task(
         checkpoint.model,
-        objective(checkpoint),
-        context,
+        criterion,
         world.source(checkpoint),
         RolloutPool(rollouts, lambda _: MATCHING),
         world.encoder(checkpoint),
-        settings,
         world.collator(checkpoint, pack_tokens),
         plan,
-        **options,
     )
 
 
 def run(task: Stage2Task, step: int = 0):
+    """The loss of a step, and its log row."""
     (micro,) = task.micro_batches(step)
-    return MicroBatch(micro.loss, untimed(micro.logs))
+    return SimpleNamespace(loss=micro.loss, logs=logs_of(micro))
 
 
 def gradient(checkpoint, loss) -> torch.Tensor:
@@ -131,12 +117,13 @@ def gradient(checkpoint, loss) -> torch.Tensor:
 @pytest.mark.parametrize("n_iter", [1, 2])
 @pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
 @pytest.mark.parametrize("settings", [TWO, ONE], ids=["two", "one"])
-def test_packed_equals_unpacked(world, checkpoint, rollouts, context, plan, settings, n_iter):
-    context = replace(context, n_iter=n_iter, embed_mode="expectation")  # the other modes may flip a near tie
+def test_packed_equals_unpacked(world, checkpoint, rollouts, plan, settings, n_iter):
+    changes = {"n_softctx_iter": n_iter, "coord_ctx_embed_mode": "expectation"}  # the other modes may flip a near tie
     longest = max(s.length for s in plan_segments(plan, 0, world.source(checkpoint), rollouts,
                                                   world.encoder(checkpoint), settings)[0])  # fmt: skip
     packed, alone = (
-        run(stage2(world, checkpoint, rollouts, context, [plan], settings, tokens)) for tokens in (4 * longest, longest)
+        run(stage2(world, checkpoint, rollouts, [plan], settings, tokens, **changes))
+        for tokens in (4 * longest, longest)
     )
     assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
@@ -144,44 +131,42 @@ def test_packed_equals_unpacked(world, checkpoint, rollouts, context, plan, sett
 
 
 @pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
-def test_packed_equals_unpacked_in_tags_too(tmp_path, checkpoint, context, plan):
+def test_packed_equals_unpacked_in_tags_too(tmp_path, checkpoint, plan):
     world = build_world(tmp_path, "tags")
     rollouts = teacher_rollouts(checkpoint, world)
-    packed, alone = (run(stage2(world, checkpoint, rollouts, context, [plan], TWO, tokens)) for tokens in (400, 100))
+    packed, alone = (run(stage2(world, checkpoint, rollouts, [plan], TWO, tokens)) for tokens in (400, 100))
     assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     assert packed.logs["coord_diag/expected_bin_mae"] > 0
 
 
 @pytest.mark.parametrize("plan", [StepPlan("A", ALL), StepPlan("B", ALL)], ids="AB")
 @pytest.mark.parametrize("parts", [2, 5])
-def test_accumulated_micro_batches_equal_one_batch(world, checkpoint, rollouts, context, plan, parts):
+def test_accumulated_micro_batches_equal_one_batch(world, checkpoint, rollouts, plan, parts):
     """Divided by the counts of the whole step, the parts add up, however unevenly they hold slots."""
-    whole = run(stage2(world, checkpoint, rollouts, context, [plan]))
+    whole = run(stage2(world, checkpoint, rollouts, [plan]))
     segments, _ = plan_segments(plan, 0, world.source(checkpoint), rollouts, world.encoder(checkpoint), TWO)
-    counts, goal, collator = denominators(segments), objective(checkpoint), world.collator(checkpoint)
+    counts, criterion, collator = step_counts(segments), criterion_of(checkpoint), world.collator(checkpoint)
     total = torch.zeros(())
     for part in range(parts):
         batch = collator(segments[part::parts])
-        first, last = self_context_forwards(checkpoint.model, batch, context)
-        loss, _ = combine(objective_terms(checkpoint.model, goal, batch, first, last)[0], goal.weights, counts)
-        total = total + loss
+        total = total + micro_batch(checkpoint.model, criterion, batch, counts).loss
     assert float(total.detach()) == pytest.approx(float(whole.loss.detach()), rel=1e-5)
     ours, theirs = gradient(checkpoint, total), gradient(checkpoint, whole.loss)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-def test_channel_a_without_self_context_equals_stage_1(world, checkpoint, rollouts, context):
-    ours = run(stage2(world, checkpoint, rollouts, context, [StepPlan("A", (0, 1))]))
+def test_channel_a_without_self_context_equals_stage_1(world, checkpoint, rollouts):
+    ours = run(stage2(world, checkpoint, rollouts, [StepPlan("A", (0, 1))]))
     teacher = TeacherTask(
-        checkpoint.model, objective(checkpoint), world.source(checkpoint), world.collator(checkpoint), [[[0, 1]]]
+        checkpoint.model, criterion_of(checkpoint), world.source(checkpoint), world.collator(checkpoint), [[[0, 1]]]
     )
     (theirs,) = teacher.micro_batches(0)
     assert float(ours.loss.detach()) == pytest.approx(float(theirs.loss.detach()), rel=1e-5)
 
 
-def test_self_context_is_channel_a_only_and_counted_as_compute(world, checkpoint, rollouts, context):
+def test_self_context_is_channel_a_only_and_counted_as_compute(world, checkpoint, rollouts):
     plan = [StepPlan("A", ALL), StepPlan("B", ALL)]
-    once, twice = (stage2(world, checkpoint, rollouts, replace(context, n_iter=n), plan) for n in (1, 2))
+    once, twice = (stage2(world, checkpoint, rollouts, plan, n_softctx_iter=n) for n in (1, 2))
     a_once, a_twice, b_once, b_twice = run(once, 0), run(twice, 0), run(once, 1), run(twice, 1)
     assert a_twice.logs["tokens"] == 2 * a_once.logs["tokens"] == 2 * sum(s.length for s in world.samples)
     assert a_twice.logs["loss/text_ce"] == pytest.approx(a_once.logs["loss/text_ce"])  # anchored on the first forward
@@ -190,9 +175,9 @@ def test_self_context_is_channel_a_only_and_counted_as_compute(world, checkpoint
     assert float(b_twice.loss.detach()) == float(b_once.loss.detach())
 
 
-def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, rollouts, context):
+def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, rollouts):
     """Weights off, one by one, would pass unseen in the loss of a random model."""
-    micro = run(stage2(world, checkpoint, rollouts, context, [StepPlan("B", ALL)]))
+    micro = run(stage2(world, checkpoint, rollouts, [StepPlan("B", ALL)]))
     checkpoint.model.zero_grad()
     micro.loss.backward()
     untouched = [name for name, p in checkpoint.model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -201,9 +186,9 @@ def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, 
     assert micro.logs["samples"] == 11
 
 
-def test_the_first_forward_is_diagnosed_beside_the_last(world, checkpoint, rollouts, context):
+def test_the_first_forward_is_diagnosed_beside_the_last(world, checkpoint, rollouts):
     plan = [StepPlan("A", ALL)]
-    once, twice = (run(stage2(world, checkpoint, rollouts, replace(context, n_iter=n), plan)).logs for n in (1, 2))
+    once, twice = (run(stage2(world, checkpoint, rollouts, plan, n_softctx_iter=n)).logs for n in (1, 2))
     assert not [name for name in once if name.startswith("coord_diag_a1/")]
     first = {name.removeprefix("coord_diag_a1/"): v for name, v in twice.items() if name.startswith("coord_diag_a1/")}
     plain = {name.removeprefix("coord_diag/"): v for name, v in once.items() if name.startswith("coord_diag/")}
@@ -211,12 +196,12 @@ def test_the_first_forward_is_diagnosed_beside_the_last(world, checkpoint, rollo
     assert twice["coord_diag/expected_bin_mae"] != pytest.approx(plain["expected_bin_mae"], rel=1e-5)
 
 
-def test_the_anchor_is_the_coordinate_objective_of_the_first_forward(world, checkpoint, rollouts, context):
+def test_the_anchor_is_the_coordinate_objective_of_the_first_forward(world, checkpoint, rollouts):
     """Its terms are those of teacher forcing, times the factor, and its gradient is added to that of the rest."""
-    plan, twice = [StepPlan("A", ALL)], replace(context, n_iter=2, grad_mode="em_detach")
-    plain = run(stage2(world, checkpoint, rollouts, twice, plan))
-    anchored = run(stage2(world, checkpoint, rollouts, twice, plan, a1_coord_weight=0.5))
-    teacher = run(stage2(world, checkpoint, rollouts, context, plan))
+    plan, twice = [StepPlan("A", ALL)], {"n_softctx_iter": 2, "softctx_grad_mode": "em_detach"}
+    plain = run(stage2(world, checkpoint, rollouts, plan, **twice))
+    anchored = run(stage2(world, checkpoint, rollouts, plan, **twice, a1_coord_weight=0.5))
+    teacher = run(stage2(world, checkpoint, rollouts, plan))
     names = ("softce", "w1", "gate", "coord_ce")
     for name in names:
         assert anchored.logs[f"loss/a1_{name}"] == pytest.approx(0.5 * teacher.logs[f"loss/{name}"], rel=1e-5)
@@ -227,37 +212,38 @@ def test_the_anchor_is_the_coordinate_objective_of_the_first_forward(world, chec
     assert difference.norm() > 1e-3
 
 
-def test_one_forward_takes_no_anchor(world, checkpoint, rollouts, context):
+def test_one_forward_takes_no_anchor(world, checkpoint, rollouts):
     for plan in (StepPlan("A", ALL), StepPlan("B", ALL)):
-        with_anchor, without = (
-            run(stage2(world, checkpoint, rollouts, context, [plan], a1_coord_weight=w)) for w in (0.5, 0.0)
-        )
+        with_anchor, without = (run(stage2(world, checkpoint, rollouts, [plan], a1_coord_weight=w)) for w in (0.5, 0.0))
         assert with_anchor.logs == without.logs
 
 
-def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, rollouts, context):
+def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, rollouts):
     """Every option of channel B at once; the second object of each rollout is found twice."""
     settings = changed(
         TWO, duplicate_unlikelihood_weight=0.5, over_generation="truncate", close_weight=3.0, over_close_weight=2.0
     )
-    weights = replace(ALL_WEIGHTS, duplicate_unlikelihood=0.5)
-    results = []
-    for pack_tokens in (1200, 300):
-        task = Stage2Task(
-            checkpoint.model,
-            objective(checkpoint, weights),
-            context,
-            world.source(checkpoint),
-            RolloutPool(rollouts, lambda _: MATCHING),
-            world.encoder(checkpoint),
-            settings,
-            world.collator(checkpoint, pack_tokens),
-            [StepPlan("B", ALL)],
-        )
-        results.append(run(task))
+    weights = ALL_WEIGHTS | {"duplicate_unlikelihood": 0.5}
+    plan = [StepPlan("B", ALL)]
+    results = [run(stage2(world, checkpoint, rollouts, plan, settings, n, weights)) for n in (1200, 300)]
     packed, alone = results
     assert packed.logs["stage2_ab/unlikely_total"] > 0
     assert packed.logs["loss/duplicate_unlikelihood"] == pytest.approx(alone.logs["loss/duplicate_unlikelihood"])
     assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_every_box_term_is_logged_and_the_weighted_ones_train(world, checkpoint, rollouts):
+    """The raw value of a term does not depend on its weight, and the loss is made of those with one."""
+    plan = [StepPlan("A", ALL)]
+    boxes = terms_of("box")
+    off, on = (
+        run(stage2(world, checkpoint, rollouts, plan, weights=ALL_WEIGHTS | dict.fromkeys(boxes, w)))
+        for w in (0.0, 1.0)
+    )
+    for name in boxes:
+        assert off.logs[f"raw/{name}"] == pytest.approx(on.logs[f"raw/{name}"]) == on.logs[f"loss/{name}"]
+        assert f"loss/{name}" not in off.logs
+    added = sum(on.logs[f"loss/{name}"] for name in boxes)
+    assert float(on.loss.detach()) == pytest.approx(float(off.loss.detach()) + added, rel=1e-5)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coordexp.packing.collator import teacher_segment
-from coordexp.training.objective_step import denominators
-from coordexp.training.teacher_task import TeacherTask
-from helpers import new_checkpoint, objective, untimed
+from coordexp.training.stage1 import TeacherTask
+from coordexp.training.step import step_counts
+from helpers import criterion_of, logs_of, new_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def checkpoint():
 
 def task(world, checkpoint, packs_by_step, object_order="top_left") -> TeacherTask:
     source = world.source(checkpoint, object_order)
-    return TeacherTask(checkpoint.model, objective(checkpoint), source, world.collator(checkpoint), packs_by_step)
+    return TeacherTask(checkpoint.model, criterion_of(checkpoint), source, world.collator(checkpoint), packs_by_step)
 
 
 def only(batches):
@@ -41,17 +41,16 @@ def test_the_layout_of_the_packs_changes_nothing(world, checkpoint):
     for result, found in zip(results[1:], gradients[1:], strict=True):
         assert float(result.loss.detach()) == pytest.approx(float(results[0].loss.detach()), rel=1e-5)
         assert (found - gradients[0]).norm() < 1e-4 * gradients[0].norm()
-        assert untimed(result.logs) == pytest.approx(untimed(results[0].logs), rel=1e-3, abs=1e-4)
+        assert logs_of(result) == pytest.approx(logs_of(results[0]), rel=1e-3, abs=1e-4)
 
 
 def test_a_step_is_the_mean_over_all_its_slots(world, checkpoint):
     """Not the mean of the means of its packs: the terms of two steps add up by their counts."""
     both, first, second = task(world, checkpoint, [[[0], [3]], [[0]], [[3]]]), 1, 2
-    segments = [teacher_segment(world.store[i]) for i in (0, 3)]
+    counts = [step_counts([teacher_segment(world.store[i])]) for i in (0, 3)]
     logs = [only(both.micro_batches(step)).logs for step in (0, first, second)]
-    counts = [denominators([segment]) for segment in segments]
-    for name in ("text_ce", "text_gate"):
-        weights = [float(count[name]) for count in counts]
+    for name, place in (("text_ce", "text"), ("text_gate", "inner_text")):
+        weights = [count[place] for count in counts]
         expected = (logs[1][f"raw/{name}"] * weights[0] + logs[2][f"raw/{name}"] * weights[1]) / sum(weights)
         assert logs[0][f"raw/{name}"] == pytest.approx(expected, rel=1e-4)
     assert logs[0]["raw/softce"] == pytest.approx(logs[1]["raw/softce"], rel=1e-4)  # sample 3 shows no object
@@ -64,7 +63,7 @@ def test_logged_numbers(world, checkpoint):
     assert sum(weighted) == pytest.approx(float(micro.loss.detach()), rel=1e-5)
     assert micro.logs["samples"] == 3
     assert micro.logs["tokens"] == sum(world.store[i].length for i in (0, 2, 5))
-    assert {"loss/text_ce", "loss/softce", "loss/bbox_ciou", "coord_diag/expected_bin_mae"} <= micro.logs.keys()
+    assert {"loss/text_ce", "loss/softce", "loss/bbox_ciou", "coord_diag/expected_bin_mae"} <= logs_of(micro).keys()
     assert 0 <= micro.logs["time/wait_s"] < 60
 
 

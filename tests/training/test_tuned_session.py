@@ -15,7 +15,7 @@ from coordexp.models.loading import load_checkpoint
 from coordexp.rollout.records import write_rollouts
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import TeacherTask
 from helpers import Workspace, teacher_rollouts
 
 

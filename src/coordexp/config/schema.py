@@ -21,8 +21,6 @@ SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 BoxRule = Literal["argmax", "expectation", "local_expectation", "top_k", "median"]
 ScoreName = Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"]
 
-COORD_TERMS = ("softce_weight", "w1_weight", "gate_weight", "coord_ce_weight")
-
 # How one value is read out of a distribution over bins; losses/readout.py says what each rule does.
 ReadoutRule = Literal["argmax", "expectation", "straight_through", "local_expectation", "top_k", "median"]
 _READOUT_SYNONYMS = {
@@ -44,13 +42,18 @@ SeedOffset = Annotated[int, Field(ge=0, le=999)]
 BinCount = Annotated[int, Field(ge=1, le=1000)]
 
 
-class CoordWeights(Block):
-    """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
+class CoordSupervision(Block):
+    """Weights of the terms that train coordinate tokens, which the text loss leaves out: one must be above 0."""
 
     softce_weight: Weight = Field(description="cross-entropy against the soft target over the 1000 bins")
     w1_weight: Weight = Field(description="Wasserstein-1 distance of predicted and target bins, in [0, 1] units")
     gate_weight: Weight = Field(description="-log P(any coordinate token) at coordinate slots")
     coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
+
+
+class CoordWeights(CoordSupervision):
+    """Weights of the coordinate objective: the top level of params.yaml for stage 2, the block `stage1` for stage 1."""
+
     text_gate_weight: Weight = Field(description="-log P(no coordinate token) at text slots")
 
 
@@ -247,10 +250,11 @@ class Params(CoordWeights):
     def _coordinates_are_supervised(self) -> Params:
         if self.text.codec == "digits":  # plain numbers are text, and trained as text
             return self
+        keys = CoordSupervision.model_fields
         for weights, prefix in ((self, ""), (self.stage1, "stage1.")):
-            if not any(getattr(weights, term) for term in COORD_TERMS):
+            if not any(getattr(weights, key) for key in keys):
                 raise ValueError(
-                    f"{', '.join(prefix + term for term in COORD_TERMS)} are all 0, so nothing would train the "
+                    f"{', '.join(prefix + key for key in keys)} are all 0, so nothing would train the "
                     "coordinate tokens; set at least one above 0."
                 )
         return self

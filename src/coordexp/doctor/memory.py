@@ -3,8 +3,8 @@
     trained      4 bytes of weight, 4 of gradient, 8 of AdamW's moments (2 with one-byte moments); frozen: the weight
     activations  what autograd keeps under bf16 autocast, in bytes a token and layer; the factors below are exact for
                  transformers' Qwen3-VL with scaled-dot-product attention (a test counts the saved tensors)
-    logits       of the supervised slots, over the whole vocabulary, in float32: values, log-softmax and gradient; of a
-                 large vocabulary one chunk, the coordinate logits, and the gradient of the head before it is added
+    logits       one chunk of those of the supervised slots, the coordinate logits (values, log-softmax and gradient),
+                 and the gradient of the head before it is added; in float32
 
 What it leaves out: the allocator's fragments, the workspace of kernels, and the context of the GPU (1 to 2 GB).
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from coordexp.config.profile import TuningConfig
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.head_sweep import FUSED_ROWS, LARGE_VOCABULARY
+from coordexp.losses.vocabulary_terms import CHUNK_LOGITS
 
 WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes of a parameter
 AUTOCAST_COPY = 2  # bytes of a weight's bf16 copy, kept for the backward pass
@@ -161,12 +161,11 @@ def step_memory(
 
 
 def _logit_bytes(config: Mapping[str, Any], tuning: TuningConfig, supervised: int) -> int:
-    """Of the supervised slots; all of them are taken for coordinate slots where only those keep logits."""
+    """Of one chunk, of the coordinate slots (all supervised ones are taken for such), and the head's gradient."""
     vocab_size, hidden = config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
-    if vocab_size < LARGE_VOCABULARY:
-        return LOGIT * supervised * vocab_size
+    chunk = min(CHUNK_LOGITS, supervised * vocab_size)
     trained_rows = vocab_size if tuning.method == "full" else NUM_BINS
-    return 4 * FUSED_ROWS * vocab_size + LOGIT * supervised * NUM_BINS + GRADIENT * trained_rows * hidden
+    return 4 * chunk + LOGIT * supervised * NUM_BINS + GRADIENT * trained_rows * hidden
 
 
 def outside_layers(config: Mapping[str, Any]) -> int:

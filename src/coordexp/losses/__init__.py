@@ -1,1 +1,3 @@
-"""Losses on logits and on decoded boxes: pure functions that return sums and counts, and the objective over them."""
+"""Losses on hidden states, logits and decoded boxes: a registry of terms (losses/terms.py) in the order of the loss."""
+
+from coordexp.losses import vocabulary_terms, coord_terms, box_terms  # noqa: F401, I001  (each declares its terms)

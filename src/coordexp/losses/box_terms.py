@@ -10,52 +10,33 @@ B boxes. Float32 inside (float64 stays float64).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.partition import at_least_float32
-from coordexp.losses.terms import TermSum, sum_slots
+from coordexp.losses.terms import at_least_float32, term
 
-BOX_TERMS = ("bbox_smoothl1", "bbox_l1", "bbox_giou", "bbox_ciou", "bbox_log_wh")
 MIN_SIDE = 0.1 / NUM_BINS  # a tenth of a bin; shorter sides count as this long in logarithms and aspect ratios
 MIN_AREA = 1e-12  # far below one square bin (1e-6)
 CIOU_EPS = 1e-7
 
 
-def box_terms(
-    pred_boxes_B4: Tensor,
-    target_boxes_B4: Tensor,
-    smoothl1_beta_bins: float,
-    wanted: Collection[str],
-    weights_B: Tensor | None = None,
-) -> dict[str, TermSum]:
-    """Sums of the wanted terms over B boxes (B may be 0); names in `wanted` that are not in BOX_TERMS are not for us.
+@dataclass(frozen=True, slots=True)
+class BoxPairs:
+    """B predicted boxes beside their ground truth, both ordered; `smoothl1_beta_bins` as in `smooth_l1`."""
 
-    Args:
-        pred_boxes_B4: decoded boxes, xyxy in [0, 1], corners in any order.
-        target_boxes_B4: ground-truth boxes, xyxy in [0, 1].
-        smoothl1_beta_bins: where SmoothL1 turns from quadratic to linear, in bins, > 0 (see `smooth_l1`).
-        wanted: names of the terms to compute (those with a weight).
-        weights_B: weight of each box, >= 0; default 1.
-    """
+    pred_B4: Tensor
+    target_B4: Tensor
+    smoothl1_beta_bins: float
+
+
+def box_pairs(pred_boxes_B4: Tensor, target_boxes_B4: Tensor, smoothl1_beta_bins: float) -> BoxPairs:
+    """From decoded and annotated boxes, xyxy in [0, 1] with corners in any order (B may be 0)."""
     pred_B4 = ordered_boxes(at_least_float32(pred_boxes_B4))
-    target_B4 = ordered_boxes(target_boxes_B4.detach().to(pred_B4))
-    values: dict[str, Tensor] = {}
-    if "bbox_smoothl1" in wanted:
-        values["bbox_smoothl1"] = smooth_l1(pred_B4, target_B4, smoothl1_beta_bins)
-    if "bbox_l1" in wanted:
-        values["bbox_l1"] = (pred_B4 - target_B4).abs().mean(-1)
-    if "bbox_giou" in wanted:
-        values["bbox_giou"] = 1 - giou(pred_B4, target_B4)
-    if "bbox_ciou" in wanted:
-        values["bbox_ciou"] = ciou_loss(pred_B4, target_B4)
-    if "bbox_log_wh" in wanted:
-        values["bbox_log_wh"] = log_size_loss(pred_B4, target_B4)
-    return {name: sum_slots(values_B, weights_B) for name, values_B in values.items()}
+    return BoxPairs(pred_B4, ordered_boxes(target_boxes_B4.detach().to(pred_B4)), smoothl1_beta_bins)
 
 
 def ordered_boxes(boxes_B4: Tensor) -> Tensor:
@@ -65,15 +46,28 @@ def ordered_boxes(boxes_B4: Tensor) -> Tensor:
     return torch.cat(corners, dim=-1).clamp(0, 1)
 
 
-def smooth_l1(pred_B4: Tensor, target_B4: Tensor, beta_bins: float) -> Tensor:
+@term("bbox_smoothl1", "box")
+def smooth_l1(pred_B4: Tensor, target_B4: Tensor, smoothl1_beta_bins: float) -> Tensor:
     """(B,) mean over the 4 coordinates of e^2 / (2 beta) below beta, |e| - beta / 2 above.
 
     beta is given in bins because the errors are: in [0, 1] units every error is below the customary beta of 1, so the
     loss is always e^2 / 2 (5e-5 for 10 bins) and its gradient thousands of times weaker than that of CIoU. With a beta
     of some bins the gradient reaches its full 1 / 4 per coordinate as soon as an edge is off by more than that.
     """
-    assert beta_bins > 0, f"smoothl1_beta_bins {beta_bins}: expected > 0"
-    return F.smooth_l1_loss(pred_B4, target_B4, beta=beta_bins / NUM_BINS, reduction="none").mean(-1)
+    beta = smoothl1_beta_bins / NUM_BINS
+    return F.smooth_l1_loss(pred_B4, target_B4, beta=beta, reduction="none").mean(-1)
+
+
+@term("bbox_l1", "box")
+def l1(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
+    """(B,) mean absolute error over the 4 coordinates."""
+    return (pred_B4 - target_B4).abs().mean(-1)
+
+
+@term("bbox_giou", "box")
+def giou_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
+    """(B,) 1 - GIoU of ordered boxes, in [0, 2]."""
+    return 1 - giou(pred_B4, target_B4)
 
 
 def giou(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
@@ -83,6 +77,7 @@ def giou(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
     return iou_B - _ratio(hull_B - union_B, hull_B)
 
 
+@term("bbox_ciou", "box")
 def ciou_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
     """(B,) 1 - IoU + rho^2 / c^2 + alpha v of ordered boxes (Zheng et al. 2020, arXiv:1911.08287, eqs. 7-11).
 
@@ -97,6 +92,7 @@ def ciou_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
     return 1 - iou_B + distance_B + alpha_B * v_B
 
 
+@term("bbox_log_wh", "box")
 def log_size_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
     """(B,) SmoothL1 (beta = 1 nat, a factor of e) of log width plus that of log height: scale-free size error."""
     log_B2, target_log_B2 = _sides(pred_B4).log(), _sides(target_B4).log()

@@ -1,4 +1,4 @@
-"""Loss terms on coordinate slots: softCE, W1, gate, hard CE, entropy (the CoordExp objective).
+"""Coordinate slots: soft targets, loss terms (the CoordExp objective) and what is logged of their distributions.
 
 For one slot with logits z over V, coordinate slice s, temperature T: p = softmax(s / T) over the K = 1000 bins,
 P = softmax(z / T) over V, m = P(coordinate ids), target distribution q, rounded target bin t.
@@ -9,86 +9,100 @@ P = softmax(z / T) over V, m = P(coordinate ids), target distribution q, rounded
     coord_ce  -log p_t, always at T = 1       coord_ce + gate at T = 1 is ordinary cross-entropy, exactly
     entropy   -sum p log p                    weight > 0 discourages several modes, < 0 overconfidence
 
-N slots, V vocabulary, K bins. Everything is float32 inside (float64 stays float64).
+Target distributions q come from unrounded target bins y in [0, 999]; sigma and truncate are in bins. Array ends cut the
+kernel and the rest is renormalised: no reflection, no wrap, so near a border the mean of a broad target lies inward of
+the target (1.3 bins at bin 0 for sigma 2).
+
+N slots, V vocabulary, K bins, W bins of a window, M metrics, H histogram cells. Everything is float32 inside (float64
+stays float64).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coordexp.geometry.bins import MAX_BIN
-from coordexp.losses.partition import VocabularyPartition, scale
-from coordexp.losses.soft_targets import SoftTarget, rounded_bins
-from coordexp.losses.terms import TermSum, sum_slots
+from coordexp.config.schema import Params
+from coordexp.geometry.bins import MAX_BIN, NUM_BINS
+from coordexp.losses.terms import at_least_float32, term
 
-COORD_TERMS = ("softce", "w1", "gate", "coord_ce", "entropy")
+COORD_METRICS = (
+    "p_gt_mean",  # p_t of the rounded target bin t
+    "acc_top5",  # share of slots where fewer than 5 bins are likelier than t
+    "margin_mean",  # log p_t - log of the best other bin; falls under a soft target, whose optimum is no peak
+    "expected_bin_mae",  # |E[k] - y| in bins, y unrounded (older notes of others report E|k - t| under this name)
+    "w1_to_delta",  # E|k - t| / (K - 1): the distance to the hard target, in the unit of the w1 term
+    "softce_kl",  # KL(q || p) = softCE - H(q), nats: the part of softCE that can reach 0
+    "coord_vocab_mass_mean",  # m = P(coordinate ids)
+)
+TOP_BINS = 5
+CELL_BINS = 0.25  # resolution of the error quantiles
+NUM_CELLS = int(MAX_BIN / CELL_BINS) + 1
 
 
-def coordinate_terms(
-    logits_NV: Tensor,
-    target_bins_N: Tensor,
-    first_coord_id: int,
-    target: SoftTarget,
-    temperature: float,
-    wanted: Collection[str],
-    weights_N: Tensor | None = None,
-) -> dict[str, TermSum]:
-    """Sums of the wanted terms over N coordinate slots; names in `wanted` that are not in COORD_TERMS are not for us.
+class CoordSlots:
+    """N supervised coordinate slots: what terms and diagnostics ask of them, each computed once and when asked for.
 
     Args:
-        logits_NV: full-vocabulary logits, one row per supervised coordinate slot (N may be 0); any float dtype.
+        logits_NK: logits of the coordinate ids (N may be 0); any float dtype.
+        text_log_odds_N: log((1 - m) / m) at the temperature.
         target_bins_N: unrounded target bins in [0, 999].
-        first_coord_id: id of the token of bin 0; the 1000 ids are consecutive.
-        target: family and width of q, for softce and w1.
-        temperature: T > 0 of softce, w1, gate and entropy; coord_ce stays at 1.
-        wanted: names of the terms to compute (those with a weight).
-        weights_N: weight of each slot, >= 0; default 1.
+        params: target family, sigma and truncate of q; temperature T of everything but `log_p_at_1_NK`.
     """
-    logits = VocabularyPartition.of(logits_NV, first_coord_id)
-    terms = slice_terms(logits.coord_NK, target_bins_N, target, temperature, wanted, weights_N)
-    if "gate" in wanted:
-        terms["gate"] = sum_slots(gate(logits.text_log_odds(temperature)), weights_N)
-    return terms
+
+    def __init__(
+        self,
+        logits_NK: Tensor,
+        text_log_odds_N: Tensor,
+        target_bins_N: Tensor,
+        params: Params,
+    ) -> None:
+        self.logits_NK = at_least_float32(logits_NK)
+        self.text_log_odds_N = text_log_odds_N
+        self.target_bins_N = target_bins_N
+        self.temperature = params.temperature
+        self._params = params
+
+    @cached_property
+    def log_p_NK(self) -> Tensor:
+        """log p."""
+        logits_NK = self.logits_NK if self.temperature == 1 else self.logits_NK / self.temperature
+        return F.log_softmax(logits_NK, dim=-1)
+
+    @cached_property
+    def log_p_at_1_NK(self) -> Tensor:
+        """log p at T = 1."""
+        return self.log_p_NK if self.temperature == 1 else F.log_softmax(self.logits_NK, dim=-1)
+
+    @cached_property
+    def p_NK(self) -> Tensor:
+        """p."""
+        return self.log_p_NK.exp()
+
+    @cached_property
+    def q_NK(self) -> Tensor:
+        """Target distributions."""
+        kind, sigma, truncate = self._params.target, self._params.sigma, self._params.truncate
+        return soft_target(self.target_bins_N, kind, sigma, truncate, self.logits_NK.dtype)
+
+    @cached_property
+    def label_N(self) -> Tensor:
+        """Rounded target bins t, int64."""
+        return rounded_bins(self.target_bins_N)
 
 
-def slice_terms(
-    coord_NK: Tensor,
-    target_bins_N: Tensor,
-    target: SoftTarget,
-    temperature: float,
-    wanted: Collection[str],
-    weights_N: Tensor | None = None,
-) -> dict[str, TermSum]:
-    """What `coordinate_terms` computes but for the gate: it needs float32 logits (N, K) of the coordinate ids alone."""
-    values: dict[str, Tensor] = {}
-    log_p_NK = F.log_softmax(scale(coord_NK, temperature), dim=-1)
-    if "softce" in wanted or "w1" in wanted:
-        q_NK = target.distribution(target_bins_N, dtype=log_p_NK.dtype)
-        if "softce" in wanted:
-            values["softce"] = soft_cross_entropy(log_p_NK, q_NK)
-        if "w1" in wanted:
-            values["w1"] = wasserstein1(log_p_NK.exp(), q_NK)
-    if "coord_ce" in wanted:
-        log_p1_NK = log_p_NK if temperature == 1 else F.log_softmax(coord_NK, dim=-1)
-        values["coord_ce"] = hard_cross_entropy(log_p1_NK, rounded_bins(target_bins_N))
-    if "entropy" in wanted:
-        values["entropy"] = entropy(log_p_NK)
-    return {name: sum_slots(values_N, weights_N) for name, values_N in values.items()}
-
-
+@term("softce", "coord")
 def soft_cross_entropy(log_p_NK: Tensor, q_NK: Tensor) -> Tensor:
     """(N,) -sum_k q_k log p_k in nats; its minimum is the entropy of q, not 0."""
     return -(q_NK * log_p_NK).sum(-1)
 
 
-def hard_cross_entropy(log_p_NK: Tensor, target_bins_N: Tensor) -> Tensor:
-    """(N,) -log p_t in nats, for integer target bins (N,)."""
-    return -log_p_NK.gather(-1, target_bins_N[:, None]).squeeze(-1)
-
-
+@term("w1", "coord")
 def wasserstein1(p_NK: Tensor, q_NK: Tensor) -> Tensor:
     """(N,) W1 between two distributions over bins, divided by K - 1: W1(delta_a, delta_b) = |a - b| / 999, in [0, 1].
 
@@ -98,11 +112,146 @@ def wasserstein1(p_NK: Tensor, q_NK: Tensor) -> Tensor:
     return (p_NK - q_NK).cumsum(-1)[:, :-1].abs().sum(-1) / MAX_BIN
 
 
+@term("gate", "coord")
 def gate(text_log_odds_N: Tensor) -> Tensor:
     """(N,) -log m >= 0: logsumexp over the vocabulary minus logsumexp over the coordinate slice."""
     return -F.logsigmoid(-text_log_odds_N)
 
 
+@term("coord_ce", "coord")
+def hard_cross_entropy(log_p_at_1_NK: Tensor, label_N: Tensor) -> Tensor:
+    """(N,) -log p_t in nats, for integer target bins (N,)."""
+    return -log_p_at_1_NK.gather(-1, label_N[:, None]).squeeze(-1)
+
+
+@term("entropy", "coord", signed=True)
 def entropy(log_p_NK: Tensor) -> Tensor:
     """(N,) entropy of p in nats."""
     return -(log_p_NK.exp() * log_p_NK).sum(-1)
+
+
+def rounded_bins(target_bins_N: Tensor) -> Tensor:
+    """(N,) int64 target bins t: the nearest bin, clamped to 0..999. The bin that the hard label and the text name."""
+    return target_bins_N.round().clamp(0, MAX_BIN).long()
+
+
+def soft_target(
+    target_bins_N: Tensor, kind: str, sigma: float, truncate: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(N, K) target distributions for unrounded target bins (N,), of the family `kind`; rows sum to 1."""
+    match kind:
+        case "gaussian":
+            return gaussian_target(target_bins_N, sigma, truncate, dtype)
+        case "triangular":
+            return triangular_target(target_bins_N, truncate, dtype)
+        case "two_bin":
+            return two_bin_target(target_bins_N, dtype)
+    raise AssertionError(f"target {kind!r} is no family")
+
+
+def gaussian_target(target_bins_N: Tensor, sigma: float, truncate: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q(k) ~ exp(-((k - t) / sigma)^2 / 2) for |k - t| <= truncate, centred on the rounded bin t."""
+    return _windowed(target_bins_N, truncate, lambda distance: torch.exp(-0.5 * (distance / sigma) ** 2), dtype)
+
+
+def triangular_target(target_bins_N: Tensor, truncate: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q(k) ~ truncate + 1 - |k - t|, so that `truncate` is the last distance with mass, as for the Gaussian."""
+    return _windowed(target_bins_N, truncate, lambda distance: truncate + 1 - distance, dtype)
+
+
+def two_bin_target(target_bins_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Mass 1 - f on floor(y) and f on the next bin: mean(q) == y exactly, also between bins.
+
+    Distribution focal loss (Li et al. 2020, arXiv:2006.04388, eq. 6). y = 999 is bin 998 with f = 1.
+    """
+    y_N = target_bins_N.to(dtype).clamp(0, MAX_BIN)
+    lower_N = y_N.floor().clamp(max=MAX_BIN - 1)
+    fraction_N = y_N - lower_N
+    pair_N2 = torch.stack([1 - fraction_N, fraction_N], dim=-1)
+    return _scattered(torch.stack([lower_N, lower_N + 1], dim=-1).long(), pair_N2)
+
+
+def target_entropy(target_NK: Tensor) -> Tensor:
+    """(N,) entropy H(q) in nats: the floor of softCE. KL(q || p) = softCE - H(q) is what can reach 0."""
+    return -torch.xlogy(target_NK, target_NK).sum(-1)
+
+
+def _windowed(target_bins_N: Tensor, truncate: int, kernel: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """(N, K) kernel(|k - t|) for |k - t| <= truncate, renormalised.
+
+    Only a window of W bins round t is computed and then scattered: ten times faster than evaluating all K.
+    """
+    width = min(2 * truncate + 1, NUM_BINS)
+    t_N1 = rounded_bins(target_bins_N)[:, None]
+    # Near a border the window shifts inward, so that its bins are distinct and exist.
+    first_N1 = (t_N1 - truncate).clamp(0, NUM_BINS - width)
+    bins_NW = first_N1 + torch.arange(width, device=t_N1.device)
+    distance_NW = (bins_NW - t_N1).abs()
+    mass_NW = kernel(distance_NW.to(dtype)).masked_fill(distance_NW > truncate, 0)
+    mass_NW = mass_NW / mass_NW.sum(-1, keepdim=True)
+    return _scattered(bins_NW, mass_NW)
+
+
+def _scattered(bins_NW: Tensor, mass_NW: Tensor) -> Tensor:
+    """(N, K) zeros with mass_NW at bins_NW; the bins of a row are distinct."""
+    return mass_NW.new_zeros(len(mass_NW), NUM_BINS).scatter(-1, bins_NW, mass_NW)
+
+
+@dataclass(frozen=True, slots=True)
+class CoordDiagnostics:
+    """Sums over coordinate slots: add those of micro-batches and processes, then summarise.
+
+    sums_M: sums of COORD_METRICS. slots: number of slots. abs_err_cells_H: histogram of |E[k] - y| in CELL_BINS cells.
+    """
+
+    sums_M: Tensor
+    slots: Tensor
+    abs_err_cells_H: Tensor
+
+    def __add__(self, other: CoordDiagnostics) -> CoordDiagnostics:
+        return CoordDiagnostics(
+            self.sums_M + other.sums_M, self.slots + other.slots, self.abs_err_cells_H + other.abs_err_cells_H
+        )
+
+    def summary(self) -> dict[str, float]:
+        """Means by name, the 90th percentile `expected_bin_abs_err_p90`, and `coord_tokens`; no means without slots."""
+        slots = float(self.slots)
+        if slots == 0:
+            return {"coord_tokens": 0.0}
+        means = {name: float(total) / slots for name, total in zip(COORD_METRICS, self.sums_M, strict=True)}
+        p90 = histogram_quantile(self.abs_err_cells_H, 0.9)
+        return {**means, "expected_bin_abs_err_p90": p90, "coord_tokens": slots}
+
+
+@torch.no_grad()
+def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
+    """Diagnostics of N coordinate slots, on the CPU and without a gradient."""
+    log_p_NK, p_NK, q_NK, t_N1 = slots.log_p_NK, slots.p_NK, slots.q_NK, slots.label_N[:, None]
+    log_p_t_N1 = log_p_NK.gather(-1, t_N1)
+    best_other_N = log_p_NK.scatter(-1, t_N1, -torch.inf).amax(-1)
+    bins_K = torch.arange(NUM_BINS, dtype=p_NK.dtype, device=p_NK.device)
+    abs_err_N = ((p_NK * bins_K).sum(-1) - slots.target_bins_N.to(p_NK)).abs()
+    values = {
+        "p_gt_mean": log_p_t_N1[:, 0].exp(),
+        "acc_top5": ((log_p_NK > log_p_t_N1).sum(-1) < TOP_BINS).to(p_NK),
+        "margin_mean": log_p_t_N1[:, 0] - best_other_N,
+        "expected_bin_mae": abs_err_N,
+        "w1_to_delta": (p_NK * (bins_K - t_N1).abs()).sum(-1) / MAX_BIN,
+        "softce_kl": soft_cross_entropy(log_p_NK, q_NK) - target_entropy(q_NK),
+        "coord_vocab_mass_mean": torch.sigmoid(-slots.text_log_odds_N),
+    }
+    cells_N = (abs_err_N / CELL_BINS).long().clamp(0, NUM_CELLS - 1)
+    return CoordDiagnostics(
+        sums_M=torch.stack([values[name].sum() for name in COORD_METRICS]).double().cpu(),
+        slots=torch.tensor(float(len(abs_err_N)), dtype=torch.float64),
+        abs_err_cells_H=torch.bincount(cells_N, minlength=NUM_CELLS).double().cpu(),
+    )
+
+
+def histogram_quantile(cells_H: Tensor, quantile: float) -> float:
+    """Quantile in bins of a histogram with cells of CELL_BINS, linear within a cell; off by at most one cell."""
+    cdf_H = cells_H.double().cumsum(0)
+    wanted = quantile * float(cdf_H[-1])
+    cell = int((cdf_H < wanted).sum())
+    below = float(cdf_H[cell - 1]) if cell else 0.0
+    return (cell + (wanted - below) / float(cells_H[cell])) * CELL_BINS

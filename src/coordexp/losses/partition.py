@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 
 from coordexp.geometry.bins import NUM_BINS
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """float64 stays (gradient checks), everything else becomes float32: bf16 has 8 bits, too few for 1000 bins."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def scale(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, without a copy of the whole vocabulary at temperature 1."""
-    assert temperature > 0, f"temperature {temperature}: expected > 0"
-    return logits if temperature == 1 else logits / temperature
+from coordexp.losses.terms import at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,35 +37,12 @@ class VocabularyPartition:
 
         The gates are log-sigmoids of it: exact where m is near 1 and the two usual log-sums would cancel.
         """
-        return self._text_logsumexp(temperature) - scale(self.coord_NK, temperature).logsumexp(-1)
+        return self._text_logsumexp(temperature) - (self.coord_NK / temperature).logsumexp(-1)
 
     def _text_logsumexp(self, temperature: float) -> Tensor:
         """(N,) log of the unnormalised mass on all other ids; -inf if there are none."""
         sides = [side for side in (self.before_NA, self.after_NB) if side.shape[-1]]
         if not sides:
             return torch.full_like(self.coord_NK[:, 0], -torch.inf)
-        sums = [scale(side, temperature).logsumexp(-1) for side in sides]
+        sums = [(side / temperature).logsumexp(-1) for side in sides]
         return sums[0] if len(sums) == 1 else torch.logaddexp(*sums)
-
-
-@dataclass(frozen=True, slots=True)
-class CoordSlots:
-    """What is kept of the logits of N coordinate slots: those of the coordinate ids, and the odds of all others.
-
-    text_log_odds_N: log((1 - m) / m) at the temperature of the objective, without a graph.
-    """
-
-    logits_NK: Tensor
-    text_log_odds_N: Tensor
-
-    @classmethod
-    def of(cls, logits_NV: Tensor, first_coord_id: int, temperature: float) -> CoordSlots:
-        """From full-vocabulary logits (N, V)."""
-        with torch.no_grad():
-            odds_N = VocabularyPartition.of(logits_NV, first_coord_id).text_log_odds(temperature)
-        return cls(logits_NV[:, first_coord_id : first_coord_id + NUM_BINS], odds_N)
-
-    @property
-    def mass_N(self) -> Tensor:
-        """(N,) m = P(coordinate ids), in [0, 1]."""
-        return torch.sigmoid(-self.text_log_odds_N)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coordexp.config.schema import ReadoutRule
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.partition import at_least_float32, scale
+from coordexp.losses.terms import at_least_float32
 
 LOCAL_RADIUS_BINS = 8
 
@@ -30,7 +30,8 @@ def read_coordinates(rule: ReadoutRule, logits_K: Tensor, temperature: float, to
 
     The gradient of the expectation on logit k is p_k (k / 1000 - value) / temperature.
     """
-    probs_K = scale(at_least_float32(logits_K), temperature).softmax(-1)
+    assert temperature > 0, f"temperature {temperature}: expected > 0"
+    probs_K = (at_least_float32(logits_K) / temperature).softmax(-1)
     phi_K = torch.arange(NUM_BINS, dtype=probs_K.dtype, device=probs_K.device) / NUM_BINS
     return read(rule, probs_K, phi_K, top_k)
 

@@ -9,8 +9,9 @@ P patches, I images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,8 @@ class Collator:
         width = max(sum(segments[i].length for i in row) for row in rows)
         input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
         positions = np.empty((4, len(rows), width), dtype=np.int64)
-        slots = _Slots()
+        ordered: list[Segment] = []
+        answer_starts: list[int] = []
         patches, grids = [], []
         for r, row in enumerate(rows):
             at = 0
@@ -131,7 +133,8 @@ class Collator:
                 segment = segments[i]
                 end = at + segment.length
                 input_ids[r, at:end], positions[:, r, at:end] = self._segment_inputs(segment)
-                slots.add(segment, r * width + at + segment.sample.prompt_length)
+                ordered.append(segment)
+                answer_starts.append(r * width + at + segment.sample.prompt_length)
                 rgb = self._load(segment.sample)
                 patches.append(patchify(rgb, self._pixels))
                 grids.append((1, rgb.shape[0] // self._pixels.patch_size, rgb.shape[1] // self._pixels.patch_size))
@@ -143,7 +146,7 @@ class Collator:
             position_ids=torch.from_numpy(positions),
             pixel_values=torch.from_numpy(np.concatenate(patches)),
             image_grid_thw=torch.tensor(grids, dtype=torch.int64),
-            **slots.tensors(),
+            **_slot_tensors(ordered, answer_starts),
             n_segments=len(segments),
             n_tokens=sum(s.length for s in segments),
         )
@@ -192,40 +195,68 @@ def segment_positions(before_image: int, grid_height: int, grid_width: int, afte
     return out
 
 
-class _Slots:
-    """Collects supervised slots over the segments of a batch."""
+@dataclass(frozen=True, slots=True)
+class RankSlice:
+    """Which rows of a step process `index` of `count` runs, and how many of them in one forward (0: all at once).
 
-    def __init__(self) -> None:
-        self.text: list[NDArray] = []
-        self.targets: list[NDArray] = []
-        self.weights: list[NDArray] = []
-        self.roles: list[NDArray] = []
-        self.coord: list[NDArray] = []
-        self.bins: list[NDArray] = []
-        self.unlikely: list[NDArray] = []
-        self.unlikely_ids: list[NDArray] = []
+    Rows are dealt out like cards, so a process has at most one row more than another. Every process makes the same
+    number of forwards, because collective operations wait for everyone: one that has no row left runs an idle row,
+    whose losses have no slot and whose gradients are zero.
+    """
 
-    def add(self, segment: Segment, answer_start: int) -> None:
-        """Add a segment whose answer starts at this flat position; the slot of a token is the position before it."""
-        supervised = np.flatnonzero(segment.text_weights > 0)
-        self.text.append(supervised + answer_start - 1)
-        self.targets.append(segment.answer_ids[supervised].astype(np.int64))
-        self.weights.append(segment.text_weights[supervised])
-        self.roles.append(segment.answer_roles[supervised])
-        self.coord.append(segment.box_tokens.reshape(-1) + answer_start - 1)
-        self.bins.append(segment.box_targets.reshape(-1))
-        self.unlikely.append(segment.unlikely_tokens + answer_start - 1)
-        self.unlikely_ids.append(segment.answer_ids[segment.unlikely_tokens].astype(np.int64))
+    index: int = 0
+    count: int = 1
+    rows_per_forward: int = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The collected slots under the field names of `PackedBatch`."""
-        return {
-            "text_slots": torch.from_numpy(np.concatenate(self.text)),
-            "text_targets": torch.from_numpy(np.concatenate(self.targets)),
-            "text_weights": torch.from_numpy(np.concatenate(self.weights)),
-            "text_roles": torch.from_numpy(np.concatenate(self.roles)),
-            "coord_slots": torch.from_numpy(np.concatenate(self.coord).astype(np.int64)),
-            "coord_targets": torch.from_numpy(np.concatenate(self.bins).astype(np.float32)),
-            "unlikely_slots": torch.from_numpy(np.concatenate(self.unlikely)),
-            "unlikely_ids": torch.from_numpy(np.concatenate(self.unlikely_ids)),
-        }
+    def chunks(self, n_rows: int) -> list[list[int]]:
+        """Row indices of each forward of this process; an empty list is an idle forward."""
+        mine = list(range(self.index, n_rows, self.count))
+        most = -(-n_rows // self.count)  # of the process with the most rows
+        size = self.rows_per_forward or most
+        return [mine[first : first + size] for first in range(0, most, size)]
+
+
+WHOLE = RankSlice()
+
+
+def rank_batches(
+    collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], share: RankSlice
+) -> Iterator[PackedBatch]:
+    """The batches that this process runs, one after another. Over all processes every row is in exactly one batch.
+
+    Args:
+        collator: lays out the batches.
+        segments: all segments of the step.
+        rows: which segments share a row.
+        share: what this process takes.
+    """
+    for chunk in share.chunks(len(rows)):
+        chosen = [rows[r] for r in chunk]
+        if chosen:
+            own = [segments[i] for row in chosen for i in row]
+            ends = np.cumsum([0, *(len(row) for row in chosen)]).tolist()
+            yield collator.layout(own, [list(range(a, b)) for a, b in pairwise(ends)])
+        else:
+            yield collator.idle(segments[rows[0][0]])
+
+
+def _slot_tensors(segments: Sequence[Segment], answer_starts: Sequence[int]) -> dict[str, Tensor]:
+    """The supervised slots of a batch under the field names of `PackedBatch`; answers start at these flat positions.
+
+    The slot of a token is the position before it.
+    """
+    supervised = [np.flatnonzero(s.text_weights > 0) for s in segments]
+    texts = list(zip(segments, supervised, strict=True))
+    before = [start - 1 for start in answer_starts]
+    coord = [s.box_tokens.reshape(-1) + at for s, at in zip(segments, before, strict=True)]
+    columns: dict[str, list[NDArray]] = {
+        "text_slots": [chosen + at for chosen, at in zip(supervised, before, strict=True)],
+        "text_targets": [s.answer_ids[chosen].astype(np.int64) for s, chosen in texts],
+        "text_weights": [s.text_weights[chosen] for s, chosen in texts],
+        "text_roles": [s.answer_roles[chosen] for s, chosen in texts],
+        "coord_slots": [slots.astype(np.int64) for slots in coord],
+        "coord_targets": [s.box_targets.reshape(-1).astype(np.float32) for s in segments],
+        "unlikely_slots": [s.unlikely_tokens + at for s, at in zip(segments, before, strict=True)],
+        "unlikely_ids": [s.answer_ids[s.unlikely_tokens].astype(np.int64) for s in segments],
+    }
+    return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}

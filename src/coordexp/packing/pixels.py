@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
-from coordexp.records.augment import split_view
-from coordexp.records.images import MAX_ASPECT_RATIO, read_rgb
-from coordexp.records.manifest import image_path
+from coordexp.records.images import MAX_ASPECT_RATIO, read_record_rgb, read_rgb
 
 # Bytes 0..255 to -1..1, as Qwen3-VL's processor: (value / 255 - mean) / std.
 PIXEL_MEAN = PIXEL_STD = 0.5
@@ -72,8 +70,7 @@ def load_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
 
 def load_sample_rgb(image_root: Path, name: str, width: int, height: int) -> NDArray[np.uint8]:
     """As `load_rgb`, for the image name of a record: below the root of its set, and only the view that it names."""
-    file_name, view = split_view(name)
-    return _resized(view.of(read_rgb(image_path(image_root, file_name))), width, height)
+    return _resized(read_record_rgb(image_root, name), width, height)
 
 
 def _resized(rgb: Image.Image, width: int, height: int) -> NDArray[np.uint8]:

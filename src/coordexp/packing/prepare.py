@@ -17,9 +17,9 @@ from coordexp.geometry.bins import encode_boxes
 from coordexp.geometry.boxes import as_boxes
 from coordexp.infra.files import replacing
 from coordexp.packing.pixels import PixelSpec, resized_size
-from coordexp.packing.samples import Sample, SampleWriter
+from coordexp.packing.samples import Sample, SampleWriter, text_objects
 from coordexp.records.schema import ObjectRecord, Record
-from coordexp.text.codecs import AnswerCodec, AnswerEncoder, EncodedAnswer, Role, Segment, TextObject
+from coordexp.text.codecs import AnswerCodec, AnswerEncoder, EncodedAnswer, Role, Segment
 from coordexp.text.prompts import asked_names, prompt_ids, question, question_ids
 
 
@@ -96,11 +96,6 @@ class SamplePreparer:
         bins = encode_boxes(as_boxes([o.bbox_xyxy_px for o in objects]), record.width, record.height)
         encoder = self._encoder_of.get(task, self._encoder)
         return encoder.encode(text_objects([o.desc for o in objects], bins))
-
-
-def text_objects(descs: Sequence[str], bins_M4: NDArray[np.integer]) -> list[TextObject]:
-    """Pair descriptions with their bins."""
-    return [TextObject(desc, tuple(row)) for desc, row in zip(descs, bins_M4.tolist(), strict=True)]
 
 
 def image_id_of(record: Record) -> int:

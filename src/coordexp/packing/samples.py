@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from coordexp.geometry.bins import encode_boxes
+from coordexp.infra.random_streams import generator
+from coordexp.text.codecs import AnswerEncoder, TextObject
 
 SCHEMA = pa.schema(
     [
@@ -135,6 +139,52 @@ class SampleStore(Sequence[Sample]):
         answer = self._table.column("answer_ids").combine_chunks().value_lengths().to_numpy()
         prompt = self._table.column("prompt_ids").combine_chunks().value_lengths().to_numpy()
         return (answer + prompt - 1 + self._table.column("n_image_tokens").to_numpy()).astype(np.int32)
+
+
+def text_objects(descs: Sequence[str], bins_M4: NDArray[np.integer]) -> list[TextObject]:
+    """Pair descriptions with their bins."""
+    return [TextObject(desc, tuple(row)) for desc, row in zip(descs, bins_M4.tolist(), strict=True)]
+
+
+class SampleSource:
+    """Samples by (index, step) in the wanted object order: as stored (top_left), or a fresh permutation (random).
+
+    The permutation follows from (seed, step, index) alone.
+    A permuted answer has the length of the original one: every object keeps its tokens, only the order changes.
+    """
+
+    def __init__(self, store: SampleStore, encoder: AnswerEncoder, object_order: str, seed: int) -> None:
+        self.store = store
+        self._encoder = encoder
+        self._random = object_order == "random"
+        self._seed = seed
+
+    def get(self, index: int, step: int) -> Sample:
+        """The sample as step `step` trains on it."""
+        sample = self.store[index]
+        if not self._random:
+            return sample
+        return permuted(sample, self._encoder, generator(self._seed, "train/object-order", step, index))
+
+
+def permuted(sample: Sample, encoder: AnswerEncoder, rng: np.random.Generator) -> Sample:
+    """The sample with its (non-crowd) objects in random order, in annotations and answer alike."""
+    n_objects = len(sample.descs) - sum(sample.iscrowd)  # crowd objects stand last and are not in the answer
+    order = rng.permutation(n_objects)
+    full_order = [*order.tolist(), *range(n_objects, len(sample.descs))]
+    boxes = sample.boxes_xyxy_px[full_order]
+    descs = tuple(sample.descs[i] for i in full_order)
+    bins = encode_boxes(boxes[:n_objects], sample.width, sample.height)
+    answer = encoder.encode(text_objects(descs[:n_objects], bins))
+    return replace(
+        sample,
+        answer_ids=answer.ids,
+        answer_roles=answer.roles,
+        answer_objects=answer.object_index,
+        descs=descs,
+        boxes_xyxy_px=boxes,
+        areas_px2=tuple(sample.areas_px2[i] for i in full_order) if sample.areas_px2 else (),
+    )
 
 
 def _array(scalar: pa.ListScalar, dtype: type) -> NDArray:

@@ -9,50 +9,18 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-from PIL import Image, ImageOps
 
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
+from coordexp.records.images import View, split_view
 from coordexp.records.schema import ObjectRecord, Record
 
-_VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|wards?\b)", re.IGNORECASE)
 SMALLEST_CROP = 0.6  # of each side
 # Less of a box inside the crop makes the object an ignore region: too little to ask for, too much to punish.
 MIN_VISIBLE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A part of a picture in whole pixels (None: all of it), then possibly mirrored."""
-
-    crop: tuple[int, int, int, int] | None = None
-    flip: bool = False
-
-    def suffix(self) -> str:
-        """What is added to the image's name; empty for the whole picture."""
-        parts = [f"crop={','.join(map(str, self.crop))}"] if self.crop else []
-        parts += ["flip"] if self.flip else []
-        return f"#{'&'.join(parts)}" if parts else ""
-
-    def of(self, image: Image.Image) -> Image.Image:
-        """The pixels of the view."""
-        if self.crop:
-            image = image.crop(self.crop)
-        return ImageOps.mirror(image) if self.flip else image
-
-
-def split_view(name: str) -> tuple[str, View]:
-    """The file's name and the view; a name without one is the whole picture."""
-    found = _VIEW.search(name)
-    if not found or found.end() - found.start() == 1:
-        return name, View()
-    x1, y1, x2, y2, flip = found.groups()
-    crop = None if x1 is None else (int(x1), int(y1), int(x2), int(y2))
-    return name[: found.start()], View(crop, flip is not None)
 
 
 def augment(record: Record, config: RecordsConfig, rng: random.Random) -> Record:

@@ -11,7 +11,9 @@ try all it has, and its reader of EPS starts Ghostscript.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import stat
 import struct
 import warnings
@@ -19,12 +21,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from coordexp.errors import DataError
 from coordexp.records.image_files import IMAGE_FORMATS
@@ -53,6 +56,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MANIFEST = "manifest.json"  # of a folder of data sets (records/manifest.py)
+_VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -75,6 +80,43 @@ class ImageFacts:
     orientation: int = 1  # EXIF: 1 is upright, 5 to 8 swap width and height
     problem: str = ""  # empty, or one of the reasons in docs/data.md
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A part of a picture in whole pixels (None: all of it), then possibly mirrored."""
+
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+
+    def suffix(self) -> str:
+        """What is added to the image's name; empty for the whole picture."""
+        parts = [f"crop={','.join(map(str, self.crop))}"] if self.crop else []
+        parts += ["flip"] if self.flip else []
+        return f"#{'&'.join(parts)}" if parts else ""
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """The pixels of the view."""
+        if self.crop:
+            image = image.crop(self.crop)
+        return ImageOps.mirror(image) if self.flip else image
+
+
+def split_view(name: str) -> tuple[str, View | None]:
+    """The file's name and the view; None for the whole picture as it is."""
+    found = _VIEW.search(name)
+    if not found or found.end() - found.start() == 1:
+        return name, None
+    x1, y1, x2, y2, flip = found.groups()
+    crop = None if x1 is None else (int(x1), int(y1), int(x2), int(y2))
+    return name[: found.start()], View(crop, flip is not None)
+
+
+def read_record_rgb(image_root: Path, name: str) -> Image.Image:
+    """The picture that a record names, upright RGB: below the root of its set, and only the view that the name says."""
+    file_name, view = split_view(name)
+    rgb = read_rgb(image_path(image_root, file_name))
+    return view.of(rgb) if view else rgb
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
@@ -259,3 +301,32 @@ def unsafe_name(name: object) -> str:
     if any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name):
         return "holds control characters"
     return ""
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """manifest.json of a folder of pictures; empty for one that holds its images itself."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@lru_cache(maxsize=64)
+def image_roots(folder: Path) -> dict[str, Path]:
+    """Set -> root of its images; empty for a folder that holds its images itself."""
+    return {name: folder / described["root"] for name, described in manifest_of(folder).get("sets", {}).items()}
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """The file of a record's image, below `folder` or below the root of the set that the name begins with.
+
+    Names come from records, which `parse_record` checked, or from a user who asks about a file of his own.
+
+    Raises:
+        DataError: the name begins with no set of the manifest.
+    """
+    if not (roots := image_roots(folder)):
+        return folder / name
+    set_name, _, rest = name.partition("/")
+    if set_name not in roots:
+        known = ", ".join(sorted(roots))
+        raise DataError(f"image {name!r} begins with no set of {folder / MANIFEST}; sets there: {known}.")
+    return roots[set_name] / rest

@@ -9,12 +9,10 @@ Records name an image `<set>/<path below the set's root>`; `image_path` leads fr
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from coordexp.config.profile import NO_SPLIT, DatasetConfig
 from coordexp.errors import DataError
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
-from coordexp.records.images import ImageFacts, inspect_image, unsafe_name
+from coordexp.records.images import MANIFEST, ImageFacts, image_roots, inspect_image, manifest_of, unsafe_name
 from coordexp.records.sources import coco, jsonl, lvis, refcoco, visual_genome, voc, yolo
 from coordexp.records.sources.base import Reader, Reading, SplitFiles
 
@@ -39,7 +37,7 @@ READERS: dict[str, Reader] = {
     "voc": voc.read,
     "jsonl": jsonl.read,
 }
-MANIFEST, IMAGES = "manifest.json", "images.parquet"
+IMAGES = "images.parquet"
 SPLITS = ("train", "val")
 
 Facts = dict[str, dict[str, ImageFacts]]  # set -> file name -> facts
@@ -141,7 +139,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
     Raises:
         DataError: the folder holds no manifest of data sets, or an annotation file changed since.
     """
-    described = _manifest(folder).get("sets")
+    described = manifest_of(folder).get("sets")
     if described is None:
         raise DataError(f"{folder / MANIFEST}: describes no data sets; run the raw stage of this profile.")
     sets: dict[str, DatasetConfig] = {}
@@ -160,31 +158,3 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
         name = row.pop("set")
         facts[name][row["name"]] = ImageFacts(**row)
     return sets, facts
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-@lru_cache(maxsize=64)
-def image_roots(folder: Path) -> dict[str, Path]:
-    """Set -> root of its images; empty for a folder that holds its images itself."""
-    return {name: folder / described["root"] for name, described in _manifest(folder).get("sets", {}).items()}
-
-
-def image_path(folder: Path, name: str) -> Path:
-    """The file of a record's image, below `folder` or below the root of the set that the name begins with.
-
-    Names come from records, which `parse_record` checked, or from a user who asks about a file of his own.
-
-    Raises:
-        DataError: the name begins with no set of the manifest.
-    """
-    if not (roots := image_roots(folder)):
-        return folder / name
-    set_name, _, rest = name.partition("/")
-    if set_name not in roots:
-        known = ", ".join(sorted(roots))
-        raise DataError(f"image {name!r} begins with no set of {folder / MANIFEST}; sets there: {known}.")
-    return roots[set_name] / rest

@@ -15,8 +15,7 @@ from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN
 from coordexp.errors import DataError
 from coordexp.infra.files import write_bytes
 from coordexp.infra.random_streams import generator
-from coordexp.records.images import read_rgb
-from coordexp.records.manifest import image_path
+from coordexp.records.images import image_path, read_rgb
 from coordexp.reporting.outcomes import Fate, Outcomes
 
 SHOWN, BEFORE = "stage2", "stage1"

@@ -26,8 +26,7 @@ from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
-from coordexp.records.images import read_rgb
-from coordexp.records.manifest import image_path
+from coordexp.records.images import image_path, read_rgb
 from coordexp.reporting.outcomes import Fate, Outcomes, judge
 
 MAX_RUNS = 2

@@ -65,6 +65,11 @@ The last column names the stages that read the key, as `pipelines/inputs.yaml` d
 again, and after them every stage whose inputs came out different. `profile` is part of every command and path;
 `model.path` is where the files of the model lie, which its pins identify."""
 
+_TERMS = """\
+In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
+weight is 0 is not computed, but for box terms, which are always logged. Stage 1 takes `text_ce` at weight 1 and has no
+term without a key in its block."""
+
 _METRICS_INTRO = """\
 `reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
 `stage1-control` and `stage2`, rounded to four digits when written. A metric that the data leave undefined (no object of
@@ -90,8 +95,8 @@ _LOGS = """\
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
 `grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
-slots of the step; those of a first forward beside the last are `coord_diag_a1/*`. Of several forwards or processes they
-are averaged by slots, the 90th percentile too, which is near that of all slots and not equal to it.
+slots of the step, of all its forwards and processes, 90th percentiles too; those of a first forward beside the last are
+`coord_diag_a1/*`. Terms on boxes are logged as `raw/bbox_*` also where their weight is 0.
 
 `monitor.jsonl` beside it holds one object for every call of the eval callback (`monitor.every_steps`), over the same
 few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
@@ -128,11 +133,28 @@ def parameters_markdown(stages: Sequence[Declaration]) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, stages),
         *_blocks(Profile, PROFILE_FILE, stages),
+        "## Terms of the loss",
+        _TERMS,
+        terms_table(),
         "## Removed keys",
         "Keys of earlier designs are refused with their remedy.",
         table(["key", "remedy"], removed, "ll"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def terms_table() -> str:
+    """Every registered term: its weight, where it is taken, its function and what it is."""
+    from coordexp.losses.terms import TERMS  # loads torch, which the commands that import this module do without
+
+    specs = {spec.key.split(".")[-1]: spec for spec in field_specs(Params) if not spec.key.startswith("stage1.")}
+    rows = []
+    for name, term in TERMS.items():
+        spec = specs[f"{name}_weight"]
+        file = term.function.__module__.removeprefix("coordexp.").replace(".", "/")
+        place = f"`{file}.py:{term.function.__name__}`"
+        rows.append([f"`{name}`", f"`{spec.key}`", term.place.replace("_", " "), place, _cell(spec.description)])
+    return table(["term", "weight", "taken at", "function", "meaning"], rows, "lllll")
 
 
 def _blocks(root: type[Block], file: str, stages: Sequence[Declaration]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from coordexp.reporting.markdown import MISSING, percent, significant, table
 MEANINGS = {
     "softce_kl": "softCE minus the target's entropy (nats): what can reach 0",
     "expected_bin_mae": "mean error of E[k], bins",
-    "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins; of a step in several forwards, their mean",
+    "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins",
     "p_gt_mean": "probability of the target bin",
     "acc_top5": "target bin among the five likeliest",
     "margin_mean": "log-margin of the target bin over the best other; a soft target does not want a peak",

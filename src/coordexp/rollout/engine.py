@@ -24,8 +24,7 @@ from coordexp.config.schema import DecodeParams
 from coordexp.errors import DataError
 from coordexp.infra.provenance import file_hash
 from coordexp.packing.samples import Sample
-from coordexp.records.augment import split_view
-from coordexp.records.manifest import image_path
+from coordexp.records.images import image_path, split_view
 from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,10 @@ from torch.optim import Optimizer
 
 from coordexp.errors import CheckpointError
 from coordexp.infra.files import replacing, write_text
-from coordexp.training.distributed import world
-from coordexp.training.sharding import is_sharded, own_rows, whole_weights
+from coordexp.training.distributed import LogRow, is_sharded, world
+from coordexp.training.sharding import own_rows, whole_weights
 
 STATE_NAME = "state.pt"
-
-LogRow = dict[str, float | str]  # of one step: numbers by name, and the channel as a letter
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,7 @@ from coordexp.matching.matcher import match
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
-from coordexp.records.images import read_rgb
-from coordexp.records.manifest import image_path
+from coordexp.records.images import image_path, read_rgb
 from coordexp.training.duplicates import same_object
 
 PAIRING = MatchingParams(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.5)

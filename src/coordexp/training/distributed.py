@@ -1,6 +1,6 @@
 """One training run in several processes: each runs its share of a step's rows, then the gradients are summed.
 
-Every loss is divided by the counts of the whole step (`objective_step.denominators`), which each process knows from the
+Every loss is divided by the counts of the whole step (`step.step_counts`), which each process knows from the
 plan alone. So the sum of the gradients is that of one process on all rows, weighted by tokens and not by processes,
 however unequal the shares are. Each process holds all weights and the optimizer state, or with `launch.sharding: fsdp2`
 its shard of them (training/sharding.py); only process 0 writes.
@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from coordexp.infra.device import choose_device
+from coordexp.losses.coord_terms import CoordDiagnostics
 
 # A process that died closes its connections, which ends the others at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=20)
 BUCKET_NUMBERS = 2**26  # gradients are summed in pieces of this size: 256 MiB of float32
 _SUMMED = ("tokens", "samples", "time/wait_s")
 _SUMMED_AREAS = ("loss/", "raw/")
-_WEIGHTED_AREA = "coord_diag"
-_WEIGHT = "coord_tokens"
 
-Row = dict[str, float | str]
+Made = TypeVar("Made")
+COMPUTE = "compute_in_forward"  # a method of a sharded model: gathers like `forward`, then calls what it is given
+
+Logged = float | str | CoordDiagnostics  # a number, the channel as a letter, or diagnostics as sums that add up
+Row = dict[str, Logged]  # of a part of a step
+LogRow = dict[str, float | str]  # of a whole step
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,19 @@ def world() -> World:
     if rank > 0:
         logging.getLogger("coordexp").setLevel(logging.WARNING)
     return World(rank, size, device)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only its rows of the weights."""
+    return isinstance(model, FSDPModule)
+
+
+def in_forward(model: nn.Module, compute: Callable[[], Made]) -> Made:
+    """What `compute` makes of the model, whose weights are in place until the losses in it were back-propagated.
+
+    Everything that reads weights, the head included, belongs into `compute`; losses are found in dataclasses, too.
+    """
+    return cast(Made, getattr(model, COMPUTE)(compute)) if is_sharded(model) else compute()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -103,36 +122,30 @@ def wait_for_all() -> None:
     any_process(False)
 
 
-def gathered_row(row: Row) -> Row:
-    """The log row of the whole step, from those of all processes."""
-    if world().size == 1:
-        return row
-    rows: list[Row] = [{} for _ in range(world().size)]
-    dist.all_gather_object(rows, row)
-    return merge_rows(rows)
+def gathered_row(row: Row) -> LogRow:
+    """The log row of the whole step, from those of all processes; diagnostics are summarised as `<name>/<metric>`."""
+    if world().size > 1:
+        rows: list[Row] = [{} for _ in range(world().size)]
+        dist.all_gather_object(rows, row)
+        row = merge_rows(rows)
+    logs: LogRow = {}
+    for name, value in row.items():
+        if isinstance(value, CoordDiagnostics):
+            logs |= {f"{name}/{metric}": number for metric, number in value.summary().items()}
+        else:
+            logs[name] = value
+    return logs
 
 
 def merge_rows(rows: Sequence[Row]) -> Row:
-    """Join the rows of parts of one step: losses and counts add up, diagnostics are averaged by coordinate tokens.
-
-    A 90th percentile is averaged too, which is near that of all slots and not equal to it. Anything else is the same
-    in every part that has it.
-    """
+    """Join the rows of parts of one step: losses, counts and diagnostics add up; the rest is the same in every part."""
     merged: Row = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        found = [(row, value) for row in rows if (value := row.get(name)) is not None]
-        if isinstance(found[0][1], str):
-            merged[name] = found[0][1]
-        elif name in _SUMMED or name.startswith(_SUMMED_AREAS) or name.endswith(f"/{_WEIGHT}"):
-            merged[name] = sum(_number(value) for _, value in found)
-        elif name.startswith(_WEIGHTED_AREA):
-            weights = [_number(row[f"{name.split('/')[0]}/{_WEIGHT}"]) for row, _ in found]
-            merged[name] = sum(w * _number(v) for w, (_, v) in zip(weights, found, strict=True)) / sum(weights)
-        else:
-            merged[name] = found[0][1]
+    for row in rows:
+        for name, value in row.items():
+            before = merged.get(name)
+            is_summed = isinstance(value, CoordDiagnostics) or name in _SUMMED or name.startswith(_SUMMED_AREAS)
+            if before is None:
+                merged[name] = value
+            elif is_summed:
+                merged[name] = before + value  # type: ignore[operator]  # of one kind, as they have one name
     return merged
-
-
-def _number(value: float | str) -> float:
-    assert not isinstance(value, str)
-    return value

@@ -22,21 +22,30 @@ from torch.optim import Optimizer
 from coordexp.config.profile import OptimConfig
 from coordexp.errors import Interrupted, TrainingError
 from coordexp.infra.provenance import write_json
-from coordexp.training.checkpoint import LogRow, Recorder, StopRequest, load_state
-from coordexp.training.distributed import any_process, gathered_row, merge_rows, sum_gradients, world
+from coordexp.training.checkpoint import Recorder, StopRequest, load_state
+from coordexp.training.distributed import (
+    Logged,
+    LogRow,
+    Row,
+    any_process,
+    gathered_row,
+    is_sharded,
+    merge_rows,
+    sum_gradients,
+    world,
+)
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.schedule import Schedule, cosine_schedule
-from coordexp.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The loss of one forward, still attached to its graph, and plain numbers to log."""
+    """The loss of one forward, still attached to its graph, and what to log of it."""
 
     loss: Tensor
-    logs: LogRow
+    logs: Mapping[str, Logged]
 
 
 class Task(Protocol):
@@ -131,7 +140,7 @@ def _resumed_step(model: nn.Module, optimizer: Optimizer, state_folder: Path) ->
 
 
 def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow:
-    rows: list[LogRow] = []
+    rows: list[Row] = []
     device_type = next(model.parameters()).device.type
     # Autocast keeps its copy of each weight to the end of the step, which would undo what sharding saves.
     keeps_copies = not is_sharded(model)
@@ -139,7 +148,8 @@ def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow
         for micro in task.micro_batches(step):
             value = float(micro.loss.detach())
             if not math.isfinite(value):
-                raise TrainingError(f"the loss is {value}; terms: {micro.logs}.")
+                terms = {name: number for name, number in micro.logs.items() if name.startswith(("loss/", "raw/"))}
+                raise TrainingError(f"the loss is {value}; terms: {terms}.")
             micro.loss.backward()
             rows.append({"loss/total": value, **micro.logs})
     return gathered_row(merge_rows(rows))

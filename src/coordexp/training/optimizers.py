@@ -11,7 +11,8 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from coordexp.config.profile import OptimConfig
 from coordexp.errors import ConfigError
-from coordexp.training.sharding import WholeMatrixMuon, is_sharded, keep_state_whole
+from coordexp.training.distributed import is_sharded
+from coordexp.training.sharding import WholeMatrixMuon, keep_state_whole
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.

@@ -23,10 +23,10 @@ from coordexp.infra.provenance import fingerprint, resume_folder, run_metadata, 
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
-from coordexp.training.distributed import world
+from coordexp.training.distributed import is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import Task, train
-from coordexp.training.sharding import is_sharded, shard_model, whole_weights, will_shard
+from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"

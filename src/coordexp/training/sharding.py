@@ -13,30 +13,22 @@ they gather tied weights twice, as two tensors, and take an optimizer step in or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Muon, Optimizer
 from transformers import Qwen3VLForConditionalGeneration
 
-from coordexp.training.distributed import world
-
-Made = TypeVar("Made")
-_COMPUTE = "compute_in_forward"  # the method of a sharded model that gathers like `forward` and calls what it is given
+from coordexp.training.distributed import COMPUTE, Made, world
 
 
 def will_shard(sharding: str) -> bool:
     """Whether `launch.sharding` has any effect: one process has nobody to share with."""
     return sharding == "fsdp2" and world().size > 1
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only its rows of the weights."""
-    return isinstance(model, FSDPModule)
 
 
 def shard_model(model: Qwen3VLForConditionalGeneration) -> None:
@@ -53,16 +45,8 @@ def shard_model(model: Qwen3VLForConditionalGeneration) -> None:
     def compute(wanted: Callable[[], Made]) -> Made:
         return wanted()
 
-    setattr(model, _COMPUTE, compute)
-    register_fsdp_forward_method(model, _COMPUTE)
-
-
-def in_forward(model: nn.Module, compute: Callable[[], Made]) -> Made:
-    """What `compute` makes of the model, whose weights are in place until the losses in it were back-propagated.
-
-    Everything that reads weights, the head included, belongs into `compute`; losses are found in dataclasses, too.
-    """
-    return cast(Made, getattr(model, _COMPUTE)(compute)) if is_sharded(model) else compute()
+    setattr(model, COMPUTE, compute)
+    register_fsdp_forward_method(model, COMPUTE)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

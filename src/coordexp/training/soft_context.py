@@ -12,27 +12,14 @@ Shapes: N coordinate slots, K bins, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from coordexp.config.schema import ReadoutRule
+from coordexp.config.schema import Params, ReadoutRule
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.readout import read
 from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.packing.collator import PackedBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SoftContext:
-    """How many forwards, what the slot embedding is, and whether gradients pass through it."""
-
-    n_iter: int
-    embed_mode: ReadoutRule
-    grad_mode: str  # "unroll" or "em_detach"
-    temperature: float
-    first_coord_id: int
 
 
 def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: float, mode: ReadoutRule) -> Tensor:
@@ -40,21 +27,28 @@ def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: f
     return read(mode, (slice_logits_NK.float() / temperature).softmax(-1), table_KD.float())
 
 
-def self_context_forwards(
-    model: Qwen3VLForConditionalGeneration, batch: PackedBatch, settings: SoftContext
-) -> tuple[Tensor, Tensor]:
-    """Run all forwards; returns hidden states (B * T, D) of the first and of the last one (the same if n_iter is 1)."""
-    first = last = hidden_states(model, batch)
+def self_context(
+    model: Qwen3VLForConditionalGeneration,
+    batch: PackedBatch,
+    first: Tensor,
+    params: Params,
+    first_coord_id: int,
+    n_forwards: int,
+) -> Tensor:
+    """Hidden states (B * T, D) of the last of `n_forwards`, given those of the first."""
+    stage2, last = params.stage2, first
     coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
-    span = slice(settings.first_coord_id, settings.first_coord_id + NUM_BINS)
-    for _ in range(settings.n_iter - 1):
+    span = slice(first_coord_id, first_coord_id + NUM_BINS)
+    for _ in range(n_forwards - 1):
         table_VD = input_table(model).weight
         slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
-        slot_embeds_ND = context_embeddings(slice_logits_NK, table_VD[span], settings.temperature, settings.embed_mode)
-        if settings.grad_mode == "em_detach":
+        slot_embeds_ND = context_embeddings(
+            slice_logits_NK, table_VD[span], params.temperature, stage2.coord_ctx_embed_mode
+        )
+        if stage2.softctx_grad_mode == "em_detach":
             slot_embeds_ND = slot_embeds_ND.detach()
         embeds_BTD = input_table(model)(batch.input_ids)
         flat = embeds_BTD.flatten(0, 1)
         flat = flat.index_copy(0, coord_tokens_N, slot_embeds_ND.to(flat.dtype))
         last = hidden_states(model, batch, flat.view_as(embeds_BTD))
-    return first, last
+    return last

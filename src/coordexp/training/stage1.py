@@ -13,19 +13,18 @@ from coordexp.config.run import RunConfig
 from coordexp.infra.provenance import image_inputs
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.planner import read_packs
-from coordexp.packing.samples import SampleStore
+from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.training.builders import (
+    first_coord_id,
     load_for_training,
     make_collator,
     make_encoder,
     own_slice,
-    stage1_objective,
 )
 from coordexp.training.eval_callback import make_eval_callback
-from coordexp.training.sample_source import SampleSource
 from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
-from coordexp.training.teacher_task import TeacherTask
+from coordexp.training.step import Criterion, TeacherTask
 
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
@@ -73,9 +72,9 @@ def _teach(
     source = SampleSource(
         SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, run.params.stage1_seed
     )
-    objective = stage1_objective(run.params, checkpoint, len(packs_by_step))
-    share = own_slice(run.profile)
-    task = TeacherTask(checkpoint.model, objective, source, collator, packs_by_step, share, optim.grad_monitor_every)
+    criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), len(packs_by_step))
+    share, monitor_every = own_slice(run.profile), optim.grad_monitor_every
+    task = TeacherTask(checkpoint.model, criterion, source, collator, packs_by_step, share, monitor_every)
     settings = run.params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,

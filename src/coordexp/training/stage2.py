@@ -8,25 +8,24 @@ from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.provenance import image_inputs, write_json
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.samples import SampleStore
+from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.rollout.engine import READOUT_KEYS
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.records import read_rollouts
 from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.training.builders import (
+    first_coord_id,
     load_for_training,
     make_collator,
     make_encoder,
     own_slice,
-    soft_context,
-    stage2_objective,
 )
 from coordexp.training.distributed import world
 from coordexp.training.eval_callback import make_eval_callback
 from coordexp.training.rollout_pool import Refresher, RolloutPool, match_schedule, plan_refreshes
-from coordexp.training.sample_source import SampleSource
 from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
+from coordexp.training.step import Criterion
 
 
 def train_stage2(run: RunConfig) -> dict[str, Any]:
@@ -58,16 +57,13 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     refresher = _refresher(run, session, checkpoint, plan)
     task = Stage2Task(
         checkpoint.model,
-        stage2_objective(run.params, checkpoint, optim.steps),
-        soft_context(run.params, checkpoint),
+        Criterion.stage2(run.params, first_coord_id(checkpoint), optim.steps),
         SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed),
         RolloutPool(rollouts, match_schedule(run.params, optim.steps), refresher),
         encoder,
-        run.params.stage2,
         make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
         plan,
         own_slice(run.profile),
-        run.params.stage2.a1_coord_weight,
         optim.grad_monitor_every,
     )
     callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)

@@ -9,8 +9,8 @@ import pytest
 
 from coordexp.geometry.bins import encode_boxes
 from coordexp.packing.collator import teacher_segment
+from coordexp.packing.samples import permuted
 from coordexp.rollout.engine import Generation
-from coordexp.training.sample_source import permuted
 from helpers import answer_reader, new_checkpoint
 
 

@@ -1,0 +1,304 @@
+"""The terms that see the whole vocabulary, from hidden states and the head, without the logits of all slots.
+
+One pass of the slots through the head, a chunk of them at a time, gives the sums of the terms and the gradients of
+hidden states and head; what is ever stored of the logits is one chunk. For each slot of a chunk it finds three
+numbers: the log of the mass on the text ids, that on the coordinate ids, and the logit of the slot's own token, which
+is kept out of both. The terms are functions of these, and so are the derivatives that turn the chunk's logits, in
+place, into the gradient on them.
+
+Gradients are found in that pass for the factors that the caller expects each sum to get in the loss (weight / count,
+known beforehand). If a backward pass asks for that, or a multiple, they are handed over; if it asks for something else
+(the gradient of one term alone, a second backward pass), the pass is run again for what it asks.
+
+Logits lie with the vocabulary first: a CPU's matrix library repacks the head for each chunk, and does it a third faster
+if the head is the left factor.
+
+N slots, R slots of a chunk, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are wanted,
+S terms. Sums are float32 (float64 stays float64), also for a bf16 head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.losses.terms import TERMS, sum_slots, term
+
+# Of Qwen3-VL's vocabulary 256 slots at a time (157 MB): 3 % of the logits of 8,192 tokens, and long enough that adding
+# to the head's gradient once for each chunk is cheap. Of a small vocabulary all slots at once.
+CHUNK_LOGITS = 256 * 152_936
+# -log of the smallest remaining mass that is still penalised more: beyond it a gate or an unlikelihood is flat, so one
+# hopeless slot cannot dominate a batch.
+MAX_PENALTY = -math.log(1e-6)
+
+
+@term("text_ce", "text")
+def cross_entropy(token_log_odds_N: Tensor) -> Tensor:
+    """(N,) -log P of the slot's token, from its log-odds log(P / (1 - P)): exact where P is near 0 or 1."""
+    return -F.logsigmoid(token_log_odds_N)
+
+
+@term("text_gate", "inner_text")
+def text_gate(text_log_odds_N: Tensor) -> Tensor:
+    """(N,) -log clamp(1 - m, 1e-6, 1) with m = P(coordinate ids); no gradient where clamped."""
+    return (-F.logsigmoid(text_log_odds_N)).clamp(max=MAX_PENALTY)
+
+
+@term("duplicate_unlikelihood", "unlikely")
+def unlikelihood(token_log_odds_N: Tensor) -> Tensor:
+    """(N,) -log max(1 - P, 1e-6) with P of the unwanted token (Welleck et al. 2020, arXiv:1908.04319, eq. 1).
+
+    It pushes that token down, whatever comes instead; no gradient where clamped.
+    """
+    return F.softplus(token_log_odds_N).clamp(max=MAX_PENALTY)
+
+
+def chunk_slots(vocab_size: int) -> int:
+    """How many slots go through the head at a time."""
+    return max(1, CHUNK_LOGITS // vocab_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSlots:
+    """What N slots ask of the whole vocabulary.
+
+    token_ids_N: the token to predict, or to push down; any id where no term looks at it.
+    weights: weight of each slot in a term, (N,) >= 0, by the term's name; a term that is not here is not computed.
+    n_coord: the first so many slots also give their K coordinate logits.
+    """
+
+    token_ids_N: Tensor
+    weights: Mapping[str, Tensor]
+    first_coord_id: int
+    n_coord: int
+
+    @property
+    def span(self) -> slice:
+        """The coordinate ids."""
+        return slice(self.first_coord_id, self.first_coord_id + NUM_BINS)
+
+
+class HeadSweep:
+    """A pass over N slots; its results are attributes.
+
+    `trained` is the head (V, D), or its coordinate rows (K, D) if the rest of `whole_VD` is frozen.
+    """
+
+    def __init__(
+        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, chunk: int
+    ) -> None:
+        weight_VD = trained if whole_VD is None else whole_VD
+        dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
+        # A half-precision product with a float32 result exists on GPUs; elsewhere the operands are widened.
+        is_mixed = weight_VD.dtype != dtype and weight_VD.is_cuda
+        self._hidden_ND = hidden_ND.to(weight_VD.dtype if is_mixed else dtype)
+        self._weight_VD = weight_VD if is_mixed else weight_VD.to(dtype)
+        self._slots = slots
+        self._trained_rows = slice(None) if whole_VD is None else slots.span
+        size = min(chunk, len(hidden_ND))
+        self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # a last chunk may be narrower
+        self._chunk = size
+        self._factors_S: Tensor | None = None
+        self.sums_S = self._logits.new_zeros(len(slots.weights))
+        self.coord_MK = self._logits.new_empty(slots.n_coord, NUM_BINS)
+        self.text_log_odds_N = self._logits.new_empty(len(hidden_ND))
+        self.grad_hidden_ND: Tensor | None = None
+        self.grad_trained: Tensor | None = None  # (V, D), or (K, D) of the coordinate rows alone
+
+    def run(self, factors_S: Tensor | None, of_hidden: bool, of_trained: bool) -> None:
+        """Go through all slots; with factors, also find the gradients of sum(factors * sums)."""
+        self._factors_S = factors_S
+        if factors_S is not None:
+            room = self._logits.new_empty if len(self._hidden_ND) else self._logits.new_zeros
+            self.grad_hidden_ND = room(self._hidden_ND.shape) if of_hidden else None
+            self.grad_trained = room(self._weight_VD[self._trained_rows].shape) if of_trained else None
+        for start in range(0, len(self._hidden_ND), max(1, self._chunk)):
+            rows = slice(start, min(start + self._chunk, len(self._hidden_ND)))
+            n_rows = rows.stop - start
+            logits_VR = self._logits[: len(self._weight_VD) * n_rows].view(-1, n_rows)
+            _multiply(self._weight_VD, self._hidden_ND[rows].t(), logits_VR)
+            self._reduce(logits_VR, rows)
+            if factors_S is not None:
+                self._add_gradients(logits_VR, rows)
+
+    def _reduce(self, logits_VR: Tensor, rows: slice) -> None:
+        """Add up the terms of a chunk, and turn its logits into the gradient of the weighted sum on them."""
+        span, token_1R = self._slots.span, self._slots.token_ids_N[None, rows]
+        inside = self.coord_MK[rows]
+        inside.copy_(logits_VR[span, : len(inside)].t())
+        token_R = logits_VR.gather(0, token_1R)[0]
+        logits_VR.scatter_(0, token_1R, -torch.inf)
+        coord_KR = logits_VR[span].clone()
+        logits_VR[span] = -torch.inf
+        highest_R = logits_VR.amax(0)
+        mass_R = logits_VR.sub_(highest_R).exp_().sum(0)
+        text_R = highest_R + mass_R.log()
+        is_coord_R = (token_1R[0] >= span.start) & (token_1R[0] < span.stop)
+        by_text_R, by_coord_R, by_token_R = self._slot_terms(text_R, coord_KR.logsumexp(0), token_R, is_coord_R, rows)
+        if self._factors_S is not None:
+            logits_VR.mul_(by_text_R / mass_R)
+            logits_VR[span] = coord_KR.softmax(0).mul_(by_coord_R)
+            logits_VR.scatter_(0, token_1R, by_token_R[None])
+
+    def _slot_terms(
+        self, text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor, rows: slice
+    ) -> tuple[Tensor, ...]:
+        """Terms from the three numbers of each slot; returns the derivatives of the weighted sum by them."""
+        factors_S, weights = self._factors_S, self._slots.weights
+        with torch.set_grad_enabled(factors_S is not None):
+            masses = [m_R.detach().requires_grad_() for m_R in (text_R, coord_R, token_R)]
+            odds = _log_odds(masses[0], masses[1], masses[2], is_coord_R)
+            sums = [sum_slots(TERMS[name].values(odds), weights_N[rows]) for name, weights_N in weights.items()]
+            self.text_log_odds_N[rows] = odds.text_log_odds_N.detach()
+            if not sums:
+                return tuple(torch.zeros_like(m_R) for m_R in masses)
+            sums_S = torch.stack(sums)
+            self.sums_S += sums_S.detach()
+            if factors_S is None:  # nobody will look
+                return tuple(masses)
+            loss = sums_S @ factors_S.to(sums_S)
+            return torch.autograd.grad(loss, masses, allow_unused=True, materialize_grads=True)
+
+    def _add_gradients(self, grad_VR: Tensor, rows: slice) -> None:
+        hidden_RD = self._hidden_ND[rows]
+        grad_VR = grad_VR.to(hidden_RD.dtype)
+        if self.grad_hidden_ND is not None:
+            _multiply(grad_VR.t(), self._weight_VD, self.grad_hidden_ND[rows])
+        if self.grad_trained is not None:
+            _multiply(grad_VR[self._trained_rows], hidden_RD, self.grad_trained, add=rows.start > 0)
+
+
+def _log_odds(text_N: Tensor, coord_N: Tensor, token_N: Tensor, is_coord_N: Tensor) -> SimpleNamespace:
+    """What terms take: log(P / (1 - P)) of a slot's token and log((1 - m) / m); both masses are without the token.
+
+    Without it, the odds of the token against all others are exact where its probability is near 0 or 1.
+    """
+    all_text_N = torch.where(is_coord_N, text_N, torch.logaddexp(text_N, token_N))
+    all_coord_N = torch.where(is_coord_N, torch.logaddexp(coord_N, token_N), coord_N)
+    token_log_odds_N = token_N - torch.logaddexp(text_N, coord_N)
+    return SimpleNamespace(token_log_odds_N=token_log_odds_N, text_log_odds_N=all_text_N - all_coord_N)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = left @ right, or out += left @ right; accumulated in the dtype of `out`."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def vocabulary_sums(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    slots: HeadSlots,
+    expected: Mapping[str, float] | None,
+    coord_rows_KD: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Sums of the terms by name, coordinate logits (M, K), and log((1 - m) / m) of all N slots without a graph.
+
+    The logits are hidden_ND @ weight_VD.T; for a temperature, divide the hidden states by it.
+
+    Args:
+        hidden_ND: hidden states at the slots (N may be 0); float32 or float64, or half like the head.
+        weight_VD: weight of the head, which has no bias.
+        slots: what is asked at each slot.
+        expected: factor of each sum in the loss, by name; None if no gradient, or one of unknown factors, is wanted.
+        coord_rows_KD: the coordinate rows of `weight_VD`, if they alone train: then they get its gradient.
+        chunk: slots whose logits exist at a time; default `chunk_slots`.
+    """
+    vocab_size = len(weight_VD)
+    assert slots.first_coord_id >= 0, f"first coordinate id {slots.first_coord_id}: expected >= 0"
+    assert vocab_size >= slots.span.stop, f"coordinate ids {slots.span} exceed {vocab_size} logits"
+    assert vocab_size > NUM_BINS + 1, "no text id is left beside a slot's own token"
+    factors_S = None
+    if expected is not None and torch.is_grad_enabled():
+        factors_S = torch.tensor([float(expected[name]) for name in slots.weights], dtype=torch.float64)
+    whole, trained = (None, weight_VD) if coord_rows_KD is None else (weight_VD.detach(), coord_rows_KD)
+    chunk = chunk or chunk_slots(vocab_size)
+    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, chunk)
+    return dict(zip(slots.weights, sums_S.unbind(), strict=True)), coord_MK, odds_N
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        trained: Tensor,
+        whole_VD: Tensor | None,
+        slots: HeadSlots,
+        factors_S: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, chunk)
+        sweep.run(factors_S, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden_ND, trained, whole_VD)
+        ctx.slots, ctx.chunk, ctx.factors_S = slots, chunk, factors_S
+        ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_trained)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(sweep.text_log_odds_N)
+        return sweep.sums_S, sweep.coord_MK, sweep.text_log_odds_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor | None, grad_MK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        hidden_ND, trained, whole_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_trained = _gradients(ctx, grad_S)
+        if grad_MK is not None:
+            n_coord, rows = ctx.slots.n_coord, ctx.slots.span if whole_VD is None else slice(None)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[:n_coord].addmm_(grad_MK, trained[rows].to(grad_MK))
+            if grad_trained is not None:
+                grad_trained[rows].addmm_(grad_MK.t(), hidden_ND[:n_coord].to(grad_MK))
+        return (
+            None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype),
+            None if grad_trained is None else grad_trained.to(trained.dtype),
+            *(None,) * 4,
+        )
+
+
+def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the sums: those of the forward pass if they are what is asked for, else by a pass of their own."""
+    hidden_ND, trained, whole_VD = ctx.saved_tensors
+    if grad_S is None:  # of the coordinate logits alone
+        dtype = torch.promote_types(trained.dtype, torch.float32)
+        of_hidden, of_trained = (
+            torch.zeros_like(given, dtype=dtype) if is_needed else None
+            for given, is_needed in zip((hidden_ND, trained), ctx.needs_input_grad[:2], strict=True)
+        )
+        return of_hidden, of_trained
+    if ctx.gradients is not None:
+        factor = _common_factor(grad_S, ctx.factors_S)
+        if factor is not None:
+            found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
+            of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
+            return of_hidden, of_trained
+    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.chunk)
+    sweep.run(grad_S, *ctx.needs_input_grad[:2])
+    return sweep.grad_hidden_ND, sweep.grad_trained
+
+
+def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
+    """c with found = c * expected, up to rounding; None if there is none."""
+    rounding = 8 * torch.finfo(found_S.dtype).eps
+    found, expected = found_S.tolist(), expected_S.tolist()
+    if not expected:
+        return None
+    largest = max(range(len(expected)), key=lambda term: abs(expected[term]))
+    if expected[largest] == 0:
+        return None
+    factor = found[largest] / expected[largest]
+    is_multiple = all(abs(f - factor * e) <= rounding * abs(f) for f, e in zip(found, expected, strict=True))
+    return factor if is_multiple else None

@@ -1,0 +1,162 @@
+"""How much code one thing reaches: a training step at most so many files and classes, a new loss term three files.
+
+pytest tests/invariants/test_reach.py -s      # prints what a step enters
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from coordexp.training.loop import MicroBatch, train
+from coordexp.training.stage1 import TeacherTask
+from coordexp.training.step import Criterion
+from helpers import PARAMS, World, build_world, new_checkpoint, optim
+from source_tree import PACKAGE, ROOT
+
+MOST_FILES, MOST_CLASSES = 17, 20
+
+
+class Trace:
+    """Files of the package that were entered, and its classes of which a method ran or an instance was made."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.classes: set[str] = set()
+
+    def start(self) -> None:
+        """Watch this thread and those that it starts; the functions that are on the stack were entered, too."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            self._enter(frame, "call", None)
+            frame = frame.f_back
+        threading.setprofile(self._enter)
+        sys.setprofile(self._enter)
+
+    @staticmethod
+    def stop() -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _enter(self, frame: FrameType, event: str, _: Any) -> None:
+        if event != "call":
+            return
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE):
+            self.files.add(file.relative_to(PACKAGE).as_posix())
+        owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+        for kind in (owner if isinstance(owner, type) else type(owner)).__mro__:
+            # A generated __init__ has no file; a method may belong to any base.
+            is_entered = frame.f_code.co_qualname.startswith((f"{kind.__name__}.", "__create_fn__"))
+            if is_entered and kind.__module__.startswith("coordexp."):
+                self.classes.add(kind.__qualname__)
+                return
+
+
+class FirstStep(TeacherTask):
+    """Starts the trace where the loop asks for the batches of the first step: collation is part of it."""
+
+    trace: Trace
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        if step == 0:
+            self.trace.start()
+        yield from super().micro_batches(step)
+
+
+def traced_step(world: World, folder: Path) -> Trace:
+    """What one step of stage 1 enters, from taking the batch to the optimizer's update."""
+    checkpoint = new_checkpoint()
+    assert checkpoint.coord is not None
+    criterion = Criterion.stage1(PARAMS, checkpoint.coord.first_id, 1)
+    task = FirstStep(
+        checkpoint.model, criterion, world.source(checkpoint), world.collator(checkpoint), [[[0, 1, 2], [3, 4, 5]]]
+    )
+    task.trace = trace = Trace()
+    muon = optim(optimizer="muon", steps=1, precision="bf16")
+
+    def stop(optimizer: Optimizer, *_: object) -> None:
+        if optimizer.param_groups and type(optimizer).__module__.startswith("coordexp."):
+            trace.stop()
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        train(checkpoint.model, task, muon, folder / "state", folder / "log.jsonl", save_every_seconds=1e9)
+    finally:
+        trace.stop()
+        hook.remove()
+    return trace
+
+
+def test_a_step_of_stage_1_is_short(tmp_path: Path) -> None:
+    trace = traced_step(build_world(tmp_path), tmp_path)
+    files, classes = sorted(trace.files), sorted(trace.classes - {FirstStep.__name__})
+    print(f"\n{len(files)} files: {' '.join(files)}\n{len(classes)} classes: {' '.join(classes)}")
+    assert len(files) <= MOST_FILES, files
+    assert len(classes) <= MOST_CLASSES, classes
+
+
+# What a person edits to add a term, as pattern and replacement: its function with its declaration, its key, its values.
+NEW_TERM = {
+    "src/coordexp/losses/coord_terms.py": (
+        r"\n(?=def gaussian_target\()",
+        """
+@term("overshoot", "coord")
+def overshoot(p_NK: Tensor, label_N: Tensor) -> Tensor:
+    return (p_NK * (torch.arange(NUM_BINS, device=p_NK.device) > label_N[:, None])).sum(-1)
+
+""",
+    ),
+    "src/coordexp/config/schema.py": (
+        r"\n\n(?=\nclass CoordWeights)",
+        '\n    overshoot_weight: Weight = Field(description="probability above the target")\n\n',
+    ),
+    "params.yaml": (r"(?m)^( *)(coord_ce_weight: .*)$", r"\1\2\n\1overshoot_weight: 0.25"),
+}
+TRAIN = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = ["src", "tests"]
+import helpers
+from test_reach import traced_step
+folder = Path(sys.argv[1])
+traced_step(helpers.build_world(folder), folder)
+print((folder / "log.jsonl").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_a_term_is_added_in_three_files(tmp_path: Path) -> None:
+    """In a copy of the package; a step then trains with it.
+
+    For the graph, a weight at the top level of params.yaml also stands in dvc.yaml, as every such key; one in a block
+    that a stage reads whole need not.
+    """
+    copy = tmp_path / "copy"
+    for folder in ("src", "tests", "data/sprites"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", copy)
+    for name, (pattern, replacement) in NEW_TERM.items():
+        text, count = re.subn(pattern, replacement, (copy / name).read_text(encoding="utf-8"))
+        assert count, name
+        (copy / name).write_text(text, encoding="utf-8")
+    paths = os.pathsep.join([str(copy / "src"), str(copy / "tests" / "invariants")])
+    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    assert row["loss/overshoot"] == pytest.approx(0.25 * row["raw/overshoot"], rel=1e-4)
+    assert 0 < row["raw/overshoot"] < 1
