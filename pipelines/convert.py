@@ -9,8 +9,8 @@ from coordexp.config.run import RunConfig
 from coordexp.infra.files import replacing
 from coordexp.infra.provenance import write_json
 from coordexp.records.convert import Converted, convert_datasets, policies_of
-from coordexp.records.losses import refuse_empty, refuse_losses
 from coordexp.records.images import image_roots
+from coordexp.records.losses import refuse_empty, refuse_losses
 from coordexp.records.manifest import SPLITS
 from coordexp.records.policy import SHOWN
 from coordexp.records.schema import write_records
