@@ -10,10 +10,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
@@ -34,6 +36,7 @@ from coordexp.records.schema import ObjectRecord, Record, read_records, write_re
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.records import Rollout, match_rollouts
+from coordexp.rollout.rescore import rescore
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
@@ -315,3 +318,24 @@ def logs_of(micro: MicroBatch) -> dict[str, Any]:
     """What a step of this one batch logs, without what never repeats."""
     row = gathered_row(merge_rows([dict(micro.logs)]))
     return {name: value for name, value in row.items() if not name.startswith("time/")}
+
+
+def token_logprobs(
+    checkpoint: Checkpoint,
+    collator: Collator,
+    samples: Sequence[Sample],
+    generations: Sequence[Generation],
+    images_per_forward: int,
+) -> list[NDArray[np.float64]]:
+    """Log-probability (nats) of each generated token, per sample an array as long as its generation."""
+    nothing = [np.zeros((0, 4), np.int64)] * len(samples)
+    rescored = rescore(checkpoint, collator, samples, generations, nothing, images_per_forward)
+    return [r.logprobs_A for r in rescored]
+
+
+def on_meta(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
+    """The model without memory for its weights: every shape is right, nothing can be computed."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config)
+    model.tie_weights()  # a tied head shares the embedding, also here, and counts once
+    return model

@@ -21,8 +21,9 @@ from coordexp.doctor.memory import (
     vision_block_bytes,
 )
 from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
-from coordexp.models.sizes import DENSE_SIZES, build_shrunken, on_meta, qwen3_vl_config, shrunken_config
+from coordexp.models.sizes import DENSE_SIZES, build_shrunken, qwen3_vl_config, shrunken_config
 from coordexp.text.vocabulary import CoordVocabulary
+from helpers import on_meta
 
 
 def tuning(**changes: Any) -> TuningConfig:

@@ -11,10 +11,12 @@ import torch
 from coordexp.packing.collator import teacher_segment
 from coordexp.rollout.engine import Journal
 from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.rescore import rescore
 from helpers import asked, decode_request, new_checkpoint
 
 GREEDY = decode_request(seed=17, max_new_tokens=10)
 SAMPLED = asked(GREEDY, temperature=1.0)
+NO_BOXES = np.zeros((0, 4), np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,16 @@ def test_a_model_in_training_goes_on_training(world, checkpoint, training):
 
 def test_no_samples_no_answers(world, checkpoint):
     assert HfEngine(checkpoint, world.root, 4).generate([], GREEDY) == []
+
+
+def test_no_answer_holds_the_placeholder_of_a_picture(world):
+    """The model would look for the picture of it when the answer is read again."""
+    checkpoint = new_checkpoint()
+    config = checkpoint.model.config
+    favored = torch.tensor([config.image_token_id, config.video_token_id])
+    with torch.no_grad():  # hidden states of a head row in its own direction are the likeliest
+        checkpoint.model.lm_head.weight[favored] = 50 * checkpoint.model.lm_head.weight.mean(0)
+    generations = HfEngine(checkpoint, world.root, 6).generate(world.samples, GREEDY)
+    assert not np.isin(np.concatenate([g.ids for g in generations]), favored.numpy()).any()
+    rescored = rescore(checkpoint, world.collator(checkpoint), world.samples, generations, [NO_BOXES] * 6, 6)
+    assert all(np.isfinite(r.logprobs_A).all() for r in rescored)

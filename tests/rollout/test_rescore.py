@@ -8,8 +8,7 @@ import torch
 
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.rescore import token_logprobs
-from helpers import decode_request, new_checkpoint
+from helpers import decode_request, new_checkpoint, token_logprobs
 
 
 @pytest.fixture(scope="module")

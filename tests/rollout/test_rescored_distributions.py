@@ -8,8 +8,8 @@ import torch
 from coordexp.packing.collator import coordinate_positions
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.rescore import rescore, token_logprobs
-from helpers import World, decode_request, new_checkpoint
+from coordexp.rollout.rescore import rescore
+from helpers import World, decode_request, new_checkpoint, token_logprobs
 
 
 def teacher(world: World) -> tuple[list[Generation], list[np.ndarray]]:

@@ -29,13 +29,12 @@ from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.rescore import token_logprobs
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import VllmServer, vllm_server
 from coordexp.text.parser import parse_answer
 from coordexp.text.symbols import TokenTable
-from helpers import World, asked, decode_request, new_checkpoint
+from helpers import World, asked, decode_request, new_checkpoint, token_logprobs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 

@@ -72,8 +72,3 @@ def reading_order(boxes_N4: Boxes) -> NDArray[np.int64]:
 def xyxy_to_xywh(boxes_N4: Boxes) -> Boxes:
     """Corners to (x, y, width, height), the COCO export form."""
     return np.concatenate([boxes_N4[..., :2], boxes_N4[..., 2:] - boxes_N4[..., :2]], axis=-1)
-
-
-def xywh_to_xyxy(boxes_N4: Boxes) -> Boxes:
-    """(x, y, width, height) to corners."""
-    return np.concatenate([boxes_N4[..., :2], boxes_N4[..., :2] + boxes_N4[..., 2:]], axis=-1)

@@ -75,14 +75,6 @@ def qwen3_vl_config(size: str) -> Qwen3VLConfig:
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=dense.tied)
 
 
-def on_meta(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
-    """The model without memory for its weights: every shape is right, nothing can be computed."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
-    model.tie_weights()  # a tied head shares the embedding, also here, and counts once
-    return model
-
-
 def shrunken_config(config: Qwen3VLConfig, hidden: int = 64, layers: int = 2) -> Qwen3VLConfig:
     """The same family and vocabulary at a fraction of the width and depth: patches, merging, tying and ids stay."""
     tree = config.to_dict()

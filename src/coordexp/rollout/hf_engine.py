@@ -112,13 +112,16 @@ class HfEngine:
         inputs = self._inputs(samples)
         width = inputs["input_ids"].shape[1]
         processors = [GrammarProcessor(grammar, len(samples), width)] if grammar else []
-        options: dict[str, int | float | LogitsProcessorList | None] = {
+        config = self._checkpoint.model.config
+        options: dict[str, int | float | list[int] | LogitsProcessorList | None] = {
             "max_new_tokens": params.max_new_tokens,
             "do_sample": params.temperature > 0,
             "repetition_penalty": params.repetition_penalty,
             "logits_processor": LogitsProcessorList(processors),
             "eos_token_id": self._end_id,
             "pad_token_id": self._pad_id,
+            # They stand for pictures: an answer that holds one could not be read by the model again.
+            "suppress_tokens": [config.image_token_id, config.video_token_id],
             "top_k": 0 if params.temperature > 0 else None,
         }
         if params.temperature > 0:

@@ -72,19 +72,6 @@ def rescore(
     return out
 
 
-def token_logprobs(
-    checkpoint: Checkpoint,
-    collator: Collator,
-    samples: Sequence[Sample],
-    generations: Sequence[Generation],
-    images_per_forward: int,
-) -> list[NDArray[np.float64]]:
-    """Log-probability (nats) of each generated token, per sample an array as long as its generation."""
-    nothing = [np.zeros((0, 4), np.int64)] * len(samples)
-    rescored = rescore(checkpoint, collator, samples, generations, nothing, images_per_forward)
-    return [r.logprobs_A for r in rescored]
-
-
 def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, targets_S: Tensor) -> NDArray[np.float64]:
     """Log-probability of each target at its slot."""
     parts = []

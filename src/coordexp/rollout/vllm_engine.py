@@ -96,6 +96,9 @@ class VllmEngine:
             "top_k": -1,
             "repetition_penalty": params.repetition_penalty,
             "stop_token_ids": [self._end_id],
+            "logit_bias": {
+                str(self._image_id): -100
+            },  # it stands for a picture: such an answer could not be read again
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
