@@ -6,6 +6,7 @@ its first forward.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,5 +173,5 @@ def test_a_server_of_ours_leaves_before_the_model_is_loaded(
     monkeypatch.setattr(stages, "rescore", noted("rescore", stages.rescore))
     served = ready.profile.rollout.model_copy(update={"engine": "vllm", "servers": ("start",)})
     profile = ready.profile.model_copy(update={"rollout": served})
-    stages.run_rollouts(ready.params, profile, ready.paths)
+    stages.run_rollouts(dataclasses.replace(ready, profile=profile))
     assert happened == ["serve stage1", "generate", "stop", "load", "rescore"]
