@@ -83,6 +83,7 @@ checks: $(DEV_STAMP)  ## lint, formatting and types
 	mypy
 
 report: env  ## rebuild the report from what the stages left, without running them
+	dvc repro --single-item check
 	dvc repro --single-item --force report
 
 base: env  ## pretrain the embedded base model again (one to two hours) and put it into models/tiny-base
@@ -99,6 +100,7 @@ ablation: env  ## train and compare the recipes of the objective, into reports/a
 
 decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study
+	dvc repro --single-item check
 	dvc repro --single-item --force report
 
 # The project's environment and what is only measured against, which must not get into it.

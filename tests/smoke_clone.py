@@ -10,7 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "stage1-control", "coco-eval", "report")
+STAGES = (
+    *("check", "raw", "convert", "norm1000", "pack", "stage1"),
+    *("rollout", "stage2", "stage1-control", "coco-eval", "report"),
+)
 
 
 @dataclass(frozen=True, slots=True)

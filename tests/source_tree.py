@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from coordexp.infra.code_hash import Modules
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "coordexp"
 TOYWORLD = ROOT / "src" / "toyworld"
@@ -14,23 +16,18 @@ BASE = ROOT / "pipelines" / "base"
 
 # Lower layers first: a layer imports only itself and those before it.
 LAYERS = (
-    "errors", "infra", "config", "stage", "geometry", "records", "drawing", "text", "packing", "models", "losses",
-    "matching", "rollout", "training", "evaluation", "doctor", "reporting", "export", "experiments", "detector",
-    "prediction", "cli",
+    "errors", "infra", "config", "inputs", "stage", "geometry", "records", "drawing", "text", "packing", "models",
+    "losses", "matching", "rollout", "training", "evaluation", "doctor", "reporting", "export", "experiments",
+    "detector", "prediction", "cli",
 )  # fmt: skip
 
 
 @cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of the packages and the pipeline entries."""
-    files = [*PACKAGE.rglob("*.py"), *TOYWORLD.rglob("*.py"), *(ROOT / "pipelines").glob("*.py"), *BASE.glob("*.py")]
-    return {_dotted(file): file for file in sorted(files)}
-
-
-def _dotted(file: Path) -> str:
-    base = ROOT if file.is_relative_to(ROOT / "pipelines") else PACKAGE.parent
-    parts = file.relative_to(base).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    found = Modules.below(PACKAGE.parent, ROOT).files
+    roots = (PACKAGE.name, TOYWORLD.name, "pipelines")
+    return {name: file for name, file in sorted(found.items()) if name.split(".")[0] in roots}
 
 
 @cache
@@ -56,31 +53,9 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def import_closure(entry: str) -> set[str]:
-    """The modules of this repository that importing `entry` can load, packages included.
-
-    What the package only names (`if TYPE_CHECKING`) is loaded when a user asks it for that, which no module does.
-    """
-    found: set[str] = set()
-    waiting = [entry]
-    while waiting:
-        name = waiting.pop()
-        if name in found or name not in modules():
-            continue
-        found.add(name)
-        lazy = lazy_names() if name == PACKAGE.name else set()
-        waiting += [*(set(imports(modules()[name])) - lazy), *_packages(name)]
-    return found
-
-
 def lazy_names() -> set[str]:
     """What `imports` says of the package itself for its names that are loaded on first use."""
     body = syntax(PACKAGE / "__init__.py").body
     blocks = [node.body for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     named = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
     return {str(n.module) for n in named} | {f"{n.module}.{alias.name}" for n in named for alias in n.names}
-
-
-def _packages(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts))]

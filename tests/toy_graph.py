@@ -1,7 +1,7 @@
 """A small DVC repository with the stages and files that `coordexp ab` reads; a stage is a few lines and trains nothing.
 
-Its ignore files, DVC configuration, parameters and profile are those of this repository. Every stage that really runs
-leaves a line in a file outside of it.
+Its ignore files, DVC configuration, parameters, profile and stage `check` are those of this repository. Every other
+stage that really runs leaves a line in a file outside of it.
 """
 
 from __future__ import annotations
@@ -19,101 +19,130 @@ from coordexp.config.loading import read_yaml
 
 SCRIPT = '''
 """Write the outputs of one stage: three images with boxes that are off by what the parameters say."""
-import json, os, sys, time
+import json, os, time
 from pathlib import Path
 from ruamel.yaml import YAML
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 
-stage, log = sys.argv[1], Path(os.environ["TOY_LOG"])
-params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
-weight, seed = params["softce_weight"], params["stage2"]["seed"]
-with log.open("a") as lines:
-    lines.write(f"{stage} {weight} {seed}\\n")
-if os.environ.get("TOY_HANG") == f"{stage} {weight} {seed}":
-    time.sleep(600)
-if os.environ.get("TOY_FAIL") == stage:
-    raise SystemExit("the toy fails")
-if stage == "convert":
-    folder = Path("data/tiny/records")
-    folder.mkdir(parents=True)
-    (folder / "categories.json").write_text(json.dumps([{"id": 1, "name": "cat", "split": "train"}]))
-elif stage == "coco-eval":
-    for checkpoint, worse in (("stage1", 6), ("stage1-control", 3), ("stage2", 0)):
-        folder = Path("runs/tiny/eval") / checkpoint
+def write_stage(stage, words):
+    params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
+    weight, seed = params["softce_weight"], params["stage2"]["seed"]
+    if stage != "report":
+        with Path(os.environ["TOY_LOG"]).open("a") as lines:
+            lines.write(f"{stage} {weight} {seed}\\n")
+    if os.environ.get("TOY_HANG") == f"{stage} {weight} {seed}":
+        time.sleep(600)
+    if os.environ.get("TOY_FAIL") == stage:
+        raise SystemExit("the toy fails")
+    if stage == "convert":
+        folder = Path("data/tiny/records")
         folder.mkdir(parents=True)
-        rows = []
-        for i in range(1, 4):
-            off = i * weight * 20 + seed + worse
+        (folder / "categories.json").write_text(json.dumps([{"id": 1, "name": "cat", "split": "train"}]))
+    elif stage == "coco-eval":
+        for checkpoint, worse in (("stage1", 6), ("stage1-control", 3), ("stage2", 0)):
+            folder = Path("runs/tiny/eval") / checkpoint
+            folder.mkdir(parents=True)
+            rows = []
+            for i in range(1, 4):
+                off = i * weight * 20 + seed + worse
             pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
             gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
             rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
         write_results(folder / "gt_vs_pred.jsonl", rows)
-    Path("reports/tiny").mkdir(parents=True, exist_ok=True)
-    Path("reports/tiny/headline.json").write_text(json.dumps({"weight": weight}))
-else:
-    if stage == "stage1":
-        from coordexp.config.loading import load_profile
-        from coordexp.models.pins import pinned_folder
-        pinned_folder(load_profile(Path("configs/tiny.yaml")).model, "tiny")
-    folder = Path("runs/tiny") / stage
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text(f"{stage} {params['sigma']} {weight if stage == 'stage2' else ''} {seed}")
-    (folder / "run_metadata.json").write_text(json.dumps({"wall_seconds": 1.0, "tokens": 10}))
-    rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
-    (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+        Path("reports/tiny").mkdir(parents=True, exist_ok=True)
+        Path("reports/tiny/headline.json").write_text(json.dumps({"weight": weight}))
+    elif stage == "report":
+        Path("reports/tiny/progress.md").write_text(words)
+    else:
+        if stage == "stage1":
+            from coordexp.config.loading import load_profile
+            from coordexp.models.pins import pinned_folder
+            pinned_folder(load_profile(Path("configs/tiny.yaml")).model, "tiny")
+        folder = Path("runs/tiny") / stage
+        folder.mkdir(parents=True)
+        changed = weight if stage == "stage2" else ""
+        (folder / "model.safetensors").write_text(f"{stage} {params['sigma']} {changed} {seed}")
+        (folder / "run_metadata.json").write_text(json.dumps({"wall_seconds": 1.0, "tokens": 10}))
+        rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
+        (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''
+
+ENTRY = """\
+from toy import write_stage
+
+if __name__ == "__main__":
+    from {room}.words import WORDS  # where it is called, as stages may
+
+    write_stage("{stage}", WORDS)
+"""
+ROOMS = {"convert": "records", "stage1": "training", "stage2": "training", "coco-eval": "judging", "report": "telling"}
+
+TABLE = """\
+convert:
+  params: [seed]
+stage1:
+  params: [sigma, stage1]
+  profile: [model, stage1]
+stage2:
+  params: [softce_weight, stage2]
+  profile: [model, stage2]
+coco-eval:
+  params: [eval]
+report:
+  params: [eval]
+"""
 
 GRAPH = """\
 stages:
+  check:
+    cmd: {python} -m pipelines.check --profile ${{profile}}
+    deps:
+      - configs
+      - pipelines
+      - src
+      - toy.py
+    params:
+      - params.yaml:
+    outs:
+      - inputs/${{profile}}:
+          cache: false
+          persist: true
   convert:
-    cmd: {python} toy.py convert --profile ${{profile}}
-    deps: [toy.py]
-    params: [seed]
+    cmd: {python} -m pipelines.convert --profile ${{profile}}
+    deps:
+      - inputs/${{profile}}/convert.json
     outs:
       - data/${{profile}}/records
   stage1:
-    cmd: {python} toy.py stage1 --profile ${{profile}}
+    cmd: {python} -m pipelines.stage1 --profile ${{profile}}
     deps:
+      - inputs/${{profile}}/stage1.json
       - data/${{profile}}/records
-      - src/training
-    params:
-      - sigma
-      - stage1
-      - configs/${{profile}}.yaml:
-          - model
-          - stage1
     outs:
       - runs/${{profile}}/stage1
   stage2:
-    cmd: {python} toy.py stage2 --profile ${{profile}}
+    cmd: {python} -m pipelines.stage2 --profile ${{profile}}
     deps:
+      - inputs/${{profile}}/stage2.json
       - runs/${{profile}}/stage1
-      - src/training
-    params:
-      - softce_weight
-      - stage2
-      - configs/${{profile}}.yaml:
-          - model
-          - stage2
     outs:
       - runs/${{profile}}/stage2
   coco-eval:
-    cmd: {python} toy.py coco-eval --profile ${{profile}}
+    cmd: {python} -m pipelines.coco_eval --profile ${{profile}}
     deps:
+      - inputs/${{profile}}/coco-eval.json
       - runs/${{profile}}/stage2
       - data/${{profile}}/records
-      - src/evaluation
-    params: [eval]
     outs:
       - runs/${{profile}}/eval
     metrics:
       - reports/${{profile}}/headline.json:
           cache: false
   report:
-    cmd: cp src/reporting/words.py reports/${{profile}}/progress.md
+    cmd: {python} -m pipelines.report --profile ${{profile}}
     deps:
+      - inputs/${{profile}}/report.json
       - runs/${{profile}}/eval
-      - src/reporting
     outs:
       - reports/${{profile}}/progress.md:
           cache: false
@@ -150,7 +179,8 @@ class Toy:
 
 def toy_environment(repository: Path, folder: Path) -> dict[str, str]:
     """What the stages, git and DVC need; nothing is read from or written to the home of the user."""
-    environment = {"TOY_LOG": str(folder / "log"), "PYTHONPATH": str(repository / "src"), "HOME": str(folder)}
+    sources = f"{repository / 'src'}{os.pathsep}src"
+    environment = {"TOY_LOG": str(folder / "log"), "PYTHONPATH": sources, "HOME": str(folder)}
     environment |= {"DVC_SITE_CACHE_DIR": str(folder / "dvc"), "DVC_NO_ANALYTICS": "1"}
     for role in ("AUTHOR", "COMMITTER"):
         environment |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@localhost"}
@@ -160,19 +190,24 @@ def toy_environment(repository: Path, folder: Path) -> dict[str, str]:
 def new_toy(repository: Path, folder: Path) -> Toy:
     """The repository with its one commit, before any run."""
     root = folder / "toy"
-    for name in (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "configs/tiny.yaml"):
+    for name in (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / name, root / name)
-    for name in ("presets", "studies"):
-        shutil.copytree(repository / "configs" / name, root / "configs" / name)
+    shutil.copytree(repository / "configs", root / "configs")
     shutil.copytree(repository / "models" / "tiny-base", root / "models" / "tiny-base")
     params = read_yaml(repository / "params.yaml")
     params["eval"]["bootstrap_resamples"] = 100
     YAML().dump(params, root / "params.yaml")
-    for layer in ("training", "evaluation", "reporting"):
-        (root / "src" / layer).mkdir(parents=True)
-        (root / "src" / layer / "words.py").write_text("# as first written\n")
+    (root / "pipelines").mkdir()
+    (root / "pipelines" / "__init__.py").touch()
+    shutil.copy(repository / "pipelines" / "check.py", root / "pipelines")
+    for stage, room in ROOMS.items():
+        (root / "src" / room).mkdir(parents=True, exist_ok=True)
+        (root / "src" / room / "__init__.py").touch()
+        (root / "src" / room / "words.py").write_text('WORDS = "as first written"\n')
+        (root / "pipelines" / f"{stage.replace('-', '_')}.py").write_text(ENTRY.format(room=room, stage=stage))
     (root / "toy.py").write_text(SCRIPT)
+    (root / "pipelines" / "inputs.yaml").write_text(TABLE)
     (root / "dvc.yaml").write_text(GRAPH.format(python=sys.executable))
     toy = Toy(root, folder / "log")
     toy.succeed("git", "init", "--quiet", "--initial-branch", "main")

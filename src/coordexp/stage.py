@@ -25,6 +25,7 @@ from coordexp.errors import (
     TrainingError,
 )
 from coordexp.infra.threads import set_threads
+from coordexp.inputs import refuse_stale
 
 LOG = logging.getLogger("coordexp")
 
@@ -110,6 +111,8 @@ def _write_fault(error: OSError) -> str:
 def _context(run: Callable[[RunConfig], None], argv: Sequence[str] | None) -> RunConfig:
     args = _parser(run.__doc__).parse_args(argv)
     context = RunConfig.read(args.params, args.profile, args.out)
+    if code := getattr(run, "__code__", None):  # each stage has its name from the file of its entry
+        refuse_stale(context, args.params.parent, Path(code.co_filename).stem.replace("_", "-"))
     tune_allocator(LOG)
     set_threads(context.profile.launch.threads, LOG)
     return context

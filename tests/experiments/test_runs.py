@@ -78,7 +78,8 @@ def test_a_killed_test_goes_on_where_it_was(toy: Toy) -> None:
 def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
     first = ab(toy, GRID)
     toy.commit("the report of the test itself")
-    toy.write("src/reporting/words.py", "# no stage that the test reads depends on it\n")
+    toy.write("src/telling/words.py", 'WORDS = "of no stage that the test reads"\n')
+    toy.write("toy.py", (toy.root / "toy.py").read_text() + "# a comment\n")
     assert ab(toy, GRID) == first | {"commit": toy.succeed("git", "rev-parse", "HEAD").strip()}
     assert toy.ran() == []
     more = ab(toy, ["softce_weight=0.2,0.4"], seeds=2, name="another-name")
@@ -105,16 +106,17 @@ def stage1_trained_again(toy: Toy) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (edit("src/training/words.py", "first", "second"), "src/training"),
-        (edit("src/evaluation/words.py", "first", "second"), "src/evaluation"),
-        (edit("src/reporting/words.py", "first", "second"), ""),
-        (edit("dvc.yaml", "toy.py stage2", "toy.py  stage2"), "the command of stage stage2"),
-        (edit("dvc.yaml", "      - src/evaluation\n", "      - src/evaluation\n      - README.md\n"), "README.md"),
-        (edit("dvc.yaml", "      - sigma\n", ""), "sigma of stage stage1"),
+        (edit("src/training/words.py", "first", "second"), "the code of stage stage1"),
+        (edit("src/training/words.py", "WORDS", "# a comment\nWORDS"), ""),
+        (edit("src/judging/words.py", "first", "second"), "the code of stage coco-eval"),
+        (edit("src/telling/words.py", "first", "second"), ""),
+        (edit("dvc.yaml", "-m pipelines.stage2", "-m  pipelines.stage2"), "the command of stage stage2"),
+        (edit("dvc.yaml", "/stage2\n      - data", "/stage2\n      - README.md\n      - data"), "README.md"),
+        (edit("pipelines/inputs.yaml", "sigma, ", ""), "sigma of stage stage1"),
         (edit("params.yaml", "sigma: 2.0", "sigma: 2.5"), "sigma of stage stage1"),
         (edit("params.yaml", "softce_weight: 1.0", "softce_weight: 9.0"), ""),  # both arms set it
         (edit("params.yaml", "w1_weight: ", "w1_weight: 1"), ""),  # no stage of the toy tracks it
-        (edit("configs/tiny.yaml", "steps: 100", "steps: 200"), "stage2 of stage stage2"),
+        (edit("configs/tiny.yaml", "steps: 100", "steps: 200"), "configs/tiny.yaml:stage2.steps of stage stage2"),
         (edit("configs/tiny.yaml", "gallery_images: 24", "gallery_images: 4"), ""),
         (stage1_trained_again, "runs/tiny/stage1"),
     ],
@@ -132,12 +134,12 @@ def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy],
 
 
 def test_a_changed_evaluation_evaluates_again_and_trains_nothing(toy: Toy) -> None:
-    toy.write("src/evaluation/words.py", "# evaluates in another way\n")
+    toy.write("src/judging/words.py", 'WORDS = "judged in another way"\n')
     (toy.root / "dvc.lock").write_text((toy.root / "dvc.lock").read_text() + "\n")  # as a run of the graph may leave it
     (toy.root / "reports" / "tiny" / "progress.md").write_text("as a run of the graph may leave it")
     ab(toy, GRID)
     assert toy.ran() == ["coco-eval 0.1 0", "coco-eval 0.2 0"]
-    assert "(again: src/evaluation changed)" in SAID[0]
+    assert "(again: the code of stage coco-eval changed)" in SAID[0]
     (toy.root / "params.yaml").write_text((toy.root / "params.yaml").read_text() + "\n")
     with pytest.raises(ConfigError, match=r"(?s)params\.yaml.*commit first.*git restore"):
         ab(toy, GRID)
@@ -153,7 +155,7 @@ def test_in_a_fresh_clone_everything_comes_with_the_run(toy: Toy, tmp_path: Path
     (fresh.root / "runs" / "ab" / "y").write_text("a file in the way")
     with pytest.raises(DataError, match=r"runs/ab/y: a file is in the way"):
         ab(fresh, ["softce_weight=0.4"], name="y")
-    edit("dvc.yaml", "      - data/${profile}/records\n  stage1", "      - data/${profile}/rows\n  stage1")(fresh)
+    edit("dvc.yaml", "      - data/${profile}/records\n  stage1:", "      - data/${profile}/rows\n  stage1:")(fresh)
     with pytest.raises(ConfigError, match=r"no stage makes data/tiny/records/categories\.json"):
         ab(fresh, GRID)
     assert fresh.ran() == []

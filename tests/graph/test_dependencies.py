@@ -12,11 +12,14 @@ import pytest
 from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
+from coordexp.infra.code_hash import Modules
+from coordexp.inputs import declarations
 from coordexp.reporting.inputs import TRAINED, ReportInputs
-from source_tree import BASE, ROOT, import_closure, imports, layer_of, lazy_names, modules, syntax
+from source_tree import BASE, ROOT, imports, layer_of, lazy_names, modules, syntax
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 BASE_STAGES = read_yaml(BASE / "dvc.yaml")["stages"]
+ENTRIES = {stage.stage: stage.entry for stage in declarations(ROOT)}
 PROFILE = "${profile}"
 
 
@@ -25,27 +28,29 @@ def declared(stage: str, section: str) -> list[str]:
     return [next(iter(item)) if isinstance(item, dict) else item for item in STAGES[stage].get(section, [])]
 
 
-def tracked_keys(stage: str, file: str) -> set[str]:
-    """The parameter keys of one file that a stage tracks."""
-    keys = {item for item in STAGES[stage]["params"] if isinstance(item, str)} if file == "params.yaml" else set()
-    return keys.union(*(item[file] for item in STAGES[stage]["params"] if isinstance(item, dict) and file in item))
+def test_check_runs_again_when_anything_changes_that_it_reads() -> None:
+    closure = Modules.below(ROOT / "src", ROOT).import_closure(*ENTRIES.values(), "pipelines.check")
+    files = [modules()[name].relative_to(ROOT) for name in closure - {"pipelines"}]
+    files += [Path("pipelines/inputs.yaml"), *(p.relative_to(ROOT) for p in ROOT.glob("configs/*.yaml"))]
+    deps = declared("check", "deps")
+    assert [file for file in files if not any(file.is_relative_to(dep) for dep in deps)] == []
+    assert [dep for dep in deps if not any(file.is_relative_to(dep) for file in files)] == []
+    assert STAGES["check"]["params"] == [{"params.yaml": None}]  # all of it
 
 
-def entry(stage: str) -> str:
-    return f"pipelines.{stage.replace('-', '_')}"
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_source_dependencies_are_the_layers_that_the_entry_imports(stage: str) -> None:
-    needed = {_dependency(name) for name in import_closure(entry(stage))} - {""}
-    listed = {dep for dep in declared(stage, "deps") if dep.startswith(("src/", "pipelines/"))}
-    assert needed, f"{entry(stage)} does not exist"
-    assert listed == needed, f"deps of {stage} should be:\n" + "\n".join(f"      - {dep}" for dep in sorted(needed))
+def test_every_other_stage_depends_on_its_file_and_on_no_source_or_parameter() -> None:
+    assert STAGES.keys() == {"check", *ENTRIES}
+    for stage in ENTRIES:
+        deps = declared(stage, "deps")
+        assert [dep for dep in deps if dep.startswith("inputs/")] == [f"inputs/{PROFILE}/{stage}.json"]
+        assert not [dep for dep in deps if dep.startswith(("src", "pipelines", "configs", "params"))]
+        assert "params" not in STAGES[stage]
 
 
 @pytest.mark.parametrize("stage", BASE_STAGES)
 def test_the_base_model_depends_on_the_layers_that_its_stages_import(stage: str) -> None:
-    needed = {_dependency(name) for name in import_closure(f"pipelines.base.{stage}")} - {""}
+    closure = Modules.below(ROOT / "src", ROOT).import_closure(f"pipelines.base.{stage}")
+    needed = {_dependency(name) for name in closure} - {""}
     relative = {os.path.relpath(ROOT / path, BASE) for path in needed}
     listed = {dep for dep in BASE_STAGES[stage]["deps"] if dep.startswith("../../src/") or dep.endswith(".py")}
     assert listed == relative, f"deps of {stage} should be:\n" + "\n".join(f"      - {p}" for p in sorted(relative))
@@ -61,22 +66,6 @@ def _dependency(module: str) -> str:
     return "" if file.name == "__init__.py" else file.as_posix()
 
 
-@pytest.mark.parametrize("package", ["coordexp", "pipelines"])
-def test_the_package_files_that_no_stage_lists_do_nothing_of_their_own(package: str) -> None:
-    """They call what they import from a file that stages list, and name what is loaded when a user asks for it."""
-    own = syntax(modules()[package]).body
-    imported = {alias.name for node in own if isinstance(node, ast.ImportFrom) for alias in node.names}
-    for node in own:
-        if isinstance(node, ast.If):
-            assert ast.unparse(node.test) == "TYPE_CHECKING"
-        elif isinstance(node, ast.FunctionDef):
-            assert node.name == "__getattr__"
-        else:
-            assert isinstance(node, ast.Expr | ast.Assign | ast.ImportFrom)
-            calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
-            assert {ast.unparse(call.func) for call in calls} <= imported
-
-
 def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
     asked = {f"coordexp.{name.rpartition('.')[2]}" for name in lazy_names()} - modules().keys()
     assert "coordexp.Detector" in asked
@@ -84,41 +73,12 @@ def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
         assert not asked & set(imports(modules()[name])), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_depends_on_the_whole_source(stage: str) -> None:
-    assert not {"src", "src/", "src/coordexp", "src/coordexp/"} & set(declared(stage, "deps"))
-
-
-def test_the_embedded_world_is_known_to_the_stage_that_composes_it_alone() -> None:
-    assert [stage for stage in STAGES if "src/toyworld" in declared(stage, "deps")] == ["raw"]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("holder", "file"), [("params", "params.yaml"), ("profile", f"configs/{PROFILE}.yaml")])
-def test_parameters_that_the_entry_reads_are_tracked(stage: str, holder: str, file: str) -> None:
-    read = {key for key in keys_read(syntax(modules()[entry(stage)]), holder) if key != "profile"}
-    if "model_dump" in read:  # all of them
-        read = read - {"model_dump"} | {key for key in read_yaml(ROOT / file) if key != "profile"}
-    lost = {key for key in read if not any(key == t or key.startswith(f"{t}.") for t in tracked_keys(stage, file))}
-    assert lost == set(), f"{stage} reads them, so dvc.yaml must list them under {file}"
-
-
-def keys_read(tree: ast.AST, holder: str) -> Iterator[str]:
-    """Dotted keys of the attribute chains on `<holder>` and `<any>.<holder>`: "text.codec" of `params.text.codec`."""
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inner:
-            parts = ast.unparse(node).split(".")
-            if holder in parts[:2] and parts[-1] != holder:
-                yield ".".join(parts[parts.index(holder) + 1 :])
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ENTRIES)
 def test_folders_that_the_entry_names_are_declared(stage: str) -> None:
     known = [
         PurePosixPath(path) for section in ("deps", "outs", "metrics", "plots") for path in declared(stage, section)
     ]
-    for path in paths_named(syntax(modules()[entry(stage)])):
+    for path in paths_named(syntax(modules()[ENTRIES[stage]])):
         related = any(path.is_relative_to(other) or other.is_relative_to(path) for other in known)
         assert related, f"{stage} names {path}, which is neither a dependency nor an output"
 
@@ -137,7 +97,9 @@ def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
     inputs = ReportInputs.of(run)
     named = {value for name in inputs.__slots__ if isinstance(value := getattr(inputs, name), Path)} - {inputs.runs}
     read = named - {inputs.decoding_study} | {inputs.runs / stage for stage in TRAINED}
-    deps = [PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep]
+    deps = [
+        PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep and not dep.startswith("inputs/")
+    ]
     assert [path for path in read if not any(path.is_relative_to(dep) for dep in deps)] == []
     assert [dep for dep in deps if not any(path.is_relative_to(dep) for path in read)] == []
 
@@ -155,12 +117,6 @@ def paths_named(tree: ast.AST) -> Iterator[Path]:
                 yield value(*(arg.value for arg in call.args if isinstance(arg, ast.Constant)))
 
 
-def test_what_the_readers_see() -> None:
-    tree = ast.parse(
-        "def run(context):\n"
-        "    lr, weights = context.profile.stage1.lr, context.params.stage1\n"
-        "    train(params.sigma, out=context.paths.run('stage1') / 'x', init=context.paths.norm1000)\n"
-    )
-    assert set(keys_read(tree, "params")) == {"stage1", "sigma"}
-    assert set(keys_read(tree, "profile")) == {"stage1.lr"}
+def test_what_the_reader_of_paths_sees() -> None:
+    tree = ast.parse("def run(c):\n    train(out=c.paths.run('stage1') / 'x', init=c.paths.norm1000)\n")
     assert {path.as_posix() for path in paths_named(tree)} == {f"runs/{PROFILE}/stage1", f"data/{PROFILE}/norm1000"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -17,17 +16,18 @@ from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
-from coordexp.config.loading import read_yaml
+from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.config.presets import leaves
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # inside DVC
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-CHAIN = ("raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "coco-eval", "report")
+CHAIN = ("check", "raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "coco-eval", "report")
 STAGES = {*CHAIN, "stage1-control"}
-UNTRACKED = {"profile"}  # it is in every command and path
-OBJECTIVE = {"softce_weight", "w1_weight", "gate_weight", "coord_ce_weight", "text_gate_weight", "entropy_weight"}
-TARGET = {"target", "sigma", "truncate", "temperature", "anneal", "seed"}
+TABLE = declarations(ROOT)
+READ_BY_NONE = {"profile", "model.path"}  # one is in every command and path, the other is known by the pins
 
 
 @dataclass(slots=True)
@@ -83,7 +83,6 @@ def test_every_profile_has_all_stages_with_their_entries(profile: str) -> None:
     for name, node in stages.items():
         module = name.replace("-", "_")
         assert node.cmd == f"PYTHONPATH=src python -m pipelines.{module} --profile {profile}"
-        assert f"pipelines/{module}.py" in node.deps
         assert (ROOT / "pipelines" / f"{module}.py").is_file()
 
 
@@ -121,14 +120,14 @@ def test_no_dependency_is_a_link_or_a_model(profile: str) -> None:
     """`dvc exp run` commits into git what it finds behind a linked dependency; a model is pinned by parameters."""
     stages = graph(profile)
     made = {out for node in stages.values() for out in node.outs}
-    given = {dep for node in stages.values() for dep in node.deps} - made
+    given = {dep for node in stages.values() for dep in node.deps if not any(inside(dep, out) for out in made)}
     for path in (ROOT / dep for dep in given):
         assert path.exists(), path
         found = [path, *path.rglob("*")] if path.is_dir() else [path]
         assert not [file for file in found if file.is_symlink()]
     assert not [dep for dep in given if inside(dep, "models")]
-    loading = {"norm1000", "stage1", "rollout", "stage2", "stage1-control", "coco-eval"}
-    assert {n for n, node in stages.items() if "model" in node.params.get(f"configs/{profile}.yaml", [])} == loading
+    # Later checkpoints hold what they were made from.
+    assert {stage.stage for stage in TABLE if stage.reads(PROFILE_FILE, "model.files")} == {"norm1000", "coco-eval"}
 
 
 def test_profiles_do_not_share_outputs() -> None:
@@ -140,6 +139,7 @@ def test_profiles_do_not_share_outputs() -> None:
 def test_folders_are_where_the_library_looks(profile: str) -> None:
     paths, stages = ProfilePaths(profile), graph(profile)
     folders = {
+        "check": paths.inputs,
         "raw": paths.raw,
         "convert": paths.records,
         "norm1000": paths.norm1000,
@@ -159,8 +159,8 @@ def test_folders_are_where_the_library_looks(profile: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_small_reports_are_kept_by_git_and_the_rest_by_dvc(profile: str) -> None:
     for name, node in graph(profile).items():
-        reports = {out for out in node.outs if out.startswith("reports/")}
-        assert node.uncached == reports, name
+        small = {out for out in node.outs if out.startswith(("inputs/", "reports/"))}
+        assert node.uncached == small, name
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -174,32 +174,27 @@ def test_curves_say_what_they_plot(profile: str) -> None:
     assert curves[f"{folder}/pr.tsv"]["template"] == "simple"  # `linear` would smooth precision over recall
 
 
-def leaf_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaf_keys(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_parameter_is_tracked_by_a_stage(profile: str) -> None:
-    """`dvc exp run -S` of a key that no stage tracks would be an experiment that changes nothing."""
-    for file, untracked in (("params.yaml", UNTRACKED), (f"configs/{profile}.yaml", set())):
-        tracked = {key for node in graph(profile).values() for key in node.params.get(file, [])}
-        leaves = set(leaf_keys(read_yaml(ROOT / file)))
-        lost = {leaf for leaf in leaves if not any(leaf == key or leaf.startswith(f"{key}.") for key in tracked)}
-        assert lost == untracked, file
-        stale = {key for key in tracked if not any(leaf == key or leaf.startswith(f"{key}.") for leaf in leaves)}
-        assert stale == set(), file
+def test_every_parameter_is_read_by_a_stage(profile: str) -> None:
+    """`dvc exp run -S` of a key that no stage reads would be an experiment that changes nothing."""
+    params, sizes = load_params(ROOT / "params.yaml"), load_profile(ROOT / "configs" / f"{profile}.yaml")
+    for file, block in ((PARAMS_FILE, params), (PROFILE_FILE, sizes)):
+        keys = {key for key, _ in leaves(block.model_dump())} - READ_BY_NONE
+        assert {key for key in keys if not any(stage.reads(file, key) for stage in TABLE)} == set()
 
 
-def test_a_stage_2_weight_does_not_touch_stage_1() -> None:
-    params = {name: set(node.params.get("params.yaml", [])) for name, node in graph("tiny").items()}
-    for name, keys in params.items():
-        assert (keys >= OBJECTIVE) == (name in {"stage2", "report"}), name
-        assert bool(keys & OBJECTIVE) == (name in {"stage2", "report"}), name
-        assert (keys >= TARGET) == (name in {"stage1", "stage1-control", "stage2", "report"}), name
-    assert {name for name, keys in params.items() if "stage1" in keys} == {"stage1", "stage1-control", "report"}
-    assert {name for name, keys in params.items() if "matching" in keys} == {"rollout", "stage2", "coco-eval", "report"}
-    assert {name for name, keys in params.items() if "decode" in keys} == {"rollout", "coco-eval", "report"}
+@pytest.mark.parametrize(
+    ("key", "readers"),
+    [
+        ("softce_weight", {"stage2", "report"}),
+        ("bbox_ciou_weight", {"stage2", "report"}),
+        ("sigma", {"stage1", "stage1-control", "stage2", "report"}),
+        ("stage1.softce_weight", {"stage1", "stage1-control", "report"}),
+        ("matching.gate", {"rollout", "stage2", "coco-eval", "report"}),
+        ("decode.score", {"rollout", "coco-eval", "report"}),
+        ("eval.mapping", {"coco-eval", "report"}),
+        ("text.object_order", {"stage1", "stage1-control", "stage2", "report"}),
+    ],
+)
+def test_a_parameter_runs_the_stages_that_read_it(key: str, readers: set[str]) -> None:
+    assert {stage.stage for stage in TABLE if stage.reads(PARAMS_FILE, key)} == readers

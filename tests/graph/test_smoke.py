@@ -14,6 +14,7 @@ from smoke_clone import STAGES, Clone
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]  # one worker: the clone is made once
 
 AFTER_STAGE_2 = {"stage2", "coco-eval", "report"}
+MADE = ("data/smoke/raw/manifest.json", "runs/smoke/stage1/model.safetensors", "reports/smoke/headline.json")
 
 
 def ran(output: str) -> set[str]:
@@ -43,9 +44,10 @@ def test_a_second_run_changes_nothing(clone: Clone, reproduced: str) -> None:
 def test_a_stage_2_weight_does_not_retrain_stage_1(clone: Clone, reproduced: str) -> None:
     before = read_yaml(clone.root / "dvc.lock")["stages"]
     output = clone.succeed("dvc", "exp", "run", "--set-param", "softce_weight=0.2")
-    assert ran(output) == AFTER_STAGE_2
+    assert ran(output) == {"check", *AFTER_STAGE_2}
     after = read_yaml(clone.root / "dvc.lock")["stages"]
-    assert {name for name in STAGES if before[name] != after[name]} == AFTER_STAGE_2
+    assert {name for name in STAGES if before[name] != after[name]} == {"check", *AFTER_STAGE_2}
+    assert re.search(r"params\.yaml +softce_weight +1\.0 +0\.2", clone.succeed("dvc", "params", "diff"))
     table = clone.succeed("dvc", "metrics", "diff", "--all")
     assert len(table.strip().splitlines()) <= 25
     assert re.search(r"reports/smoke/headline\.json +stage2\.eval\.", table)
@@ -54,15 +56,48 @@ def test_a_stage_2_weight_does_not_retrain_stage_1(clone: Clone, reproduced: str
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("softce_wt=0.2", "Could not override 'softce_wt'"),
         ("softce_weight=high", "softce_weight: found 'high' (text), expected a number >= 0."),
+        ("sigma=-1", "sigma: found -1 (an integer), expected a number in (0, 200]."),
+        ("eval.f1_ious=0.5", "eval.f1_ious: found 0.5 (a number), expected a non-empty list"),
+        ("+softce_wt=0.2", "softce_wt: unknown key, set to 0.2 (a number). Did you mean 'softce_weight'?"),
+        ("+custom.coord_loss.weight=1", "custom.coord_loss: removed."),
+        ("configs/smoke.yaml:stage1.steps=0", "stage1.steps: found 0 (an integer), expected an integer >= 1."),
     ],
 )
-def test_a_wrong_parameter_stops_the_experiment(clone: Clone, reproduced: str, assignment: str, words: str) -> None:
-    done = clone.run("dvc", "exp", "run", "--set-param", assignment)
+def test_a_wrong_parameter_stops_before_anything_is_removed(
+    clone: Clone, reproduced: str, assignment: str, words: str
+) -> None:
     clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
-    assert done.returncode != 0, done.stdout[-3000:]
-    assert words in done.stdout
+    clone.succeed("dvc", "checkout", "--quiet", "--force")
+    file = assignment.rpartition(":")[0] or "params.yaml"
+    for command in (("exp", "run", "--set-param", assignment), ("repro",)):  # the second finds what the first left
+        done = clone.run("dvc", *command)
+        assert done.returncode != 0, done.stdout[-3000:]
+        assert words in done.stdout
+        assert ran(done.stdout) == {"check"}
+        assert clone.succeed("git", "status", "--porcelain").split() == ["M", file]
+        assert [path for path in MADE if not (clone.root / path).is_file()] == []
+    clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+    assert clone.run("dvc", "status", "--quiet").returncode == 0
+
+
+def test_a_comment_runs_check_alone_and_code_the_stages_that_import_it(clone: Clone, reproduced: str) -> None:
+    gallery = clone.root / "src" / "coordexp" / "reporting" / "gallery.py"
+    text = gallery.read_text()
+    for edit, expected in (("# a comment\n", {"check"}), ("EDITED = 1\n", {"check", "report"})):
+        gallery.write_text(text + edit)
+        assert ran(clone.succeed("dvc", "repro")) == expected
+    clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+
+
+def test_a_stage_started_past_check_refuses_other_parameters(clone: Clone, reproduced: str) -> None:
+    params = clone.root / "params.yaml"
+    params.write_text(params.read_text().replace("mapping: normalised", "mapping: exact"))
+    done = clone.run("dvc", "repro", "--force", "--single-item", "report")
+    assert done.returncode != 0
+    assert "inputs/smoke/report.json: eval.mapping is 'normalised' there, and now 'exact'." in done.stdout
+    clone.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+    clone.succeed("dvc", "checkout", "--quiet", "--force")
 
 
 def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone, reproduced: str) -> None:
@@ -105,7 +140,7 @@ def test_on_a_clone_an_evaluation_setting_runs_evaluation_and_report_only(shared
     params = shared.root / "params.yaml"
     params.write_text(params.read_text().replace("mapping: normalised", "mapping: exact"))
     output = shared.succeed("dvc", "repro", "--pull", "--allow-missing")
-    assert ran(output) == {"coco-eval", "report"}
+    assert ran(output) == {"check", "coco-eval", "report"}
     assert (shared.root / "runs" / "smoke" / "stage2" / "model.safetensors").is_file()
 
 

@@ -120,7 +120,7 @@ def test_names_and_views_round_trip(name, crop, flip):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a#.jpg", "a#", "a#flipped", "flip", "a#crop=1,2,3"])
 def test_ordinary_names_have_no_view(name):
-    assert split_view(name) == (name, None)
+    assert split_view(name) == (name, View())
 
 
 def test_a_file_named_like_a_view_is_refused():

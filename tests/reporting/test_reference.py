@@ -16,6 +16,7 @@ from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs
+from coordexp.inputs import Declaration
 from coordexp.losses.coord_terms import CoordSlots, slot_diagnostics
 from coordexp.reporting.reference import (
     METRICS_PAGE,
@@ -32,10 +33,10 @@ from coordexp.reporting.reference import (
 )
 from helpers import PARAMS
 
-STAGES = {
-    "train": {"params": ["softce_weight", "matching", {"configs/${profile}.yaml": ["stage1"]}]},
-    "judge": {"params": ["matching.gate", {"configs/${profile}.yaml": ["eval.images"]}]},
-}
+STAGES = [
+    Declaration("train", ("softce_weight", "matching"), ("stage1",)),
+    Declaration("judge", ("matching.gate",), ("eval.images",)),
+]
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -70,16 +71,16 @@ def test_every_parameter_and_removed_key_is_on_the_page_as_the_loader_words_it()
         assert shown[key] == [remedy.replace("`", "")]
 
 
-def test_a_key_names_the_stages_that_track_it_or_its_block() -> None:
+def test_a_key_names_the_stages_that_read_it_or_its_block() -> None:
     shown = rows(parameters_markdown(STAGES))
-    trackers = {key: cells[-1] for key, cells in shown.items() if len(cells) == 3}
-    assert trackers["softce_weight"] == "train"
-    assert trackers["matching.gate"] == "train, judge"
-    assert trackers["matching.gate_threshold"] == "train"
-    assert trackers["stage1.softce_weight"] == ""  # the block of that name is tracked in the other file
-    assert trackers["stage1.lr"] == "train"
-    assert trackers["eval.images"] == "judge"
-    assert trackers["sigma"] == ""
+    readers = {key: cells[-1] for key, cells in shown.items() if len(cells) == 3}
+    assert readers["softce_weight"] == "train"
+    assert readers["matching.gate"] == "train, judge"
+    assert readers["matching.gate_threshold"] == "train"
+    assert readers["stage1.softce_weight"] == ""  # the block of that name is read in the other file
+    assert readers["stage1.lr"] == "train"
+    assert readers["eval.images"] == "judge"
+    assert readers["sigma"] == ""
 
 
 def test_every_metric_is_on_the_page() -> None:

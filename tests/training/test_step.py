@@ -11,6 +11,7 @@ from coordexp.config.profile import TuningConfig
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.coord_terms import CoordSlots
 from coordexp.losses.terms import TERMS, sum_slots
+from coordexp.losses.vocabulary_terms import HeadSweep
 from coordexp.models.adapters import apply_tuning
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.packing.collator import PackedBatch, teacher_segment
@@ -94,6 +95,11 @@ def test_a_step(world, made, temperature):
     assert_step_is_the_textbooks(made(), world, temperature=temperature)
 
 
+def test_a_step_in_float64(world):
+    """Loss and gradient agree to the last digits: both paths compute the same thing."""
+    assert_step_is_the_textbooks(new_checkpoint(), world, torch.float64, 1e-9)
+
+
 @pytest.mark.parametrize("made", [new_checkpoint, untied])
 @pytest.mark.parametrize("changes", [{"method": "lora"}, {"method": "full", "language": "freeze"}])
 def test_a_step_in_which_the_head_trains_its_coordinate_rows_alone(world, made, changes):
@@ -103,6 +109,17 @@ def test_a_step_in_which_the_head_trains_its_coordinate_rows_alone(world, made, 
     keys = {"vision": "train", "projector": "train", "language": "train", "rank": 4, "alpha": 8.0, "dropout": 0.0}
     apply_tuning(checkpoint.model, TuningConfig(**(keys | {"activations": "keep"} | changes)), checkpoint.coord)
     assert_step_is_the_textbooks(checkpoint, world)
+
+
+def test_a_step_runs_through_the_head_once(world, monkeypatch):
+    """Counts are known before the forward, so the gradient found on the way is the one asked for."""
+    checkpoint = new_checkpoint()
+    segments = with_duplicates(checkpoint, world)
+    runs, original = [], HeadSweep.run
+    monkeypatch.setattr(HeadSweep, "run", lambda *given: runs.append(1) or original(*given))
+    batch, counts = world.collator(checkpoint)(segments), step_counts(segments)
+    micro_batch(checkpoint.model, criterion_of(checkpoint, WEIGHTS), batch, counts).loss.backward()
+    assert len(runs) == 1
 
 
 def test_the_log_of_a_stage(workspace):

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Literal
 
-# Their readers are in records/sources/registry.py.
+# Their readers are in records/manifest.py:READERS.
 Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]

@@ -30,6 +30,11 @@ class ProfilePaths:
     root: Path = Path()
 
     @property
+    def inputs(self) -> Path:
+        """What each stage is told, one file a stage."""
+        return self.root / "inputs" / self.profile
+
+    @property
     def raw(self) -> Path:
         """The manifest of the data sets, and the images that were composed."""
         return self.root / "data" / self.profile / "raw"

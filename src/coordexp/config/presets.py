@@ -33,7 +33,7 @@ def read_preset(name: str, root: Path = Path()) -> dict[str, Any]:
     names = preset_names(root)
     if name not in names:
         raise ConfigError(f"preset {name!r}: not in {root / PRESETS}.{closest(name, names)} There are: {names}.")
-    changes = dict(_leaves(read_yaml(root / PRESETS / f"{name}.yaml")))
+    changes = dict(leaves(read_yaml(root / PRESETS / f"{name}.yaml")))
     with_changes(read_yaml(root / "params.yaml"), changes, f"{PRESETS / name}.yaml")
     return changes
 
@@ -66,10 +66,11 @@ def overrides(changes: Mapping[str, Any]) -> list[str]:
     return [part for key, value in changes.items() for part in ("-S", f"{key}={json.dumps(value).strip(chr(34))}")]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree of blocks by their dotted keys."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

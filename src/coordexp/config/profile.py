@@ -8,16 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from coordexp.config.block import Betas, Block, Count, Fraction, PositiveCount, Text, TextList
+from coordexp.config.formats import Format
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
 # It begins the image paths of the set's records.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
-
-
-# Names of the source formats; their readers are records/manifest.py:READERS.
-Format = Literal["coco", "lvis", "objects365", "refcoco", "visual_genome", "yolo", "voc", "jsonl"]
 
 
 class ScenesConfig(Block):

@@ -17,7 +17,7 @@ from typing import Any
 
 from coordexp.config.profile import TuningConfig
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.losses.vocabulary_terms import CHUNK_LOGITS
+from coordexp.losses.vocabulary_terms import chunk_slots
 
 WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes of a parameter
 AUTOCAST_COPY = 2  # bytes of a weight's bf16 copy, kept for the backward pass
@@ -163,7 +163,7 @@ def step_memory(
 def _logit_bytes(config: Mapping[str, Any], tuning: TuningConfig, supervised: int) -> int:
     """Of one chunk, of the coordinate slots (all supervised ones are taken for such), and the head's gradient."""
     vocab_size, hidden = config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
-    chunk = min(CHUNK_LOGITS, supervised * vocab_size)
+    chunk = min(chunk_slots(vocab_size), supervised) * vocab_size
     trained_rows = vocab_size if tuning.method == "full" else NUM_BINS
     return 4 * chunk + LOGIT * supervised * NUM_BINS + GRADIENT * trained_rows * hidden
 

@@ -1,8 +1,8 @@
 """What an experiment depends on: one of an older commit still answers for this commit if nothing of that changed.
 
-The `dvc.lock` of an experiment says what every stage ran with: command, parameters, hashes of dependencies. It is
-compared with what the working tree would run now, for the stages that lead to the files that are read. Sources and
-given data are compared by git, because `dvc.lock` of the working tree may be older than they are.
+The `dvc.lock` of an experiment says what every stage ran with, its files under `inputs/` with which values and which
+code. Both are compared with what the working tree would run now, for the stages that lead to the files that are read.
+Given data are compared by git, because `dvc.lock` of the working tree may be older than they are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coordexp.config.loading import parse_value, read_yaml
-from coordexp.config.presets import changed_tree
+from coordexp.config.loading import parse_profile, parse_value, profile_tree, read_yaml
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.presets import changed_tree, with_changes
+from coordexp.config.profile import Profile
+from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
-from coordexp.reporting.reference import PARAMS_FILE
+from coordexp.inputs import CODE, PARAMS_FILE, PROFILE_FILE, Inputs, StageTable, first_difference
 
 Lock = Mapping[str, Mapping[str, Any]]  # the `stages` of a dvc.lock
 GitIds = Mapping[str, str]  # path -> what git calls its content, for paths that git holds
@@ -28,7 +31,6 @@ class StagePlan:
     cmd: Any
     deps: frozenset[str]
     outs: frozenset[str]
-    params: Mapping[str, tuple[str, ...]]  # file -> keys; none are all
 
     def makes(self, path: str) -> bool:
         """Whether a path is an output of the stage, lies in one, or holds one."""
@@ -41,18 +43,61 @@ class Past:
 
     lock: Lock
     ids: GitIds
+    inputs: Mapping[str, Inputs]  # by stage
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterFiles:
+    """params.yaml and the file of the profile that it names, as they were when read."""
+
+    root: Path
+    params: Mapping[str, Any]
+    profile: Mapping[str, Any]
+    profile_file: str
+
+    @classmethod
+    def of(cls, root: Path) -> ParameterFiles:
+        """Read both files of a repository; raises ConfigError."""
+        params = read_yaml(root / PARAMS_FILE)
+        file = PROFILE_FILE.replace("${profile}", str(params.get("profile")))
+        return cls(root, params, profile_tree(root / file), file)
+
+    def under(self, settings: Iterable[tuple[str, str]], name: str) -> tuple[Params, Profile]:
+        """Parameters and profile as `-S [FILE:]KEY=VALUE`, given as pairs of target and text, would leave them.
+
+        Raises:
+            ConfigError: a value is not accepted, naming `name`; the profile, or a file that no stage reads, is set.
+        """
+        changes: dict[str, dict[str, Any]] = {PARAMS_FILE: {}, self.profile_file: {}}
+        for target, text in settings:
+            file, colon, key = target.rpartition(":")
+            if colon and file not in changes:
+                raise ConfigError(
+                    f"-S {file}:...: the stages read {PARAMS_FILE} and {self.profile_file}; other files change nothing."
+                )
+            changes[file if colon else PARAMS_FILE][key] = parse_value(text)
+        params = with_changes(self.params, changes[PARAMS_FILE], f"{self.root / PARAMS_FILE} with {name}")
+        if params.profile != self.params["profile"]:
+            raise ConfigError(
+                "-S profile: an A/B test compares within one profile; choose it in params.yaml and commit."
+            )
+        path = self.root / self.profile_file
+        return params, parse_profile(
+            path, changed_tree(self.profile, changes[self.profile_file], f"{path} with {name}")
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Present:
     """What the working tree would run an experiment with."""
 
-    plans: Mapping[str, StagePlan]  # the stages that lead to what is read
+    plans: Mapping[str, StagePlan]  # the stages that lead to what is read, but for the one that writes their inputs
     targets: tuple[str, ...]  # those of them that make it
     given: tuple[str, ...]  # their dependencies that no stage makes
     ids: GitIds
     lock: Lock
-    values: Mapping[str, Mapping[str, Any]]  # parameter file -> its tree
+    table: StageTable
+    files: ParameterFiles
 
     @classmethod
     def of(cls, root: Path, profile: str, read: Sequence[str], ids_of: Callable[[Sequence[str]], GitIds]) -> Present:
@@ -62,14 +107,19 @@ class Present:
             ConfigError: no stage makes one of them.
         """
         all_plans = {name: _plan(stage, profile) for name, stage in read_yaml(root / "dvc.yaml")["stages"].items()}
-        plans = _leading_to(all_plans, read)
-        outs = {out for plan in plans.values() for out in plan.outs}
+        leading = _leading_to(all_plans, read)
+        told = ProfilePaths(profile).inputs.as_posix()
+        plans = {name: plan for name, plan in leading.items() if told not in plan.outs}
+        outs = {out for plan in leading.values() for out in plan.outs}
         deps = {dep for plan in plans.values() for dep in plan.deps}
         given = tuple(sorted(dep for dep in deps if not any(_overlap(dep, out) for out in outs)))
-        files = {file for plan in plans.values() for file in plan.params}
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
         targets = tuple(name for name, plan in plans.items() if any(map(plan.makes, read)))
-        return cls(plans, targets, given, ids_of(given), lock, {file: read_yaml(root / file) for file in files})
+        return cls(plans, targets, given, ids_of(given), lock, StageTable.of(root), ParameterFiles.of(root))
+
+    def input_files(self) -> dict[str, str]:
+        """By stage, the file that says what it is told."""
+        return {name: dep for name, plan in self.plans.items() for dep in plan.deps if dep.startswith("inputs/")}
 
     def change(self, past: Past, overrides: Sequence[str]) -> str:
         """What is not as the experiment had it, were it run now with these overrides; the empty string if nothing."""
@@ -79,11 +129,12 @@ class Present:
                     return path
             elif _hashes(self.lock, path) != _hashes(past.lock, path):  # given by DVC, not by git
                 return path
-        values = _with(self.values, overrides)
+        pairs = [override.partition("=")[::2] for override in overrides]
+        told = self.table.inputs(*self.files.under(pairs, " ".join(overrides)))
         for name, plan in self.plans.items():
             if name not in past.lock:
                 return f"stage {name}"
-            if reason := _stage_change(plan, past.lock[name], values):
+            if reason := _stage_change(plan, past.lock[name], past.inputs.get(name, {}), told.get(name, {})):
                 return f"{reason} of stage {name}"
         return self._other_result(past)
 
@@ -107,12 +158,8 @@ def _plan(stage: Mapping[str, Any], profile: str) -> StagePlan:
     def rendered(text: Any) -> Any:
         return text.replace("${profile}", profile) if isinstance(text, str) else text
 
-    params: dict[str, tuple[str, ...]] = {}
-    for item in stage.get("params", []):
-        for file, keys in item.items() if isinstance(item, dict) else [(PARAMS_FILE, [item])]:
-            params[rendered(file)] = (*params.get(rendered(file), ()), *(keys or ()))
     outs = [rendered(name) for section in ("outs", "metrics", "plots") for name in names(section)]
-    return StagePlan(rendered(stage["cmd"]), frozenset(map(rendered, names("deps"))), frozenset(outs), params)
+    return StagePlan(rendered(stage["cmd"]), frozenset(map(rendered, names("deps"))), frozenset(outs))
 
 
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
@@ -136,53 +183,14 @@ def _overlap(one: str, other: str) -> bool:
     return a.is_relative_to(b) or b.is_relative_to(a)
 
 
-def _stage_change(plan: StagePlan, entry: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
+def _stage_change(plan: StagePlan, entry: Mapping[str, Any], then: Inputs, now: Inputs) -> str:
     if entry["cmd"] != plan.cmd:
         return "the command"
     if _by_path(entry, "deps").keys() != plan.deps:
         return "the list of dependencies"
-    tracked: Mapping[str, Mapping[str, Any]] = entry.get("params", {})
-    if tracked.keys() != plan.params.keys():
-        return "the list of parameters"
-    for file, keys in plan.params.items():
-        wanted = {key: _value(values[file], key) for key in keys or values[file]}
-        for key in sorted(wanted.keys() | tracked[file].keys()):
-            if not _agree(wanted.get(key), tracked[file].get(key)):
-                return key
+    if found := first_difference(then, now):
+        return "the code" if found[0] == CODE else found[0]
     return ""
-
-
-def values_by_file(settings: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """The values of `-S [FILE:]KEY=VALUE`, given as pairs of target and text: file -> dotted key -> value."""
-    found: dict[str, dict[str, Any]] = {}
-    for target, text in settings:
-        file, colon, key = target.rpartition(":")
-        found.setdefault(file if colon else PARAMS_FILE, {})[key] = parse_value(text)
-    return found
-
-
-def _with(values: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-    """The parameters with overrides as `dvc exp run -S` takes them."""
-    pairs = (override.partition("=") for override in overrides)
-    changes = values_by_file((target, text) for target, _, text in pairs)
-    return {
-        file: changed_tree(values.get(file, {}), changes.get(file, {}), file)
-        for file in dict.fromkeys([*values, *changes])
-    }
-
-
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    node: Any = tree
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Equal values; DVC and YAML may read the text of an override as another type."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_agree(one[key], other[key]) for key in one)
-    return bool(one == other) or str(one) == str(other)
 
 
 def _by_path(entry: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
@@ -190,7 +198,7 @@ def _by_path(entry: Mapping[str, Any], section: str) -> dict[str, Mapping[str, A
 
 
 def _inputs(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return entry["cmd"], _by_path(entry, "deps"), entry.get("params", {})
+    return entry["cmd"], _by_path(entry, "deps")
 
 
 def _hashes(lock: Lock, path: str) -> list[Mapping[str, Any]]:

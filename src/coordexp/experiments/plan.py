@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from coordexp.config.loading import parse_profile, read_yaml
-from coordexp.config.presets import changed_tree, overrides, read_preset, with_changes
+from coordexp.config.presets import overrides, read_preset
 from coordexp.config.study import Arm, Study, Trained
 from coordexp.errors import ConfigError
-from coordexp.experiments.dependencies import values_by_file
-from coordexp.reporting.reference import PARAMS_FILE, PROFILE_FILE, tracks
+from coordexp.experiments.dependencies import ParameterFiles
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 
 AS_COMMITTED = "as in params.yaml"
 _BEFORE_STAGE_2 = ("raw", "convert", "norm1000", "pack", "stage1")
@@ -83,14 +81,13 @@ def plan_study(study: Study, root: Path) -> Plan:
     Raises:
         ConfigError: an unknown key or preset, a value out of range, or repetitions that would all be alike.
     """
-    params = root / "params.yaml"
-    profile = str(read_yaml(params)["profile"])
+    files = ParameterFiles.of(root)
+    profile = str(files.params["profile"])
     settings = {name: _settings(arm, profile, root) for name, arm in study.arms.items()}
-    for name, values in settings.items():
-        _check(name, values, params, f"configs/{profile}.yaml")
-    stages = read_yaml(root / "dvc.yaml")["stages"]
+    for name, values in settings.items():  # as the stages will, so that a wrong value stops before the first arm trains
+        files.under(values.items(), name)
     keys = {key for values in settings.values() for key in values}
-    touched = {name for key in keys for name, stage in stages.items() if _tracks(stage, key)}
+    touched = {stage.stage for stage in declarations(root) for key in keys if stage.reads(*_place(key))}
     trained = [name for name in _TRAINING if name in touched]
     if not trained and study.seeds > 1:
         raise ConfigError(f"--seeds {study.seeds}: no stage trains again for {', '.join(sorted(keys))}; use --seeds 1.")
@@ -120,21 +117,7 @@ def _settings(arm: Arm, profile: str, root: Path) -> Settings:
     return {key.replace("${profile}", profile): text for key, _, text in pairs}
 
 
-def _check(name: str, settings: Settings, params_path: Path, profile: str) -> None:
-    """Read the values as the stages will, so that a wrong one stops before the first arm is trained."""
-    changes = values_by_file(settings.items())
-    with_changes(read_yaml(params_path), changes.pop(PARAMS_FILE, {}), f"{params_path} with {name}")
-    if "profile" in settings:
-        raise ConfigError("-S profile: an A/B test compares within one profile; choose it in params.yaml and commit.")
-    for file, values in changes.items():
-        if file != profile:
-            raise ConfigError(
-                f"-S {file}:...: the stages read {PARAMS_FILE} and {profile}; other files change nothing."
-            )
-        path = params_path.parent / file
-        parse_profile(path, changed_tree(read_yaml(path), values, f"{path} with {name}"))
-
-
-def _tracks(stage: Mapping[str, Any], key: str) -> bool:
-    file, colon, name = key.rpartition(":")
-    return tracks(stage, PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE, name)
+def _place(target: str) -> tuple[str, str]:
+    """The file, as stages name it, and the key of what `-S` sets."""
+    file, colon, key = target.rpartition(":")
+    return (PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE), key

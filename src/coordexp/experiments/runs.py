@@ -7,6 +7,7 @@ same arm and seed is not made again, whatever commit it started from, as long as
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -142,7 +143,10 @@ class Repository:
         if key not in self._pasts:
             shown = self._run("git", "show", f"{revision}:./dvc.lock")
             lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
-            self._pasts[key] = Past(lock.get("stages", {}), self._ids(revision, present.given))
+            files = present.input_files().items()
+            told = {stage: self._run("git", "show", f"{revision}:./{path}") for stage, path in files}
+            inputs = {stage: json.loads(shown.stdout) for stage, shown in told.items() if shown.returncode == 0}
+            self._pasts[key] = Past(lock.get("stages", {}), self._ids(revision, present.given), inputs)
         return self._pasts[key]
 
     def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:

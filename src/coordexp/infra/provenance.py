@@ -15,7 +15,7 @@ from typing import Any
 from coordexp.infra.files import repository_root, write_text
 
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
-WRITTEN_BY_STAGES = ("dvc.lock", "reports")
+WRITTEN_BY_STAGES = ("dvc.lock", "inputs", "reports")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
 # Beside the weights, all that loading a checkpoint or rendering a prompt may read.
 ANSWER_FILES = (
@@ -68,16 +68,6 @@ def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
     for path in sorted(inputs):
         digest.update(f"{path.name}:{file_hash(path)}".encode())
     return digest.hexdigest()[:12]
-
-
-def code_hash(layers: Iterable[str]) -> str:
-    """First 16 hex digits over the Python files of some layers: an edit there must not reuse what older code made."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for layer in sorted(layers):
-        for path in sorted((package / layer).rglob("*.py")):
-            digest.update(f"{path.relative_to(package)}:{file_hash(path)}".encode())
-    return digest.hexdigest()[:16]
 
 
 def image_inputs(raw: Path) -> dict[str, Path]:

@@ -143,10 +143,11 @@ class HeadSweep:
         mass_R = logits_VR.sub_(highest_R).exp_().sum(0)
         text_R = highest_R + mass_R.log()
         is_coord_R = (token_1R[0] >= span.start) & (token_1R[0] < span.stop)
-        by_text_R, by_coord_R, by_token_R = self._slot_terms(text_R, coord_KR.logsumexp(0), token_R, is_coord_R, rows)
+        coord_R = coord_KR.logsumexp(0)
+        by_text_R, by_coord_R, by_token_R = self._slot_terms(text_R, coord_R, token_R, is_coord_R, rows)
         if self._factors_S is not None:
             logits_VR.mul_(by_text_R / mass_R)
-            logits_VR[span] = coord_KR.softmax(0).mul_(by_coord_R)
+            logits_VR[span] = coord_KR.sub_(coord_R).exp_().mul_(by_coord_R)
             logits_VR.scatter_(0, token_1R, by_token_R[None])
 
     def _slot_terms(

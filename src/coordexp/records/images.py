@@ -102,11 +102,14 @@ class View:
         return ImageOps.mirror(image) if self.flip else image
 
 
-def split_view(name: str) -> tuple[str, View | None]:
-    """The file's name and the view; None for the whole picture as it is."""
+WHOLE_PICTURE = View()
+
+
+def split_view(name: str) -> tuple[str, View]:
+    """The file's name and the view; a name without one is the whole picture."""
     found = _VIEW.search(name)
     if not found or found.end() - found.start() == 1:
-        return name, None
+        return name, WHOLE_PICTURE
     x1, y1, x2, y2, flip = found.groups()
     crop = None if x1 is None else (int(x1), int(y1), int(x2), int(y2))
     return name[: found.start()], View(crop, flip is not None)
@@ -116,7 +119,7 @@ def read_record_rgb(image_root: Path, name: str) -> Image.Image:
     """The picture that a record names, upright RGB: below the root of its set, and only the view that the name says."""
     file_name, view = split_view(name)
     rgb = read_rgb(image_path(image_root, file_name))
-    return view.of(rgb) if view else rgb
+    return rgb if view is WHOLE_PICTURE else view.of(rgb)
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
-from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.profile import Profile, TuningConfig
 from coordexp.config.removed import REMOVED
@@ -27,14 +26,13 @@ from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import MetricSpec, metric_specs, view
 from coordexp.evaluation.table import BAD_INPUT
 from coordexp.infra.files import write_bytes, write_text
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, Declaration, declarations
 from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
 from coordexp.reporting.markdown import interval, number, table
 from coordexp.reporting.training import MEANINGS
 
 if TYPE_CHECKING:
     from coordexp.doctor.memory import Memory
-
-Stages = Mapping[str, Mapping[str, Any]]  # the `stages` of dvc.yaml
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PRODUCTION_PAGE, SCALING_PAGE, PICTURE = (
@@ -44,8 +42,6 @@ PRODUCTION_PAGE, SCALING_PAGE, PICTURE = (
 )
 BEGIN_MEMORY = "<!-- memory: written by `python -m coordexp.reporting.reference` -->"
 END_MEMORY = "<!-- end of memory -->"
-PARAMS_FILE = "params.yaml"
-PROFILE_FILE = "configs/${profile}.yaml"  # the name under which dvc.yaml tracks the keys of a profile
 SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
 END = "<!-- end of results -->"
@@ -54,8 +50,8 @@ GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fa
 _PARAMETERS_INTRO = """\
 Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
 a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
-value out of range stop whatever stage runs, with exit code 2 and a message that names the key in full. (A key that no
-stage tracks makes none run: DVC refuses to set one that is not there, unless it is written with a `+`.)
+value out of range stop the first stage, `check`, before anything is run or removed, with a message that names the key
+in full.
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
 of a profile: both files have blocks `stage1` and `stage2`, of different keys. `make preset PRESET=mixture` runs a named
 recipe of `configs/presets/` (`mixture`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
@@ -65,8 +61,9 @@ A profile may hold only what differs from another one, which it names: `extends:
 `configs/base/qwen3vl.yaml`, which need not be whole. Blocks merge, key by key; lists, `source.sets`, `model.files`
 and a `source` of another `kind` are taken whole from the file that states them last.
 
-The last column names the stages that track the key in `dvc.yaml`. A changed value runs those again, and after them
-every stage whose inputs came out different. `profile` is tracked by none: it is part of every command and path."""
+The last column names the stages that read the key, as `pipelines/inputs.yaml` declares it. A changed value runs those
+again, and after them every stage whose inputs came out different. `profile` is part of every command and path;
+`model.path` is where the files of the model lie, which its pins identify."""
 
 _TERMS = """\
 In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
@@ -127,7 +124,7 @@ _AREAS = {
 _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
 
 
-def parameters_markdown(stages: Stages) -> str:
+def parameters_markdown(stages: Sequence[Declaration]) -> str:
     """The page of all parameters: what each means and accepts, and which stages run again when it changes."""
     removed = [[f"`{key}`", _cell(remedy)] for key, remedy in REMOVED.items()]
     parts = [
@@ -160,7 +157,7 @@ def terms_table() -> str:
     return table(["term", "weight", "taken at", "function", "meaning"], rows, "lllll")
 
 
-def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
+def _blocks(root: type[Block], file: str, stages: Sequence[Declaration]) -> Iterator[str]:
     """The section of one file: a table of its top level, if that holds values, and one for each block."""
     yield f"## `{file.replace('${profile}', '<profile>')}`"
     if top := [spec for spec in field_specs(root) if "." not in spec.key]:
@@ -175,25 +172,12 @@ def _blocks(root: type[Block], file: str, stages: Stages) -> Iterator[str]:
             yield _parameter_table(field_specs(block, f"{name}."), file, stages)
 
 
-def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Stages) -> str:
+def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Sequence[Declaration]) -> str:
     rows = []
     for spec in specs:
-        trackers = [name for name, stage in stages.items() if tracks(stage, file, spec.key)]
-        rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(trackers)])
-    return table(["key", "meaning", "accepts", "tracked by"], rows, "llll")
-
-
-def tracks(stage: Mapping[str, Any], file: str, key: str) -> bool:
-    """Whether a stage tracks a key of a file, by its own name or by that of a block that holds it."""
-    tracked: list[str] = []
-    for item in stage.get("params", []):
-        if isinstance(item, dict):
-            if file in item and item[file] is None:  # the whole file
-                return True
-            tracked += item.get(file, [])
-        elif file == PARAMS_FILE:
-            tracked.append(item)
-    return any(key == name or key.startswith(f"{name}.") for name in tracked)
+        readers = [stage.stage for stage in stages if stage.reads(file, spec.key)]
+        rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(readers)])
+    return table(["key", "meaning", "accepts", "read by"], rows, "llll")
 
 
 def metrics_markdown() -> str:
@@ -343,9 +327,12 @@ def _cells(memory: Memory) -> list[str]:
 
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
-    stages = read_yaml(root / "dvc.yaml")["stages"]
     readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
-    written = {PARAMETERS_PAGE: parameters_markdown(stages), METRICS_PAGE: metrics_markdown(), README: readme}
+    written = {
+        PARAMETERS_PAGE: parameters_markdown(declarations(root)),
+        METRICS_PAGE: metrics_markdown(),
+        README: readme,
+    }
     for page, block in ((PRODUCTION_PAGE, one_device_table()), (SCALING_PAGE, sharded_table())):
         text = (root / page).read_text(encoding="utf-8")
         written[page] = with_block(text, BEGIN_MEMORY, END_MEMORY, block, str(page))

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from coordexp.config.profile import Profile
-from coordexp.infra.provenance import code_hash, fingerprint, resume_folder
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.provenance import fingerprint, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
@@ -20,8 +21,6 @@ from coordexp.rollout.vllm_server import vllm_server
 
 log = logging.getLogger(__name__)
 
-# What decides the contents of a decode; an edit there must not reuse older answers.
-DECODE_LAYERS = ("geometry", "losses", "models", "packing", "rollout", "text")
 START = ("start",)  # value of rollout.servers
 
 
@@ -39,7 +38,7 @@ def generate_answers(
     With `rollout.engine: vllm` the model is loaded only after a server of ours has left: both would not fit on one GPU.
     Answers are kept until all are there, so that a failed run goes on from them.
     """
-    key = fingerprint({"code": code_hash(DECODE_LAYERS)}, sorted(folder.glob("*.safetensors")))
+    key = fingerprint({"code": code_hash(__name__)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
     if profile.rollout.engine == "hf":
         checkpoint = place_for_inference(folder, form)

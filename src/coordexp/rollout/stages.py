@@ -16,7 +16,8 @@ import numpy as np
 from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import DecodeParams
-from coordexp.infra.provenance import answer_files, code_hash, fingerprint, resume_folder, write_json
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format
@@ -27,7 +28,7 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader, coord_positions, readable
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.opening import DECODE_LAYERS, generate_answers
+from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, write_rollouts
 from coordexp.rollout.rescore import rescore
 from coordexp.text.symbols import TokenTable
@@ -206,7 +207,7 @@ def _cache_folder(run: RunConfig, folder: Path, split: str) -> Path:
         "engine": run.profile.rollout.engine,
         "names": allowed_names(run),
         "seed": run.params.seed,
-        "code": code_hash(DECODE_LAYERS),
+        "code": code_hash(__name__),
     }
     inputs = [*answer_files(folder), run.paths.norm1000 / f"{split}.parquet"]
     return resume_folder("decode", fingerprint(wanted, inputs))

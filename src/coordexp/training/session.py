@@ -16,9 +16,10 @@ from torch import Tensor
 
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
+from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import only_process, replace_folder, write_text
 from coordexp.infra.logs import ends, logged, read_log
-from coordexp.infra.provenance import code_hash, fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.infra.provenance import fingerprint, resume_folder, run_metadata, weight_files, write_json
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
-# Whatever a training step runs: a state that older code left is not gone on with.
-CODE_LAYERS = ("geometry", "losses", "matching", "models", "packing", "records", "rollout", "text", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,8 @@ class Session:
 
     def state_folder(self) -> Path:
         """Where this very run keeps what an interrupted one goes on from."""
-        key = fingerprint({**self.tracked, "code": code_hash(CODE_LAYERS)}, self.inputs.values())
+        # A state that older code left is not gone on with.
+        key = fingerprint({**self.tracked, "code": code_hash(__package__)}, self.inputs.values())
         return resume_folder(self.stage, key)
 
 

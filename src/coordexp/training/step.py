@@ -43,7 +43,6 @@ from coordexp.packing.samples import SampleSource
 from coordexp.text.codecs import Role
 from coordexp.training.distributed import Row, in_forward
 from coordexp.training.loop import MicroBatch
-from coordexp.training.plain_terms import fused_pays, plain_sums
 from coordexp.training.prefetch import Prefetcher
 from coordexp.training.schedule import ramp
 from coordexp.training.soft_context import self_context
@@ -254,17 +253,12 @@ def term_sums(
     """
     params, weights = criterion.params, criterion.weights
     with torch.autocast(coord_hidden.device.type, enabled=False):
-        if fused_pays(model):
-            sums, logits_NK, odds_N = _vocabulary_sums(model, criterion, batch, text_hidden, coord_hidden, counts)
-            read_NK = logits_NK
-        else:
-            given = (dict(weights), criterion.first_coord_id, params.temperature, batch, text_hidden, coord_hidden)
-            sums, logits_NK, odds_N, read_NK = plain_sums(model, *given)
+        sums, logits_NK, odds_N = _vocabulary_sums(model, criterion, batch, text_hidden, coord_hidden, counts)
         slots = CoordSlots(logits_NK, odds_N, batch.coord_targets, params)
         sums |= {t.name: sum_slots(t.values(slots)) for t in computed(weights, "coord") if not t.sees_vocabulary}
         if text_hidden is not None and (box_terms := computed(weights, "box")):
             rule, top_k = params.stage2.coord_decode_mode, params.stage2.top_k
-            boxes_G4 = read_coordinates(rule, read_NK, params.temperature, top_k).reshape(-1, 4)
+            boxes_G4 = read_coordinates(rule, logits_NK, params.temperature, top_k).reshape(-1, 4)
             pairs = box_pairs(boxes_G4, batch.coord_targets.reshape(-1, 4) / NUM_BINS, params.smoothl1_beta_bins)
             sums |= {t.name: sum_slots(t.values(pairs)) for t in box_terms}
     return sums, slots

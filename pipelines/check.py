@@ -1,0 +1,19 @@
+"""Check all parameters before any stage runs, and write what each stage is told: `inputs/<profile>/<stage>.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coordexp.config.run import RunConfig
+from coordexp.inputs import write_inputs
+from coordexp.stage import LOG, stage_main
+
+
+def run(context: RunConfig) -> None:
+    """Write the files of the stages that are told something else than before."""
+    changed = write_inputs(context, Path())
+    LOG.info("check: parameters hold; changed for %s", ", ".join(changed) or "no stage")
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run))

@@ -1,0 +1,141 @@
+"""What each stage of the graph is told: `inputs/<profile>/<stage>.json`, in git, the one dependency that is no data.
+
+`pipelines/inputs.yaml` declares which keys of `params.yaml` and of the profile a stage reads. The stage `check`
+validates both files whole and writes for every stage the values of its keys (the pins of the pretrained model are among
+those of the profile) and a hash of the code that it runs. A file of equal content is not touched: DVC runs a stage
+again when its file says something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.loading import read_yaml
+from coordexp.config.presets import leaves
+from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
+from coordexp.config.schema import Params
+from coordexp.errors import ConfigError, closest
+from coordexp.infra.code_hash import Modules
+from coordexp.infra.files import write_text
+
+TABLE = Path("pipelines/inputs.yaml")
+PARAMS_FILE = "params.yaml"
+PROFILE_FILE = "configs/${profile}.yaml"  # as dvc.yaml would write it
+CODE = "code"
+# All that these do for a stage is in the values that are recorded, or in the name of a cache.
+_LEFT_OUT = ("coordexp.config.loading", "coordexp.config.removed", "coordexp.infra.code_hash", "coordexp.inputs")
+
+Inputs = dict[str, Any]  # the JSON of one stage: values by the names that `-S` takes, and last the hash under CODE
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What a stage reads: dotted keys or blocks; `*` stands for any letters of one part."""
+
+    stage: str
+    params: tuple[str, ...]
+    profile: tuple[str, ...]
+
+    @property
+    def entry(self) -> str:
+        """The module that the stage runs."""
+        return f"pipelines.{self.stage.replace('-', '_')}"
+
+    def keys(self, file: str) -> tuple[str, ...]:
+        """Keys and blocks of PARAMS_FILE or PROFILE_FILE."""
+        return self.params if file == PARAMS_FILE else self.profile
+
+    def reads(self, file: str, key: str) -> bool:
+        """Whether the stage reads a key, by its own name or by that of a block."""
+        return _within(key, self.keys(file))
+
+
+def declarations(root: Path) -> list[Declaration]:
+    """The table of the repository at `root`; raises ConfigError where there is none."""
+    table = read_yaml(root / TABLE)
+    return [Declaration(name, *(tuple(told.get(k, ())) for k in ("params", "profile"))) for name, told in table.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """What the stages of a repository read, and the hash of the code of each."""
+
+    declarations: tuple[Declaration, ...]
+    code: Mapping[str, str]
+
+    @classmethod
+    def of(cls, root: Path, only: str | None = None) -> StageTable:
+        """Read the table and the sources at `root`, for all stages or one; ConfigError: there is no such module."""
+        declared = tuple(d for d in declarations(root) if only in (None, d.stage))
+        modules = Modules.below(root / "src", root)
+        if lost := [stage for stage in declared if stage.entry not in modules.files]:
+            raise ConfigError(f"{TABLE}: {lost[0].stage}: there is no module {lost[0].entry!r}.")
+        return cls(declared, {d.stage: modules.code_hash(d.entry, left_out=_LEFT_OUT) for d in declared})
+
+    def inputs(self, params: Params, profile: Profile) -> dict[str, Inputs]:
+        """The inputs by stage under these parameters; raises ConfigError for a declared key that there is not."""
+        told: dict[str, Inputs] = {stage.stage: {} for stage in self.declarations}
+        for file, block in ((PARAMS_FILE, params), (PROFILE_FILE, profile)):
+            name = file.replace("${profile}", params.profile)
+            values = dict(leaves(block.model_dump(mode="json")))
+            for stage in self.declarations:
+                for key in stage.keys(file):
+                    if not any(_within(known, (key,)) for known in values):
+                        raise ConfigError(f"{TABLE}: {stage.stage}: {name} has no {key!r}.{closest(key, list(values))}")
+                prefix = "" if file == PARAMS_FILE else f"{name}:"
+                told[stage.stage] |= {prefix + key: values[key] for key in sorted(values) if stage.reads(file, key)}
+        return {stage: inputs | {CODE: self.code[stage]} for stage, inputs in told.items()}
+
+
+def write_inputs(run: RunConfig, root: Path) -> list[str]:
+    """Bring the files of a profile up to date with the repository at `root`; returns the stages that are told news."""
+    folder = run.paths.inputs
+    told = StageTable.of(root).inputs(run.params, run.profile)
+    for stale in folder.glob("*.json"):
+        if stale.stem not in told:
+            stale.unlink()
+    changed = []
+    for stage, inputs in told.items():
+        path, text = folder / f"{stage}.json", json.dumps(inputs, indent=1, ensure_ascii=False) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+            changed.append(stage)
+    return changed
+
+
+def refuse_stale(run: RunConfig, root: Path, stage: str) -> None:
+    """Stop a stage of the graph whose file says something else than parameters and sources now do.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    path = run.paths.inputs / f"{stage}.json"
+    if not path.is_file():  # run by hand, with outputs outside of the graph
+        return
+    told = StageTable.of(root, only=stage).inputs(run.params, run.profile)
+    if found := first_difference(json.loads(path.read_text(encoding="utf-8")), told.get(stage, {})):
+        key, then, now = found
+        raise ConfigError(
+            f"{path}: {key} is {then!r} there, and now {now!r}. The stage `check` writes this file, and --single-item "
+            "and --downstream leave it out: run `dvc repro --single-item check` first, or plain `dvc repro`."
+        )
+
+
+def first_difference(then: Inputs, now: Inputs) -> tuple[str, Any, Any] | None:
+    """The first name under which two inputs of a stage say something else, CODE as the last, with both values."""
+    for key in sorted(then | now, key=lambda key: key == CODE):
+        if then.get(key) != now.get(key):
+            return key, then.get(key), now.get(key)
+    return None
+
+
+def _within(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the names, lies in a block of that name, or fits one with a star, part by part."""
+    parts = key.split(".")
+    return any(all(map(fnmatchcase, parts, stated)) for name in names if len(stated := name.split(".")) <= len(parts))

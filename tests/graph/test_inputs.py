@@ -1,0 +1,228 @@
+"""`check` and the files under `inputs/`: what each stage is told is what it reads, no more and no less."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipelines import check, pack
+from ruamel.yaml import YAML
+
+from coordexp.config.loading import load_params, load_profile, read_yaml
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.presets import leaves
+from coordexp.config.run import RunConfig
+from coordexp.errors import ConfigError
+from coordexp.infra.code_hash import Modules
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, Declaration, StageTable, declarations
+from coordexp.stage import stage_main
+from read_keys import recording
+from source_tree import ROOT
+
+STAGES = {stage.stage: stage for stage in declarations(ROOT)}
+COMMITTED = sorted(path.name for path in (ROOT / "inputs").iterdir())
+
+# Places: the same run elsewhere. The name of the profile is in every path, the model is known by its pins.
+PLACES = {"profile", "model.path"}
+# Read on the way to something that the stage does not do.
+WITHOUT_EFFECT = {
+    "stage1": {"smoothl1_beta_bins", "stage2.coord_decode_mode"},  # of box losses, which stage 1 has none of
+    "stage1-control": {"smoothl1_beta_bins", "stage2.coord_decode_mode"},
+}
+# Declared, but read on another way than that of the smoke profile, or before the stage begins.
+ELSEWHERE = {
+    "launch.threads",  # by stage.py
+    "source.kind",  # by the loader of the profile
+    *("rollout.requests_per_server", "rollout.servers", "rollout.timeout_seconds"),  # vLLM
+    *("rollout.tries", "rollout.vllm_python"),
+}
+ELSEWHERE_OF = {
+    # data sets on disk, not scenes
+    "convert": {"seed"} | {f"records.{key}" for key in (
+        "bad_images", "crop", "flip", "listed_names", "negative_rate", "overlap", "scale_jitter"
+    )},
+    "stage2": {"rollout.batch_images"},  # fresh rollouts
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The parameters, entries and sources of this repository, with the smoke profile chosen, as working directory."""
+    no_caches = shutil.ignore_patterns("__pycache__", "base")
+    for folder in ("configs", "pipelines", "src"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=no_caches)
+    params = (ROOT / PARAMS_FILE).read_text()
+    (tmp_path / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def told(root: Path) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in (root / "inputs" / "smoke").iterdir()}
+
+
+@pytest.mark.parametrize("profile", COMMITTED)
+def test_the_files_in_git_are_those_of_these_sources_and_parameters(profile: str) -> None:
+    params = load_params(ROOT / PARAMS_FILE).model_copy(update={"profile": profile})
+    now = StageTable.of(ROOT).inputs(params, load_profile(ROOT / "configs" / f"{profile}.yaml"))
+    found = {path.stem: json.loads(path.read_text()) for path in (ROOT / "inputs" / profile).iterdir()}
+    assert found == now, "stale: `dvc repro --single-item check`, then see with `dvc status` what else is"
+
+
+def test_no_file_holds_a_place_on_this_machine(root: Path) -> None:
+    profile = read_yaml(root / "configs" / "smoke.yaml")
+    profile["model"]["path"] = str(ROOT / "models" / "tiny-base")
+    YAML().dump(profile, root / "configs" / "smoke.yaml")
+    assert stage_main(check.run, []) == 0
+    assert not [name for name, text in told(root).items() if str(ROOT).encode() in text or str(root).encode() in text]
+
+
+def test_only_what_says_something_else_is_written(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stage_main(check.run, []) == 0
+    before, folder = told(root), root / "inputs" / "smoke"
+    assert before.keys() == STAGES.keys()
+    (folder / "gone.json").write_text("{}")  # of a stage that there was once
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.stem in STAGES}
+    params = (root / PARAMS_FILE).read_text()
+    (root / PARAMS_FILE).write_text(params.replace("softce_weight: 1.0", "softce_weight: 0.2", 1) + "# a comment\n")
+    assert stage_main(check.run, []) == 0
+    assert {name for name, text in told(root).items() if text != before[name]} == {"stage2", "report"}
+    touched = {path.stem for path in folder.iterdir() if path.stat().st_mtime_ns != times[path.name]}
+    assert touched == {"stage2", "report"}
+
+
+def test_a_comment_or_a_docstring_in_every_file_changes_nothing(root: Path) -> None:
+    before = StageTable.of(root).code
+    for file in [*root.glob("src/**/*.py"), *root.glob("pipelines/*.py")]:
+        text = re.sub(r'(:\n +""")', r"\1Edited. ", file.read_text()).replace(
+            " -> None:\n", " -> None:\n    # edited\n\n"
+        )
+        file.write_text(f"# edited\n\n{text}\n")
+    assert StageTable.of(root).code == before
+
+
+@pytest.mark.parametrize(
+    ("module", "reached"),
+    [
+        ("coordexp.reporting.gallery", {"report"}),
+        ("coordexp.evaluation.coco", {"coco-eval", "report"}),
+        ("coordexp.training.stage2", {"stage2"}),
+        ("coordexp.training.loop", {"stage1", "stage2", "stage1-control"}),
+        ("coordexp.config.removed", set()),
+        ("coordexp.config.loading", set()),
+        ("coordexp.cli", set()),
+        ("coordexp.stage", set(STAGES)),
+    ],
+)
+def test_an_edit_reaches_the_stages_that_import_the_module(root: Path, module: str, reached: set[str]) -> None:
+    before = StageTable.of(root).code
+    file = Modules.below(root / "src").files[module]
+    file.write_text(file.read_text() + "\nEDITED = 1\n")
+    after = StageTable.of(root).code
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == reached
+
+
+def test_nothing_is_imported_in_a_way_that_the_hash_does_not_see() -> None:
+    allowed = {"coordexp", "coordexp.evaluation.semantics"}  # what the package loads on demand; is a library there
+    for name, file in Modules.below(ROOT / "src").files.items():
+        if name not in allowed:
+            assert not re.search(r"import_module|__import__|importlib\.util", file.read_text()), name
+
+
+def test_a_stage_refuses_other_parameters_or_code_than_it_was_told(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert stage_main(check.run, []) == 0
+    profile = (root / "configs" / "smoke.yaml").read_text()
+    (root / "configs" / "smoke.yaml").write_text(profile.replace("pack_tokens: 256", "pack_tokens: 512"))
+    assert stage_main(pack.run, []) == 2
+    error = capfd.readouterr().err
+    assert "inputs/smoke/pack.json: configs/smoke.yaml:packing.pack_tokens is 256 there, and now 512." in error
+    assert "dvc repro --single-item check" in error
+    (root / "configs" / "smoke.yaml").write_text(profile.replace("steps: 4", "steps: 5"))  # not of this stage
+    with pytest.raises(FileNotFoundError, match=r"train\.parquet"):  # it began
+        stage_main(pack.run, [])
+    with (root / "src" / "coordexp" / "packing" / "planner.py").open("a") as file:
+        file.write("\nEDITED = 1\n")
+    assert stage_main(pack.run, []) == 2
+    assert "inputs/smoke/pack.json: code is" in capfd.readouterr().err
+
+
+def test_a_table_that_names_what_there_is_not(root: Path) -> None:
+    table = root / "pipelines" / "inputs.yaml"
+    text = table.read_text()
+    for old, new, words in (
+        ("pack:", "packs:", r"inputs\.yaml: packs: there is no module 'pipelines\.packs'"),
+        ("[packing]", "[packings]", r"pack: configs/smoke\.yaml has no 'packings'\."),
+        (
+            "[seed, text.codec]",
+            "[seed, text.code]",
+            r"norm1000: params\.yaml has no 'text\.code'\. Did you mean 'text\.codec'",
+        ),
+    ):
+        table.write_text(text.replace(old, new, 1))
+        context = RunConfig(
+            params=load_params(root / PARAMS_FILE),
+            profile=load_profile(root / "configs" / "smoke.yaml"),
+            paths=ProfilePaths("smoke"),
+        )
+        with pytest.raises(ConfigError, match=words):
+            check.run(context)
+
+
+def test_check_does_not_load_the_tensor_library(root: Path) -> None:
+    program = (
+        "import sys; from pipelines import check; from coordexp.stage import stage_main; "
+        "stage_main(check.run, []); sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": f"src:{root}"}, check=True)
+
+
+@pytest.fixture(scope="module")
+def read_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[tuple[str, str]]]]:
+    """What every stage of the smoke profile asks its parameters for; they run in order, in one process."""
+    root = tmp_path_factory.mktemp("read")
+    shutil.copytree(ROOT / "configs", root / "configs")
+    params = (ROOT / PARAMS_FILE).read_text()
+    (root / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))
+    (root / "models").symlink_to(ROOT / "models")
+    (root / "data").mkdir()
+    (root / "data" / "sprites").symlink_to(ROOT / "data" / "sprites")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("DVC_ROOT", str(root))
+        for name, stage in STAGES.items():
+            with recording() as recorder:
+                run = importlib.import_module(stage.entry).run
+                assert stage_main(recorder.run(run), []) == 0, name
+            found[name] = recorder.keys
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_a_stage_reads_what_the_table_declares(stage: Declaration, read_keys: dict[str, Any]) -> None:
+    keys = read_keys[stage.stage]
+    lost = {key for file, key in keys if not stage.reads(file, key)} - PLACES - WITHOUT_EFFECT.get(stage.stage, set())
+    assert lost == set(), f"pipelines/inputs.yaml must list these under {stage.stage}: it reads them"
+    values = {
+        PARAMS_FILE: load_params(ROOT / PARAMS_FILE),
+        PROFILE_FILE: load_profile(ROOT / "configs" / "smoke.yaml"),
+    }
+    declared = {
+        (file, key) for file, block in values.items() for key, _ in leaves(block.model_dump()) if stage.reads(file, key)
+    }
+    idle = {key for file, key in declared if not any(f == file and f"{key}.".startswith(f"{k}.") for f, k in keys)}
+    idle -= ELSEWHERE | ELSEWHERE_OF.get(stage.stage, set())
+    assert idle == set(), f"pipelines/inputs.yaml lists these under {stage.stage}, which does not read them"
