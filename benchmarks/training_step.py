@@ -72,7 +72,7 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     tune_allocator(LOG)
     store = SampleStore(run.paths.norm1000 / "train.parquet")
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
-    source = SampleSource(store, make_encoder(run.params, checkpoint), run.params.text.object_order, seed=0)
+    source = SampleSource(store, make_encoder(checkpoint), run.params.text.object_order, seed=0)
     criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), steps)
     task = TeacherTask(checkpoint.model, criterion, source, collator, step_packs(run, steps))
     optim = adamw(run, steps)

@@ -29,7 +29,8 @@ from coordexp.packing.prepare import SamplePreparer, write_split
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.convert import convert_file
 from coordexp.text.codecs import NUMBER_FORMATS, Role, get_codec
-from coordexp.training.loop import LogRow, MicroBatch, train
+from coordexp.training.distributed import Row
+from coordexp.training.loop import MicroBatch, train
 from coordexp.training.schedule import legs_schedule, step_items
 from coordexp.training.session import write_curve
 from toyworld.coco_folder import ANNOTATIONS
@@ -117,7 +118,7 @@ class TextTask:
         sigma = self._weights.localiser_sigma
         q = gaussian_target(batch.coord_targets, sigma, int(4 * sigma))
         localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
-        logs: LogRow = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
+        logs: Row = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
         hit = (logits.argmax(-1) == batch.text_targets).float()
         for role in (Role.DESC, Role.NUMBER, Role.CLOSE):
             mask = batch.text_roles == int(role)

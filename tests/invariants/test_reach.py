@@ -85,7 +85,7 @@ def traced_step(world: World, folder: Path) -> Trace:
         checkpoint.model, criterion, world.source(checkpoint), world.collator(checkpoint), [[[0, 1, 2], [3, 4, 5]]]
     )
     task.trace = trace = Trace()
-    muon = optim(optimizer="muon", steps=1, precision="bf16")
+    muon = optim(optimizer="muon", steps=1, warmup_steps=0, precision="bf16")
 
     def stop(optimizer: Optimizer, *_: object) -> None:
         if optimizer.param_groups and type(optimizer).__module__.startswith("coordexp."):
