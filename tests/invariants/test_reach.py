@@ -139,11 +139,7 @@ print((folder / "log.jsonl").read_text())
 
 @pytest.mark.slow
 def test_a_term_is_added_in_three_files(tmp_path: Path) -> None:
-    """In a copy of the package; a step then trains with it.
-
-    For the graph, a weight at the top level of params.yaml also stands in dvc.yaml, as every such key; one in a block
-    that a stage reads whole need not.
-    """
+    """In a copy of the package; a step then trains with it."""
     copy = tmp_path / "copy"
     for folder in ("src", "tests", "data/sprites"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
