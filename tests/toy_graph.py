@@ -45,10 +45,10 @@ def write_stage(stage, words):
             rows = []
             for i in range(1, 4):
                 off = i * weight * 20 + seed + worse
-            pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
-            gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
-            rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
-        write_results(folder / "gt_vs_pred.jsonl", rows)
+                pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
+                gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
+                rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
+            write_results(folder / "gt_vs_pred.jsonl", rows)
         Path("reports/tiny").mkdir(parents=True, exist_ok=True)
         Path("reports/tiny/headline.json").write_text(json.dumps({"weight": weight}))
     elif stage == "report":
