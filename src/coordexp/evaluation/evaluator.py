@@ -95,7 +95,7 @@ def evaluate(
 
     Raises:
         ConfigError: descriptions are to be mapped by meaning, and the text encoder is not installed.
-        DataError: the results break their contract (see input_checks.py).
+        DataError: the results break their contract (see table.py).
     """
     table = build_table(results, categories, params)
     everything = Matched.of(table, params)

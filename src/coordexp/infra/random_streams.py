@@ -7,8 +7,10 @@ there are. Per-record choices (`records/mixing.py`, `records/policy.py`) hash th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _FAR = 1_000_003  # a prime: neighboring indices get seeds that are far apart
 _SEEDS_31 = 2**31  # of engines whose seeds are 31-bit numbers
@@ -70,6 +72,8 @@ def entropy(seed: int, name: str, *index: int) -> list[int]:
 
 def generator(seed: int, name: str, *index: int) -> np.random.Generator:
     """The numbers of a stream, or of one of its parts (an epoch, say)."""
+    import numpy as np  # parameters are checked without it
+
     return np.random.default_rng(entropy(seed, name, *index))
 
 
