@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from tests.qwen import qwen3_tokenizer
 
 from benchmarks import harness
-from coordexp.config.loading import load_profile
+from coordexp.config.loading import load_profile, profile_tree
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import DatasetsConfig
 from coordexp.geometry.bins import COORD_TOKENS
@@ -46,7 +46,7 @@ def make_source(folder: Path, n_images: dict[str, int]) -> int:
     (folder / "configs").mkdir()
     (folder / "coco" / "annotations").mkdir(parents=True)
     copyfile("params.yaml", folder / "params.yaml")
-    profile = YAML(typ="safe").load(Path(f"configs/{PROFILE}.yaml"))
+    profile = profile_tree(Path(f"configs/{PROFILE}.yaml"))
     profile["source"]["sets"]["coco"]["root"] = str(folder / "coco")
     profile["records"]["dev_images"] = min(profile["records"]["dev_images"], n_images["train"] // 4)
     with (folder / "configs" / f"{PROFILE}.yaml").open("w") as out:

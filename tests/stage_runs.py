@@ -106,11 +106,13 @@ def trace(ready: Workspace, stage: str) -> list[dict[str, Any]]:
 def assert_alike(
     found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], within: float = 1e-5
 ) -> None:
-    """The same rows, numbers as near as that; averages of quantiles are left out, because they are none."""
+    """The same rows, numbers as near as that; quantiles are left out, since an error may lie in the next cell."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         for name, value in wanted.items():
             if isinstance(value, str):
                 assert row[name] == value
             elif not name.endswith("_p90"):
-                assert row[name] == pytest.approx(value, rel=within, abs=within), (wanted["step"], name)
+                # The logarithm of a side of a tenth of a bin magnifies a rounding ten thousand times.
+                near = max(within, 1e-3) if name == "raw/bbox_log_wh" else within
+                assert row[name] == pytest.approx(value, rel=near, abs=near), (wanted["step"], name)

@@ -193,7 +193,7 @@ def test_every_parameter_is_read_by_a_stage(profile: str) -> None:
         ("matching.gate", {"rollout", "stage2", "coco-eval", "report"}),
         ("decode.score", {"rollout", "coco-eval", "report"}),
         ("eval.mapping", {"coco-eval", "report"}),
-        ("text.object_order", {"stage1", "stage1-control", "stage2", "report"}),
+        ("text.object_order", {"norm1000", "stage1", "stage1-control", "stage2", "report"}),
     ],
 )
 def test_a_parameter_runs_the_stages_that_read_it(key: str, readers: set[str]) -> None:

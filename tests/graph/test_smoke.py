@@ -108,8 +108,8 @@ def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone, re
     assert first.count("softce_weight=0.") >= 4
     report = clone.root / "reports" / "ab"
     numbers = json.loads((report / "softce.json").read_text())
-    assert [arm["arm"] for arm in numbers["arms"]] == ["softce_weight=0.1", "softce_weight=0.2"]
-    names = [name for arm in numbers["arms"] for name in arm["experiments"]]
+    assert list(numbers["arms"]) == ["softce_weight=0.1", "softce_weight=0.2"]
+    names = [run["experiment"] for run in numbers["runs"]]
     assert len(set(names)) == 4
     assert set(names) <= set(clone.succeed("dvc", "exp", "list", "--name-only").split())
     assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
