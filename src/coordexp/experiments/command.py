@@ -67,23 +67,18 @@ def monitor(
     """
     import os
 
-    from coordexp.config.loading import load_params, load_profile
-    from coordexp.config.paths import ProfilePaths
     from coordexp.config.run import RunConfig
     from coordexp.experiments.events import Events
     from coordexp.experiments.monitor import STAGES, find_state, follow, open_monitor
 
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected {', '.join(STAGES)}.{closest(stage, STAGES)}")
-    params = load_params(Path("params.yaml"))
-    params = params.model_copy(update={"profile": profile or params.profile})
-    paths = ProfilePaths(params.profile)
-    folder = out or Path("runs") / "monitor" / params.profile / stage
+    run = RunConfig.read(Path("params.yaml"), profile)
+    folder = out or Path("runs") / "monitor" / run.params.profile / stage
     state = find_state(Path(), stage)
     os.nice(10)
     events = Events(folder / "tensorboard") if tensorboard else None
-    settings = load_profile(Path("configs") / f"{params.profile}.yaml")
-    callback = open_monitor(RunConfig(params=params, profile=settings, paths=paths), stage, images, folder, device)
+    callback = open_monitor(run, stage, images, folder, device)
     for row in follow(callback, state, poll, lambda: events.follow(state) if events else None):
         if events:
             events.follow(folder, "monitor")
@@ -92,5 +87,5 @@ def monitor(
         if once:
             break
     if events:
-        events.follow(paths.run(stage))  # what was added after the last glance, if the run has ended
+        events.follow(run.paths.run(stage))  # what was added after the last glance, if the run has ended
     print(f"curve: {callback.curve}")
