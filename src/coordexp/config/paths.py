@@ -63,9 +63,30 @@ class ProfilePaths:
         """Output of a training stage or of `rollout`."""
         return self.root / "runs" / self.profile / stage
 
+    def decoded(self, checkpoint: str) -> Path:
+        """Answers of one of `CHECKPOINTS` on val, with the distributions that boxes and scores are read from."""
+        return self.run("decode") / checkpoint
+
     def evaluation(self, checkpoint: str) -> Path:
-        """Predictions of one of `CHECKPOINTS` on val."""
+        """Predictions of one of `CHECKPOINTS` on val, judged."""
         return self.run("eval") / checkpoint
+
+    @property
+    def metrics(self) -> Path:
+        """All metrics of all checkpoints."""
+        return self.run("eval") / "metrics.json"
+
+    @property
+    def rollout_summary(self) -> Path:
+        """What stage 2 found in the rollouts on file: counts, matches, the training-time F1."""
+        return self.run("stage2") / "rollouts.json"
+
+    def run_record(self, stage: str) -> Path:
+        """Clock, machine and commit of the last run of a stage: beside the outputs, so that equal runs give equal bytes.
+
+        No output of the graph: ignored by git and not known to DVC, absent where the stage was restored.
+        """
+        return self.root / "runs" / self.profile / f"{stage}.run.json"
 
     @property
     def reports(self) -> Path:
