@@ -1,4 +1,6 @@
-"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill.
+"""The evaluation of a run: every checkpoint's answers on val scored and judged, the paired comparisons, their files.
+
+No model is needed: the answers are stored with the distributions that boxes and scores are read from.
 
 headline.json holds the few numbers that `dvc metrics diff` shows, under the keys of metrics.json: a table of
 all values that moved a little would hide the ones that decide. The base model is left out, no experiment trains it.
@@ -23,12 +25,13 @@ from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import write_results
 from coordexp.records.schema import read_records
+from coordexp.rollout.scoring import SUMMARY, read_decoded, read_summary, scored
 
 
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
-    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves, the codec's upper bound."""
+    """Score and evaluate every checkpoint's answers; writes metrics, hand-over files, curves, the upper bound."""
     categories = read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
@@ -36,7 +39,9 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
-        results = list(read_results(folder / "gt_vs_pred.jsonl"))
+        results = [scored(decoded, params.decode) for decoded in read_decoded(paths.decoded(name))]
+        write_results(folder / "gt_vs_pred.jsonl", results)
+        write_json(folder / SUMMARY, read_summary(paths.decoded(name)))
         if known:  # records without ids are numbered by their decoder
             check_known_images(results, known, str(paths.records / "val.jsonl"))
         evaluation = evaluate(results, categories, params.eval, params.matching, params.seed, federated)
@@ -49,7 +54,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
     }
-    write_json(paths.reports / "metrics.json", metrics)
+    write_json(paths.metrics, metrics)
     write_json(paths.reports / "headline.json", headline(metrics, params.eval))
     _write_pr_curve(evaluations["stage2"], paths)
     return metrics
@@ -68,7 +73,7 @@ DECIDING = ("stage2_vs_control", "coco.mAP")  # does stage 2 beat the same compu
 
 
 def headline(metrics: dict[str, Any], params: EvalParams) -> dict[str, Any]:
-    """The part of metrics.json that `dvc metrics` reads: at most 21 values."""
+    """The part of metrics.json that `dvc metrics` reads: at most 15 values."""
     chosen: dict[str, Any] = {}
     for checkpoint in SUBJECTS:
         areas: dict[str, Any] = {}

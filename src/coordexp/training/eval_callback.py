@@ -32,6 +32,7 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
+from coordexp.infra.logs import without_clock
 from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import ratio_text
 from coordexp.models.loading import Checkpoint
@@ -123,8 +124,8 @@ class EvalCallback(Callback):
         return round(sum(row["seconds"] for row in self.rows()), 1)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy everything into the folder of the finished checkpoint."""
-        shutil.copyfile(self.folder / ROWS, folder / ROWS)
+        """Copy everything but the seconds into the folder of the finished checkpoint."""
+        write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in without_clock(self.rows())))
         for name in (PICTURES, ANSWERS):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name)
@@ -163,7 +164,7 @@ def make_eval_callback(
     decode = greedy(_LONGEST * max(len(sample.answer_ids) for sample in samples), "argmax", "coord_logprob")
     return EvalCallback(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, decode),
+        reader=make_reader(checkpoint),
         samples=samples,
         request=DecodeRequest(params=decode, codec=checkpoint.codec, seed=0),
         image_root=run.paths.raw,
