@@ -6,7 +6,6 @@ own: every prediction carries the alternatives.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,15 +13,12 @@ from coordexp.config.run import RunConfig
 from coordexp.evaluation.best_of_k import oracle_k, vote
 from coordexp.evaluation.decoding_study import between_runs, box_table, score_table
 from coordexp.evaluation.evaluator import rounded
-from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import write_text
-from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
+from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.reporting.decoding_tables import decoding_markdown
-from coordexp.rollout.engine import READOUT_KEYS
-from coordexp.rollout.scoring import read_decoded, scored
-from coordexp.rollout.stages import decode_val
+from coordexp.rollout.stages import decode_kept
 from coordexp.stage import LOG, stage_main
 
 FREE = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
@@ -68,19 +64,12 @@ def _study(context: RunConfig, name: str) -> dict[str, Any]:
 def _decode(
     context: RunConfig, name: str, changes: dict[str, Any], seed: int
 ) -> tuple[list[ImageResult], dict[str, Any]]:
-    """Results on val under changed decode parameters, and the summary of the decode; kept, so that a study resumes."""
+    """Results on val under changed decode parameters, and the summary of the decode."""
     decode = context.params.decode.model_copy(update=changes)
     params = context.params.model_copy(update={"decode": decode, "seed": seed})
-    folder = context.paths.run(name)
-    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": seed, "code": code_hash(decode_val.__module__)}
-    kept = resume_folder(
-        "decoding-study", fingerprint(asked, [*answer_files(folder), context.paths.norm1000 / "val.parquet"])
-    )
-    if not (kept / "summary.json").is_file():
-        write_json(kept / "summary.json", decode_val(replace(context, params=params), name, folder, kept))
-    summary = json.loads((kept / "summary.json").read_text(encoding="utf-8"))
+    results, summary = decode_kept(replace(context, params=params), name)
     LOG.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
-    return [scored(answer, decode) for answer in read_decoded(kept)], summary
+    return results, summary
 
 
 if __name__ == "__main__":

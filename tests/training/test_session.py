@@ -282,7 +282,7 @@ def test_summary_and_curve_of_a_log_by_hand(tmp_path):
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert summarise_log(log) == {
-        "steps": 20, "samples": 40, "tokens": 390, "step_seconds": 5.0, "final_loss": 1.5,
+        "steps": 20, "samples": 40, "tokens": 390, "final_loss": 1.5,
         "refresh_prompt_tokens": 0, "refresh_generated_tokens": 0
     }  # fmt: skip
     write_curve(log, tmp_path / "curves" / "a.tsv", ("loss/total", "loss/box"), every=8)

@@ -1,6 +1,4 @@
-"""The evaluation of a run: every checkpoint's answers on val scored and judged, the paired comparisons, their files.
-
-No model is needed: the answers are stored with the distributions that boxes and scores are read from.
+"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill.
 
 headline.json holds the few numbers that `dvc metrics diff` shows, under the keys of metrics.json: a table of
 all values that moved a little would hide the ones that decide. The base model is left out, no experiment trains it.
@@ -25,13 +23,12 @@ from coordexp.evaluation.upper_bound import codec_upper_bound
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import write_results
+from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import read_records
-from coordexp.rollout.scoring import SUMMARY, read_decoded, read_summary, scored
 
 
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
-    """Score and evaluate every checkpoint's answers; writes metrics, hand-over files, curves, the upper bound."""
+    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves, the codec's upper bound."""
     categories = read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
@@ -39,9 +36,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
-        results = [scored(decoded, params.decode) for decoded in read_decoded(paths.decoded(name))]
-        write_results(folder / "gt_vs_pred.jsonl", results)
-        write_json(folder / SUMMARY, read_summary(paths.decoded(name)))
+        results = list(read_results(folder / "gt_vs_pred.jsonl"))
         if known:  # records without ids are numbered by their decoder
             check_known_images(results, known, str(paths.records / "val.jsonl"))
         evaluation = evaluate(results, categories, params.eval, params.matching, params.seed, federated)

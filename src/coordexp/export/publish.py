@@ -189,7 +189,7 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
         "metadata": _read(run.paths.run(checkpoint) / METADATA),
-        "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {}),
+        "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
 
 

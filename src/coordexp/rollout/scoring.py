@@ -30,6 +30,7 @@ from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects,
 # `straight_through` reads what `argmax` reads: the rules differ in their gradients alone.
 BOX_RULES: tuple[ReadoutRule, ...] = ("argmax", "expectation", "local_expectation", "top_k", "median")
 ANSWERS, DISTRIBUTIONS, SUMMARY = "answers.jsonl", "distributions.npy", "decode.json"
+HAND_OVER = "gt_vs_pred.jsonl"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +147,13 @@ def _mapped(path: Path) -> NDArray[np.float16]:
     if probs.dtype != np.float16 or probs.shape[1:] != (4, NUM_BINS):
         raise DataError(f"{path}: holds {probs.dtype} {probs.shape}, expected float16 (objects, 4, {NUM_BINS}).")
     return probs
+
+
+def score_folder(folder: Path, decode: DecodeParams, out: Path) -> None:
+    """Turn stored answers into the hand-over file of the evaluation, beside how they were made."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(out / HAND_OVER, (scored(decoded, decode) for decoded in read_decoded(folder)))
+    write_json(out / SUMMARY, read_summary(folder))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

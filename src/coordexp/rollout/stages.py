@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
-from coordexp.infra.provenance import answer_files, fingerprint
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
 from coordexp.packing.collator import Collator
@@ -25,7 +27,7 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
 from coordexp.rollout.rescore import rescore
-from coordexp.rollout.scoring import Decoded, scored, write_decoded
+from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
@@ -140,3 +142,18 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
     }
     write_decoded(out, decoded, summary)
     return summary | {"generate_seconds": round(seconds, 2)}
+
+
+def decode_kept(run: RunConfig, name: str) -> tuple[list[ImageResult], dict[str, Any]]:
+    """Scored answers on val of a checkpoint of the run, and the summary, for studies beside the graph.
+
+    Answers are kept under what decides them, so that an interrupted study goes on, and another readout is free.
+    """
+    folder, decode = run.paths.run(name), run.params.decode
+    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "code": code_hash(__name__)}
+    key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
+    kept = resume_folder("decoded", key)
+    if not (kept / "done.json").is_file():
+        write_json(kept / "done.json", decode_val(run, name, folder, kept))
+    summary = json.loads((kept / "done.json").read_text(encoding="utf-8"))
+    return [scored(answer, decode) for answer in read_decoded(kept)], summary
