@@ -49,7 +49,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
     }
-    write_json(paths.reports / "metrics.json", metrics)
+    write_json(paths.metrics, metrics)
     write_json(paths.reports / "headline.json", headline(metrics, params.eval))
     _write_pr_curve(evaluations["stage2"], paths)
     return metrics
