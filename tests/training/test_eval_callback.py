@@ -18,7 +18,7 @@ from coordexp.infra.provenance import read_run_record
 from coordexp.models.loading import load_checkpoint
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.rollout.engine import greedy
-from coordexp.training.eval_callback import CURVE_COLUMNS, make_eval_callback, undisturbed
+from coordexp.training.eval_callback import BOUNDED, CURVE_COLUMNS, make_eval_callback, undisturbed
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.step import TeacherTask
@@ -73,9 +73,15 @@ def test_it_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(re
     assert [row["step"] for row in found] == [3, 4]
     assert all(row["images"] == space.profile.monitor.images for row in found)
     header, *lines = (line.split("\t") for line in space.paths.curve("stage1-monitor").read_text().splitlines())
-    assert [dict(zip(header, line, strict=True)) for line in lines] == [
-        {name: "" if row[name] is None else str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in found
-    ]
+    assert header == ["step", *CURVE_COLUMNS]
+    drawn = [dict(zip(header, line, strict=True)) for line in lines]
+    for point, row in zip(drawn, found, strict=True):
+        logged = {name: value for name, value in row.items() if name in header}
+        assert {name: point[name] for name in logged} == {k: "" if v is None else str(v) for k, v in logged.items()}
+        for name in BOUNDED:
+            known = [float(point[n]) for n in (f"{name}_lo", name, f"{name}_hi") if point[n]]
+            assert len(known) in (0, 3)
+            assert known == sorted(known)
     for row in found:
         with Image.open(out / "monitor" / f"step_{row['step']:06d}.jpg") as picture:
             assert picture.width > 300

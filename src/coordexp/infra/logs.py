@@ -15,6 +15,7 @@ from coordexp.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+BIN_ERROR = "coord_diag/expected_bin_mae"  # mean |E[k] - target| in bins: comparable under any weights
 END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the rows
 
 

@@ -18,7 +18,7 @@ from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import only_process, replace_folder, write_text
-from coordexp.infra.logs import ends, logged, read_log, read_rows, without_clock
+from coordexp.infra.logs import BIN_ERROR, ends, logged, read_log, read_rows, without_clock
 from coordexp.infra.provenance import (
     add_to_run_record,
     fingerprint,
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
+CURVE_POINTS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +168,15 @@ def warn_of_collapse(path: Path) -> None:
         )
 
 
-def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
-    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged."""
-    table = read_log(log_path).reindex(columns=list(names)).reset_index()
-    chunk = table.index // every
+def write_curve(log_path: Path, out: Path, names: Sequence[str] = (), every: int = 0) -> None:
+    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged.
+
+    Without names: the mean error of E[k] in bins and every term of the objective without its weight, so that runs under
+    other weights compare. `every` 0 makes at most CURVE_POINTS rows: git holds the curves of every experiment.
+    """
+    log = read_log(log_path)
+    unweighted = [column for column in log.columns if column.startswith("raw/")]
+    table = log.reindex(columns=list(names) or [BIN_ERROR, *unweighted]).reset_index()
+    chunk = table.index // (every or -(-len(log) // CURVE_POINTS))
     means = table.groupby(chunk).mean().assign(step=table["step"].groupby(chunk).last())
     write_text(out, means.to_csv(sep="\t", index=False, float_format="%.4f"))
