@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ from ruamel.yaml import YAML
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.presets import changed_tree
+from coordexp.models.loading import METADATA
 from coordexp.records.images import image_roots
 from coordexp.stage import stage_main
 from graph.test_graph import Node, graph
 
 PROFILE = "smoke"
 GIVEN = ("configs", "pipelines", "src")
+SAYS_HOW = (METADATA, "decode.json")  # hold the parameters themselves, whatever came of them
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class LocalGraph:
         return ran
 
     def _run(self, name: str, node: Node) -> bool:
-        before = {path: content_hash(self.root / path) for path in node.outs}
+        before = {path: content_hash(self.root / path, SAYS_HOW) for path in node.outs}
         entry, _, which = name.partition("@")
         for path in node.outs:
             if name != "check":  # which persists
@@ -85,14 +86,15 @@ class LocalGraph:
         run = importlib.import_module(f"pipelines.{entry.replace('-', '_')}").run
         code = stage_main(run, [which] if which else [], CHECKPOINTS if which else ())
         assert code == 0, f"{name} ended with {code}"
-        return {path: content_hash(self.root / path) for path in node.outs} != before
+        return {path: content_hash(self.root / path, SAYS_HOW) for path in node.outs} != before
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, left_out: Collection[str] = ()) -> str:
     """Of a file, or of all files of a folder with their names; empty if there is nothing."""
     if path.is_file():
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not re.search(r"__pycache__", str(file)))
+    ignored = {"__pycache__", *left_out}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and ignored.isdisjoint(file.parts))
     return " ".join(f"{file.relative_to(path)}:{content_hash(file)}" for file in files)
 
 

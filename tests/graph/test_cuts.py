@@ -95,9 +95,7 @@ def test_what_a_key_runs_comes_out_different(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("cuts")
-def test_nothing_changed_runs_nothing(
-    baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_changed_runs_nothing(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = baseline.copy(tmp_path / "again")
     monkeypatch.chdir(again.root)
     assert again.repro() == {}
