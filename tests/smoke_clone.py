@@ -10,9 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordexp.config.paths import CHECKPOINTS
+
 STAGES = (
     *("check", "raw", "convert", "norm1000", "pack", "stage1"),
-    *("rollout", "stage2", "stage1-control", "coco-eval", "report"),
+    *("rollout", "stage2", "stage1-control", *(f"decode@{name}" for name in CHECKPOINTS), "coco-eval", "report"),
 )
 
 

@@ -7,7 +7,6 @@ at the places of these numbers, counted from 0 over all campaigns.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -26,10 +25,9 @@ from coordexp.config.loading import read_yaml
 from smoke_clone import STAGES, Clone, new_clone
 
 CAMPAIGNS, POINTS = 5, 4
-LONG = ("stage1", "rollout", "stage2", "stage1-control", "coco-eval")  # where a run spends its time
+LONG = ("stage1", "rollout", "stage2", "stage1-control", "decode@stage2")  # where a run spends its time
 SETTLES_WITHIN_S = 120.0
 BUSY = r"Unable to acquire lock|is busy, it is being"  # in the words of DVC
-COMPARED = ("metrics.json", "curves/stage1.tsv", "curves/stage2.tsv", "curves/stage1-control.tsv", "curves/pr.tsv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +84,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     report = [kill_at(copy, point) for point in points]
     print(*report, sep="\n")
     copy.succeed("dvc", "repro")
-    for name in COMPARED:
-        expected, found = (c.root / "reports" / "smoke" / name for c in (clone, copy))
-        assert found.read_bytes() == expected.read_bytes(), f"{name} after {report}"
-    for stage in ("stage1", "stage2", "stage1-control"):
-        assert trace(copy, stage) == trace(clone, stage), f"{stage} after {report}"
-    rollouts = [c.root / "runs" / "smoke" / "rollout" / "rollouts.jsonl" for c in (clone, copy)]
-    assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
+    locks = [(c.root / "dvc.lock").read_bytes() for c in (clone, copy)]
+    assert locks[0] == locks[1], f"other outputs after {report}"
     assert not list(copy.root.rglob(".*.tmp")), "litter of a cut write"
     assert copy.run("dvc", "status", "--quiet").returncode == 0
 
@@ -167,9 +160,3 @@ def wait_until_gone(session: int) -> None:
     while any(members(session)):
         assert time.monotonic() < deadline, f"still running: {list(members(session))}"
         time.sleep(0.1)
-
-
-def trace(copy: Clone, stage: str) -> list[dict[str, float | str]]:
-    """The log of a training stage without its timings."""
-    lines = (copy.root / "runs" / "smoke" / stage / "train_log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]

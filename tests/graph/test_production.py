@@ -133,7 +133,7 @@ def test_the_vocabulary_is_that_of_qwen3_with_1000_more(paths: ProfilePaths) -> 
 
 
 def test_every_checkpoint_is_judged_on_every_val_image(paths: ProfilePaths) -> None:
-    metrics = json.loads((paths.reports / "metrics.json").read_text())
+    metrics = json.loads(paths.metrics.read_text())
     for name in CHECKPOINTS:
         results = list(read_results(paths.evaluation(name) / "gt_vs_pred.jsonl"))
         assert {r.image_id for r in results} == {139 + 31 * i for i in range(VAL)}
