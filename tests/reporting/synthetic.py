@@ -247,11 +247,12 @@ def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
         rows.append(row)
     write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows if has_objects else [_without_slots(r) for r in rows])
     for stage, length in (("stage1", steps), ("stage1-control", steps // 2), ("stage2", steps // 2)):
-        looks = [_look(rng, n * length // 4) for n in range(1, 5)]
+        evaluations = [_evaluation(rng, n * length // 4) for n in range(1, 5)]
         if not has_objects:
             answers = read_results(inputs.evaluations / stage / "gt_vs_pred.jsonl")
-            looks = [look | count_answers([judge_answer(answer) for answer in answers]) for look in looks[:1]]
-        write_rows(inputs.runs / stage / "monitor.jsonl", looks)
+            counts = count_answers([judge_answer(answer) for answer in answers])
+            evaluations = [evaluations[0] | counts]
+        write_rows(inputs.runs / stage / "monitor.jsonl", evaluations)
 
 
 def _without_slots(row: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def _without_slots(row: dict[str, Any]) -> dict[str, Any]:
     return kept | zeros | {"loss/total": row["loss/text_ce"], "coord_diag/coord_tokens": 0.0}
 
 
-def _look(rng: np.random.Generator, step: int) -> dict[str, Any]:
+def _evaluation(rng: np.random.Generator, step: int) -> dict[str, Any]:
     objects, predictions = 44, int(rng.integers(30, 60))
     right = int(rng.integers(5, 30))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_it_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(re
     answers = [list(read_results(f / "monitor_answers" / "step_000004.jsonl")) for f in (out, again.folder)]
     assert [r.raw_text for r in answers[0]] == [r.raw_text for r in answers[1]]
     assert again.request.params.temperature == 0
+
+
+def test_the_plot_template_draws_columns_that_the_curve_holds() -> None:
+    template = (Path(__file__).parents[2] / ".dvc" / "plots" / "f1_interval.json").read_text(encoding="utf-8")
+    fields = set(re.findall(r'"field": "(\w+)"', template))
+    assert fields == {"f1_lo", "f1_hi"}
+    assert fields <= set(CURVE_COLUMNS)
+    assert "<DVC_METRIC_DATA>" in json.loads(template)["data"].values()
 
 
 def test_a_resumed_run_has_every_evaluation_once(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from coordexp.records.gt_vs_pred import ImageResult, read_results
 Json = dict[str, Any]
 Metrics: TypeAlias = pd.DataFrame  # "area.metric" by checkpoint; intervals under "interval.area.metric"
 TRAINED = ("stage1", "stage1-control", "stage2")
-LOOK_KEYS = frozenset(
+EVALUATION_KEYS = frozenset(
     {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
     | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated"}
 )
@@ -224,7 +224,7 @@ def _results(path: Path) -> list[ImageResult]:
 
 
 def _dev_rows(path: Path) -> list[Json] | None:
-    return read_rows(path, LOOK_KEYS) if path.is_file() else None
+    return read_rows(path, EVALUATION_KEYS) if path.is_file() else None
 
 
 def _per_image(path: Path) -> pd.DataFrame:

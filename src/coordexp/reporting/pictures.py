@@ -31,7 +31,7 @@ _COLOURS = 32  # of a figure: lines and text need few
 _ROWS = ("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "known.mAP", "held_out.mAP")
 _PANELS = (("stage2_vs_control", "stage2_vs_stage1"), ("stage1_vs_base",))  # of one scale each
 _OFFSET = 0.16
-_BESIDE = {"stage1-control": 4}  # steps to the right of stage 2, not under it
+_BESIDE = 0.008  # of the axis: the control stands to the right of stage 2, not under it
 
 
 def write_pictures(
@@ -90,28 +90,30 @@ def _training(data: ReportData) -> Figure:
     figure = new_figure(9.2, 3.0)
     error, f1 = figure.subplots(1, 2)
     seam = len(data.logs["stage1"])
+    end = seam + max(len(log) for name, log in data.logs.items() if name != "stage1")
     for name, log in data.logs.items():
         look, start = LOOKS[name], 0 if name == "stage1" else seam
         values = smooth(logged(log, BIN_ERROR))
         error.plot(values.index + start, values, color=look.colour, linestyle=look.line, label=name)
-        _evaluations(f1, data.dev_rows[name] or (), start, name)
+        aside = _BESIDE * end if name == "stage1-control" else 0.0
+        _evaluations(f1, data.dev_rows[name] or (), start + aside, name)
     bin_error_axis(error)
     error.set_title("Error of the expected coordinate, training data")
     f1.set(ylim=(0, 1), xlabel="optimizer step", title="F1 of boxes and names, dev images")
     for ax in (error, f1):
         ax.axvline(seam, color=FAINT, linewidth=0.8, linestyle="--")
-        ax.set_xlim(0, 1.03 * (seam + max(len(data.logs[name]) for name in data.logs if name != "stage1")))
+        ax.set_xlim(0, 1.03 * end)
     if error.get_legend_handles_labels()[1]:
         error.legend()
     return figure
 
 
-def _evaluations(ax: Axes, rows: Sequence[Json], start: int, name: str) -> None:
+def _evaluations(ax: Axes, rows: Sequence[Json], start: float, name: str) -> None:
     """F1 by step with its 95 % interval; one that is undefined is left out."""
     look = LOOKS[name]
     bounds = [MatchCounts(row["predictions"], row["objects"], row["right"]).intervals["f1"] for row in rows]
     points = [(row["step"] + start, row["f1"], *bound) for row, bound in zip(rows, bounds, strict=True) if bound]
     if points:
         steps, values, low, high = np.array(points, dtype=float).T
-        ax.errorbar(steps + _BESIDE.get(name, 0), values, yerr=[values - low, high - values], color=look.colour,
+        ax.errorbar(steps, values, yerr=np.maximum(0, [values - low, high - values]), color=look.colour,
                     linestyle=look.line, marker=look.marker, markersize=4, elinewidth=1)  # fmt: skip
