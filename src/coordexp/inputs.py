@@ -68,6 +68,11 @@ class StagePlan:
         """Whether a path is an output of the stage, lies in one, or holds one."""
         return any(overlap(path, out) for out in self.outs)
 
+    @property
+    def inputs(self) -> PurePosixPath | None:
+        """The file that says what the stage is told; None for the stage that writes these files."""
+        return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == "inputs"), None)
+
 
 def overlap(one: str, other: str) -> bool:
     """Whether one of two paths is the other or lies in it."""

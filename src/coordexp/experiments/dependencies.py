@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coordexp.config.loading import parse_profile, parse_value, profile_tree, read_yaml
@@ -18,21 +18,23 @@ from coordexp.config.presets import changed_tree, with_changes
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
-from coordexp.inputs import (
-    CODE,
-    PARAMS_FILE,
-    PROFILE_FILE,
-    Inputs,
-    StagePlan,
-    StageTable,
-    declared_as,
-    first_difference,
-    overlap,
-    stage_plans,
-)
+from coordexp.inputs import CODE, PARAMS_FILE, PROFILE_FILE, Inputs, StageTable, first_difference
 
 Lock = Mapping[str, Mapping[str, Any]]  # the `stages` of a dvc.lock
 GitIds = Mapping[str, str]  # path -> what git calls its content, for paths that git holds
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of dvc.yaml for one profile."""
+
+    cmd: Any
+    deps: frozenset[str]
+    outs: frozenset[str]
+
+    def makes(self, path: str) -> bool:
+        """Whether a path is an output of the stage, lies in one, or holds one."""
+        return any(_overlap(path, out) for out in self.outs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +106,13 @@ class Present:
         Raises:
             ConfigError: no stage makes one of them.
         """
-        all_plans = stage_plans(root, profile)
+        all_plans = {name: _plan(stage, profile) for name, stage in read_yaml(root / "dvc.yaml")["stages"].items()}
         leading = _leading_to(all_plans, read)
         told = ProfilePaths(profile).inputs.as_posix()
         plans = {name: plan for name, plan in leading.items() if told not in plan.outs}
         outs = {out for plan in leading.values() for out in plan.outs}
         deps = {dep for plan in plans.values() for dep in plan.deps}
-        given = tuple(sorted(dep for dep in deps if not any(overlap(dep, out) for out in outs)))
+        given = tuple(sorted(dep for dep in deps if not any(_overlap(dep, out) for out in outs)))
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
         targets = tuple(name for name, plan in plans.items() if any(map(plan.makes, read)))
         return cls(plans, targets, given, ids_of(given), lock, StageTable.of(root), ParameterFiles.of(root))
@@ -132,8 +134,7 @@ class Present:
         for name, plan in self.plans.items():
             if name not in past.lock:
                 return f"stage {name}"
-            then, now = past.inputs.get(name, {}), told.get(declared_as(name), {})
-            if reason := _stage_change(plan, past.lock[name], then, now):
+            if reason := _stage_change(plan, past.lock[name], past.inputs.get(name, {}), told.get(name, {})):
                 return f"{reason} of stage {name}"
         return self._other_result(past)
 
@@ -145,9 +146,20 @@ class Present:
             if now is not None and _inputs(then) == _inputs(now):
                 outs = _by_path(now, "outs")
                 for path, made in _by_path(then, "outs").items():
-                    if outs.get(path) != made and any(overlap(path, dep) for dep in read):
+                    if outs.get(path) != made and any(_overlap(path, dep) for dep in read):
                         return path
         return ""
+
+
+def _plan(stage: Mapping[str, Any], profile: str) -> StagePlan:
+    def names(section: str) -> list[str]:
+        return [next(iter(item)) if isinstance(item, dict) else item for item in stage.get(section, [])]
+
+    def rendered(text: Any) -> Any:
+        return text.replace("${profile}", profile) if isinstance(text, str) else text
+
+    outs = [rendered(name) for section in ("outs", "metrics", "plots") for name in names(section)]
+    return StagePlan(rendered(stage["cmd"]), frozenset(map(rendered, names("deps"))), frozenset(outs))
 
 
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
@@ -163,6 +175,12 @@ def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str
         found |= makers
         waiting += [dep for name in makers for dep in plans[name].deps]
     return {name: plan for name, plan in plans.items() if name in found}
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of two paths is the other or lies in it."""
+    a, b = PurePosixPath(one), PurePosixPath(other)
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def _stage_change(plan: StagePlan, entry: Mapping[str, Any], then: Inputs, now: Inputs) -> str:
