@@ -31,9 +31,10 @@ class Clone:
             output, _ = process.communicate()
         return subprocess.CompletedProcess(command, process.returncode, output)
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command as a user with an empty home would, as the leader of a session and process group."""
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a user with an empty home."""
+        return {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.home),
             "DVC_SITE_CACHE_DIR": str(self.home / "dvc"),
@@ -44,10 +45,13 @@ class Clone:
             "GIT_COMMITTER_NAME": "test",
             "GIT_COMMITTER_EMAIL": "test@localhost",
         }
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command as this user would, as the leader of a session and process group."""
         return subprocess.Popen(
             command,
             cwd=self.root,
-            env=environment,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coordexp.config.loading import read_yaml
@@ -54,6 +54,73 @@ class Declaration:
     def reads(self, file: str, key: str) -> bool:
         """Whether the stage reads a key, by its own name or by that of a block."""
         return _within(key, self.keys(file))
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of dvc.yaml for one profile."""
+
+    cmd: Any
+    deps: frozenset[str]
+    outs: frozenset[str]
+
+    def makes(self, path: str) -> bool:
+        """Whether a path is an output of the stage, lies in one, or holds one."""
+        return any(overlap(path, out) for out in self.outs)
+
+    @property
+    def inputs(self) -> PurePosixPath | None:
+        """The file that says what the stage is told; None for the stage that writes these files."""
+        return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == "inputs"), None)
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one of two paths is the other or lies in it."""
+    a, b = PurePosixPath(one), PurePosixPath(other)
+    return a.is_relative_to(b) or b.is_relative_to(a)
+
+
+def stage_plans(root: Path, profile: str) -> dict[str, StagePlan]:
+    """The stages of dvc.yaml under DVC's names, `decode@base` for an item of a `foreach`, in the order of the file."""
+    plans = {}
+    for name, stage in read_yaml(root / "dvc.yaml")["stages"].items():
+        if "foreach" not in stage:
+            plans[name] = _plan(stage, profile, {})
+            continue
+        items = stage["foreach"]
+        for key, item in items.items() if isinstance(items, Mapping) else [(item, item) for item in items]:
+            fields = {f"item.{field}": value for field, value in item.items()} if isinstance(item, Mapping) else {}
+            plans[f"{name}@{key}"] = _plan(stage["do"], profile, {"key": key, "item": item} | fields)
+    return plans
+
+
+def _plan(stage: Mapping[str, Any], profile: str, values: Mapping[str, Any]) -> StagePlan:
+    def rendered(text: Any) -> Any:
+        for name, value in (*values.items(), ("profile", profile)):  # last: values hold it too
+            text = text.replace(f"${{{name}}}", str(value)) if isinstance(text, str) else text
+        return text
+
+    def names(*sections: str) -> frozenset[str]:
+        listed = (item for section in sections for item in stage.get(section, []))
+        return frozenset(rendered(next(iter(item)) if isinstance(item, Mapping) else item) for item in listed)
+
+    return StagePlan(rendered(stage["cmd"]), names("deps"), names("outs", "metrics", "plots"))
+
+
+def declared_as(stage: str) -> str:
+    """The name in the table of a stage of DVC: all items of a `foreach` are told the same."""
+    return stage.partition("@")[0]
+
+
+def following(plans: Mapping[str, StagePlan], stages: Sequence[str]) -> list[str]:
+    """The stages that read what these write, and so on, in the order of the plans; without these themselves."""
+    found, waiting = set(stages), list(stages)
+    while waiting:
+        made = plans[waiting.pop()]
+        new = {name for name, plan in plans.items() if any(map(made.makes, plan.deps))} - found
+        found |= new
+        waiting += new
+    return [name for name in plans if name in found - set(stages)]
 
 
 def declarations(root: Path) -> list[Declaration]:

@@ -2,9 +2,9 @@
 
     python -m coordexp.reporting.reference        # from the repository root
 
-rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture, which
-are those of the committed report. No page holds a value of params.yaml: an experiment that changes one must not make
-the documents wrong.
+rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture. The
+last two are of the run in the working tree, and stay as they are where its outputs are not. No page holds a value of
+params.yaml: an experiment that changes one must not make the documents wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,16 @@ from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import MetricSpec, metric_specs, view
 from coordexp.evaluation.table import BAD_INPUT
 from coordexp.infra.files import write_bytes, write_text
-from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, Declaration, declarations
+from coordexp.inputs import (
+    PARAMS_FILE,
+    PROFILE_FILE,
+    Declaration,
+    StagePlan,
+    declarations,
+    declared_as,
+    following,
+    stage_plans,
+)
 from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
 from coordexp.reporting.markdown import interval, number, table
 from coordexp.reporting.training import MEANINGS
@@ -61,9 +71,9 @@ A profile may hold only what differs from another one, which it names: `extends:
 `configs/base/qwen3vl.yaml`, which need not be whole. Blocks merge, key by key; lists, `source.sets`, `model.files`
 and a `source` of another `kind` are taken whole from the file that states them last.
 
-The last column names the stages that read the key, as `pipelines/inputs.yaml` declares it. A changed value runs those
-again, and after them every stage whose inputs came out different. `profile` is part of every command and path;
-`model.path` is where the files of the model lie, which its pins identify."""
+A changed value runs the stages under "read by" again, as `pipelines/inputs.yaml` declares, and of those under "then"
+each whose inputs came out different (`decode` is all four, `decode@base` to `decode@stage2`; `check` runs always).
+`profile` is part of every command and path; `model.path` is where the files of the model lie, which pins identify."""
 
 _TERMS = """\
 In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
@@ -71,7 +81,7 @@ weight is 0 is not computed, but for box terms, which are always logged. Stage 1
 term without a key in its block."""
 
 _METRICS_INTRO = """\
-`reports/<profile>/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
+`runs/<profile>/eval/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
 `stage1-control` and `stage2`, rounded to four digits when written. A metric that the data leave undefined (no object of
 that kind, no prediction) is `null`, never an invented 0. Two digits at the end of a name are an IoU threshold:
 `full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md).
@@ -79,7 +89,7 @@ that kind, no prediction) is `null`, never an invented 0. Two digits at the end 
 `dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys:
 {headline} of each trained checkpoint, and
 `comparison.stage2_vs_control.coco.mAP` with its interval. All of metrics.json between two revisions:
-`dvc metrics diff HEAD --targets reports/<profile>/metrics.json`; with intervals: `coordexp compare`."""
+`dvc metrics diff HEAD --targets runs/<profile>/eval/metrics.json`; with intervals: `coordexp compare`."""
 
 _COMPARISON = """\
 At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and
@@ -89,19 +99,20 @@ counted half)."""
 _LOGS = """\
 `train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
-`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`, `time/step_s`; in stage 1
-`time/wait_s`, the part of it in which processes waited for their batches (a sum over processes); in stage 2 also
+`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`; in stage 2 also
 `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
 `grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
 slots of the step, of all its forwards and processes, 90th percentiles too; those of a first forward beside the last are
-`coord_diag_a1/*`. Terms on boxes are logged as `raw/bbox_*` also where their weight is 0.
+`coord_diag_a1/*`. Terms on boxes are logged as `raw/bbox_*` also where their weight is 0. While a stage runs, its
+log in `.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the part of it in which processes waited for
+their batches (a sum over processes); their sums stand in `runs/<profile>/<stage>.run.json`.
 
 `monitor.jsonl` beside it holds one object for every call of the eval callback (`monitor.every_steps`), over the same
 few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
 `precision`, `recall`, `f1`, `f1_boxes` (names ignored), `matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`,
-`tokens_mean`, `seconds`. The pairing is that of training, not the evaluator's."""
+`tokens_mean`. The pairing is that of training, not the evaluator's."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -124,15 +135,29 @@ _AREAS = {
 _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
 
 
-def parameters_markdown(stages: Sequence[Declaration]) -> str:
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What each stage reads of the parameters, and of the others."""
+
+    declarations: Sequence[Declaration]
+    plans: Mapping[str, StagePlan]
+
+    def touched(self, file: str, key: str) -> tuple[list[str], list[str]]:
+        """The stages that read a key, and those that come after them."""
+        readers = {stage.stage for stage in self.declarations if stage.reads(file, key)}
+        direct = [name for name in self.plans if declared_as(name) in readers]
+        return direct, following(self.plans, direct)
+
+
+def parameters_markdown(graph: Graph) -> str:
     """The page of all parameters: what each means and accepts, and which stages run again when it changes."""
     removed = [[f"`{key}`", _cell(remedy)] for key, remedy in REMOVED.items()]
     parts = [
         "# Parameters",
         GENERATED,
         _PARAMETERS_INTRO,
-        *_blocks(Params, PARAMS_FILE, stages),
-        *_blocks(Profile, PROFILE_FILE, stages),
+        *_blocks(Params, PARAMS_FILE, graph),
+        *_blocks(Profile, PROFILE_FILE, graph),
         "## Terms of the loss",
         _TERMS,
         terms_table(),
@@ -157,11 +182,11 @@ def terms_table() -> str:
     return table(["term", "weight", "taken at", "function", "meaning"], rows, "lllll")
 
 
-def _blocks(root: type[Block], file: str, stages: Sequence[Declaration]) -> Iterator[str]:
+def _blocks(root: type[Block], file: str, graph: Graph) -> Iterator[str]:
     """The section of one file: a table of its top level, if that holds values, and one for each block."""
     yield f"## `{file.replace('${profile}', '<profile>')}`"
     if top := [spec for spec in field_specs(root) if "." not in spec.key]:
-        yield _parameter_table(top, file, stages)
+        yield _parameter_table(top, file, graph)
     for name, field in root.model_fields.items():
         inner = nested_block(field)
         titled = {f"`{name}`": inner} if inner else {}
@@ -169,15 +194,21 @@ def _blocks(root: type[Block], file: str, stages: Sequence[Declaration]) -> Iter
         for title, block in titled.items():
             yield f"### {title}"
             yield inspect.getdoc(block) or ""
-            yield _parameter_table(field_specs(block, f"{name}."), file, stages)
+            yield _parameter_table(field_specs(block, f"{name}."), file, graph)
 
 
-def _parameter_table(specs: Iterable[FieldSpec], file: str, stages: Sequence[Declaration]) -> str:
+def _parameter_table(specs: Iterable[FieldSpec], file: str, graph: Graph) -> str:
     rows = []
     for spec in specs:
-        readers = [stage.stage for stage in stages if stage.reads(file, spec.key)]
-        rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), ", ".join(readers)])
-    return table(["key", "meaning", "accepts", "read by"], rows, "llll")
+        readers, after = (", ".join(_families(stages, graph.plans)) for stages in graph.touched(file, spec.key))
+        rows.append([f"`{spec.key}`", _cell(spec.description), _cell(spec.expected), readers, after])
+    return table(["key", "meaning", "accepts", "read by", "then"], rows, "lllll")
+
+
+def _families(stages: Sequence[str], plans: Iterable[str]) -> list[str]:
+    """Names of stages, those of a whole `foreach` as one."""
+    whole = {declared_as(name) for name in plans} - {declared_as(name) for name in plans if name not in stages}
+    return list(dict.fromkeys(declared_as(name) if declared_as(name) in whole else name for name in stages))
 
 
 def metrics_markdown() -> str:
@@ -217,15 +248,11 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")
 
 
-def results_table(profile: str, root: Path) -> str:
-    """Headline metrics of the committed run, a row for each checkpoint; mAP with its 95 % interval.
-
-    Raises:
-        DataError: the profile has no metrics.json.
-    """
-    path = ProfilePaths(profile, root).reports / "metrics.json"
+def results_table(profile: str, root: Path) -> str | None:
+    """Metrics of a run, a row for each checkpoint; mAP with its 95 % interval. None where the run's outputs are not."""
+    path = ProfilePaths(profile, root).metrics
     if not path.is_file():
-        raise DataError(f"{path}: missing; README.md shows its numbers. Run `make demo`.")
+        return None
     found = json.loads(path.read_text(encoding="utf-8"))
     metrics = metrics_frame({name: found[name]["eval"] for name in CHECKPOINTS})
     keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
@@ -236,11 +263,6 @@ def results_table(profile: str, root: Path) -> str:
     return table(["val", *(specs[key].name for key in keys)], rows)
 
 
-def with_results(readme: str, results: str) -> str:
-    """README.md with its block of results replaced."""
-    return with_block(readme, BEGIN, END, results, "README.md")
-
-
 def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
     """A page with what stands between two markers replaced; raises DataError if they are not there once."""
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -249,17 +271,10 @@ def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", page)
 
 
-def shown_picture(profile: str, root: Path) -> bytes:
-    """The picture of README.md: the last of the gallery in the committed report, one of those that chance picks.
-
-    Raises:
-        DataError: the report has no gallery.
-    """
-    folder = ProfilePaths(profile, root).reports / "gallery"
-    pictures = sorted(folder.glob("*.png"))
-    if not pictures:
-        raise DataError(f"{folder}: holds no picture; README.md shows one. Run `make demo`.")
-    return pictures[-1].read_bytes()
+def shown_picture(profile: str, root: Path) -> bytes | None:
+    """The picture of README.md: the last of the gallery, one of those that chance picks; None without a gallery."""
+    pictures = sorted((ProfilePaths(profile, root).reports / "gallery").glob("*.png"))
+    return pictures[-1].read_bytes() if pictures else None
 
 
 # The step that both pages describe: one pack, of it the visual tokens; all others are supervised.
@@ -327,11 +342,11 @@ def _cells(memory: Memory) -> list[str]:
 
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
-    readme = with_results((root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root))
+    readme, results = (root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root)
     written = {
-        PARAMETERS_PAGE: parameters_markdown(declarations(root)),
+        PARAMETERS_PAGE: parameters_markdown(Graph(declarations(root), stage_plans(root, SHOWN_PROFILE))),
         METRICS_PAGE: metrics_markdown(),
-        README: readme,
+        README: with_block(readme, BEGIN, END, results, str(README)) if results else readme,
     }
     for page, block in ((PRODUCTION_PAGE, one_device_table()), (SCALING_PAGE, sharded_table())):
         text = (root / page).read_text(encoding="utf-8")
@@ -344,8 +359,9 @@ def main() -> None:
     for path, text in pages(Path()).items():
         write_text(path, text)
         print(path)
-    write_bytes(PICTURE, shown_picture(SHOWN_PROFILE, Path()))
-    print(PICTURE)
+    if picture := shown_picture(SHOWN_PROFILE, Path()):
+        write_bytes(PICTURE, picture)
+        print(PICTURE)
 
 
 if __name__ == "__main__":

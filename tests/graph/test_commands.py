@@ -1,0 +1,154 @@
+"""Every command of README and docs runs as it is written, in a clone in which the smoke profile ran.
+
+`tiny` reads `smoke`, and NAME the name of an experiment. What takes hours, GPUs, servers or a network is named in
+NOT_RUN with a reason, and only its options are checked. A command that nobody names there is run.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from dvc.cli import parse_args
+
+from coordexp import cli
+from smoke_clone import Clone
+from source_tree import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]  # one worker: the clone is made once
+
+# In the order in which a reader meets them: what one leaves is what the next finds.
+FIRST = ("README.md", "docs/quickstart.md", "docs/recipes.md", "docs/sharing.md")
+PAGES = [*(ROOT / page for page in FIRST)]
+PAGES += sorted(page for page in (ROOT / "docs").glob("*.md") if page not in PAGES)
+# A pattern that a whole command has to fit, and why it is not run.
+NOT_RUN = {
+    r"make (demo|test)|make env": "minutes: builds the environment; the clone is what `dvc repro` left",
+    r"git clone .*|cd .*|source .*": "the clone is there, and on the path",
+    r"coordexp ab (?!.*--dry).*": "trains for minutes to hours; tests/graph/test_smoke.py runs one",
+    r"coordexp monitor .*|ls \.resume/.*|.* runs/monitor/.*": "watches a run in progress; tests/experiments",
+    r"coordexp convert .*": "a data set of the user; tests/records",
+    r".*coco-qwen3vl-.*|.*datasets/coco.*|.* published .*": "COCO, a Qwen3-VL; test_production.py is smaller",
+    r"sudo .*|pip install .*|.*(s3|ssh)://.*|dvc remote modify storage .*": "a network",
+    r".*(/where/|torchrun|accelerate).*|export .*|tensorboard .*": "servers and GPUs",
+    r"#!/bin/bash\n.*": "SLURM",
+}  # fmt: skip
+PACKAGES_OF_OTHERS = {"supervision", "fiftyone"}
+
+
+def fences(language: str) -> Iterator[tuple[str, str]]:
+    """Page and text of every fenced block."""
+    for page in PAGES:
+        for block in re.findall(
+            rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
+        ):
+            yield page.name, block
+
+
+def split(block: str) -> list[str]:
+    """The single commands of a block, a script as one, without comments at the end of a line."""
+    if block.startswith("#!"):
+        return [block]
+    lines = block.replace("\\\n", " ").splitlines()
+    found = (part for line in lines for part in re.sub(r"(^|\s+)#.*", "", line).split(" && "))
+    return [" ".join(part.split()) for part in found if part.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for _, block in fences("sh") for command in split(block)))
+LISTED = {command for command in COMMANDS if any(re.fullmatch(p, command, re.DOTALL) for p in NOT_RUN)}
+BLOCKS = [block for _, block in fences("python")]
+COMMAND_OF_TYPER = typer.main.get_command(cli.app)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_a_command_exist(command: str) -> None:
+    """All commands; those that are run too say so sooner here."""
+    if command.startswith("#!"):
+        assert subprocess.run(["bash", "-n"], input=command, text=True).returncode == 0
+        return
+    program, *words = (word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word))
+    if program == "coordexp":
+        assert words[0] in COMMAND_OF_TYPER.commands, command
+        known = {name for option in COMMAND_OF_TYPER.commands[words[0]].params for name in option.opts}
+        assert {word.split("=")[0] for word in words if word.startswith("-")} <= known, command
+    elif program == "dvc":
+        parse_args(words)  # argparse: exits with its own message
+    elif program == "make":
+        done = subprocess.run(
+            ["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_what_is_not_run_is_there(pattern: str) -> None:
+    assert any(re.fullmatch(pattern, command, re.DOTALL) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_fences(page: Path) -> None:
+    """Else nothing here would see them."""
+    assert (
+        re.findall(r"^    (?:coordexp|dvc|git|make|pip|python) .*", page.read_text("utf-8"), flags=re.MULTILINE) == []
+    )
+
+
+@pytest.fixture(scope="module")
+def reader(clone: Clone, reproduced: str, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy of the clone that has a git remote, for what a reader of the documents does to it."""
+    root, bare = tmp_path_factory.mktemp("reader") / "clone", tmp_path_factory.mktemp("git") / "bare.git"
+    shutil.copytree(clone.root, root, symlinks=True)
+    shutil.rmtree(root / ".git" / "refs" / "exps", ignore_errors=True)  # experiments of other tests
+    copy = Clone(root, clone.home)
+    copy.succeed("git", "checkout", "--quiet", "--force", "main")
+    copy.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(bare))
+    copy.succeed("git", "remote", "add", "origin", str(bare))
+    copy.succeed("git", "push", "--quiet", "--set-upstream", "origin", "main")
+    return copy
+
+
+def for_smoke(text: str, reader: Clone) -> str:
+    """A text of the documents with this clone's profile, experiment and folder of the remote."""
+    text = re.sub(r"\btiny\b", "smoke", text).replace("/mnt/share", str(reader.root.parent))
+    if "NAME" in text:
+        names = reader.succeed("git", "for-each-ref", "--sort=creatordate", "--format=%(refname)", "refs/exps/*/*/*")
+        text = text.replace("NAME", names.split()[0].rpartition("/")[2])  # the first, also when others follow
+    return text
+
+
+@pytest.fixture
+def inside(reader: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, in the clone and with its environment."""
+    monkeypatch.chdir(reader.root)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for name, value in reader.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in LISTED])
+@pytest.mark.usefixtures("inside")
+def test_a_command_runs_as_written(command: str, reader: Clone, capfd: pytest.CaptureFixture[str]) -> None:
+    written = for_smoke(command, reader)
+    program, *words = shlex.split(written)
+    if program == "coordexp":  # without another start of Python
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert not ended.value.code, capfd.readouterr()
+        return
+    if program == "make":  # the environment is that of the tests
+        written = " ".join(["make", "--old-file=env", *map(shlex.quote, words)])
+    reader.succeed("bash", "-c", written)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("inside")
+def test_python_runs_as_written(block: str, reader: Clone) -> None:
+    code = compile(for_smoke(block, reader), "documents", "exec")
+    if not PACKAGES_OF_OTHERS & set(re.findall(r"^import (\w+)", block, flags=re.MULTILINE)):
+        exec(code, {"__name__": "documents"})
