@@ -15,7 +15,7 @@ from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN
 from coordexp.errors import DataError
 from coordexp.infra.files import write_bytes
 from coordexp.infra.random_streams import generator
-from coordexp.records.images import image_path, read_rgb
+from coordexp.records.images import read_record_rgb, record_sha256
 from coordexp.reporting.outcomes import Fate, Outcomes
 
 SHOWN, BEFORE = "stage2", "stage1"
@@ -76,13 +76,12 @@ def _checked(per_image: pd.DataFrame, checkpoint: str, dup_key: str) -> pd.DataF
     return per_image
 
 
-def image_paths(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[Path]:
-    """The file of each pick; raises DataError naming one that is not there."""
-    paths = [image_path(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image) for pick in picks]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
-    return paths
+def image_names(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[str]:
+    """The image of each pick; raises DataError naming one that is not there."""
+    names = [outcomes[SHOWN].of_image(pick.image_id)[0].image for pick in picks]
+    for name in names:
+        record_sha256(image_root, name)
+    return names
 
 
 def write_gallery(
@@ -90,9 +89,9 @@ def write_gallery(
 ) -> None:
     """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pick, path in zip(picks, image_paths(picks, outcomes, image_root), strict=True):
+    for pick, name in zip(picks, image_names(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
-        data = _small_picture(read_rgb(path), pick.image_id, {name: outcomes[name] for name in shown})
+        data = _small_picture(read_record_rgb(image_root, name), pick.image_id, {run: outcomes[run] for run in shown})
         write_bytes(folder / pick.file_name, data)
 
 
