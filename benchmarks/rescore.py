@@ -38,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     engine = HfEngine(checkpoint, run.paths.raw, batch)
     request = DecodeRequest(params=run.params.decode, codec=run.params.text.codec, seed=run.params.seed)
     briefly = replace(request, params=request.params.model_copy(update={"max_new_tokens": 1}))
-    reader = make_reader(checkpoint, request.params)
+    reader = make_reader(checkpoint)
     collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
     generations: list[Generation] = engine.generate(samples, request)
     positions = [coord_positions(reader.parse(generation)) for generation in generations]

@@ -1,4 +1,4 @@
-"""Decode base, stage 1, the control and stage 2 on val, and evaluate them."""
+"""Score and evaluate what base, stage 1, the control and stage 2 answered on val."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from coordexp.config.run import RunConfig
 from coordexp.evaluation.parse import faults_of
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.matching.summary import ratio_text
-from coordexp.models.pins import pinned_folder
-from coordexp.rollout.stages import decode_val
+from coordexp.rollout.scoring import score_folder
 from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
     """Write predictions per checkpoint, and the metrics of all of them."""
     for name in CHECKPOINTS:
-        is_base = name == "base"
-        folder = pinned_folder(context.profile.model, context.params.profile) if is_base else context.paths.run(name)
-        decoded = decode_val(context, name, folder)
-        LOG.info("%s: %s", name, "decoded" if decoded else "same weights and settings: decode reused")
+        score_folder(context.paths.decoded(name), context.params.decode, context.paths.evaluation(name))
     metrics = evaluate_run(context.params, context.paths)
     for name in CHECKPOINTS:
         areas = metrics[name]["eval"]

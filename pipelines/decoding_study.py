@@ -6,7 +6,6 @@ own: every prediction carries the alternatives.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,9 +16,9 @@ from coordexp.evaluation.evaluator import rounded
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import ImageResult, read_results
+from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.reporting.decoding_tables import decoding_markdown
-from coordexp.rollout.stages import decode_split
+from coordexp.rollout.stages import decode_kept
 from coordexp.stage import LOG, stage_main
 
 FREE = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
@@ -68,10 +67,9 @@ def _decode(
     """Results on val under changed decode parameters, and the summary of the decode."""
     decode = context.params.decode.model_copy(update=changes)
     params = context.params.model_copy(update={"decode": decode, "seed": seed})
-    folder = decode_split(replace(context, params=params), context.paths.run(name), "val")
-    summary = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
+    results, summary = decode_kept(replace(context, params=params), name)
     LOG.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
-    return list(read_results(folder / "gt_vs_pred.jsonl")), summary
+    return results, summary
 
 
 if __name__ == "__main__":

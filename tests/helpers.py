@@ -35,7 +35,7 @@ from coordexp.packing.samples import Sample, SampleSource, SampleStore
 from coordexp.records.schema import ObjectRecord, Record, read_records, write_records
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, Generation
-from coordexp.rollout.records import Rollout, match_rollouts
+from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, write_generations
 from coordexp.rollout.rescore import rescore
 from coordexp.text.codecs import AnswerEncoder, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
@@ -230,9 +230,8 @@ def sample_of(checkpoint: Checkpoint, codec: str, names: tuple[str, ...] = tuple
 
 def answer_reader(checkpoint: Checkpoint, codec: str = "json") -> AnswerReader:
     """A reader of this checkpoint's answers."""
-    decode = changed(PARAMS.decode, box="argmax", score="coord_logprob")
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
-    return AnswerReader(table, codec, {"model": "tiny"}, decode)
+    return AnswerReader(table, codec, {"model": "tiny"})
 
 
 def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObject], codec: str = "json") -> Rollout:
@@ -240,7 +239,7 @@ def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObj
     answer = AnswerEncoder(checkpoint.tokenizer, get_codec(codec)).encode(objects)
     generation = Generation(answer.ids, "stop")
     parsed = answer_reader(checkpoint, codec).parse(generation)
-    return match_rollouts([sample], [generation], [parsed], PARAMS.matching)[0]
+    return match_rollouts([parsed_rollout(sample.image_id, generation, parsed)], [sample], PARAMS.matching)[0]
 
 
 def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]:
@@ -254,7 +253,14 @@ def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]
     broken = world.samples[-1]
     garbage = Generation(broken.answer_ids[1:4], "length")
     parsed = answer_reader(checkpoint).parse(garbage)
-    return rollouts | {broken.image_id: match_rollouts([broken], [garbage], [parsed], PARAMS.matching)[0]}
+    return rollouts | {broken.image_id: parsed_rollout(broken.image_id, garbage, parsed)}
+
+
+def put_rollouts(paths: ProfilePaths, rollouts: Mapping[int, Rollout]) -> None:
+    """Put rollouts on file as the stage does: what was generated."""
+    generations = {i: Generation(np.array(r.ids, np.int32), r.finish_reason) for i, r in rollouts.items()}
+    paths.rollouts.parent.mkdir(exist_ok=True)
+    write_generations(paths.rollouts, generations)
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,13 @@ class Recorder:
         self.keys: set[Key] = set()
         self._places: dict[int, tuple[Block, str, str]] = {}  # keeps the block: its id must stay its own
 
-    def run(self, stage: Callable[[RunConfig], None]) -> Callable[[RunConfig], None]:
+    def run(self, stage: Callable[..., None]) -> Callable[..., None]:
         """The stage, with parameters under watch."""
 
-        def run(context: RunConfig) -> None:
+        def run(context: RunConfig, *names: str) -> None:
             self._watch(context.params, PARAMS_FILE, "")
             self._watch(context.profile, PROFILE_FILE, "")
-            stage(context)
+            stage(context, *names)
 
         return run
 

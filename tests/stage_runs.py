@@ -15,8 +15,7 @@ from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
 from coordexp.models.loading import load_checkpoint
-from coordexp.rollout.records import write_rollouts
-from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, teacher_rollouts
+from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, put_rollouts, teacher_rollouts
 
 REPOSITORY = Path(__file__).parents[1]
 ENDS_WITHIN_S = 240.0
@@ -28,8 +27,7 @@ EXACT = {"precision": "fp32", "optimizer": "adamw", "lr": 1e-4}
 def add_rollouts(space: Workspace, world: World) -> None:
     """Put rollouts, one of which does not parse, and stage 2's compute on file."""
     checkpoint = load_checkpoint(space.paths.run("stage1"))
-    space.paths.run("rollout").mkdir()
-    write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
     space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
 
 

@@ -33,8 +33,8 @@ from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.images import read_rgb, to_rgb
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
-from coordexp.rollout.decode import readable
 from coordexp.rollout.engine import DecodeRequest, Engine, Journal, greedy
+from coordexp.rollout.scoring import readable
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
@@ -162,8 +162,8 @@ class Detector:
         self._folder = folder
         form = checkpoint.detection
         self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(form.codec), checkpoint.pixels)
-        decode = readable(greedy(max_new_tokens, form.box, form.score), form.codec)
-        self._reader = make_reader(checkpoint, decode)
+        decode = readable(greedy(max_new_tokens, form.box, form.score), form.codec != "digits")
+        self._reader = make_reader(checkpoint)
         self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
         self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None

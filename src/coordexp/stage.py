@@ -8,8 +8,10 @@ import errno
 import logging
 import os
 import platform
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from coordexp.errors import (
     Interrupted,
     TrainingError,
 )
+from coordexp.infra.provenance import add_to_run_record, run_facts
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
 
@@ -71,8 +74,10 @@ def _tune_allocator() -> AllocatorDecision:
     return AllocatorDecision(True, f"glibc {version}: returning and zeroing pages again costs more than the work")
 
 
-def stage_main(run: Callable[[RunConfig], None], argv: Sequence[str] | None = None) -> int:
-    """Run one stage as a process and return its exit code.
+def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, names: Sequence[str] = ()) -> int:
+    """Run one stage as a process, leave the record of the run, and return its exit code.
+
+    A stage that exists once for each of `names` gets the name as its second argument.
 
     Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
     interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback.
@@ -82,7 +87,7 @@ def stage_main(run: Callable[[RunConfig], None], argv: Sequence[str] | None = No
     # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
     on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(_context(run, argv))
+        _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
     except Interrupted as error:
         return _fail(f"interrupted: {error}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
@@ -108,18 +113,49 @@ def _write_fault(error: OSError) -> str:
     )
 
 
-def _context(run: Callable[[RunConfig], None], argv: Sequence[str] | None) -> RunConfig:
-    args = _parser(run.__doc__).parse_args(argv)
+def _run_recorded(run: Callable[..., None], args: argparse.Namespace) -> None:
+    """Run the stage; of several processes of one training, the one that started them keeps the record."""
+    stage = _stage_name(run)
+    context = _context(args, stage)
+    record = context.paths.run_record(f"{stage}@{args.name}" if args.name else stage)
+    is_part = "RANK" in os.environ
+    if not is_part:
+        record.unlink(missing_ok=True)
+    started, cpu_before = time.monotonic(), _cpu_seconds()
+    run(context, args.name) if args.name else run(context)
+    if stage and not is_part:
+        facts = run_facts(
+            record.name.removesuffix(".run.json"), time.monotonic() - started, _cpu_seconds() - cpu_before
+        )
+        add_to_run_record(record, facts)
+
+
+def _stage_name(run: Callable[..., None]) -> str:
+    """Each stage has its name from the file of its entry."""
+    code = getattr(run, "__code__", None)
+    return Path(code.co_filename).stem.replace("_", "-") if code else ""
+
+
+def _cpu_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _context(args: argparse.Namespace, stage: str) -> RunConfig:
     context = RunConfig.read(args.params, args.profile, args.out)
-    if code := getattr(run, "__code__", None):  # each stage has its name from the file of its entry
-        refuse_stale(context, args.params.parent, Path(code.co_filename).stem.replace("_", "-"))
+    if stage:
+        refuse_stale(context, args.params.parent, stage)
     tune_allocator(LOG)
     set_threads(context.profile.launch.threads, LOG)
     return context
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
+def _parser(description: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
+    if names:
+        parser.add_argument("name", choices=names, help="of which checkpoint")
+    else:
+        parser.set_defaults(name="")
     parser.add_argument("--profile", help="which configs/<profile>.yaml; default: `profile` of the parameter file")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of data/, runs/ and reports/ (default: here)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +139,6 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
 
     An interrupted run continues from `state`.
     """
-    started = time.monotonic()
     options, seed = params["train"], params["seed"]
     tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).seen)
     vlm = build_tiny(tokenizer, seed)
@@ -172,7 +170,7 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
     schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
     train(model, task, optim, state, state / "train_log.jsonl", save_every_seconds=240, schedule=schedule)
-    finish_base(home, vlm, tokenizer, pixels, state / "train_log.jsonl", params, time.monotonic() - started)
+    finish_base(home, vlm, tokenizer, pixels, state / "train_log.jsonl", params)
 
 
 def prepare_base_samples(
@@ -211,7 +209,6 @@ def finish_base(
     pixels: PixelSpec,
     log_path: Path,
     params: Mapping[str, Any],
-    seconds: float,
 ) -> None:
     """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
@@ -222,10 +219,9 @@ def finish_base(
     metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}
     write_curve(log_path, folder / "train_loss.tsv", names, every=CURVE_EVERY)
     write_json(home / "metrics.json", metrics | {"steps": len(rows)})
-    step_seconds = round(sum(row["time/step_s"] for row in rows), 1)
     catalog = {"sprites": Path(params["sprites"]) / "catalog.json"}
-    extra = {"steps": len(rows), "step_seconds": step_seconds, "metrics": metrics}
-    write_json(folder / "run_metadata.json", run_metadata("base", params, catalog, seconds, extra))
+    extra = {"steps": len(rows), "metrics": metrics}
+    write_json(folder / "run_metadata.json", run_metadata("base", params, catalog, extra))
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:

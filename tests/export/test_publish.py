@@ -18,6 +18,7 @@ from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
 from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
+from coordexp.evaluation.evaluator import evaluate, rounded
 from coordexp.export.publish import coco_results, export, write_server_results
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.models.loading import METADATA, checkpoint_hashes, load_format, save_checkpoint
@@ -77,15 +78,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunC
     folder = paths.run("stage2")
     save_checkpoint(folder, checkpoint)
     (folder / "train_log.jsonl").touch()
-    metadata = run_metadata("stage2", {}, {}, 1.0, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
+    metadata = run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
     write_json(folder / METADATA, metadata)
     write_json(paths.records / "categories.json", [c.to_json() for c in CATEGORIES])
-    paths.reports.mkdir(parents=True)
-    shutil.copy(repository / "reports" / "tiny" / "metrics.json", paths.reports)
     nothing = ImageResult(
         image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
         finish_reason="stop", n_generated_tokens=1, identity={},
     )  # fmt: skip
+    evaluation = evaluate([nothing], CATEGORIES, run.params.eval, run.params.matching, run.params.seed)
+    metrics = {"eval": rounded(evaluation.metrics)}
+    write_json(paths.metrics, {"stage2": metrics, "base": metrics})
     paths.evaluation("stage2").mkdir(parents=True)
     write_results(paths.evaluation("stage2") / "gt_vs_pred.jsonl", [nothing])
     return run

@@ -24,8 +24,11 @@ from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # inside DVC
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-CHAIN = ("check", "raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2", "coco-eval", "report")
-STAGES = {*CHAIN, "stage1-control"}
+CHAIN = (
+    *("check", "raw", "convert", "norm1000", "pack", "stage1", "rollout", "stage2"),
+    *("decode@stage2", "coco-eval", "report"),
+)
+STAGES = {*CHAIN, "stage1-control", *(f"decode@{name}" for name in CHECKPOINTS)}
 TABLE = declarations(ROOT)
 READ_BY_NONE = {"profile", "model.path"}  # one is in every command and path, the other is known by the pins
 
@@ -81,8 +84,10 @@ def test_every_profile_has_all_stages_with_their_entries(profile: str) -> None:
     stages = graph(profile)
     assert stages.keys() == STAGES
     for name, node in stages.items():
-        module = name.replace("-", "_")
-        assert node.cmd == f"PYTHONPATH=src python -m pipelines.{module} --profile {profile}"
+        entry, _, which = name.partition("@")
+        module = entry.replace("-", "_")
+        command = f"pipelines.{module} {which}".strip()
+        assert node.cmd == f"PYTHONPATH=src python -m {command} --profile {profile}"
         assert (ROOT / "pipelines" / f"{module}.py").is_file()
 
 
@@ -127,7 +132,7 @@ def test_no_dependency_is_a_link_or_a_model(profile: str) -> None:
         assert not [file for file in found if file.is_symlink()]
     assert not [dep for dep in given if inside(dep, "models")]
     # Later checkpoints hold what they were made from.
-    assert {stage.stage for stage in TABLE if stage.reads(PROFILE_FILE, "model.files")} == {"norm1000", "coco-eval"}
+    assert {stage.stage for stage in TABLE if stage.reads(PROFILE_FILE, "model.files")} == {"norm1000", "decode"}
 
 
 def test_profiles_do_not_share_outputs() -> None:
@@ -148,12 +153,18 @@ def test_folders_are_where_the_library_looks(profile: str) -> None:
         "rollout": paths.run("rollout"),
         "stage2": paths.run("stage2"),
         "stage1-control": paths.run("stage1-control"),
+        **{f"decode@{name}": paths.decoded(name) for name in CHECKPOINTS},
         "coco-eval": paths.run("eval"),
         "report": paths.reports / "progress.md",
     }
     for name, folder in folders.items():
         assert folder.as_posix() in stages[name].outs, name
-    assert all(paths.run(checkpoint).as_posix() in stages["coco-eval"].deps for checkpoint in CHECKPOINTS[1:])
+    for checkpoint in CHECKPOINTS:
+        assert paths.decoded(checkpoint).as_posix() in stages["coco-eval"].deps
+        assert checkpoint == "base" or paths.run(checkpoint).as_posix() in stages[f"decode@{checkpoint}"].deps
+    # Judging other answers, or the same ones otherwise, needs no weights.
+    weights = {paths.run(checkpoint).as_posix() for checkpoint in CHECKPOINTS[1:]}
+    assert weights.isdisjoint(stages["coco-eval"].deps)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -190,8 +201,9 @@ def test_every_parameter_is_read_by_a_stage(profile: str) -> None:
         ("bbox_ciou_weight", {"stage2", "report"}),
         ("sigma", {"stage1", "stage1-control", "stage2", "report"}),
         ("stage1.softce_weight", {"stage1", "stage1-control", "report"}),
-        ("matching.gate", {"rollout", "stage2", "coco-eval", "report"}),
-        ("decode.score", {"rollout", "coco-eval", "report"}),
+        ("matching.gate", {"stage2", "coco-eval", "report"}),
+        ("decode.score", {"coco-eval", "report"}),
+        ("decode.grammar", {"rollout", "stage2", "decode", "report"}),
         ("eval.mapping", {"coco-eval", "report"}),
         ("text.object_order", {"norm1000", "stage1", "stage1-control", "stage2", "report"}),
     ],

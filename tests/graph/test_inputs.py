@@ -17,7 +17,7 @@ from pipelines import check, pack
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import load_params, load_profile, read_yaml
-from coordexp.config.paths import ProfilePaths
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.presets import leaves
 from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
@@ -45,7 +45,6 @@ ELSEWHERE_OF = {
         "bad_images", "crop", "crowd", "flip", "listed_names", "negative_rate", "over_max", "overlap", "scale_jitter",
         "truncated",
     )},
-    "rollout": {"decode.score"},  # of the objects in answers
     "stage2": {"rollout.batch_images"},  # fresh rollouts
     "coco-eval": {"eval.semantic_floor", "eval.semantic_margin"},  # mapping: semantic
 }  # fmt: skip
@@ -113,6 +112,8 @@ def test_a_comment_or_a_docstring_in_every_file_changes_nothing(root: Path) -> N
     [
         ("coordexp.reporting.gallery", {"report"}),
         ("coordexp.evaluation.coco", {"coco-eval", "report"}),
+        ("coordexp.rollout.rescore", {"rollout", "decode", "stage1", "stage2", "stage1-control"}),
+        ("coordexp.rollout.confidence", {"decode", "coco-eval", "rollout", "stage1", "stage2", "stage1-control"}),
         ("coordexp.training.stage2", {"stage2"}),
         ("coordexp.training.loop", {"stage1", "stage2", "stage1-control"}),
         ("coordexp.config.removed", set()),
@@ -202,7 +203,9 @@ def read_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, se
         for name, stage in STAGES.items():
             with recording() as recorder:
                 run = importlib.import_module(stage.entry).run
-                assert stage_main(recorder.run(run), []) == 0, name
+                names = CHECKPOINTS if name == "decode" else ()
+                for which in names or ("",):
+                    assert stage_main(recorder.run(run), [which] if which else [], names) == 0, name
             found[name] = recorder.keys
         yield found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from scipy.stats import binomtest
 
 from coordexp.matching.matcher import match
-from coordexp.matching.summary import MatchCounts, ratio_text
+from coordexp.matching.summary import MatchCounts, ratio_text, wilson
 from helpers import PARAMS
 
 # Step, F1, precision, recall, predictions, matched, false positives, false negatives of a published evaluation.
@@ -36,6 +37,27 @@ def test_nothing_matched(n_pred, n_gt, expected):
     assert (counts.precision, counts.recall, counts.f1) == expected
     assert counts.matched_iou_mean is None
     assert [ratio_text(ratio) for ratio in expected] == ["undefined" if r is None else "0.000" for r in expected]
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (90, 400), (0, 1)])
+def test_wilson_equals_scipy(hits, n):
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(50, 39, 20), (3, 9, 3), (7, 7, 7), (9, 4, 0)])
+def test_an_interval_holds_its_ratio_and_that_of_f1_is_the_one_of_the_jaccard_index(counts):
+    found = MatchCounts(*counts)
+    for name, (low, high) in found.intervals.items():
+        assert 0 <= low <= getattr(found, name) <= high <= 1
+    n_pred, n_gt, n_matched = counts
+    low, high = found.intervals["f1"]
+    assert (low / (2 - low), high / (2 - high)) == pytest.approx(wilson(n_matched, n_pred + n_gt - n_matched))
+
+
+def test_without_predictions_or_objects_there_is_no_interval():
+    assert MatchCounts(0, 4).intervals["precision"] is None
+    assert MatchCounts(4, 0).intervals | {"precision": None} == dict.fromkeys(("precision", "recall", "f1"))
 
 
 def test_ratios_are_sums_over_sums():

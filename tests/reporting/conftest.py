@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordexp.reporting.inputs import ReportInputs
-from coordexp.reporting.report import build_report
+from coordexp.reporting.report import DETAILS, PAGE, build_report
 from reporting.synthetic import build_run
 
 
@@ -21,8 +21,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> ReportInputs:
 
 @pytest.fixture(scope="session")
 def report(inputs: ReportInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The path of its progress.md, figures and gallery beside it."""
+    """The path of its progress.md, with the pictures, the details and all that DVC keeps beside it."""
     return build_report(inputs, tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="session")
+def text(report: Path) -> str:
+    """Page one and the details."""
+    return "\n".join(report.with_name(name).read_text(encoding="utf-8") for name in (PAGE, DETAILS))
 
 
 @pytest.fixture(scope="session")

@@ -92,9 +92,7 @@ def build_run(
         results = answered(name, _predict(records, catalog, name, 10 + n))
         paths.evaluation(name).mkdir(parents=True)
         write_results(paths.evaluation(name) / "gt_vs_pred.jsonl", results)
-        write_json(
-            paths.evaluation(name) / "decode.json", {"codec": "json", "images": images, "tokens": 9, "seconds": 1.5}
-        )
+        write_json(paths.evaluation(name) / "decode.json", {"codec": "json", "images": images, "tokens": 9})
     evaluate_run(inputs.run.params, paths)
     _write_small_files(inputs)
     _write_logs(inputs, steps, has_objects=any(_objects(record) for record in records))
@@ -201,20 +199,28 @@ def _write_small_files(inputs: ReportInputs) -> None:
             inputs.runs / stage / "run_metadata.json",
             {
                 "stage": stage,
-                "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
                 "settings": {"seed": 17, "objective": {"softce_weight": 1.0}},
                 "inputs": {"train.parquet": "00feed0000000001", "plan.parquet": "00beef0000000002"},
-                "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.19.0"},
-                "hardware": {"machine": "x86_64", "cpus": 2, "system": "Linux"},
-                "wall_seconds": 210.5 + 10 * number,
                 "steps": 300 if stage == "stage1" else 150,
                 "samples": 9600,
                 "tokens": 1_000_000 + 1000 * number,
-                "step_seconds": 200.1 + 10 * number,
-                "monitor_seconds": 4.4 if number else 6.6,
                 "final_loss": 2.7183,
             },
         )
+        write_record(inputs, stage, commit="0123456789abcdef", machine="x86_64", finished=f"2026-01-02T03:0{number}:00")
+
+
+def write_record(inputs: ReportInputs, stage: str, commit: str, machine: str, finished: str) -> None:
+    """The run record of a stage: what never repeats."""
+    record = {
+        "stage": stage,
+        **{"wall_seconds": 210.5, "cpu_seconds": 400.1, "step_seconds": 200.1, "monitor_seconds": 4.4},
+        "git": {"commit": commit, "dirty": False},
+        "versions": {"python": "3.11.9", "torch": "2.13.0"},
+        "hardware": {"machine": machine, "cpus": 2},
+        "finished": finished,
+    }
+    write_json(inputs.run.paths.run_record(stage), record)
 
 
 def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
@@ -267,7 +273,6 @@ def _look(rng: np.random.Generator, step: int) -> dict[str, Any]:
             "dup_pairs_90": int(rng.integers(0, 3)),
             "parse_rate": 0.9375,
             "truncated": 1,
-            "seconds": 1.1,
         },
     }
 

@@ -73,8 +73,6 @@ WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
         ("Every step is logged once", "logs", lose_a_step),
         ("softCE minus KL", "logs", raise_softce),
         ("The control trained on as much", "metadata", set_in("stage1-control", "tokens", to=5)),
-        ("All training ran from one clean commit", "metadata", set_in("stage1", "git", "dirty", to=True)),
-        ("All training ran from one clean commit", "metadata", set_in("stage1", "git", "commit", to="f" * 40)),
         ("No checkpoint exceeds the upper bound", "upper_bound", set_in("mAP", to=0.001)),
         ("Stage 1 is better than the base", "comparison", set_in("stage1_vs_base", "coco.AP50", to=WORSE)),
         ("Stage 2 is not shown to be worse", "comparison", set_in("stage2_vs_stage1", "coco.mAP", to=WORSE)),

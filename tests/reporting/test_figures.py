@@ -6,24 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
-from scipy.stats import binomtest
 
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.figures_coordinates import RULES, bin_errors, choose_strips
-from coordexp.reporting.figures_evaluation import wilson, write_evaluation_figures
+from coordexp.reporting.figures_evaluation import pr_curves, write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.outcomes import Outcomes, judge
 from reporting.synthetic import changed
-
-
-@pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (90, 400), (0, 1)])
-def test_wilson_equals_scipy(hits: int, n: int) -> None:
-    expected = binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def image(image_id: int, pred: tuple[Prediction, ...]) -> ImageResult:
@@ -46,7 +38,8 @@ def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, 
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 5
+    assert pr_curves(data.pr_curves, height_in=3).axes
 
 
 def test_an_experiment_with_another_weight_has_two_floors(inputs: ReportInputs, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.gallery import (
+    EXAMPLE,
     FALSE,
-    MAX_PICTURE_BYTES,
+    GALLERY,
     MISSED,
     RIGHT,
     GalleryPick,
     choose_images,
+    write_example,
     write_gallery,
 )
 from coordexp.reporting.inputs import ReportInputs, load_report_data
@@ -60,7 +62,8 @@ def test_each_rule_takes_its_worst_and_no_image_twice() -> None:
 def test_a_rule_without_candidates_leaves_its_share_to_chance() -> None:
     calm = rows(i1=(0, 0, 0), i2=(0, 0, 0), i3=(0, 0, 0), i4=(0, 0, 0))
     picks = choose_images({"stage1": calm, "stage2": calm}, "dup_pairs_90", 4, 17)
-    assert [(pick.rule, pick.number) for pick in picks] == [("random", n) for n in (1, 2, 3, 4)]
+    assert [pick.rule for pick in picks] == ["random"] * 4
+    assert sorted(pick.image_id for pick in picks) == [1, 2, 3, 4]
 
 
 def test_more_than_there_is_takes_all() -> None:
@@ -76,8 +79,21 @@ def test_the_random_rule_follows_the_seed() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_files_are_numbered_and_named_by_image() -> None:
-    assert GalleryPick(7, "random", 139).file_name == "0007_139.png"
+def test_a_file_is_named_by_its_image_and_those_drawn_at_random_stay() -> None:
+    """Where an answer changes, only the pictures that a rule newly chose are others."""
+    calm = pd.DataFrame(0, pd.Index(range(1, 200), name="image_id"), ["fp_50", "fn_50", "dup_pairs_90"])
+
+    def names(stage2: pd.DataFrame, rule: str) -> list[str]:
+        picks = choose_images({"stage1": calm, "stage2": stage2}, "dup_pairs_90", 8, 17)
+        return [pick.file_name for pick in picks if pick.rule == rule]
+
+    drawn = names(calm, "random")
+    assert len(drawn) == 8
+    better, worse = calm.copy(), calm.copy()
+    missed = [int(name.removesuffix(".png")) for name in drawn[:2]]
+    better.loc[missed, "fn_50"], worse.loc[missed, "fn_50"] = [2, 1], [1, 2]  # the ranks change places
+    assert set(names(better, "most misses")) == set(names(worse, "most misses")) == set(drawn[:2])
+    assert names(better, "random") == names(worse, "random") == drawn[2:]
 
 
 def test_tables_of_different_images_are_refused() -> None:
@@ -101,10 +117,11 @@ def test_pictures_show_the_three_fates_and_two_or_three_panels(inputs: ReportInp
     outcomes = {name: judge(data.results[name], data.categories) for name in ("stage1", "stage2")}
     counts = data.per_image["stage2"][["tp_50", "fp_50", "fn_50"]]
     all_fates = int(counts[(counts > 0).all(axis=1)].index[0])
-    picks = [GalleryPick(n, rule, all_fates) for n, rule in enumerate(("random", "biggest change"), 1)]
-    write_gallery(picks, outcomes, inputs.image_root, tmp_path)
-    two, size_two = colours_in(tmp_path / picks[0].file_name)
-    _, size_three = colours_in(tmp_path / picks[1].file_name)
+    picks = [GalleryPick(rule, all_fates) for rule in ("random", "biggest change")]
+    for pick in picks:
+        write_gallery([pick], outcomes, inputs.image_root, tmp_path / pick.rule)
+    two, size_two = colours_in(tmp_path / "random" / f"{all_fates}.png")
+    _, size_three = colours_in(tmp_path / "biggest change" / f"{all_fates}.png")
     assert {RIGHT.colour, FALSE.colour, MISSED.colour} <= two
     gap = 6
     assert (size_three[0] - 2 * gap) / 3 == (size_two[0] - gap) / 2
@@ -117,8 +134,10 @@ def test_a_photograph_fits_the_budget_and_keeps_the_colours_of_the_boxes(tmp_pat
     pred = (Prediction("person", person, (0, 0, 0, 0), score=0.9), Prediction("rocket", flag, (0, 0, 0, 0), score=0.2))
     result = ImageResult(7, "photo.jpg", 640, 480, gt, pred, "", ParseReport(True, 2), "stop", 9)
     outcomes = {"stage2": judge([result], [Category(n, name) for n, name in enumerate(("person", "flag", "rocket"))])}
-    pick = GalleryPick(1, "random", 7)
+    pick = GalleryPick("random", 7)
     write_gallery([pick], outcomes, tmp_path, tmp_path / "gallery")
     drawn = tmp_path / "gallery" / pick.file_name
-    assert drawn.stat().st_size <= MAX_PICTURE_BYTES
+    assert drawn.stat().st_size <= GALLERY.max_bytes
     assert {RIGHT.colour, FALSE.colour, MISSED.colour} <= colours_in(drawn)[0]
+    write_example(pick, outcomes, tmp_path, tmp_path / "example.png")
+    assert (tmp_path / "example.png").stat().st_size <= 2 * EXAMPLE.max_bytes  # a photograph, at the last quality

@@ -61,7 +61,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / label).mkdir()
         write_results(folder / label / "gt_vs_pred.jsonl", results)
         files.append(folder / label / "gt_vs_pred.jsonl")
-    write_page(files, CATEGORIES, folder, folder / "page.html")
+    records = [{"stage": "stage2", "git": {"commit": "abc123", "dirty": True}, "wall_seconds": 61.4}, {"stage": EVIL}]
+    write_page(files, CATEGORIES, folder, folder / "page.html", records=records)
     return folder / "page.html"
 
 
@@ -115,6 +116,7 @@ class TestWithoutABrowser:
         assert EVIL not in text
         data = json.loads(elements.scripts[0])
         assert EVIL in data["names"]
+        assert data["provenance"][0] == ["stage2", "abc123, with uncommitted changes", "", "61", "", ""]
         assert all(image["src"].startswith("data:image/jpeg;base64,") for image in data["images"])
 
     def test_every_element_that_the_script_looks_up_is_there(self, page: Path) -> None:

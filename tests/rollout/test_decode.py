@@ -15,9 +15,10 @@ from coordexp.config.schema import DecodeParams
 from coordexp.geometry.bins import NUM_BINS, encode_boxes
 from coordexp.packing.prepare import text_objects
 from coordexp.records.gt_vs_pred import read_results, write_results
-from coordexp.rollout.decode import BOX_RULES, AnswerReader, read_bins
+from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.rescore import Rescored
+from coordexp.rollout.scoring import BOX_RULES, read_bins, scored
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.text.symbols import TokenTable
 from helpers import PARAMS, answer_reader, new_checkpoint, new_tokenizer
@@ -35,7 +36,7 @@ def reader_and_encoder(checkpoint, codec: str):
     if codec != "digits":
         return answer_reader(checkpoint, codec), AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
     tokenizer = new_tokenizer()
-    reader = AnswerReader(TokenTable.from_tokenizer(tokenizer, None), codec, {}, PARAMS.decode)
+    reader = AnswerReader(TokenTable.from_tokenizer(tokenizer, None), codec, {})
     return reader, AnswerEncoder(tokenizer, get_codec(codec))
 
 
@@ -50,6 +51,11 @@ def random_logprobs(count: int) -> Rescored:
     return Rescored(-np.random.default_rng(5).uniform(0.01, 2.0, count), None)
 
 
+def read(reader: AnswerReader, sample, generation: Generation, logprobs: Rescored, text: str = ""):
+    """The line of the hand-over file, scored under the repository's parameters."""
+    return scored(reader.decoded(sample, generation, logprobs, text), PARAMS.decode)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_an_answer_that_says_the_truth(world, checkpoint, codec):
     """Every object comes back, in original pixels, within half a bin (one at the far edge) of its annotation."""
@@ -57,7 +63,10 @@ def test_an_answer_that_says_the_truth(world, checkpoint, codec):
     for sample in world.samples:
         objects = truth_of(sample)
         answer = encoder.encode(objects)
-        result = reader.result(sample, Generation(answer.ids, "stop"), random_logprobs(len(answer.ids)), "as text")
+        result = scored(
+            reader.decoded(sample, Generation(answer.ids, "stop"), random_logprobs(len(answer.ids)), "as text"),
+            PARAMS.decode,
+        )
         assert [(p.desc, p.bins) for p in result.pred] == [(o.desc, o.bins) for o in objects]
         annotated = [g for g in result.gt if not g.iscrowd]
         size = np.array([sample.width, sample.height] * 2)
@@ -80,7 +89,7 @@ def test_probabilities_are_those_of_the_tokens_of_each_object(world, checkpoint,
     objects = [*truth_of(sample)[:2], TextObject("cat", (0, 7, 34, 999))]
     answer = encoder.encode(objects)
     logprobs = random_logprobs(len(answer.ids))
-    result = reader.result(sample, Generation(answer.ids, "stop"), logprobs, "")
+    result = read(reader, sample, Generation(answer.ids, "stop"), logprobs)
     for index, (obj, pred) in enumerate(zip(objects, result.pred, strict=True)):
         own = answer.object_index == index
         tokens = np.flatnonzero(own & np.isin(answer.roles, (Role.COORD, Role.NUMBER)))
@@ -94,7 +103,10 @@ def test_probabilities_are_those_of_the_tokens_of_each_object(world, checkpoint,
 
 def test_crowds_are_handed_over_as_crowds(world, checkpoint):
     sample = world.store[1]
-    result = answer_reader(checkpoint).result(sample, Generation(sample.answer_ids, "stop"), random_logprobs(200), "")
+    result = scored(
+        answer_reader(checkpoint).decoded(sample, Generation(sample.answer_ids, "stop"), random_logprobs(200), ""),
+        PARAMS.decode,
+    )
     assert [g.iscrowd for g in result.gt] == list(sample.iscrowd)
     assert sum(sample.iscrowd) == 1
 
@@ -103,7 +115,7 @@ def test_an_answer_cut_in_the_second_object_keeps_the_first(world, checkpoint):
     sample = next(s for s in world.samples if len(truth_of(s)) >= 2)
     second = int(np.flatnonzero(sample.answer_objects == 1)[-1])
     cut = Generation(sample.answer_ids[:second], "length")
-    result = answer_reader(checkpoint).result(sample, cut, random_logprobs(second), "")
+    result = read(answer_reader(checkpoint), sample, cut, random_logprobs(second))
     assert [(p.desc, p.bins) for p in result.pred] == [(o.desc, o.bins) for o in truth_of(sample)[:1]]
     assert result.parse.truncated
     assert not result.parse.ok
@@ -112,7 +124,10 @@ def test_an_answer_cut_in_the_second_object_keeps_the_first(world, checkpoint):
 def test_lines_survive_the_file(world, checkpoint, tmp_path):
     reader = answer_reader(checkpoint)
     results = [
-        reader.result(s, Generation(s.answer_ids, "stop"), random_logprobs(len(s.answer_ids)), "größer 猫")
+        scored(
+            reader.decoded(s, Generation(s.answer_ids, "stop"), random_logprobs(len(s.answer_ids)), "größer 猫"),
+            PARAMS.decode,
+        )
         for s in world.samples
     ]
     assert write_results(tmp_path / "gt_vs_pred.jsonl", results) == len(results)

@@ -7,10 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordexp.errors import DataError
 from coordexp.geometry.bins import encode_boxes
 from coordexp.packing.prepare import text_objects
+from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import match_rollouts, read_rollouts, write_rollouts
+from coordexp.rollout.records import (
+    Rollout,
+    match_rollouts,
+    parsed_rollout,
+    read_generations,
+    rollout_summary,
+    warn_of_unusable,
+    write_generations,
+)
 from coordexp.text.codecs import TextObject
 from helpers import PARAMS, answer_reader, changed, new_checkpoint, rollout_of, teacher_rollouts
 
@@ -52,7 +62,8 @@ def test_the_gate_leaves_a_far_prediction_unmatched(world, checkpoint):
     assert rollout_of(checkpoint, sample, [far]).pairs == ()
     closest_only = changed(PARAMS.matching, gate_threshold=0.95)
     generation = Generation(np.array(rollout_of(checkpoint, sample, [near]).ids, np.int32), "stop")
-    (rollout,) = match_rollouts([sample], [generation], [answer_reader(checkpoint).parse(generation)], closest_only)
+    parsed = parsed_rollout(sample.image_id, generation, answer_reader(checkpoint).parse(generation))
+    (rollout,) = match_rollouts([parsed], [sample], closest_only)
     assert rollout.pairs == ()
 
 
@@ -78,7 +89,43 @@ def test_an_empty_answer_is_usable(world, checkpoint):
 
 
 def test_the_file_gives_back_what_it_was_given(world, checkpoint, tmp_path):
-    rollouts = teacher_rollouts(checkpoint, world)
-    write_rollouts(tmp_path / "rollouts.jsonl", rollouts.values())
-    assert read_rollouts(tmp_path / "rollouts.jsonl") == rollouts
-    assert any(r.pairs for r in rollouts.values())
+    path, rollouts = tmp_path / "rollouts.jsonl", teacher_rollouts(checkpoint, world)
+    generations = {i: Generation(np.array(r.ids, np.int32), r.finish_reason) for i, r in rollouts.items()}
+    write_generations(path, generations)
+    found = read_generations(path, 10**6)
+    assert {i: (g.ids.tolist(), g.finish_reason) for i, g in found.items()} == {
+        i: (list(r.ids), r.finish_reason) for i, r in rollouts.items()
+    }
+    lines = path.read_text().splitlines()
+    for damaged in ("{", "[]", lines[0].replace('"stop"', '"end"'), lines[0].replace("[", "[-")):
+        path.write_text("\n".join([lines[1], damaged]))
+        with pytest.raises(DataError, match=r"rollouts\.jsonl:2: no rollout"):
+            read_generations(path, 10**6)
+    path.write_text(lines[0])
+    with pytest.raises(DataError, match="expected ids below 3"):
+        read_generations(path, 3)
+
+
+def test_a_summary_counts_by_hand(world, checkpoint):
+    """One object of each image is missed, one found twice; the last image's answer does not parse."""
+    rollouts = list(teacher_rollouts(checkpoint, world).values())
+    reader = answer_reader(checkpoint)
+    reports = [reader.parse(Generation(np.array(r.ids, np.int32), "stop")).report for r in rollouts]
+    summary = rollout_summary(world.samples, rollouts, reports)
+    n_true = [len(s.descs) - sum(s.iscrowd) for s in world.samples]
+    assert summary["n_gt"] == sum(n_true)
+    assert summary["n_matched"] == sum(max(n - 1, 0) for n in n_true[:-1])
+    assert summary["n_pred"] == sum(n for n, s in zip(n_true[:-1], world.samples, strict=False) if n > 1)
+    assert summary["f1"] == pytest.approx(2 * summary["n_matched"] / (summary["n_pred"] + summary["n_gt"]), abs=5e-5)
+    assert summary["unusable"] == 1
+
+
+def test_a_summary_without_objects_is_undefined(world, caplog):
+    samples = [replace(s, iscrowd=(True,) * len(s.iscrowd)) for s in world.samples]
+    rollouts = [Rollout(s.image_id, (1,), "length", True, (), (), ()) for s in samples]
+    reports = [ParseReport(True, 0, truncated=True)] * len(samples)
+    summary = rollout_summary(samples, rollouts, reports)
+    assert [summary[key] for key in ("precision", "recall", "f1", "matched_iou_mean")] == [None] * 4
+    warn_of_unusable(reports)
+    assert f"{len(samples)} of {len(samples)} rollouts are cut at the token budget" in caplog.text
+    assert "hold no object at all" in caplog.text

@@ -12,10 +12,10 @@ import pytest
 from coordexp.config.schema import Stage2Params
 from coordexp.packing.collator import Segment, teacher_segment
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.records import Rollout, match_rollouts
+from coordexp.rollout.records import parsed_rollout
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 from coordexp.training.channel_b import channel_b_segments
-from helpers import MATCHING, PARAMS, TRUTH, answer_reader, changed, new_checkpoint, rollout_of, sample_of
+from helpers import PARAMS, TRUTH, answer_reader, changed, new_checkpoint, rollout_of, sample_of
 
 TWO = changed(PARAMS.stage2, passes="two", missed="append", eos_weight=1.0)
 ONE = changed(TWO, passes="one")
@@ -245,8 +245,7 @@ def test_nothing_right_is_no_reason_to_teach_silence(checkpoint):
 def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, params):
     sample = sample_of(checkpoint, "json")
     garbage = Generation(sample.answer_ids[1:6], "length")
-    rollout: Rollout
-    (rollout,) = match_rollouts([sample], [garbage], [answer_reader(checkpoint).parse(garbage)], MATCHING)
+    rollout = parsed_rollout(sample.image_id, garbage, answer_reader(checkpoint).parse(garbage))
     (segment,) = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), params)
     expected = teacher_segment(sample)
     np.testing.assert_array_equal(segment.answer_ids, expected.answer_ids)

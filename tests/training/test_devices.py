@@ -66,7 +66,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
 
 
 def decode(space: Workspace) -> object:
-    return stages.decode_val(space, "stage1", space.paths.run("stage1"))
+    return stages.decode_val(space, "stage1", space.paths.run("stage1"), space.paths.decoded("stage1"))
 
 
 def predict(space: Workspace) -> object:
@@ -169,9 +169,13 @@ def test_a_server_of_ours_leaves_before_the_model_is_loaded(
 
     monkeypatch.setattr(opening, "vllm_server", server)
     monkeypatch.setattr(opening, "VllmEngine", Engine)
-    monkeypatch.setattr(opening, "place_for_inference", noted("load", opening.place_for_inference))
+    monkeypatch.setattr(stages, "place_for_inference", noted("load", stages.place_for_inference))
     monkeypatch.setattr(stages, "rescore", noted("rescore", stages.rescore))
     served = ready.profile.rollout.model_copy(update={"engine": "vllm", "servers": ("start",)})
     profile = ready.profile.model_copy(update={"rollout": served})
-    stages.run_rollouts(dataclasses.replace(ready, profile=profile))
+    served_run = dataclasses.replace(ready, profile=profile)
+    decode(served_run)
     assert happened == ["serve stage1", "generate", "stop", "load", "rescore"]
+    happened.clear()
+    stages.run_rollouts(served_run)
+    assert happened == ["serve stage1", "generate", "stop"]

@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from coordexp.errors import Interrupted
+from coordexp.infra.provenance import read_run_record
 from coordexp.models.loading import load_checkpoint
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.rollout.engine import greedy
-from coordexp.rollout.records import write_rollouts
-from coordexp.training.eval_callback import CURVE_COLUMNS, make_eval_callback, undisturbed
+from coordexp.training.eval_callback import BOUNDED, CURVE_COLUMNS, make_eval_callback, undisturbed
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.step import TeacherTask
-from helpers import Workspace, World, new_checkpoint, teacher_rollouts
+from helpers import Workspace, World, new_checkpoint, put_rollouts, teacher_rollouts
 
 STAGES = {"stage1": train_stage1, "stage2": train_stage2}
 
@@ -36,8 +36,7 @@ def every(space: Workspace, steps: int) -> Workspace:
 @pytest.fixture
 def ready(workspace: Workspace, world: World) -> Workspace:
     checkpoint = load_checkpoint(workspace.paths.run("stage1"))
-    workspace.paths.run("rollout").mkdir()
-    write_rollouts(workspace.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    put_rollouts(workspace.paths, teacher_rollouts(checkpoint, world))
     return workspace
 
 
@@ -52,20 +51,18 @@ def rows(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_computes_the_same_with_and_without_the_callback(ready: Workspace, stage: str) -> None:
     out, curve = ready.paths.run(stage), ready.paths.curve(f"{stage}-monitor")
-    summary = STAGES[stage](every(ready, 0))
+    STAGES[stage](every(ready, 0))
     undisturbed_weights, losses = load_file(out / "model.safetensors"), rows(out, "train_log.jsonl")
-    assert summary["monitor_seconds"] == 0
     assert rows(out, "monitor.jsonl") == []
     assert curve.read_text() == "\t".join(["step", *CURVE_COLUMNS]) + "\n"
 
-    summary = STAGES[stage](every(ready, 1))
+    STAGES[stage](every(ready, 1))
     assert rows(out, "train_log.jsonl") == losses
     assert all(
         torch.equal(value, undisturbed_weights[name]) for name, value in load_file(out / "model.safetensors").items()
     )
     assert [row["step"] for row in rows(out, "monitor.jsonl")] == [1, 2, 3, 4]
-    assert summary["monitor_seconds"] > 0
-    assert json.loads((out / "run_metadata.json").read_text())["monitor_seconds"] == summary["monitor_seconds"]
+    assert read_run_record(ready.paths.run_record(stage))["monitor_seconds"] > 0
 
 
 def test_it_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(ready: Workspace) -> None:
@@ -76,9 +73,15 @@ def test_it_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(re
     assert [row["step"] for row in found] == [3, 4]
     assert all(row["images"] == space.profile.monitor.images for row in found)
     header, *lines = (line.split("\t") for line in space.paths.curve("stage1-monitor").read_text().splitlines())
-    assert [dict(zip(header, line, strict=True)) for line in lines] == [
-        {name: "" if row[name] is None else str(row[name]) for name in ("step", *CURVE_COLUMNS)} for row in found
-    ]
+    assert header == ["step", *CURVE_COLUMNS]
+    drawn = [dict(zip(header, line, strict=True)) for line in lines]
+    for point, row in zip(drawn, found, strict=True):
+        logged = {name: value for name, value in row.items() if name in header}
+        assert {name: point[name] for name in logged} == {k: "" if v is None else str(v) for k, v in logged.items()}
+        for name in BOUNDED:
+            known = [float(point[n]) for n in (f"{name}_lo", name, f"{name}_hi") if point[n]]
+            assert len(known) in (0, 3)
+            assert known == sorted(known)
     for row in found:
         with Image.open(out / "monitor" / f"step_{row['step']:06d}.jpg") as picture:
             assert picture.width > 300

@@ -35,7 +35,7 @@ def on_file(world, checkpoint):
 
 
 def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
-    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, folder)
+    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder)
 
 
 def test_a_plan_by_hand():

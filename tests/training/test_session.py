@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from coordexp.errors import BusyError, CheckpointError, Interrupted
 from coordexp.infra.files import only_process
+from coordexp.infra.logs import BIN_ERROR
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
@@ -282,7 +283,7 @@ def test_summary_and_curve_of_a_log_by_hand(tmp_path):
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert summarise_log(log) == {
-        "steps": 20, "samples": 40, "tokens": 390, "step_seconds": 5.0, "final_loss": 1.5,
+        "steps": 20, "samples": 40, "tokens": 390, "final_loss": 1.5,
         "refresh_prompt_tokens": 0, "refresh_generated_tokens": 0
     }  # fmt: skip
     write_curve(log, tmp_path / "curves" / "a.tsv", ("loss/total", "loss/box"), every=8)
@@ -292,3 +293,19 @@ def test_summary_and_curve_of_a_log_by_hand(tmp_path):
     ]  # fmt: skip
     write_curve(log, tmp_path / "a.tsv", ("loss/box",))
     assert (tmp_path / "a.tsv").read_text().splitlines()[:3] == ["step\tloss/box", "0\t", "1\t1.0000"]
+
+
+def test_a_curve_holds_no_weight_and_few_rows(tmp_path):
+    def curve(weight):
+        rows = [
+            {"step": s, "raw/box": 0.5 * s, "loss/box": weight * s, "loss/total": weight * s, BIN_ERROR: 9.0 - s / 100}
+            for s in range(120)
+        ]
+        log = tmp_path / f"{weight}.jsonl"
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_curve(log, tmp_path / f"{weight}.tsv")
+        return (tmp_path / f"{weight}.tsv").read_text().splitlines()
+
+    assert curve(1.0) == curve(0.2)
+    assert curve(1.0)[:2] == [f"step\t{BIN_ERROR}\traw/box", "2\t8.9900\t0.5000"]
+    assert len(curve(1.0)) == 1 + 40

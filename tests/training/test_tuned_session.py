@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from coordexp.errors import Interrupted
 from coordexp.models.loading import load_checkpoint
-from coordexp.rollout.records import write_rollouts
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.step import TeacherTask
-from helpers import Workspace, teacher_rollouts
+from helpers import Workspace, put_rollouts, teacher_rollouts
 
 
 def tuned(space: Workspace, **changes) -> Workspace:
@@ -69,8 +68,7 @@ def test_soft_context_sees_the_rows_in_training(workspace, world):
     space = tuned(workspace.set(stage2__n_softctx_iter=2), method="lora", rank=4)
     start = load_file(space.paths.run("stage1") / "model.safetensors")
     checkpoint = load_checkpoint(space.paths.run("stage1"))
-    space.paths.run("rollout").mkdir()
-    write_rollouts(space.paths.run("rollout") / "rollouts.jsonl", teacher_rollouts(checkpoint, world).values())
+    put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
     train_stage2(space)
     trained = load_file(space.paths.run("stage2") / "model.safetensors")
     assert trained.keys() == start.keys()

@@ -79,10 +79,15 @@ class ProfilePaths:
     @property
     def rollout_summary(self) -> Path:
         """What stage 2 found in the rollouts on file: counts, matches, the training-time F1."""
-        return self.run("stage2") / "rollouts.json"
+        return self.run("stage2-rollouts.json")
+
+    @property
+    def rollouts(self) -> Path:
+        """Stage-1 answers on training images."""
+        return self.run("rollout") / "rollouts.jsonl"
 
     def run_record(self, stage: str) -> Path:
-        """Clock, machine and commit of the last run of a stage: beside the outputs, so that equal runs give equal bytes.
+        """Clock, machine and commit of the last run of a stage, beside the outputs: equal runs give equal bytes.
 
         No output of the graph: ignored by git and not known to DVC, absent where the stage was restored.
         """

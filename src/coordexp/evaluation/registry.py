@@ -46,7 +46,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("known.mAP", "held_out.mAP", "protocol.positive_full_mean", "guarded.full_50"),
     ),
     "headline": (  # what `dvc metrics` reads of each trained checkpoint
-        *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "set.dup_pairs_<lowest>", "parse.parse_rate"),
+        *("coco.mAP", "coco.AP50", "f1.full_50", "set.dup_pairs_<lowest>"),
     ),
     "readme": (
         *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "set.dup_pairs_<lowest>"),

@@ -49,7 +49,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()
     }
-    write_json(paths.reports / "metrics.json", metrics)
+    write_json(paths.metrics, metrics)
     write_json(paths.reports / "headline.json", headline(metrics, params.eval))
     _write_pr_curve(evaluations["stage2"], paths)
     return metrics
@@ -68,7 +68,7 @@ DECIDING = ("stage2_vs_control", "coco.mAP")  # does stage 2 beat the same compu
 
 
 def headline(metrics: dict[str, Any], params: EvalParams) -> dict[str, Any]:
-    """The part of metrics.json that `dvc metrics` reads: at most 21 values."""
+    """The part of metrics.json that `dvc metrics` reads: at most 15 values."""
     chosen: dict[str, Any] = {}
     for checkpoint in SUBJECTS:
         areas: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
 from coordexp.infra.files import write_text
-from coordexp.infra.provenance import weight_files, write_json
+from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
 from coordexp.models.loading import METADATA, ModelFormat, checkpoint_hashes, load_format
 from coordexp.records.categories import Category, read_categories
@@ -83,7 +83,7 @@ def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
         raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder.")
-    metrics = _read(run.paths.reports / "metrics.json")
+    metrics = _read(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
     categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
@@ -189,6 +189,7 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
         "metadata": _read(run.paths.run(checkpoint) / METADATA),
+        "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
 
 

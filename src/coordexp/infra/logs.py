@@ -6,7 +6,7 @@ pandas is loaded with the first log, so that a command that reads none starts fa
 from __future__ import annotations
 
 import json
-from collections.abc import Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from coordexp.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+BIN_ERROR = "coord_diag/expected_bin_mae"  # mean |E[k] - target| in bins: comparable under any weights
 END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the rows
 
 
@@ -53,6 +54,12 @@ def _row(line: str, columns: Set[str], where: str) -> dict[str, Any]:
     if missing := columns - row.keys():
         raise DataError(f"{where}: lacks {', '.join(sorted(missing))}. Run the stage again.")
     return row
+
+
+def without_clock(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Log rows without the columns that no two runs share."""
+    for row in rows:
+        yield {name: value for name, value in row.items() if not name.startswith("time/") and name != "seconds"}
 
 
 def logged(log: pd.DataFrame, column: str) -> pd.Series:

@@ -1,4 +1,8 @@
-"""Where a result came from: `run_metadata.json` beside each checkpoint, and the fingerprint that keys resume states."""
+"""Where a result came from, and the fingerprint that keys resume states.
+
+What decides a result is hashed with it: `run_metadata.json` in a checkpoint holds settings and inputs. Clock, machine
+and commit decide nothing: they stand in the run record beside the outputs, so that equal runs leave equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,18 +87,41 @@ def resume_folder(stage: str, key: str) -> Path:
 
 
 def run_metadata(
-    stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], seconds: float, extra: Mapping[str, Any]
+    stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Git state, settings, versions, input hashes, hardware and wall time of one run."""
+    """Settings and input hashes of one run, and what it counted: the same wherever and whenever it is run."""
     return {
         "stage": stage,
-        "git": git_state(),
         "settings": dict(settings),
         "inputs": {name: file_hash(path) for name, path in inputs.items()},
+        **extra,
+    }
+
+
+def add_to_run_record(path: Path, facts: Mapping[str, Any]) -> None:
+    """Add to the record of a run, or begin it (`ProfilePaths.run_record`)."""
+    write_json(path, read_run_record(path) | dict(facts))
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """The record of a run; empty where the stage did not run here, or left something else there."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def run_facts(stage: str, wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """What `stage_main` records of a finished run: commit, versions, machine, and time on the wall and of all CPUs."""
+    return {
+        "stage": stage,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(wall_seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "git": git_state(),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
-        "wall_seconds": round(seconds, 1),
-        **extra,
     }
 
 
@@ -101,7 +129,10 @@ def git_state() -> dict[str, Any]:
     """Commit and whether tracked files differ from it, other than what the stages write; null outside a checkout."""
 
     def git(*args: str) -> str | None:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git here
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]

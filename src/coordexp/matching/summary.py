@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordexp.matching.matcher import MatchResult
+
+_Z95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,21 @@ class MatchCounts:
         return float(f1_from_counts(counts)) if self.n_gt else None
 
     @property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """95 % intervals of precision, recall and F1, as if boxes and objects were drawn one by one.
+
+        Each is Wilson's of a fraction. That of F1 is J = TP / (TP + FP + FN), of which F1 = 2 J / (1 + J) is a rising
+        function.
+        """
+        n_matched, n_either = self.n_matched, self.n_pred + self.n_gt - self.n_matched
+        jaccard = wilson(n_matched, n_either) if self.n_gt else None
+        return {
+            "precision": wilson(n_matched, self.n_pred) if self.n_pred else None,
+            "recall": wilson(n_matched, self.n_gt) if self.n_gt else None,
+            "f1": None if jaccard is None else (2 * jaccard[0] / (1 + jaccard[0]), 2 * jaccard[1] / (1 + jaccard[1])),
+        }
+
+    @property
     def matched_iou_mean(self) -> float | None:
         """Mean IoU over matched pairs; None without pairs."""
         return self.iou_sum / self.n_matched if self.n_matched else None
@@ -80,6 +98,15 @@ def f1_from_counts(counts: NDArray | tuple[int, int, int]) -> NDArray[np.float64
     """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN where no object is counted."""
     tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
     return np.divide(2 * tp, 2 * tp + fp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a fraction (Wilson 1927)."""
+    fraction, z2 = hits / n, _Z95**2
+    center = (fraction + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * float(np.sqrt(fraction * (1 - fraction) / n + z2 / (4 * n**2)))
+    # Exactly 0 and 1 at the ends, where rounding would leave the fraction outside its own interval.
+    return 0.0 if hits == 0 else center - half, 1.0 if hits == n else center + half
 
 
 def rounded_ratio(ratio: float | None) -> float | None:

@@ -15,7 +15,6 @@ from coordexp.evaluation.effect import Verdict
 from coordexp.infra.logs import ends
 from coordexp.reporting.inputs import TRAINED, ReportData, metric, required
 from coordexp.reporting.markdown import interval, number, percent, signed, table
-from coordexp.reporting.monitor import BUDGET, time_fraction
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
 from coordexp.reporting.training import target_entropy_nats
 from coordexp.reporting.verdicts import compared
@@ -54,10 +53,8 @@ def run_checks(data: ReportData, outcomes: OutcomesBy) -> list[Check]:
         _coordinate_mass_holds,
         _logs_are_whole,
         _softce_above_floor,
-        _evaluations_are_cheap,
         _schedule_realised,
         _control_is_fair,
-        _one_clean_commit,
         _below_upper_bound,
         _stage1_learned,
         _stage2_not_worse,
@@ -152,15 +149,6 @@ def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy) -> Check:
     return Check(claim, all(abs(value / entropy - 1) <= FLOOR_TOLERANCE for value in measured.values()), evidence)
 
 
-def _evaluations_are_cheap(data: ReportData, _outcomes: OutcomesBy) -> Check:
-    claim = f"Evaluating the model while it trained took under {percent(BUDGET)} of the time"
-    found = {name: part for name in TRAINED if (part := time_fraction(data.metadata[name])) is not None}
-    if not found:
-        return Check(claim, None, "no step was evaluated")
-    evidence = ", ".join(f"{name} {percent(part)}" for name, part in found.items())
-    return Check(claim, max(found.values()) < BUDGET, evidence)
-
-
 def _schedule_realised(data: ReportData, _outcomes: OutcomesBy) -> Check:
     log = data.logs["stage2"]
     wanted = math.floor(len(log) * Fraction(str(data.run.params.stage2.b_ratio)))
@@ -175,14 +163,6 @@ def _control_is_fair(data: ReportData, _outcomes: OutcomesBy) -> Check:
     share = control / stage2
     evidence = f"{control:,} tokens against {stage2:,} ({percent(share)})"
     return Check("The control trained on as much as stage 2", share >= CONTROL_SHARE, evidence)
-
-
-def _one_clean_commit(data: ReportData, _outcomes: OutcomesBy) -> Check:
-    states = [required(data.metadata[name], "git", f"{name}/run_metadata.json") for name in TRAINED]
-    commits = sorted({str(state["commit"])[:12] for state in states})
-    dirty = any(state["dirty"] is not False for state in states)
-    evidence = f"commit {', '.join(commits)}, {'with uncommitted changes or unknown state' if dirty else 'clean'}"
-    return Check("All training ran from one clean commit", len(commits) == 1 and not dirty, evidence)
 
 
 def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy) -> Check:

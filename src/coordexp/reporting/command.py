@@ -28,12 +28,16 @@ def report(
     limit: Annotated[int, typer.Option(min=1, help="Most images; those with the lowest F1 are kept.")] = 500,
     side: Annotated[int, typer.Option(min=32, help="Longer side of the pictures, in pixels.")] = 256,
 ) -> None:
-    """Browse predictions: a sortable table, boxes, scores, coordinates, filters, two runs side by side."""
+    """Browse predictions: a sortable table, boxes, scores, coordinates, filters, two runs side by side.
+
+    Of the profile's own answers it also shows commit, time and machine of each stage, where the run left a record.
+    """
     from coordexp.config.loading import load_params
     from coordexp.config.paths import ProfilePaths
     from coordexp.records.categories import Category, read_categories
     from coordexp.records.gt_vs_pred import read_results
     from coordexp.reporting.page import PageSettings, write_page
+    from coordexp.reporting.provenance import run_records
 
     name = profile or load_params(Path("params.yaml")).profile if not (results and images) else ""
     paths = ProfilePaths(name)
@@ -43,5 +47,6 @@ def report(
     else:
         names = sorted({g.desc for row in chain(*(read_results(file) for file in files)) for g in row.gt})
         categories = [Category(number, desc) for number, desc in enumerate(names, 1)]
-    size = write_page(files, categories, images or paths.raw, html, page=PageSettings(images=limit, side_px=side))
+    bounds, records = PageSettings(images=limit, side_px=side), [] if results else run_records(paths)
+    size = write_page(files, categories, images or paths.raw, html, page=bounds, records=records)
     print(f"{html}: {size / 1e6:.1f} MB")

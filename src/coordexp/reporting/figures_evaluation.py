@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,19 +15,18 @@ from coordexp.evaluation.confidence import CONSTANT, PERFECT
 from coordexp.evaluation.details import side_px
 from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
 from coordexp.evaluation.table import Bools, Floats, Ints
+from coordexp.matching.summary import wilson
 from coordexp.reporting.inputs import Json, Metrics, ReportData, metric
 from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Fate, Outcomes
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
 
 SIDE_EDGES_PX = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 CONFUSED_NAMES = 12
-_Z95 = NormalDist().inv_cdf(0.975)
 
 
 def write_evaluation_figures(data: ReportData, outcomes: Mapping[str, Outcomes], folder: Path) -> None:
-    """Write pr_curves, iou_histogram, scores, recall, confusion and confidence as PNG."""
+    """Write iou_histogram, scores, recall, confusion and confidence as PNG."""
     with figure_style():
-        save_figure(_pr_curves(data.pr_curves), folder / "pr_curves.png")
         save_figure(_iou_histogram(outcomes), folder / "iou_histogram.png")
         save_figure(_scores(outcomes), folder / "scores.png")
         save_figure(_recall(outcomes), folder / "recall.png")
@@ -36,10 +34,11 @@ def write_evaluation_figures(data: ReportData, outcomes: Mapping[str, Outcomes],
         save_figure(_confidence(data.details, data.metrics), folder / "confidence.png")
 
 
-def _pr_curves(pr_curves: Mapping[str, Json]) -> Figure:
-    figure = new_figure(9.6, 3.8)
+def pr_curves(curves: Mapping[str, Json], height_in: float) -> Figure:
+    """Precision over recall of every checkpoint at IoU .50 and .75."""
+    figure = new_figure(9.2, height_in)
     for ax, at in zip(figure.subplots(1, 2, sharey=True), ("50", "75"), strict=True):
-        for name, curve in pr_curves.items():
+        for name, curve in curves.items():
             precision, look = curve[f"precision_{at}"], LOOKS[name]
             if precision:
                 ax.plot(curve["recall"], precision, color=look.colour, linestyle=look.line, label=name)
@@ -110,15 +109,6 @@ def _reliability(ax: Axes, score_P: Floats, right_P: Bools) -> None:
     if score_P.min() >= 0 and score_P.max() <= 1:
         ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         ax.set_xlim(0, 1)
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    share, z2 = hits / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * float(np.sqrt(share * (1 - share) / n + z2 / (4 * n**2)))
-    # Exactly 0 and 1 at the ends, where rounding would leave the share outside its own interval.
-    return 0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half
 
 
 def _recall(outcomes: Mapping[str, Outcomes]) -> Figure:

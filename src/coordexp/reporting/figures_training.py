@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from coordexp.config.schema import Params
-from coordexp.infra.logs import logged, smoothed
+from coordexp.infra.logs import BIN_ERROR, logged, smoothed
 from coordexp.reporting.style import CHANNEL_LOOKS, INK, LOOKS, LineLook, figure_style, new_figure, save_figure
 from coordexp.reporting.training import channels, loss_columns, loss_floor, of_channel
 
@@ -94,11 +94,12 @@ def _draw_floors(ax: Axes, floors: Sequence[float]) -> None:
 
 
 def _spans_decades(curves: Sequence[Curve], column: str) -> bool:
-    values = np.concatenate([_smooth(logged(curve.log, column)) for curve in curves])
+    values = np.concatenate([smooth(logged(curve.log, column)) for curve in curves])
     return bool(values.min() > 0 and values.max() > _LOG_FROM_RATIO * values.min())
 
 
-def _smooth(values: pd.Series) -> pd.Series:
+def smooth(values: pd.Series) -> pd.Series:
+    """The moving mean that is drawn over raw values."""
     return smoothed(values, max(3, round(_SMOOTHED_FRACTION * len(values))))
 
 
@@ -107,7 +108,7 @@ def _draw(ax: Axes, curve: Curve, column: str) -> None:
     values = logged(curve.log, column)
     if len(values):
         ax.plot(values.index, values, color=curve.look.colour, alpha=0.25, linewidth=0.8)
-        ax.plot(values.index, _smooth(values), color=curve.look.colour, linestyle=curve.look.line, label=curve.label)
+        ax.plot(values.index, smooth(values), color=curve.look.colour, linestyle=curve.look.line, label=curve.label)
 
 
 def _bin_mae(stage1: Sequence[Curve], stage2: Sequence[Curve]) -> Figure:
@@ -117,14 +118,19 @@ def _bin_mae(stage1: Sequence[Curve], stage2: Sequence[Curve]) -> Figure:
         figure.subplots(1, 2), ("stage 1", "stage 2 and the control"), (stage1, stage2), strict=True
     ):
         for curve in curves:
-            _draw(ax, curve, "coord_diag/expected_bin_mae")
+            _draw(ax, curve, BIN_ERROR)
         ax.set_title(title)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set_xlabel("optimizer step")
-        ax.set_ylabel("mean error of E[k] (bins of 1/1000)")
+        bin_error_axis(ax)
         if len(curves) > 1 and ax.get_legend_handles_labels()[1]:
             ax.legend()
     return figure
+
+
+def bin_error_axis(ax: Axes) -> None:
+    """Steps by bins, logarithmic."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("mean error of E[k] (bins of 1/1000)")

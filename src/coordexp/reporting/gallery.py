@@ -20,23 +20,35 @@ from coordexp.reporting.outcomes import Fate, Outcomes
 
 SHOWN, BEFORE = "stage2", "stage1"
 RULES = ("most duplicates", "most misses", "biggest change", "random")
-MAX_PICTURE_BYTES = 80_000
-# Largest side of the photo (before small ones are enlarged) and its palette, best first.
-_QUALITIES = ((512, None), (512, 128), (400, 64), (320, 32), (256, 24))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of a picture, and what may be tried: largest side of the photo and number of its colours, best first.
+
+    Small photos are enlarged after. With a `palette` labels and boxes share one with the photo: a third of the bytes.
+    """
+
+    max_bytes: int
+    qualities: tuple[tuple[int, int | None], ...]
+    palette: bool
+
+
+GALLERY = Budget(80_000, ((512, None), (512, 128), (400, 64), (320, 32), (256, 24)), palette=False)
+EXAMPLE = Budget(18_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16)), palette=True)
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryPick:
     """One picture of the gallery and the rule that chose it."""
 
-    number: int
     rule: str
     image_id: int
 
     @property
     def file_name(self) -> str:
-        """NNNN_<image_id>.png, in the order of the gallery."""
-        return f"{self.number:04d}_{self.image_id}.png"
+        """By image alone: another rank or rule is no other name."""
+        return f"{self.image_id}.png"
 
 
 def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: int, seed: int) -> list[GalleryPick]:
@@ -60,9 +72,11 @@ def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: in
     for rule, score in scores.items():
         left = score[(score > 0) & ~score.index.isin(chosen)].sort_values(ascending=False, kind="stable")
         chosen |= dict.fromkeys(left.index[: count // len(RULES)].tolist(), rule)
-    drawn = generator(seed, "gallery/images").permutation(shown.index.difference(list(chosen)))
-    chosen |= dict.fromkeys(sorted(drawn[: max(0, count - len(chosen))].tolist()), "random")
-    return [GalleryPick(number, rule, image_id) for number, (image_id, rule) in enumerate(chosen.items(), 1)]
+    # One order of all images, so that runs that err on other images still draw nearly the same ones.
+    order = generator(seed, "gallery/images").permutation(shown.index.to_numpy()).tolist()
+    drawn = [image_id for image_id in order if image_id not in chosen]
+    chosen |= dict.fromkeys(drawn[: max(0, count - len(chosen))], "random")
+    return [GalleryPick(rule, image_id) for image_id, rule in chosen.items()]
 
 
 def n_errors(per_image: pd.DataFrame) -> pd.Series:
@@ -91,18 +105,28 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     for pick, name in zip(picks, image_names(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
-        data = _small_picture(read_record_rgb(image_root, name), pick.image_id, {run: outcomes[run] for run in shown})
+        runs = {run: outcomes[run] for run in shown}
+        data = _small_picture(read_record_rgb(image_root, name), pick.image_id, runs, GALLERY)
         write_bytes(folder / pick.file_name, data)
 
 
-def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes]) -> bytes:
-    """PNG within the size budget: photos lose colours, then size, until it fits; the boxes stay sharp."""
+def write_example(pick: GalleryPick, outcomes: Mapping[str, Outcomes], image_root: Path, path: Path) -> None:
+    """Annotation beside the answer of SHOWN, small enough for git."""
+    image = read_record_rgb(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image)
+    write_bytes(path, _small_picture(image, pick.image_id, {SHOWN: outcomes[SHOWN]}, EXAMPLE))
+
+
+def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], budget: Budget) -> bytes:
+    """PNG within the budget, or its last quality: photos lose colours, then size, until it fits; boxes stay sharp."""
     data = b""
-    for panel_px, colours in _QUALITIES:
+    for panel_px, colours in budget.qualities:
         out = io.BytesIO()
-        _picture(image, image_id, outcomes, panel_px, colours).save(out, "PNG", optimize=True)
+        picture = _picture(image, image_id, outcomes, panel_px, colours)
+        if budget.palette and colours is not None:
+            picture = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        picture.save(out, "PNG", optimize=True)
         data = out.getvalue()
-        if len(data) <= MAX_PICTURE_BYTES:
+        if len(data) <= budget.max_bytes:
             break
     return data
 

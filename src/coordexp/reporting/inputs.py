@@ -19,7 +19,6 @@ from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
 from coordexp.evaluation.registry import metric_specs
-from coordexp.evaluation.suite import headline
 from coordexp.infra.logs import read_log, read_rows
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
@@ -29,7 +28,7 @@ Metrics: TypeAlias = pd.DataFrame  # "area.metric" by checkpoint; intervals unde
 TRAINED = ("stage1", "stage1-control", "stage2")
 LOOK_KEYS = frozenset(
     {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
-    | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated", "seconds"}
+    | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated"}
 )
 
 
@@ -38,8 +37,8 @@ class Baseline:
     """The commit that an experiment started from, as far as it holds the files."""
 
     revision: str
+    experiment: str  # its name; empty where DVC gives none
     settings: Mapping[str, Any]  # params.yaml and, under its file name, the profile
-    headline: Mapping[str, Any]  # reports/<profile>/headline.json; empty if it was not made then
     profile: Mapping[str, Any] = field(default_factory=dict)  # the profile as it is now, under its file name
 
 
@@ -71,10 +70,10 @@ class ReportInputs:
         paths = run.paths
         return cls(
             run=run,
-            metrics=paths.reports / "metrics.json",
+            metrics=paths.metrics,
             evaluations=paths.run("eval"),
             runs=paths.run("stage1").parent,
-            rollout_summary=paths.run("rollout") / "summary.json",
+            rollout_summary=paths.rollout_summary,
             packing_stats=paths.packed / "stats.json",
             upper_bound=paths.run("eval") / "upper_bound.json",
             drops=paths.records / "drops.json",
@@ -90,7 +89,6 @@ class ReportData:
     """Everything read; mappings are keyed by checkpoint or training stage."""
 
     run: RunConfig
-    headline: Json  # what headline.json holds of this run
     metrics: Metrics
     comparison: dict[str, dict[str, Json | None]]  # comparison -> metric -> delta, lo, hi, p_superior
     results: dict[str, list[ImageResult]]
@@ -125,7 +123,6 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
     return ReportData(
         run=inputs.run,
         metrics=_metrics(metrics, inputs),
-        headline=headline(metrics, inputs.run.params.eval),
         comparison={name: _comparison(metrics, name, inputs.metrics) for name in COMPARISONS},
         results={name: _results(folder / "gt_vs_pred.jsonl") for name, folder in folders.items()},
         per_image={name: _per_image(folder / "per_image.json") for name, folder in folders.items()},
@@ -135,7 +132,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         logs={name: read_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
         dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
-        rollout=read_json(inputs.rollout_summary, "rollout"),
+        rollout=read_json(inputs.rollout_summary, "stage2"),
         packing=read_json(inputs.packing_stats, "pack"),
         upper_bound=read_json(inputs.upper_bound, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),

@@ -13,11 +13,10 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.schema import EvalParams
 from coordexp.evaluation.protocol import iou_key
 from coordexp.reporting.inputs import TRAINED, Json, Metrics, metric
-from coordexp.reporting.markdown import number, percent, table
+from coordexp.reporting.markdown import number, table
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
 
 DevRows = Mapping[str, Sequence[Json] | None]  # by training stage; None if the run left no monitor.jsonl
-BUDGET = 0.05  # of the training time
 _DRAWN_COUNTS = (("right", GREEN, "-"), ("false", RED, "--"), ("missed", "#E69F00", ":"))
 _SHOWN = ("stage1", "stage1-control", "stage2")
 _COUNTS = ("predictions", "right", "false", "missed")
@@ -37,16 +36,16 @@ def monitor_table(dev_rows: DevRows) -> str:
     """One row an evaluation, in the order of training; empty if there was none."""
     keys = ("f1", "precision", "recall", *_COUNTS, "dup_pairs_90", "parse_rate", "truncated")
     rows = [
-        [name, str(row["step"]), *(number(row[key]) for key in keys), f"{row['seconds']:.1f}"]
+        [name, str(row["step"]), *(number(row[key]) for key in keys)]
         for name in TRAINED
         for row in dev_rows[name] or ()
     ]
-    header = ["stage", "step", "F1", "precision", "recall", *_COUNTS, "duplicate pairs", "parse rate", "cut", "seconds"]
+    header = ["stage", "step", "F1", "precision", "recall", *_COUNTS, "duplicate pairs", "parse rate", "cut"]
     return table(header, rows) if rows else ""
 
 
-def monitor_sentence(dev_rows: DevRows, metadata: Mapping[str, Json]) -> str:
-    """What was evaluated, how far one evaluation can be trusted, and what they cost; or why there is nothing."""
+def monitor_sentence(dev_rows: DevRows) -> str:
+    """What was evaluated, and how far one evaluation can be trusted; or why there is nothing."""
     rows = [row for name in TRAINED for row in dev_rows[name] or ()]
     if not rows:
         if any(dev_rows[name] is None for name in TRAINED):
@@ -54,21 +53,12 @@ def monitor_sentence(dev_rows: DevRows, metadata: Mapping[str, Json]) -> str:
         return "No evaluation while training: `monitor.every_steps` of the profile is 0."
     n_objects = max(row["objects"] for row in rows)
     half_width = 1.96 * math.sqrt(0.25 / max(1, n_objects))
-    fractions = {name: part for name in TRAINED if (part := time_fraction(metadata[name])) is not None}
-    cost = ", ".join(f"{name} {percent(part)}" for name, part in fractions.items())
     return (
         f"While training: the same {rows[0]['images']} dev images with {n_objects} objects every time, greedy, "
         "paired as in training at IoU .50. So few objects place a recall near one half within "
         f"±{half_width:.2f} only (95 %): read the direction and the counts, not the digits. "
-        "mAP over so few images says nothing and is left out. "
-        f"Fraction of the training time: {cost}."
+        "mAP over so few images says nothing and is left out."
     )
-
-
-def time_fraction(metadata: Json) -> float | None:
-    """Seconds of evaluating, as a fraction of those and the seconds in steps; None if nothing was evaluated."""
-    evaluating = float(metadata.get("monitor_seconds") or 0.0)
-    return evaluating / (evaluating + float(metadata["step_seconds"])) if evaluating else None
 
 
 def write_monitor_figure(dev_rows: DevRows, path: Path) -> None:

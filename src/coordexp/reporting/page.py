@@ -27,6 +27,7 @@ from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
 from coordexp.records.images import read_record_rgb
+from coordexp.reporting.inputs import Json
 from coordexp.reporting.outcomes import Fate, Outcomes, judge
 
 MAX_RUNS = 2
@@ -50,10 +51,12 @@ def write_page(
     out: Path,
     params: EvalParams = STANDARD,
     page: PageSettings | None = None,
+    records: Sequence[Json] = (),
 ) -> int:
     """Write the page of one or two gt_vs_pred files of the same images; returns its size in bytes.
 
     With more images than `page.images` those with the lowest F1 of the first run are kept, and the page says so.
+    `records` are the run records of the stages: commit, time and machine.
 
     Raises:
         DataError: no file or more than two, files of different images, or an image that is not there.
@@ -65,6 +68,7 @@ def write_page(
     data = page_data(results, categories, params, page.images)
     for row in data["images"]:
         row["src"] = _inline(image_root, row["image"], page)
+    data["provenance"] = [_provenance(record) for record in records]
     write_text(out, render_page(data))
     return out.stat().st_size
 
@@ -91,7 +95,7 @@ def page_data(
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
     names = sorted({g.desc for rows in results.values() for r in rows for g in r.gt})
     images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
-    return {"labels": labels, "names": names, "n_all": len(ids[labels[0]]), "images": images}
+    return {"labels": labels, "names": names, "n_all": len(ids[labels[0]]), "images": images, "provenance": []}
 
 
 def _rows(outcome: Outcomes, params: EvalParams) -> dict[int, dict[str, Any]]:
@@ -141,6 +145,21 @@ def _prediction(pred: Prediction, fate: str, truth: str | None) -> dict[str, Any
     if "expectation" in pred.boxes_xyxy_px:
         shown["mean"] = _tenths(pred.boxes_xyxy_px["expectation"])
     return shown
+
+
+def _provenance(record: Json) -> list[str]:
+    """The cells of one stage: name, commit, when it ended, seconds, machine; empty where the record does not say."""
+    git, machine = record.get("git") or {}, record.get("hardware") or {}
+    state = {True: ", with uncommitted changes", None: ", state unknown"}.get(git.get("dirty"), "")
+    seconds = record.get("wall_seconds")
+    return [
+        str(record.get("stage", "")),
+        f"{git['commit'][:12]}{state}" if git.get("commit") else "",
+        str(record.get("finished", "")),
+        "" if seconds is None else f"{seconds:.0f}",
+        ", ".join(f"{key} {value}" for key, value in machine.items()),
+        ", ".join(f"{key} {value}" for key, value in (record.get("versions") or {}).items()),
+    ]
 
 
 def _tenths(box: Sequence[float]) -> list[float]:

@@ -1,4 +1,7 @@
-"""Where the numbers come from: commits, parameters, data, hardware, time; and what an experiment changed.
+"""Where the numbers come from: parameters, data, inputs; and what an experiment changed.
+
+What a report shows is the same wherever and whenever it is made. Commit, clock, machine and cost of the last run of a
+stage stand in its run record, which only the page to browse shows.
 
 Inside `dvc exp run`, DVC names the commit that it started from in DVC_EXP_BASELINE_REV; outside of an experiment there
 is no baseline.
@@ -6,7 +9,6 @@ is no baseline.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -15,37 +17,45 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.schema import Params
-from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, required
-from coordexp.reporting.markdown import MISSING, escape, flatten, number, signed, table
+from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, read_json, required
+from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
+
+RUN_RECORD = ".run.json"
+_OF_A_RUN = ("steps", "samples", "tokens", "refresh_prompt_tokens", "refresh_generated_tokens", "final_loss")
+_HASHES = ("inputs", "files")
 
 
 def what_ran(data: ReportData) -> str:
-    """One line: profile, commit, seed, data, time."""
-    params, metadata = data.run.params, data.metadata
-    git = required(metadata["stage2"], "git", "stage2/run_metadata.json")
+    """One line: profile, seed, data, and what training went through."""
+    params = data.run.params
     n_images, n_objects = (metric(data.metrics, "stage2", key) for key in ("coco.n_images", "coco.n_gt"))
-    commit = str(git["commit"])[:12] if git["commit"] else "unknown"
-    state = {True: "with uncommitted changes", False: "clean", None: "state unknown"}[git["dirty"]]
-    seconds = ", ".join(f"{name} {wall_seconds(metadata[name]):.0f} s" for name in TRAINED)
+    trained = ", ".join(
+        "{} {:,} steps with {:,} tokens".format(
+            name, *(required(data.metadata[name], key, f"{name}/run_metadata.json") for key in ("steps", "tokens"))
+        )
+        for name in TRAINED
+    )
     return (
-        f"Profile `{params.profile}`, commit `{commit}` ({state}), seed {params.seed}, codec `{params.text.codec}`; "
-        f"{n_images} images with {n_objects} objects evaluated. Training: {seconds}."
+        f"Profile `{params.profile}`, seed {params.seed}, codec `{params.text.codec}`; {n_images} images with "
+        f"{n_objects} objects evaluated. Training: {trained}."
     )
 
 
-def wall_seconds(metadata: Json) -> float:
-    """Wall time of one training stage; raises DataError if it was not written."""
-    return float(required(metadata, "wall_seconds", "run_metadata.json"))
-
-
 def runs_table(metadata: Mapping[str, Json]) -> str:
-    """Every leaf of the runs' metadata but their settings, one column per training stage."""
-    leaves = {name: {k: v for k, v in flatten(metadata[name]) if not k.startswith("settings.")} for name in TRAINED}
-    fields = list(dict.fromkeys(key for name in TRAINED for key in leaves[name]))
+    """What each training stage went through, and the hashes of what it read and wrote."""
+    leaves = {name: dict(flatten({k: metadata[name].get(k, {}) for k in (*_OF_A_RUN, *_HASHES)})) for name in TRAINED}
+    fields = dict.fromkeys(key for name in TRAINED for key in leaves[name])
     rows = [[f"`{key}`", *(_leaf(leaves[name].get(key)) for name in TRAINED)] for key in fields]
     return table(["field", *TRAINED], rows, "l" * (1 + len(TRAINED)))
+
+
+def run_records(paths: ProfilePaths) -> list[Json]:
+    """The run records of a profile's stages that are on this machine, oldest first."""
+    files = paths.run_record("any").parent.glob(f"*{RUN_RECORD}")
+    records = [read_json(file, file.name.removesuffix(RUN_RECORD)) for file in files]
+    return sorted(records, key=lambda record: (str(record.get("finished", "")), str(record.get("stage", ""))))
 
 
 def _leaf(value: Any) -> str:
@@ -53,8 +63,8 @@ def _leaf(value: Any) -> str:
 
 
 def decode_table(decodes: Mapping[str, Json]) -> str:
-    """How each checkpoint was decoded, and what it cost."""
-    fields = ("codec", "images", "tokens", "seconds")
+    """What each checkpoint answered, in which codec."""
+    fields = ("codec", "images", "tokens")
     rows = [
         [name, *(_leaf(required(decodes[name], field, f"{name}/decode.json")) for field in fields)]
         for name in CHECKPOINTS
@@ -77,7 +87,7 @@ def params_table(params: Params) -> str:
     return table(["parameter", "value"], rows, "ll")
 
 
-REVISION_VARIABLE = "DVC_EXP_BASELINE_REV"
+REVISION_VARIABLE, NAME_VARIABLE = "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME"
 _UNSEEN = object()
 
 
@@ -87,11 +97,11 @@ def experiment_baseline(profile: str) -> Baseline | None:
     params = _tracked(revision, "params.yaml")
     if not revision or params is None:
         return None
-    config, headline = f"configs/{profile}.yaml", _tracked(revision, f"reports/{profile}/headline.json")
+    config = f"configs/{profile}.yaml"
     yaml = YAML(typ="safe")
     settings = yaml.load(params) | {config: yaml.load(_tracked(revision, config) or "{}")}
     now = {config: yaml.load(Path(config))}
-    return Baseline(revision, settings, json.loads(headline) if headline else {}, now)
+    return Baseline(revision, os.environ.get(NAME_VARIABLE, ""), settings, now)
 
 
 def _tracked(revision: str, path: str) -> str | None:
@@ -106,30 +116,16 @@ def settings_delta(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[tupl
     return [(k, old.get(k), new.get(k)) for k in keys if new.get(k, _UNSEEN) != old.get(k, _UNSEEN)]
 
 
-def baseline_markdown(baseline: Baseline | None, settings: Mapping[str, Any], headline: Mapping[str, Any]) -> str:
-    """What differs from the baseline in parameters and headline numbers; says so where there is no baseline."""
-    if baseline is None:
-        return (
-            "This run is a baseline itself, no experiment (`dvc exp run`), so there is nothing that it changed. "
-            "All its parameters are in section 10."
-        )
-    changed = [
-        [f"`{key}`", _value(old), _value(new)]
-        for key, old, new in settings_delta({**settings, **baseline.profile}, baseline.settings)
-        if key != "profile"
-    ]
-    moved = []
-    for key, old, new in settings_delta(headline, baseline.headline):
-        both = isinstance(old, int | float) and isinstance(new, int | float)
-        moved.append([f"`{key}`", number(old), number(new), signed(float(new - old)) if both else ""])
-    parts = [f"An experiment on commit `{baseline.revision[:12]}`."]
-    parts.append(table(["parameter", "baseline", "here"], changed) if changed else "No parameter differs.")
-    if moved:
-        parts += [table(["headline number", "baseline", "here", "change"], moved)]
-        parts += ["Whether a change is more than noise: `coordexp ab`, or `coordexp compare` of the two answer files."]
-    elif baseline.headline:
-        parts.append("No headline number differs.")
-    return "\n\n".join(parts)
+def experiment_line(baseline: Baseline, settings: Mapping[str, Any]) -> str:
+    """What an experiment changed against the commit it started from, and the command that says what came of it."""
+    delta = settings_delta({**settings, **baseline.profile}, baseline.settings)
+    changed = [f"`{key}` {_value(old)} -> {_value(new)}" for key, old, new in delta if key != "profile"]
+    revision, name = baseline.revision[:7], baseline.experiment or "EXPERIMENT"
+    return (
+        f"**Experiment{f' {escape(name)}' if baseline.experiment else ''} on {revision}**: "
+        f"{', '.join(changed) or 'no parameter differs'}. What it changed, with intervals: "
+        f"`coordexp compare {revision} {name}`. All below is about this run alone."
+    )
 
 
 def _value(value: Any) -> str:

@@ -2,11 +2,14 @@
 
     build_report(ReportInputs.of(run), Path("reports/tiny"))
 
-The text holds no time or place of its own: the same inputs give the same bytes.
+progress.md is page one, whole in git with the few small files of pictures/. All numbers and pictures behind it are in
+details.md, figures/ and gallery/, which DVC keeps. Nothing holds a time or place of its own: the same inputs give the
+same bytes.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ from coordexp.reporting.monitor import (
     write_monitor_figure,
 )
 from coordexp.reporting.outcomes import Outcomes, judge
+from coordexp.reporting.pictures import EXAMPLES, examples, write_pictures
 from coordexp.reporting.training import (
     channels,
     counters_table,
@@ -62,11 +66,13 @@ from coordexp.reporting.verdicts import (
 )
 
 SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
+PAGE, DETAILS = "progress.md", "details.md"
+FOLDERS = ("pictures", "figures", "gallery")
 _HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")
 
 
 def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
-    """Write progress.md, figures/ and gallery/ into `out_dir`; returns the path of progress.md.
+    """Write progress.md with pictures/, details.md with figures/ and gallery/; returns the path of progress.md.
 
     Raises:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
@@ -78,32 +84,28 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     picks = choose_images(data.per_image, dup_key, profile.report.gallery_images, params.seed)
     image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
-    text = _render(_context(inputs, data, outcomes, picks, strips, dup_key))
+    context = _context(inputs, data, outcomes, picks, strips, dup_key)
+    texts = {name: _render(name, context) for name in (PAGE, DETAILS)}
+    for folder in FOLDERS:  # no picture of an older report stays
+        shutil.rmtree(out_dir / folder, ignore_errors=True)
     write_training_figures(data.logs, params, out_dir / "figures")
     write_monitor_figure(data.dev_rows, out_dir / "figures" / "monitor.png")
     write_evaluation_figures(data, outcomes, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
-    path = out_dir / "progress.md"
-    write_text(path, text)  # after its pictures: what it shows is there
-    _remove_pictures_of_an_older_report(out_dir, text)
-    return path
+    write_pictures(data, outcomes, picks, inputs.image_root, out_dir / "pictures")
+    for name in (DETAILS, PAGE):  # after their pictures: what they show is there
+        write_text(out_dir / name, texts[name])
+    return out_dir / PAGE
 
 
-def _remove_pictures_of_an_older_report(out_dir: Path, text: str) -> None:
-    for folder in ("figures", "gallery"):
-        for picture in (out_dir / folder).glob("*.png"):
-            if f"({folder}/{picture.name})" not in text:
-                picture.unlink()
-
-
-def _render(context: Mapping[str, Any]) -> str:
+def _render(name: str, context: Mapping[str, Any]) -> str:
     # Markdown, not HTML: escaping is done cell by cell, where text from data enters.
     loader = PackageLoader("coordexp.reporting", "templates")
     environment = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template("progress.md.jinja").render(context)
+    return environment.get_template(f"{name}.jinja").render(context)
 
 
 def _context(
@@ -121,6 +123,15 @@ def _context(
         **_behind_the_scores(data),
         "has_strips": bool(strips),
         "gallery": _gallery(data, picks, dup_key),
+        "examples": [
+            {
+                "path": f"pictures/{EXAMPLES[rule]}",
+                "id": pick.image_id,
+                "rule": rule,
+                "caption": _caption(data, pick, dup_key),
+            }
+            for rule, pick in examples(picks).items()
+        ],
         "failed_checks": [check.claim for check in checks if check.passed is False],
         "checklist": checklist_table(checks),
     }
@@ -133,7 +144,7 @@ def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
         "headlines": [*warnings(data.metrics), *(headline(data, name) for name in _HEADLINES)],
         "rule": RULE,
         "what_ran": provenance.what_ran(data),
-        "against_baseline": provenance.baseline_markdown(baseline, data.run.params.model_dump(), data.headline),
+        "experiment": provenance.experiment_line(baseline, data.run.params.model_dump()) if baseline else "",
         "improved": improved_and_flat(data),
         "answers": standing_answers(data),
         "suggestions": suggestions_table(suggestions(data)),
@@ -141,14 +152,14 @@ def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
 
 
 def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """Sections 1 to 5: what was found, and why F1 and mAP are what they are."""
+    """What was found, and why F1 and mAP are what they are."""
     metrics, settings, shown = data.metrics, data.settings, outcomes[SHOWN]
     composed = data.run.profile.source.kind == "scenes"  # which no published number is about
     return {
         "checkpoint_table": tables.metrics_table(data, "checkpoints"),
         "comparison_table": comparison_table(data),
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
-        "monitor_sentence": monitor_sentence(data.dev_rows, data.metadata),
+        "monitor_sentence": monitor_sentence(data.dev_rows),
         "monitor_table": monitor_table(data.dev_rows),
         "resamples": settings.bootstrap_resamples,
         "names_table": tables.metrics_table(data, "names"),
@@ -177,7 +188,7 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
 
 
 def _behind_the_scores(data: ReportData) -> dict[str, Any]:
-    """Sections 6 to 12: training, rollouts, upper bound, provenance."""
+    """Training, rollouts, upper bound, provenance."""
     params = data.run.params
     return {
         "training": _training(data),
@@ -193,7 +204,6 @@ def _behind_the_scores(data: ReportData) -> dict[str, Any]:
         "params_table": provenance.params_table(params),
         "packing_table": tables.leaves_table(data.packing, ["packing", "value"]),
         "drops_table": tables.leaves_table(data.drops, ["annotations dropped by `convert`", "number"]),
-        "commit": data.metadata["stage2"]["git"]["commit"] or "<commit>",
     }
 
 
@@ -254,20 +264,32 @@ def _upper_bound(data: ReportData) -> str:
 
 
 def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[dict[str, Any]]:
-    """The chosen pictures under their rule, with counts of stage 2 and, where it chose them, of the change."""
-    rows, errors = data.per_image[SHOWN], {name: n_errors(data.per_image[name]) for name in (BEFORE, SHOWN)}
-    groups = []
-    for rule in RULES:
-        pictures = []
-        for pick in (p for p in picks if p.rule == rule):
-            row = rows.loc[pick.image_id]
-            caption = (
-                f"{escape(row['image'])} (id {pick.image_id}): objects {row['n_gt']}, predictions {row['n_pred']}; "
-                f"right {row['tp_50']}, false {row['fp_50']}, missed {row['fn_50']}, duplicate pairs {row[dup_key]}"
-            )
-            if rule == "biggest change":
-                before, after = (errors[name][pick.image_id] for name in (BEFORE, SHOWN))
-                caption += f"; errors {before} in stage 1, {after} in stage 2"
-            pictures.append({"path": f"gallery/{pick.file_name}", "id": pick.image_id, "caption": caption})
-        groups.append({"rule": rule, "pictures": pictures})
-    return groups
+    """The chosen pictures under their rule."""
+    return [
+        {
+            "rule": rule,
+            "pictures": [
+                {
+                    "path": f"gallery/{pick.file_name}",
+                    "id": pick.image_id,
+                    "caption": _caption(data, pick, dup_key),
+                }
+                for pick in picks
+                if pick.rule == rule
+            ],
+        }
+        for rule in RULES
+    ]
+
+
+def _caption(data: ReportData, pick: GalleryPick, dup_key: str) -> str:
+    """Counts of stage 2 and, where it chose the image, of the change."""
+    row = data.per_image[SHOWN].loc[pick.image_id]
+    caption = (
+        f"{escape(row['image'])} (id {pick.image_id}): objects {row['n_gt']}, predictions {row['n_pred']}; "
+        f"right {row['tp_50']}, false {row['fp_50']}, missed {row['fn_50']}, duplicate pairs {row[dup_key]}"
+    )
+    if pick.rule == "biggest change":
+        before, after = (n_errors(data.per_image[name])[pick.image_id] for name in (BEFORE, SHOWN))
+        caption += f"; errors {before} in stage 1, {after} in stage 2"
+    return caption

@@ -72,11 +72,11 @@ def new_figure(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in), dpi=_DPI)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
     """Write a small palette PNG without the program's version in it, so that equal input gives equal bytes."""
     raw = io.BytesIO()
     figure.savefig(raw, format="rgba")
     shown = Image.frombytes("RGBA", figure.canvas.get_width_height(), raw.getvalue()).convert("RGB")
-    picture = shown.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture = shown.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)

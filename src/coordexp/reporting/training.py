@@ -14,7 +14,7 @@ from coordexp.config.block import field_specs
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
 from coordexp.evaluation.table import Floats
-from coordexp.infra.logs import ends, logged
+from coordexp.infra.logs import BIN_ERROR, ends, logged
 from coordexp.reporting.markdown import MISSING, percent, significant, table
 
 MEANINGS = {
@@ -109,7 +109,7 @@ def training_sentence(log: pd.DataFrame, params: Params) -> str:
             f"unweighted softCE went from {softce[0]:.3f} to {softce[1]:.3f} nats against a floor of {entropy:.3f}; "
             f"the KL above the floor went from {kl[0]:.3f} to {kl[1]:.3f}"
         )
-    if (mae := ends(log, "coord_diag/expected_bin_mae")) is not None:
+    if (mae := ends(log, BIN_ERROR)) is not None:
         parts.append(f"the mean error of the expected coordinate went from {mae[0]:.1f} to {mae[1]:.1f} bins")
     return (". ".join(part[0].upper() + part[1:] for part in parts) + ".") if parts else ""
 

@@ -32,23 +32,21 @@ def generate_answers(
     batch_images: int,
     samples: Sequence[Sample],
     request: DecodeRequest,
-) -> tuple[list[Generation], Checkpoint, float]:
-    """Answers of the checkpoint in `folder`, the checkpoint ready to re-score them, and the seconds of generating.
+) -> tuple[list[Generation], Checkpoint | None, float]:
+    """Answers of the checkpoint in `folder`, the checkpoint if it generated them, and the seconds of generating.
 
-    With `rollout.engine: vllm` the model is loaded only after a server of ours has left: both would not fit on one GPU.
-    Answers are kept until all are there, so that a failed run goes on from them.
+    With `rollout.engine: vllm` no model is loaded beside a server of ours: both would not fit on one GPU. Answers are
+    kept until all are there, so that a failed run goes on from them.
     """
     key = fingerprint({"code": code_hash(__name__)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
+    checkpoint = None
     if profile.rollout.engine == "hf":
         checkpoint = place_for_inference(folder, form)
         generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
     else:
         generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
-        checkpoint = place_for_inference(folder, form)
     journal.remove()
-    model = checkpoint.model
-    log.info("model of %s: on %s, %s", folder, model.device, str(model.dtype).removeprefix("torch."))
     return generations, checkpoint, seconds
 
 

@@ -1,21 +1,33 @@
-"""Rollouts on file, for stage 2: one JSON line per image with ids, objects with token positions, and accepted pairs."""
+"""Rollouts: what the model answered on training images (on file, ids alone), and what stage 2 makes of it in memory.
+
+On file is what was generated. Parsing and matching, whose parameters are stage 2's, come after.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coordexp.config.schema import MatchingParams
+from coordexp.errors import DataError
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.infra.files import replacing
 from coordexp.matching.matcher import match_images, name_distance
+from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.packing.samples import Sample
+from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.rollout.engine import Generation
 from coordexp.text.parser import ParsedAnswer
+
+log = logging.getLogger(__name__)
+MOST_UNUSABLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +55,24 @@ class Rollout:
     pair_ious: tuple[float, ...]
 
 
-def match_rollouts(
-    samples: Sequence[Sample],
-    generations: Sequence[Generation],
-    answers: Sequence[ParsedAnswer],
-    matching: MatchingParams,
-) -> list[Rollout]:
-    """The parsed objects of each generation, matched to the (non-crowd) ground truth of its sample."""
-    rollouts = [
-        Rollout(
-            image_id=sample.image_id,
-            ids=tuple(generation.ids.tolist()),
-            finish_reason=generation.finish_reason,
-            usable=answer.report.container_found,
-            objects=tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects),
-            pairs=(),
-            pair_ious=(),
-        )
-        for sample, generation, answer in zip(samples, generations, answers, strict=True)
-    ]
-    return rematch(rollouts, samples, matching)
+def parsed_rollout(image_id: int, generation: Generation, answer: ParsedAnswer) -> Rollout:
+    """A generation with its objects, not matched yet."""
+    return Rollout(
+        image_id=image_id,
+        ids=tuple(generation.ids.tolist()),
+        finish_reason=generation.finish_reason,
+        usable=answer.report.container_found,
+        objects=tuple(RolloutObject(o.desc, o.bins, o.coord_positions) for o in answer.objects),
+        pairs=(),
+        pair_ious=(),
+    )
 
 
-def rematch(rollouts: Sequence[Rollout], samples: Sequence[Sample], matching: MatchingParams) -> list[Rollout]:
-    """The same answers matched anew: what stage 2 does in each step, where gate and costs may follow a curriculum."""
+def match_rollouts(rollouts: Sequence[Rollout], samples: Sequence[Sample], matching: MatchingParams) -> list[Rollout]:
+    """Each rollout matched to the (non-crowd) ground truth of its sample, whatever pairs it had.
+
+    Stage 2 does this in each step, where gate and costs may follow a curriculum.
+    """
     pred, gt, distances = [], [], []
     for rollout, sample in zip(rollouts, samples, strict=True):
         keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
@@ -85,23 +91,74 @@ def rematch(rollouts: Sequence[Rollout], samples: Sequence[Sample], matching: Ma
     ]
 
 
-def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
-    """One JSON line per rollout."""
+def rollout_summary(
+    samples: Sequence[Sample], rollouts: Sequence[Rollout], reports: Sequence[ParseReport]
+) -> dict[str, Any]:
+    """Counts and the training-time matching F1 of matched rollouts; ratios are sums over sums, None over nothing."""
+    counts = MatchCounts(
+        n_pred=sum(len(r.objects) for r in rollouts),
+        n_gt=sum(len(s.descs) - sum(s.iscrowd) for s in samples),
+        n_matched=sum(len(r.pairs) for r in rollouts),
+        iou_sum=float(sum(sum(r.pair_ious) for r in rollouts)),
+    )
+    dropped: Counter[str] = Counter()
+    for report in reports:
+        dropped.update(report.dropped)
+    tokens = [len(r.ids) for r in rollouts]
+    return {
+        "images": len(rollouts),
+        "precision": rounded_ratio(counts.precision),
+        "recall": rounded_ratio(counts.recall),
+        "f1": rounded_ratio(counts.f1),
+        "matched_iou_mean": rounded_ratio(counts.matched_iou_mean),
+        "n_pred": counts.n_pred,
+        "n_gt": counts.n_gt,
+        "n_matched": counts.n_matched,
+        "parse_rate": round(sum(report.ok for report in reports) / len(reports), 4),
+        "unusable": sum(not r.usable for r in rollouts),
+        "truncated": sum(report.truncated for report in reports),
+        "dropped": dict(dropped),
+        "tokens_mean": round(float(np.mean(tokens)), 1),
+        "tokens_p99": int(np.quantile(tokens, 0.99)),
+    }
+
+
+def warn_of_unusable(reports: Sequence[ParseReport]) -> None:
+    """Say loudly that channel B will find little to train on."""
+    images, unusable = len(reports), sum(not report.container_found for report in reports)
+    if unusable > MOST_UNUSABLE * images:
+        log.warning(
+            "%d of %d rollouts do not parse: channel B falls back to ground truth for them. Expected nearly none: "
+            "train stage 1 longer, or set decode.grammar.",
+            unusable,
+            images,
+        )
+    if (truncated := sum(report.truncated for report in reports)) > MOST_UNUSABLE * images:
+        log.warning(
+            "%d of %d rollouts are cut at the token budget. Expected nearly none: train stage 1 longer, or raise "
+            "decode.max_new_tokens.",
+            truncated,
+            images,
+        )
+    if not any(report.n_valid for report in reports):
+        log.warning("the rollouts hold no object at all: matching finds nothing, and channel B only appends misses.")
+
+
+def write_generations(path: Path, generations: Mapping[int, Generation]) -> None:
+    """One JSON line per image: its id, the generated ids and why they end."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for rollout in rollouts:
-            out.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
+        for image_id, generation in generations.items():
+            row = {"image_id": image_id, "ids": generation.ids.tolist(), "finish_reason": generation.finish_reason}
+            out.write(json.dumps(row) + "\n")
 
 
-def read_rollouts(path: Path) -> dict[int, Rollout]:
-    """Rollouts by image id."""
-    out = {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
+def read_generations(path: Path, vocabulary_size: int) -> dict[int, Generation]:
+    """Generations by image id; raises DataError for a line that `write_generations` did not write."""
+    out: dict[int, Generation] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
             row = json.loads(line)
-            row["objects"] = tuple(
-                RolloutObject(o["desc"], tuple(o["bins"]), tuple(o["coord_positions"])) for o in row["objects"]
-            )
-            row["pairs"] = tuple((i, j) for i, j in row["pairs"])
-            rollout = Rollout(**{**row, "ids": tuple(row["ids"]), "pair_ious": tuple(row["pair_ious"])})
-            out[rollout.image_id] = rollout
+            out[int(row["image_id"])] = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: no rollout ({error!r}). Run the stage `rollout` again.") from error
     return out

@@ -31,10 +31,13 @@ _SLOTS_PER_HEAD = 2048  # the logits of that many slots exist at a time: with Qw
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rescored:
-    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1, None without bins."""
+    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1, None without bins.
+
+    The distributions are rounded to float16, as they are stored: in memory and from a file, the same boxes come out.
+    """
 
     logprobs_A: NDArray[np.float64]
-    coord_probs_N4K: NDArray[np.float32] | None
+    coord_probs_N4K: NDArray[np.float16] | None
 
 
 @torch.inference_mode()
@@ -81,7 +84,7 @@ def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, ta
     return torch.cat(parts).double().cpu().numpy()
 
 
-def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64]) -> NDArray[np.float32] | None:
+def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64]) -> NDArray[np.float16] | None:
     """Distribution over the bins at the slots of N boxes, (N, 4, K): the softmax over the coordinate tokens alone."""
     coord = checkpoint.coord
     if coord is None:
@@ -91,7 +94,7 @@ def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64])
         slot_logits(checkpoint.model, hidden, part)[:, coord.first_id : coord.end_id].float().softmax(-1).cpu()
         for part in index.split(_SLOTS_PER_HEAD)
     ]
-    return torch.cat(probs).reshape(-1, 4, NUM_BINS).numpy()
+    return torch.cat(probs).reshape(-1, 4, NUM_BINS).half().numpy()
 
 
 def _all_text(sample: Sample, generation: Generation) -> Segment:

@@ -32,8 +32,9 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
+from coordexp.infra.logs import without_clock
 from coordexp.infra.random_streams import generator
-from coordexp.matching.summary import ratio_text
+from coordexp.matching.summary import MatchCounts, ratio_text, rounded_ratio
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.gt_vs_pred import ImageResult, write_results
@@ -46,7 +47,11 @@ from coordexp.training.loop import Callback
 log = logging.getLogger(__name__)
 
 ROWS, PICTURES, ANSWERS = "monitor.jsonl", "monitor", "monitor_answers"
-CURVE_COLUMNS = ("f1", "precision", "recall", "f1_boxes", "predictions", "right", "false", "missed", "dup_pairs_90")
+BOUNDED = ("f1", "precision", "recall")  # in the curve with the bounds of their intervals, `_lo` and `_hi`
+CURVE_COLUMNS = (
+    *(f"{name}{bound}" for name in BOUNDED for bound in ("", "_lo", "_hi")),
+    *("f1_boxes", "predictions", "right", "false", "missed", "dup_pairs_90"),
+)
 MEASURED = ("map", "map_50")  # of evaluation proper, where it is at hand
 _LONGEST = 2  # answers are cut at so many times the longest annotated one: a runaway must not stop the training
 _JPEG_QUALITY = 90
@@ -123,21 +128,32 @@ class EvalCallback(Callback):
         return round(sum(row["seconds"] for row in self.rows()), 1)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy everything into the folder of the finished checkpoint."""
-        shutil.copyfile(self.folder / ROWS, folder / ROWS)
+        """Copy everything but the seconds into the folder of the finished checkpoint."""
+        write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in without_clock(self.rows())))
         for name in (PICTURES, ANSWERS):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name)
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows in the folder, and the curve where `dvc plots` looks: seconds, which never repeat, are not in it.
+        """Rows in the folder, and the curve where `dvc plots` looks: with intervals, without what never repeats.
 
         A value that is undefined is null in the rows and an empty cell in the curve.
         """
         write_text(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
         measured = [name for name in MEASURED if any(name in row for row in rows)]
         columns = ["step", *CURVE_COLUMNS, *measured]
-        write_text(self.curve, pd.DataFrame(rows, columns=columns, dtype=object).to_csv(sep="\t", index=False))
+        points = [row | _bounds(row) for row in rows]
+        write_text(self.curve, pd.DataFrame(points, columns=columns, dtype=object).to_csv(sep="\t", index=False))
+
+
+def _bounds(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The 95 % interval of each BOUNDED ratio of an evaluation."""
+    intervals = MatchCounts(row["predictions"], row["objects"], row["right"]).intervals
+    return {
+        f"{name}{bound}": rounded_ratio(value)
+        for name in BOUNDED
+        for bound, value in zip(("_lo", "_hi"), intervals[name] or (None, None), strict=True)
+    }
 
 
 @contextmanager
@@ -163,7 +179,7 @@ def make_eval_callback(
     decode = greedy(_LONGEST * max(len(sample.answer_ids) for sample in samples), "argmax", "coord_logprob")
     return EvalCallback(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint, decode),
+        reader=make_reader(checkpoint),
         samples=samples,
         request=DecodeRequest(params=decode, codec=checkpoint.codec, seed=0),
         image_root=run.paths.raw,

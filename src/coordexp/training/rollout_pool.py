@@ -18,7 +18,7 @@ from coordexp.config.schema import MatchingParams, Params
 from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation
-from coordexp.rollout.records import Rollout, match_rollouts, read_rollouts, rematch, write_rollouts
+from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
 from coordexp.training.distributed import wait_for_all, world
 from coordexp.training.schedule import ramp
@@ -67,6 +67,7 @@ class Refresher:
         parse: Callable[[Generation], ParsedAnswer],
         request: DecodeRequest,
         store: SampleStore,
+        vocabulary_size: int,
         folder: Path,
     ) -> None:
         self._refreshes = refreshes
@@ -74,6 +75,7 @@ class Refresher:
         self._parse = parse
         self._request = request
         self._store = store
+        self._vocabulary_size = vocabulary_size
         self._folder = folder
         self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
 
@@ -82,16 +84,17 @@ class Refresher:
         """The steps before which a set is generated."""
         return frozenset(refresh.step for refresh in self._refreshes)
 
-    def load(self, step: int, matching: MatchingParams) -> None:
+    def load(self, step: int) -> None:
         """Have the set of a step at hand: generated if no file holds it, by the weights of this moment."""
         refresh = self._current(step)
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
             return
         path = self._folder / f"rollouts-{refresh.step}.jsonl"
         if world().is_main and not path.is_file():
-            self._generate(refresh, matching, path)
+            self._generate(refresh, path)
         wait_for_all()
-        self._loaded = refresh, read_rollouts(path)
+        generations = read_generations(path, self._vocabulary_size)
+        self._loaded = refresh, {i: parsed_rollout(i, g, self._parse(g)) for i, g in generations.items()}
 
     def at(self, step: int) -> tuple[dict[int, Rollout], dict[str, float]] | None:
         """The loaded set of a step by image, and what generating it took if it is made for this step.
@@ -110,13 +113,13 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _generate(self, refresh: Refresh, matching: MatchingParams, path: Path) -> None:
+    def _generate(self, refresh: Refresh, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
         request = replace(self._request, seed=stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step))
         with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
             generations = self._engine.generate(samples, request)
-        write_rollouts(path, match_rollouts(samples, generations, [self._parse(g) for g in generations], matching))
+        write_generations(path, {s.image_id: g for s, g in zip(samples, generations, strict=True)})
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
         """Tokens read and written, from the set itself, so that a resumed run logs the same."""
@@ -127,7 +130,7 @@ class Refresher:
 
 
 class RolloutPool:
-    """Rollouts by step. Matching has its one place here: gate and cost of the step decide, not those of the file."""
+    """Rollouts by step, matched with the gate and the costs of the step."""
 
     def __init__(
         self, on_file: Mapping[int, Rollout], matching: MatchSchedule, refresher: Refresher | None = None
@@ -144,12 +147,12 @@ class RolloutPool:
     def refresh(self, step: int) -> None:
         """Generate or read what `at` will give for a step. All processes must call it, outside of any thread."""
         if self._refresher:
-            self._refresher.load(step, self._matching(step))
+            self._refresher.load(step)
 
     def at(self, step: int, samples: Sequence[Sample]) -> tuple[dict[int, Rollout], dict[str, float]]:
         """Matched rollouts of these samples by image, and numbers to log; `refresh` of this step comes before."""
         matching = self._matching(step)
         fresh = self._refresher.at(step) if self._refresher else None
         rollouts, logs = (self._on_file, {}) if fresh is None else fresh
-        matched = rematch([rollouts[s.image_id] for s in samples], samples, matching)
+        matched = match_rollouts([rollouts[s.image_id] for s in samples], samples, matching)
         return {rollout.image_id: rollout for rollout in matched}, logs

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,15 @@ from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import only_process, replace_folder, write_text
-from coordexp.infra.logs import ends, logged, read_log
-from coordexp.infra.provenance import fingerprint, resume_folder, run_metadata, weight_files, write_json
+from coordexp.infra.logs import BIN_ERROR, ends, logged, read_log, read_rows, without_clock
+from coordexp.infra.provenance import (
+    add_to_run_record,
+    fingerprint,
+    resume_folder,
+    run_metadata,
+    weight_files,
+    write_json,
+)
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
@@ -32,6 +39,7 @@ log = logging.getLogger(__name__)
 LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
+CURVE_POINTS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +100,11 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        started = time.monotonic()
         callback.folder = state
         steps(callback=callback)
         weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
         undo()  # a checkpoint is plain weights, adapters merged
-        return _finish(session, state, checkpoint, weights, callback, started)
+        return _finish(session, state, checkpoint, weights, callback)
 
 
 def _finish(
@@ -106,26 +113,27 @@ def _finish(
     checkpoint: Checkpoint,
     weights: dict[str, Tensor] | None,
     callback: EvalCallback,
-    started: float,
 ) -> dict[str, Any]:
     """Put the checkpoint with log, results and metadata into its place, and forget the resume state."""
     log_path, out = state / LOG_NAME, session.run.paths.run(session.stage)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint, weights)
-    shutil.copyfile(log_path, temporary / LOG_NAME)
+    write_text(temporary / LOG_NAME, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
     callback.copy_to(temporary)
-    summary = summarise_log(log_path) | {"monitor_seconds": callback.seconds()}
-    metadata = run_metadata(session.stage, session.tracked, session.inputs, time.monotonic() - started, summary)
+    summary = summarise_log(log_path)
+    metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
     write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
     replace_folder(temporary, out)
+    seconds = summed_seconds(log_path) | {"monitor_seconds": callback.seconds()}
+    add_to_run_record(session.run.paths.run_record(session.stage), seconds)
     shutil.rmtree(state)
     return summary
 
 
 def summarise_log(path: Path) -> dict[str, Any]:
-    """Totals of a training log: steps, samples, tokens, seconds in steps, and the mean loss of the last tenth.
+    """Totals of a training log: steps, samples, tokens, and the mean loss of the last tenth.
 
     `tokens` went through a training forward; those that fresh rollouts read and wrote are counted apart.
     """
@@ -137,9 +145,15 @@ def summarise_log(path: Path) -> dict[str, Any]:
         "samples": int(table["samples"].sum()),
         "tokens": int(table["tokens"].sum()),
         **{f"refresh_{name}": int(logged(table, f"rollout/{name}").sum()) for name in GENERATION_TOKENS},
-        "step_seconds": round(float(table["time/step_s"].sum()), 1),
         "final_loss": round(last[1], 4),
     }
+
+
+def summed_seconds(path: Path) -> dict[str, float]:
+    """Seconds in steps, and of these (a sum over processes) those in which one waited for its batches."""
+    table = read_log(path)
+    names = {"step_seconds": "time/step_s", "wait_seconds": "time/wait_s"}
+    return {name: round(float(logged(table, column).sum()), 1) for name, column in names.items()}
 
 
 def warn_of_collapse(path: Path) -> None:
@@ -154,9 +168,15 @@ def warn_of_collapse(path: Path) -> None:
         )
 
 
-def write_curve(log_path: Path, out: Path, names: Sequence[str] = ("loss/total",), every: int = 1) -> None:
-    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged."""
-    table = read_log(log_path).reindex(columns=list(names)).reset_index()
-    chunk = table.index // every
+def write_curve(log_path: Path, out: Path, names: Sequence[str] = (), every: int = 0) -> None:
+    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged.
+
+    Without names: the mean error of E[k] in bins and every term of the objective without its weight, so that runs under
+    other weights compare. `every` 0 makes at most CURVE_POINTS rows: git holds the curves of every experiment.
+    """
+    log = read_log(log_path)
+    unweighted = [column for column in log.columns if column.startswith("raw/")]
+    table = log.reindex(columns=list(names) or [BIN_ERROR, *unweighted]).reset_index()
+    chunk = table.index // (every or -(-len(log) // CURVE_POINTS))
     means = table.groupby(chunk).mean().assign(step=table["step"].groupby(chunk).last())
     write_text(out, means.to_csv(sep="\t", index=False, float_format="%.4f"))

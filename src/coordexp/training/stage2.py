@@ -7,11 +7,12 @@ from typing import Any
 from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.provenance import image_inputs, write_json
+from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.rollout.engine import READOUT_KEYS
 from coordexp.rollout.hf_engine import HfEngine
-from coordexp.rollout.records import read_rollouts
+from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, rollout_summary
 from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.training.builders import (
     first_coord_id,
@@ -43,7 +44,8 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     session = _session(run)
     optim = run.profile.stage2
     checkpoint = load_for_training(run.paths.run("stage1"), run.profile.launch.sharding)
-    store, rollouts = SampleStore(session.inputs["samples"]), read_rollouts(session.inputs["rollouts"])
+    store = SampleStore(session.inputs["samples"])
+    rollouts = _rollouts_on_file(run, checkpoint, store)
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
     plan = plan_steps(
         len(store),
@@ -74,12 +76,26 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     return summary
 
 
+def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore) -> dict[int, Rollout]:
+    """The rollouts of the stage `rollout`, parsed; writes what matching finds in them before any training."""
+    generations = read_generations(run.paths.rollouts, len(input_table(checkpoint.model).weight))
+    reader = make_reader(checkpoint)
+    answers = {image_id: reader.parse(generation) for image_id, generation in generations.items()}
+    rollouts = {i: parsed_rollout(i, generations[i], answer) for i, answer in answers.items()}
+    samples = [sample for sample in (store[i] for i in range(len(store))) if sample.image_id in rollouts]
+    if world().is_main:
+        matched = match_rollouts([rollouts[s.image_id] for s in samples], samples, run.params.matching)
+        reports = [answers[s.image_id].report for s in samples]
+        write_json(run.paths.rollout_summary, rollout_summary(samples, matched, reports))
+    return rollouts
+
+
 def _session(run: RunConfig) -> Session:
     settings = run.params.model_dump(exclude={"profile": True, "stage1": True, "decode": READOUT_KEYS, "eval": True})
     inputs = {
         **start_files(run.paths.run("stage1")),
         "samples": run.paths.norm1000 / "train.parquet",
-        "rollouts": run.paths.run("rollout") / "rollouts.jsonl",
+        "rollouts": run.paths.rollouts,
     }
     return Session(
         run=run,
@@ -104,8 +120,9 @@ def _refresher(
     return Refresher(
         plan_refreshes(of_channel_b, run.params.stage2.refresh_steps),
         HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images),
-        make_reader(checkpoint, run.params.decode).parse,
+        make_reader(checkpoint).parse,
         decode_request(run, checkpoint.codec),
         SampleStore(session.inputs["samples"]),
+        len(input_table(checkpoint.model).weight),
         session.state_folder(),
     )

@@ -1,0 +1,21 @@
+"""Answers of one checkpoint on val, with the distributions that scores need."""
+
+from __future__ import annotations
+
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.run import RunConfig
+from coordexp.models.pins import pinned_folder
+from coordexp.rollout.stages import decode_val
+from coordexp.stage import LOG, stage_main
+
+
+def run(context: RunConfig, name: str) -> None:
+    """Decode, re-score and parse; boxes and scores are read from it by the evaluation."""
+    is_base = name == "base"
+    folder = pinned_folder(context.profile.model, context.params.profile) if is_base else context.paths.run(name)
+    done = decode_val(context, name, folder, context.paths.decoded(name))
+    LOG.info("decode of %s: %d images, %d tokens", name, done["images"], done["tokens"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(run, names=CHECKPOINTS))

@@ -1,0 +1,102 @@
+"""What each key of params.yaml runs again is exact: what runs comes out different, and what does not is not stale.
+
+The second half, that a stage reads nothing but what it declares, is tests/graph/test_inputs.py. Here every key is
+changed once on the smoke profile, under parameters that use them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordexp.config.loading import load_params
+from coordexp.config.presets import leaves
+from graph.local_graph import LocalGraph
+
+# Answers with objects from an untrained model, and everything switched on that a key may change.
+ALIVE = {
+    "temperature": 1.1, "text_gate_weight": 0.1, "entropy_weight": 0.01, "coord_ce_weight": 0.1,
+    "bbox_giou_weight": 0.1, "bbox_l1_weight": 0.1, "bbox_log_wh_weight": 0.1,
+    "anneal.sigma_fraction": 1.0, "anneal.temperature_fraction": 1.0,
+    "stage1.coord_ce_weight": 0.1, "stage1.text_gate_weight": 0.1,
+    "stage2.n_softctx_iter": 2, "stage2.coord_decode_mode": "top_k", "stage2.a1_coord_weight": 0.5,
+    "stage2.over_generation": "truncate", "stage2.duplicate_unlikelihood_weight": 0.1, "stage2.refresh_steps": 2,
+    "stage2.passes": "one", "stage2.curriculum_fraction": 1.0,
+    "matching.gate_threshold": 0.01,
+    "decode.temperature": 0.8, "decode.top_p": 0.95, "decode.grammar": "any", "decode.corners": "valid",
+    "decode.duplicate_iou": 0.8,
+}  # fmt: skip
+
+# Key -> another value that is possible beside the others.
+CHANGES: dict[str, Any] = {
+    "seed": 18, "softce_weight": 0.5, "w1_weight": 0.5, "gate_weight": 0.5, "coord_ce_weight": 0.5,
+    "text_gate_weight": 0.5, "entropy_weight": 0.1, "target": "triangular", "sigma": 3.0, "truncate": 9,
+    "temperature": 1.2, "bbox_smoothl1_weight": 1.0, "bbox_ciou_weight": 0.5, "bbox_giou_weight": 0.5,
+    "bbox_l1_weight": 0.5, "bbox_log_wh_weight": 0.5, "smoothl1_beta_bins": 1.0,
+    "anneal.sigma_from": 8.0, "anneal.sigma_fraction": 0.5, "anneal.temperature_from": 3.0,
+    "anneal.temperature_fraction": 0.5, "text.codec": "tags", "text.object_order": "random",
+    "stage1.seed": 1, "stage1.softce_weight": 0.5, "stage1.w1_weight": 0.5, "stage1.gate_weight": 0.5,
+    "stage1.coord_ce_weight": 0.5, "stage1.text_gate_weight": 0.5,
+    "stage2.seed": 1, "stage2.b_ratio": 0.25, "stage2.n_softctx_iter": 3, "stage2.softctx_grad_mode": "em_detach",
+    "stage2.coord_ctx_embed_mode": "expectation", "stage2.coord_decode_mode": "median", "stage2.top_k": 4,
+    "stage2.a1_coord_weight": 1.0, "stage2.text_ce_weight": 0.5, "stage2.eos_weight": 2.0,
+    "stage2.close_weight": 2.0, "stage2.passes": "two", "stage2.missed": "sorted", "stage2.extras": "drop",
+    "stage2.over_generation": "keep", "stage2.over_close_weight": 2.0, "stage2.duplicate_unlikelihood_weight": 1.0,
+    "stage2.refresh_steps": 3, "stage2.curriculum_fraction": 0.5, "stage2.gate_from": 0.9,
+    "stage2.lambda_sem_from": 1.0,
+    "matching.lambda_l1": 9.0, "matching.lambda_iou": 9.0, "matching.lambda_sem": 1.0, "matching.gate": "l1",
+    "matching.gate_threshold": 0.2,
+    "decode.max_new_tokens": 60, "decode.temperature": 0.5, "decode.top_p": 0.5, "decode.repetition_penalty": 1.5,
+    "decode.score": "mix", "decode.box": "argmax", "decode.box_top_k": 4, "decode.grammar": "closed",
+    "decode.corners": "any", "decode.duplicate_iou": 0.3,
+    "eval.bootstrap_resamples": 200, "eval.f1_ious": [0.25, 0.5], "eval.duplicate_ious": [0.5, 0.9],
+    "eval.mapping": "exact", "eval.semantic_floor": 0.6, "eval.semantic_margin": 0.1,
+}  # fmt: skip
+QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.lambda_iou", "stage2.eos_weight", "gate_weight")
+# Stages that run to the same bytes here: the key has nothing to act on in eight pictures and four steps.
+IDLE: dict[str, set[str]] = {}
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[LocalGraph]:
+    graph = LocalGraph.new(tmp_path_factory.mktemp("cuts") / "baseline", repository, ALIVE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(graph.root)
+        patch.setenv("DVC_ROOT", str(graph.root))
+        assert all(graph.repro().values())
+        yield graph
+
+
+def test_every_key_is_changed() -> None:
+    keys = {key for key, _ in leaves(load_params(Path("params.yaml")).model_dump())}
+    assert CHANGES.keys() == keys - {"profile"}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cuts")
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=() if key in QUICK else pytest.mark.faults) for key in CHANGES]
+)
+def test_what_a_key_runs_comes_out_different(
+    key: str, baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = baseline.copy(tmp_path / "changed")
+    monkeypatch.chdir(changed.root)
+    monkeypatch.setenv("DVC_ROOT", str(changed.root))
+    changed.set({key: CHANGES[key]})
+    ran = changed.repro()
+    same = {stage for stage, differs in ran.items() if not differs}
+    assert same == IDLE.get(key, set()), f"{key} ran {', '.join(ran)}"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cuts")
+def test_nothing_changed_runs_nothing(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = baseline.copy(tmp_path / "again")
+    monkeypatch.chdir(again.root)
+    assert again.repro() == {}
+    assert os.listdir(again.root / "runs" / "smoke")
