@@ -37,7 +37,6 @@ from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import Sample, SampleSource, SampleStore
 from coordexp.stage import LOG, tune_allocator
-from coordexp.text.prompts import expand_image
 from coordexp.training.builders import first_coord_id, make_collator, make_encoder
 from coordexp.training.loop import train
 from coordexp.training.optimizers import build_optimizer
@@ -89,7 +88,7 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
 def padded_batch(checkpoint: Checkpoint, root: Path, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """What a processor and a padding collator make of the samples; labels are the answers."""
     image_id, pixels = checkpoint.model.config.image_token_id, checkpoint.pixels
-    prompts = [expand_image(s.prompt_ids, image_id, s.n_image_tokens) for s in samples]
+    prompts = [s.expanded_prompt_ids(image_id) for s in samples]
     width = max(len(p) + len(s.answer_ids) for p, s in zip(prompts, samples, strict=True))
     ids = np.full((len(samples), width), checkpoint.tokenizer.pad_token_id, np.int64)
     mask, labels = np.zeros_like(ids), np.full_like(ids, -100)

@@ -12,7 +12,7 @@ from toyworld.coco_folder import as_datasets, write_coco_folder
 
 
 def run(context: RunConfig) -> None:
-    """Write `data/<profile>/raw`: a manifest of images that stay where they are; composed ones lie beside it."""
+    """Write `data/<profile>/raw`: a manifest of images that stay where they are; shards of composed ones beside it."""
     raw, source, workers = context.paths.raw, context.profile.source, os.cpu_count() or 1
     if isinstance(source, ScenesConfig):
         write_coco_folder(raw / "images", source, context.params.seed, workers)

@@ -12,7 +12,7 @@ from coordexp.detector import Detections, Detector, open_picture
 from coordexp.drawing.boxes import draw_detections
 from coordexp.errors import DataError
 from coordexp.records.descriptions import normalise_desc
-from coordexp.records.images import file_sha256
+from coordexp.records.images import image_sha256
 from coordexp.records.prediction_log import PredictionLog
 
 SHOWN_NAMES = 20
@@ -25,7 +25,7 @@ def answers(detector: Detector, paths: Sequence[Path], log: PredictionLog | None
         return
     source = detector.identity()
     known = [path for path in paths if str(path) in log]
-    stale = {path: why for path in known if (why := log.change(str(path), source, file_sha256(path)))}
+    stale = {path: why for path in known if (why := log.change(str(path), source, image_sha256(path)))}
     kept = {path: _from_log(log, path) for path in known if path not in stale}
     _note_reuse(log, len(paths), len(kept), Counter(stale.values()))
     fresh = _asked(detector, [path for path in paths if path not in kept], hashed=True)
@@ -52,7 +52,7 @@ def _asked(detector: Detector, paths: Sequence[Path], hashed: bool) -> Iterator[
     for first in range(0, len(paths), detector.batch_images):
         batch = paths[first : first + detector.batch_images]
         # Before they are read: of a picture that is replaced meanwhile, the answer is asked again next time.
-        hashes = [file_sha256(path) if hashed else "" for path in batch]
+        hashes = [image_sha256(path) if hashed else "" for path in batch]
         yield from zip(batch, hashes, detector.predict(batch), strict=True)
 
 

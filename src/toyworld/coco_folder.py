@@ -1,8 +1,10 @@
-"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json` and `<split>/*.jpg`."""
+"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json` and `<split>/*.jpg`, those in shards."""
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +15,7 @@ from PIL import Image
 
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, ScenesConfig
 from coordexp.infra.files import write_text
+from coordexp.records.shards import write_shards
 from toyworld.composer import compose_scene
 from toyworld.sprites import SpriteCatalog, load_catalog
 
@@ -28,7 +31,6 @@ class _Chunk:
     split: str
     first: int
     last: int
-    out: Path
 
 
 def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) -> None:
@@ -36,16 +38,31 @@ def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) 
 
     The result does not depend on `workers`: each scene has its own random generator.
     """
+    counts = {"train": source.train_images, "val": source.val_images}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        composed = {
+            split: pool.map(_compose_chunk, _chunks(source, seed + source.seed_offset, split, count))
+            for split, count in counts.items()
+        }
+        write_shards(out, {split: _pictures(split, chunks, rows[split]) for split, chunks in composed.items()})
     catalog = load_catalog(Path(source.sprites))
-    for split, count in (("train", source.train_images), ("val", source.val_images)):
-        (out / split).mkdir(parents=True, exist_ok=True)
-        chunks = [
-            _Chunk(source, seed + source.seed_offset, split, first, min(first + CHUNK_SCENES, count), out)
-            for first in range(0, count, CHUNK_SCENES)
-        ]
-        with ProcessPoolExecutor(max_workers=workers) as pool:
-            rows = [row for chunk in pool.map(_write_chunk, chunks) for row in chunk]
-        write_text(out / ANNOTATIONS.format(split=split), json.dumps(_instances(rows, catalog)))
+    for split in counts:
+        write_text(out / ANNOTATIONS.format(split=split), json.dumps(_instances(rows[split], catalog)))
+
+
+def _chunks(source: ScenesConfig, seed: int, split: str, count: int) -> list[_Chunk]:
+    firsts = range(0, count, CHUNK_SCENES)
+    return [_Chunk(source, seed, split, first, min(first + CHUNK_SCENES, count)) for first in firsts]
+
+
+def _pictures(
+    split: str, chunks: Iterable[list[tuple[dict[str, Any], bytes]]], rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, bytes]]:
+    """Names and JPEG files as they come from the workers; what the annotations need goes to `rows`."""
+    for row, jpeg in (scene for chunk in chunks for scene in chunk):
+        rows.append(row)
+        yield f"{split}/{row['file_name']}", jpeg
 
 
 def as_datasets(folder: Path) -> DatasetsConfig:
@@ -64,16 +81,17 @@ def _catalog_of_worker(sprites: Path) -> SpriteCatalog:
     return load_catalog(sprites)
 
 
-def _write_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
+def _compose_chunk(chunk: _Chunk) -> list[tuple[dict[str, Any], bytes]]:
     catalog = _catalog_of_worker(Path(chunk.source.sprites))
-    rows = []
+    scenes = []
     for index in range(chunk.first, chunk.last):
         scene = compose_scene(chunk.source, catalog, chunk.seed, chunk.split, index)
-        path = chunk.out / chunk.split / f"{index:06d}.jpg"
-        Image.fromarray(scene.pixels).save(path, quality=JPEG_QUALITY)
-        size = scene.pixels.shape[:2]
-        rows.append({"id": index + 1, "file_name": path.name, "size": size, "objects": scene.objects})
-    return rows
+        jpeg = io.BytesIO()
+        Image.fromarray(scene.pixels).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+        name, size = f"{index:06d}.jpg", scene.pixels.shape[:2]
+        row = {"id": index + 1, "file_name": name, "size": size, "objects": scene.objects}
+        scenes.append((row, jpeg.getvalue()))
+    return scenes
 
 
 def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, Any]:

@@ -149,9 +149,7 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
         folder, samples = home / "data" / name, state / f"{name}.parquet"
         prepare_base_samples(folder, samples, tokenizer, pixels, phase["task_shares"], seed)
         steps, per_step = phase["steps"], phase["samples_per_step"]
-        phases.append(
-            CurriculumPhase(samples=samples, image_root=folder / "train", steps=steps, samples_per_step=per_step)
-        )
+        phases.append(CurriculumPhase(samples=samples, image_root=folder, steps=steps, samples_per_step=per_step))
     collators = [
         Collator(p.image_root, pixels, vlm.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
         for p in phases
@@ -185,7 +183,8 @@ def prepare_base_samples(
 ) -> None:
     """Tokenise one composed folder with the digits codec, drawing a task per image."""
     annotations = coco_folder / ANNOTATIONS.format(split="train")
-    records = convert_file("coco", annotations, coco_folder / "train", "train").splits["train"]
+    found = convert_file("coco", annotations, coco_folder / "train", "train").splits["train"]
+    records = [replace(record, image=f"train/{record.image}") for record in found]
     rng = np.random.default_rng([seed, 7])
     names = [*task_shares, "detect"]
     shares = [*task_shares.values(), 1.0 - sum(task_shares.values())]

@@ -20,7 +20,7 @@ ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detector", "coordexp.record
 FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profile", "settings", "record"}
 BROAD = {"Exception", "BaseException"}
 # Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
-WRITES_IN_PLACE = {"coordexp.infra.files", "toyworld.coco_folder", "coordexp.rollout.vllm_server"}
+WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own.
 TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coordexp.packing.samples import Sample, SampleStore, SampleWriter
 
@@ -89,3 +91,18 @@ def test_the_stages_write_what_the_records_say(world):
     assert crowd.answer_objects.max() + 1 == len(crowd.descs) - 1
     assert (resized.width, resized.height) != (resized.resized_width, resized.resized_height)
     assert resized.boxes_xyxy_px.max() <= max(resized.width, resized.height)
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)), st.integers(1, 20))
+def test_the_placeholder_of_the_image_is_repeated_and_nothing_else(before, after, n):
+    short = replace(WRITTEN[0], prompt_ids=np.array([*before, 77, *after], np.int32), n_image_tokens=n)
+    expanded = short.expanded_prompt_ids(77)
+    assert expanded.tolist() == [*before, *[77] * n, *after]
+    assert expanded.dtype == np.int32
+    assert len(expanded) == short.prompt_length
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [77, 1, 77]], ids=["none", "two"])
+def test_a_prompt_without_exactly_one_image_is_an_error(ids):
+    with pytest.raises(ValueError, match="unpack"):
+        replace(WRITTEN[0], prompt_ids=np.array(ids, np.int32)).expanded_prompt_ids(77)

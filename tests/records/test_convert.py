@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coordexp.errors import ConfigError, DataError
 from coordexp.records.convert import Converted, convert_datasets
-from coordexp.records.images import image_path
+from coordexp.records.images import read_record_rgb
 from coordexp.records.manifest import read_manifest, write_manifest
 from coordexp.records.mixing import split_dev
 from coordexp.records.schema import Record, parse_record
@@ -34,7 +34,7 @@ def convert(tmp_path: Path, sets, **config) -> Converted:
     for records in result.splits.values():
         for record in records:
             parse_record(json.loads(json.dumps(record.to_json())), "converted")
-            assert image_path(tmp_path / "raw", record.image).is_file()
+            assert read_record_rgb(tmp_path / "raw", record.image).size == (record.width, record.height)
     return result
 
 

@@ -18,15 +18,15 @@ from PIL import Image, PngImagePlugin
 from coordexp.errors import DataError
 from coordexp.records.images import (
     EXIF_ORIENTATION,
-    MAX_FILE_BYTES,
     UNREADABLE,
     ImageFacts,
-    file_sha256,
+    image_sha256,
     inspect_image,
     read_rgb,
     to_rgb,
     unsafe_name,
 )
+from coordexp.records.shards import MAX_FILE_BYTES
 
 
 def noise(width: int, height: int) -> np.ndarray:
@@ -267,7 +267,7 @@ def test_only_regular_files_are_opened(tmp_path):
         for name, kind in kinds.items():
             facts = inspect_image(tmp_path, f"{name}.jpg")
             assert (facts.problem, kind in facts.detail) == ("image_unreadable", True), facts
-            for read in (read_rgb, file_sha256):
+            for read in (read_rgb, image_sha256):
                 with pytest.raises(DataError, match=rf"{name}\.jpg: .*{kind}"):
                     read(tmp_path / f"{name}.jpg")
 

@@ -129,7 +129,7 @@ class TestWithoutABrowser:
         file = page.parent / "one" / "gt_vs_pred.jsonl"
         with pytest.raises(DataError, match="one or two"):
             write_page([file] * 3, CATEGORIES, page.parent, tmp_path / "x.html")
-        with pytest.raises(DataError, match=r"1\.png: no such image"):
+        with pytest.raises(DataError, match=r"1\.png: no such file.* --images"):
             write_page([file], CATEGORIES, tmp_path, tmp_path / "x.html")
         (tmp_path / "few").mkdir()
         write_results(tmp_path / "few" / "gt_vs_pred.jsonl", runs()["one"][:2])

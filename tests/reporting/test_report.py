@@ -206,7 +206,7 @@ class TestRefusals:
 
     def test_an_image_that_is_missing(self, inputs: ReportInputs, tmp_path: Path) -> None:
         message = self.refused(inputs, tmp_path / "out", image_root=tmp_path)
-        assert re.search(r"images/val/\d+\.jpg: no such image", message)
+        assert re.search(r"images/val/\d+\.jpg: no such file", message)
 
 
 def test_published_numbers_stand_beside_data_they_are_about_and_never_beside_scenes(

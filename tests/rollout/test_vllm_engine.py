@@ -26,7 +26,6 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import CONSTRAINTS_KEY, VllmEngine
 from coordexp.text.codecs import END_OF_TURN
-from coordexp.text.prompts import expand_image
 from helpers import World, decode_request, new_checkpoint
 
 REQUEST = decode_request(max_new_tokens=8)
@@ -92,7 +91,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prompt(sample: Sample) -> list[int]:
-    return expand_image(sample.prompt_ids, IMAGE, sample.n_image_tokens).tolist()
+    return sample.expanded_prompt_ids(IMAGE).tolist()
 
 
 def completion(sample: Sample, token: int, delay: float = 0.0) -> tuple[int, dict]:

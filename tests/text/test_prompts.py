@@ -1,12 +1,10 @@
-"""Prompts: the chat layout, one image placeholder, and its expansion."""
+"""Prompts: the chat layout, and one image placeholder."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from annotated_types import Le
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
@@ -15,7 +13,6 @@ from coordexp.text.prompts import (
     TASKS,
     WORDINGS,
     asked_names,
-    expand_image,
     prompt_ids,
     question,
     question_ids,
@@ -44,20 +41,6 @@ def test_markers_are_single_tokens():
     ids = prompt_ids(TOKENIZER).tolist()
     for marker in ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"):
         assert TOKENIZER.convert_tokens_to_ids(marker) in ids
-
-
-@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)), st.integers(1, 20))
-def test_expansion_repeats_the_placeholder_and_nothing_else(before, after, n):
-    ids = np.array([*before, 77, *after], np.int32)
-    expanded = expand_image(ids, 77, n)
-    assert expanded.tolist() == [*before, *[77] * n, *after]
-    assert expanded.dtype == np.int32
-
-
-@pytest.mark.parametrize("ids", [[1, 2, 3], [77, 1, 77]], ids=["none", "two"])
-def test_a_prompt_without_exactly_one_image_is_an_error(ids):
-    with pytest.raises(ValueError, match="unpack"):
-        expand_image(np.array(ids, np.int32), 77, 4)
 
 
 @pytest.mark.parametrize("kind", WORDINGS)

@@ -13,8 +13,9 @@ import pytest
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
 from coordexp.records.convert import convert_datasets, convert_file
-from coordexp.records.images import MANIFEST, image_path
+from coordexp.records.images import MANIFEST, read_record_rgb
 from coordexp.records.manifest import IMAGES, write_manifest
+from coordexp.records.shards import INDEX
 from helpers import SCENES, SPRITES, catalog
 from records_folders import records_config
 from toyworld import coco_folder, composer
@@ -138,7 +139,9 @@ def test_the_number_of_workers_changes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_folder, "CHUNK_SCENES", 3)
     write_coco_folder(tmp_path, SCENES, 3, workers=2)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == SCENES.train_images + SCENES.val_images + 2
+    assert files == sorted(
+        [*(f"annotations/instances_{split}.json" for split in ("train", "val")), INDEX, "train-000.zip", "val-000.zip"]
+    )
     assert filecmp.cmpfiles(tmp_path, folder, files, shallow=False) == (files, [], [])
 
 
@@ -166,7 +169,7 @@ def test_a_composed_folder_goes_the_way_of_a_users(folder, tmp_path):
         shutil.copytree(folder, raw / "images")
         write_manifest(raw, as_datasets(raw / "images").sets, decode=True, workers=2)
         splits = convert_datasets(raw, records_config(wordings=1), seed=17).splits
-        assert all(image_path(raw, r.image).is_file() for records in splits.values() for r in records)
+        assert all(read_record_rgb(raw, r.image).size == (r.width, r.height) for rs in splits.values() for r in rs)
         results.append((splits, (raw / MANIFEST).read_bytes(), (raw / IMAGES).read_bytes()))
     assert results[0] == results[1]
     assert [r.image for r in results[0][0]["val"]] == [f"images/val/{i:06d}.jpg" for i in range(SCENES.val_images)]

@@ -24,7 +24,6 @@ from coordexp.packing.pixels import PixelSpec, load_sample_rgb, patchify
 from coordexp.packing.planner import pack_rows
 from coordexp.packing.samples import Sample
 from coordexp.text.codecs import Role
-from coordexp.text.prompts import expand_image
 
 _TEXT_ROLES = (Role.STRUCT, Role.DESC, Role.NUMBER, Role.CLOSE)
 
@@ -163,7 +162,7 @@ class Collator:
 
     def _segment_inputs(self, segment: Segment) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         sample, factor = segment.sample, self._pixels.factor
-        prompt = expand_image(sample.prompt_ids, self._image_token_id, sample.n_image_tokens)
+        prompt = sample.expanded_prompt_ids(self._image_token_id)
         (before,) = np.flatnonzero(sample.prompt_ids == self._image_token_id)
         after = len(sample.prompt_ids) - 1 - before + len(segment.answer_ids)
         positions = segment_positions(

@@ -66,6 +66,12 @@ class Sample:
         """Prompt tokens after the image placeholder is expanded."""
         return len(self.prompt_ids) - 1 + self.n_image_tokens
 
+    def expanded_prompt_ids(self, image_token_id: int) -> NDArray[np.int32]:
+        """The prompt as the model sees it: the single image placeholder repeated for each visual token."""
+        (position,) = np.flatnonzero(self.prompt_ids == image_token_id)
+        image = np.full(self.n_image_tokens, image_token_id, self.prompt_ids.dtype)
+        return np.concatenate([self.prompt_ids[:position], image, self.prompt_ids[position + 1 :]])
+
     @property
     def length(self) -> int:
         """Tokens of prompt and answer."""

@@ -4,17 +4,16 @@ Frame: pixels as a viewer shows them. An EXIF orientation is applied on reading,
 the picture a person annotated; 16-bit grey is scaled to 8 bit, transparency is put on white, CMYK and palettes become
 RGB. Training, prediction, drawing and checks all come here, so a picture means the same pixels to each of them.
 
-Files are foreign input: only regular files are opened, and only by the decoders of `IMAGE_FORMATS`. Pillow alone would
-try all it has, and its reader of EPS starts Ghostscript.
+Files are foreign input: only regular files are opened (`records/shards.py`, which also knows pictures in shards), and
+only by the decoders of `IMAGE_FORMATS`. Pillow alone would try all it has, and its reader of EPS starts Ghostscript.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import re
-import stat
 import struct
 import warnings
 import zlib
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,10 +29,10 @@ from PIL import Image, ImageOps
 
 from coordexp.errors import DataError
 from coordexp.records.image_files import IMAGE_FORMATS
+from coordexp.records.shards import INDEX, RESTORE, ImageSource, ImageStream, find_source, open_source, shards_hash
 
 # Pillow's own limit: above it a small file may unpack to gigabytes.
 MAX_IMAGE_PIXELS = 178_956_970
-MAX_FILE_BYTES = 2**31
 # Pillow warns from half of that on, which is an ordinary panorama. (Process-wide: filters set per call are not
 # safe in threads.)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -58,13 +56,6 @@ _TURNS = {
 }
 MANIFEST = "manifest.json"  # of a folder of data sets (records/manifest.py)
 _VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +109,22 @@ def split_view(name: str) -> tuple[str, View]:
 def read_record_rgb(image_root: Path, name: str) -> Image.Image:
     """The picture that a record names, upright RGB: below the root of its set, and only the view that the name says."""
     file_name, view = split_view(name)
-    rgb = read_rgb(image_path(image_root, file_name))
+    rgb = read_rgb(record_source(image_root, file_name))
     return rgb if view is WHOLE_PICTURE else view.of(rgb)
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as upright 8-bit RGB.
+def record_sha256(image_root: Path, name: str) -> str:
+    """Hex digest of the bytes of the picture that a record names, whatever the view; raises DataError as `read_rgb`."""
+    return image_sha256(record_source(image_root, split_view(name)[0]))
+
+
+def read_rgb(source: ImageSource) -> Image.Image:
+    """Read an image file, or a picture in a shard, as upright 8-bit RGB.
 
     Raises:
         DataError: naming the file: it is missing, no regular file, of no format that is read, too large, or broken.
     """
-    with open_image(path) as image:
+    with open_image(source) as image:
         return _upright_rgb(image)
 
 
@@ -144,19 +140,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image file as it is stored; pixels are decoded on use.
+def open_image(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image as it is stored; pixels are decoded on use.
 
     Raises:
         DataError: as `read_rgb`, also for what decoding raises within the block.
     """
-    with _named_errors(str(path)), _open_regular(path) as handle, _decoder(handle) as image:
+    with _named_errors(str(source)), open_source(source) as handle, _decoder(handle) as image:
         yield image
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of an image file's bytes; raises DataError naming the file if it is missing or no regular file."""
-    with _named_errors(str(path)), _open_regular(path) as handle:
+def image_sha256(source: ImageSource) -> str:
+    """Hex digest of an image's bytes; raises DataError naming the file if it is missing or no regular file."""
+    with _named_errors(str(source)), open_source(source) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -175,28 +171,7 @@ def _named_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
-    """Open a regular file: reading anything else may never end, and opening a device may do something.
-
-    Pillow gets the handle, not the path: it would map a TIFF into memory and turn it wrongly (orientations 5 to 8).
-    """
-    _check_regular(os.stat(path))
-    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
-        _check_regular(os.fstat(handle.fileno()))
-        yield handle
-
-
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise OSError(f"it is {kind}, expected a regular file")
-    if found.st_size > MAX_FILE_BYTES:
-        raise Image.DecompressionBombError(f"{found.st_size} bytes are more than the {MAX_FILE_BYTES} that are read")
-
-
-def _decoder(handle: BufferedReader) -> Image.Image:
+def _decoder(handle: ImageStream) -> Image.Image:
     try:
         image = Image.open(handle, formats=tuple(IMAGE_FORMATS))
     except Image.UnidentifiedImageError as error:
@@ -256,32 +231,35 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
-    """Look at one file once; never raises, what is wrong is in `problem`.
+    """Look at one image once; what is wrong with it is in `problem`.
 
     Args:
         root: folder that names start from.
         name: relative path with forward slashes.
         decode: also unpack the pixels, which is what finds files that were cut off.
+
+    Raises:
+        DataError: the root has shards, and one of them is missing or damaged: nothing can be said of its pictures.
     """
     if reason := unsafe_name(name):
         return ImageFacts(str(name), problem="image_path_unsafe", detail=reason)
-    path = root / name
+    source = find_source(root, name)
     known: dict[str, Any] = {"name": name}
     try:
-        with _open_regular(path) as handle:
+        with open_source(source) as handle:
             known["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
-            known["n_bytes"] = handle.tell()
+            known["n_bytes"] = handle.seek(0, io.SEEK_END)
             handle.seek(0)
             return _inspect_content(handle, known, decode)
     except FileNotFoundError:
-        return ImageFacts(name, problem="image_missing", detail=f"no file {path}")
+        return ImageFacts(name, problem="image_missing", detail=f"no file {source}")
     except Image.DecompressionBombError as error:
         return ImageFacts(**known, problem="image_too_large", detail=str(error))
     except UNREADABLE as error:
         return ImageFacts(**known, problem="image_unreadable", detail=f"{type(error).__name__}: {error}")
 
 
-def _inspect_content(handle: BufferedReader, known: dict[str, Any], decode: bool) -> ImageFacts:
+def _inspect_content(handle: ImageStream, known: dict[str, Any], decode: bool) -> ImageFacts:
     with _decoder(handle) as image:
         orientation = _orientation(image)
         width, height = _shown_size(image, orientation)
@@ -314,22 +292,33 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def image_roots(folder: Path) -> dict[str, Path]:
-    """Set -> root of its images; empty for a folder that holds its images itself."""
-    return {name: folder / described["root"] for name, described in manifest_of(folder).get("sets", {}).items()}
+    """Set -> root of its images; empty for a folder that holds its images itself.
+
+    Raises:
+        DataError: the shards of a set are not those that the manifest describes.
+    """
+    roots = {}
+    for name, described in manifest_of(folder).get("sets", {}).items():
+        roots[name] = folder / described["root"]
+        if described.get("shards_hash", "") != shards_hash(roots[name]):
+            raise DataError(
+                f"{roots[name] / INDEX}: changed or gone since the raw stage looked at set {name!r}. {RESTORE}"
+            )
+    return roots
 
 
-def image_path(folder: Path, name: str) -> Path:
-    """The file of a record's image, below `folder` or below the root of the set that the name begins with.
+def record_source(folder: Path, name: str) -> ImageSource:
+    """Where a record's image lies: below `folder`, or below the root of the set that the name begins with.
 
     Names come from records, which `parse_record` checked, or from a user who asks about a file of his own.
 
     Raises:
-        DataError: the name begins with no set of the manifest.
+        DataError: the name begins with no set of the manifest, or a shard is missing or damaged.
     """
     if not (roots := image_roots(folder)):
-        return folder / name
+        return find_source(folder, name)
     set_name, _, rest = name.partition("/")
     if set_name not in roots:
         known = ", ".join(sorted(roots))
         raise DataError(f"image {name!r} begins with no set of {folder / MANIFEST}; sets there: {known}.")
-    return roots[set_name] / rest
+    return find_source(roots[set_name], rest)

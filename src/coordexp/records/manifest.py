@@ -1,10 +1,11 @@
 """The manifest of data sets on disk: what each image file is, found once, so that images are never copied.
 
-    data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, counts, problems;
-                                       and the hash of the other file. A root below this folder is relative to it.
+    data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, hash of the list of
+                                       shards (empty: the images are files), counts, problems; and the hash of the
+                                       other file. A root below this folder is relative to it.
     data/<profile>/raw/images.parquet  a row for each image: name, bytes, sha256, size, mode, orientation, problem
 
-Records name an image `<set>/<path below the set's root>`; `image_path` leads from there to the file.
+Records name an image `<set>/<path below the set's root>`; `record_source` leads from there to its bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from coordexp.errors import DataError
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import MANIFEST, ImageFacts, image_roots, inspect_image, manifest_of, unsafe_name
+from coordexp.records.shards import shards_hash
 from coordexp.records.sources import coco, jsonl, lvis, refcoco, visual_genome, voc, yolo
 from coordexp.records.sources.base import Reader, Reading, SplitFiles
 
@@ -120,6 +122,7 @@ def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, A
     used = [split for split in SPLITS if getattr(dataset, split) != NO_SPLIT]
     return {
         "annotation_hashes": {split: file_hash(split_files(dataset, split).path) for split in used},
+        "shards_hash": shards_hash(Path(dataset.root)),
         "images": len(known),
         "bytes": sum(f.n_bytes for f in known),
         "problems": dict(sorted(Counter(f.problem for f in known if f.problem).items())),
@@ -137,7 +140,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
     """The sets of a manifest, `located`, and the facts of their images by set and name.
 
     Raises:
-        DataError: the folder holds no manifest of data sets, or an annotation file changed since.
+        DataError: the folder holds no manifest of data sets, or an annotation file or the shards changed since.
     """
     described = manifest_of(folder).get("sets")
     if described is None:

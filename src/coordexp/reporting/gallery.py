@@ -15,7 +15,7 @@ from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN
 from coordexp.errors import DataError
 from coordexp.infra.files import write_bytes
 from coordexp.infra.random_streams import generator
-from coordexp.records.images import image_path, read_rgb
+from coordexp.records.images import read_record_rgb, record_sha256
 from coordexp.reporting.outcomes import Fate, Outcomes
 
 SHOWN, BEFORE = "stage2", "stage1"
@@ -90,13 +90,12 @@ def _checked(per_image: pd.DataFrame, checkpoint: str, dup_key: str) -> pd.DataF
     return per_image
 
 
-def image_paths(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[Path]:
-    """The file of each pick; raises DataError naming one that is not there."""
-    paths = [image_path(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image) for pick in picks]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such image; the predictions of {SHOWN} name it. Run `dvc repro raw`.")
-    return paths
+def image_names(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[str]:
+    """The image of each pick; raises DataError naming one that is not there."""
+    names = [outcomes[SHOWN].of_image(pick.image_id)[0].image for pick in picks]
+    for name in names:
+        record_sha256(image_root, name)
+    return names
 
 
 def write_gallery(
@@ -104,16 +103,17 @@ def write_gallery(
 ) -> None:
     """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pick, path in zip(picks, image_paths(picks, outcomes, image_root), strict=True):
+    for pick, name in zip(picks, image_names(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
-        data = _small_picture(read_rgb(path), pick.image_id, {name: outcomes[name] for name in shown}, GALLERY)
+        runs = {run: outcomes[run] for run in shown}
+        data = _small_picture(read_record_rgb(image_root, name), pick.image_id, runs, GALLERY)
         write_bytes(folder / pick.file_name, data)
 
 
 def write_example(pick: GalleryPick, outcomes: Mapping[str, Outcomes], image_root: Path, path: Path) -> None:
     """Annotation beside the answer of SHOWN, small enough for git."""
-    (source,) = image_paths([pick], outcomes, image_root)
-    write_bytes(path, _small_picture(read_rgb(source), pick.image_id, {SHOWN: outcomes[SHOWN]}, EXAMPLE))
+    image = read_record_rgb(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image)
+    write_bytes(path, _small_picture(image, pick.image_id, {SHOWN: outcomes[SHOWN]}, EXAMPLE))
 
 
 def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], budget: Budget) -> bytes:

@@ -26,7 +26,7 @@ from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
-from coordexp.records.images import image_path, read_rgb
+from coordexp.records.images import read_record_rgb
 from coordexp.reporting.inputs import Json
 from coordexp.reporting.outcomes import Fate, Outcomes, judge
 
@@ -67,7 +67,7 @@ def write_page(
     results = {label: list(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
     data = page_data(results, categories, params, page.images)
     for row in data["images"]:
-        row["src"] = _inline(image_path(image_root, row["image"]), page)
+        row["src"] = _inline(image_root, row["image"], page)
     data["provenance"] = [_provenance(record) for record in records]
     write_text(out, render_page(data))
     return out.stat().st_size
@@ -176,10 +176,11 @@ def _labels(files: Sequence[Path]) -> list[str]:
     return [f"{file} ({n})" for n, file in enumerate(files, 1)]
 
 
-def _inline(path: Path, page: PageSettings) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such image, but the predictions name it. Give its folder with --images.")
-    image = read_rgb(path)
+def _inline(image_root: Path, name: str, page: PageSettings) -> str:
+    try:
+        image = read_record_rgb(image_root, name)
+    except DataError as error:
+        raise DataError(f"{error} The predictions name it: if it lies elsewhere, say where with --images.") from error
     image.thumbnail((page.side_px, page.side_px), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=page.jpeg_quality, optimize=True)

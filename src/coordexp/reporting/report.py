@@ -33,7 +33,7 @@ from coordexp.reporting.gallery import (
     SHOWN,
     GalleryPick,
     choose_images,
-    image_paths,
+    image_names,
     n_errors,
     write_gallery,
 )
@@ -82,7 +82,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     outcomes = {name: judge(results, data.categories, data.settings) for name, results in data.results.items()}
     dup_key = f"dup_pairs_{iou_key(min(data.settings.duplicate_ious))}"
     picks = choose_images(data.per_image, dup_key, profile.report.gallery_images, params.seed)
-    image_paths(picks, outcomes, inputs.image_root)  # fails before anything is written
+    image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     context = _context(inputs, data, outcomes, picks, strips, dup_key)
     texts = {name: _render(name, context) for name in (PAGE, DETAILS)}

@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from coordexp.config.schema import DecodeParams
-from coordexp.errors import DataError
-from coordexp.infra.provenance import file_hash
 from coordexp.packing.samples import Sample
-from coordexp.records.images import image_path, split_view
+from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
@@ -109,13 +107,7 @@ def request_key(sample: Sample, request: DecodeRequest, image_root: Path) -> str
     Raises:
         DataError: the picture cannot be read.
     """
-    path = image_path(image_root, split_view(sample.image)[0])
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected the image of a sample. Run the raw stage.")
-    try:
-        content = file_hash(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected the image of a sample.") from error
+    content = record_sha256(image_root, sample.image)[:16]
     size = f"{sample.resized_width}x{sample.resized_height}"
     identity = f"{sample.image_id}:{sample.image}:{content}:{size}:{sample.prompt_ids.tolist()}:{request.identity()}"
     return hashlib.sha256(identity.encode()).hexdigest()[:24]

@@ -27,7 +27,6 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.grammar_walk import AnswerWalk
-from coordexp.text.prompts import expand_image
 from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class HfEngine:
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         image_id = self._checkpoint.model.config.image_token_id
         pixels = self._checkpoint.pixels
-        prompts = [expand_image(s.prompt_ids, image_id, s.n_image_tokens) for s in samples]
+        prompts = [s.expanded_prompt_ids(image_id) for s in samples]
         width = max(len(p) for p in prompts)
         ids = np.full((len(prompts), width), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)

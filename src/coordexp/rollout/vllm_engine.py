@@ -27,7 +27,7 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_
 from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
 from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
-from coordexp.text.prompts import IMAGE_TOKEN, TASKS, expand_image
+from coordexp.text.prompts import IMAGE_TOKEN, TASKS
 from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class VllmEngine:
         seed = stream_seed(request.seed, "decode/request", sample.image_id)
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
         expected = Expected(
-            prompt_ids=expand_image(sample.prompt_ids, self._image_id, sample.n_image_tokens).tolist(),
+            prompt_ids=sample.expanded_prompt_ids(self._image_id).tolist(),
             vocabulary_size=self._vocabulary_size,
             max_new_tokens=request.params.max_new_tokens,
             end_id=self._end_id,

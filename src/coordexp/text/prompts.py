@@ -1,7 +1,7 @@
 """Prompts: one place for the words, rendered through the tokenizer's own chat template.
 
-A prompt holds one image. `prompt_ids` keeps a single image placeholder; `expand_image` repeats it to the number of
-visual tokens of the picture, so that the words are tokenised once for a whole data set.
+A prompt holds one image. `prompt_ids` keeps a single image placeholder, which a sample repeats to the number of visual
+tokens of the picture (`packing/samples.py:Sample`), so that the words are tokenised once for a whole data set.
 """
 
 from __future__ import annotations
@@ -94,10 +94,3 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.in
     ids = tokenizer.encode(before, add_special_tokens=False)
     ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return np.array(ids + tokenizer.encode(after, add_special_tokens=False), np.int32)
-
-
-def expand_image(ids: NDArray[np.int32], image_token_id: int, n_tokens: int) -> NDArray[np.int32]:
-    """Replace the single image placeholder by `n_tokens` of them."""
-    (position,) = np.flatnonzero(ids == image_token_id)
-    image = np.full(n_tokens, image_token_id, ids.dtype)
-    return np.concatenate([ids[:position], image, ids[position + 1 :]])

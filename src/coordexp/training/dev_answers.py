@@ -34,7 +34,7 @@ from coordexp.matching.matcher import match
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
-from coordexp.records.images import image_path, read_rgb
+from coordexp.records.images import read_record_rgb
 from coordexp.training.duplicates import same_object
 
 PAIRING = MatchingParams(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.5)
@@ -105,7 +105,7 @@ def draw_answers(answers: Sequence[Judged], image_root: Path, title: str) -> Ima
 
 
 def _tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
-    image = read_rgb(image_path(image_root, answer.result.image))
+    image = read_record_rgb(image_root, answer.result.image)
     shrink = min(1.0, _PANEL_PX / max(image.size))
     if shrink < 1:
         image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)

@@ -1,0 +1,206 @@
+"""Where the bytes of pictures lie: each in a file of its own, or a thousand of them in one shard.
+
+Tools that look at every file of a folder (DVC, rsync, backups) take their time by the number of files, so the composed
+pictures are written as shards. Those of a user stay the files that they are.
+
+    <root>/coordexp-shards.json   the shards of the folder, each with offset and sha256 of its directory
+    <root>/train-000.zip, ...     uncompressed ZIP files; names are relative to the root, as those of files would be
+
+A shard is read without unpacking it: its directory says where a picture begins, and one `pread` brings it. Checks form
+a chain, manifest -> list of shards -> directory -> CRC-32 of the picture, so that whoever reads a picture sees a shard
+that was cut, damaged or replaced, without hashing gigabytes first. Nothing stays open: threads and forked processes
+share no file position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedReader, BytesIO
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from coordexp.errors import DataError
+from coordexp.infra.files import replacing
+from coordexp.infra.provenance import file_hash, write_json
+
+MAX_FILE_BYTES = 2**31
+INDEX = "coordexp-shards.json"
+SHARD_PICTURES = 1000
+RESTORE = "Restore it with `dvc checkout`, or make it again: dvc repro --force --single-item raw, then dvc repro."
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# ZIP's header before each file, and the entry of each file in the directory at the end (APPNOTE.TXT 4.3.7 and 4.3.12).
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
+_UNIX, _FILE_MODE, _EPOCH = 3, 0o644 << 16, (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One picture in a shard: where its header begins, its length and its CRC-32."""
+
+    shard: Path
+    name: str
+    offset: int
+    n_bytes: int
+    crc32: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+    def read(self) -> bytes:
+        """The bytes of the picture; raises DataError if the shard does not hold what its directory says."""
+        name = self.name.encode()
+        begin = _LOCAL_HEADER.size + len(name)
+        with _open_shard(self.shard) as handle:
+            found = os.pread(handle.fileno(), begin + self.n_bytes, self.offset)
+        content = found[begin:]
+        if found[_LOCAL_HEADER.size : begin] != name or zlib.crc32(content) != self.crc32:
+            raise _damaged(self.shard, f"{self.name} is not what its directory says")
+        return content
+
+
+ImageSource = str | os.PathLike[str] | Member
+ImageStream = BufferedReader | BytesIO
+
+
+@contextmanager
+def open_source(source: ImageSource) -> Iterator[ImageStream]:
+    """The bytes of a picture, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
+    if isinstance(source, Member):
+        yield BytesIO(source.read())
+    else:
+        with _open_regular(source) as handle:
+            yield handle
+
+
+@contextmanager
+def _open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
+    """Open a regular file: reading anything else may never end, and opening a device may do something.
+
+    Pillow gets the handle, not the path: it would map a TIFF into memory and turn it wrongly (orientations 5 to 8).
+    """
+    _check_regular(os.stat(path))
+    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
+        _check_regular(os.fstat(handle.fileno()))
+        yield handle
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(f"it is {kind}, expected a regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise Image.DecompressionBombError(f"{found.st_size} bytes are more than the {MAX_FILE_BYTES} that are read")
+
+
+def find_source(root: Path, name: str) -> ImageSource:
+    """The picture of that name below a root: in one of its shards, else the file (which may be missing).
+
+    Raises:
+        DataError: the root has shards, and one of them is missing or damaged.
+    """
+    return _members(root.absolute()).get(name, root / name)
+
+
+def shards_hash(root: Path) -> str:
+    """Hash of a folder's list of shards, which stands for all that is in them; empty for a folder of files."""
+    index = root / INDEX
+    return file_hash(index) if index.is_file() else ""
+
+
+def write_shards(root: Path, pictures: Mapping[str, Iterable[tuple[str, bytes]]]) -> None:
+    """Write the shards of a folder and their list; equal pictures give equal bytes.
+
+    Args:
+        root: the folder.
+        pictures: beginning of the shards' names -> names, sorted, and contents of the pictures.
+    """
+    shards: dict[str, dict[str, Any]] = {}
+    for prefix, named in pictures.items():
+        left = iter(named)
+        for number in count():
+            batch = list(islice(left, SHARD_PICTURES))
+            if not batch:
+                break
+            shard = f"{prefix}-{number:03d}.zip"
+            shards[shard] = _write_shard(root / shard, batch)
+    write_json(root / INDEX, shards)
+    _members.cache_clear()
+
+
+def _write_shard(path: Path, batch: list[tuple[str, bytes]]) -> dict[str, Any]:
+    """The row of the list that describes it."""
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, content in batch:
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.create_system, entry.external_attr = _UNIX, _FILE_MODE
+            archive.writestr(entry, content)
+    begin = archive.start_dir
+    with path.open("rb") as handle:
+        handle.seek(begin)
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"pictures": len(batch), "directory_offset": begin, "directory_sha256": digest}
+
+
+@lru_cache(maxsize=64)
+def _members(root: Path) -> Mapping[str, Member]:
+    """Name -> picture, over all shards of a folder; empty for a folder of files. Read once by each process."""
+    index = root / INDEX
+    try:
+        shards = json.loads(index.read_bytes())
+        rows = [(root / name, int(row["directory_offset"]), row["directory_sha256"]) for name, row in shards.items()]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, f"expected the list of shards ({type(error).__name__}: {error})") from error
+    return {m.name: m for path, begin, digest in rows for m in _directory(path, begin, digest)}
+
+
+def _directory(path: Path, begin: int, digest: str) -> Iterator[Member]:
+    with _open_shard(path) as handle:
+        handle.seek(begin)
+        found = handle.read()
+    if hashlib.sha256(found).hexdigest() != digest:
+        raise _damaged(path, "its directory is not the one that the list of shards describes")
+    at = 0
+    while found.startswith(b"PK\1\2", at):
+        row = _DIRECTORY_ENTRY.unpack_from(found, at)
+        crc32, n_bytes, n_name, n_more, offset = row[7], row[9], row[10], row[11] + row[12], row[16]
+        at += _DIRECTORY_ENTRY.size
+        yield Member(path, found[at : at + n_name].decode(), offset, n_bytes, crc32)
+        at += n_name + n_more
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[BufferedReader]:
+    try:
+        with _open_regular(path) as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such shard, but {INDEX} beside it lists it. {RESTORE}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: damaged, or changed since it was written: {reason}. {RESTORE}")
