@@ -26,7 +26,6 @@ from coordexp.reporting.reference import (
     END,
     METRICS_PAGE,
     PARAMETERS_PAGE,
-    PICTURE,
     PRODUCTION_PAGE,
     README,
     SCALING_PAGE,
@@ -35,7 +34,6 @@ from coordexp.reporting.reference import (
     metrics_markdown,
     pages,
     parameters_markdown,
-    shown_picture,
 )
 from helpers import PARAMS
 
@@ -83,13 +81,6 @@ def rows(page: str) -> dict[str, list[str]]:
 def test_committed_pages_are_up_to_date(repository: Path, page: Path) -> None:
     expected = pages(repository)[page]
     assert (repository / page).read_text(encoding="utf-8") == expected, "run `python -m coordexp.reporting.reference`"
-
-
-def test_the_picture_of_the_readme_is_one_of_the_gallery(repository: Path) -> None:
-    committed = (repository / PICTURE).read_bytes()
-    expected = shown_picture(SHOWN_PROFILE, repository)
-    assert expected in (None, committed), "run `python -m coordexp.reporting.reference`"
-    assert f"({PICTURE})" in (repository / README).read_text(encoding="utf-8")
 
 
 def test_the_results_of_the_readme_are_those_of_the_headline_in_git(repository: Path) -> None:

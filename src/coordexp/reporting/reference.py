@@ -26,7 +26,7 @@ from coordexp.errors import DataError
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import MetricSpec, metric_specs, view
 from coordexp.evaluation.table import BAD_INPUT
-from coordexp.infra.files import write_bytes, write_text
+from coordexp.infra.files import write_text
 from coordexp.inputs import (
     PARAMS_FILE,
     PROFILE_FILE,
@@ -45,11 +45,7 @@ if TYPE_CHECKING:
     from coordexp.doctor.memory import Memory
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
-PRODUCTION_PAGE, SCALING_PAGE, PICTURE = (
-    Path("docs/production.md"),
-    Path("docs/scaling.md"),
-    Path("docs/detections.png"),
-)
+PRODUCTION_PAGE, SCALING_PAGE = Path("docs/production.md"), Path("docs/scaling.md")
 BEGIN_MEMORY = "<!-- memory: written by `python -m coordexp.reporting.reference` -->"
 END_MEMORY = "<!-- end of memory -->"
 SHOWN_PROFILE = "tiny"
@@ -271,12 +267,6 @@ def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", page)
 
 
-def shown_picture(profile: str, root: Path) -> bytes | None:
-    """The picture of README.md: the last of the gallery, one of those that chance picks; None without a gallery."""
-    pictures = sorted((ProfilePaths(profile, root).reports / "gallery").glob("*.png"))
-    return pictures[-1].read_bytes() if pictures else None
-
-
 # The step that both pages describe: one pack, of it the visual tokens; all others are supervised.
 PACK_TOKENS, IMAGE_TOKENS = 8192, 5120
 PROCESSES = 8
@@ -355,13 +345,10 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def main() -> None:
-    """Rewrite the pages and the picture in the working directory."""
+    """Rewrite the pages in the working directory."""
     for path, text in pages(Path()).items():
         write_text(path, text)
         print(path)
-    if picture := shown_picture(SHOWN_PROFILE, Path()):
-        write_bytes(PICTURE, picture)
-        print(PICTURE)
 
 
 if __name__ == "__main__":
