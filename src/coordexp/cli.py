@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
+"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.

@@ -15,7 +15,7 @@ import pytest
 from coordexp.config.loading import read_yaml
 from coordexp.config.study import load_study
 from coordexp.errors import ConfigError, TrainingError
-from coordexp.experiments.compare import run_study
+from coordexp.experiments.compare import forecast, prepare, run_study
 from coordexp.experiments.plan import grid_study
 from coordexp.experiments.runs import Repository
 from toy_graph import Toy, copied_toy
@@ -75,6 +75,22 @@ def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
     more = ab(toy, ["softce_weight=0.2,0.4"], seeds=2, name="another-name")
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.2 1", "stage2 0.4 0", "stage2 0.4 1"}
     assert more["runs"][0] == next(run for run in first["runs"] if run["arm"] == "softce_weight=0.2")
+
+
+def test_a_dry_run_tells_what_is_there_and_what_the_rest_would_cost(toy: Toy) -> None:
+    study = grid_study(["softce_weight=0.2,0.4"], "toy").model_copy(update={"seeds": 2})
+    repository = Repository(toy.root, print)
+    toy.ran()
+    lines = forecast(repository, prepare(repository, study))
+    assert lines[0].startswith("softce_weight=0.2, seed 0: there already, as ab-x-softce-weight-0.2")
+    assert lines[1:4] == [
+        "softce_weight=0.4, seed 0: stage2, coco-eval",
+        "softce_weight=0.2, seed 1: stage2, coco-eval",
+        "softce_weight=0.4, seed 1: stage2, coco-eval",
+    ]
+    assert lines[4].startswith("4 runs; at most ")
+    assert "never measured" not in lines[4]
+    assert toy.ran() == []
 
 
 def edit(name: str, old: str, new: str) -> Callable[[Toy], None]:
