@@ -177,7 +177,10 @@ def test_without_results_the_commit_runs_first(toy: Toy, call: Call, tmp_path: P
     toy.succeed("git", "clone", "--quiet", str(toy.root), str(tmp_path / "fresh"))
     monkeypatch.chdir(tmp_path / "fresh")
     plan = call("run", "-S", "softce_weight=0.2", "--dry").out
-    assert "main has no results of its own parameters: it runs first" in plan
+    assert "main has no results that can be had: it runs first" in plan
+    assert [line.split()[0] for line in plan.partition("experiment  ")[2].splitlines() if "  " in line[:2]] == [
+        "stage2", "coco-eval", "report", "at"
+    ]  # fmt: skip
     assert call("run", "-S", "softce_weight=0.2").code == 0
     ran = toy.ran()
     assert [line.split()[0] for line in ran].count("stage1") == 1

@@ -91,10 +91,11 @@ def _plan(
     if baseline:
         lines.append(f"baseline    {baseline.name} ({baseline.revision[:12]})")
     elif overrides:
-        lines += [f"baseline    {start.name} has no results of its own parameters: it runs first"]
+        lines += [f"baseline    {start.name} has no results that can be had: it runs first"]
         lines += _steps(repository, present, present.steps(head, []))
     lines.append(f"experiment  {values}" + (f": there already, as {found.name}" if found else ""))
-    return lines if found else lines + _steps(repository, present, present.steps(head, overrides))
+    after = None if overrides and not baseline else head
+    return lines if found else lines + _steps(repository, present, present.steps(after, overrides))
 
 
 def _steps(repository: Repository, present: Present, steps: Sequence[Step]) -> list[str]:

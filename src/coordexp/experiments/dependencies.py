@@ -211,11 +211,16 @@ class Present:
                 return reason
         return past.torn(self.plans) or self._other_result(past)
 
-    def steps(self, past: Past, overrides: Sequence[str]) -> list[Step]:
-        """The stages that an experiment started from `past` would run, in the order of dvc.yaml."""
+    def steps(self, past: Past | None, overrides: Sequence[str]) -> list[Step]:
+        """The stages that an experiment would run after `past`, or without one after a run of the committed values."""
         found: dict[str, Step] = {}
         for name, plan in self.graph.items():
-            if reason := _stage_change(name, plan, past, self.told_stage(name, overrides)) or past.torn([name]):
+            told = self.told_stage(name, overrides)
+            if past is None:
+                reason = (first_difference(self.told_stage(name, []), told) or ("",))[0]
+            else:
+                reason = _stage_change(name, plan, past, told) or past.torn([name])
+            if reason:
                 found[name] = Step(name, reason.removesuffix(f" of stage {name}"))
         while below := {
             name: Step(name, "", upstream)
