@@ -64,9 +64,8 @@ def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None
     done = call(*values)
     assert done.code == 0, done.err
     assert toy.ran() == ["stage2 0.2 0", "coco-eval 0.2 0"]
-    assert [line.split(", ")[0] for line in done.err.splitlines()[2:]] == [
-        f"softce_weight-0.2: {stage}" for stage in ("stage2", "coco-eval", "report")
-    ]
+    told = [line.split(", ")[0].removeprefix("softce_weight-0.2: ") for line in done.err.splitlines()]
+    assert told == ["softce_weight=0.2", "check", "stage2", "coco-eval", "report", "judged against main"]
     assert "`softce_weight-0.2` against `main`: **better**: `coco.mAP` +" in done.out
     assert "changed: softce_weight 1.0 -> 0.2" in done.out
     assert status(toy) == ["?? reports/experiments/"]

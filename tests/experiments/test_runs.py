@@ -14,7 +14,7 @@ import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.study import load_study
-from coordexp.errors import ConfigError, TrainingError
+from coordexp.errors import ConfigError, DataError, TrainingError
 from coordexp.experiments.compare import forecast, prepare, run_study
 from coordexp.experiments.plan import grid_study
 from coordexp.experiments.runs import Repository
@@ -206,8 +206,9 @@ def test_a_study_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> None:
 
 
 def test_what_git_and_dvc_say_is_in_the_message(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match=r"(?s)runs/tiny/nothing of experiment .* dvc get ended with .*nothing"):
-        Repository(toy.root, print).fetch("HEAD", "runs/tiny/nothing", tmp_path / "out")
+    head = Repository(toy.root, print).commit()
+    with pytest.raises(DataError, match=r"(?s)runs/tiny/nothing of .* dvc get ended with .*nothing"):
+        Repository(toy.root, print).fetch(head.revision, "runs/tiny/nothing")
     monkeypatch.setenv("TOY_FAIL", "stage2")
     with pytest.raises(TrainingError, match=r"(?s)0\.8-\w+-s0: dvc exp run ended with .*the toy fails"):
         ab(toy, ["softce_weight=0.8,0.9"])

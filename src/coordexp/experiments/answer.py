@@ -29,6 +29,11 @@ from coordexp.inputs import CODE
 from coordexp.reporting.markdown import escape, number, table
 
 REPORTS = Path("reports/experiments")
+GO_ON = (
+    "`dvc exp apply {name}` puts its parameters and results into the workspace, to be committed; `git restore --staged "
+    "--worktree . && dvc checkout --force` goes back to the commit. `dvc exp branch {name} BRANCH` keeps it as a branch, "
+    "`dvc exp remove {name}` throws it away. `coordexp compare {baseline} {name}` makes this page again."
+)
 Answer = Mapping[str, Any]  # what JSON holds of one comparison
 
 
@@ -66,6 +71,7 @@ def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint
     return {
         "name": new.name,
         "revision": new.revision,
+        "is_experiment": repository.is_taken(new.name),
         "baseline": old.name,
         "baseline_revision": old.revision,
         "profile": params.profile,
@@ -106,18 +112,20 @@ def sentence(found: Answer) -> str:
 
 def recommendation(found: Answer) -> str:
     """What to do with the experiment; a run with one seed recommends no more than a repetition where it matters."""
-    name, again = found["name"], _repetition(found)
+    again = _repetition(found)
+    apply, remove = (
+        f" (`dvc exp {verb} {found['name']}`{then})" if found["is_experiment"] else ""
+        for verb, then in (("apply", ", then commit"), ("remove", ""))
+    )
     match Verdict(found["effect"]["metrics"][PRIMARY]["verdict"]):
         case Verdict.BETTER:
-            return f"Keep it (`dvc exp apply {name}`, then commit)" + (
-                f" once {again} says the same." if again else "."
-            )
+            return f"Keep it{apply}{f' once {again} says the same' if again else ''}."
         case Verdict.WORSE:
-            return f"Throw it away (`dvc exp remove {name}`)."
+            return f"Throw it away{remove}."
         case Verdict.NO_DIFFERENCE:
-            return "Leave the parameters as they are" + (f"; {again} finds smaller differences." if again else ".")
+            return f"Leave the parameters as they are{f'; {again} finds smaller differences' if again else ''}."
         case Verdict.IDENTICAL:
-            return f"Throw it away (`dvc exp remove {name}`): nothing that val shows depends on it."
+            return f"Throw it away{remove}: nothing that val shows depends on it."
         case Verdict.NOT_JUDGED:
             return "Mend the answers first: no score of answers that are cut or loop says how well a model detects."
         case Verdict.UNDEFINED:
@@ -164,7 +172,6 @@ def write_answer(found: Answer, root: Path) -> Path:
 
 def answer_markdown(found: Answer) -> str:
     """The whole text; every number in it is one of `found`."""
-    name = found["name"]
     parts = [
         f"# {escape(what_changed(found))}",
         sentence(found),
@@ -177,12 +184,9 @@ def answer_markdown(found: Answer) -> str:
         _changes_table(found),
         "## Metrics",
         _metrics_table(found),
-        "## Keep it, or go back",
-        f"The workspace is as it was. `dvc exp apply {name}` puts parameters and results of the experiment into it, to "
-        f"be committed; `git restore --staged --worktree . && dvc checkout --force` goes back to the commit. `dvc exp "
-        f"branch {name} BRANCH` keeps it as a branch, `dvc exp remove {name}` throws it away. `coordexp compare "
-        f"{found['baseline']} {name}` makes this page again.",
     ]
+    if found["is_experiment"]:
+        parts += ["## Keep it, or go back", GO_ON.format(name=found["name"], baseline=found["baseline"])]
     return "\n\n".join(parts) + "\n"
 
 

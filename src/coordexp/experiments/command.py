@@ -123,7 +123,7 @@ def _tell(repository: Repository, found: Answer, out: Path | None) -> None:
     if out:
         write_text(out, answer_markdown(found))
         print(f"report: {out}")
-    elif repository.is_taken(found["name"]):
+    elif found["is_experiment"]:
         print(f"report: {write_answer(found, repository.root)}")
         print(f"keep it: dvc exp apply {found['name']}, then commit; throw it away: dvc exp remove {found['name']}")
 
