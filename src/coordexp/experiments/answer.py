@@ -31,8 +31,8 @@ from coordexp.reporting.markdown import escape, number, table
 REPORTS = Path("reports/experiments")
 GO_ON = (
     "`dvc exp apply {name}` puts its parameters and results into the workspace, to be committed; `git restore --staged "
-    "--worktree . && dvc checkout --force` goes back to the commit. `dvc exp branch {name} BRANCH` keeps it as a branch, "
-    "`dvc exp remove {name}` throws it away. `coordexp compare {baseline} {name}` makes this page again."
+    "--worktree . && dvc checkout --force` goes back to the commit. `dvc exp branch {name} BRANCH` keeps it as a "
+    "branch, `dvc exp remove {name}` throws it away. `coordexp compare {baseline} {name}` makes this page again."
 )
 Answer = Mapping[str, Any]  # what JSON holds of one comparison
 
