@@ -26,7 +26,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation decoding-study bench check-profile smoke test-faults checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench check-profile smoke test-faults checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -97,6 +97,9 @@ preset: env  ## run the graph under a named recipe of configs/presets: make pres
 
 ablation: env  ## train and compare the recipes of the objective, into reports/ab/objective.md (hours; resumable; ARGS="--seeds 1 --arm pure_ce")
 	PYTHONPATH=src python -m coordexp.cli ab --study objective $(ARGS)
+
+experiments: env  ## the experiments of all commits: what changed, difference of mAP, verdict, cost (ARGS="--all")
+	PYTHONPATH=src python -m coordexp.cli runs $(ARGS)
 
 decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
 	PYTHONPATH=src python -m pipelines.decoding_study

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
@@ -62,7 +63,7 @@ def write_stage(stage, words):
         folder.mkdir(parents=True)
         changed = weight if stage == "stage2" else ""
         (folder / "model.safetensors").write_text(f"{stage} {params['sigma']} {changed} {seed}")
-        (folder / "run_metadata.json").write_text(json.dumps({"wall_seconds": 1.0, "tokens": 10}))
+        (folder / "run_metadata.json").write_text(json.dumps({"tokens": 10}))
         rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
         (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''
@@ -213,3 +214,13 @@ def new_toy(repository: Path, folder: Path) -> Toy:
     toy.succeed("git", "init", "--quiet", "--initial-branch", "main")
     toy.commit("toy")
     return toy
+
+
+def copied_toy(source: Path, folder: Path, repository: Path, patch: pytest.MonkeyPatch) -> Toy:
+    """A copy of a folder with a toy repository, and the environment of its programs."""
+    for name, value in toy_environment(repository, folder).items():
+        patch.setenv(name, value)
+    patch.delenv("DVC_ROOT", raising=False)
+    shutil.copytree(source / "toy", folder / "toy", symlinks=True)
+    shutil.copy(source / "log", folder / "log")
+    return Toy(folder / "toy", folder / "log")

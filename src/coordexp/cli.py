@@ -1,4 +1,4 @@
-"""The command line: `coordexp predict | evaluate | compare | ab | report | monitor | convert | doctor | export`.
+"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -16,8 +16,16 @@ import typer
 
 import coordexp
 from coordexp.config.formats import Format
-from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, CoordExpError, Interrupted
-from coordexp.experiments.command import ab, monitor
+from coordexp.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    ConfigError,
+    CoordExpError,
+    Interrupted,
+    TrainingError,
+)
+from coordexp.experiments.command import Checkpoint, ab, compare_revisions, monitor, run, runs
 from coordexp.infra.files import write_text
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
@@ -49,6 +57,8 @@ CategoriesFile = Annotated[
 ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")]
 ParamsFile = Annotated[Path, typer.Option(help="Parameter file of the repository.")]
 
+app.command()(run)
+app.command()(runs)
 app.command()(ab)
 app.command()(report)
 app.command()(monitor)
@@ -61,15 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         _note(f"interrupted: {error}")
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except TrainingError as error:
+        _fail(str(error), EXIT_BUG)
     except CoordExpError as error:
         _fail(str(error))
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _fail(f"{error.filename}: {error.strerror}.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = EXIT_USAGE) -> None:
     _note(f"error: {message}")
-    raise SystemExit(EXIT_USAGE)
+    raise SystemExit(code)
 
 
 def _note(message: str) -> None:
@@ -188,16 +200,29 @@ def evaluate(
 
 @app.command()
 def compare(
-    a: GtVsPred,
-    b: GtVsPred,
+    a: Annotated[str, typer.Argument(help="A gt_vs_pred.jsonl; or an experiment, branch, commit or `workspace`.")],
+    b: Annotated[str, typer.Argument(help="The same kind as A.")],
     categories: CategoriesFile = None,
     mapping: Mapping = "normalised",
-    images: Annotated[int, typer.Option(min=0, help="How many of the most changed images to list.")] = 10,
+    images: Annotated[int, typer.Option(min=0, help="Of files: most changed images to list.")] = 10,
+    checkpoint: Checkpoint = "stage2",
+    out: Annotated[Path | None, typer.Option(help="Of revisions: write the answer here, as Markdown.")] = None,
 ) -> None:
-    """Is A better than B, or is it noise?
+    """Is one better than the other, or is it noise?
 
-    The paired difference A - B on the same images, with a 95% bootstrap interval and the probability that A is better.
+    Two files: the paired difference A - B on the same images, with a 95% bootstrap interval. Two revisions, the older
+    first as in `git diff`: what B changed beside A, by their predictions in DVC's cache.
     """
+    files = [Path(name) for name in (a, b)]
+    if not any(file.is_file() for file in files):
+        compare_revisions(a, b, checkpoint, out)
+        return
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigError(f"{missing[0]}: no such file. Expected two gt_vs_pred.jsonl, or two revisions.")
+    _compare_files(files[0], files[1], categories, mapping, images)
+
+
+def _compare_files(a: Path, b: Path, categories: Path | None, mapping: Mapping, images: int) -> None:
     from coordexp.evaluation.comparison import compare as compare_evaluations
     from coordexp.evaluation.comparison import most_changed_images
 

@@ -1,5 +1,25 @@
-"""Worlds and workspaces of the training tests."""
+"""Worlds and workspaces of the training tests, and a finished toy graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 
 from helpers import workspace, world
+from toy_graph import new_toy, toy_environment
 
 __all__ = ["workspace", "world"]
+
+
+@pytest.fixture(scope="session")
+def committed_toy(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A folder with a toy repository whose results are committed; not to be changed."""
+    folder = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in toy_environment(repository, folder).items():
+            patch.setenv(name, value)
+        toy = new_toy(repository, folder)
+        toy.succeed("dvc", "repro", "--quiet")
+        toy.commit("results")
+    return folder

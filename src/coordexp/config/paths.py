@@ -15,6 +15,9 @@ COMPARISONS = {
     "stage1_vs_base": ("stage1", "base"),
 }
 
+# In the folder of each trained checkpoint.
+RUN_METADATA, TRAIN_LOG = "run_metadata.json", "train_log.jsonl"
+
 
 def model_folder(path: str) -> Path:
     """Where `model.path` leads. A relative one starts here, or else at the repository: a copy of it lacks links."""

@@ -54,7 +54,7 @@ def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str
         *blocks, name = key.split(".")
         node: Any = changed
         for block in blocks:
-            node = node.get(block)
+            node = node.setdefault(block, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{where}: {key}: {block!r} is no block of parameters. See docs/parameters.md.")
         node[name] = value

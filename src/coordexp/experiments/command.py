@@ -1,15 +1,208 @@
-"""`coordexp ab`, an A/B test or a whole study in one command, and `coordexp monitor`, which follows a training run."""
+"""`coordexp run`, `runs`, `compare` of revisions, `ab`, and `monitor`: experiments over the stage graph."""
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from coordexp.errors import ConfigError, closest
+from coordexp.errors import ConfigError, Interrupted, closest
+
+if TYPE_CHECKING:
+    from coordexp.experiments.answer import Answer
+    from coordexp.experiments.dependencies import Present, Step
+    from coordexp.experiments.runs import Experiment, Repository
+
+Checkpoint = Annotated[
+    Literal["base", "stage1", "stage1-control", "stage2"], typer.Option(help="Whose predictions on val are compared.")
+]
+
+
+def run(
+    assignments: Annotated[
+        list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="A value to change; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of experiment and report  [default: from -S]")] = None,
+    checkpoint: Checkpoint = "stage2",
+    dry: Annotated[bool, typer.Option("--dry", help="Print what would run and its estimated cost, and stop.")] = False,
+) -> None:
+    """One experiment, from its plan to its answer: did the change make the detector better?
+
+    Runs the graph with these values in a temporary copy (the workspace stays as it is), compares with the commit on the
+    same images, and writes reports/experiments/<name>.md. Without -S, runs the commit's own parameters. Interrupted,
+    run it again: it resumes.
+    """
+    overrides = assignments or []
+    for assignment in overrides:
+        if not re.fullmatch(r"[^=]+=.+", assignment, re.DOTALL):
+            raise ConfigError(f"-S {assignment}: expected KEY=VALUE, such as softce_weight=0.2.")
+    keys = [assignment.partition("=")[0] for assignment in overrides]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"-S {repeated[0]}: given twice; `coordexp ab` compares several values of one key.")
+    with _experiments() as repository:
+        _run(repository, overrides, name, checkpoint, dry)
+
+
+def _run(repository: Repository, overrides: Sequence[str], name: str | None, checkpoint: str, dry: bool) -> None:
+    from coordexp.config.paths import ProfilePaths
+    from coordexp.experiments.answer import answer
+    from coordexp.experiments.dependencies import ParameterFiles
+    from coordexp.experiments.sides import categories_path, predictions_path
+
+    start = repository.commit()
+    chosen = _chosen(name, [a.rpartition(":")[2] for a in overrides] or [f"as-committed-{start.revision[:7]}"])
+    profile = ParameterFiles.of(repository.root).profile_name
+    paths = ProfilePaths(profile)
+    present = repository.present(profile, (predictions_path(paths, checkpoint), categories_path(paths)))
+    present.told(overrides)  # refuses wrong values before anything runs
+    baseline, _ = repository.find([], present, [start])
+    found, _ = repository.find(overrides, present, [start]) if overrides else (baseline, "")
+    if name and not found and repository.is_taken(name):
+        raise ConfigError(f"--name {name}: taken by another experiment; choose one, or `dvc exp remove {name}` first.")
+    print("\n".join(_plan(repository, present, start, overrides, (baseline, found))))
+    if dry:
+        return
+    base_name = f"as-committed-{start.revision[:7]}"
+    baseline = baseline or repository.experiment(base_name if overrides else chosen, [], present)
+    made = found or (repository.experiment(chosen, overrides, present) if overrides else baseline)
+    if made.revision == baseline.revision:
+        print(f"{made.name} ({made.revision[:12]}) ran with these values: nothing to compare. `dvc metrics show`")
+        return
+    _tell(repository, answer(repository, made, baseline, checkpoint), None)
+
+
+def _plan(
+    repository: Repository,
+    present: Present,
+    start: Experiment,
+    overrides: Sequence[str],
+    ready: tuple[Experiment | None, Experiment | None],
+) -> list[str]:
+    """What is compared with what, and which stages run for it."""
+    head, (baseline, found) = repository.past(start.revision), ready
+    values = " ".join(overrides) or "the parameters as committed"
+    lines = []
+    if baseline:
+        lines.append(f"baseline    {baseline.name} ({baseline.revision[:12]})")
+    elif overrides:
+        lines += [f"baseline    {start.name} has no results that can be had: it runs first"]
+        lines += _steps(repository, present, present.steps(head, []))
+    lines.append(f"experiment  {values}" + (f": there already, as {found.name}" if found else ""))
+    after = None if overrides and not baseline else head
+    return lines if found else lines + _steps(repository, present, present.steps(after, overrides))
+
+
+def _steps(repository: Repository, present: Present, steps: Sequence[Step]) -> list[str]:
+    from coordexp.experiments.progress import duration, total
+
+    measured = repository.estimates(present.files.profile_name)
+    lines = []
+    for step in steps:
+        why = f"if {step.upstream} comes out different" if step.upstream else f"{step.reason} changed"
+        cost = f"about {duration(measured[step.stage])}" if step.stage in measured else "cost unknown"
+        lines.append(f"  {step.stage:<22} {why}; {cost}")
+    limit = total([measured.get(step.stage) for step in steps])
+    return [
+        *lines,
+        f"  at most {limit} by the last measured time of each stage, less where DVC's run cache holds its result",
+    ]
+
+
+def _tell(repository: Repository, found: Answer, out: Path | None) -> None:
+    """Print an answer; write it where told, or where the reports of experiments are."""
+    from coordexp.experiments.answer import answer_markdown, summary, write_answer
+    from coordexp.infra.files import write_text
+
+    print("\n".join(summary(found)))
+    if out:
+        write_text(out, answer_markdown(found))
+        print(f"report: {out}")
+    elif found["is_experiment"]:
+        print(f"report: {write_answer(found, repository.root)}")
+        print(f"keep it: dvc exp apply {found['name']}, then commit; throw it away: dvc exp remove {found['name']}")
+
+
+def runs(
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    checkpoint: Checkpoint = "stage2",
+) -> None:
+    """The experiments of all commits: what changed, the difference of mAP with its interval, verdict, cost, age.
+
+    Each beside the commit that it started from, judged on val once and remembered.
+    """
+    import shutil
+    import time
+
+    from coordexp.experiments.answer import experiment_row, experiments_table
+
+    repository = _repository()
+    found = repository.experiments("*")
+    shown = found if every else found[:limit]
+    rows = [experiment_row(repository, one, checkpoint, time.time()) for one in shown]
+    print(
+        experiments_table(rows, shutil.get_terminal_size().columns)
+        if rows
+        else "no experiment yet: coordexp run -S softce_weight=0.2"
+    )
+    if len(shown) < len(found):
+        print(f"{len(found) - len(shown)} older ones: --all")
+
+
+def compare_revisions(a: str, b: str, checkpoint: str, out: Path | None) -> None:
+    """What B changed beside A, by their predictions in DVC's cache; writes the report of B if that is an experiment."""
+    from tabulate import tabulate
+
+    from coordexp.experiments.answer import answer
+    from coordexp.experiments.report import measured
+    from coordexp.reporting.markdown import number
+
+    repository = _repository()
+    old, new = repository.resolve(a), repository.resolve(b)
+    if old.revision == new.revision:
+        raise ConfigError(f"{a} and {b} are one revision, {old.revision[:12]}. Expected two, the older first.")
+    found = answer(repository, new, old, checkpoint)
+    metrics = found["effect"]["metrics"].items()
+    rows = [[key, *map(number, found["values"][key]), measured(effect)] for key, effect in metrics]
+    headers = ["metric", new.name, old.name, "difference, 95% interval"]
+    _tell(repository, found, out)
+    print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
+
+
+def _repository() -> Repository:
+    from coordexp.experiments.runs import Repository
+
+    return Repository(Path(), lambda line: print(line, file=sys.stderr, flush=True))
+
+
+@contextmanager
+def _experiments() -> Iterator[Repository]:
+    """The repository, held for this process; a signal ends in Interrupted."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        repository = _repository()
+        with repository.held():
+            yield repository
+    except KeyboardInterrupt:
+        raise Interrupted("stopped by a signal; run the same command again: what is done is not done again.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _chosen(name: str | None, words: Sequence[str]) -> str:
+    """The name of experiments and report, as git and the file system take it."""
+    from coordexp.experiments.runs import NAME
+
+    chosen = name or re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words)).strip("-._")[:50]
+    if not NAME.fullmatch(chosen) or chosen.endswith((".", ".lock")) or ".." in chosen:
+        raise ConfigError(f"--name {chosen!r}: expected 1 to 60 letters, digits, dots, dashes or underscores.")
+    return chosen
 
 
 def ab(
@@ -21,6 +214,7 @@ def ab(
     arm: Annotated[list[str] | None, typer.Option(help="Of the study, only these arms and their baselines.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: 3]")] = None,
     name: Annotated[str | None, typer.Option(help="Of report and experiments  [default: from -S or --study]")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Print the runs and their estimated cost, and stop.")] = False,
 ) -> None:
     """Is one setting better than another, or is it noise?
 
@@ -28,20 +222,20 @@ def ab(
     and seeds, verdicts on arms and claims, costs and curves. Interrupted, run it again: what is done is not done again.
     """
     from coordexp.config.study import load_study
-    from coordexp.experiments.compare import run_study
+    from coordexp.experiments.compare import forecast, prepare, run_study
     from coordexp.experiments.plan import grid_study
     from coordexp.experiments.report import verdict_sentence
-    from coordexp.experiments.runs import Repository
 
     if bool(assignments) == bool(study) or (arm and not study):
         raise ConfigError("ab: expected either -S KEY=V,V or --study NAME, and --arm only with --study.")
-    words = study or "-".join(assignments or [])
-    chosen = name or re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", chosen):
-        raise ConfigError(f"--name {chosen!r}: expected 1 to 60 letters, digits, dots, dashes or underscores.")
+    chosen = _chosen(name, [study] if study else assignments or [])
     asked = load_study(study).only(arm or []) if study else grid_study(assignments or [], f"A/B test {chosen}")
     asked = asked.model_copy(update={"seeds": seeds or asked.seeds})
-    numbers = run_study(Repository(Path(), lambda line: print(line, file=sys.stderr, flush=True)), asked, chosen)
+    with _experiments() as repository:
+        if dry:
+            print("\n".join(forecast(repository, prepare(repository, asked))))
+            return
+        numbers = run_study(repository, asked, chosen)
     for row in numbers["effects"]:
         print(verdict_sentence(row, numbers))
     for claim in numbers["claims"]:

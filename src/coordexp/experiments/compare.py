@@ -8,34 +8,34 @@ seed that is complete.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from coordexp.config.loading import load_params
-from coordexp.config.paths import ProfilePaths
-from coordexp.config.study import METRICS, PRIMARY, TRAINED, Claim, Study
-from coordexp.errors import DataError
-from coordexp.evaluation.comparison import paired_effect
+from coordexp.config.paths import RUN_METADATA, TRAIN_LOG, ProfilePaths
+from coordexp.config.study import METRICS, TRAINED, Claim, Study
 from coordexp.evaluation.effect import LEVEL, Effect, Verdict
-from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
-from coordexp.evaluation.parse import faults_of
+from coordexp.evaluation.evaluator import Evaluation, rounded
 from coordexp.evaluation.registry import view
 from coordexp.experiments.dependencies import Present
 from coordexp.experiments.plan import Plan, plan_study
+from coordexp.experiments.progress import total
 from coordexp.experiments.report import PANELS, write_report
-from coordexp.experiments.runs import Repository
-from coordexp.infra.files import remove, replace_folder, write_text
+from coordexp.experiments.runs import Experiment, Repository
+from coordexp.experiments.sides import (
+    categories_path,
+    effect_row,
+    evaluate_revision,
+    faults,
+    has,
+    predictions_path,
+    side_effect,
+    tokens_trained,
+)
 from coordexp.infra.logs import ends, read_log
 from coordexp.infra.provenance import write_json
-from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import read_results
-
-METADATA, LOG = "run_metadata.json", "train_log.jsonl"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +45,57 @@ class Run:
     experiment: str
     evaluations: Mapping[str, Evaluation]  # by checkpoint
     log: pd.DataFrame  # of the checkpoint of the arm
-    seconds: float
+    seconds: float | None  # of the training, where it was measured
     tokens: int
 
 
 Runs = Mapping[str, Sequence[Run]]  # by arm, one run a seed
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A study that can run: all that could stop it was checked."""
+
+    plan: Plan
+    start: Experiment  # the commit
+    presents: Mapping[str, Present]  # by arm
+
+    def first(self, repository: Repository, arm: str, seed: int) -> list[Experiment]:
+        """The experiments of the same arm and seed in other tests, which are tried first."""
+        slug = self.plan.slug(arm, seed)
+        return repository.experiments(f"ab-*-{slug}", f"ab-*-{slug}-[0-9]*")
+
+
+def prepare(repository: Repository, study: Study) -> Prepared:
+    """Check a study; raises ConfigError: it is wrong, or the workspace is not committed, or no stage makes a file."""
+    plan = plan_study(study, repository.root)
+    start = repository.commit()
+    reads = {arm: _read(plan, arm) for arm in study.arms}
+    presents = {read: repository.present(plan.profile, read) for read in set(reads.values())}
+    return Prepared(plan, start, {arm: presents[read] for arm, read in reads.items()})
+
+
+def forecast(repository: Repository, prepared: Prepared) -> list[str]:
+    """The runs of a study, which of them are there, and what the others would cost by stages measured before."""
+    plan, study = prepared.plan, prepared.plan.study
+    head, measured = repository.past(prepared.start.revision), repository.estimates(plan.profile)
+    ran: set[str] = set()  # a stage with the same inputs is run once
+    lines: list[str] = []
+    costs: list[float | None] = []
+    for seed in range(study.seeds):
+        for arm in study.arms:
+            overrides, present = plan.overrides(arm, seed), prepared.presents[arm]
+            found, _ = repository.find(overrides, present, prepared.first(repository, arm, seed))
+            steps: list[str] = []
+            for step in present.steps(head, overrides) if not found else []:
+                key = f"{step.stage} {present.told_stage(step.stage, overrides) if step.reason else overrides}"
+                if step.stage in present.plans and key not in ran:
+                    ran.add(key)
+                    steps.append(step.stage)
+            costs += [measured.get(stage) for stage in steps]
+            shown = f"there already, as {found.name}" if found else ", ".join(steps) or "from the cache"
+            lines.append(f"{arm}, seed {seed}: {shown}")
+    return [*lines, f"{len(lines)} runs; at most {total(costs)} of work, by the last measured time of each stage"]
 
 
 def run_study(repository: Repository, study: Study, name: str) -> dict[str, Any]:
@@ -58,76 +104,58 @@ def run_study(repository: Repository, study: Study, name: str) -> dict[str, Any]
     Raises:
         ConfigError: the study is wrong, the workspace is not committed, or repetitions would all be alike.
         Interrupted: stopped; the same call goes on.
-        TrainingError: a stage of an experiment failed.
+        CoordExpError: a stage of an experiment failed.
     """
-    root = repository.root
-    plan = plan_study(study, root)
-    about = {"name": name, "title": study.title, "commit": repository.commit(), "profile": plan.profile}
-    # Before anything is trained: what would stop the comparison afterwards.
-    reads = {arm: tuple(_wanted(plan, arm).values()) for arm in study.arms}
-    presents = {read: repository.present(plan.profile, read) for read in set(reads.values())}
-    for folder in (root / "runs" / "ab" / name, root / "reports" / "ab"):
-        _make_folder(folder)
+    prepared = prepare(repository, study)
+    for line in forecast(repository, prepared):
+        repository.say(line)
+    about = {"name": name, "title": study.title, "commit": prepared.start.revision, "profile": prepared.plan.profile}
     runs: dict[str, list[Run]] = {arm: [] for arm in study.arms}
     numbers: dict[str, Any] = {}
+    folder = repository.root / "reports" / "ab"
     for seed in range(study.seeds):
         for arm in study.arms:
-            runs[arm].append(run_arm(repository, plan, arm, seed, name, presents[reads[arm]]))
-        numbers = about | {"seed_keys": list(plan.seed_keys)} | judge(study, runs)
-        write_json(root / "reports" / "ab" / f"{name}.json", numbers)
+            done = sum(map(len, runs.values()))
+            repository.say(f"run {done + 1} of {study.seeds * len(study.arms)}: {arm}, seed {seed}")
+            runs[arm].append(run_arm(repository, prepared, arm, seed, name))
+        numbers = about | {"seed_keys": list(prepared.plan.seed_keys)} | judge(study, runs)
+        write_json(folder / f"{name}.json", numbers)
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
-        write_report(numbers, logs, root / "reports" / "ab")
+        write_report(numbers, logs, folder)
     return numbers
 
 
-def run_arm(repository: Repository, plan: Plan, arm: str, seed: int, name: str, present: Present) -> Run:
+def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, name: str) -> Run:
     """One arm with one seed, run and fetched if it is not there yet, and evaluated."""
-    slug, wanted = plan.slug(arm, seed), _wanted(plan, arm)
-    experiment = repository.experiment(f"ab-{name}-{slug}", slug, plan.overrides(arm, seed), present)
-    folder = repository.root / "runs" / "ab" / name / slug
-    if not _is_fetched(folder, experiment.revision, wanted):
-        _fetch(repository, experiment.revision, wanted, folder)
-    params = load_params(folder / "params.yaml")
-    categories = read_categories(folder / "categories.json")
-    checkpoint = plan.study.arms[arm].checkpoint
-    costs = [json.loads((folder / s / METADATA).read_text(encoding="utf-8")) for s in plan.trained(checkpoint)]
+    plan, present = prepared.plan, prepared.presents[arm]
+    experiment = repository.experiment(
+        f"ab-{name}-{plan.slug(arm, seed)}",
+        plan.overrides(arm, seed),
+        present,
+        prepared.first(repository, arm, seed),
+        present.targets,
+    )
+    revision, checkpoint = experiment.revision, plan.study.arms[arm].checkpoint
+    stages, measured = plan.trained(checkpoint), repository.seconds(experiment.revision)
+    draws = repository.params(prepared.start.revision)
     return Run(
         experiment=experiment.name,
-        evaluations={
-            of: evaluate(
-                list(read_results(folder / "eval" / of / "gt_vs_pred.jsonl")),
-                categories,
-                params.eval,
-                params.matching,
-                params.seed,
-            )
-            for of in _checkpoints(plan.study, arm)
-        },
-        log=read_log(folder / checkpoint / LOG),
-        seconds=sum(cost["wall_seconds"] for cost in costs),
-        tokens=sum(cost["tokens"] for cost in costs),
+        evaluations={of: evaluate_revision(repository, revision, of, draws) for of in _checkpoints(plan.study, arm)},
+        log=read_log(repository.fetch(revision, _log(plan, arm))),
+        seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
+        tokens=sum(tokens_trained(repository, revision, plan.profile, stage) for stage in stages),
     )
 
 
 def judge(study: Study, runs: Runs) -> dict[str, Any]:
-    """The effect of every arm beside its baseline, and what it says of every claim.
-
-    Only the primary metric decides about an arm, at a level that holds for all arms together. Nothing is decided, and
-    `faults` says why, if answers of a side are cut, loop or do not parse.
-    """
+    """The effect of every arm beside its baseline, at a level that holds for all arms, and what it says of claims."""
     compared = [name for name, arm in study.arms.items() if arm.baseline]
     level = LEVEL / max(1, len(compared))
-    effects = []
-    for name in compared:
-        baseline = study.arms[name].baseline
-        ours, theirs = _side(study, runs, name, ""), _side(study, runs, name, baseline)
-        row: dict[str, Any] = {"arm": name, "baseline": baseline, "faults": _faults(ours | theirs), "metrics": {}}
-        for key in METRICS:
-            found = _effect(ours, theirs, key, level if key == PRIMARY else LEVEL)
-            verdict = Verdict.UNDEFINED if found is None else found.verdict
-            verdict = Verdict.NOT_JUDGED if found and row["faults"] else verdict
-            row["metrics"][key] = (asdict(found) if found else {}) | {"verdict": verdict.value}
-        effects.append(row)
+    baselines = {name: study.arms[name].baseline for name in compared}
+    effects = [
+        effect_row(name, baseline, _side(study, runs, name, ""), _side(study, runs, name, baseline), level)
+        for name, baseline in baselines.items()
+    ]
     first = next(iter(_side(study, runs, next(iter(study.arms)), "").values()))
     return rounded(
         {
@@ -156,35 +184,16 @@ def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any]) -> str
 
 def _judged_claim(study: Study, runs: Runs, name: str, claim: Claim) -> dict[str, Any]:
     ours, theirs = _side(study, runs, claim.arm, ""), _side(study, runs, claim.arm, claim.baseline)
-    found = _effect(ours, theirs, claim.metric, LEVEL)
+    found = side_effect(ours, theirs, claim.metric)
     row = {"claim": name, **claim.model_dump(), **(asdict(found) if found else {})}
-    return row | {"judgement": judged(claim, found, _faults(ours | theirs))}
-
-
-Side = Mapping[str, Evaluation]  # by "experiment checkpoint", one a seed, in their order
+    return row | {"judgement": judged(claim, found, faults(ours | theirs))}
 
 
 def _side(study: Study, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
     """The evaluations of an arm, or of its baseline, seed by seed."""
     name = arm if baseline in (*TRAINED, "") else baseline
     checkpoint = baseline if baseline in TRAINED else study.arms[name].checkpoint
-    return {f"{seed} {run.experiment} {checkpoint}": run.evaluations[checkpoint] for seed, run in enumerate(runs[name])}
-
-
-def _effect(ours: Side, theirs: Side, key: str, level: float) -> Effect | None:
-    if not all(_has(evaluation, key) for evaluation in (*ours.values(), *theirs.values())):
-        return None
-    return paired_effect([*ours.values()], [*theirs.values()], key, level)
-
-
-def _has(evaluation: Evaluation, key: str) -> bool:
-    """Whether a metric was evaluated: `eval` may ask for other thresholds of duplicates."""
-    area, metric = key.split(".")
-    return metric in evaluation.metrics[area]
-
-
-def _faults(side: Side) -> dict[str, list[str]]:
-    return {name.partition(" ")[2]: words for name, found in side.items() if (words := faults_of(found.metrics))}
+    return {f"{run.experiment} {checkpoint}": run.evaluations[checkpoint] for run in runs[name]}
 
 
 def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
@@ -194,7 +203,7 @@ def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
     keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params)))
     tenths = {column: ends(run.log, column) for column in PANELS}
     row = {"arm": arm, "seed": seed, "experiment": run.experiment, "seconds": run.seconds, "tokens": run.tokens}
-    row |= {key: evaluation.value(key) for key in keys if _has(evaluation, key)}
+    row |= {key: evaluation.value(key) for key in keys if has(evaluation, key)}
     return row | {column: None if found is None else found[1] for column, found in tenths.items()}
 
 
@@ -204,35 +213,13 @@ def _checkpoints(study: Study, arm: str) -> list[str]:
     return [name for name in TRAINED if name in (study.arms[arm].checkpoint, *baselines)]
 
 
-def _wanted(plan: Plan, arm: str) -> dict[str, str]:
-    """What the comparison reads of a run: name in its folder -> output of the graph. Nothing else is read later."""
+def _log(plan: Plan, arm: str) -> str:
+    return (ProfilePaths(plan.profile).run(plan.study.arms[arm].checkpoint) / TRAIN_LOG).as_posix()
+
+
+def _read(plan: Plan, arm: str) -> tuple[str, ...]:
+    """The outputs of the graph that the comparison reads of a run. Nothing else is read later."""
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
-    wanted = {f"eval/{name}": paths.evaluation(name) for name in _checkpoints(plan.study, arm)}
-    wanted |= {"categories.json": paths.records / "categories.json", f"{checkpoint}/{LOG}": paths.run(checkpoint) / LOG}
-    wanted |= {f"{stage}/{METADATA}": paths.run(stage) / METADATA for stage in plan.trained(checkpoint)}
-    return {name: path.as_posix() for name, path in wanted.items()}
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{folder}: a file is in the way. Expected a folder; move the file.") from error
-
-
-def _fetch(repository: Repository, revision: str, wanted: Mapping[str, str], folder: Path) -> None:
-    """Put the files of a run into its folder, all or none; whatever was there is replaced."""
-    new = folder.with_name(f".{folder.name}.part")
-    remove(new)
-    for target, path in wanted.items():
-        repository.fetch(revision, path, new / target)
-    write_text(new / "params.yaml", repository.text(revision, "params.yaml"))
-    write_text(new / "revision", revision)
-    replace_folder(new, folder)
-
-
-def _is_fetched(folder: Path, revision: str, wanted: Mapping[str, str]) -> bool:
-    mark = folder / "revision"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != revision:
-        return False
-    return all((folder / name).exists() for name in (*wanted, "params.yaml"))
+    predictions = [predictions_path(paths, name) for name in _checkpoints(plan.study, arm)]
+    metadata = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in plan.trained(checkpoint)]
+    return (*predictions, categories_path(paths), _log(plan, arm), *metadata)

@@ -7,8 +7,9 @@ Given data are compared by git, because `dvc.lock` of the working tree may be ol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ from coordexp.errors import ConfigError
 from coordexp.inputs import CODE, PARAMS_FILE, PROFILE_FILE, Inputs, StageTable, first_difference
 
 Lock = Mapping[str, Mapping[str, Any]]  # the `stages` of a dvc.lock
+INPUTS = "inputs"
 GitIds = Mapping[str, str]  # path -> what git calls its content, for paths that git holds
 
 
@@ -36,14 +38,66 @@ class StagePlan:
         """Whether a path is an output of the stage, lies in one, or holds one."""
         return any(_overlap(path, out) for out in self.outs)
 
+    @property
+    def inputs(self) -> PurePosixPath | None:
+        """The file that says what the stage is told; None for the stage that writes these files."""
+        return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == INPUTS), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A finished experiment."""
+    """A finished experiment, or a commit."""
 
     lock: Lock
     ids: GitIds
-    inputs: Mapping[str, Inputs]  # by stage
+    inputs: Mapping[str, Inputs]  # by the stem of the file
+    inputs_md5: Mapping[str, str]  # by the path of the file
+
+    def torn(self, stages: Collection[str]) -> str:
+        """What one of these stages read and is no longer so in the same revision; the empty string if nothing."""
+        made = {item["path"]: item for entry in self.lock.values() for item in entry.get("outs", [])}
+        for name in stages:
+            for path, item in _by_path(self.lock.get(name, {}), "deps").items():
+                now = made.get(path, {}).get("md5") or self.inputs_md5.get(path)
+                if now and now != item.get("md5"):
+                    return path
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value, or the code of some stages, that two runs differ in."""
+
+    key: str
+    old: Any
+    new: Any
+    stages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.key == CODE:
+            return f"code of {', '.join(self.stages)}"
+        return f"{self.key} {self.old} -> {self.new}"
+
+
+def changes(old: Past, new: Past) -> list[Change]:
+    """What two runs differ in, parameters first: each key once, with the stages that read it."""
+    found: dict[str, Change] = {}
+    for stage in sorted(old.inputs.keys() & new.inputs.keys()):
+        then, now = old.inputs[stage], new.inputs[stage]
+        for key in then | now:
+            if then.get(key) != now.get(key):
+                stages = (*found[key].stages, stage) if key in found else (stage,)
+                found[key] = Change(key, then.get(key), now.get(key), stages)
+    return sorted(found.values(), key=lambda change: change.key == CODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage that an experiment would run, and why; it runs only if `upstream` comes out different, where given."""
+
+    stage: str
+    reason: str
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +116,11 @@ class ParameterFiles:
         file = PROFILE_FILE.replace("${profile}", str(params.get("profile")))
         return cls(root, params, profile_tree(root / file), file)
 
+    @property
+    def profile_name(self) -> str:
+        """The profile that params.yaml names."""
+        return str(self.params["profile"])
+
     def under(self, settings: Iterable[tuple[str, str]], name: str) -> tuple[Params, Profile]:
         """Parameters and profile as `-S [FILE:]KEY=VALUE`, given as pairs of target and text, would leave them.
 
@@ -75,11 +134,11 @@ class ParameterFiles:
                 raise ConfigError(
                     f"-S {file}:...: the stages read {PARAMS_FILE} and {self.profile_file}; other files change nothing."
                 )
-            changes[file if colon else PARAMS_FILE][key] = parse_value(text)
+            changes[file if colon else PARAMS_FILE][key.lstrip("+")] = parse_value(text)  # as Hydra's `+key`
         params = with_changes(self.params, changes[PARAMS_FILE], f"{self.root / PARAMS_FILE} with {name}")
         if params.profile != self.params["profile"]:
             raise ConfigError(
-                "-S profile: an A/B test compares within one profile; choose it in params.yaml and commit."
+                "-S profile: experiments are compared within one profile; choose it in params.yaml and commit."
             )
         path = self.root / self.profile_file
         return params, parse_profile(
@@ -91,13 +150,15 @@ class ParameterFiles:
 class Present:
     """What the working tree would run an experiment with."""
 
-    plans: Mapping[str, StagePlan]  # the stages that lead to what is read, but for the one that writes their inputs
-    targets: tuple[str, ...]  # those of them that make it
-    given: tuple[str, ...]  # their dependencies that no stage makes
+    graph: Mapping[str, StagePlan]  # every stage, but for the one that writes their inputs
+    plans: Mapping[str, StagePlan]  # those of them that lead to what is read
+    read: tuple[str, ...]
+    given: tuple[str, ...]  # dependencies of the plans that no stage makes
     ids: GitIds
     lock: Lock
     table: StageTable
     files: ParameterFiles
+    _told: dict[tuple[str, ...], Mapping[str, Inputs]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, root: Path, profile: str, read: Sequence[str], ids_of: Callable[[Sequence[str]], GitIds]) -> Present:
@@ -106,20 +167,36 @@ class Present:
         Raises:
             ConfigError: no stage makes one of them.
         """
-        all_plans = {name: _plan(stage, profile) for name, stage in read_yaml(root / "dvc.yaml")["stages"].items()}
-        leading = _leading_to(all_plans, read)
+        every = {
+            name: _plan(stage, profile) for name, stage in _unrolled(read_yaml(root / "dvc.yaml")["stages"]).items()
+        }
+        leading = _leading_to(every, read)
         told = ProfilePaths(profile).inputs.as_posix()
-        plans = {name: plan for name, plan in leading.items() if told not in plan.outs}
-        outs = {out for plan in leading.values() for out in plan.outs}
+        graph = {name: plan for name, plan in every.items() if told not in plan.outs}
+        plans = {name: plan for name, plan in graph.items() if name in leading}
+        outs = {out for plan in every.values() for out in plan.outs}
         deps = {dep for plan in plans.values() for dep in plan.deps}
         given = tuple(sorted(dep for dep in deps if not any(_overlap(dep, out) for out in outs)))
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
-        targets = tuple(name for name, plan in plans.items() if any(map(plan.makes, read)))
-        return cls(plans, targets, given, ids_of(given), lock, StageTable.of(root), ParameterFiles.of(root))
+        table, files = StageTable.of(root), ParameterFiles.of(root)
+        return cls(graph, plans, tuple(read), given, ids_of(given), lock, table, files)
 
-    def input_files(self) -> dict[str, str]:
-        """By stage, the file that says what it is told."""
-        return {name: dep for name, plan in self.plans.items() for dep in plan.deps if dep.startswith("inputs/")}
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The stages that make what is read."""
+        return tuple(name for name, plan in self.plans.items() if any(map(plan.makes, self.read)))
+
+    def told(self, overrides: Sequence[str]) -> Mapping[str, Inputs]:
+        """What the stages would be told, by the stem of their file; raises ConfigError as `ParameterFiles.under`."""
+        if (key := tuple(overrides)) not in self._told:
+            pairs = [override.partition("=")[::2] for override in overrides]
+            self._told[key] = self.table.inputs(*self.files.under(pairs, " ".join(overrides)))
+        return self._told[key]
+
+    def told_stage(self, stage: str, overrides: Sequence[str]) -> Inputs:
+        """What one stage would be told."""
+        file = self.graph[stage].inputs
+        return self.told(overrides).get(file.stem, {}) if file else {}
 
     def change(self, past: Past, overrides: Sequence[str]) -> str:
         """What is not as the experiment had it, were it run now with these overrides; the empty string if nothing."""
@@ -129,14 +206,32 @@ class Present:
                     return path
             elif _hashes(self.lock, path) != _hashes(past.lock, path):  # given by DVC, not by git
                 return path
-        pairs = [override.partition("=")[::2] for override in overrides]
-        told = self.table.inputs(*self.files.under(pairs, " ".join(overrides)))
         for name, plan in self.plans.items():
-            if name not in past.lock:
-                return f"stage {name}"
-            if reason := _stage_change(plan, past.lock[name], past.inputs.get(name, {}), told.get(name, {})):
-                return f"{reason} of stage {name}"
-        return self._other_result(past)
+            if reason := _stage_change(name, plan, past, self.told_stage(name, overrides)):
+                return reason
+        return past.torn(self.plans) or self._other_result(past)
+
+    def steps(self, past: Past | None, overrides: Sequence[str]) -> list[Step]:
+        """The stages that an experiment would run after `past`, or without one after a run of the committed values."""
+        found: dict[str, Step] = {}
+        for name, plan in self.graph.items():
+            told = self.told_stage(name, overrides)
+            if past is None:
+                reason = (first_difference(self.told_stage(name, []), told) or ("",))[0]
+            else:
+                reason = _stage_change(name, plan, past, told) or past.torn([name])
+            if reason:
+                found[name] = Step(name, reason.removesuffix(f" of stage {name}"))
+        while below := {
+            name: Step(name, "", upstream)
+            for name, plan in self.graph.items()
+            if name not in found and (upstream := next((up for up in found if self._reads(plan, up)), ""))
+        }:
+            found |= below
+        return [found[name] for name in self.graph if name in found]
+
+    def _reads(self, plan: StagePlan, upstream: str) -> bool:
+        return any(self.graph[upstream].makes(dep) for dep in plan.deps)
 
     def _other_result(self, past: Past) -> str:
         """Where the working tree has another result of a stage with the same inputs, and later stages read it."""
@@ -151,15 +246,39 @@ class Present:
         return ""
 
 
+def _unrolled(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages by their full names, one for each item of a `foreach` or `matrix`."""
+    found: dict[str, Any] = {}
+    for name, stage in stages.items():
+        if "foreach" in stage:
+            found |= {f"{name}@{item}": _rendered(stage["do"], {"item": item}) for item in stage["foreach"]}
+        elif "matrix" in stage:
+            for items in product(*stage["matrix"].values()):
+                values = {f"item.{key}": item for key, item in zip(stage["matrix"], items, strict=True)}
+                found[f"{name}@{'-'.join(map(str, items))}"] = _rendered(stage, values)
+        else:
+            found[name] = stage
+    return found
+
+
+def _rendered(tree: Any, values: Mapping[str, Any]) -> Any:
+    """A part of dvc.yaml with `${name}` replaced."""
+    if isinstance(tree, dict):
+        return {_rendered(key, values): _rendered(value, values) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rendered(item, values) for item in tree]
+    for name, value in values.items() if isinstance(tree, str) else ():
+        tree = tree.replace(f"${{{name}}}", str(value))
+    return tree
+
+
 def _plan(stage: Mapping[str, Any], profile: str) -> StagePlan:
     def names(section: str) -> list[str]:
         return [next(iter(item)) if isinstance(item, dict) else item for item in stage.get(section, [])]
 
-    def rendered(text: Any) -> Any:
-        return text.replace("${profile}", profile) if isinstance(text, str) else text
-
-    outs = [rendered(name) for section in ("outs", "metrics", "plots") for name in names(section)]
-    return StagePlan(rendered(stage["cmd"]), frozenset(map(rendered, names("deps"))), frozenset(outs))
+    stage = _rendered(stage, {"profile": profile})
+    outs = [name for section in ("outs", "metrics", "plots") for name in names(section)]
+    return StagePlan(stage["cmd"], frozenset(names("deps")), frozenset(outs))
 
 
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
@@ -183,13 +302,16 @@ def _overlap(one: str, other: str) -> bool:
     return a.is_relative_to(b) or b.is_relative_to(a)
 
 
-def _stage_change(plan: StagePlan, entry: Mapping[str, Any], then: Inputs, now: Inputs) -> str:
+def _stage_change(name: str, plan: StagePlan, past: Past, told: Inputs) -> str:
+    """Why a stage would run again whatever the stages before it do; the empty string if it would not."""
+    if (entry := past.lock.get(name)) is None:
+        return f"stage {name}"
     if entry["cmd"] != plan.cmd:
-        return "the command"
+        return f"the command of stage {name}"
     if _by_path(entry, "deps").keys() != plan.deps:
-        return "the list of dependencies"
-    if found := first_difference(then, now):
-        return "the code" if found[0] == CODE else found[0]
+        return f"the list of dependencies of stage {name}"
+    if found := first_difference(past.inputs.get(plan.inputs.stem if plan.inputs else "", {}), told):
+        return f"{'the code' if found[0] == CODE else found[0]} of stage {name}"
     return ""
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.config.paths import TRAIN_LOG
 from coordexp.errors import ConfigError
 from coordexp.infra.logs import read_rows
 from coordexp.records.images import read_rgb
 from coordexp.training.eval_callback import PICTURES, ROWS
 
-LOG = "train_log.jsonl"
 _LOGGED = ("loss/", "coord_diag/", "lr", "grad_norm")
 
 
@@ -30,7 +30,7 @@ class Events:
 
     def follow(self, run: Path, evals: str = "eval") -> None:
         """What was added to a folder since the last call: losses, and evaluations with their pictures under `evals`."""
-        for row in self._new_rows(run / LOG, evals):
+        for row in self._new_rows(run / TRAIN_LOG, evals):
             for key, value in row.items():
                 if key.startswith(_LOGGED) and isinstance(value, int | float):
                     self._writer.add_scalar(f"train/{key}", value, row["step"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,14 +88,19 @@ def plan_study(study: Study, root: Path) -> Plan:
         files.under(values.items(), name)
     keys = {key for values in settings.values() for key in values}
     touched = {stage.stage for stage in declarations(root) for key in keys if stage.reads(*_place(key))}
-    trained = [name for name in _TRAINING if name in touched]
-    if not trained and study.seeds > 1:
+    repeated = seed_keys(touched)
+    if not repeated and study.seeds > 1:
         raise ConfigError(f"--seeds {study.seeds}: no stage trains again for {', '.join(sorted(keys))}; use --seeds 1.")
-    both = any(name in _BEFORE_STAGE_2 for name in trained)
-    seed_keys = ("stage1.seed", "stage2.seed") if both else ("stage2.seed",) if trained else ()
-    if clash := set(seed_keys) & keys:
+    if clash := set(repeated) & keys:
         raise ConfigError(f"-S {min(clash)}: repetitions set this key themselves; use --seeds.")
-    return Plan(study, profile, settings, seed_keys)
+    return Plan(study, profile, settings, repeated)
+
+
+def seed_keys(stages: Collection[str]) -> tuple[str, ...]:
+    """The parameters that vary when a change that reaches these stages is repeated; none where nothing trains again."""
+    if not {*_TRAINING} & {*stages}:
+        return ()
+    return ("stage1.seed", "stage2.seed") if {*_BEFORE_STAGE_2} & {*stages} else ("stage2.seed",)
 
 
 def _choice(assignment: str) -> tuple[str, list[str]]:

@@ -71,8 +71,8 @@ def report_markdown(numbers: Numbers) -> str:
         _context_table(numbers),
         "## Values and cost",
         _arms_table(numbers),
-        "Seconds and tokens are those of the training that the arms change, for one seed, as measured when it ran; a "
-        "run that came from the cache keeps its own. Diagnostics of training are means over its last tenth.",
+        "Seconds and tokens are those of the training that the arms change, for one seed; seconds are measured "
+        "when it runs, so a stage from the cache has none. Diagnostics of training are means over its last tenth.",
         f"![Losses by arm]({numbers['name']}.png)",
         "Thin: one seed. Thick: their mean, smoothed over a twentieth of the steps. Losses are unweighted, so that "
         "arms with different weights can be compared.",
@@ -90,7 +90,7 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
         return f"{subject}: **{found['verdict']}**."
     seeds = numbers["seeds"]
     covered = f"{numbers['n_images']} images, {seeds} seeds" if seeds > 1 else f"{numbers['n_images']} images, one seed"
-    text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {_measured(found)} ({covered})"
+    text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {measured(found)} ({covered})"
     if found["verdict"] == Verdict.IDENTICAL.value:
         return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
     if found["verdict"] == Verdict.NO_DIFFERENCE.value:
@@ -98,7 +98,7 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     if found["verdict"] == Verdict.NOT_JUDGED.value:
         why = "; ".join(f"{run}: {', '.join(words)}" for run, words in row["faults"].items())
         return f"{text}, because of the answers of {why}."
-    if seeds == 1:
+    if seeds == 1 and numbers["seed_keys"]:
         text += ". With one seed the interval knows nothing of training noise; a repetition may say otherwise"
     return f"{text}{_unlike_tokens(row, numbers)}."
 
@@ -112,7 +112,7 @@ def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
     return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > UNLIKE_TOKENS else ""
 
 
-def _measured(found: Numbers) -> str:
+def measured(found: Numbers) -> str:
     return f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]" if "delta" in found else MISSING
 
 
@@ -134,7 +134,7 @@ def _claims_table(claims: Sequence[Numbers]) -> str:
             *(escape(claim[key]) for key in ("text", "source")),
             f"`{claim['arm']}` - `{claim['baseline']}`",
             claim["expected"] + (f" (±{claim['margin']:g})" if claim["margin"] else ""),
-            f"`{claim['metric']}` {_measured(claim)}",
+            f"`{claim['metric']}` {measured(claim)}",
             f"**{claim['judgement']}**",
         ]
         for claim in claims
@@ -147,14 +147,14 @@ def _effects_table(numbers: Numbers) -> str:
     for row in numbers["effects"]:
         found = row["metrics"][PRIMARY]
         errors = [number(found.get(name)) for name in ("se_images", "se_seeds", "smallest")]
-        rows.append([f"`{row['arm']}`", f"`{row['baseline']}`", _measured(found), *errors, f"**{found['verdict']}**"])
+        rows.append([f"`{row['arm']}`", f"`{row['baseline']}`", measured(found), *errors, f"**{found['verdict']}**"])
     header = ["arm", "baseline", f"`{PRIMARY}`", "SE images", "SE seeds", "could have shown", "verdict"]
     return table(header, rows, "llrrrrl")
 
 
 def _context_table(numbers: Numbers) -> str:
     keys = [key for key in METRICS if key != PRIMARY]
-    rows = [[f"`{row['arm']}`", *(_measured(row["metrics"][key]) for key in keys)] for row in numbers["effects"]]
+    rows = [[f"`{row['arm']}`", *(measured(row["metrics"][key]) for key in keys)] for row in numbers["effects"]]
     return table(["context, 95 % intervals", *(f"`{key}`" for key in keys)], rows)
 
 
@@ -164,11 +164,14 @@ def _arms_table(numbers: Numbers) -> str:
     means = frame.groupby("arm", sort=False).agg(lambda column: pd.to_numeric(column).mean(skipna=False))
     means = means[[*(name for name in means if name not in ("seconds", "tokens")), "seconds", "tokens"]]
     digits = {"seconds": 0, "tokens": 0}
-    rows = [
-        [f"`{arm}`", *(MISSING if pd.isna(v) else f"{v:,.{digits.get(k, 4)}f}" for k, v in row.items())]
-        for arm, row in means.iterrows()
-    ]
+    rows = [[f"`{arm}`", *(_cell(k, v, digits.get(k, 4)) for k, v in row.items())] for arm, row in means.iterrows()]
     return table(["arm, mean over seeds", *(f"`{key}`" if key not in digits else key for key in means)], rows)
+
+
+def _cell(key: str, value: float, digits: int) -> str:
+    if pd.isna(value):
+        return "not measured" if key == "seconds" else MISSING
+    return f"{value:,.{digits}f}"
 
 
 def _seeds_table(numbers: Numbers) -> str:

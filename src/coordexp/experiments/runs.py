@@ -1,36 +1,64 @@
-"""One arm, one seed: a DVC experiment in a temporary copy, and the files of it that the comparison reads.
+"""The repository as experiments see it: revisions, what each ran with, its files, and new runs.
 
-DVC is called as a program. It reuses every stage whose inputs did not change, leaves the workspace as it is, and files
-each finished run as an experiment under the commit it started from (`dvc exp show`, `dvc exp apply NAME`). A run of the
-same arm and seed is not made again, whatever commit it started from, as long as what it depends on is the same.
+DVC is called as a program. It reuses every stage whose inputs did not change, runs in a temporary copy, so that the
+workspace stays as it is, and files each finished run as an experiment under the commit that it started from. A run is
+not made again, whatever commit it started from, as long as what it depends on is the same. Files of a revision are
+taken from DVC's cache once, and kept under `runs/revisions/<revision>/` at the path that they have in the graph.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from coordexp.config.loading import parse_yaml
-from coordexp.errors import ConfigError, Interrupted, TrainingError
-from coordexp.experiments.dependencies import Past, Present
-from coordexp.infra.files import remove
-from coordexp.infra.provenance import WRITTEN_BY_STAGES
+from coordexp.config.loading import load_params, parse_params, parse_yaml
+from coordexp.config.paths import ProfilePaths
+from coordexp.config.schema import Params
+from coordexp.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    BusyError,
+    ConfigError,
+    CoordExpError,
+    DataError,
+    Interrupted,
+    TrainingError,
+    closest,
+)
+from coordexp.experiments.dependencies import INPUTS, Past, Present
+from coordexp.experiments.progress import Ended, Progress, stream
+from coordexp.infra.files import only_process, remove
+from coordexp.infra.provenance import WRITTEN_BY_STAGES, write_json
+from coordexp.inputs import PARAMS_FILE
 
 SHOWN_LINES = 15
+KEPT = Path("runs/revisions")  # files by revision, and how long its stages took
+WORKSPACE = "workspace"  # in place of a revision
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+_EXIT_CODE = re.compile(r"exited with (\d+)")
+_ERRORS: Mapping[int, type[CoordExpError]] = {
+    EXIT_USAGE: ConfigError,
+    EXIT_INTERRUPTED: Interrupted,
+}  # by exit code of the failed stage
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A finished run."""
+    """A finished run: an experiment, or a commit that holds one."""
 
     name: str
     revision: str
+    start: str = ""  # the commit that an experiment started from
+    unix_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +67,9 @@ class Repository:
 
     root: Path
     say: Callable[[str], None]
-    _pasts: dict[tuple[str, tuple[str, ...]], Past] = field(default_factory=dict, repr=False)
+    _pasts: dict[str, Past] = field(default_factory=dict, repr=False)
 
-    def commit(self) -> str:
+    def commit(self) -> Experiment:
         """The commit that experiments start from. What stages write may differ from it: a run of the graph did that.
 
         Raises:
@@ -57,40 +85,111 @@ class Repository:
         if changed:
             raise ConfigError(
                 f"{len(changed)} tracked files differ from the commit, for example {changed[0][3:]}. An experiment is "
-                "the commit plus its parameters, so that it can be made again: commit first (git commit -am ...), or "
-                "go back to the commit (git restore --staged --worktree . && git clean -dfq reports/*/gallery && dvc "
+                "the commit plus its parameters, so that it can be made again: give values by -S, and commit first "
+                "(git commit -am ...), or go back to the commit (git restore --staged --worktree . && dvc "
                 "checkout --force)."
             )
-        return head.stdout.strip()
+        branch = self._run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
+        revision = head.stdout.strip()
+        return Experiment(branch or revision[:8], revision)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the experiments of this repository for this process; raises BusyError if another one runs some."""
+        folder = self.root / ".resume" / "experiments"
+        try:
+            with only_process(folder):
+                yield
+        except BusyError as error:
+            if str(folder) not in str(error):
+                raise
+            raise BusyError(
+                f"{folder}: another `coordexp run` or `coordexp ab` works in this repository. One runs at a time: "
+                "wait for it, or stop it with Ctrl-C and run this again."
+            ) from error
+
+    def resolve(self, name: str) -> Experiment:
+        """A revision by its name: `workspace`, what git knows, or an experiment under any commit, the newest first.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name == WORKSPACE:
+            return Experiment(WORKSPACE, WORKSPACE, self._git("rev-parse", "HEAD").strip())
+        if revision := self._revision(f"{name}^{{commit}}"):
+            return Experiment(name, revision, self._revision(f"{name}^"))
+        if NAME.fullmatch(name) and (found := self.experiments(name)):
+            return found[0]
+        known = [one.name for one in self.experiments("*")]
+        known += self._git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads", "refs/tags").split()
+        raise ConfigError(
+            f"{name!r}: no file, no revision that git knows, and no experiment.{closest(name, known)} "
+            "`coordexp runs --all` lists the experiments."
+        )
+
+    def experiments(self, *names: str) -> list[Experiment]:
+        """Experiments under any commit whose name is like one of `names`, the newest first."""
+        form = "--format=%(refname:lstrip=2) %(objectname) %(committerdate:unix)"
+        patterns = [f"refs/exps/*/*/{name}" for name in names]
+        lines = self._git("for-each-ref", "--sort=-committerdate", form, *patterns).splitlines()
+        rows = (line.split() for line in lines)
+        return [
+            Experiment(name, revision, first + rest, int(date))
+            for ref, revision, date in rows
+            for first, rest, name in [ref.split("/")]
+        ]
 
     def present(self, profile: str, read: Sequence[str]) -> Present:
         """What an experiment would depend on now; raises ConfigError if no stage makes one of the files to be read."""
         return Present.of(self.root, profile, read, lambda paths: self._ids("HEAD", paths))
 
-    def experiment(self, name: str, run: str, overrides: Sequence[str], present: Present) -> Experiment:
-        """The experiment of one arm and seed; runs it unless there is one, under any name, with the same dependencies.
+    def find(
+        self, overrides: Sequence[str], present: Present, first: Sequence[Experiment]
+    ) -> tuple[Experiment | None, str]:
+        """A finished run with the same dependencies whose files can be had, and what changed since those tried first.
+
+        Args:
+            overrides: what `dvc exp run -S` is given.
+            present: what it would depend on now.
+            first: tried before all other experiments.
+        """
+        changed = ""
+        revisions = {one.revision for one in first}
+        for found in [*first, *(one for one in self.experiments("*") if one.revision not in revisions)]:
+            change = present.change(self.past(found.revision, present), overrides)
+            if not change and self._has(found, present.read):
+                return found, ""
+            changed = change if found.revision in revisions else changed
+        return None, changed
+
+    def experiment(
+        self,
+        name: str,
+        overrides: Sequence[str],
+        present: Present,
+        first: Sequence[Experiment] = (),
+        targets: Sequence[str] = (),
+    ) -> Experiment:
+        """The experiment with these values; run unless there is one, under any name, with the same dependencies.
 
         Args:
             name: of a new experiment.
-            run: the end of the name, which says arm and seed: such experiments are tried first.
             overrides: what `dvc exp run -S` is given.
             present: what it would depend on now.
+            first: tried before all other experiments.
+            targets: the stages to run, all without any.
 
         Raises:
             Interrupted: it was stopped; the next call goes on from the states that the stages saved.
-            TrainingError: a stage failed.
+            CoordExpError: a stage failed, by its exit code.
         """
-        changed = ""
-        named = self.experiments(f"ab-*-{run}", f"ab-*-{run}-[0-9]*")
-        for found in [*named, *(other for other in self.experiments("*") if other not in named)]:
-            change = present.change(self.past(found.revision, present), overrides)
-            if not change:
-                self.say(f"{name}: there already" + (f", as {found.name}" if found.name != name else ""))
-                return found
-            changed = change if found in named else changed
+        found, changed = self.find(overrides, present, first)
+        if found:
+            self.say(f"{name}: there already" + (f", as {found.name}" if found.name != name else ""))
+            return found
         why = f" (again: {changed} changed)" if changed else ""
         self.say(f"{name}: {' '.join(overrides) or 'no change'}{why}")
-        made = self._new(name, overrides, present.targets)
+        made = self._new(name, overrides, targets, present.files.profile_name)
         if edited := present.change(self.past(made.revision, present), overrides):
             raise TrainingError(
                 f"{made.name}: {edited} changed in the working tree while experiments ran, so they cannot be compared. "
@@ -98,56 +197,123 @@ class Repository:
             )
         return made
 
-    def fetch(self, revision: str, path: str, target: Path) -> None:
-        """Copy an output (file or folder) of an experiment in place of `target`; TrainingError if DVC has it not."""
-        remove(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(target.resolve()))
-        if done.returncode or not target.exists():
-            raise TrainingError(
-                f"{path} of experiment {revision[:12]} cannot be read; dvc get ended with {done.returncode}:\n"
+    def fetch(self, revision: str, path: str) -> Path:
+        """A file or folder of the graph as it was at a revision, taken from DVC's cache once; raises DataError."""
+        if revision == WORKSPACE:
+            if not (self.root / path).exists():
+                raise DataError(
+                    f"{path}: not in the workspace. Run `dvc repro`, or `dvc checkout`, or name a revision."
+                )
+            return self.root / path
+        target = self.root / KEPT / revision / path
+        if target.exists():
+            return target
+        new = target.with_name(f".{target.name}.{os.getpid()}.part")
+        remove(new)
+        _make_folder(target.parent)
+        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
+        if done.returncode or not new.exists():
+            remove(new)
+            raise DataError(
+                f"{path} of {revision[:12]} cannot be read; dvc get ended with {done.returncode}:\n"
                 f"{_end(done.stdout + done.stderr)}\n"
-                "If the cache lost it (dvc gc), remove the experiment (dvc exp remove) and run this again."
+                "If it is on a remote, `dvc pull` (of a commit) or `dvc exp pull` fetches it. If the cache lost it "
+                "(dvc gc), run the revision again."
             )
+        new.replace(target)
+        return target
+
+    def _has(self, found: Experiment, paths: Sequence[str]) -> bool:
+        """Whether the files of a revision can be had; says which cannot."""
+        try:
+            for path in paths:
+                self.fetch(found.revision, path)
+        except DataError as error:
+            self.say(f"{found.name} ran with the same values, but {str(error).splitlines()[0]}")
+            return False
+        return True
 
     def text(self, revision: str, path: str) -> str:
         """A file that git holds; raises ConfigError if it does not."""
+        if revision == WORKSPACE:
+            return (self.root / path).read_text(encoding="utf-8")
         return self._git("show", f"{revision}:./{path}")
 
-    def _new(self, name: str, overrides: Sequence[str], targets: Sequence[str]) -> Experiment:
-        head = self._git("rev-parse", "HEAD").strip()
-        folder = f"refs/exps/{head[:2]}/{head[2:]}"
-        taken = self._git("for-each-ref", "--format=%(refname:lstrip=4)", folder).split()
-        if name in taken:  # with other dependencies, for example after stage 1 was trained again
-            name = next(free for n in count(2) if (free := f"{name}-{n}") not in taken)
-        assignments = [part for override in overrides for part in ("--set-param", override)]
-        done = self._run("dvc", "exp", "run", "--temp", "--name", name, *assignments, *targets)
-        found = self._run("git", "rev-parse", "--verify", "--quiet", f"{folder}/{name}").stdout.strip()
-        if found:
-            return Experiment(name, found)
-        output = done.stdout + done.stderr
-        if "interrupted:" in output:
-            raise Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{_end(output)}")
-        raise TrainingError(f"{name}: dvc exp run ended with {done.returncode} and left no experiment:\n{_end(output)}")
+    def params(self, revision: str) -> Params:
+        """The parameters of a revision; raises ConfigError as `load_params`."""
+        if revision == WORKSPACE:
+            return load_params(self.root / PARAMS_FILE)
+        where = f"{PARAMS_FILE} of {revision[:12]}"
+        return parse_params(where, parse_yaml(self.text(revision, PARAMS_FILE), where))
 
-    def experiments(self, *names: str) -> list[Experiment]:
-        """Experiments under any commit whose name is like one of `names`, the newest first."""
-        form = "--format=%(refname:lstrip=4) %(objectname)"
-        patterns = [f"refs/exps/*/*/{name}" for name in names]
-        lines = self._git("for-each-ref", "--sort=-committerdate", form, *patterns).splitlines()
-        return [Experiment(*line.split()) for line in lines]
-
-    def past(self, revision: str, present: Present) -> Past:
-        """What an experiment ran with."""
-        key = revision, present.given
+    def past(self, revision: str, present: Present | None = None) -> Past:
+        """What a revision ran with."""
+        given = present.given if present else ()
+        key = " ".join((revision, *given))
         if key not in self._pasts:
-            shown = self._run("git", "show", f"{revision}:./dvc.lock")
-            lock = parse_yaml(shown.stdout, f"dvc.lock of {revision[:12]}") if shown.returncode == 0 else {}
-            files = present.input_files().items()
-            told = {stage: self._run("git", "show", f"{revision}:./{path}") for stage, path in files}
-            inputs = {stage: json.loads(shown.stdout) for stage, shown in told.items() if shown.returncode == 0}
-            self._pasts[key] = Past(lock.get("stages", {}), self._ids(revision, present.given), inputs)
+            names = self._names(revision, f"{INPUTS}/", "dvc.lock")
+            where = f"dvc.lock of {revision[:12]}"
+            lock = parse_yaml(self.text(revision, "dvc.lock"), where) if "dvc.lock" in names else {}
+            texts = {path: self.text(revision, path) for path in names if path.endswith(".json")}
+            read = {path for entry in lock.get("stages", {}).values() for path in _deps(entry)}
+            self._pasts[key] = Past(
+                lock=lock.get("stages", {}),
+                ids=self._ids(revision, given),
+                inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
+                inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
+            )
         return self._pasts[key]
+
+    def seconds(self, revision: str) -> dict[str, float]:
+        """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
+        file = self.root / KEPT / revision / "seconds.json"
+        return json.loads(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else {}
+
+    def estimates(self, profile: str) -> dict[str, float]:
+        """Seconds by stage of the last run that was measured, in the workspace or as an experiment."""
+        runs = ProfilePaths(profile, self.root).run_record("*")
+        files = [*runs.parent.glob(runs.name), *(self.root / KEPT).glob("*/seconds.json")]
+        found: dict[str, float] = {}
+        for file in sorted(files, key=lambda file: file.stat().st_mtime):
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if "wall_seconds" in tree:
+                found[tree["stage"]] = tree["wall_seconds"]
+            elif tree.get("profile") == profile:
+                found |= tree["stages"]
+        return found
+
+    def short_name(self, revision: str) -> str:
+        """A branch or tag that is this revision, or the start of its number."""
+        form = "--format=%(refname:lstrip=2)"
+        named = self._git("for-each-ref", "--points-at", revision, form, "refs/heads", "refs/tags").split()
+        return named[0] if named else revision[:8]
+
+    def is_taken(self, name: str) -> bool:
+        """Whether an experiment under any commit has this name."""
+        return bool(self.experiments(name))
+
+    def _new(self, name: str, overrides: Sequence[str], targets: Sequence[str], profile: str) -> Experiment:
+        if self.is_taken(name):  # with other dependencies, for example after stage 1 was trained again
+            name = next(free for n in count(2) if not self.is_taken(free := f"{name}-{n}"))
+        assignments = [part for override in overrides for part in ("--set-param", override)]
+        log = self.root / "runs" / "experiments" / f"{name}.log"
+        progress = Progress(name, self.estimates(profile), self.say)
+        command = ["dvc", "exp", "run", "--temp", "--name", name, *assignments, *targets]
+        ended = stream(command, self.root, log, progress, self._environment())
+        if found := self.experiments(name):
+            times = {"profile": profile, "stages": progress.seconds}
+            write_json(self.root / KEPT / found[0].revision / "seconds.json", times)
+            return found[0]
+        raise _failure(name, ended, log)
+
+    def _revision(self, name: str) -> str:
+        return self._run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
+
+    def _names(self, revision: str, *paths: str) -> list[str]:
+        """The files at these paths that git holds at a revision, or now in the workspace."""
+        listing = ["ls-files"] if revision == WORKSPACE else ["ls-tree", "-r", "--name-only", revision]
+        names = self._git(*listing[:1], "-z", *listing[1:], "--", *paths).split("\0")
+        return [name for name in names if name and (revision != WORKSPACE or (self.root / name).is_file())]
 
     def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:
         """Path -> id of the content, for those paths that git holds at a revision."""
@@ -163,17 +329,43 @@ class Repository:
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program that is installed beside this interpreter, or on the path."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return subprocess.run(
             command,
             cwd=self.root,
-            env=os.environ | {"PATH": path},
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
             check=False,
         )
+
+    def _environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return os.environ | {"PATH": path}
+
+
+def _deps(entry: Mapping[str, list[Mapping[str, str]]]) -> list[str]:
+    return [item["path"] for item in entry.get("deps", [])]
+
+
+def _failure(name: str, ended: Ended, log: Path) -> CoordExpError:
+    """What a run that left no experiment amounts to: the exit code of its stage says it."""
+    output = f"{_end(ended.output)}\nAll of its output is in {log}."
+    codes = _EXIT_CODE.findall(ended.output)
+    if ended.stopped or "interrupted:" in ended.output:
+        return Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{output}")
+    if "Unable to acquire lock" in ended.output:
+        return BusyError(f"{name}: another DVC command holds this repository; wait for it, run again.\n{output}")
+    kind = _ERRORS.get(int(codes[-1]) if codes else 1, TrainingError)
+    return kind(f"{name}: dvc exp run ended with {ended.code} and left no experiment:\n{output}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: a file is in the way. Expected a folder; move the file.") from error
 
 
 def _end(output: str, lines: int = SHOWN_LINES) -> str:

@@ -1,0 +1,277 @@
+"""What an experiment answers: what it changed, against what, the paired difference, a verdict, and what it cost.
+
+The predictions of the baseline are no input of the graph, so this is made beside it, from the cache by revision.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.study import METRICS, PRIMARY, TRAINED
+from coordexp.errors import CoordExpError, DataError
+from coordexp.evaluation.effect import Verdict
+from coordexp.evaluation.evaluator import rounded
+from coordexp.experiments.dependencies import Change, changes
+from coordexp.experiments.plan import seed_keys
+from coordexp.experiments.progress import duration
+from coordexp.experiments.report import measured, verdict_sentence
+from coordexp.experiments.runs import KEPT, WORKSPACE, Experiment, Repository
+from coordexp.experiments.sides import effect_row, evaluate_revision, has, tokens_trained
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import write_json
+from coordexp.inputs import CODE
+from coordexp.reporting.markdown import escape, number, table
+
+REPORTS = Path("reports/experiments")
+GO_ON = (
+    "`dvc exp apply {name}` puts its parameters and results into the workspace, to be committed; `git restore --staged "
+    "--worktree . && dvc checkout --force` goes back to the commit. `dvc exp branch {name} BRANCH` keeps it as a "
+    "branch, `dvc exp remove {name}` throws it away. `coordexp compare {baseline} {name}` makes this page again."
+)
+Answer = Mapping[str, Any]  # what JSON holds of one comparison
+
+
+def answer(repository: Repository, new: Experiment, old: Experiment, checkpoint: str) -> Answer:
+    """The comparison of two revisions; one that was made before is read again.
+
+    Raises:
+        ConfigError: the parameters of a revision are none of this version.
+        DataError: the files of one cannot be had.
+    """
+    if WORKSPACE in (new.revision, old.revision):
+        return _answer(repository, new, old, checkpoint)
+    name = f"{checkpoint}-against-{old.revision}-{code_hash(__name__)}.json"
+    file = repository.root / KEPT / new.revision / name
+    if not file.is_file():
+        repository.say(f"{new.name}: judged against {old.name}")
+        write_json(file, _answer(repository, new, old, checkpoint))
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    names = {"name": new.name, "baseline": old.name}
+    return kept | names | {"effect": kept["effect"] | {"arm": new.name, "baseline": old.name}}
+
+
+def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint: str) -> Answer:
+    draws, params = repository.params(old.revision), repository.params(new.revision)
+    found = differences(repository, new, old)
+    ours, theirs = (evaluate_revision(repository, one.revision, checkpoint, draws) for one in (new, old))
+    note = ""
+    try:
+        effect = effect_row(new.name, old.name, {new.name: ours}, {old.name: theirs})
+    except DataError as error:  # not the same images, or not the same objects on them
+        note = str(error)
+        undefined = {key: {"verdict": Verdict.UNDEFINED.value} for key in METRICS}
+        effect = {"arm": new.name, "baseline": old.name, "faults": {}, "metrics": undefined}
+    trained = [name for name in (checkpoint,) if name in TRAINED]
+    return {
+        "name": new.name,
+        "revision": new.revision,
+        "is_experiment": repository.is_taken(new.name),
+        "baseline": old.name,
+        "baseline_revision": old.revision,
+        "profile": params.profile,
+        "checkpoint": checkpoint,
+        "seeds": 1,
+        "seed_keys": seed_keys({stage for change in found for stage in change.stages}),
+        "n_images": ours.table.n_images,
+        "changes": [asdict(change) for change in found],
+        "effect": rounded(effect),
+        "note": note,
+        "values": rounded(
+            {key: [side.value(key) if has(side, key) else None for side in (ours, theirs)] for key in METRICS}
+        ),
+        "runs": [
+            {"arm": one.name, "tokens": tokens_trained(repository, one.revision, params.profile, stage)}
+            for stage in trained
+            for one in (new, old)
+        ],
+        "cost": {"stages": repository.seconds(new.revision)},
+    }
+
+
+def differences(repository: Repository, new: Experiment, old: Experiment) -> list[Change]:
+    """What two revisions ran with that is not the same."""
+    return changes(repository.past(old.revision), repository.past(new.revision))
+
+
+def what_changed(found: Answer) -> str:
+    """The changes on one line."""
+    return ", ".join(str(Change(**row)) for row in found["changes"]) or "nothing that a stage reads"
+
+
+def sentence(found: Answer) -> str:
+    """The verdict in words."""
+    text = verdict_sentence(found["effect"], found)
+    return f"{text[:-1]}: {found['note']}" if found["note"] else text
+
+
+def recommendation(found: Answer) -> str:
+    """What to do with the experiment; a run with one seed recommends no more than a repetition where it matters."""
+    again = _repetition(found)
+    apply, remove = (
+        f" (`dvc exp {verb} {found['name']}`{then})" if found["is_experiment"] else ""
+        for verb, then in (("apply", ", then commit"), ("remove", ""))
+    )
+    match Verdict(found["effect"]["metrics"][PRIMARY]["verdict"]):
+        case Verdict.BETTER:
+            return f"Keep it{apply}{f' once {again} says the same' if again else ''}."
+        case Verdict.WORSE:
+            return f"Throw it away{remove}."
+        case Verdict.NO_DIFFERENCE:
+            return f"Leave the parameters as they are{f'; {again} finds smaller differences' if again else ''}."
+        case Verdict.IDENTICAL:
+            return f"Throw it away{remove}: nothing that val shows depends on it."
+        case Verdict.NOT_JUDGED:
+            return "Mend the answers first: no score of answers that are cut or loop says how well a model detects."
+        case Verdict.UNDEFINED:
+            return "Compare two runs that were evaluated on the same images and annotations."
+
+
+def _repetition(found: Answer) -> str:
+    """The command that repeats the comparison with other training seeds; empty where nothing was trained."""
+    if not found["seed_keys"]:
+        return ""
+    values = [f"{row['key']}={_text(row['new'])}" for row in found["changes"] if row["key"] != CODE]
+    if not values or any("," in value for value in values):  # a comma separates the arms of `coordexp ab`
+        return "a repetition with other seeds"
+    return f"`coordexp ab {' '.join(f'-S {shlex.quote(value)}' for value in values)} --seeds 3`"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def cost_words(found: Answer) -> str:
+    """What the stages took that ran for the experiment."""
+    stages = found["cost"]["stages"]
+    shown = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
+    return f"{duration(sum(stages.values()))} ({shown})" if stages else "not measured here"
+
+
+def summary(found: Answer) -> list[str]:
+    """The answer as a terminal shows it, the verdict first."""
+    return [
+        sentence(found),
+        f"changed: {what_changed(found)}",
+        f"recommendation: {recommendation(found)}",
+        f"cost: {cost_words(found)}",
+    ]
+
+
+def write_answer(found: Answer, root: Path) -> Path:
+    """Write `reports/experiments/<name>.md`; returns its path."""
+    path = root / REPORTS / f"{found['name']}.md"
+    write_text(path, answer_markdown(found))
+    return path
+
+
+def answer_markdown(found: Answer) -> str:
+    """The whole text; every number in it is one of `found`."""
+    parts = [
+        f"# {escape(what_changed(found))}",
+        sentence(found),
+        f"**Recommendation.** {recommendation(found)}",
+        f"**Cost.** {cost_words(found)}.{_tokens(found)}",
+        f"Profile `{found['profile']}`, checkpoint `{found['checkpoint']}` on val, `{found['revision'][:12]}` against "
+        f"`{found['baseline_revision'][:12]}`. `{PRIMARY}` decides, by its 95 % interval over images (paired "
+        "bootstrap); the other metrics are context.",
+        "## What changed",
+        _changes_table(found),
+        "## Metrics",
+        _metrics_table(found),
+    ]
+    if found["is_experiment"]:
+        parts += ["## Keep it, or go back", GO_ON.format(name=found["name"], baseline=found["baseline"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tokens(found: Answer) -> str:
+    runs = [f"`{run['arm']}` {run['tokens']:,}" for run in found["runs"]]
+    return f" Tokens that `{found['checkpoint']}` trained on: {', '.join(runs)}." if runs else ""
+
+
+def _changes_table(found: Answer) -> str:
+    rows = [
+        [
+            f"`{row['key']}`",
+            *("other" if row["key"] == CODE else escape(_text(row[side])) for side in ("old", "new")),
+            ", ".join(row["stages"]),
+        ]
+        for row in found["changes"]
+    ]
+    return table(["read by a stage", f"`{found['baseline']}`", f"`{found['name']}`", "stages"], rows, "lrrl")
+
+
+def _metrics_table(found: Answer) -> str:
+    rows = []
+    for key in METRICS:
+        effect = found["effect"]["metrics"][key]
+        rows.append([f"`{key}`", *map(number, found["values"][key]), measured(effect)])
+    return table(["metric", f"`{found['name']}`", f"`{found['baseline']}`", "difference, 95 % interval"], rows)
+
+
+COLUMNS = {"experiment": 19, "changed": 17, "mAP, 95% interval": 22, "verdict": 9, "cost": 5, "age": 3}  # 80 together
+_SHORT = {
+    Verdict.NO_DIFFERENCE.value: "no diff.",
+    Verdict.IDENTICAL.value: "identical",
+    Verdict.UNDEFINED.value: "undefined",
+    Verdict.NOT_JUDGED.value: "unsound",
+}
+
+
+def experiment_row(repository: Repository, one: Experiment, checkpoint: str, now: float) -> list[str]:
+    """An experiment beside the commit that it started from, as a row of `COLUMNS`."""
+    seconds, age = repository.seconds(one.revision), _age(now - one.unix_seconds)
+    cost = duration(sum(seconds.values())) if seconds else "?"
+    start = Experiment(repository.short_name(one.start), one.start)
+    try:
+        found = answer(repository, one, start, checkpoint)
+    except CoordExpError:  # its files are in no cache here, or its parameters are of another version
+        return [one.name, ", ".join(map(_short_change, differences(repository, one, start))), "", "no files", cost, age]
+    changed = ", ".join(_short_change(Change(**row)) for row in found["changes"])
+    effect = found["effect"]["metrics"][PRIMARY]
+    shown = ""
+    if "delta" in effect:
+        shown = f"{_short(effect['delta'])} [{_short(effect['lo'])},{_short(effect['hi'])}]"
+    return [one.name, changed, shown, _SHORT.get(effect["verdict"], effect["verdict"]), cost, age]
+
+
+def experiments_table(rows: Sequence[Sequence[str]], width: int) -> str:
+    """The rows under their heads; names and changes are cut to what a terminal of `width` columns has room for."""
+    room = max(0, width - 80) // 2
+    widths = [given + room if name in ("experiment", "changed") else given for name, given in COLUMNS.items()]
+    lines = [
+        " ".join(_cut(cell, given).ljust(given) for cell, given in zip(line, widths, strict=True))
+        for line in [[*COLUMNS], *rows]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short_change(change: Change) -> str:
+    """A change by the last part of its key."""
+    if change.key == CODE:
+        return str(change)
+    return f"{change.key.rpartition('.')[2]}={_text(change.new)}"
+
+
+def _cut(text: str, width: int) -> str:
+    """Text in this width; the ends of names and of changes tell them apart."""
+    half = (width - 2) // 2
+    return text if len(text) <= width else f"{text[:half]}..{text[len(text) - (width - 2 - half) :]}"
+
+
+def _short(value: float) -> str:
+    return f"{value:+.4f}".replace("0.", ".", 1)
+
+
+def _age(seconds: float) -> str:
+    minutes = max(0, seconds) / 60
+    for unit, length in (("w", 7 * 24 * 60), ("d", 24 * 60), ("h", 60)):
+        if minutes >= (100 * 24 * 60 if unit == "w" else length):
+            return f"{int(minutes // length)}{unit}"
+    return f"{int(minutes)}m"

@@ -1,0 +1,78 @@
+"""Which stages there are, and which a change would run, on the graph of this repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordexp.config.loading import read_yaml
+from coordexp.experiments.dependencies import Change, Past, Present, changes
+from coordexp.inputs import CODE
+
+GRAPH = """\
+stages:
+  check: {cmd: check, outs: [{"inputs/${profile}": {cache: false}}]}
+  train: {cmd: train, deps: ["inputs/${profile}/train.json"], outs: ["runs/${profile}/train"]}
+  decode:
+    foreach: [base, train]
+    do:
+      cmd: decode ${item}
+      deps: ["inputs/${profile}/decode.json", "runs/${profile}/train"]
+      outs: ["runs/${profile}/decode/${item}"]
+  score:
+    matrix: {what: [box, name], by: [1, 2]}
+    cmd: score ${item.what} ${item.by}
+    deps: ["inputs/${profile}/score.json", "runs/${profile}/decode/train"]
+    outs: ["runs/${profile}/score/${item.what}-${item.by}"]
+"""
+
+
+@pytest.fixture
+def present(tmp_path: Path, repository: Path) -> Present:
+    (tmp_path / "dvc.yaml").write_text(GRAPH)
+    for name in ("params.yaml", "configs", "pipelines", "src"):
+        (tmp_path / name).symlink_to(repository / name)
+    return Present.of(tmp_path, "tiny", ["runs/tiny/decode/train"], lambda _: {})
+
+
+def test_a_stage_for_each_item_is_a_stage(present: Present) -> None:
+    scores = [f"score@{what}-{by}" for what in ("box", "name") for by in (1, 2)]
+    assert list(present.graph) == ["train", "decode@base", "decode@train", *scores]
+    assert list(present.plans) == ["train", "decode@train"]
+    assert present.targets == ("decode@train",)
+    assert present.graph["score@name-2"].cmd == "score name 2"
+    assert present.graph["decode@base"].outs == {"runs/tiny/decode/base"}
+
+
+def entry(cmd: str, **deps: str) -> dict:
+    named = {"train": "runs/tiny/train", "told": f"inputs/tiny/{cmd.split()[0]}.json"}
+    return {"cmd": cmd, "deps": [{"path": named[name], "md5": md5} for name, md5 in deps.items()]}
+
+
+def test_a_stage_that_read_what_is_no_longer_so_runs_again(present: Present) -> None:
+    """And those that read what it makes run if that comes out different."""
+    train = entry("train", told="1") | {"outs": [{"path": "runs/tiny/train", "md5": "a"}]}
+    lock = {"train": train, **{f"decode@{n}": entry(f"decode {n}", told="2", train="a") for n in ("base", "train")}}
+    lock["decode@base"] = entry("decode base", told="2", train="before")
+    past = Past(lock, {}, {}, {"inputs/tiny/train.json": "1", "inputs/tiny/decode.json": "2"})
+    assert past.torn(["train", "decode@train"]) == ""
+    assert past.torn(["decode@base"]) == "runs/tiny/train"
+    assert Past(lock, {}, {}, {"inputs/tiny/train.json": "9"}).torn(["train"]) == "inputs/tiny/train.json"
+
+
+def test_differences_name_each_key_once_and_code_last() -> None:
+    old = Past({}, {}, {"a": {"x": 1, CODE: "1"}, "b": {"x": 1, "y": 2, CODE: "1"}}, {})
+    new = Past({}, {}, {"a": {"x": 3, CODE: "2"}, "b": {"x": 3, "y": 2, CODE: "1"}}, {})
+    assert changes(old, new) == [Change("x", 1, 3, ("a", "b")), Change(CODE, "1", "2", ("a",))]
+    assert list(map(str, changes(old, new))) == ["x 1 -> 3", "code of a"]
+    assert changes(old, old) == []
+
+
+def test_the_graph_of_this_repository_is_read(repository: Path) -> None:
+    present = Present.of(repository, "tiny", ["runs/tiny/eval/stage2/gt_vs_pred.jsonl"], lambda _: {})
+    declared = read_yaml(repository / "pipelines" / "inputs.yaml")
+    for stage, plan in present.graph.items():
+        assert plan.inputs is not None, stage
+        assert plan.inputs.stem in declared
+        assert present.told_stage(stage, ["softce_weight=0.2"]), stage

@@ -1,0 +1,56 @@
+"""What the lines of a running experiment tell, and how times are said."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordexp.experiments.progress import Progress, duration, total
+
+LINES = """\
+Stage 'raw' didn't change, skipping
+Running stage 'stage1':
+> python -m pipelines.stage1
+16:00:01 step 10/200 (5 %) loss/total 3.1 lr 1e-3 0.50 s/step eta 95 s
+16:00:02 step 20/200 (10 %) loss/total 3.0 lr 1e-3 0.50 s/step eta 90 s
+Updating lock file 'dvc.lock'
+Stage 'rollout' is cached - skipping run, checking out outputs
+Running stage 'decode@stage1':
+16:00:03 generated 32 of 64 images, 900 tokens/s
+"""
+
+
+def test_stages_counts_and_times_are_read_from_the_lines() -> None:
+    now, said = [0.0], []
+    progress = Progress("x", {"stage1": 130.0}, said.append, clock=lambda: now[0])
+    words = []
+    for line in LINES.splitlines():
+        progress.read(line)
+        words.append(progress.words())
+        now[0] += 20
+    assert words[0] == "x: DVC prepares or files the run"
+    assert words[1:5] == [
+        "x: stage1, 0s of about 2m10s",
+        "x: stage1, 20s of about 2m10s",
+        "x: stage1, step 10 of 200, 40s of about 2m10s",
+        "x: stage1, step 20 of 200, 1m00s of about 2m10s",
+    ]
+    assert words[5] == words[0]
+    assert words[8] == "x: decode@stage1, image 32 of 64, 20s"
+    assert said == [words[1], words[3], words[7]]  # each start, and no more than a line in half a minute
+    progress.finish_stage()
+    assert progress.seconds == {"stage1": 80.0, "decode@stage1": 40.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.2, "0s"), (59.6, "1m00s"), (200, "3m20s"), (725, "12m"), (7500, "2h05m"), (360000, "100h")],
+)
+def test_a_time_fits_five_letters(seconds: float, shown: str) -> None:
+    assert (duration(seconds), len(shown) <= 5) == (shown, True)
+
+
+def test_a_sum_says_what_was_not_measured() -> None:
+    assert total([]) == "no time"
+    assert total([None]) == "an unknown time"
+    assert total([30.0, 31.0]) == "1m01s"
+    assert total([30.0, None]) == "30s and what was never measured"
