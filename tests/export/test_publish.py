@@ -14,14 +14,14 @@ from PIL import Image
 
 from coordexp import cli
 from coordexp.config.loading import load_profile
-from coordexp.config.paths import ProfilePaths
+from coordexp.config.paths import RUN_METADATA, ProfilePaths
 from coordexp.config.run import RunConfig
 from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate, rounded
 from coordexp.export.publish import coco_results, export, write_server_results
 from coordexp.infra.provenance import run_metadata, write_json
-from coordexp.models.loading import METADATA, checkpoint_hashes, load_format, save_checkpoint
+from coordexp.models.loading import checkpoint_hashes, load_format, save_checkpoint
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
 from helpers import new_checkpoint
@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunC
     save_checkpoint(folder, checkpoint)
     (folder / "train_log.jsonl").touch()
     metadata = run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
-    write_json(folder / METADATA, metadata)
+    write_json(folder / RUN_METADATA, metadata)
     write_json(paths.records / "categories.json", [c.to_json() for c in CATEGORIES])
     nothing = ImageResult(
         image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),

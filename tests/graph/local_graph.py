@@ -18,16 +18,15 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
-from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.paths import CHECKPOINTS, RUN_METADATA
 from coordexp.config.presets import changed_tree
-from coordexp.models.loading import METADATA
 from coordexp.records.images import image_roots
 from coordexp.stage import stage_main
 from graph.test_graph import Node, graph
 
 PROFILE = "smoke"
 GIVEN = ("configs", "pipelines", "src")
-SAYS_HOW = (METADATA, "decode.json")  # hold the parameters themselves, whatever came of them
+SAYS_HOW = (RUN_METADATA, "decode.json")  # hold the parameters themselves, whatever came of them
 
 
 @dataclass(slots=True)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
 from coordexp.models.forward import head_table, input_table
-from coordexp.models.loading import METADATA, checkpoint_hashes, load_checkpoint, save_checkpoint, vocabulary_size
+from coordexp.models.loading import checkpoint_hashes, load_checkpoint, save_checkpoint, vocabulary_size
 from helpers import new_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -115,7 +116,7 @@ def test_weights_of_another_shape_are_named(folder):
 
 
 def record_hashes(folder: Path) -> None:
-    (folder / METADATA).write_text(json.dumps({"files": checkpoint_hashes(folder)}))
+    (folder / RUN_METADATA).write_text(json.dumps({"files": checkpoint_hashes(folder)}))
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
@@ -125,7 +126,7 @@ def test_a_file_that_training_did_not_write_is_refused(folder, name):
     content = (folder / name).read_bytes()
     # A byte of the weights, or in text a space that changes nothing but the hash.
     (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
-    refused(folder, f"but {METADATA} records")
+    refused(folder, f"but {RUN_METADATA} records")
 
 
 def test_a_recorded_file_that_is_gone_is_refused(folder):

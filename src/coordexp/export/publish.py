@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordexp.config.paths import ProfilePaths
+from coordexp.config.paths import RUN_METADATA, ProfilePaths
 from coordexp.config.profile import DatasetsConfig
 from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
@@ -23,7 +23,7 @@ from coordexp.evaluation.categories import normalise_desc
 from coordexp.infra.files import write_text
 from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
-from coordexp.models.loading import METADATA, ModelFormat, checkpoint_hashes, load_format
+from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.prediction_log import read_rows
@@ -102,7 +102,7 @@ def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> Non
         if file.is_file() and file.suffix != ".jsonl":  # logs of the training
             shutil.copyfile(file, out / file.name)
     write_detection_config(out, detection)
-    write_json(out / METADATA, _read(source / METADATA) | {"files": checkpoint_hashes(out)})
+    write_json(out / RUN_METADATA, _read(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(
@@ -188,7 +188,7 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
         "decode": run.params.decode.model_dump(),
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
-        "metadata": _read(run.paths.run(checkpoint) / METADATA),
+        "metadata": _read(run.paths.run(checkpoint) / RUN_METADATA),
         "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
 

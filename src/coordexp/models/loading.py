@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import AUTO, choose_device, inference_dtype
 from coordexp.infra.provenance import answer_files, file_hash
@@ -32,7 +33,6 @@ from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
-METADATA = "run_metadata.json"
 MODEL_TYPE = Qwen3VLConfig.model_type
 
 
@@ -151,14 +151,14 @@ def check_config(folder: Path) -> None:
 
 def _check_hashes(folder: Path) -> None:
     """Compare the files with the hashes that training recorded; a checkpoint from elsewhere records none."""
-    path = folder / METADATA
+    path = folder / RUN_METADATA
     recorded = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.is_file() else {}
     for name, expected in recorded.items():
         found = file_hash(folder / name) if (folder / name).is_file() else "no file"
         if found != expected:
             raise CheckpointError(
-                f"{folder / name}: sha256 {found}, but {METADATA} records {expected}. Expected the file that training "
-                f"wrote: copy the checkpoint again, or delete {METADATA} if the change is yours."
+                f"{folder / name}: sha256 {found}, but {RUN_METADATA} records {expected}. Expected the file that "
+                f"training wrote: copy the checkpoint again, or delete {RUN_METADATA} if the change is yours."
             )
 
 

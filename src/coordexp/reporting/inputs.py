@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import pandas as pd
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS, RUN_METADATA, TRAIN_LOG
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
@@ -129,9 +129,9 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         pr_curves={name: read_json(folder / "pr_curve.json", "coco-eval") for name, folder in folders.items()},
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
-        logs={name: read_log(_existing(inputs.runs / name / "train_log.jsonl", name)) for name in TRAINED},
+        logs={name: read_log(_existing(inputs.runs / name / TRAIN_LOG, name)) for name in TRAINED},
         dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
-        metadata={name: read_json(inputs.runs / name / "run_metadata.json", name) for name in TRAINED},
+        metadata={name: read_json(inputs.runs / name / RUN_METADATA, name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "stage2"),
         packing=read_json(inputs.packing_stats, "pack"),
         upper_bound=read_json(inputs.upper_bound, "coco-eval"),

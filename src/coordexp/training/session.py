@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coordexp.config.paths import RUN_METADATA, TRAIN_LOG
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
@@ -29,14 +30,13 @@ from coordexp.infra.provenance import (
 )
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
-from coordexp.models.loading import METADATA, Checkpoint, checkpoint_hashes, save_checkpoint
+from coordexp.models.loading import Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import Task, train
 from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
-LOG_NAME = "train_log.jsonl"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
 CURVE_POINTS = 50
@@ -90,7 +90,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     if will_shard(profile.launch.sharding):
         shard_model(checkpoint.model)
     steps = partial(
-        train, checkpoint.model, task, session.optim, state, state / LOG_NAME,
+        train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
         save_every_seconds=profile.launch.save_every_seconds,
     )  # fmt: skip
     if not world().is_main:
@@ -115,15 +115,15 @@ def _finish(
     callback: EvalCallback,
 ) -> dict[str, Any]:
     """Put the checkpoint with log, results and metadata into its place, and forget the resume state."""
-    log_path, out = state / LOG_NAME, session.run.paths.run(session.stage)
+    log_path, out = state / TRAIN_LOG, session.run.paths.run(session.stage)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_checkpoint(temporary, checkpoint, weights)
-    write_text(temporary / LOG_NAME, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
+    write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
     callback.copy_to(temporary)
     summary = summarise_log(log_path)
     metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
-    write_json(temporary / METADATA, metadata | {"files": checkpoint_hashes(temporary)})
+    write_json(temporary / RUN_METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
     replace_folder(temporary, out)
     seconds = summed_seconds(log_path) | {"monitor_seconds": callback.seconds()}
