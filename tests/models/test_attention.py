@@ -113,14 +113,18 @@ def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], c
         assert (found.cpu().double() - wanted).norm() <= 2e-2 * wanted.norm() + 1e-3
 
 
-@given(LENGTHS, st.booleans())
-def test_groups_hold_every_token_once(lengths: list[int], padded: bool) -> None:
-    groups = Groups.of(lengths, padded)
-    assert groups.tokens[groups.places].tolist() == list(range(sum(lengths)))
+@given(LENGTHS, st.integers(1, 3), st.booleans())
+def test_groups_hold_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
+    groups = Groups.of(lengths, heads, padded)
+    assert groups.rows[groups.places].tolist() == list(range(heads * sum(lengths)))
     assert sum(n for n, _ in groups.shapes) == len(lengths)
     assert max(length for _, length in groups.shapes) == max(lengths)
-    assert len(groups.tokens) == sum(n * length for n, length in groups.shapes)
-    assert padded or len(groups.tokens) == sum(lengths)
+    pieces = groups.rows.split([n * heads * length for n, length in groups.shapes])
+    for piece, (n, length) in zip(pieces, groups.shapes, strict=True):
+        rows = piece.view(n, heads, length)
+        assert (rows % heads == torch.arange(heads)[:, None]).all()
+        assert (rows // heads == (rows // heads)[:, :1]).all()  # all heads have the same tokens
+    assert padded or len(groups.rows) == heads * sum(lengths)
 
 
 @pytest.fixture(scope="module")

@@ -129,33 +129,40 @@ def _grouped_products(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segments, scale: float, causal: bool
 ) -> Tensor:
     """By batched products over groups of segments: on a CPU the fused kernel's backward is slow for short sequences."""
-    heads = [x.shape[1] for x in (query_NHD, key_NGD, value_NGD)]
-    groups = _groups(segments.lengths, causal, query_NHD.device)
-    places = _Gathered.apply(torch.cat([query_NHD, key_NGD, value_NGD], 1), groups.tokens, groups.places)
+    shared = query_NHD.shape[1] // key_NGD.shape[1]
+    groups = _groups(segments.lengths, query_NHD.shape[1], causal, query_NHD.device)
+    own = _groups(segments.lengths, key_NGD.shape[1], causal, query_NHD.device)
+    grouped = (_grouped(query_NHD, groups), _grouped(key_NGD, own), _grouped(value_NGD, own))
     out = []
-    for piece, (n, length) in zip(places.split([n * size for n, size in groups.shapes]), groups.shapes, strict=True):
-        query, key, value = piece.view(n, length, -1, piece.shape[-1]).transpose(1, 2).split(heads, 1)
-        out.append(_products(query, key, value, scale, causal).transpose(1, 2).reshape(n * length, heads[0], -1))
-    return _InLine.apply(torch.cat(out), groups.places)
+    for query, key, value in zip(*grouped, strict=True):
+        if shared > 1:
+            key, value = (x.repeat_interleave(shared, 0) for x in (key, value))
+        out.append(_products(query, key, value, scale, causal).flatten(0, 1))
+    return _InLine.apply(torch.cat(out), groups.places).view(query_NHD.shape)
 
 
 @lru_cache(maxsize=16)
-def _groups(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Groups:
+def _groups(lengths: tuple[int, ...], heads: int, causal: bool, device: torch.device) -> Groups:
     """The same for every layer of a forward. Only what is causal may be padded: nothing sees what follows it."""
-    groups = Groups.of(lengths, padded=causal)
-    return Groups(groups.tokens.to(device), groups.places.to(device), groups.shapes)
+    return Groups.of(lengths, heads, padded=causal).to(device)
 
 
-def _products(query_SHLD: Tensor, key_SGLD: Tensor, value_SGLD: Tensor, scale: float, causal: bool) -> Tensor:
-    """(S, H, L, D)."""
-    shared = query_SHLD.shape[1] // key_SGLD.shape[1]
-    if shared > 1:
-        key_SGLD, value_SGLD = (x.repeat_interleave(shared, 1) for x in (key_SGLD, value_SGLD))
-    scores_SHLL = (query_SHLD * scale) @ key_SGLD.mT
+def _grouped(states_NHD: Tensor, groups: Groups) -> Iterator[Tensor]:
+    """(S * H, L, D) of each group."""
+    heads = states_NHD.shape[1]
+    places = _Gathered.apply(states_NHD.flatten(0, 1), groups.rows, groups.places)
+    pieces = places.split([n * heads * length for n, length in groups.shapes])
+    return (piece.view(n * heads, length, -1) for piece, (n, length) in zip(pieces, groups.shapes, strict=True))
+
+
+def _products(query_SLD: Tensor, key_SLD: Tensor, value_SLD: Tensor, scale: float, causal: bool) -> Tensor:
+    """(S, L, D), where S counts each head of each segment."""
+    length = query_SLD.shape[1]
+    masked_LL = query_SLD.new_zeros(length, length)
     if causal:
-        later_LL = torch.ones(scores_SHLL.shape[-2:], dtype=torch.bool, device=scores_SHLL.device).triu(1)
-        scores_SHLL = scores_SHLL.masked_fill(later_LL, -torch.inf)
-    return scores_SHLL.softmax(-1) @ value_SGLD
+        masked_LL = masked_LL.fill_(-torch.inf).triu_(1)
+    scores_SLL = torch.baddbmm(masked_LL, query_SLD, key_SLD.mT, beta=int(causal), alpha=scale)
+    return scores_SLL.softmax(-1) @ value_SLD
 
 
 class _Gathered(torch.autograd.Function):

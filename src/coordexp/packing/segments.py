@@ -42,36 +42,43 @@ class Segments:
 class Groups:
     """Segments gathered into groups of one padded length, so that few batched products serve all of them.
 
-    tokens: (R,) which token stands at each place of the groups; padding repeats a segment's last token. places: (N,)
-    where each token stands. shapes: number of segments and padded length of each group; their products add up to R.
+    A row is one head of one token, rows of a token one after another. In the groups they stand by segment, head and
+    token, each group being (segments, heads, padded length).
+
+    rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places: (N * heads,)
+    where each row stands. shapes: number of segments and padded length of each group.
     """
 
-    tokens: Tensor
+    rows: Tensor
     places: Tensor
     shapes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], padded: bool) -> Groups:
+    def of(cls, lengths: Sequence[int], heads: int, padded: bool) -> Groups:
         """Group segments of similar length, or of equal length if they may not be padded."""
         sizes_S = np.array(lengths, np.int64)
         starts_S = np.cumsum(sizes_S) - sizes_S
         by_size, n_sizes = np.argsort(sizes_S, kind="stable"), len(set(lengths))
         if padded and n_sizes > MAX_GROUPS:
-            groups = np.array_split(by_size, min(MAX_GROUPS, len(by_size)))
+            groups = np.array_split(by_size, MAX_GROUPS)
         else:
             groups = np.split(by_size, np.flatnonzero(np.diff(sizes_S[by_size])) + 1)
-        tokens, places_N = [], np.empty(sizes_S.sum(), np.int64)
+        rows, places = [], np.empty(sizes_S.sum() * heads, np.int64)
         shapes: list[tuple[int, int]] = []
         first = 0  # place of the group
         for group in groups:
             longest = int(sizes_S[group].max())
-            columns = np.arange(longest)
-            own_size = sizes_S[group, None]
-            tokens.append(starts_S[group, None] + np.minimum(columns, own_size - 1))
-            places = first + np.arange(tokens[-1].size).reshape(tokens[-1].shape)
-            is_token = columns < own_size
-            places_N[tokens[-1][is_token]] = places[is_token]
+            shape = (len(group), heads, longest)
+            columns, last = np.arange(longest), sizes_S[group, None, None] - 1
+            tokens = starts_S[group, None, None] + np.minimum(columns, last)
+            rows.append(tokens * heads + np.arange(heads)[:, None])
+            is_token = np.broadcast_to(columns <= last, shape)
+            places[rows[-1][is_token]] = (first + np.arange(rows[-1].size).reshape(shape))[is_token]
             shapes.append((len(group), longest))
-            first += places.size
-        tokens_R = np.concatenate([group.ravel() for group in tokens])
-        return cls(torch.from_numpy(tokens_R), torch.from_numpy(places_N), tuple(shapes))
+            first += rows[-1].size
+        all_rows = np.concatenate([group.ravel() for group in rows])
+        return cls(torch.from_numpy(all_rows), torch.from_numpy(places), tuple(shapes))
+
+    def to(self, device: torch.device) -> Groups:
+        """The same with its indices on `device`."""
+        return Groups(self.rows.to(device), self.places.to(device), self.shapes)
