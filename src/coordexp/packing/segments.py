@@ -45,8 +45,8 @@ class Groups:
     A row is one head of one token, rows of a token one after another. In the groups they stand by segment, head and
     token, each group being (segments, heads, padded length).
 
-    rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places: (N * heads,)
-    where each row stands. shapes: number of segments and padded length of each group.
+    rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places:
+    (N * heads,) where each row stands. shapes: number of segments and padded length of each group.
     """
 
     rows: Tensor
