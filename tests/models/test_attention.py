@@ -117,11 +117,10 @@ def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], c
 def test_groups_hold_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
     groups = Groups.of(lengths, heads, padded)
     assert groups.rows[groups.places].tolist() == list(range(heads * sum(lengths)))
-    assert sum(n for n, _ in groups.shapes) == len(lengths)
+    assert sum(n for n, _ in groups.shapes) == heads * len(lengths)
     assert max(length for _, length in groups.shapes) == max(lengths)
-    pieces = groups.rows.split([n * heads * length for n, length in groups.shapes])
-    for piece, (n, length) in zip(pieces, groups.shapes, strict=True):
-        rows = piece.view(n, heads, length)
+    for piece in groups.pieces(groups.rows[:, None]):
+        rows = piece.view(-1, heads, piece.shape[1])
         assert (rows % heads == torch.arange(heads)[:, None]).all()
         assert (rows // heads == (rows // heads)[:, :1]).all()  # all heads have the same tokens
     assert padded or len(groups.rows) == heads * sum(lengths)

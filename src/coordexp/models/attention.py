@@ -129,16 +129,13 @@ def _grouped_products(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segments, scale: float, causal: bool
 ) -> Tensor:
     """By batched products over groups of segments: on a CPU the fused kernel's backward is slow for short sequences."""
-    shared = query_NHD.shape[1] // key_NGD.shape[1]
-    groups = _groups(segments.lengths, query_NHD.shape[1], causal, query_NHD.device)
-    own = _groups(segments.lengths, key_NGD.shape[1], causal, query_NHD.device)
-    grouped = (_grouped(query_NHD, groups), _grouped(key_NGD, own), _grouped(value_NGD, own))
-    out = []
-    for query, key, value in zip(*grouped, strict=True):
-        if shared > 1:
-            key, value = (x.repeat_interleave(shared, 0) for x in (key, value))
-        out.append(_products(query, key, value, scale, causal).flatten(0, 1))
-    return _InLine.apply(torch.cat(out), groups.places).view(query_NHD.shape)
+    n_heads = query_NHD.shape[1]
+    shared = n_heads // key_NGD.shape[1]
+    if shared > 1:
+        key_NGD, value_NGD = (x.repeat_interleave(shared, 1) for x in (key_NGD, value_NGD))
+    groups = _groups(segments.lengths, n_heads, causal, query_NHD.device)
+    rows = (x.flatten(0, 1) for x in (query_NHD, key_NGD, value_NGD))
+    return _GroupedProducts.apply(*rows, groups, scale, causal).view(query_NHD.shape)
 
 
 @lru_cache(maxsize=16)
@@ -147,50 +144,43 @@ def _groups(lengths: tuple[int, ...], heads: int, causal: bool, device: torch.de
     return Groups.of(lengths, heads, padded=causal).to(device)
 
 
-def _grouped(states_NHD: Tensor, groups: Groups) -> Iterator[Tensor]:
-    """(S * H, L, D) of each group."""
-    heads = states_NHD.shape[1]
-    places = _Gathered.apply(states_NHD.flatten(0, 1), groups.rows, groups.places)
-    pieces = places.split([n * heads * length for n, length in groups.shapes])
-    return (piece.view(n * heads, length, -1) for piece, (n, length) in zip(pieces, groups.shapes, strict=True))
+class _GroupedProducts(torch.autograd.Function):
+    """Attention over groups, rows (N * H, D) in and out; in a group S counts each head of each segment.
 
-
-def _products(query_SLD: Tensor, key_SLD: Tensor, value_SLD: Tensor, scale: float, causal: bool) -> Tensor:
-    """(S, L, D), where S counts each head of each segment."""
-    length = query_SLD.shape[1]
-    masked_LL = query_SLD.new_zeros(length, length)
-    if causal:
-        masked_LL = masked_LL.fill_(-torch.inf).triu_(1)
-    scores_SLL = torch.baddbmm(masked_LL, query_SLD, key_SLD.mT, beta=int(causal), alpha=scale)
-    return scores_SLL.softmax(-1) @ value_SLD
-
-
-class _Gathered(torch.autograd.Function):
-    """Tokens to their places in the groups. The gradient at padding is zero, so that the way back is a gather too."""
+    As one function, so that no gradient is gathered, transposed or scaled more than once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return tokens.index_select(0, there)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, causal: bool
+    ) -> Tensor:
+        gathered = [x.index_select(0, groups.rows) for x in (query, key, value)]
+        out = torch.empty_like(gathered[0])
+        probabilities = []
+        for q_SLD, k_SLD, v_SLD, out_SLD in zip(*(groups.pieces(x) for x in (*gathered, out)), strict=True):
+            length = q_SLD.shape[1]
+            mask_LL = q_SLD.new_full((length, length), -torch.inf).triu_(1)
+            p_SLL = torch.baddbmm(mask_LL, q_SLD, k_SLD.mT, beta=int(causal), alpha=scale).softmax(-1)
+            torch.bmm(p_SLL, v_SLD, out=out_SLD)
+            probabilities.append(p_SLL)
+        ctx.save_for_backward(*gathered, *probabilities)
+        ctx.groups, ctx.scale = groups, scale
+        return out.index_select(0, groups.places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None
-
-
-class _InLine(torch.autograd.Function):
-    """The way back; padding is dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, places: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.n_places = len(places)
-        return places.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.n_places, *grad.shape[1:]).index_copy_(0, back, grad), None
+        groups, scale = ctx.groups, ctx.scale
+        query, key, value, *probabilities = ctx.saved_tensors
+        grad_out = torch.zeros_like(query).index_copy_(0, groups.places, grad)  # 0 at padding
+        grads = [torch.empty_like(query) for _ in range(3)]
+        pieces = zip(*(groups.pieces(x) for x in (query, key, value, grad_out, *grads)), probabilities, strict=True)
+        for q_SLD, k_SLD, v_SLD, g_SLD, grad_q, grad_k, grad_v, p_SLL in pieces:
+            torch.bmm(p_SLL.mT, g_SLD, out=grad_v)
+            grad_p = g_SLD @ v_SLD.mT
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p_SLL, -1, p_SLL.dtype)
+            torch.baddbmm(grad_q, grad_scores, k_SLD, beta=0, alpha=scale, out=grad_q)
+            torch.baddbmm(grad_k, grad_scores.mT, q_SLD, beta=0, alpha=scale, out=grad_k)
+        return *(x.index_select(0, groups.places) for x in grads), None, None, None
 
 
 def _text_attention(

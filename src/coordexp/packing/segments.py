@@ -46,12 +46,17 @@ class Groups:
     token, each group being (segments, heads, padded length).
 
     rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places:
-    (N * heads,) where each row stands. shapes: number of segments and padded length of each group.
+    (N * heads,) where each row stands. shapes: segments times heads, and padded length, of each group.
     """
 
     rows: Tensor
     places: Tensor
     shapes: tuple[tuple[int, int], ...]
+
+    def pieces(self, states_RD: Tensor) -> list[Tensor]:
+        """Views (segments * heads, padded length, D) of each group."""
+        parts = states_RD.split([n * length for n, length in self.shapes])
+        return [part.view(n, length, -1) for part, (n, length) in zip(parts, self.shapes, strict=True)]
 
     @classmethod
     def of(cls, lengths: Sequence[int], heads: int, padded: bool) -> Groups:
@@ -74,7 +79,7 @@ class Groups:
             rows.append(tokens * heads + np.arange(heads)[:, None])
             is_token = np.broadcast_to(columns <= last, shape)
             places[rows[-1][is_token]] = (first + np.arange(rows[-1].size).reshape(shape))[is_token]
-            shapes.append((len(group), longest))
+            shapes.append((len(group) * heads, longest))
             first += rows[-1].size
         all_rows = np.concatenate([group.ravel() for group in rows])
         return cls(torch.from_numpy(all_rows), torch.from_numpy(places), tuple(shapes))
