@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from coordexp.models import attention
-from coordexp.models.attention import PatchProduct, segment_attention, use_segment_attention
+from coordexp.models.attention import Groups, PatchProduct, segment_attention, use_segment_attention
 from coordexp.models.forward import hidden_states
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.collator import PackedBatch, Segment, teacher_segment
-from coordexp.packing.segments import Groups, Segments
 from helpers import World, new_checkpoint
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -51,7 +50,7 @@ def inputs(n: int, heads: tuple[int, int], dtype: torch.dtype = torch.float64) -
 def check_against_one_by_one(lengths: list[int], heads: tuple[int, int], causal: bool) -> None:
     """Output and gradients."""
     ours, theirs = inputs(sum(lengths), heads), inputs(sum(lengths), heads)
-    out = segment_attention(*ours, Segments.of(lengths), 0.3, causal)
+    out = segment_attention(*ours, tuple(lengths), 0.3, causal)
     expected = one_by_one(*theirs, lengths, causal, 0.3)
     torch.testing.assert_close(out, expected)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
@@ -105,7 +104,7 @@ def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], c
     exact = inputs(sum(lengths), heads)
     on_gpu = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
     assert attention._kernel_for(on_gpu[0]) is not None
-    out = segment_attention(*on_gpu, Segments.of(lengths).to(torch.device("cuda")), 0.3, causal)
+    out = segment_attention(*on_gpu, tuple(lengths), 0.3, causal)
     expected = one_by_one(*exact, lengths, causal, 0.3)
     out.double().sum().backward()
     expected.sum().backward()
@@ -193,7 +192,7 @@ def text_batch(world: World, checkpoint: Checkpoint, lengths: list[int]) -> Pack
         seen,
         input_ids=torch.cat([seen.input_ids, ids], 1),
         position_ids=torch.cat([seen.position_ids, positions], 2),
-        segments=Segments.of([*seen.segments.lengths, *lengths]),
+        segments=(*seen.segments, *lengths),
     )
 
 

@@ -17,12 +17,15 @@ group, padded to L tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,11 +33,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen3VLForC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from coordexp.packing.segments import Groups, Segments
-
 TEXT = "coordexp_segments"
 # The vision tower hands over all pictures in one call, with their bounds, to a function with this word in its name.
 VISION = "coordexp_flash_segments"
+
+MAX_GROUPS = 4  # of segments of similar length: more waste less padding, but make more and smaller products
+Lengths = tuple[int, ...]  # of consecutive segments of one line of tokens, or of the patches of pictures; all above 0
 
 _is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
 
@@ -72,7 +76,7 @@ class PatchProduct(nn.Module):
 
 
 def segment_attention(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segments, scale: float, causal: bool
+    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     """(N, H, D) attention of each segment over itself; all three of one dtype."""
     if kernel := _kernel_for(query_NHD):
@@ -80,7 +84,7 @@ def segment_attention(
     return _grouped_products(query_NHD, key_NGD, value_NGD, segments, scale, causal)
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float, bool], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Lengths, float, bool], Tensor]
 
 
 def _kernel_for(query: Tensor) -> Kernel | None:
@@ -106,7 +110,7 @@ def _takes_windows() -> bool:
 
 
 def _variable_length(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segments, scale: float, causal: bool
+    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -116,7 +120,7 @@ def _variable_length(
         options["enable_gqa"] = True
     elif shared > 1:
         key_NGD, value_NGD = (x.repeat_interleave(shared, 1) for x in (key_NGD, value_NGD))
-    bounds, longest = segments.bounds, segments.longest
+    bounds, longest = _bounds(segments, query_NHD.device), max(segments)
     out_NHD = varlen_attn(
         query_NHD.contiguous(), key_NGD.contiguous(), value_NGD.contiguous(), bounds, bounds, longest, longest,
         scale=scale, window_size=(-1, 0) if causal else (-1, -1), **options,
@@ -125,23 +129,82 @@ def _variable_length(
     return out_NHD
 
 
+@lru_cache(maxsize=16)
+def _bounds(lengths: Lengths, device: torch.device) -> Tensor:
+    """(segments + 1,) int32: where each begins, and the end; the same for every layer of a forward."""
+    with torch.inference_mode(False):  # what decoding leaves here must serve training too
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def _grouped_products(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Segments, scale: float, causal: bool
+    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     """By batched products over groups of segments: on a CPU the fused kernel's backward is slow for short sequences."""
     n_heads = query_NHD.shape[1]
     shared = n_heads // key_NGD.shape[1]
     if shared > 1:
         key_NGD, value_NGD = (x.repeat_interleave(shared, 1) for x in (key_NGD, value_NGD))
-    groups = _groups(segments.lengths, n_heads, causal, query_NHD.device)
+    groups = _groups(segments, n_heads, causal, query_NHD.device)
     rows = (x.flatten(0, 1) for x in (query_NHD, key_NGD, value_NGD))
     return _GroupedProducts.apply(*rows, groups, scale, causal).view(query_NHD.shape)
 
 
 @lru_cache(maxsize=16)
-def _groups(lengths: tuple[int, ...], heads: int, causal: bool, device: torch.device) -> Groups:
+def _groups(lengths: Lengths, heads: int, causal: bool, device: torch.device) -> Groups:
     """The same for every layer of a forward. Only what is causal may be padded: nothing sees what follows it."""
-    return Groups.of(lengths, heads, padded=causal).to(device)
+    with torch.inference_mode(False):
+        return Groups.of(lengths, heads, padded=causal).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Segments gathered into groups of one padded length, so that few batched products serve all of them.
+
+    A row is one head of one token, rows of a token one after another. In the groups they stand by segment, head and
+    token, each group being (segments, heads, padded length).
+
+    rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places:
+    (N * heads,) where each row stands. shapes: segments times heads, and padded length, of each group.
+    """
+
+    rows: Tensor
+    places: Tensor
+    shapes: tuple[tuple[int, int], ...]
+
+    def pieces(self, states_RD: Tensor) -> list[Tensor]:
+        """Views (segments * heads, padded length, D) of each group."""
+        parts = states_RD.split([n * length for n, length in self.shapes])
+        return [part.view(n, length, -1) for part, (n, length) in zip(parts, self.shapes, strict=True)]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], heads: int, padded: bool) -> Groups:
+        """Group segments of similar length, or of equal length if they may not be padded."""
+        sizes_S = np.array(lengths, np.int64)
+        starts_S = np.cumsum(sizes_S) - sizes_S
+        by_size, n_sizes = np.argsort(sizes_S, kind="stable"), len(set(lengths))
+        if padded and n_sizes > MAX_GROUPS:
+            groups = np.array_split(by_size, MAX_GROUPS)
+        else:
+            groups = np.split(by_size, np.flatnonzero(np.diff(sizes_S[by_size])) + 1)
+        rows, places = [], np.empty(sizes_S.sum() * heads, np.int64)
+        shapes: list[tuple[int, int]] = []
+        first = 0  # place of the group
+        for group in groups:
+            longest = int(sizes_S[group].max())
+            shape = (len(group), heads, longest)
+            columns, last = np.arange(longest), sizes_S[group, None, None] - 1
+            tokens = starts_S[group, None, None] + np.minimum(columns, last)
+            rows.append(tokens * heads + np.arange(heads)[:, None])
+            is_token = np.broadcast_to(columns <= last, shape)
+            places[rows[-1][is_token]] = (first + np.arange(rows[-1].size).reshape(shape))[is_token]
+            shapes.append((len(group) * heads, longest))
+            first += rows[-1].size
+        all_rows = np.concatenate([group.ravel() for group in rows])
+        return cls(torch.from_numpy(all_rows), torch.from_numpy(places), tuple(shapes))
+
+    def to(self, device: torch.device) -> Groups:
+        """The same with its indices on `device`."""
+        return Groups(self.rows.to(device), self.places.to(device), self.shapes)
 
 
 class _GroupedProducts(torch.autograd.Function):
@@ -190,7 +253,7 @@ def _text_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    segments: Segments | None = None,
+    segments: Lengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
@@ -208,17 +271,17 @@ def _vision_attention(
     attention_mask: Tensor | None,
     scaling: float,
     cu_seq_lens_q: Tensor,
-    pictures: Segments | None = None,
+    pictures: Lengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """All pictures of a forward at once, each over itself; shapes as for text, with one row."""
     if pictures is None:  # generation, which knows no batch of ours
-        pictures = Segments(tuple(torch.diff(cu_seq_lens_q).tolist()), cu_seq_lens_q.int())
+        pictures = tuple(torch.diff(cu_seq_lens_q).tolist())
     return _in_compute_dtype(query, key, value, pictures, scaling, causal=False)[None], None
 
 
 def _in_compute_dtype(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     """(B, H, T, D) each to (N, H, D), in one dtype: under autocast the norms leave queries and keys in float32."""
     kind = query.device.type

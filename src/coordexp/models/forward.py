@@ -20,8 +20,8 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states, flattened to (B * T, D); `inputs_embeds_BTD` replaces the token embeddings if given.
 
-    Bounds of segments and pictures keep them apart (models/attention.py), and no attention mask is built. A model that
-    transformers' own attention was left to is given the same by a T x T mask, which it makes of the 4-row position ids.
+    The lengths of segments and pictures keep them apart (models/attention.py); no attention mask is built. A model to
+    which transformers' own attention was left does the same by a T x T mask, made of the 4-row position ids.
     """
     with packed():
         output = model.model(

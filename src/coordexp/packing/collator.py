@@ -24,7 +24,6 @@ from coordexp.geometry.bins import target_bins
 from coordexp.packing.pixels import PixelSpec, load_sample_rgb, patchify
 from coordexp.packing.planner import pack_rows
 from coordexp.packing.samples import Sample
-from coordexp.packing.segments import Segments
 from coordexp.text.codecs import Role
 from coordexp.text.prompts import expand_image
 
@@ -90,8 +89,8 @@ class PackedBatch:
     coord_targets: Tensor  # (N,) float32 bins
     unlikely_slots: Tensor  # (U,) int64
     unlikely_ids: Tensor  # (U,) int64 token ids
-    segments: Segments  # of the B * T tokens in one line, the padding of a row being one
-    pictures: Segments  # of the P patches
+    segments: tuple[int, ...]  # lengths, one row after another; the padding of a row is a segment, too
+    pictures: tuple[int, ...]  # patches of each
     n_segments: int
     n_tokens: int  # without padding
 
@@ -100,7 +99,7 @@ class PackedBatch:
         moved: dict[str, Any] = {
             slot.name: value.to(device)
             for slot in fields(self)
-            if isinstance(value := getattr(self, slot.name), Tensor | Segments)
+            if isinstance(value := getattr(self, slot.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -153,8 +152,8 @@ class Collator:
             pixel_values=torch.from_numpy(np.concatenate(patches)),
             image_grid_thw=torch.tensor(grids, dtype=torch.int64),
             **_slot_tensors(ordered, answer_starts),
-            segments=Segments.of(lengths),
-            pictures=Segments.of([len(picture) for picture in patches]),
+            segments=tuple(lengths),
+            pictures=tuple(len(picture) for picture in patches),
             n_segments=len(segments),
             n_tokens=sum(s.length for s in segments),
         )
