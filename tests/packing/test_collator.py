@@ -121,6 +121,12 @@ def test_text_positions_restart_at_every_segment_and_at_the_padding(packed, segm
         assert set(torch.nonzero(packed.position_ids[0, r] == 0).flatten().tolist()) == expected
 
 
+def test_segments_end_where_text_positions_restart(packed):
+    starts = torch.nonzero(packed.position_ids[0].flatten() == 0).flatten().tolist()
+    assert list(packed.segments) == np.diff([*starts, packed.input_ids.numel()]).tolist()
+    assert list(packed.pictures) == packed.image_grid_thw.prod(-1).tolist()
+
+
 def step_loss(checkpoint, batches, segments):
     """Loss and gradient of one step, its batches accumulated, all terms on."""
     criterion, counts = criterion_of(checkpoint), step_counts(segments)
@@ -141,9 +147,10 @@ def test_packed_loss_and_gradient_equal_unpacked_ones(world, checkpoint, packed,
     assert (gradient - gradient_alone).norm() < 1e-4 * gradient.norm()
 
 
-def test_the_model_does_see_across_segments_if_positions_do_not_restart(checkpoint, packed):
-    """The control of the test above: without the text row, the same batch leaks."""
-    leaking = replace(packed, position_ids=packed.position_ids[1:])
+def test_the_model_does_see_across_segments_whose_lengths_are_not_given(checkpoint, packed):
+    """The control of the test above: with each row as one segment, the same batch leaks."""
+    rows, width = packed.input_ids.shape
+    leaking = replace(packed, segments=(width,) * rows)
     with torch.no_grad():
         apart, together = (hidden_states(checkpoint.model, batch) for batch in (packed, leaking))
     assert (apart - together).abs().max() > 0.1
