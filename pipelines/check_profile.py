@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from coordexp.config.paths import ProfilePaths, model_folder
+from coordexp.config.paths import RUN_METADATA, ProfilePaths, model_folder
 from coordexp.config.profile import DatasetsConfig, Profile
 from coordexp.config.run import RunConfig
 from coordexp.doctor.diagnosis import diagnose
 from coordexp.errors import DataError
+from coordexp.infra.provenance import read_run_record
 from coordexp.models.pins import pins_of
 from coordexp.models.sizes import write_shrunken
 from coordexp.records.convert import write_sample
@@ -62,10 +63,10 @@ def _shrunken(context: RunConfig, folder: Path) -> RunConfig:
 def _summary(small: RunConfig) -> None:
     paths = small.paths
     summary = json.loads((paths.norm1000 / "summary.json").read_text(encoding="utf-8"))
-    trained = json.loads((paths.run("stage1") / "run_metadata.json").read_text(encoding="utf-8"))
+    trained = json.loads((paths.run("stage1") / RUN_METADATA).read_text(encoding="utf-8"))
     for split in ("train", "dev", "val"):
         LOG.info("sample: %s: %s", split, summary[split])
-    loss, seconds = trained["final_loss"], trained["step_seconds"]
+    loss, seconds = trained["final_loss"], read_run_record(paths.run_record("stage1"))["step_seconds"]
     LOG.info("sample: one training step, loss %s, %s s on this machine (shrunken: no forecast)", loss, seconds)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from coordexp.config.loading import parse_profile, parse_value, profile_tree, read_yaml
@@ -19,29 +18,21 @@ from coordexp.config.presets import changed_tree, with_changes
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
-from coordexp.inputs import CODE, PARAMS_FILE, PROFILE_FILE, Inputs, StageTable, first_difference
+from coordexp.inputs import (
+    CODE,
+    PARAMS_FILE,
+    PROFILE_FILE,
+    Inputs,
+    StagePlan,
+    StageTable,
+    first_difference,
+    overlap,
+    stage_plans,
+)
 
 Lock = Mapping[str, Mapping[str, Any]]  # the `stages` of a dvc.lock
 INPUTS = "inputs"
 GitIds = Mapping[str, str]  # path -> what git calls its content, for paths that git holds
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """One stage of dvc.yaml for one profile."""
-
-    cmd: Any
-    deps: frozenset[str]
-    outs: frozenset[str]
-
-    def makes(self, path: str) -> bool:
-        """Whether a path is an output of the stage, lies in one, or holds one."""
-        return any(_overlap(path, out) for out in self.outs)
-
-    @property
-    def inputs(self) -> PurePosixPath | None:
-        """The file that says what the stage is told; None for the stage that writes these files."""
-        return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == INPUTS), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +158,14 @@ class Present:
         Raises:
             ConfigError: no stage makes one of them.
         """
-        every = {
-            name: _plan(stage, profile) for name, stage in _unrolled(read_yaml(root / "dvc.yaml")["stages"]).items()
-        }
+        every = stage_plans(root, profile)
         leading = _leading_to(every, read)
         told = ProfilePaths(profile).inputs.as_posix()
         graph = {name: plan for name, plan in every.items() if told not in plan.outs}
         plans = {name: plan for name, plan in graph.items() if name in leading}
         outs = {out for plan in every.values() for out in plan.outs}
         deps = {dep for plan in plans.values() for dep in plan.deps}
-        given = tuple(sorted(dep for dep in deps if not any(_overlap(dep, out) for out in outs)))
+        given = tuple(sorted(dep for dep in deps if not any(overlap(dep, out) for out in outs)))
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
         table, files = StageTable.of(root), ParameterFiles.of(root)
         return cls(graph, plans, tuple(read), given, ids_of(given), lock, table, files)
@@ -241,44 +230,9 @@ class Present:
             if now is not None and _inputs(then) == _inputs(now):
                 outs = _by_path(now, "outs")
                 for path, made in _by_path(then, "outs").items():
-                    if outs.get(path) != made and any(_overlap(path, dep) for dep in read):
+                    if outs.get(path) != made and any(overlap(path, dep) for dep in read):
                         return path
         return ""
-
-
-def _unrolled(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The stages by their full names, one for each item of a `foreach` or `matrix`."""
-    found: dict[str, Any] = {}
-    for name, stage in stages.items():
-        if "foreach" in stage:
-            found |= {f"{name}@{item}": _rendered(stage["do"], {"item": item}) for item in stage["foreach"]}
-        elif "matrix" in stage:
-            for items in product(*stage["matrix"].values()):
-                values = {f"item.{key}": item for key, item in zip(stage["matrix"], items, strict=True)}
-                found[f"{name}@{'-'.join(map(str, items))}"] = _rendered(stage, values)
-        else:
-            found[name] = stage
-    return found
-
-
-def _rendered(tree: Any, values: Mapping[str, Any]) -> Any:
-    """A part of dvc.yaml with `${name}` replaced."""
-    if isinstance(tree, dict):
-        return {_rendered(key, values): _rendered(value, values) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_rendered(item, values) for item in tree]
-    for name, value in values.items() if isinstance(tree, str) else ():
-        tree = tree.replace(f"${{{name}}}", str(value))
-    return tree
-
-
-def _plan(stage: Mapping[str, Any], profile: str) -> StagePlan:
-    def names(section: str) -> list[str]:
-        return [next(iter(item)) if isinstance(item, dict) else item for item in stage.get(section, [])]
-
-    stage = _rendered(stage, {"profile": profile})
-    outs = [name for section in ("outs", "metrics", "plots") for name in names(section)]
-    return StagePlan(stage["cmd"], frozenset(names("deps")), frozenset(outs))
 
 
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
@@ -294,12 +248,6 @@ def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str
         found |= makers
         waiting += [dep for name in makers for dep in plans[name].deps]
     return {name: plan for name, plan in plans.items() if name in found}
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether one of two paths is the other or lies in it."""
-    a, b = PurePosixPath(one), PurePosixPath(other)
-    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def _stage_change(name: str, plan: StagePlan, past: Past, told: Inputs) -> str:
