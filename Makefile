@@ -26,7 +26,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench check-profile smoke test-faults checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench check-profile smoke test-faults test-cuts checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,9 @@ smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 
 test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare (half an hour; POINTS="0 19": at these)
 	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py
+
+test-cuts: $(DEV_STAMP)  ## change every key of params.yaml on the smoke profile: what runs again must come out different (ten minutes)
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) tests/graph/test_cuts.py
 
 checks: $(DEV_STAMP)  ## lint, formatting and types
 	ruff check

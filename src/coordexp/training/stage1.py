@@ -44,7 +44,7 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
 def train_control(run: RunConfig) -> dict[str, Any]:
     """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that trained on.
 
-    What stage 2 spent on generating is not in this budget; stage2-compute.json says how much that was.
+    What stage 2 spent on generating is not in this budget; the metadata of its checkpoint says how much that was.
     """
     start = run.paths.run("stage1")
     checkpoint = load_for_training(start, run.profile.launch.sharding)
@@ -93,5 +93,5 @@ def _teach(
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:
-    """Steps and tokens of stage 2's training forwards, which the control is given; and of its fresh rollouts."""
+    """Steps and tokens of stage 2's training forwards, which the control is given."""
     return json.loads(paths.run("stage2-compute.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from coordexp.training.builders import (
 from coordexp.training.distributed import world
 from coordexp.training.eval_callback import make_eval_callback
 from coordexp.training.rollout_pool import Refresher, RolloutPool, match_schedule, plan_refreshes
-from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
+from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 from coordexp.training.step import Criterion
 
@@ -32,8 +32,8 @@ from coordexp.training.step import Criterion
 def train_stage2(run: RunConfig) -> dict[str, Any]:
     """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took.
 
-    The compute is in tokens of training forwards, which the control is given too, and apart from them the tokens that
-    fresh rollouts read and wrote, which it is not.
+    The compute is in tokens of training forwards, which the control is given too. What fresh rollouts read and wrote it
+    is not given: that stands in the metadata of the checkpoint alone, so that other answers do not run the control again.
     """
     refresh_steps, sharding = run.params.stage2.refresh_steps, run.profile.launch.sharding
     if refresh_steps and sharding != "none":
@@ -71,8 +71,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)
     summary = run_session(session, checkpoint, task, callback)
     if world().is_main:
-        names = ("steps", "tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))
-        write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in names})
+        write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in ("steps", "tokens")})
     return summary
 
 
