@@ -33,7 +33,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took.
 
     The compute is in tokens of training forwards, which the control is given too. What fresh rollouts read and wrote it
-    is not given: that stands in the metadata of the checkpoint alone, so that other answers do not run the control again.
+    is not given: that stands in the checkpoint's metadata alone, so that other answers do not run the control again.
     """
     refresh_steps, sharding = run.params.stage2.refresh_steps, run.profile.launch.sharding
     if refresh_steps and sharding != "none":
