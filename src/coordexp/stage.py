@@ -118,12 +118,13 @@ def _run_recorded(run: Callable[..., None], args: argparse.Namespace) -> None:
     stage = _stage_name(run)
     context = _context(args, stage)
     record = context.paths.run_record(f"{stage}@{args.name}" if args.name else stage)
-    is_part = "RANK" in os.environ
-    if not is_part:
+    is_of_graph = stage == "check" or (context.paths.inputs / f"{stage}.json").is_file()
+    keeps_record = is_of_graph and "RANK" not in os.environ
+    if keeps_record:
         record.unlink(missing_ok=True)
     started, cpu_before = time.monotonic(), _cpu_seconds()
     run(context, args.name) if args.name else run(context)
-    if stage and not is_part:
+    if keeps_record:
         facts = run_facts(
             record.name.removesuffix(".run.json"), time.monotonic() - started, _cpu_seconds() - cpu_before
         )

@@ -21,10 +21,11 @@ stages:
       deps: ["inputs/${profile}/decode.json", "runs/${profile}/train"]
       outs: ["runs/${profile}/decode/${item}"]
   score:
-    matrix: {what: [box, name], by: [1, 2]}
-    cmd: score ${item.what} ${item.by}
-    deps: ["inputs/${profile}/score.json", "runs/${profile}/decode/train"]
-    outs: ["runs/${profile}/score/${item.what}-${item.by}"]
+    foreach: {box: "runs/${profile}/decode/train", name: "runs/${profile}/decode/base"}
+    do:
+      cmd: score ${key}
+      deps: ["inputs/${profile}/score.json", "${item}"]
+      outs: ["runs/${profile}/score/${key}"]
 """
 
 
@@ -37,11 +38,11 @@ def present(tmp_path: Path, repository: Path) -> Present:
 
 
 def test_a_stage_for_each_item_is_a_stage(present: Present) -> None:
-    scores = [f"score@{what}-{by}" for what in ("box", "name") for by in (1, 2)]
-    assert list(present.graph) == ["train", "decode@base", "decode@train", *scores]
+    assert list(present.graph) == ["train", "decode@base", "decode@train", "score@box", "score@name"]
     assert list(present.plans) == ["train", "decode@train"]
     assert present.targets == ("decode@train",)
-    assert present.graph["score@name-2"].cmd == "score name 2"
+    assert present.graph["score@name"].cmd == "score name"
+    assert "runs/tiny/decode/base" in present.graph["score@name"].deps
     assert present.graph["decode@base"].outs == {"runs/tiny/decode/base"}
 
 

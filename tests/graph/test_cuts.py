@@ -48,7 +48,7 @@ CHANGES: dict[str, Any] = {
     "stage2.over_generation": "keep", "stage2.over_close_weight": 2.0, "stage2.duplicate_unlikelihood_weight": 1.0,
     "stage2.refresh_steps": 3, "stage2.curriculum_fraction": 0.5, "stage2.gate_from": 0.9,
     "stage2.lambda_sem_from": 1.0,
-    "matching.lambda_l1": 9.0, "matching.lambda_iou": 9.0, "matching.lambda_sem": 1.0, "matching.gate": "l1",
+    "matching.lambda_l1": 0.0, "matching.lambda_iou": 0.0, "matching.lambda_sem": 1.0, "matching.gate": "l1",
     "matching.gate_threshold": 0.2,
     "decode.max_new_tokens": 60, "decode.temperature": 0.5, "decode.top_p": 0.5, "decode.repetition_penalty": 1.5,
     "decode.score": "mix", "decode.box": "argmax", "decode.box_top_k": 4, "decode.grammar": "closed",
