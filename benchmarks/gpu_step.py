@@ -3,7 +3,7 @@
     PYTHONPATH=src python -m benchmarks.gpu_step [--size 2b] [--peak-tflops 989]
 
 Step time and the share of model FLOPs that it reaches, what vision, language, objective and optimizer take of it, for
-each attention that torch and transformers offer without extra packages, and whether packing changes the result.
+attention over segments and what transformers offers without extra packages, and whether packing changes the result.
 `--smoke` (as `--quick`) runs the same code on a CPU with a shrunken model: it works, and measures nothing.
 """
 
@@ -27,6 +27,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from benchmarks import harness
 from coordexp.config.loading import load_params
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.models.attention import use_segment_attention
 from coordexp.models.expand import round_up
 from coordexp.models.forward import hidden_states
 from coordexp.models.processor import pixel_spec
@@ -39,6 +40,7 @@ from coordexp.training.step import Counts, Criterion, step_counts, term_sums, we
 FIRST_COORD = 151_669  # behind Qwen's own tokens
 OBJECTS = 7  # of one picture, as in COCO
 OBJECT_ROLES = [Role.STRUCT] * 8 + [Role.DESC] * 2 + [Role.STRUCT] * 13 + [Role.COORD] * 4
+SEGMENTS = "segments"  # models/attention.py
 TOLERANCE = 5e-2  # of hidden states in bf16, relative to their norm
 
 
@@ -100,7 +102,11 @@ def build(arguments: argparse.Namespace, attention: str, device: torch.device) -
     config.text_config.vocab_size = round_up(FIRST_COORD + NUM_BINS)
     torch.manual_seed(17)
     with torch.device(device):
-        model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attention)
+        model = Qwen3VLForConditionalGeneration._from_config(config)
+    if attention == SEGMENTS:
+        use_segment_attention(model)
+    else:
+        model.set_attn_implementation(attention)
     side, pack_tokens = (64, 512) if arguments.quick else (576, arguments.tokens)
     pixels = pixel_spec(model.config, side * side, side * side)
     one = samples(config.image_token_id, 1, side, pixels.factor)[0]
@@ -199,7 +205,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         return [unmeasured("GPU step", "needs CUDA")]
     device = torch.device("cpu" if arguments.quick else "cuda")
     rows: list[Row] = []
-    for attention in ("sdpa",) if arguments.quick else ("sdpa", "flex_attention"):
+    for attention in (SEGMENTS, "sdpa") if arguments.quick else (SEGMENTS, "sdpa", "flex_attention"):
         rows += rows_of(build(arguments, attention, device), attention, arguments, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -272,7 +272,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def optim(**changes: Any) -> OptimConfig:
     """How a small model steps."""
     block = {
-        "optimizer": "adamw", "steps": 8, "lr": 0.01, "coord_row_lr_factor": 1.0, "betas": (0.9, 0.95),
+        "optimizer": "adamw", "steps": 8, "lr": 0.01, "coord_row_lr_factor": 1.0, "vision_lr_factor": 1.0,
+        "projector_lr_factor": 1.0, "language_lr_factor": 1.0, "betas": (0.9, 0.95),
         "warmup_steps": 2, "weight_decay": 0.0, "precision": "fp32", "max_grad_norm": 1.0, "log_every": 3,
         "grad_monitor_every": 0,
     }  # fmt: skip

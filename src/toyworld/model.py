@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from coordexp.models.attention import use_segment_attention
 from coordexp.models.expand import round_up
 from coordexp.text.vocabulary import token_id
 
@@ -63,4 +64,4 @@ def build_tiny(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3VLForCondi
     model = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
     model.generation_config.eos_token_id = token_id(tokenizer, "<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return use_segment_attention(model)

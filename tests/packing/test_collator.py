@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from coordexp.geometry.bins import target_bins
 from coordexp.models.forward import hidden_states
 from coordexp.packing.collator import Segment, segment_positions, teacher_segment
+from coordexp.packing.segments import Segments
 from coordexp.text.codecs import Role
 from coordexp.training.step import micro_batch, step_counts
 from helpers import criterion_of, new_checkpoint
@@ -121,6 +122,15 @@ def test_text_positions_restart_at_every_segment_and_at_the_padding(packed, segm
         assert set(torch.nonzero(packed.position_ids[0, r] == 0).flatten().tolist()) == expected
 
 
+def test_bounds_are_where_text_positions_restart_and_pictures_end(packed):
+    starts = torch.nonzero(packed.position_ids[0].flatten() == 0).flatten().tolist()
+    assert packed.segments.bounds.tolist() == [*starts, packed.input_ids.numel()]
+    assert list(packed.pictures.lengths) == packed.image_grid_thw.prod(-1).tolist()
+    for segments in (packed.segments, packed.pictures):
+        assert segments.bounds.diff().tolist() == list(segments.lengths)
+        assert segments.bounds.dtype == torch.int32
+
+
 def step_loss(checkpoint, batches, segments):
     """Loss and gradient of one step, its batches accumulated, all terms on."""
     criterion, counts = criterion_of(checkpoint), step_counts(segments)
@@ -141,9 +151,10 @@ def test_packed_loss_and_gradient_equal_unpacked_ones(world, checkpoint, packed,
     assert (gradient - gradient_alone).norm() < 1e-4 * gradient.norm()
 
 
-def test_the_model_does_see_across_segments_if_positions_do_not_restart(checkpoint, packed):
-    """The control of the test above: without the text row, the same batch leaks."""
-    leaking = replace(packed, position_ids=packed.position_ids[1:])
+def test_the_model_does_see_across_segments_whose_bounds_are_not_given(checkpoint, packed):
+    """The control of the test above: with each row as one segment, the same batch leaks."""
+    rows, width = packed.input_ids.shape
+    leaking = replace(packed, segments=Segments.of([width] * rows))
     with torch.no_grad():
         apart, together = (hidden_states(checkpoint.model, batch) for batch in (packed, leaking))
     assert (apart - together).abs().max() > 0.1
@@ -187,7 +198,7 @@ def test_a_segment_without_any_supervision_runs(world, checkpoint, segments):
 
 def test_moving_a_batch_keeps_everything(packed):
     moved = packed.to(torch.device("meta"))
-    assert moved.input_ids.device.type == moved.coord_targets.device.type == "meta"
+    assert moved.input_ids.device.type == moved.coord_targets.device.type == moved.segments.bounds.device.type == "meta"
     assert (moved.n_segments, moved.n_tokens) == (packed.n_segments, packed.n_tokens)
     assert moved.input_ids.shape == packed.input_ids.shape
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-from coordexp.training.optimizers import MuonWithAdamW, build_optimizer
+from coordexp.models.adapters import part_of
+from coordexp.training import optimizers
+from coordexp.training.optimizers import MuonWithAdamW, StackedMuon, build_optimizer
 from helpers import new_checkpoint, optim
 
 NAMES = ("adamw", "muon")
@@ -134,3 +136,52 @@ def test_frozen_parameters_are_left_out():
     for name in NAMES:
         params = [p for group in build_optimizer(model, optim(optimizer=name)).param_groups for p in group["params"]]
         assert len(params) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize("stack_numbers", [1, 3 * 128 * 384, 1 << 24])
+def test_stacks_change_nothing_of_muon(stack_numbers, monkeypatch):
+    """Every shape of the tiny model, several steps, two groups, one matrix without a gradient."""
+    monkeypatch.setattr(optimizers, "_STACK_NUMBERS", stack_numbers)
+    found = {}
+    for kind in (Muon, StackedMuon):
+        matrices = [p for n, p in new_checkpoint().model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        groups = [{"params": matrices[:9], "lr": 2e-3}, {"params": matrices[9:], "weight_decay": 0.3}]
+        muon = kind(groups, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for matrix in matrices[1:]:
+                matrix.grad = torch.randn(matrix.shape, generator=generator)
+            muon.step()
+        found[kind] = [p.detach() for p in matrices], muon.state_dict()
+    (exact, state), (stacked, stacked_state) = found.values()
+    for expected, weights in zip(exact, stacked, strict=True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)  # one step moves a number by about 3e-4
+    assert state["param_groups"] == stacked_state["param_groups"]
+    assert state["state"].keys() == stacked_state["state"].keys()
+    for i, entry in state["state"].items():
+        assert torch.equal(entry["momentum_buffer"], stacked_state["state"][i]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_part_has_its_own_rate(name):
+    model = new_checkpoint().model
+    factors = {"vision": 0.1, "projector": 0.5, "language": 2.0, "coord_row": 7.0}
+    optimizer = build_optimizer(model, optim(optimizer=name, **{f"{part}_lr_factor": f for part, f in factors.items()}))
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter_name, parameter in model.named_parameters():
+        part = "coord_row" if "embed_tokens" in parameter_name else part_of(parameter_name)
+        assert rate_of[id(parameter)] == pytest.approx(0.01 * factors[part])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_rates_make_no_more_groups_than_kinds(name):
+    """So that a profile which states no factor steps as it always did."""
+    groups = build_optimizer(new_checkpoint().model, optim(optimizer=name, coord_row_lr_factor=2.0)).param_groups
+    assert [group["lr"] for group in groups] == [0.01] * (len(groups) - 1) + [0.02]
+    assert len(groups) == (3 if name == "muon" else 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_adamw_is_fused_on_cuda_alone(device):
+    optimizer = build_optimizer(Small().to(device), optim())
+    assert bool(optimizer.defaults["fused"]) == (device == "cuda")

@@ -15,6 +15,7 @@ NO_SPLIT = "none"
 # It begins the image paths of the set's records.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
+LrFactor = Annotated[float, Field(gt=0, le=100)]
 
 
 class ScenesConfig(Block):
@@ -184,9 +185,12 @@ class OptimConfig(Block):
     )
     steps: PositiveCount = Field(description="optimizer steps")
     lr: float = Field(gt=0, le=1, description="peak learning rate")
-    coord_row_lr_factor: float = Field(
-        gt=0, le=100, description="factor on lr in embedding and head, whose coordinate rows start far from their place"
+    coord_row_lr_factor: LrFactor = Field(
+        description="factor on lr in embedding and head, whose coordinate rows start far from their place"
     )
+    vision_lr_factor: LrFactor = Field(description="factor on lr in the vision tower")
+    projector_lr_factor: LrFactor = Field(description="factor on lr in the mergers between vision and language")
+    language_lr_factor: LrFactor = Field(description="factor on lr in the language model, its rows left out")
     betas: Betas = Field(description="AdamW: decay of its running means of the gradient and of its square")
     warmup_steps: Count = Field(description="steps of linear warm-up; the rate then falls as a cosine")
     weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")

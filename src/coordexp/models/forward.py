@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
+from coordexp.models.attention import packed
 from coordexp.packing.collator import PackedBatch
 
 
@@ -19,17 +20,21 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states, flattened to (B * T, D); `inputs_embeds_BTD` replaces the token embeddings if given.
 
-    No attention mask is passed: together with the 4-row position ids this is what separates packed segments.
+    Bounds of segments and pictures keep them apart (models/attention.py), and no attention mask is built. A model that
+    transformers' own attention was left to is given the same by a T x T mask, which it makes of the 4-row position ids.
     """
-    output = model.model(
-        input_ids=batch.input_ids if inputs_embeds_BTD is None else None,
-        inputs_embeds=inputs_embeds_BTD,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.image_grid_thw,
-        use_cache=False,
-    )
+    with packed():
+        output = model.model(
+            input_ids=batch.input_ids if inputs_embeds_BTD is None else None,
+            inputs_embeds=inputs_embeds_BTD,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.image_grid_thw,
+            use_cache=False,
+            segments=batch.segments,
+            pictures=batch.pictures,
+        )
     return output.last_hidden_state.flatten(0, 1)
 
 

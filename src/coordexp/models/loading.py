@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import AUTO, choose_device, inference_dtype
 from coordexp.infra.provenance import answer_files, file_hash
+from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
 from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
@@ -222,7 +223,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
     # Beams or a time limit that a folder asks for would change answers; how they are generated is a parameter.
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
-    return model
+    return use_segment_attention(model)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from coordexp.geometry.bins import target_bins
 from coordexp.packing.pixels import PixelSpec, load_sample_rgb, patchify
 from coordexp.packing.planner import pack_rows
 from coordexp.packing.samples import Sample
+from coordexp.packing.segments import Segments
 from coordexp.text.codecs import Role
 from coordexp.text.prompts import expand_image
 
@@ -88,17 +90,19 @@ class PackedBatch:
     coord_targets: Tensor  # (N,) float32 bins
     unlikely_slots: Tensor  # (U,) int64
     unlikely_ids: Tensor  # (U,) int64 token ids
+    segments: Segments  # of the B * T tokens in one line, the padding of a row being one
+    pictures: Segments  # of the P patches
     n_segments: int
     n_tokens: int  # without padding
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        tensors = {
+        moved: dict[str, Any] = {
             slot.name: value.to(device)
             for slot in fields(self)
-            if isinstance(value := getattr(self, slot.name), Tensor)
+            if isinstance(value := getattr(self, slot.name), Tensor | Segments)
         }
-        return PackedBatch(**tensors, n_segments=self.n_segments, n_tokens=self.n_tokens)
+        return replace(self, **moved)
 
 
 class Collator:
@@ -126,7 +130,7 @@ class Collator:
         positions = np.empty((4, len(rows), width), dtype=np.int64)
         ordered: list[Segment] = []
         answer_starts: list[int] = []
-        patches, grids = [], []
+        patches, grids, lengths = [], [], []
         for r, row in enumerate(rows):
             at = 0
             for i in row:
@@ -138,15 +142,19 @@ class Collator:
                 rgb = self._load(segment.sample)
                 patches.append(patchify(rgb, self._pixels))
                 grids.append((1, rgb.shape[0] // self._pixels.patch_size, rgb.shape[1] // self._pixels.patch_size))
+                lengths.append(segment.length)
                 at = end
-            # Positions that restart at 0 make the padding a segment that nothing attends to.
             positions[:, r, at:] = np.arange(width - at)
+            if at < width:
+                lengths.append(width - at)  # the padding is a segment of its own, which nothing else attends to
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(positions),
             pixel_values=torch.from_numpy(np.concatenate(patches)),
             image_grid_thw=torch.tensor(grids, dtype=torch.int64),
             **_slot_tensors(ordered, answer_starts),
+            segments=Segments.of(lengths),
+            pictures=Segments.of([len(picture) for picture in patches]),
             n_segments=len(segments),
             n_tokens=sum(s.length for s in segments),
         )
@@ -175,9 +183,8 @@ class Collator:
 def segment_positions(before_image: int, grid_height: int, grid_width: int, after_image: int) -> NDArray[np.int64]:
     """Positions (4, L) of one segment: text, one image of grid_height x grid_width visual tokens, text.
 
-    transformers 5 separates packed segments only if `position_ids` has four rows and no attention mask is given: row 0
-    holds text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of Qwen3-VL's
-    M-RoPE. Anything else leaks silently between segments, so a test compares packed with separate forwards.
+    Row 0 holds text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of
+    Qwen3-VL's M-RoPE. Where transformers builds the attention mask itself, row 0 is what it tells segments apart by.
 
     Same rule as `Qwen3VLModel.get_rope_index`: image tokens share one temporal position, rows and columns count from
     it, and the text after the image goes on from the largest position plus one.

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from coordexp.config.profile import OptimConfig
 from coordexp.errors import ConfigError
+from coordexp.models.adapters import EMBEDDING, HEAD, part_of
 from coordexp.training.distributed import is_sharded
 from coordexp.training.sharding import WholeMatrixMuon, keep_state_whole
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.
-_NOT_FOR_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed", "localiser")
+_NOT_FOR_MUON = (EMBEDDING, HEAD, "pos_embed", "patch_embed", "localiser")
+_LIKE_ADAMW = "match_rms_adamw"
+_STACK_NUMBERS = 1 << 24  # most numbers in one stack of matrices: large ones gain nothing by it and would cost memory
+
+
+class StackedMuon(Muon):
+    """torch's Muon for `match_rms_adamw`, matrices of equal shape in stacks: few batched products, the same update."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; closures are not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            for matrices in _stacks([p for p in group["params"] if p.grad is not None]):
+                self._update(matrices, group)
+
+    def _update(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        directions = torch.stack([self._direction(matrix, group) for matrix in matrices])
+        assert group["adjust_lr_fn"] == _LIKE_ADAMW
+        a, b, c = group["ns_coefficients"]
+        for _ in range(group["ns_steps"]):  # Newton-Schulz, as in torch.optim.Muon
+            gram = directions @ directions.mT
+            directions = torch.baddbmm(directions, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), directions, beta=a)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5  # to the root mean square of an update of AdamW
+            matrix.add_(_wide(matrix, direction), alpha=-rate)
+
+    def _direction(self, matrix: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """The gradient with Nesterov momentum, lying, in bf16 and of norm 1."""
+        gradient, state = matrix.grad, self.state[matrix]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        direction = _wide(matrix, gradient.lerp(momentum, group["momentum"]).bfloat16())
+        return direction / direction.norm().clamp(min=group["eps"])
+
+
+def _wide(matrix: Tensor, update: Tensor) -> Tensor:
+    """An update of the matrix turned so that it has no more rows than columns, or turned back."""
+    return update.T if matrix.shape[0] > matrix.shape[1] else update
+
+
+def _stacks(matrices: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Matrices of one shape, lying or standing, together."""
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+    for (rows, columns), alike in by_shape.items():
+        most = max(1, _STACK_NUMBERS // (rows * columns))
+        yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 
 class MuonWithAdamW(Optimizer):
@@ -56,29 +108,48 @@ class MuonWithAdamW(Optimizer):
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """The optimizer over the trainable parameters.
 
-    Muon takes AdamW's learning rate ("match_rms_adamw"), so one `lr` serves both parts. Weight decay is for Muon's
-    matrices and the rows of embedding and head.
+    Muon takes AdamW's learning rate, so one `lr` serves both optimizers; each part of the model and
+    the rows of embedding and head have a factor on it. Weight decay is for Muon's matrices and those rows.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    rows = [p for n, p in named if "embed_tokens" in n or "lm_head" in n]
-    matrices = []
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rows = [(name, p) for name, p in named if _is_of_rows(name)]
+    matrices: list[Named] = []
     if optim.optimizer == "muon":
-        matrices = [p for n, p in named if p.ndim == 2 and not any(key in n for key in _NOT_FOR_MUON)]
-    chosen = {id(p) for p in [*matrices, *rows]}
-    others = [p for _, p in named if id(p) not in chosen]
-    groups = [
-        {"params": others, "lr": optim.lr, "weight_decay": 0.0},
-        {"params": rows, "lr": optim.lr * optim.coord_row_lr_factor, "weight_decay": optim.weight_decay},
-    ]
-    kind = _eight_bit_adamw() if optim.optimizer == "adamw_8bit" else AdamW
-    parts = [kind([group for group in groups if group["params"]], betas=optim.betas)]
+        matrices = [(name, p) for name, p in named if p.ndim == 2 and not any(key in name for key in _NOT_FOR_MUON)]
+    chosen = {name for name, _ in [*matrices, *rows]}
+    others = [(name, p) for name, p in named if name not in chosen]
+    parts = [_adamw([*_groups(others, optim, 0.0), *_groups(rows, optim, optim.weight_decay)], optim)]
     if optim.optimizer == "muon":
-        muon = WholeMatrixMuon if is_sharded(model) else Muon
-        parts.insert(0, muon(matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        muon = WholeMatrixMuon if is_sharded(model) else StackedMuon
+        parts.insert(0, muon(_groups(matrices, optim, optim.weight_decay), adjust_lr_fn=_LIKE_ADAMW))
     if is_sharded(model):
         for part in parts:
             keep_state_whole(part)
     return MuonWithAdamW(*parts) if len(parts) > 1 else parts[0]
+
+
+Named = tuple[str, nn.Parameter]
+
+
+def _is_of_rows(name: str) -> bool:
+    return EMBEDDING in name or HEAD in name
+
+
+def _groups(named: Sequence[Named], optim: OptimConfig, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups, one for each learning rate."""
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        factor = getattr(optim, f"{'coord_row' if _is_of_rows(name) else part_of(name)}_lr_factor")
+        by_factor.setdefault(factor, []).append(parameter)
+    return [{"params": p, "lr": optim.lr * f, "weight_decay": weight_decay} for f, p in by_factor.items()]
+
+
+def _adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> Optimizer:
+    if optim.optimizer == "adamw_8bit":
+        return _eight_bit_adamw()(groups, betas=optim.betas)
+    # On CUDA torch's default makes a temporary copy of all second moments: 4 bytes a parameter that may not be there.
+    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
+    return AdamW(groups, betas=optim.betas, fused=True if on_cuda else None)
 
 
 def _eight_bit_adamw() -> Callable[..., Optimizer]:
