@@ -28,6 +28,7 @@ from coordexp.models.forward import hidden_states, input_table, next_hidden_stat
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, Segment
 from coordexp.packing.samples import Sample
+from coordexp.rollout.draft import FormatDraft
 from coordexp.rollout.engine import DecodeRequest, Generation, TokenProbs
 from coordexp.rollout.token_choice import TokenChoice
 from coordexp.text.codecs import END_OF_TURN
@@ -36,6 +37,7 @@ from coordexp.text.grammar_walk import AnswerWalk
 from coordexp.text.vocabulary import token_id
 
 _MORE_COLUMNS = 64  # that the cache grows by at least: each time, it is copied
+_REFUSALS = 3  # of drafts, after which an answer gets no more: it is not written as the training answers are
 _REFILL = 8  # prompts are read when this fraction (one in so many) of the slots is free: one forward for several
 
 
@@ -113,19 +115,27 @@ class _Answer:
     allowed_T: NDArray[np.bool_] | None = None  # behind that
     logprobs: list[float] = field(default_factory=list)
     coord_probs: list[Tensor] = field(default_factory=list)
+    n_coords: int = 0
+    ends_in_coord: bool = False
+    refusals: int = 0  # of drafts, at their first token
 
     def __post_init__(self) -> None:
         self._look_ahead()
 
-    def run(self, end_id: int) -> list[int]:
-        """The tokens of the next step."""
-        forced = self.forced[:-1] if self.forced[-1:] == [end_id] else self.forced
-        return [self.ids[-1], *forced]
+    def run(self, draft: FormatDraft | None, room: int) -> list[int]:
+        """The tokens of the next step: the last one, and those that must or are likely to follow, in a whole answer of
+        at most `room` tokens."""
+        ahead: Sequence[int] = self.forced
+        if draft and not ahead and self.refusals < _REFUSALS:
+            ahead = draft.after(self.ids, self.n_coords, self.ends_in_coord)
+        return [self.ids[-1], *ahead[: room - len(self.ids) - 1]]
 
-    def take(self, token: int) -> None:
+    def take(self, token: int, is_coord: bool) -> None:
         """Append a token, the forced one if there is one."""
         self.ids.append(token)
         self.held.add(token)
+        self.n_coords += is_coord
+        self.ends_in_coord = is_coord
         if self.forced:
             self.forced.pop(0)
         elif self.walk:
@@ -157,7 +167,9 @@ class SlotDecoder:
         self._slots = slots
         self._room = request.params.max_new_tokens
         self._end_id = token_id(checkpoint.tokenizer, END_OF_TURN)
-        self._coord_ids = None if coord is None or request.codec == "digits" else slice(coord.first_id, coord.end_id)
+        has_coords = coord is not None and request.codec != "digits"
+        self._coord_ids = range(coord.first_id, coord.end_id) if coord and has_coords else range(0)
+        self._draft = FormatDraft(checkpoint.tokenizer, request.codec) if has_coords else None
         # They stand for pictures: an answer that holds one could not be read by the model again.
         self._choice = TokenChoice(request.params, [config.image_token_id, config.video_token_id])
         self.forwards = 0  # over tokens of open answers, for measurements
@@ -204,7 +216,7 @@ class SlotDecoder:
 
     def _step(self, cache: SlotCache, answers: Sequence[_Answer]) -> None:
         """Run the next tokens of every open answer, and take what follows each of them."""
-        runs = [answer.run(self._end_id) for answer in answers]
+        runs = [answer.run(self._draft, self._room) for answer in answers]
         n_R = np.array([len(run) for run in runs])
         width, device = int(n_R.max()), cache.keys.device
         ids_RT = torch.tensor([run + [self._end_id] * (width - len(run)) for run in runs], device=device)
@@ -214,15 +226,23 @@ class SlotDecoder:
         mask_RTL = cache.extend(len(answers), width)
         hidden_RTD = next_hidden_states(self._model, ids_RT, rope_RT, mask_RTL, cache)
         self.forwards += 1
-        starts_R = np.arange(len(answers)) * width
-        for t in range(width):
-            rows = np.flatnonzero(n_R > t)
-            slots = torch.from_numpy(starts_R[rows] + t).to(device)
-            logits = slot_logits(self._model, hidden_RTD.flatten(0, 1), slots)
-            self._take([answers[row] for row in rows.tolist()], logits)
-        cache.lengths[: len(answers)] += n_R
-        for answer, n in zip(answers, n_R.tolist(), strict=True):
-            answer.rope += n
+        rows, t = list(range(len(answers))), 0
+        while rows:
+            slots = torch.tensor([row * width + t for row in rows], device=device)
+            self._take([answers[row] for row in rows], slot_logits(self._model, hidden_RTD.flatten(0, 1), slots))
+            cache.lengths[rows] += 1
+            for row in rows:
+                answers[row].rope += 1
+            t += 1
+            rows = [row for row in rows if self._goes_on(answers[row], runs[row], t)]
+
+    def _goes_on(self, answer: _Answer, run: Sequence[int], t: int) -> bool:
+        """Whether the token at `t` of a run is the one that was taken: then what it made of the cache counts."""
+        if t >= len(run) or self._ended(answer):
+            return False
+        is_right = answer.ids[-1] == run[t]
+        answer.refusals += t == 1 and not is_right
+        return is_right
 
     def _take(self, answers: Sequence[_Answer], logits_RV: Tensor) -> None:
         """Append the next token to each answer: the forced one, or one that is chosen by its logits."""
@@ -236,7 +256,7 @@ class SlotDecoder:
         if self._request.keep_probs:
             self._keep(answers, logits_RV, ids_R.to(logits_RV.device))
         for answer, token in zip(answers, ids_R.tolist(), strict=True):
-            answer.take(token)
+            answer.take(token, token in self._coord_ids)
 
     def _chosen(self, answers: Sequence[_Answer], logits_RV: Tensor) -> Tensor:
         allowed_RT = uniform_R = None
@@ -255,7 +275,7 @@ class SlotDecoder:
             answer.logprobs.append(logprob)
         if span := self._coord_ids:
             rows = ((ids_R >= span.start) & (ids_R < span.stop)).nonzero()[:, 0]
-            probs = logits_RV[rows, span].softmax(-1).half().cpu()
+            probs = logits_RV[rows, span.start : span.stop].softmax(-1).half().cpu()
             for row, probs_K in zip(rows.tolist(), probs, strict=True):
                 answers[row].coord_probs.append(probs_K)
 
