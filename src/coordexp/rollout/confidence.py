@@ -1,4 +1,4 @@
-"""Confidence by name: from the model's own probabilities to one number per object, in (0, 1] for all but degenerate input.
+"""Confidence by name: from the probabilities of the model to one number per object, in (0, 1] but for odd input.
 
 Shapes: N objects, 4 coordinates x1, y1, x2, y2, K bins, Q quadrature nodes.
 """
