@@ -3,7 +3,7 @@
     PYTHONPATH=src python -m benchmarks.rollout_tokens --profile tiny
 
 The stage-1 model speaks one codec. So that codecs differ in nothing but the tokens they need, their rows write the
-annotated answers: `generate` is held to them. Grammar rows generate freely. vLLM rows need `make vllm`.
+annotated answers: transformers' `generate` is held to them. Grammar rows generate freely. vLLM rows need `make vllm`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from benchmarks.harness import Row, Times, side_by_side, unmeasured
 from benchmarks.tiny_run import TinyRun
+from tests.transformers_generate import model_inputs
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -55,12 +56,12 @@ class Dictation(LogitsProcessor):
 
 
 @torch.inference_mode()
-def dictate(checkpoint: Checkpoint, engine: HfEngine, samples: Sequence[Sample], batch: int) -> None:
+def dictate(checkpoint: Checkpoint, image_root: Path, samples: Sequence[Sample], batch: int) -> None:
     """Write the samples' own answers in batches, and check that they came out."""
     pad_id = int(checkpoint.tokenizer.pad_token_id)
     for first in range(0, len(samples), batch):
         chunk = samples[first : first + batch]
-        inputs, answers = engine._inputs(chunk), [sample.answer_ids for sample in chunk]
+        inputs, answers = model_inputs(checkpoint, image_root, chunk), [sample.answer_ids for sample in chunk]
         width = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList([Dictation(answers, width, pad_id)])
         options = {"max_new_tokens": max(map(len, answers)), "do_sample": False, "pad_token_id": pad_id}
@@ -86,7 +87,7 @@ class ForgetfulVllm:
             return engine.generate(samples, request)
 
 
-def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:
+def codec_rows(checkpoint: Checkpoint, image_root: Path, stored: Sequence[Sample], rounds: int) -> Iterator[Row]:
     """Both codecs write the same answers."""
     encoders = {name: AnswerEncoder(checkpoint.tokenizer, CODECS[name]) for name in ("json", "tags")}
     samples = {
@@ -96,7 +97,7 @@ def codec_rows(checkpoint: Checkpoint, engine: HfEngine, stored: Sequence[Sample
     speed = None
     for batch in BATCHES:
         few = max(batch, len(stored) // 8) if batch < len(stored) else len(stored)
-        ways = {n: lambda t=t, b=batch, f=few: dictate(checkpoint, engine, t[:f], b) for n, t in samples.items()}
+        ways = {n: lambda t=t, b=batch, f=few: dictate(checkpoint, image_root, t[:f], b) for n, t in samples.items()}
         times = side_by_side(ways, rounds, warm_up=False)
         for name, these in samples.items():
             n_tokens = sum(len(s.answer_ids) for s in these[:few])
@@ -162,7 +163,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     decode = run.params.decode.model_copy(update={"grammar": "any"})
     request = DecodeRequest(params=decode, codec=run.params.text.codec, seed=run.params.seed)
     engine = HfEngine(checkpoint, run.paths.raw, max(BATCHES))
-    rows = list(codec_rows(checkpoint, engine, samples, rounds))
+    rows = list(codec_rows(checkpoint, run.paths.raw, samples, rounds))
     rows += engine_rows("hf", engine, samples, request, rounds)
     many = run.samples("val", VLLM_IMAGES)
     return rows if arguments.quick else rows + vllm_rows(run, checkpoint, folder, many, request)

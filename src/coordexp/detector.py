@@ -4,7 +4,7 @@
     found = detector.predict("photo.jpg")
     for desc, box_xyxy_px, score in zip(found.descs, found.boxes_xyxy_px, found.scores): ...
 
-The model writes text; boxes come from the strict parser and scores from the re-scoring forward, as in evaluation.
+The model writes text; boxes come from the strict parser and scores from its own probabilities, as in evaluation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine: batching changes no answer, results keep the order of the samples, sampling is seeded."""
+"""The engine: grouping changes no answer, results keep the order of the samples, what is finished is not lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coordexp.packing.collator import teacher_segment
-from coordexp.rollout.engine import Journal
+from coordexp.rollout.engine import Journal, TokenProbs
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore
 from helpers import asked, decode_request, new_checkpoint
@@ -43,17 +43,26 @@ def test_batched_equals_one_by_one(world, checkpoint, one_by_one, batch_images):
 
 
 class Killed(BaseException):
-    """Stands for `kill -9` in the middle of a batch."""
+    """Stands for `kill -9` in the middle of a group."""
+
+
+def all_bytes(generations) -> list[tuple[bytes, ...]]:
+    """Everything of the answers, to the last bit."""
+    return [
+        (g.ids.tobytes(), g.probs.logprobs_A.tobytes(), g.probs.coord_probs_CK.tobytes(), g.finish_reason.encode())
+        for g in generations
+    ]
 
 
 @pytest.mark.parametrize("request_", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_path, monkeypatch, request_):
-    undisturbed = answers(HfEngine(checkpoint, world.root, 2).generate(world.samples, request_))
-    original, batches = HfEngine._run, []
+def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_path, monkeypatch, request_):
+    monkeypatch.setattr("coordexp.rollout.hf_engine.GROUP_BATCHES", 1)
+    undisturbed = all_bytes(HfEngine(checkpoint, world.root, 2).generate(world.samples, request_))
+    original, groups = HfEngine._run, []
 
     def run(self, samples, *rest):
-        batches.append(len(samples))
-        if len(batches) == 3:
+        groups.append(len(samples))
+        if len(groups) == 3:
             raise Killed
         return original(self, samples, *rest)
 
@@ -65,9 +74,12 @@ def test_an_interrupted_run_goes_on_after_its_last_batch(world, checkpoint, tmp_
     assert len(journal.read(2**31)) == 4
     whole = (tmp_path / "generations.jsonl").read_text()
     (tmp_path / "generations.jsonl").write_text(whole[:-20])  # the write that the kill cut
-    assert answers(engine.generate(world.samples, request_)) == undisturbed
-    assert len(batches) == 3 + 2  # the batch of the cut line and the third one
-    assert answers(engine.generate(world.samples, asked(request_, max_new_tokens=5))) != undisturbed
+    assert all_bytes(engine.generate(world.samples, request_)) == undisturbed
+    assert len(groups) == 3 + 2  # the group of the cut line and the third one
+    assert all_bytes(engine.generate(world.samples, asked(request_, max_new_tokens=5))) != undisturbed
+    assert engine.generate(world.samples, replace(request_, keep_probs=False))[0].probs is None
+    (probs,) = {type(g.probs) for g in engine.generate(world.samples, request_)}
+    assert probs is TokenProbs
 
 
 def test_the_order_of_the_samples_does_not_matter(world, checkpoint, one_by_one):
@@ -111,22 +123,6 @@ def test_the_token_budget_ends_an_answer(world, checkpoint):
     for generation in generations:
         assert len(generation.ids) == 3 or generation.ids[-1] == end
         assert (generation.finish_reason == "stop") == (generation.ids[-1] == end)
-
-
-def test_an_answer_ends_at_its_end_token(world, checkpoint, monkeypatch):
-    """In a batch, a finished answer goes on as padding until the longest one is done."""
-    end, pad = (checkpoint.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
-    script = torch.tensor([[5, 6, end, pad], [5, 6, 7, end], [end, pad, pad, pad], [5, 6, 7, 8]])
-
-    def scripted(input_ids, **_):
-        return torch.cat([input_ids, script], dim=1)
-
-    monkeypatch.setattr(checkpoint.model, "generate", scripted)
-    samples = sorted(world.samples[:4], key=lambda sample: sample.prompt_length)
-    generations = HfEngine(checkpoint, world.root, 4).generate(samples, GREEDY)
-    assert answers(generations) == [[5, 6, end], [5, 6, 7, end], [end], [5, 6, 7, 8]]
-    assert [g.finish_reason for g in generations] == ["stop", "stop", "stop", "length"]
-    assert all(g.ids.dtype == np.int32 for g in generations)
 
 
 @pytest.mark.parametrize("training", [True, False])

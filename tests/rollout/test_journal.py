@@ -10,14 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
-from coordexp.rollout.engine import Generation, Journal, request_key
+from coordexp.rollout.engine import Generation, Journal, TokenProbs, request_key
 from helpers import World, asked, decode_request
 
 REQUEST = decode_request(max_new_tokens=8)
-FINISHED = Generation(np.array([4, 5, 6], np.int32), "stop")
+PROBS = TokenProbs(
+    np.array([-0.1, -1 / 3, -1e-30]), np.random.default_rng(0).dirichlet(np.ones(1000), 2).astype(np.float16)
+)
+FINISHED = Generation(np.array([4, 5, 6], np.int32), "stop", PROBS)
+PACKED = PROBS.to_json()["coord_probs"]
+
+
+def line(**changes: object) -> bytes:
+    """A line of the journal."""
+    row = {"key": "b", "ids": [1], "finish_reason": "stop", "probs": {"logprobs": [-0.5], "coord_probs": PACKED}}
+    return json.dumps(row | changes).encode()
+
+
 VOCABULARY = 10
 
 
@@ -34,17 +47,25 @@ VOCABULARY = 10
         b"{}",
         b"[" * 100000,
         b'{"key": "b", "ids": ' + b"9" * 5000 + b"}",
-        b'{"key": "b", "ids": [1], "finish_reason": "stop", "more": 1}',
-        b'{"key": ["b"], "ids": [1], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": 1, "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [[1]], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [true], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [-1], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [10], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [1e30], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [99999999999999999999], "finish_reason": "stop"}',
-        b'{"key": "b", "ids": [1], "finish_reason": ["stop"]}',
-        b'{"key": "b", "ids": [1], "finish_reason": null}',
+        line(more=1),
+        line(key=["b"]),
+        line(ids=1),
+        line(ids=[[1]]),
+        line(ids=[True]),
+        line(ids=[-1]),
+        line(ids=[10]),
+        line(ids=[1e30]),
+        line(ids=[99999999999999999999]),
+        line(finish_reason=["stop"]),
+        line(finish_reason=None),
+        line(probs=[]),
+        line(probs={"logprobs": [-0.5]}),
+        line(probs={"logprobs": [], "coord_probs": PACKED}),
+        line(probs={"logprobs": ["-0.5"], "coord_probs": PACKED}),
+        line(probs={"logprobs": [-0.5], "coord_probs": 5}),
+        line(probs={"logprobs": [-0.5], "coord_probs": "?"}),
+        line(probs={"logprobs": [-0.5], "coord_probs": PACKED[:-8]}),
+        line(probs={"logprobs": [-0.5], "coord_probs": TokenProbs(np.zeros(1), np.ones(9, np.float16)).to_json()}),
     ],
 )
 @pytest.mark.parametrize("ends", [b"\n", b""])
@@ -66,11 +87,27 @@ def test_a_damaged_line_is_dropped_and_named(
 
 def test_what_was_answered_before_damage_is_asked_again_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    path.write_text(json.dumps({"key": "a", "ids": [VOCABULARY], "finish_reason": "stop"}) + "\n")
+    path.write_bytes(line(ids=[VOCABULARY]) + b"\n")
     journal = Journal(path)
     assert journal.read(VOCABULARY) == {}
     journal.append("a", FINISHED)
     assert journal.read(VOCABULARY)["a"].ids.tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("coord_probs", [PROBS.coord_probs_CK, np.empty((0, 1000), np.float16), None])
+def test_what_is_read_back_is_what_was_written_to_the_last_bit(tmp_path: Path, coord_probs: NDArray | None) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append("bare", replace(FINISHED, probs=None))
+    journal.append("kept", replace(FINISHED, probs=replace(PROBS, coord_probs_CK=coord_probs)))
+    done = journal.read(VOCABULARY)
+    assert done["bare"].probs is None
+    found = done["kept"].probs
+    assert found is not None
+    assert found.logprobs_A.tobytes() == PROBS.logprobs_A.tobytes()
+    if coord_probs is None:
+        assert found.coord_probs_CK is None
+    else:
+        np.testing.assert_array_equal(found.coord_probs_CK, coord_probs, strict=True)
 
 
 def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path: Path) -> None:

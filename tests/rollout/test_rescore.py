@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.hf_engine import HfEngine
 from helpers import decode_request, new_checkpoint, token_logprobs
+from transformers_generate import generate, model_inputs, options_of
 
 
 @pytest.fixture(scope="module")
@@ -16,35 +16,20 @@ def checkpoint():
     return new_checkpoint()
 
 
-def generate_with_logprobs(world, checkpoint, monkeypatch, penalty: float):
-    """Generations, and per sample the log-probability of each token by the logits that `generate` computed."""
-    seen = []
-    original = checkpoint.model.generate
-
-    def recording(**kwargs):
-        output = original(**kwargs, return_dict_in_generate=True, output_logits=True)
-        steps_TBV = torch.stack(output.logits).log_softmax(-1)
-        new_BT = output.sequences[:, -len(output.logits) :]
-        seen.append(steps_TBV.transpose(0, 1).gather(-1, new_BT[..., None]).squeeze(-1))
-        return output.sequences
-
-    monkeypatch.setattr(checkpoint.model, "generate", recording)
-    request = decode_request(max_new_tokens=12, repetition_penalty=penalty)
-    # One image a batch, in order: what was recorded is then one row per sample.
-    samples = sorted(world.samples, key=lambda sample: sample.prompt_length)
-    generations = HfEngine(checkpoint, world.root, 1).generate(samples, request)
-    logprobs = [row[0, : len(g.ids)].double().numpy() for row, g in zip(seen, generations, strict=True)]
-    return samples, generations, logprobs
-
-
 @pytest.mark.parametrize("penalty", [1.0, 1.6])
 @pytest.mark.parametrize("images_per_forward", [1, 4])
-def test_log_probabilities_are_those_of_generation(world, checkpoint, monkeypatch, penalty, images_per_forward):
-    """A penalty shapes what is chosen, never how likely the model holds it."""
-    samples, generations, expected = generate_with_logprobs(world, checkpoint, monkeypatch, penalty)
+def test_log_probabilities_are_those_of_generation(world, checkpoint, penalty, images_per_forward):
+    """By the logits that `generate` computed. A penalty shapes what is chosen, never how likely the model holds it."""
+    request, samples = decode_request(max_new_tokens=12, repetition_penalty=penalty), world.samples
+    options = options_of(checkpoint, request) | {"output_logits": True, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        output = checkpoint.model.generate(**model_inputs(checkpoint, world.root, samples), **options)
+    steps_BTV = torch.stack(output.logits, dim=1).log_softmax(-1)
+    generations = generate(checkpoint, world.root, samples, request, len(samples))
     found = token_logprobs(checkpoint, world.collator(checkpoint), samples, generations, images_per_forward)
-    assert len(found) == len(samples)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, generation, steps_TV in zip(found, generations, steps_BTV, strict=True):
+        ids = torch.from_numpy(generation.ids.astype(np.int64))
+        theirs = steps_TV[: len(ids)].gather(-1, ids[:, None])[:, 0].numpy()
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert max(np.ptp(values) for values in found) > 0.01
 

@@ -1,4 +1,4 @@
-"""The distributions at coordinate slots: against a plain forward, and the engine's own probabilities."""
+"""The distributions at coordinate slots, against a plain forward."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 from coordexp.packing.collator import coordinate_positions
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore
-from helpers import World, decode_request, new_checkpoint, token_logprobs
+from helpers import World, new_checkpoint
+from transformers_generate import model_inputs
 
 
 def teacher(world: World) -> tuple[list[Generation], list[np.ndarray]]:
@@ -24,10 +24,9 @@ def test_distributions_are_those_of_a_plain_forward(world: World) -> None:
     assert checkpoint.coord is not None
     generations, positions = teacher(world)
     rescored = rescore(checkpoint, world.collator(checkpoint), world.samples, generations, positions, 4)
-    engine = HfEngine(checkpoint, world.root, 1)
     assert sum(map(len, positions)) > 6
     for sample, where, row in zip(world.samples, positions, rescored, strict=True):
-        inputs = engine._inputs([sample])
+        inputs = model_inputs(checkpoint, world.root, [sample])
         answer = torch.from_numpy(sample.answer_ids.astype(np.int64))[None]
         prompt_length = inputs["input_ids"].shape[1]
         for name, more in (("input_ids", answer), ("attention_mask", answer > -1), ("mm_token_type_ids", answer * 0)):
@@ -36,24 +35,6 @@ def test_distributions_are_those_of_a_plain_forward(world: World) -> None:
             logits = checkpoint.model(**inputs).logits[0, prompt_length - 1 :]
         expected = logits[where, checkpoint.coord.first_id : checkpoint.coord.end_id].softmax(-1).numpy()
         np.testing.assert_allclose(row.coord_probs_N4K, expected, atol=1e-5)
-
-
-def test_the_engines_own_logprobs_equal_the_rescored_ones(world: World) -> None:
-    """Generation with a cache and left padding against one packed teacher-forced forward, float32."""
-    checkpoint = new_checkpoint()
-    engine = HfEngine(checkpoint, world.root, 6)
-    inputs = engine._inputs(world.samples)
-    with torch.inference_mode():
-        output = checkpoint.model.generate(
-            **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )  # fmt: skip
-    generations = engine.generate(world.samples, decode_request(max_new_tokens=12))
-    own = torch.stack(output.logits, dim=1).log_softmax(-1)
-    rescored = token_logprobs(checkpoint, world.collator(checkpoint), world.samples, generations, 3)
-    for row, generation, ours in zip(own, generations, rescored, strict=True):
-        ids = torch.from_numpy(generation.ids.astype(np.int64))
-        theirs = row[: len(ids)].gather(-1, ids[:, None])[:, 0].numpy()
-        np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
 def test_more_slots_than_one_head_pass_holds(world: World, monkeypatch) -> None:

@@ -38,7 +38,7 @@ STREAMS = {
     "evaluation/resamples": Stream("images of each bootstrap resample"),
     "gallery/images": Stream("pictures of the gallery beside the telling ones"),
     "model/coordinate-rows": Stream("directions along which `coord_init: ordinal` orders the new rows"),
-    "decode/batch": Stream("tokens sampled in memory; index: first image of the batch", stride=1),
+    "decode/answer": Stream("tokens sampled in memory; index: image id", stride=_FAR),
     "decode/request": Stream("tokens that a server samples; index: image id", stride=_FAR, modulus=_SEEDS_31),
     "decode/fresh-rollouts": Stream("seed of one fresh set; index: its step", stride=_FAR, modulus=_SEEDS_31),
     # Of the seed of a repetition of stage 1 or stage 2.

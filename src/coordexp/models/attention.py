@@ -152,7 +152,7 @@ def _grouped_products(
 @lru_cache(maxsize=16)
 def _groups(lengths: Lengths, heads: int, causal: bool, device: torch.device) -> Groups:
     """The same for every layer of a forward. Only what is causal may be padded: nothing sees what follows it."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # also asked in there, and then remembered for a step of training
         return Groups.of(lengths, heads, padded=causal).to(device)
 
 

@@ -9,20 +9,29 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import Cache, Qwen3VLForConditionalGeneration
 
-from coordexp.models.attention import packed
+from coordexp.models.attention import TEXT, packed
 from coordexp.packing.collator import PackedBatch
 
 
 def hidden_states(
-    model: Qwen3VLForConditionalGeneration, batch: PackedBatch, inputs_embeds_BTD: Tensor | None = None
+    model: Qwen3VLForConditionalGeneration,
+    batch: PackedBatch,
+    inputs_embeds_BTD: Tensor | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Last hidden states, flattened to (B * T, D); `inputs_embeds_BTD` replaces the token embeddings if given.
 
+    A cache is handed the keys and values of all tokens, and must return them as they are.
+
     The lengths of segments and pictures keep them apart (models/attention.py); no attention mask is built. A model to
-    which transformers' own attention was left does the same by a T x T mask, made of the 4-row position ids.
+    which transformers' own attention was left does the same by a T x T mask, made of the 4-row position ids, but never
+    beside a cache.
     """
+    assert cache is None or model.model.language_model.config._attn_implementation == TEXT, (
+        "use_segment_attention first"
+    )
     with packed():
         output = model.model(
             input_ids=batch.input_ids if inputs_embeds_BTD is None else None,
@@ -31,11 +40,34 @@ def hidden_states(
             attention_mask=None,
             pixel_values=batch.pixel_values,
             image_grid_thw=batch.image_grid_thw,
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
             segments=batch.segments,
             pictures=batch.pictures,
         )
     return output.last_hidden_state.flatten(0, 1)
+
+
+def next_hidden_states(
+    model: Qwen3VLForConditionalGeneration, ids_BT: Tensor, rope_BT: Tensor, mask_BTL: Tensor, cache: Cache
+) -> Tensor:
+    """Hidden states (B, T, D) of the next tokens of B texts whose keys and values a cache of L columns holds.
+
+    Args:
+        model: the model.
+        ids_BT: the tokens.
+        rope_BT: their rotary positions, the same on all three axes: text behind a picture.
+        mask_BTL: which columns each of them sees, its own among them.
+        cache: holds what came before, and is handed what comes.
+    """
+    output = model.model(
+        input_ids=ids_BT,
+        position_ids=rope_BT.expand(3, *rope_BT.shape),
+        attention_mask=mask_BTL[:, None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state
 
 
 def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:

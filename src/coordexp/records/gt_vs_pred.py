@@ -34,7 +34,7 @@ class Prediction:
     """One parsed object of the answer.
 
     `bins` are the four emitted bins (digits codec: the emitted numbers). `coord_logprobs` are log p of the four emitted
-    coordinates at temperature 1 from the re-scoring forward, `desc_logprob` the mean over the description's tokens.
+    coordinates at temperature 1, `desc_logprob` the mean over the description's tokens.
     `score` is None until scored; evaluation refuses that for AP, it never invents one.
 
     `coord_sd_bins` are the standard deviations of the distributions at the four slots (None for digits).

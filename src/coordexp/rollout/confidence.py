@@ -1,4 +1,4 @@
-"""Confidence by name: from re-scored probabilities to one number per object, in (0, 1] for all but degenerate input.
+"""Confidence by name: from the probabilities of the model to one number per object, in (0, 1] but for odd input.
 
 Shapes: N objects, 4 coordinates x1, y1, x2, y2, K bins, Q quadrature nodes.
 """
@@ -23,7 +23,7 @@ _OBJECTS_PER_BLOCK = 64  # bounds the memory of the 8^4 boxes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What re-scoring knows about the objects of one answer.
+    """What the model knows about the objects of one answer.
 
     `coord_logprobs_N4` and `desc_logprob_N` (mean over the name's tokens) in nats; `boxes_N4` are the decoded boxes in
     bins, `probs_N4K` the distributions at their slots, None for a codec that has none.

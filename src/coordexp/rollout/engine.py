@@ -5,14 +5,16 @@ The journal keeps finished generations on disk as they come, so that an interrup
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
 import os
 import reprlib
 import threading
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard
 
@@ -21,24 +23,30 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from coordexp.config.schema import DecodeParams
+from coordexp.geometry.bins import NUM_BINS
 from coordexp.packing.samples import Sample
 from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
 
+LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal
 READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
     """How answers are generated: the parameters, and beside them the codec, the seed and, for `grammar: closed`, the
-    only names that are allowed."""
+    only names that are allowed.
+
+    An engine that knows how likely the model finds what it emits says so, unless nobody will read it (`keep_probs`).
+    """
 
     params: DecodeParams
     codec: str
     seed: int
     names: tuple[str, ...] = ()
+    keep_probs: bool = True
 
     def identity(self) -> str:
         """All of it that decides what is generated, as text."""
@@ -69,12 +77,51 @@ def greedy(max_new_tokens: int, box: str, score: str) -> DecodeParams:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenProbs:
+    """How likely the model finds what was emitted, at temperature 1 and before penalties and masks: what re-scoring
+    would say.
+
+    Shapes: A tokens, C of them coordinates, K bins. `logprobs_A` in nats; `coord_probs_CK` sums to 1, None for a codec
+    without coordinate tokens.
+    """
+
+    logprobs_A: NDArray[np.float64]
+    coord_probs_CK: NDArray[np.float16] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All bits, as JSON values."""
+        probs = self.coord_probs_CK
+        packed = None if probs is None else base64.b64encode(zlib.compress(probs.tobytes(), level=1)).decode()
+        return {"logprobs": self.logprobs_A.tolist(), "coord_probs": packed}
+
+    @classmethod
+    def from_json(cls, value: Any, n_tokens: int) -> TokenProbs:
+        """What `to_json` made; raises ValueError saying what is wrong with it."""
+        if not isinstance(value, dict) or value.keys() != {"logprobs", "coord_probs"}:
+            raise ValueError("the probabilities are no object of logprobs and coord_probs")
+        logprobs, packed = value["logprobs"], value["coord_probs"]
+        if not isinstance(logprobs, list) or [type(p) for p in logprobs] != [float] * n_tokens:
+            raise ValueError(f"the log-probabilities are {reprlib.repr(logprobs)}, expected {n_tokens} numbers")
+        if packed is None:
+            return cls(np.array(logprobs), None)
+        try:
+            probs = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.float16).reshape(-1, NUM_BINS)
+        except (TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"the distributions cannot be read ({error})") from error
+        return cls(np.array(logprobs), probs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Generation:
-    """Generated ids of one image, without prompt and padding; a finished answer ends with the end-of-turn id."""
+    """Generated ids of one image, without prompt and padding; a finished answer ends with the end-of-turn id.
+
+    `probs` is None if the engine does not know them, or was told that nobody needs them.
+    """
 
     ids: NDArray[np.int32]
     finish_reason: Literal["stop", "length"]
+    probs: TokenProbs | None = None
 
     @classmethod
     def from_json(cls, ids: Any, finish_reason: Any, vocabulary_size: int) -> Generation:
@@ -145,7 +192,12 @@ class Journal:
 
     def append(self, key: str, generation: Generation) -> None:
         """Add a finished generation; it is on disk when this returns."""
-        row = {"key": key, "ids": generation.ids.tolist(), "finish_reason": generation.finish_reason}
+        row = {
+            "key": key,
+            "ids": generation.ids.tolist(),
+            "finish_reason": generation.finish_reason,
+            "probs": generation.probs and generation.probs.to_json(),
+        }
         with self._lock, self._path.open("a", encoding="utf-8") as out:
             # A cut line of an earlier run must not swallow this one.
             out.write(("\n" if _ends_mid_line(self._path) else "") + json.dumps(row) + "\n")
@@ -160,9 +212,12 @@ class Journal:
 def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
     """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
     row = json.loads(line)
-    if not isinstance(row, dict) or row.keys() != {"key", "ids", "finish_reason"} or not isinstance(row["key"], str):
-        raise ValueError("it is no object of key, ids and finish_reason")
-    return row["key"], Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
+    if not isinstance(row, dict) or row.keys() != LINE_KEYS or not isinstance(row["key"], str):
+        raise ValueError(f"it is no object of {', '.join(sorted(LINE_KEYS))}")
+    generation = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
+    if row["probs"] is None:
+        return row["key"], generation
+    return row["key"], replace(generation, probs=TokenProbs.from_json(row["probs"], len(generation.ids)))
 
 
 def _ends_mid_line(path: Path) -> bool:

@@ -1,5 +1,6 @@
-"""Re-scoring: one packed teacher-forced forward gives the log-probability of every generated token, and the whole
-distribution over the coordinate bins where an object's coordinates were emitted.
+"""Re-scoring, for engines that do not say how likely the model finds what they emit: one packed teacher-forced forward
+gives the log-probability of every generated token, and the whole distribution over the coordinate bins where an
+object's coordinates were emitted.
 
 Whatever engine produced the ids, and whatever penalties or masks shaped its sampling, these are the model's own
 probabilities at temperature 1 under the training prompt.
@@ -73,6 +74,17 @@ def rescore(
                 out.append(Rescored(logprobs_A, probs))
     model.train(was_training)
     return out
+
+
+def kept_while_generating(checkpoint: Checkpoint, generation: Generation, positions_N4: NDArray[np.int64]) -> Rescored:
+    """The same of an answer whose engine kept the probabilities; its coordinates stand at `positions_N4`."""
+    probs, coord = generation.probs, checkpoint.coord
+    assert probs is not None
+    if probs.coord_probs_CK is None or coord is None:
+        return Rescored(probs.logprobs_A, None)
+    is_coord_A = (generation.ids >= coord.first_id) & (generation.ids < coord.end_id)
+    assert is_coord_A.sum() == len(probs.coord_probs_CK)
+    return Rescored(probs.logprobs_A, probs.coord_probs_CK[is_coord_A.cumsum()[positions_N4] - 1])
 
 
 def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, targets_S: Tensor) -> NDArray[np.float64]:

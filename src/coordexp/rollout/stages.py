@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Engine, Generat
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
-from coordexp.rollout.rescore import rescore
+from coordexp.rollout.rescore import kept_while_generating, rescore
 from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
@@ -67,7 +68,7 @@ def predict_samples(
     batch_images: int,
     engine: Engine | None = None,
 ) -> list[ImageResult]:
-    """Generate, re-score, parse and score; results in the order of the samples.
+    """Generate, parse and score; results in the order of the samples.
 
     Without an engine the checkpoint generates.
     """
@@ -85,14 +86,30 @@ def read_answers(
     image_root: Path,
     batch_images: int,
 ) -> list[Decoded]:
-    """Re-score and parse answers, whichever engine gave them; in the order of the samples."""
+    """Parse answers, whichever engine gave them; in the order of the samples.
+
+    They are re-scored unless the engine kept what it knew.
+    """
+    positions = [coord_positions(reader.parse(g)) for g in generations]
     pad_id = checkpoint.tokenizer.pad_token_id
     collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
-    positions = [coord_positions(reader.parse(g)) for g in generations]
-    rescored = rescore(checkpoint, collator, samples, generations, positions, batch_images)
+    bare = [i for i, generation in enumerate(generations) if generation.probs is None]
+    again = rescore(
+        checkpoint,
+        collator,
+        [samples[i] for i in bare],
+        [generations[i] for i in bare],
+        [positions[i] for i in bare],
+        batch_images,
+    )
+    rescored = dict(zip(bare, again, strict=True))
     texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
-    rows = zip(samples, generations, rescored, texts, strict=True)
-    return [reader.decoded(*row) for row in rows]
+    return [
+        reader.decoded(
+            sample, generation, rescored.get(i) or kept_while_generating(checkpoint, generation, where), text
+        )
+        for i, (sample, generation, where, text) in enumerate(zip(samples, generations, positions, texts, strict=True))
+    ]
 
 
 def run_rollouts(run: RunConfig) -> int:
@@ -103,7 +120,7 @@ def run_rollouts(run: RunConfig) -> int:
     count = min(run.profile.rollout.images, len(store))
     chosen = np.sort(generator(run.params.seed, "rollout/images").permutation(len(store))[:count])
     samples = [store[int(i)] for i in chosen]
-    request = decode_request(run, form.codec)
+    request = replace(decode_request(run, form.codec), keep_probs=False)
     batch_images = run.profile.rollout.batch_images
     generations, _, _ = generate_answers(run.profile, form, folder, run.paths.raw, batch_images, samples, request)
     by_image = {sample.image_id: generation for sample, generation in zip(samples, generations, strict=True)}

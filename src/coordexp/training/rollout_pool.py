@@ -116,8 +116,9 @@ class Refresher:
     def _generate(self, refresh: Refresh, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
-        request = replace(self._request, seed=stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step))
-        with torch.random.fork_rng():  # the engine seeds the generator; training goes on with its own numbers
+        seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
+        request = replace(self._request, seed=seed, keep_probs=False)
+        with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
             generations = self._engine.generate(samples, request)
         write_generations(path, {s.image_id: g for s, g in zip(samples, generations, strict=True)})
 

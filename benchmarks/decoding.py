@@ -1,0 +1,138 @@
+"""Decoding by slots with scores kept, beside transformers' `generate` and a second, packed forward that scores.
+
+    PYTHONPATH=src python -m benchmarks.decoding --profile tiny
+
+The stage-1 model answers pictures of val, both ways the same tokens. Reading pictures and prompts, which the second
+forward does again, is most of the work of a model as small as this. What a real model saves is its forwards: those are
+counted for answers with COCO's number of objects in Qwen's tokens. CPU seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from heapq import heapify, heapreplace
+
+import numpy as np
+from benchmarks.harness import Row, side_by_side
+from benchmarks.parse_and_match import rollouts
+from tests.qwen import qwen3_tokenizer
+from tests.transformers_generate import generate
+
+from benchmarks import harness, tiny_run
+from coordexp.geometry.bins import COORD_TOKENS
+from coordexp.rollout.decode import coord_positions
+from coordexp.rollout.draft import FormatDraft
+from coordexp.rollout.engine import DecodeRequest, Generation
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.rescore import Rescored, rescore
+from coordexp.rollout.stages import make_reader
+from coordexp.stage import LOG, tune_allocator
+from coordexp.text.codecs import CODECS, AnswerEncoder
+from coordexp.training.builders import make_collator
+
+GAIN, SCORES, FORWARDS, CODECS_APART = 2.5, 0.05, 8.0, 1.3
+OPEN = 64  # answers at a time, of the simulated ones
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Times of the run's model, and forwards of answers with COCO's lengths."""
+    run = tiny_run.open_run(arguments)
+    folder = run.paths.run("stage1")
+    if missing := tiny_run.absent("decoding", arguments, folder, run.paths.norm1000, run.paths.raw):
+        return missing + forward_rows(64 if arguments.quick else 1000)
+    tune_allocator(LOG)
+    return time_rows(run, arguments) + forward_rows(64 if arguments.quick else 1000)
+
+
+def time_rows(run: tiny_run.TinyRun, arguments: argparse.Namespace) -> list[Row]:
+    """Both ways in turns."""
+    checkpoint = run.checkpoint(run.paths.run("stage1"))
+    samples = run.samples("val", 8 if arguments.quick else arguments.images)
+    batch = run.profile.rollout.batch_images
+    engine = HfEngine(checkpoint, run.paths.raw, batch)
+    request = DecodeRequest(params=run.params.decode, codec=run.params.text.codec, seed=run.params.seed)
+    reader, collator = (
+        make_reader(checkpoint),
+        make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
+    )
+
+    def reference() -> list[Generation]:
+        return generate(checkpoint, run.paths.raw, samples, request, batch)
+
+    def score(generations: Sequence[Generation]) -> list[Rescored]:
+        positions = [coord_positions(reader.parse(generation)) for generation in generations]
+        return rescore(checkpoint, collator, samples, generations, positions, batch)
+
+    theirs, ours = reference(), engine.generate(samples, request)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(theirs, ours, strict=True))
+    contestants = {
+        "both": lambda: score(reference()),
+        "generate": reference,
+        "rescore": lambda: score(theirs),
+        "slots": lambda: engine.generate(samples, request),
+        "bare": lambda: engine.generate(samples, replace(request, keep_probs=False)),
+    }
+    times = side_by_side(contestants, 1 if arguments.quick else 5, not arguments.quick, time.process_time)
+    what = f"{sum(len(g.ids) for g in ours):,} tokens of {len(samples)} images, {batch} at a time; the same answers"
+    gain, kept = times.ratio("both", "slots"), times.ratio("slots", "bare") - 1
+    return [
+        Row("decode and score, beside generate", gain, "x", what, f">= {GAIN:g} x", gain >= GAIN),
+        Row("decode alone, beside generate", times.ratio("generate", "bare"), "x", "no scores either way", "", None),
+        Row("scores: share of decoding", kept, "", "kept on the way", f"<= {SCORES}", kept <= SCORES),
+        Row("re-scoring: share of generating", times.ratio("rescore", "generate"), "", "answers of servers", "", None),
+    ]
+
+
+def forward_rows(n_images: int) -> list[Row]:
+    """Forwards that answers of COCO's lengths take, each foretold token being the model's."""
+    tokenizer = qwen3_tokenizer()
+    tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
+    first = tokenizer.convert_tokens_to_ids(COORD_TOKENS[0])
+    rows, slots = [], {}
+    for codec in ("json", "tags"):
+        draft = FormatDraft(tokenizer, codec)
+        answers = [r.token_ids.tolist() for r in rollouts(AnswerEncoder(tokenizer, CODECS[codec]), n_images)]
+        lengths = [len(ids) for ids in answers]
+        padded = sum(max(lengths[i : i + OPEN]) - 1 for i in range(0, n_images, OPEN))
+        slots[codec] = in_slots([forwards(ids, draft, first) for ids in answers])
+        gain, beside = padded / slots[codec], f"{slots[codec]:,} of {padded:,} in batches of {OPEN}; {n_images} images"
+        undrafted = padded / in_slots([n - 1 for n in lengths])
+        target, met = (f">= {FORWARDS:g} x", gain >= FORWARDS) if codec == "json" else ("", None)
+        beside += f"; {undrafted:.1f} x without drafts"
+        rows.append(Row(f"forwards fewer, COCO's lengths, {codec}", gain, "x", beside, target, met))
+    apart = slots["json"] / slots["tags"]
+    target, met = f"<= {CODECS_APART:g} x", apart <= CODECS_APART
+    return [*rows, Row("forwards of json beside tags", apart, "x", "the same objects", target, met)]
+
+
+def forwards(ids: Sequence[int], draft: FormatDraft, first_coord_id: int) -> int:
+    """Forwards behind the prompt of one answer of a model whose tokens these are."""
+    is_coord = [first_coord_id <= token < first_coord_id + len(COORD_TOKENS) for token in ids]
+    n, at = 0, 1  # the first token is the prompt's
+    while at < len(ids):
+        n, ahead = n + 1, draft.after(ids[:at], sum(is_coord[:at]), is_coord[at - 1])
+        right = next((i for i, token in enumerate(ahead) if ids[at + i : at + i + 1] != [token]), len(ahead))
+        at += right + 1
+    return n
+
+
+def in_slots(forwards_of: Sequence[int]) -> int:
+    """Steps until all answers are written, the next one beginning where one ends."""
+    ends = [0] * OPEN
+    heapify(ends)
+    for n in forwards_of:
+        heapreplace(ends, ends[0] + n)
+    return max(ends)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Which run, and how many pictures."""
+    tiny_run.options(parser)
+    parser.add_argument("--images", type=int, default=128)
+
+
+if __name__ == "__main__":
+    harness.script("decoding", __doc__, measure, options)
