@@ -37,6 +37,7 @@ NOT_RUN = {
     r".*coco-qwen3vl-.*|.*datasets/coco.*|.* published .*": "COCO, a Qwen3-VL; test_production.py is smaller",
     r"sudo .*|pip install .*|.*(s3|ssh)://.*|dvc remote modify storage .*": "a network",
     r".*(/where/|torchrun|accelerate).*|export .*|tensorboard .*": "servers and GPUs",
+    r"dvc exp (push|pull|apply) .*softer": "two machines; tests/graph/test_smoke.py lets an experiment travel",
     r"#!/bin/bash\n.*": "SLURM",
 }  # fmt: skip
 PACKAGES_OF_OTHERS = {"supervision", "fiftyone"}
