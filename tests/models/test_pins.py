@@ -6,9 +6,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from pipelines import coco_eval, norm1000
+from pipelines import decode, norm1000
 
 from coordexp import cli
 from coordexp.config.loading import load_profile
@@ -105,13 +106,16 @@ def test_what_decides_nothing_may_change(profile: Path) -> None:
     assert pinned_folder(model(profile), "mine") == BASE
 
 
-@pytest.mark.parametrize("stage", [norm1000, coco_eval])
-def test_the_stages_that_load_the_model_stop(profile: Path, stage, capfd: pytest.CaptureFixture[str]) -> None:
-    assert stage_main(stage.run, ["--profile", "mine"]) == 2
+@pytest.mark.parametrize(("stage", "names"), [(norm1000, ()), (decode, ("base",))])
+def test_the_stages_that_load_the_model_stop(
+    profile: Path, stage: ModuleType, names: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*names, "--profile", "mine"]
+    assert stage_main(stage.run, arguments, names) == 2
     assert "model.files is null" in capfd.readouterr().err
     write_pins(profile)
     edited("model.safetensors")()
-    assert stage_main(stage.run, ["--profile", "mine"]) == 2
+    assert stage_main(stage.run, arguments, names) == 2
     error = capfd.readouterr().err
     assert "model.safetensors: found sha256" in error
     assert "`coordexp doctor --pin --profile mine`" in error
