@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pipelines import coco_eval, convert, norm1000, pack, raw, report, rollout, stage1, stage1_control, stage2
+from pipelines import coco_eval, convert, decode, norm1000, pack, raw, report, rollout, stage1, stage1_control, stage2
 from ruamel.yaml import YAML
 
 from coco_oddities import (
@@ -37,7 +37,7 @@ from qwen import qwen3_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("production")]
 PROFILE = "coco-qwen3vl-2b"
-STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control, coco_eval, report)
+STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control, decode, coco_eval, report)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
         write_pins(root / "configs" / f"{PROFILE}.yaml")
         (root / "data").mkdir()
         for stage in STAGES:
-            assert stage_main(stage.run, []) == 0, stage.__name__
+            for name in CHECKPOINTS if stage is decode else ("",):
+                assert stage_main(stage.run, [name] if name else [], CHECKPOINTS if name else ()) == 0, (
+                    f"{stage.__name__} {name}"
+                )
         yield ProfilePaths(PROFILE, root)
 
 
