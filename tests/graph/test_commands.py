@@ -109,6 +109,7 @@ def reader(clone: Clone, reproduced: str, tmp_path_factory: pytest.TempPathFacto
     copy = Clone(root, clone.home)
     copy.succeed("git", "checkout", "--quiet", "--force", "main")
     copy.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(bare))
+    copy.run("git", "remote", "remove", "origin")  # of other tests of the clone
     copy.succeed("git", "remote", "add", "origin", str(bare))
     copy.succeed("git", "push", "--quiet", "--set-upstream", "origin", "main")
     return copy
