@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, RUN_METADATA
 from coordexp.config.presets import changed_tree
+from coordexp.infra.files import remove
 from coordexp.records.images import image_roots
 from coordexp.stage import stage_main
 from graph.test_graph import Node, graph
@@ -81,7 +82,7 @@ class LocalGraph:
         entry, _, which = name.partition("@")
         for path in node.outs:
             if name != "check":  # which persists
-                _remove(self.root / path)
+                remove(self.root / path)
         run = importlib.import_module(f"pipelines.{entry.replace('-', '_')}").run
         code = stage_main(run, [which] if which else [], CHECKPOINTS if which else ())
         assert code == 0, f"{name} ended with {code}"
@@ -95,10 +96,3 @@ def content_hash(path: Path, left_out: Collection[str] = ()) -> str:
     ignored = {"__pycache__", *left_out}
     files = sorted(file for file in path.rglob("*") if file.is_file() and ignored.isdisjoint(file.parts))
     return " ".join(f"{file.relative_to(path)}:{content_hash(file)}" for file in files)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -67,7 +67,6 @@ def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint
         note = str(error)
         undefined = {key: {"verdict": Verdict.UNDEFINED.value} for key in METRICS}
         effect = {"arm": new.name, "baseline": old.name, "faults": {}, "metrics": undefined}
-    trained = [name for name in (checkpoint,) if name in TRAINED]
     return {
         "name": new.name,
         "revision": new.revision,
@@ -86,9 +85,8 @@ def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint
             {key: [side.value(key) if has(side, key) else None for side in (ours, theirs)] for key in METRICS}
         ),
         "runs": [
-            {"arm": one.name, "tokens": tokens_trained(repository, one.revision, params.profile, stage)}
-            for stage in trained
-            for one in (new, old)
+            {"arm": one.name, "tokens": tokens_trained(repository, one.revision, params.profile, checkpoint)}
+            for one in ((new, old) if checkpoint in TRAINED else ())
         ],
         "cost": {"stages": repository.seconds(new.revision)},
     }

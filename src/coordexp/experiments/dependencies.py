@@ -48,7 +48,7 @@ class Past:
         """What one of these stages read and is no longer so in the same revision; the empty string if nothing."""
         made = {item["path"]: item for entry in self.lock.values() for item in entry.get("outs", [])}
         for name in stages:
-            for path, item in _by_path(self.lock.get(name, {}), "deps").items():
+            for path, item in by_path(self.lock.get(name, {}), "deps").items():
                 now = made.get(path, {}).get("md5") or self.inputs_md5.get(path)
                 if now and now != item.get("md5"):
                     return path
@@ -228,8 +228,8 @@ class Present:
         for name in self.plans:
             then, now = past.lock[name], self.lock.get(name)
             if now is not None and _inputs(then) == _inputs(now):
-                outs = _by_path(now, "outs")
-                for path, made in _by_path(then, "outs").items():
+                outs = by_path(now, "outs")
+                for path, made in by_path(then, "outs").items():
                     if outs.get(path) != made and any(overlap(path, dep) for dep in read):
                         return path
         return ""
@@ -256,21 +256,22 @@ def _stage_change(name: str, plan: StagePlan, past: Past, told: Inputs) -> str:
         return f"stage {name}"
     if entry["cmd"] != plan.cmd:
         return f"the command of stage {name}"
-    if _by_path(entry, "deps").keys() != plan.deps:
+    if by_path(entry, "deps").keys() != plan.deps:
         return f"the list of dependencies of stage {name}"
     if found := first_difference(past.inputs.get(plan.inputs.stem if plan.inputs else "", {}), told):
         return f"{'the code' if found[0] == CODE else found[0]} of stage {name}"
     return ""
 
 
-def _by_path(entry: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
+def by_path(entry: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
+    """The items of one section (deps, outs) of a stage in dvc.lock."""
     return {item["path"]: item for item in entry.get(section, [])}
 
 
 def _inputs(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return entry["cmd"], _by_path(entry, "deps")
+    return entry["cmd"], by_path(entry, "deps")
 
 
 def _hashes(lock: Lock, path: str) -> list[Mapping[str, Any]]:
     """What a dvc.lock says of one dependency, for every stage that has it."""
-    return [deps[path] for entry in lock.values() if path in (deps := _by_path(entry, "deps"))]
+    return [deps[path] for entry in lock.values() if path in (deps := by_path(entry, "deps"))]

@@ -34,7 +34,7 @@ from coordexp.errors import (
     TrainingError,
     closest,
 )
-from coordexp.experiments.dependencies import INPUTS, Past, Present
+from coordexp.experiments.dependencies import INPUTS, Past, Present, by_path
 from coordexp.experiments.progress import Ended, Progress, stream
 from coordexp.infra.files import only_process, remove
 from coordexp.infra.provenance import WRITTEN_BY_STAGES, write_json
@@ -255,7 +255,7 @@ class Repository:
             where = f"dvc.lock of {revision[:12]}"
             lock = parse_yaml(self.text(revision, "dvc.lock"), where) if "dvc.lock" in names else {}
             texts = {path: self.text(revision, path) for path in names if path.endswith(".json")}
-            read = {path for entry in lock.get("stages", {}).values() for path in _deps(entry)}
+            read = {path for entry in lock.get("stages", {}).values() for path in by_path(entry, "deps")}
             self._pasts[key] = Past(
                 lock=lock.get("stages", {}),
                 ids=self._ids(revision, given),
@@ -343,10 +343,6 @@ class Repository:
     def _environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return os.environ | {"PATH": path}
-
-
-def _deps(entry: Mapping[str, list[Mapping[str, str]]]) -> list[str]:
-    return [item["path"] for item in entry.get("deps", [])]
 
 
 def _failure(name: str, ended: Ended, log: Path) -> CoordExpError:
