@@ -93,9 +93,8 @@ def blind_metrics(
     table: DetectionTable, by_score: Sequence[CategoryMatches], weights_BI: Ints, seed: int
 ) -> tuple[dict[str, float | None], Floats]:
     """The `blind` area, and the margin over the best control in each resample, (B,); `by_score` are the table's own."""
-    metrics: dict[str, float | None] = {
-        f"{name}_{key}": None for name in CONTROLS for key in ("AP50", "full_50")
-    } | {"margin_AP50": None}  # fmt: skip
+    names = [f"{name}_{key}" for name in CONTROLS for key in ("AP50", "full_50")]
+    metrics: dict[str, float | None] = dict.fromkeys([*names, "margin_AP50"])
     own, own_B = _ap50(by_score, weights_BI)
     best, best_B = -np.inf, np.full(len(weights_BI), -np.inf)
     for name, control in blind_controls(table, seed).items():

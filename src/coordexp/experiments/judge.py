@@ -82,7 +82,8 @@ def evaluate(
             "the first."
         )
     reading = _Reading(truth, form, labels, categories, annotations, mapping)
-    (evaluation,) = _evaluate(files, reading)
+    (evaluation,) = evaluations = _evaluate(files, reading)
+    _say_what_outranks(files, evaluations)
     write_json(out, rounded(evaluation.metrics, 12))
     if tables:
         from coordexp.evaluation.suite import write_tables
@@ -153,11 +154,9 @@ class _Reading:
 
 def _evaluate(files: Sequence[Path], reading: _Reading) -> list[Evaluation]:
     """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
-    from coordexp.evaluation.blind import MARGIN, learned_nothing
     from coordexp.evaluation.categories import annotated_categories
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
     from coordexp.evaluation.foreign.truth import read_truth
-    from coordexp.evaluation.parse import faults_of
     from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
     from coordexp.evaluation.table import check_known_images
     from coordexp.records.categories import read_categories
@@ -182,13 +181,19 @@ def _evaluate(files: Sequence[Path], reading: _Reading) -> list[Evaluation]:
             if len(rows) < len(listed.images):
                 _note(f"note: {len(rows)} of the {len(listed.images)} annotated images are evaluated.")
     params = STANDARD.model_copy(update={"mapping": reading.mapping})
-    found = [evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results]
-    for file, evaluation in zip(files, found, strict=True):
+    return [evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results]
+
+
+def _say_what_outranks(files: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
+    """What makes any score meaningless, before the scores."""
+    from coordexp.evaluation.blind import MARGIN, learned_nothing
+    from coordexp.evaluation.parse import faults_of
+
+    for file, evaluation in zip(files, evaluations, strict=True):
         if faults := faults_of(evaluation.metrics):
             print(f"{file} is not judged: {', '.join(faults)}.")
         if why := learned_nothing(evaluation.value(MARGIN), evaluation.metrics["interval"][MARGIN]):
-            print(f"{file} shows no learning: {why} (answers given without looking at the picture).")
-    return found
+            print(f"{file} shows no learning: {why} (answers given without seeing the picture).")
 
 
 def _foreign(file: Path, truth: Any, reading: _Reading) -> list[ImageResult]:
@@ -206,11 +211,12 @@ def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], i
     from coordexp.evaluation.registry import view
 
     first, *others = evaluations
+    keys = view("compared", first.params)
+    effects = [{key: paired_effect([other], [first], key) for key in keys} for other in others]
+    _say_what_outranks(files, evaluations)
     letters = [chr(ord("A") + n) if n < 26 else f"#{n + 1}" for n in range(len(files))]
     print("\n".join(f"{letter}: {file}" for letter, file in zip(letters, files, strict=True)))
     print(f"{first.table.n_images} images, {int(first.table.n_gt_I.sum())} objects")
-    keys = view("compared", first.params)
-    effects = [{key: paired_effect([other], [first], key) for key in keys} for other in others]
     rows = []
     for key in keys:
         row = [key, _number(first.value(key))]

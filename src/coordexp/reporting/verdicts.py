@@ -89,18 +89,18 @@ def nothing_learned(metrics: Metrics, checkpoint: str) -> str:
 
 def warnings(metrics: Metrics) -> list[str]:
     """One line for each checkpoint that learned nothing or is not judged, and why; empty if there is none."""
-    blind = {name: nothing_learned(metrics, name) for name in CHECKPOINTS}
-    lines = [
-        f"**{name} has learned nothing that this data set shows**: {why} (answers given without seeing the picture)."
-        for name, why in blind.items()
-        if why
-    ]
     found = {name: checkpoint_faults(metrics, name) for name in CHECKPOINTS}
-    return lines + [
+    lines = [
         f"**{name} is not judged**: {', '.join(faults)} (of {metric(metrics, name, 'coco.n_images')} on val; "
         f"above {100 * MOST_FAULTY:g} %, no score says how well it detects)."
         for name, faults in found.items()
         if faults
+    ]
+    blind = {name: nothing_learned(metrics, name) for name in CHECKPOINTS}
+    return lines + [
+        f"**{name} has learned nothing that this data set shows**: {why} (answers given without seeing the picture)."
+        for name, why in blind.items()
+        if why and not found[name]
     ]
 
 

@@ -131,8 +131,11 @@ def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
     """Results with the annotations' own ids; or instances, whose ids are their own and which are joined by names."""
     source = read_json(path)
     if isinstance(source, dict) and isinstance(source.get("annotations"), list):
-        files = {row["id"]: row["file_name"] for row in source.get("images", [])}
-        names = {row["id"]: row["name"] for row in source.get("categories", [])}
+        try:
+            files = {row["id"]: str(row["file_name"]) for row in source["images"]}
+            names = {row["id"]: str(row["name"]) for row in source["categories"]}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: images need id and file_name, categories id and name ({error!r}).") from error
         source = source["annotations"]
     else:
         files, names = {}, {category.id: category.name for category in truth.categories}
@@ -144,8 +147,8 @@ def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: found {row!r}, expected a detection with image_id, category_id, bbox and score.")
         key, category = row.get("image_id"), row.get("category_id")
-        image_id = truth.image_id(files.get(key, key), where)
-        if category not in names:
+        image_id = truth.image_id(files.get(key, key) if isinstance(key, int | str) else key, where)
+        if not isinstance(category, int | str) or category not in names:
             raise DataError(
                 f"{where}: category_id {category!r} is none of the {len(names)} ids that the annotations declare "
                 f"({_some(sorted(names))}). Detectors often count classes from 0: map them to the annotations' ids."
@@ -239,7 +242,8 @@ def _of_csv(path: Path, truth: Truth) -> dict[int, Answered]:
             where = f"{path}:{number}"
             box = xyxy_box([row[names[key]] for key in ("x1", "y1", "x2", "y2")], where)
             label, score = _label(row[names["label"]], where), _score({"score": row[names["score"]]}, where)
-            image_id = truth.image_id(row[names["image"]], where)
+            key = row[names["image"]]
+            image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
             answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
     return answered
 
@@ -294,6 +298,13 @@ def _score(row: Mapping[str, Any], where: str) -> float:
     if not math.isfinite(score):
         raise DataError(f"{where}: score {value!r}, expected a finite number: AP ranks by it, and none is invented.")
     return score
+
+
+def _integer(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: image_id {value!r}, expected an integer.") from error
 
 
 def _label(value: Any, where: str) -> str:

@@ -134,7 +134,7 @@ def _of_lines(path: Path) -> Truth:
 def _of_records(path: Path, records: Sequence[Record]) -> Truth:
     """Records without ids are numbered in their order."""
     names = sorted({o.desc for record in records for o in record.objects})
-    categories = tuple(Category(number, name) for number, name in enumerate(names, 1))
+    categories = tuple(Category(number, name, split=None) for number, name in enumerate(names, 1))
     images = tuple(_of_record(record, number) for number, record in enumerate(records, 1))
     return Truth(path, _with_ids(images, str(path)), categories, federated_of(records, categories))
 
@@ -171,7 +171,7 @@ def _of_instances(path: Path, source: Any) -> Truth:
         objects[image_id].append(_ground_truth(row, names[category], at))
     found_images = tuple(TruthImage(*row, tuple(objects[row[0]])) for row in images)
     categories = tuple(
-        Category(int(row["id"]), names[int(row["id"])], frequency=row.get("frequency")) for row in source["categories"]
+        Category(int(row["id"]), names[int(row["id"])], None, row.get("frequency")) for row in source["categories"]
     )
     is_lvis = any("neg_category_ids" in image for image in source["images"])
     federated = federated_from(source, str(path)) if is_lvis else None
