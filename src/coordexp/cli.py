@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -20,19 +19,18 @@ from coordexp.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
-    ConfigError,
     CoordExpError,
     Interrupted,
     TrainingError,
 )
-from coordexp.experiments.command import Checkpoint, ab, compare_revisions, monitor, run, runs
+from coordexp.experiments.command import ab, monitor, run, runs
+from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
 if TYPE_CHECKING:
     from coordexp.detector import Detector
-    from coordexp.evaluation.evaluator import Evaluation
 
 T = TypeVar("T")
 
@@ -44,19 +42,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="A vision-language model as an object detector, and what tells whether a change made it better.",
 )
-GtVsPred = Annotated[
-    Path, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
-]
-Mapping = Annotated[
-    Literal["exact", "normalised", "semantic"], typer.Option(help="From a description to its category.")
-]
-CategoriesFile = Annotated[
-    Path | None,
-    typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
-]
 ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")]
 ParamsFile = Annotated[Path, typer.Option(help="Parameter file of the repository.")]
 
+app.command()(evaluate)
+app.command()(compare)
 app.command()(run)
 app.command()(runs)
 app.command()(ab)
@@ -164,119 +154,6 @@ def _load_detector(checkpoint: Path, **options: Any) -> Detector:
 
 
 @app.command()
-def evaluate(
-    results: GtVsPred,
-    out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")],
-    categories: CategoriesFile = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="COCO or LVIS JSON to check the images; LVIS adds its AP."),
-    ] = None,
-    mapping: Mapping = "normalised",
-    tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
-) -> None:
-    """Judge predictions by all metrics.
-
-    AP, F1, parsing, duplicates, calibration, and 95% intervals; a short table is printed, everything goes into --out.
-    """
-    from coordexp.evaluation.evaluator import rounded
-    from coordexp.evaluation.registry import view
-    from coordexp.infra.provenance import write_json
-
-    (evaluation,) = _evaluate([results], categories, mapping, annotations)
-    write_json(out, rounded(evaluation.metrics))
-    if tables:
-        from coordexp.evaluation.suite import write_tables
-
-        write_tables(evaluation, tables)
-    counts = evaluation.metrics["coco"]
-    print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
-    intervals = evaluation.metrics["interval"]
-    shown = [key for key in view("printed", evaluation.params) if key.split(".")[0] in evaluation.metrics]
-    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in shown]
-    _print_table(rows, ["metric", "value", "95% interval"])
-    print(f"all metrics: {out}")
-
-
-@app.command()
-def compare(
-    a: Annotated[str, typer.Argument(help="A gt_vs_pred.jsonl; or an experiment, branch, commit or `workspace`.")],
-    b: Annotated[str, typer.Argument(help="The same kind as A.")],
-    categories: CategoriesFile = None,
-    mapping: Mapping = "normalised",
-    images: Annotated[int, typer.Option(min=0, help="Of files: most changed images to list.")] = 10,
-    checkpoint: Checkpoint = "stage2",
-    out: Annotated[Path | None, typer.Option(help="Of revisions: write the answer here, as Markdown.")] = None,
-) -> None:
-    """Is one better than the other, or is it noise?
-
-    Two files: the paired difference A - B on the same images, with a 95% bootstrap interval. Two revisions, the older
-    first as in `git diff`: what B changed beside A, by their predictions in DVC's cache.
-    """
-    files = [Path(name) for name in (a, b)]
-    if not any(file.is_file() for file in files):
-        compare_revisions(a, b, checkpoint, out)
-        return
-    if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(f"{missing[0]}: no such file. Expected two gt_vs_pred.jsonl, or two revisions.")
-    _compare_files(files[0], files[1], categories, mapping, images)
-
-
-def _compare_files(a: Path, b: Path, categories: Path | None, mapping: Mapping, images: int) -> None:
-    from coordexp.evaluation.comparison import compare as compare_evaluations
-    from coordexp.evaluation.comparison import most_changed_images
-
-    of_a, of_b = _evaluate([a, b], categories, mapping)
-    rows = []
-    for key, difference in compare_evaluations(of_a, of_b).items():
-        row = [key, _number(of_a.value(key)), _number(of_b.value(key))]
-        if difference:
-            bounds = _interval([difference["lo"], difference["hi"]])
-            row += [f"{difference['delta']:+.4f}", bounds, f"{difference['p_superior']:.3f}"]
-        rows.append(row)
-    print(f"A: {a}\nB: {b}\n{of_a.table.n_images} images")
-    _print_table(rows, ["metric", "A", "B", "A - B", "95% interval", "P(A better)"])
-    changed = [row for row in most_changed_images(of_a, of_b, images) if row["delta"]]
-    if changed:
-        print("\nmost changed images (F1 of boxes and names, IoU 0.5)")
-        keys = ("f1_full_50_a", "f1_full_50_b")
-        shown = [[row["image"], *(_number(row[key]) for key in keys), f"{row['delta']:+.4f}"] for row in changed]
-        _print_table(shown, ["image", "A", "B", "A - B"])
-
-
-def _evaluate(
-    files: Sequence[Path], categories: Path | None, mapping: Mapping, annotations: Path | None = None
-) -> list[Evaluation]:
-    """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
-    from coordexp.evaluation.categories import annotated_categories
-    from coordexp.evaluation.evaluator import evaluate as evaluate_results
-    from coordexp.evaluation.lvis import read_annotations
-    from coordexp.evaluation.parse import faults_of
-    from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
-    from coordexp.evaluation.table import check_known_images
-    from coordexp.records.categories import read_categories
-    from coordexp.records.gt_vs_pred import read_results
-
-    results = [list(read_results(file)) for file in files]
-    known = read_categories(categories) if categories else annotated_categories(chain(*results))
-    federated = None
-    if annotations:
-        image_ids, federated = read_annotations(annotations)
-        for rows in results:
-            check_known_images(rows, image_ids, str(annotations))
-            if len(rows) < len(image_ids):
-                _note(f"note: {len(rows)} of the {len(image_ids)} annotated images are evaluated.")
-    params = STANDARD.model_copy(update={"mapping": mapping})
-    evaluations = [
-        evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results
-    ]
-    for file, evaluation in zip(files, evaluations, strict=True):
-        if faults := faults_of(evaluation.metrics):
-            print(f"{file} is not judged: {', '.join(faults)}.")
-    return evaluations
-
-
-@app.command()
 def convert(
     annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The annotation file of the format.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
@@ -352,20 +229,6 @@ def doctor(
         write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else f"{bounds[0]:.4f} .. {bounds[1]:.4f}"
-
-
-def _print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
-    from tabulate import tabulate
-
-    print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
 
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -297,6 +297,7 @@ def _describe(image: object) -> str:
 
 
 def _detections(result: ImageResult) -> Detections:
+    assert result.parse is not None  # the model answers in text
     return Detections(
         boxes_xyxy_px=as_boxes([p.bbox_xyxy_px for p in result.pred]),
         descs=tuple(p.desc for p in result.pred),

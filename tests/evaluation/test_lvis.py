@@ -10,6 +10,7 @@ import pytest
 
 from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import mean_ap, overlapping_pairs, unweighted_ap
+from coordexp.evaluation.foreign.truth import read_truth
 from coordexp.evaluation.lvis import (
     FREQUENCIES,
     MAX_DETECTIONS,
@@ -20,7 +21,6 @@ from coordexp.evaluation.lvis import (
     frequency_rows,
     lvis_ap,
     match_federated,
-    read_annotations,
 )
 from coordexp.evaluation.registry import metric_specs
 from coordexp.records.categories import Category
@@ -121,24 +121,25 @@ def test_labels_are_read_from_an_annotation_file(tmp_path):
     file = tmp_path / "lvis.json"
     source = {
         "categories": [{"id": 1, "name": "barn_owl", "frequency": "c"}],
-        "images": [{"id": 7, "neg_category_ids": [1], "not_exhaustive_category_ids": []}],
+        "images": [
+            {"id": 7, "width": 4, "height": 4, "neg_category_ids": [1], "not_exhaustive_category_ids": []},
+        ],
+        "annotations": [],
     }
     file.write_text(json.dumps(source))
-    image_ids, read = read_annotations(file)
-    assert image_ids == {7}
-    assert (read.frequency, read.absent, read.not_exhaustive) == (
+    read = read_truth(file)
+    assert set(read.sizes_wh_px) == {7}
+    assert read.federated is not None
+    assert (read.federated.frequency, read.federated.absent, read.federated.not_exhaustive) == (
         {"barn owl": "c"},
         {7: frozenset({"barn owl"})},
         {7: frozenset()},
     )
     file.write_text(json.dumps({**source, "categories": [{"id": 1, "name": "cat"}]}))
     with pytest.raises(DataError, match="not an LVIS file"):
-        read_annotations(file)
-    file.write_text(json.dumps({"categories": [], "images": [{"id": 7}]}))
-    assert read_annotations(file) == ({7}, None), "COCO has no such labels"
-    file.write_text("[]")
-    with pytest.raises(DataError, match="expected COCO or LVIS annotations"):
-        read_annotations(file)
+        read_truth(file)
+    file.write_text(json.dumps({**source, "images": [{"id": 7, "width": 4, "height": 4}]}))
+    assert read_truth(file).federated is None, "COCO has no such labels"
 
 
 def test_labels_travel_with_records_and_categories():

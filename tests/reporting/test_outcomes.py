@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.evaluation.error_causes import ERRORS, Cause
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.inputs import ReportInputs, load_report_data
-from coordexp.reporting.outcomes import UNKNOWN_NAME, Fate, Outcomes, judge
+from coordexp.reporting.outcomes import UNKNOWN_NAME, Outcomes, judge
 from coordexp.reporting.tables import confusion_table
 
 CAT, DOG, EVIL = (0.0, 0.0, 10.0, 10.0), (20.0, 20.0, 40.0, 40.0), (50.0, 50.0, 60.0, 60.0)
@@ -45,13 +46,13 @@ def outcomes() -> Outcomes:
     return judge([second, first], categories)
 
 
-def test_fates_and_discoveries(outcomes: Outcomes) -> None:
-    assert [Fate(f) for f in outcomes.fate_P] == [
-        Fate.RIGHT,
-        Fate.WRONG_NAME,
-        Fate.FALSE,
-        Fate.WRONG_NAME,
-        Fate.WRONG_NAME,
+def test_causes_and_discoveries(outcomes: Outcomes) -> None:
+    assert [Cause(cause) for cause in outcomes.cause_P] == [
+        Cause.RIGHT,
+        Cause.CLASSIFICATION,
+        Cause.BACKGROUND,
+        Cause.CLASSIFICATION,
+        Cause.CLASSIFICATION,
     ]
     assert outcomes.found_G.tolist() == [True, False, False, False, False]
 
@@ -74,9 +75,7 @@ def test_names_are_escaped_in_the_table(outcomes: Outcomes) -> None:
 def test_counts_are_those_of_the_metrics(inputs: ReportInputs, metrics: dict[str, Any]) -> None:
     data = load_report_data(inputs)
     for name in CHECKPOINTS:
-        judged, f1 = judge(data.results[name], data.categories), metrics[name]["eval"]["f1"]
-        right = int((judged.fate_P == Fate.RIGHT).sum())
-        assert (right, len(judged.fate_P) - right) == (f1["tp_50"], f1["fp_50"])
-        assert (int(judged.found_G.sum()), int((~judged.found_G).sum())) == (f1["tp_50"], f1["fn_50"])
-        located = right + judged.confusions().total()
-        assert right / located == pytest.approx(f1["sem_acc_on_matched_50"], abs=5e-5)
+        judged, errors = judge(data.results[name], data.categories), metrics[name]["eval"]["errors"]
+        counted = {cause.name.lower(): int((judged.cause_P == cause).sum()) for cause in ERRORS}
+        assert counted == {key: errors[key] for key in counted}
+        assert int(judged.found_G.sum()) == int((judged.cause_P == Cause.RIGHT).sum())

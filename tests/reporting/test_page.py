@@ -94,8 +94,8 @@ class TestWithoutABrowser:
     def test_the_data_say_what_became_of_every_box(self) -> None:
         data = page_data(runs(), CATEGORIES, STANDARD, limit=10)
         assert (data["labels"], data["names"]) == (["one", "two"], sorted(["cat", "dog", EVIL]))
-        fates = [[p["fate"] for p in image["runs"][0]["pred"]] for image in data["images"]]
-        assert fates == [["right"], ["right", "false"], ["name"], [], ["right"]]
+        fates = [[p["cause"] for p in image["runs"][0]["pred"]] for image in data["images"]]
+        assert fates == [["right"], ["right", "duplicate"], ["classification"], [], ["right"]]
         counts = [[image["runs"][0][key] for key in ("f1", "dup", "fp", "miss")] for image in data["images"]]
         assert counts == [[1, 0, 0, 0], [0.667, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 2], [1, 0, 0, 0]]
         wrong = data["images"][2]["runs"][0]["pred"][0]

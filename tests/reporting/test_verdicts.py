@@ -38,6 +38,7 @@ def areas(tp: int, fp: int, fn: int, m_ap: float | None, perfect: float | None) 
     return {"f1.tp_50": tp, "f1.fp_50": fp, "f1.fn_50": fn, "coco.mAP": m_ap} | {
         "confidence.perfect_ranking_mAP": perfect,
         **dict.fromkeys(("parse.truncated_rate", "parse.loop_rate", "parse.unreadable_rate"), 0.0),
+        "blind.margin_AP50": None,
     }
 
 

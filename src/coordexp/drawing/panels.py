@@ -13,6 +13,7 @@ FALSE = BoxStyle((214, 39, 40))
 MISSED = BoxStyle((245, 140, 0), dashed=True)
 # The sign says in black and white what the colour says.
 RIGHT_SIGN, WRONG_NAME_SIGN, FALSE_SIGN = "✓ ", "≠ ", "✗ "
+SHIFTED_SIGN, DUPLICATE_SIGN = "~ ", "2 "
 BAR_FONT_SIDE_PX = 512  # titles and legend keep one font size, whatever the panels measure
 _BAR_PX, _GAP_PX = 18, 6
 
@@ -49,7 +50,11 @@ def draw_legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], width: int) 
     """What the three styles mean, as far as `width` pixels reach."""
     font = label_font(BAR_FONT_SIDE_PX)
     x, y = map(float, corner)
-    for style, text in ((RIGHT, "✓ right"), (FALSE, "✗ no such object, ≠ wrong name"), (MISSED, "missed")):
+    for style, text in (
+        (RIGHT, "✓ right"),
+        (FALSE, "✗ nothing there, ≠ wrong name, ~ badly placed, 2 found twice"),
+        (MISSED, "missed"),
+    ):
         step = 14 + draw.textlength(text, font=font) + 10
         if x + step > width + 10:
             return

@@ -210,12 +210,15 @@ _GRID_AND_END = np.append(RECALL_GRID, np.inf)
 def weighted_ap(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> Floats:
     """AP of each category, threshold and weighting, shape (K, T, B); NaN where a weighting holds no object of one.
 
+    T is how many thresholds the matches hold.
+
     An image of weight w counts as w copies of itself, so weights of 1 give pycocotools' AP. Equal scores within one
     image and category keep their copies together: hit, hit, miss, miss where w real copies would rank hit, miss, hit,
     miss.
     """
     weights_IB = np.ascontiguousarray(weights_BI.T, dtype=np.int32)
-    ap_KTB = np.full((len(matches_K), len(COCO_IOUS), weights_IB.shape[1]), np.nan)
+    n_thresholds = len(matches_K[0].tp_TD) if matches_K else len(COCO_IOUS)
+    ap_KTB = np.full((len(matches_K), n_thresholds, weights_IB.shape[1]), np.nan)
 
     def fill(k: int) -> None:
         for block in _blocks(weights_IB.shape[1], len(matches_K[k].pred_D)):
@@ -237,7 +240,7 @@ def _category_ap(matches: CategoryMatches, weights_IB: NDArray[np.int32]) -> Flo
     n_gt_B = weights_IB[matches.gt_image_G].sum(axis=0)
     weight_DB = weights_IB[matches.image_D]
     seen_DB = np.cumsum(weight_DB, axis=0, dtype=np.int32)
-    ap_TB = np.zeros((len(COCO_IOUS), weights_IB.shape[1]))
+    ap_TB = np.zeros((len(matches.tp_TD), weights_IB.shape[1]))
     for t, (tp_D, ignored_D) in enumerate(zip(matches.tp_TD, matches.ignored_TD, strict=True)):
         # Recall moves only at true positives, and precision peaks there: the other rows only need to be counted.
         hits_H = np.flatnonzero(tp_D)

@@ -37,7 +37,7 @@ NO_CATEGORY = -1  # row of a description that names no category of the list
 def annotated_categories(results: Iterable[ImageResult]) -> tuple[Category, ...]:
     """The names that some results annotate, as categories: for files that come without a list."""
     names = sorted({gt.desc for result in results for gt in result.gt})
-    return tuple(Category(number, name) for number, name in enumerate(names, 1))
+    return tuple(Category(number, name, split=None) for number, name in enumerate(names, 1))
 
 
 class CategoryIndex:

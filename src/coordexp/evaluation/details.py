@@ -16,6 +16,7 @@ from coordexp.evaluation.average_precision import mean_ap
 from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.coco import CocoResult
 from coordexp.evaluation.f1 import GreedyMatches, category_counts, f1_from_counts, image_f1, precision_recall
+from coordexp.evaluation.parse import is_cut
 from coordexp.evaluation.protocol import AREA_EDGES_PX2, iou_key
 from coordexp.evaluation.set_behaviour import Duplicates, mean_matched_iou
 from coordexp.evaluation.table import DetectionTable, Floats, Ints
@@ -89,7 +90,13 @@ def per_image(
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
     ordered = sorted(results, key=lambda r: r.image_id)
     return [
-        {"image_id": r.image_id, "image": r.image, **row, "parse_ok": r.parse.ok, "truncated": r.parse.truncated}
+        {
+            "image_id": r.image_id,
+            "image": r.image,
+            **row,
+            "parse_ok": r.parse is None or r.parse.ok,
+            "truncated": is_cut(r),
+        }
         for r, row in zip(ordered, rows, strict=True)
     ]
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from coordexp.config.schema import EvalParams, MatchingParams
 from coordexp.evaluation.average_precision import match_categories
+from coordexp.evaluation.blind import MARGIN, blind_metrics
 from coordexp.evaluation.bootstrap import interval, resample_weights, resampled_ap, resampled_f1
 from coordexp.evaluation.coco import CocoResult, coco_ap
 from coordexp.evaluation.confidence import (
@@ -30,6 +31,7 @@ from coordexp.evaluation.confidence import (
     reliability,
 )
 from coordexp.evaluation.details import by_area, per_category, per_image, recall_by_side
+from coordexp.evaluation.error_causes import error_metrics, find_causes
 from coordexp.evaluation.f1 import f1_metrics
 from coordexp.evaluation.lvis import FederatedLabels, check_federated, frequency_rows, lvis_ap, match_federated
 from coordexp.evaluation.matched import Matched, nms_metrics, protocol_metrics, worst_duplicates
@@ -114,10 +116,12 @@ def evaluate(
         "set": set_metrics(table, everything.by_iou, duplicates, params),
         "guarded": nms_metrics(everything, after_nms, params),
         "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score),
+        "errors": error_metrics(table, find_causes(table, everything.by_score)),
     }
     weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, seed)
     samples = _resample(everything, positive, after_nms, weights_BI)
     samples |= _resample_headroom(everything, samples["coco.mAP"], weights_BI)
+    metrics["blind"], samples[MARGIN] = blind_metrics(table, everything.by_score, weights_BI, seed)
     if federated:
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated)
@@ -136,7 +140,7 @@ def evaluate(
 
 
 def _interval(metrics: Areas, samples: Mapping[str, Floats], key: str) -> Any:
-    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
+    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key and key != MARGIN)
 
 
 def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -163,18 +161,3 @@ def _labelled_cells(table: DetectionTable, names_of: Mapping[int, Iterable[str]]
         if name in rows
     ]
     return np.array(cells, dtype=np.int64)
-
-
-def read_annotations(path: Path) -> tuple[set[int], FederatedLabels | None]:
-    """Image ids of a COCO or LVIS annotation file, and LVIS's labels, None for COCO.
-
-    Raises:
-        DataError: the file holds no such annotations, or is LVIS in part only.
-    """
-    try:
-        source = json.loads(path.read_text(encoding="utf-8"))
-        image_ids = {int(image["id"]) for image in source["images"]}
-        is_lvis = any("neg_category_ids" in image for image in source["images"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: found something else ({error!r}), expected COCO or LVIS annotations.") from error
-    return image_ids, federated_from(source, str(path)) if is_lvis else None

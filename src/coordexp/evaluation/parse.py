@@ -24,19 +24,24 @@ def drop_key(reason: str) -> str:
     return f"dropped_{reason.removeprefix('dropped_')}"
 
 
-def parse_metrics(results: Sequence[ImageResult]) -> dict[str, float | int]:
-    """The `parse` area of the metrics, with `dropped_<reason>` for each reason the parser knows, or the file names."""
+def parse_metrics(results: Sequence[ImageResult]) -> dict[str, float | int | None]:
+    """The `parse` area of the metrics, with `dropped_<reason>` for each reason the parser knows, or the file names.
+
+    Of detectors that do not answer in text only `empty_rate` is defined.
+    """
     dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
-    for result in results:
-        dropped.update(result.parse.dropped)
-    n_images = len(results)
-    return {
-        "parse_rate": sum(r.parse.ok for r in results) / n_images,
-        "valid_objects": sum(r.parse.n_valid for r in results),
-        "dropped_total": dropped.total(),
-        **{drop_key(reason): count for reason, count in sorted(dropped.items())},
-        "empty_rate": sum(not r.pred for r in results) / n_images,
-    }
+    reports = [r.parse for r in results if r.parse is not None]
+    for report in reports:
+        dropped.update(report.dropped)
+    keys = ("parse_rate", "valid_objects", "dropped_total", *(drop_key(reason) for reason in sorted(dropped)))
+    counted: list[float | int] = [
+        sum(report.ok for report in reports) / len(results),
+        sum(report.n_valid for report in reports),
+        dropped.total(),
+        *(dropped[reason] for reason in sorted(dropped)),
+    ]
+    shown = dict(zip(keys, counted, strict=True)) if len(reports) == len(results) else dict.fromkeys(keys)
+    return {**shown, "empty_rate": sum(not r.pred for r in results) / len(results)}
 
 
 MOST_FAULTY = 0.05  # share of the answers above which a fault outranks every verdict
@@ -52,12 +57,14 @@ FAULTS = {
 
 def is_cut(result: ImageResult) -> bool:
     """Whether the token budget ended the answer, even one in which no object list was found."""
-    return result.parse.truncated or result.finish_reason == "length"
+    return result.finish_reason == "length" or (result.parse is not None and result.parse.truncated)
 
 
 def is_unreadable(result: ImageResult) -> bool:
     """Whether the parser found no object list, lost its way in it, or could use nothing of what it holds."""
     parse = result.parse
+    if parse is None:  # no text to read
+        return False
     useless = bool(parse.dropped) and not parse.n_valid
     return not parse.container_found or "malformed" in parse.dropped or useless
 

@@ -39,6 +39,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("protocol.gap_mAP", "protocol.gap_AP50", "protocol.gap_AP75"),
         *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
         *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
+        "blind.margin_AP50",
     ),
     "lvis intervals": ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf"),
     "compared": (  # a paired difference and a verdict each; of all of them higher is better
@@ -57,7 +58,8 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
         *("parse.parse_rate", "set.dup_pairs_<lowest>", "confidence.ece", "confidence.auroc_tp_fp"),
         *("confidence.headroom_mAP", "confidence.lrp", "input.names_unmapped"),
-        *("lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
+        *("blind.margin_AP50", "errors.classification_cost", "errors.localization_cost", "errors.duplicate_cost"),
+        *("errors.background_cost", "errors.missed_cost", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
     ),
     # Tables of the report.
     "checkpoints": (
@@ -66,6 +68,15 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("parse.parse_rate", "set.dup_pairs_<lowest>", "set.count_error_mean"),
     ),
     "protocols": ("coco.mAP", "coco.AP50", "f1.full_50", "f1.full_95", "f1.full_mean"),
+    "errors": (
+        *("errors.classification", "errors.classification_cost", "errors.localization", "errors.localization_cost"),
+        *("errors.both", "errors.both_cost", "errors.duplicate", "errors.duplicate_cost"),
+        *("errors.background", "errors.background_cost", "errors.missed", "errors.missed_cost"),
+    ),
+    "blind": (
+        *("coco.AP50", "blind.constant_AP50", "blind.median_box_AP50", "blind.dealt_AP50", "blind.margin_AP50"),
+        *("f1.full_50", "blind.constant_full_50", "blind.median_box_full_50", "blind.dealt_full_50"),
+    ),
     "absent names": ("protocol.absent_name_rate",),
     "sizes": ("coco.APs", "coco.APm", "coco.APl", "coco.ARs", "coco.ARm", "coco.ARl"),
     "names": ("known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50", "f1.sem_acc_on_matched_50"),
@@ -262,6 +273,35 @@ _CONFIDENCE = (
     MetricSpec("confidence.lrp_fp", "1 - precision at that cut, IoU .50", better="lower"),
     MetricSpec("confidence.lrp_fn", "1 - recall at that cut, IoU .50", better="lower"),
 )
+_BLIND_WHAT = {
+    "constant": "the most frequent label at its median place, in every image",
+    "median_box": "the median box of each frequent label, in every image",
+    "dealt": "the model's own answers, each given to another image",
+}
+_BLIND = (
+    *(MetricSpec(f"blind.{key}_AP50", f"AP50 of {what}", better="neither") for key, what in _BLIND_WHAT.items()),
+    *(
+        MetricSpec(f"blind.{key}_full_50", f"F1 of boxes and names at IoU .50 of {what}", better="neither")
+        for key, what in _BLIND_WHAT.items()
+    ),
+    MetricSpec("blind.margin_AP50", "AP50 minus that of the best blind control"),
+)
+_ERROR_WHAT = {
+    "classification": "an object is there, the label is another one",
+    "localization": "the label is right, IoU with its object is .10 to .50",
+    "both": "IoU .10 to .50 with an object of another label",
+    "duplicate": "a better-ranked prediction has the object",
+    "background": "no object is there",
+    "missed": "objects without any of these near them",
+}
+_ERRORS = tuple(
+    spec
+    for key, what in _ERROR_WHAT.items()
+    for spec in (
+        MetricSpec(f"errors.{key}", what, "objects" if key == "missed" else "predictions", "lower"),
+        MetricSpec(f"errors.{key}_cost", f"AP50 that is lost where {what}", better="lower"),
+    )
+)
 _F1_SCOPES = (
     ("", "micro F1 of {what}, {iou}"),
     ("_macro", "mean over images of each image's F1 of {what}, {iou}"),
@@ -309,5 +349,5 @@ def metric_specs(params: EvalParams, *, lvis: bool = False) -> dict[str, MetricS
         for key in with_interval
     ]
     every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
-    every += [*of_set, *guarded, *_CONFIDENCE, *intervals]
+    every += [*of_set, *guarded, *_CONFIDENCE, *_BLIND, *_ERRORS, *intervals]
     return {spec.key: spec for spec in every}

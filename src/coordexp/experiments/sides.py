@@ -15,6 +15,7 @@ from coordexp.config.paths import RUN_METADATA, ProfilePaths
 from coordexp.config.schema import Params
 from coordexp.config.study import METRICS, PRIMARY
 from coordexp.errors import DataError
+from coordexp.evaluation.blind import MARGIN, learned_nothing
 from coordexp.evaluation.comparison import paired_effect
 from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, evaluate
@@ -64,9 +65,10 @@ def effect_row(arm: str, baseline: str, ours: Side, theirs: Side, level: float =
     """The effects of an arm beside its baseline, with verdicts.
 
     Only the primary metric decides, at `level`. Nothing is decided, and `faults` says why, if answers of a side are
-    cut, loop or do not parse. Raises DataError if the sides cannot be paired.
+    cut, loop or do not parse, or if neither side beats blind answers. Raises DataError if the sides cannot be paired.
     """
-    row: dict[str, Any] = {"arm": arm, "baseline": baseline, "faults": faults({**ours, **theirs}), "metrics": {}}
+    unsound = faults({**ours, **theirs}) or _blind({**ours, **theirs})
+    row: dict[str, Any] = {"arm": arm, "baseline": baseline, "faults": unsound, "metrics": {}}
     for key in METRICS:
         found = side_effect(ours, theirs, key, level if key == PRIMARY else LEVEL)
         verdict = Verdict.UNDEFINED if found is None else found.verdict
@@ -86,6 +88,12 @@ def has(evaluation: Evaluation, key: str) -> bool:
     """Whether a metric was evaluated: `eval` may ask for other thresholds of duplicates."""
     area, metric = key.split(".")
     return metric in evaluation.metrics[area]
+
+
+def _blind(sides: Side) -> dict[str, list[str]]:
+    """Why no run of any side beats blind answers, in words; empty if one does."""
+    found = {name: learned_nothing(e.value(MARGIN), e.metrics["interval"].get(MARGIN)) for name, e in sides.items()}
+    return {name: [why] for name, why in found.items()} if found and all(found.values()) else {}
 
 
 def faults(side: Side) -> dict[str, list[str]]:

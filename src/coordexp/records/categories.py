@@ -22,16 +22,16 @@ _EXPECTED = "expected a categories.json, as `convert` writes it"
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One class of the data set; `held_out` classes are never seen in training."""
+    """One class of the data set; `held_out` classes are never seen in training, None: nobody said."""
 
     id: int
     name: str
-    split: Split = "train"
+    split: Split | None = "train"
     frequency: Frequency | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value, without a frequency where the source has none."""
-        row: dict[str, Any] = {"id": self.id, "name": self.name, "split": self.split}
+        row: dict[str, Any] = {"id": self.id, "name": self.name} | ({"split": self.split} if self.split else {})
         return row | ({"frequency": self.frequency} if self.frequency else {})
 
 
@@ -73,7 +73,7 @@ def _category(row: object, where: str) -> Category:
             case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
                 return Category(id_, name, split, frequency)
             case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
-                return Category(id_, name, "train", frequency)
+                return Category(id_, name, None, frequency)
     raise DataError(
         f"{where} is {row!r}, expected an integer id, a name, split 'train' or 'held_out', frequency r, c or f."
     )

@@ -33,7 +33,8 @@ class GroundTruth:
 class Prediction:
     """One parsed object of the answer.
 
-    `bins` are the four emitted bins (digits codec: the emitted numbers). `coord_logprobs` are log p of the four emitted
+    `bins` are the four emitted bins (digits codec: the emitted numbers), None of a detector that has none.
+    `coord_logprobs` are log p of the four emitted
     coordinates at temperature 1, `desc_logprob` the mean over the description's tokens.
     `score` is None until scored; evaluation refuses that for AP, it never invents one.
 
@@ -44,7 +45,7 @@ class Prediction:
 
     desc: str
     bbox_xyxy_px: Box
-    bins: tuple[int, int, int, int]
+    bins: tuple[int, int, int, int] | None = None
     coord_logprobs: tuple[float, float, float, float] | None = None
     desc_logprob: float | None = None
     score: float | None = None
@@ -70,7 +71,10 @@ class ParseReport:
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """One image: what is there, what was predicted, and how the text came out."""
+    """One image: what is there, what was predicted, and how the text came out.
+
+    A detector that does not answer in text has no text and no `parse`.
+    """
 
     image_id: int
     image: str
@@ -78,10 +82,10 @@ class ImageResult:
     height: int
     gt: tuple[GroundTruth, ...]
     pred: tuple[Prediction, ...]
-    raw_text: str
-    parse: ParseReport
-    finish_reason: str  # "stop" (end token) or "length" (token budget)
-    n_generated_tokens: int
+    raw_text: str = ""
+    parse: ParseReport | None = None
+    finish_reason: str = "stop"  # end token; or "length": token budget
+    n_generated_tokens: int = 0
     identity: dict[str, str] = field(default_factory=dict)  # short hashes: model, prompt, decode
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
             Prediction(
                 desc=o["desc"],
                 bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
-                bins=tuple(o["bins"]),
+                bins=_optional_tuple(o.get("bins")),
                 coord_logprobs=_optional_tuple(o.get("coord_logprobs")),
                 desc_logprob=o.get("desc_logprob"),
                 score=o.get("score"),
@@ -130,10 +134,10 @@ def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
             height=int(row["height"]),
             gt=gt,
             pred=pred,
-            raw_text=row["raw_text"],
-            parse=ParseReport(**row["parse"]),
-            finish_reason=row["finish_reason"],
-            n_generated_tokens=int(row["n_generated_tokens"]),
+            raw_text=row.get("raw_text", ""),
+            parse=None if row.get("parse") is None else ParseReport(**row["parse"]),
+            finish_reason=row.get("finish_reason", "stop"),
+            n_generated_tokens=int(row.get("n_generated_tokens", 0)),
             identity=dict(row.get("identity", {})),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -128,7 +128,7 @@ def _all_strips(outcome: Outcomes) -> list[Strip]:
     hit_M = outcome.matches.at(MATCH_IOU)
     for p, g in zip(outcome.matches.pred_M[hit_M].tolist(), outcome.matches.gt_M[hit_M].tolist(), strict=True):
         result, pred = predictions[p]
-        if pred.coord_sd_bins is None or "expectation" not in pred.boxes_xyxy_px:
+        if pred.bins is None or pred.coord_sd_bins is None or "expectation" not in pred.boxes_xyxy_px:
             continue
         size = (result.width, result.height)
         boxes = pred.boxes_xyxy_px

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 
 from coordexp.evaluation.confidence import CONSTANT, PERFECT
 from coordexp.evaluation.details import side_px
+from coordexp.evaluation.error_causes import Cause
 from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
 from coordexp.evaluation.table import Bools, Floats, Ints
 from coordexp.matching.summary import wilson
 from coordexp.reporting.inputs import Json, Metrics, ReportData, metric
-from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Fate, Outcomes
+from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Outcomes
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
 
 SIDE_EDGES_PX = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
@@ -78,7 +79,7 @@ def _scores(outcomes: Mapping[str, Outcomes]) -> Figure:
     figure = new_figure(10.4, 4.6)
     axes = figure.subplots(2, len(outcomes), sharex="col", squeeze=False, height_ratios=(3, 2))
     for (above, below), (name, outcome) in zip(axes.T, outcomes.items(), strict=True):
-        score, right = outcome.table.pred_score_P, outcome.fate_P == Fate.RIGHT
+        score, right = outcome.table.pred_score_P, outcome.cause_P == Cause.RIGHT
         above.set_title(name)
         if len(score):
             _score_histogram(above, score, right)

@@ -11,13 +11,30 @@ import pandas as pd
 from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, readable_scale
-from coordexp.drawing.panels import FALSE, FALSE_SIGN, MISSED, RIGHT, RIGHT_SIGN, WRONG_NAME_SIGN, side_by_side
+from coordexp.drawing.panels import (
+    DUPLICATE_SIGN,
+    FALSE,
+    FALSE_SIGN,
+    MISSED,
+    RIGHT,
+    RIGHT_SIGN,
+    SHIFTED_SIGN,
+    WRONG_NAME_SIGN,
+    side_by_side,
+)
 from coordexp.errors import DataError
+from coordexp.evaluation.error_causes import Cause
 from coordexp.infra.files import write_bytes
 from coordexp.infra.random_streams import generator
 from coordexp.records.images import read_record_rgb, record_sha256
-from coordexp.reporting.outcomes import Fate, Outcomes
+from coordexp.reporting.outcomes import Outcomes
 
+_SIGNS = {
+    Cause.RIGHT: RIGHT_SIGN,
+    Cause.CLASSIFICATION: WRONG_NAME_SIGN,
+    Cause.LOCALIZATION: SHIFTED_SIGN,
+    Cause.DUPLICATE: DUPLICATE_SIGN,
+}
 SHOWN, BEFORE = "stage2", "stage1"
 RULES = ("most duplicates", "most misses", "biggest change", "random")
 
@@ -156,10 +173,9 @@ def _truth_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: 
 
 def _prediction_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
     result, rows, _ = outcomes.of_image(image_id)
-    fates = outcomes.fate_P[rows].tolist()
-    sign = {Fate.RIGHT: RIGHT_SIGN, Fate.WRONG_NAME: WRONG_NAME_SIGN, Fate.FALSE: FALSE_SIGN}
-    labels = [sign[Fate(fate)] + p.desc for fate, p in zip(fates, result.pred, strict=True)]
-    styles = [RIGHT if fate == Fate.RIGHT else FALSE for fate in fates]
+    causes = [Cause(cause) for cause in outcomes.cause_P[rows].tolist()]
+    labels = [_SIGNS.get(cause, FALSE_SIGN) + p.desc for cause, p in zip(causes, result.pred, strict=True)]
+    styles = [RIGHT if cause == Cause.RIGHT else FALSE for cause in causes]
     boxes = outcomes.table.pred_boxes_P4[rows] * shrink
     scores = [p.score for p in result.pred]
     return draw_detections(image, boxes, labels, scores, styles, readable_scale(*image.size))

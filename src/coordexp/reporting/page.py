@@ -21,6 +21,7 @@ from PIL import Image
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError
 from coordexp.evaluation.details import per_image
+from coordexp.evaluation.error_causes import Cause
 from coordexp.evaluation.protocol import STANDARD, iou_key
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
@@ -28,10 +29,9 @@ from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
 from coordexp.records.images import read_record_rgb
 from coordexp.reporting.inputs import Json
-from coordexp.reporting.outcomes import Fate, Outcomes, judge
+from coordexp.reporting.outcomes import Outcomes, judge
 
 MAX_RUNS = 2
-FATES = {Fate.RIGHT: "right", Fate.FALSE: "false", Fate.WRONG_NAME: "name"}
 _DATA = "/*DATA*/"
 
 
@@ -118,12 +118,12 @@ def _image(
                 "dup": row[dup_key],
                 "fp": row["fp_50"],
                 "miss": row["fn_50"],
-                "parse": result.parse.ok,
+                "parse": result.parse is None or result.parse.ok,
                 "found": outcome.found_G[objects].tolist(),
                 "pred": [
-                    _prediction(pred, FATES[Fate(fate)], truth)
-                    for pred, fate, truth in zip(
-                        result.pred, outcome.fate_P[preds].tolist(), outcome.true_name_P[preds], strict=True
+                    _prediction(pred, Cause(cause), truth)
+                    for pred, cause, truth in zip(
+                        result.pred, outcome.cause_P[preds].tolist(), outcome.true_name_P[preds], strict=True
                     )
                 ],
             }
@@ -133,10 +133,10 @@ def _image(
     return {"id": image_id, "image": first.image, **size, "gt": gt, "runs": runs}
 
 
-def _prediction(pred: Prediction, fate: str, truth: str | None) -> dict[str, Any]:
-    shown: dict[str, Any] = {"desc": pred.desc, "box": _tenths(pred.bbox_xyxy_px), "fate": fate}
-    shown |= {"score": None if pred.score is None else round(pred.score, 4), "bins": list(pred.bins)}
-    if fate == "name":
+def _prediction(pred: Prediction, cause: Cause, truth: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"desc": pred.desc, "box": _tenths(pred.bbox_xyxy_px), "cause": cause.name.lower()}
+    shown |= {"score": None if pred.score is None else round(pred.score, 4), "bins": list(pred.bins or ())}
+    if cause in (Cause.CLASSIFICATION, Cause.BOTH):
         shown["truth"] = truth
     if pred.coord_logprobs is not None:
         shown["logprob"] = [round(v, 2) for v in pred.coord_logprobs]

@@ -126,6 +126,8 @@ _AREAS = {
         "first stays (`evaluation/matched.py`)."
     ),
     "confidence": "What the scores know (`evaluation/confidence.py`).",
+    "errors": "Why predictions are wrong, and what each cause costs: TIDE's six errors (`evaluation/error_causes.py`).",
+    "blind": "Answers given without seeing the picture (`evaluation/blind.py`); a checkpoint must exceed them.",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
 }
 _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}

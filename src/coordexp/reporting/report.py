@@ -182,6 +182,8 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
         "decoding_study": decoding_section(data.decoding_study, data.decodes, level=3),
         "published": "" if composed else tables.published_markdown(metrics),
         "count_table": tables.metrics_table(data, "counts"),
+        "errors_table": tables.metrics_table(data, "errors"),
+        "blind_table": tables.metrics_table(data, "blind"),
         "explanation_table": explanation_table(metrics),
         "explanations": [explain(data, name) for name in COMPARISONS],
     }

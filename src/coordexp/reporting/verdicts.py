@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.evaluation.blind import MARGIN, learned_nothing
 from coordexp.evaluation.effect import Verdict, verdict_of_interval
 from coordexp.evaluation.parse import FAULTS, MOST_FAULTY, faults_of
 from coordexp.matching.summary import f1_from_counts
-from coordexp.reporting.inputs import Metrics, ReportData, metric
+from coordexp.reporting.inputs import Metrics, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, number, signed, table
 
 RULE = (
@@ -63,9 +64,11 @@ def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> 
 def compared(data: ReportData, name: str) -> dict[str, Difference | None]:
     """Metric -> difference of one comparison, None where it is undefined on either side.
 
-    None is judged if a side's answers are cut, loop or do not parse.
+    None is judged if a side's answers are cut, loop or do not parse, or if neither side beats blind answers.
     """
-    judged = not any(checkpoint_faults(data.metrics, checkpoint) for checkpoint in COMPARISONS[name])
+    sides = COMPARISONS[name]
+    judged = not any(checkpoint_faults(data.metrics, checkpoint) for checkpoint in sides)
+    judged = judged and not all(nothing_learned(data.metrics, checkpoint) for checkpoint in sides)
     return {key: difference_from(row, judged=judged) for key, row in data.comparison[name].items()}
 
 
@@ -79,14 +82,25 @@ def checkpoint_faults(metrics: Metrics, checkpoint: str) -> list[str]:
     return faults_of({"parse": {key.removeprefix("parse."): metric(metrics, checkpoint, key) for key in FAULTS}})
 
 
+def nothing_learned(metrics: Metrics, checkpoint: str) -> str:
+    """Why a checkpoint shows no learning, in words; empty if it beats every blind control."""
+    return learned_nothing(metric(metrics, checkpoint, MARGIN), bounds_of(metrics, checkpoint, MARGIN))
+
+
 def warnings(metrics: Metrics) -> list[str]:
-    """One line for each checkpoint that is not judged, and why; empty if all answers are sound."""
+    """One line for each checkpoint that learned nothing or is not judged, and why; empty if there is none."""
     found = {name: checkpoint_faults(metrics, name) for name in CHECKPOINTS}
-    return [
+    lines = [
         f"**{name} is not judged**: {', '.join(faults)} (of {metric(metrics, name, 'coco.n_images')} on val; "
         f"above {100 * MOST_FAULTY:g} %, no score says how well it detects)."
         for name, faults in found.items()
         if faults
+    ]
+    blind = {name: nothing_learned(metrics, name) for name in CHECKPOINTS}
+    return lines + [
+        f"**{name} has learned nothing that this data set shows**: {why} (answers given without seeing the picture)."
+        for name, why in blind.items()
+        if why and not found[name]
     ]
 
 

@@ -73,6 +73,7 @@ def count_answers(answers: Sequence[Judged]) -> dict[str, float | None]:
     n_pred, n_gt = sum(len(a.result.pred) for a in answers), sum(len(a.objects) for a in answers)
     n_located, n_right = sum(len(a.pairs) for a in answers), sum(int(a.right_P.sum()) for a in answers)
     iou_sum = sum(float(a.iou_P.sum()) for a in answers)
+    reports = [a.result.parse for a in answers if a.result.parse is not None]
     right, located = MatchCounts(n_pred, n_gt, n_right), MatchCounts(n_pred, n_gt, n_located, iou_sum)
     return {
         "images": len(answers),
@@ -87,8 +88,8 @@ def count_answers(answers: Sequence[Judged]) -> dict[str, float | None]:
         "f1_boxes": rounded_ratio(located.f1),
         "matched_iou_mean": rounded_ratio(located.matched_iou_mean),
         "dup_pairs_90": sum(duplicate_pairs(a.result) for a in answers),
-        "parse_rate": round(sum(a.result.parse.ok for a in answers) / len(answers), 4),
-        "truncated": sum(a.result.parse.truncated for a in answers),
+        "parse_rate": round(sum(report.ok for report in reports) / len(answers), 4),
+        "truncated": sum(report.truncated for report in reports),
         "tokens_mean": round(sum(a.result.n_generated_tokens for a in answers) / len(answers), 1),
     }
 

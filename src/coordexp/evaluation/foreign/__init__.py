@@ -1,0 +1,1 @@
+"""Annotations and predictions of anybody, as the evaluator reads them: no model of ours, no torch."""

@@ -1,0 +1,334 @@
+"""Predictions of any detector, judged against a Truth.
+
+| form | what a file holds |
+|---|---|
+| `coco` | COCO results, `[{"image_id", "category_id", "bbox": [x, y, w, h], "score"}]`, or instances with scores |
+| `lines` | `coordexp predict --out` or `--json`: `{"image", "objects": [{"desc", "bbox_xyxy_px", "score"}]}` |
+| `gt_vs_pred` | this project's own evaluation file |
+| `yolo` | a folder of `<image>.txt`, lines `class cx cy w h score` in fractions of the image |
+| `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score` |
+| a family of `answers.py` | raw answers of a vision-language model: `{"image", "answer"}` |
+
+Images are found by id, path, file name or stem, labels by name or through a mapping.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from coordexp.errors import DataError
+from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
+from coordexp.evaluation.foreign.truth import Truth, TruthImage, read_json, xywh_box
+from coordexp.geometry.boxes import Box
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
+
+Form = Literal[
+    "coco", "lines", "gt_vs_pred", "yolo", "csv",
+    "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
+]  # fmt: skip
+FORMS: tuple[Form, ...] = get_args(Form)
+NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What was predicted in one image; `parse` and the text only of detectors that answer in text."""
+
+    pred: list[Prediction] = field(default_factory=list)
+    parse: ParseReport | None = None
+    raw_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The results of all images of a Truth, and what a reader should know of how they were read."""
+
+    results: list[ImageResult]
+    notes: tuple[str, ...]
+
+
+def read_predictions(
+    path: Path, truth: Truth, form: Form | None = None, labels: Mapping[str, str] | None = None
+) -> Predictions:
+    """Read a file or folder of predictions and lay them beside the annotations.
+
+    Args:
+        path: what a detector wrote.
+        truth: what it is judged against; an image without predictions is judged as left empty.
+        form: one of FORMS; None recognises all but the raw answers of a model.
+        labels: their label -> ours, for those that differ.
+
+    Raises:
+        DataError: an image, class id or box that cannot be one, or no score; named by file and line or entry.
+    """
+    form = form or recognize(path)
+    answered = _answered(path, truth, form)
+    renamed = labels or {}
+    results = [_result(image, answered.get(image.image_id), renamed) for image in truth.images]
+    if form in FAMILIES and any(answered.get(image.image_id) is None for image in truth.images):
+        results = [replace(r, parse=r.parse or ParseReport(False, 0)) for r in results]
+    return Predictions(results, tuple(_notes(path, truth, form, answered)))
+
+
+def recognize(path: Path) -> Form:
+    """The form of a file by its suffix and its first bytes; raises DataError if it is none of them."""
+    if path.is_dir():
+        return "yolo"
+    if path.suffix == ".csv":
+        return "csv"
+    if path.suffix == ".json":
+        return "coco"
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first = next(lines, "")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:1: not JSON ({error}); expected one of the forms {', '.join(FORMS)}.") from error
+    keys = set(row) if isinstance(row, dict) else set()
+    if {"gt", "pred"} <= keys:
+        return "gt_vs_pred"
+    if {"image", "objects"} <= keys:
+        return "lines"
+    raise DataError(
+        f"{path}:1: keys {sorted(keys)[:8]}; expected those of gt_vs_pred or of `predict --out`, or name the form of "
+        f"raw answers: --form {' | '.join(FAMILIES)}."
+    )
+
+
+def _answered(path: Path, truth: Truth, form: Form) -> dict[int, Answered]:
+    if form in FAMILIES:
+        return _of_answers(path, truth, form)
+    readers: dict[str, Callable[[Path, Truth], dict[int, Answered]]] = {
+        "coco": _of_coco, "lines": _of_lines, "gt_vs_pred": _of_results, "yolo": _of_yolo, "csv": _of_csv,
+    }  # fmt: skip
+    return readers[form](path, truth)
+
+
+def _result(image: TruthImage, found: Answered | None, labels: Mapping[str, str]) -> ImageResult:
+    found = found or Answered()
+    pred = tuple(replace(p, desc=labels.get(p.desc, p.desc)) for p in found.pred)
+    return ImageResult(
+        image_id=image.image_id, image=image.image, width=image.width, height=image.height, gt=image.gt, pred=pred,
+        raw_text=found.raw_text, parse=found.parse,
+    )  # fmt: skip
+
+
+def _notes(path: Path, truth: Truth, form: Form, answered: Mapping[int, Answered]) -> Iterator[str]:
+    silent = sum(image.image_id not in answered for image in truth.images)
+    if silent and form not in ("coco", "csv"):  # those say nothing of an image without a detection
+        yield f"{path}: nothing of {silent} of {len(truth.images)} images; they are judged as left empty."
+    if form in FAMILIES:
+        yield f"{path}: answers carry no scores; AP ranks them by image and order of generation."
+
+
+def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
+    """Results with the annotations' own ids; or instances, whose ids are their own and which are joined by names."""
+    source = read_json(path)
+    if isinstance(source, dict) and isinstance(source.get("annotations"), list):
+        try:
+            files = {row["id"]: str(row["file_name"]) for row in source["images"]}
+            names = {row["id"]: str(row["name"]) for row in source["categories"]}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: images need id and file_name, categories id and name ({error!r}).") from error
+        source = source["annotations"]
+    else:
+        files, names = {}, {category.id: category.name for category in truth.categories}
+    if not isinstance(source, list):
+        raise DataError(f"{path}: found a {type(source).__name__}, expected COCO results: a list of detections.")
+    answered: dict[int, Answered] = {}
+    for n, row in enumerate(source):
+        where = f"{path}: [{n}]"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: found {row!r}, expected a detection with image_id, category_id, bbox and score.")
+        key, category = row.get("image_id"), row.get("category_id")
+        image_id = truth.image_id(files.get(key, key) if isinstance(key, int | str) else key, where)
+        if not isinstance(category, int | str) or category not in names:
+            raise DataError(
+                f"{where}: category_id {category!r} is none of the {len(names)} ids that the annotations declare "
+                f"({_some(sorted(names))}). Detectors often count classes from 0: map them to the annotations' ids."
+            )
+        desc, box = names[category], xywh_box(row.get("bbox"), where)
+        answered.setdefault(image_id, Answered()).pred.append(Prediction(desc, box, score=_score(row, where)))
+    return answered
+
+
+def _of_lines(path: Path, truth: Truth) -> dict[int, Answered]:
+    sizes = truth.sizes_wh_px
+    answered: dict[int, Answered] = {}
+    for where, row in _json_lines(path):
+        image_id = truth.image_id(row.get("image"), where)
+        if image_id in answered:
+            raise DataError(f"{where}: image {row['image']!r} appears twice; each is judged once.")
+        if "width" in row and (row["width"], row.get("height")) != sizes[image_id]:
+            raise DataError(
+                f"{where}: predicted on {row['width']} x {row.get('height')} px, annotated as "
+                f"{sizes[image_id][0]} x {sizes[image_id][1]}; boxes of one are not boxes of the other."
+            )
+        objects = row.get("objects")
+        if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
+            raise DataError(f"{where}: objects is {objects!r}, expected a list.")
+        pred = [
+            Prediction(_label(o.get("desc"), where), xyxy_box(o.get("bbox_xyxy_px"), where), score=_score(o, where))
+            for o in objects
+        ]
+        answered[image_id] = Answered(pred, _parse_report(row.get("parse"), where), str(row.get("raw_text", "")))
+    return answered
+
+
+def _of_results(path: Path, truth: Truth) -> dict[int, Answered]:
+    return {
+        truth.image_id(r.image_id, str(path)): Answered(list(r.pred), r.parse, r.raw_text) for r in read_results(path)
+    }
+
+
+def _of_yolo(folder: Path, truth: Truth) -> dict[int, Answered]:
+    """`class cx cy w h score`, classes counted from 0 in the order of the annotations' ids."""
+    sizes = truth.sizes_wh_px
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise DataError(f"{folder}: no *.txt with predictions; expected one for each image.")
+    answered: dict[int, Answered] = {}
+    for file in files:
+        image_id = truth.image_id(file.stem, str(file))
+        scale = sizes[image_id] * 2
+        pred = answered.setdefault(image_id, Answered()).pred
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if line.strip():
+                pred.append(_yolo_prediction(line, truth, scale, f"{file}:{number}"))
+    return answered
+
+
+def _yolo_prediction(line: str, truth: Truth, scale: tuple[int, ...], where: str) -> Prediction:
+    try:
+        label, cx, cy, w, h, score = (float(v) for v in line.split())
+    except ValueError as error:
+        raise DataError(
+            f"{where}: {line.strip()!r}, expected `class cx cy w h score` (save with confidences: save_conf=True)."
+        ) from error
+    if not label.is_integer() or not 0 <= label < len(truth.categories):
+        raise DataError(f"{where}: class {label:g}, the annotations have {len(truth.categories)} from 0 on.")
+    fractions = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    box = xyxy_box([fraction * side for fraction, side in zip(fractions, scale, strict=True)], where)
+    return Prediction(truth.categories[int(label)].name, box, score=_score({"score": score}, where))
+
+
+_CSV_COLUMNS = {
+    "image": ("image", "file_name", "image_id", "filename"),
+    "label": ("label", "desc", "class_name", "class"),
+    "x1": ("x1", "x_min", "xmin"),
+    "y1": ("y1", "y_min", "ymin"),
+    "x2": ("x2", "x_max", "xmax"),
+    "y2": ("y2", "y_max", "ymax"),
+    "score": ("score", "confidence"),
+}
+
+
+def _of_csv(path: Path, truth: Truth) -> dict[int, Answered]:
+    answered: dict[int, Answered] = {}
+    with path.open(newline="", encoding="utf-8-sig") as text:
+        rows = csv.DictReader(text)
+        names = {
+            key: next((n for n in forms if n in (rows.fieldnames or [])), "") for key, forms in _CSV_COLUMNS.items()
+        }
+        if absent := [key for key, name in names.items() if not name]:
+            raise DataError(f"{path}: no column {absent[0]!r} in {rows.fieldnames}; expected {list(_CSV_COLUMNS)}.")
+        for number, row in enumerate(rows, 2):
+            where = f"{path}:{number}"
+            box = xyxy_box([row[names[key]] for key in ("x1", "y1", "x2", "y2")], where)
+            label, score = _label(row[names["label"]], where), _score({"score": row[names["score"]]}, where)
+            key = row[names["image"]]
+            image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
+            answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
+    return answered
+
+
+def _of_answers(path: Path, truth: Truth, family: Family) -> dict[int, Answered]:
+    sizes = truth.sizes_wh_px
+    answered: dict[int, Answered] = {}
+    for where, row in _json_lines(path):
+        text = next((row[key] for key in _ANSWER_KEYS if key in row), None)
+        if not isinstance(text, str):
+            raise DataError(f"{where}: no text under any of the keys {', '.join(_ANSWER_KEYS)}.")
+        image_id = truth.image_id(row.get("image", row.get("image_id")), where)
+        found = read_answer(text, family, *sizes[image_id])
+        pred = [Prediction(o.label, o.bbox_xyxy_px, score=NO_SCORE) for o in found.objects]
+        answered[image_id] = Answered(pred, found.report, text)
+    return answered
+
+
+_ANSWER_KEYS = ("answer", "response", "text", "output", "generated_text")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON ({error}); expected one object a line.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: found {row!r}, expected a JSON object.")
+            yield where, row
+
+
+def xyxy_box(values: Any, where: str) -> Box:
+    """Float pixels xyxy; raises DataError unless they are four finite numbers in order."""
+    try:
+        x1, y1, x2, y2 = (float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: box {values!r}, expected [x1, y1, x2, y2] in pixels.") from error
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
+        raise DataError(f"{where}: box {values!r}, expected finite pixels with x2 >= x1 and y2 >= y1.")
+    return x1, y1, x2, y2
+
+
+def _score(row: Mapping[str, Any], where: str) -> float:
+    value = row.get("score")
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise DataError(f"{where}: score {value!r}, expected a finite number: AP ranks by it, and none is invented.")
+    return score
+
+
+def _integer(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: image_id {value!r}, expected an integer.") from error
+
+
+def _label(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: label {value!r}, expected a text.")
+    return value
+
+
+def _parse_report(value: Any, where: str) -> ParseReport | None:
+    if value is None:
+        return None
+    try:
+        return ParseReport(**value)
+    except TypeError as error:
+        raise DataError(f"{where}: parse is {value!r}, expected the counters that `predict --out` writes.") from error
+
+
+def _some(values: list[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """A mapping of labels, theirs -> ours; raises DataError unless it is a JSON object of texts."""
+    value = read_json(path)
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise DataError(f'{path}: expected a JSON object of labels, such as {{"person": "human"}}.')
+    return value

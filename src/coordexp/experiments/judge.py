@@ -1,0 +1,282 @@
+"""`coordexp evaluate` and `coordexp compare`: the metrics of any detector, and paired differences with intervals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+from coordexp.errors import ConfigError
+from coordexp.experiments.command import Checkpoint, compare_revisions
+
+if TYPE_CHECKING:
+    from coordexp.evaluation.effect import Effect
+    from coordexp.evaluation.evaluator import Evaluation
+    from coordexp.records.gt_vs_pred import ImageResult
+
+# As evaluation.foreign.predictions.Form, without its imports: --help must not wait for them. A test holds them equal.
+Form = Literal[
+    "coco", "lines", "gt_vs_pred", "yolo", "csv",
+    "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
+]  # fmt: skip
+FORMS: tuple[str, ...] = get_args(Form)
+
+NameMapping = Annotated[
+    Literal["exact", "normalised", "semantic"], typer.Option(help="From a description to its category.")
+]
+CategoriesFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
+]
+TruthFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="COCO or LVIS instances, records, gt_vs_pred, or a YOLO data.yaml."),
+]
+FormOption = Annotated[
+    Form | None,
+    typer.Option("--form", help="What the predictions are  [default: recognised; name raw answers]"),
+]
+LabelsFile = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help='JSON {"their label": "ours"} for labels that differ.')
+]
+
+
+def evaluate(
+    results: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")] = Path("metrics.json"),
+    truth: TruthFile = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Of any detector: a file, or a folder of YOLO text."),
+    ] = None,
+    form: FormOption = None,
+    labels: LabelsFile = None,
+    categories: CategoriesFile = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="COCO or LVIS JSON to check the images; LVIS adds its AP."),
+    ] = None,
+    mapping: NameMapping = "normalised",
+    tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
+) -> None:
+    """Judge predictions by all metrics: a gt_vs_pred.jsonl, or --truth with --predictions of any detector.
+
+    AP, F1, error causes, blind controls, parsing, duplicates, calibration, and 95% intervals; a short table is printed,
+    everything goes into --out.
+    """
+    from coordexp.evaluation.evaluator import rounded
+    from coordexp.evaluation.registry import view
+    from coordexp.infra.provenance import write_json
+
+    files = [path for path in (results, predictions) if path]
+    if len(files) != 1 or (predictions and not truth) or (truth and annotations):
+        raise ConfigError(
+            "expected a gt_vs_pred.jsonl, or --truth ANNOTATIONS with --predictions FILE; --annotations goes with "
+            "the first."
+        )
+    reading = _Reading(truth, form, labels, categories, annotations, mapping)
+    (evaluation,) = evaluations = _evaluate(files, reading)
+    _say_what_outranks(files, evaluations)
+    write_json(out, rounded(evaluation.metrics, 12))
+    if tables:
+        from coordexp.evaluation.suite import write_tables
+
+        write_tables(evaluation, tables)
+    counts = evaluation.metrics["coco"]
+    print(f"{counts['n_images']} images, {counts['n_gt']} objects, {counts['n_pred']} predictions")
+    intervals = evaluation.metrics["interval"]
+    shown = [key for key in view("printed", evaluation.params) if key.split(".")[0] in evaluation.metrics]
+    rows = [[key, _number(evaluation.value(key)), _interval(intervals.get(key))] for key in shown]
+    _print_table(rows, ["metric", "value", "95% interval"])
+    print(f"all metrics: {out}")
+
+
+def compare(
+    sides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="A B ...",
+            help="Files of predictions, the first of them the reference; or two experiments, branches, commits or "
+            "`workspace`, the older first.",
+        ),
+    ] = None,
+    truth: TruthFile = None,
+    predictions: Annotated[
+        list[Path] | None, typer.Option(exists=True, help="With --truth: files of any detectors; more may follow.")
+    ] = None,
+    form: FormOption = None,
+    labels: LabelsFile = None,
+    categories: CategoriesFile = None,
+    mapping: NameMapping = "normalised",
+    images: Annotated[int, typer.Option(min=0, help="Of two files: most changed images to list.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Of files: draw the differences, a PNG.")] = None,
+    checkpoint: Checkpoint = "stage2",
+    out: Annotated[Path | None, typer.Option(help="Of revisions: write the answer here, as Markdown.")] = None,
+) -> None:
+    """Is one better than the other, or is it noise?
+
+    Files: the paired differences to the first on the same images, with 95% bootstrap intervals. Two revisions, the
+    older first as in `git diff`: what B changed beside A, by their predictions in DVC's cache.
+    """
+    names = [*map(str, predictions or ()), *(sides or ())]
+    if len(names) < 2:
+        raise ConfigError(f"found {len(names)} to compare, expected two or more files, or two revisions.")
+    files = [Path(name) for name in names]
+    if not truth and not any(file.exists() for file in files):
+        if len(names) > 2:
+            raise ConfigError(f"found {len(names)} revisions, expected two; a study over more is `coordexp ab`.")
+        compare_revisions(names[0], names[1], checkpoint, out)
+        return
+    if missing := [file for file in files if not file.exists()]:
+        raise ConfigError(f"{missing[0]}: no such file. Expected files of predictions, or two revisions.")
+    evaluations = _evaluate(files, _Reading(truth, form, labels, categories, None, mapping))
+    _show_comparison(files, evaluations, images, plot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How files of predictions are read."""
+
+    truth: Path | None
+    form: Form | None
+    labels: Path | None
+    categories: Path | None
+    annotations: Path | None
+    mapping: Literal["exact", "normalised", "semantic"]
+
+
+def _evaluate(files: Sequence[Path], reading: _Reading) -> list[Evaluation]:
+    """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
+    from coordexp.evaluation.categories import annotated_categories
+    from coordexp.evaluation.evaluator import evaluate as evaluate_results
+    from coordexp.evaluation.foreign.truth import read_truth
+    from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
+    from coordexp.evaluation.table import check_known_images
+    from coordexp.records.categories import read_categories
+    from coordexp.records.gt_vs_pred import read_results
+
+    federated, truth = None, None
+    if reading.truth:
+        truth = read_truth(reading.truth)
+        results = [_foreign(file, truth, reading) for file in files]
+        federated = truth.federated
+    else:
+        results = [list(read_results(file)) for file in files]
+    if reading.categories:
+        known = read_categories(reading.categories)
+    else:
+        known = truth.categories if truth else annotated_categories(chain(*results))
+    if reading.annotations:
+        listed = read_truth(reading.annotations)
+        federated = listed.federated
+        for rows in results:
+            check_known_images(rows, set(listed.sizes_wh_px), str(reading.annotations))
+            if len(rows) < len(listed.images):
+                _note(f"note: {len(rows)} of the {len(listed.images)} annotated images are evaluated.")
+    params = STANDARD.model_copy(update={"mapping": reading.mapping})
+    return [evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results]
+
+
+def _say_what_outranks(files: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
+    """What makes any score meaningless, before the scores."""
+    from coordexp.evaluation.blind import MARGIN, learned_nothing
+    from coordexp.evaluation.parse import faults_of
+
+    for file, evaluation in zip(files, evaluations, strict=True):
+        if faults := faults_of(evaluation.metrics):
+            print(f"{file} is not judged: {', '.join(faults)}.")
+        if why := learned_nothing(evaluation.value(MARGIN), evaluation.metrics["interval"][MARGIN]):
+            print(f"{file} shows no learning: {why} (answers given without seeing the picture).")
+
+
+def _foreign(file: Path, truth: Any, reading: _Reading) -> list[ImageResult]:
+    from coordexp.evaluation.foreign.predictions import read_labels, read_predictions
+
+    labels = read_labels(reading.labels) if reading.labels else None
+    read = read_predictions(file, truth, reading.form, labels)
+    for note in read.notes:
+        _note(f"note: {note}")
+    return read.results
+
+
+def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], images: int, plot: Path | None) -> None:
+    from coordexp.evaluation.comparison import paired_effect
+    from coordexp.evaluation.registry import view
+
+    first, *others = evaluations
+    keys = view("compared", first.params)
+    effects = [{key: paired_effect([other], [first], key) for key in keys} for other in others]
+    _say_what_outranks(files, evaluations)
+    letters = [chr(ord("A") + n) if n < 26 else f"#{n + 1}" for n in range(len(files))]
+    print("\n".join(f"{letter}: {file}" for letter, file in zip(letters, files, strict=True)))
+    print(f"{first.table.n_images} images, {int(first.table.n_gt_I.sum())} objects")
+    rows = []
+    for key in keys:
+        row = [key, _number(first.value(key))]
+        for other, found in zip(others, effects, strict=True):
+            row += [_number(other.value(key)), *_difference(found[key])]
+        rows.append(row)
+    headers = ["metric", "A"]
+    for letter in letters[1:]:
+        headers += [letter, f"{letter} - A", "95% interval", "verdict"]
+    _print_table(rows, headers)
+    if len(evaluations) == 2:
+        _show_changed(others[0], first, images)
+    if plot:
+        from coordexp.reporting.forest import write_forest
+
+        write_forest(plot, dict(zip(_short_names(files)[1:], effects, strict=True)), _short_names(files)[0], keys)
+        print(f"differences drawn: {plot}")
+
+
+def _difference(effect: Effect | None) -> list[str]:
+    if effect is None:
+        return ["", "", "not defined"]
+    return [f"{effect.delta:+.4f}", f"{effect.lo:+.4f} .. {effect.hi:+.4f}", effect.verdict.value]
+
+
+def _show_changed(b: Evaluation, a: Evaluation, images: int) -> None:
+    from coordexp.evaluation.comparison import most_changed_images
+
+    changed = [row for row in most_changed_images(b, a, images) if row["delta"]]
+    if changed:
+        print("\nmost changed images (F1 of boxes and names, IoU 0.5)")
+        shown = [
+            [row["image"], _number(row["f1_full_50_b"]), _number(row["f1_full_50_a"]), f"{row['delta']:+.4f}"]
+            for row in changed
+        ]
+        _print_table(shown, ["image", "A", "B", "B - A"])
+
+
+def _short_names(files: Sequence[Path]) -> list[str]:
+    """The end of each path that tells the files apart."""
+    for depth in range(1, max(len(file.parts) for file in files) + 1):
+        names = ["/".join(file.with_suffix("").parts[-depth:]) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{file} ({n})" for n, file in enumerate(files, 1)]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f"{bounds[0]:.4f} .. {bounds[1]:.4f}"
+
+
+def _print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+    from tabulate import tabulate
+
+    print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr)
