@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from coordexp.evaluation.average_precision import match_categories, mean_ap, unweighted_ap
-from coordexp.evaluation.confidence import CONSTANT, IN_USE, PERFECT, auroc, calibration_error, oracle_scores
+from coordexp.evaluation.average_precision import match_categories, mean_ap, ranking_flags, unweighted_ap
+from coordexp.evaluation.confidence import (
+    CONSTANT,
+    IN_USE,
+    PERFECT,
+    auroc,
+    best_threshold,
+    calibration_error,
+    oracle_scores,
+    threshold_curve,
+)
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
 from evaluation.builders import CAT, DOG, box, image, pred, random_results, run, shifted, table_of
 
@@ -132,3 +141,21 @@ def test_a_box_in_a_crowd_region_costs_nothing():
     crowd = GroundTruth("cat", (100.0, 100.0, 300.0, 300.0), iscrowd=True)
     inside = pred("cat", (110.0, 120.0, 150.0, 160.0), 0.95)
     assert lrp([image(1, [("cat", box(0, 0)), crowd], [pred("cat", box(0, 0)), inside])])[0] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_threshold_counts_what_is_left_above_it(seed):
+    """The curve from one matching is that of judging the predictions above each threshold alone."""
+    table = table_of(*random_results(seed, crowd_rate=0.1))
+    curve = threshold_curve(table, match_categories(table))
+    assert [row["threshold"] for row in curve] == sorted({row["threshold"] for row in curve})
+    for row in curve[:: max(1, len(curve) // 7)]:
+        above = table.keep_predictions(table.pred_score_P >= row["threshold"])
+        right_P, judged_P = ranking_flags(above, match_categories(above))
+        tp, n_pred, n_gt = right_P.sum(), judged_P.sum(), table.n_gt_I.sum()
+        assert row["precision"] == pytest.approx(tp / n_pred)
+        assert row["recall"] == pytest.approx(tp / n_gt)
+        assert row["f1"] == pytest.approx(2 * tp / (n_pred + n_gt))
+    best = best_threshold(curve)
+    assert best["best_f1_50"] == max(row["f1"] for row in curve)
+    assert best_threshold([]) == {"best_f1_50": None, "best_threshold_50": None}

@@ -76,6 +76,36 @@ def auroc(score_P: Floats, right_P: Bools) -> float | None:
     return float((mean_rank_P[right_P].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
 
 
+CURVE_ROWS = 101
+
+
+def threshold_curve(table: DetectionTable, matches_K: list[CategoryMatches]) -> list[dict[str, float]]:
+    """Precision, recall and F1 at IoU .50 if only predictions of at least a score count, by rising threshold.
+
+    At most CURVE_ROWS thresholds, each a score of the file, the best one among them; empty without objects or
+    predictions. Matches are COCO's by falling score, so a threshold leaves those above it as they are.
+    """
+    right_P, judged_P = ranking_flags(table, matches_K)
+    n_gt, score_D = int(table.n_gt_I.sum()), table.pred_score_P[judged_P]
+    if not n_gt or not len(score_D):
+        return []
+    order = np.argsort(-score_D, kind="stable")
+    score_D, right_D = score_D[order], right_P[judged_P][order]
+    ends = np.flatnonzero(np.append(score_D[1:] != score_D[:-1], True))  # equal scores pass together
+    hits, kept = np.cumsum(right_D)[ends], ends + 1
+    f1 = 2 * hits / (kept + n_gt)
+    shown = np.unique(np.append(np.linspace(0, len(ends) - 1, CURVE_ROWS - 1).astype(int), f1.argmax()))[::-1]
+    columns = (score_D[ends], hits / kept, hits / n_gt, f1)
+    names = ("threshold", "precision", "recall", "f1")
+    return [dict(zip(names, (float(column[n]) for column in columns), strict=True)) for n in shown]
+
+
+def best_threshold(curve: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """The highest F1 of a threshold curve, and the score from which on predictions count there."""
+    best = max(curve, key=lambda row: row["f1"], default=None)
+    return {"best_f1_50": best and best["f1"], "best_threshold_50": best and best["threshold"]}
+
+
 def oracle_scores(table: DetectionTable, pairs: Pairs | None = None) -> Floats:
     """The score a perfect ranker would give, shape (P,): the IoU with the object it takes, 0 if it takes none.
 

@@ -25,10 +25,12 @@ from coordexp.evaluation.confidence import (
     CONSTANT,
     IN_USE,
     PERFECT,
+    best_threshold,
     compare_scores,
     lrp_metrics,
     oracle_scores,
     reliability,
+    threshold_curve,
 )
 from coordexp.evaluation.details import by_area, per_category, per_image, recall_by_side
 from coordexp.evaluation.error_causes import error_metrics, find_causes
@@ -56,7 +58,8 @@ class Evaluation:
         per_image: one row per image, by image id: what is needed to choose the images worth looking at.
         pr_curve: `recall` (101 points), `precision_50` and `precision_75` (means over categories).
         details: tables beside the metrics: `per_category`, `by_area`, `by_side_px`, `by_gt_count`, `reliability`,
-            `scores` (the AP that each score would reach), `worst_duplicates`, `coco_backend`.
+            `scores` (the AP that each score would reach), `thresholds` (precision, recall and F1 by the least score
+            that counts), `worst_duplicates`, `coco_backend`.
         samples: metric -> its value in each bootstrap resample, shape (B,).
         table: the checked input.
         params: what all of this was computed under.
@@ -104,7 +107,7 @@ def evaluate(
     duplicates = find_duplicates(table, min(params.duplicate_ious))
     positive, after_nms = everything.annotated(params), everything.after_nms(duplicates, params)
     coco = coco_ap(table)
-    scores = compare_scores(table, everything.pairs)
+    scores, curve = compare_scores(table, everything.pairs), threshold_curve(table, everything.by_score)
     metrics: Areas = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
@@ -115,7 +118,7 @@ def evaluate(
         "input": input_metrics(results, table),
         "set": set_metrics(table, everything.by_iou, duplicates, params),
         "guarded": nms_metrics(everything, after_nms, params),
-        "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score),
+        "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score) | best_threshold(curve),
         "errors": error_metrics(table, find_causes(table, everything.by_score)),
     }
     weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, seed)
@@ -131,7 +134,7 @@ def evaluate(
         metrics=metrics | {"interval": {key: _interval(metrics, samples, key) for key in keys}},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
         pr_curve=_pr_curve(coco),
-        details=_details(everything, coco, duplicates, params) | {"scores": scores},
+        details=_details(everything, coco, duplicates, params) | {"scores": scores, "thresholds": curve},
         samples=samples,
         table=table,
         params=params,

@@ -57,7 +57,8 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("coco.mAP", "coco.AP50", "coco.AP75", "f1.precision_50", "f1.recall_50", "f1.full_50", "f1.loc_50"),
         *("f1.full_95", "f1.full_mean", "protocol.positive_full_mean", "protocol.gap_full_mean", "guarded.full_50"),
         *("parse.parse_rate", "set.dup_pairs_<lowest>", "confidence.ece", "confidence.auroc_tp_fp"),
-        *("confidence.headroom_mAP", "confidence.lrp", "input.names_unmapped"),
+        *("confidence.headroom_mAP", "confidence.lrp", "confidence.best_f1_50", "confidence.best_threshold_50"),
+        "input.names_unmapped",
         *("blind.margin_AP50", "errors.classification_cost", "errors.localization_cost", "errors.duplicate_cost"),
         *("errors.background_cost", "errors.missed_cost", "lvis.mAP", "lvis.APr", "lvis.APc", "lvis.APf"),
     ),
@@ -272,6 +273,10 @@ _CONFIDENCE = (
     MetricSpec("confidence.lrp_loc", "mean 1 - IoU of the hits at that cut", better="lower"),
     MetricSpec("confidence.lrp_fp", "1 - precision at that cut, IoU .50", better="lower"),
     MetricSpec("confidence.lrp_fn", "1 - recall at that cut, IoU .50", better="lower"),
+    MetricSpec("confidence.best_f1_50", "F1 of boxes and names, IoU .50, at the score threshold where it is highest"),
+    MetricSpec(
+        "confidence.best_threshold_50", "that threshold: predictions of at least this score count", "score", "neither"
+    ),
 )
 _BLIND_WHAT = {
     "constant": "the most frequent label at its median place, in every image",

@@ -91,6 +91,7 @@ CSV_TABLES = {
     "by_side_px.csv": "by_side_px",
     "by_gt_count.csv": "by_gt_count",
     "scores.csv": "scores",
+    "thresholds.csv": "thresholds",
     "reliability.csv": "reliability",
     "worst_duplicates.csv": "worst_duplicates",
 }
