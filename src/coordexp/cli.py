@@ -191,6 +191,10 @@ def export(
     image_info: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="With --predictions: COCO's image_info JSON.")
     ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="Licence for the model card, such as apache-2.0.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Upload to the Hugging Face Hub as USER/NAME.")] = None,
 ) -> None:
     """Publish a run.
 
@@ -200,7 +204,9 @@ def export(
     from coordexp.config.run import RunConfig
     from coordexp.export.publish import publish
 
-    print("\n".join(publish(RunConfig.read(params, profile), checkpoint, out, predictions, image_info)))
+    print(
+        "\n".join(publish(RunConfig.read(params, profile), checkpoint, out, predictions, image_info, license_id, push))
+    )
 
 
 @app.command()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from coordexp.config.run import RunConfig
 from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate, rounded
-from coordexp.export.publish import coco_results, export, write_server_results
+from coordexp.export.publish import coco_results, export, publish, write_server_results
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.models.loading import checkpoint_hashes, load_format, save_checkpoint
 from coordexp.records.categories import Category
@@ -65,6 +70,15 @@ def test_results_for_a_server_that_keeps_the_annotations(paths: ProfilePaths, tm
     assert json.loads(out.read_text())[0] | {"score": 0} == {
         "image_id": 91, "category_id": 44, "bbox": [1, 2, 2, 2], "score": 0,
     }  # fmt: skip
+    own = [{"id": 5, "name": "Bottle"}]  # the server's own numbers come before the profile's
+    info.write_text(json.dumps({"images": [{"file_name": "a.jpg", "id": 91}], "categories": own}))
+    assert write_server_results(predictions, info, paths, out) == (1, 0)
+    assert json.loads(out.read_text())[0]["category_id"] == 5
+    numbered = [Category(1, "stop sign"), Category(2, "bottle")]
+    (paths.records / "categories.json").write_text(json.dumps([c.to_json() for c in numbered]))
+    info.write_text(json.dumps({"images": [{"file_name": "a.jpg", "id": 91}]}))
+    with pytest.raises(DataError, match="numbered 1 to 2 by this project"):
+        write_server_results(predictions, info, paths, out)
     info.write_text(json.dumps({"images": [{"file_name": "b.jpg", "id": 91}]}))
     with pytest.raises(DataError, match=r"a\.jpg: no image of"):
         write_server_results(predictions, info, paths, out)
@@ -152,3 +166,78 @@ def test_the_card_says_whose_ids_the_results_have(
     mixture = profile.source.model_copy(update={"sets": dict.fromkeys(sets, profile.source.sets["coco"])})
     export(replace(finished, profile=profile.model_copy(update={"source": mixture})), "stage2", tmp_path / "new")
     assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """The few requests of the Hub that an upload of small files makes; what was committed is kept."""
+
+    committed: ClassVar[dict[str, bytes]] = {}
+    refuse = False
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if type(self).refuse:
+            self.answer({"error": "no such user"}, 403)
+        elif self.path.endswith("/repos/create"):
+            self.answer({"url": "https://huggingface.co/somebody/detector"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            rows = [json.loads(line) for line in body.splitlines()]
+            files = [row["value"] for row in rows if row["key"] == "file"]
+            type(self).committed = {file["path"]: base64.b64decode(file["content"]) for file in files}
+            self.answer({"commitUrl": "https://huggingface.co/somebody/detector/commit/abc", "commitOid": "abc"})
+        else:
+            self.answer({})
+
+    def do_GET(self) -> None:
+        status = 403 if type(self).refuse else 200
+        self.answer({"id": "somebody/detector", "sha": "abc", "siblings": []}, status)
+
+    def answer(self, value: object, status: int = 200) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
+    """A stand-in for the Hub on this machine, with a user logged in."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT when it was imported
+    StandIn.refuse = False
+    yield StandIn
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_push_uploads_every_file_of_the_export(finished: RunConfig, tmp_path: Path, hub: type[StandIn]) -> None:
+    said = publish(finished, "stage2", tmp_path / "new", None, None, "apache-2.0", "somebody/detector")
+    assert said[-1] == "uploaded: https://huggingface.co/somebody/detector/commit/abc"
+    here = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    assert hub.committed == here
+    front = here["README.md"].decode().split("---")[1]
+    assert {"license: apache-2.0", "pipeline_tag: image-text-to-text"} <= set(front.splitlines())
+    assert "model-index:" in front
+    assert str(tmp_path) not in front
+
+
+def test_a_refused_push_leaves_the_folder_and_says_what_to_do(
+    finished: RunConfig, tmp_path: Path, hub: type[StandIn]
+) -> None:
+    hub.refuse = True
+    with pytest.raises(DataError, match="is written, but somebody/detector could not be uploaded"):
+        publish(finished, "stage2", tmp_path / "new", None, None, None, "somebody/detector")
+    assert (tmp_path / "new" / "README.md").is_file()

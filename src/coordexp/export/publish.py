@@ -7,6 +7,7 @@ the `object-detection` pipeline expects a head that returns boxes, and this mode
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,21 +56,57 @@ class Exported:
     unmapped: int
 
 
-def publish(run: RunConfig, checkpoint: str, out: Path, predictions: Path | None, image_info: Path | None) -> list[str]:
-    """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user."""
+def publish(
+    run: RunConfig,
+    checkpoint: str,
+    out: Path,
+    predictions: Path | None,
+    image_info: Path | None,
+    license_id: str | None = None,
+    repository: str | None = None,
+) -> list[str]:
+    """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user.
+
+    With a `repository` ("user/name") the folder is then uploaded to the Hugging Face Hub.
+    """
     if (predictions is None) != (image_info is None):
         raise DataError("--predictions and --image-info belong together; give both or none.")
     if predictions and image_info:
         written, unmapped = write_server_results(predictions, image_info, run.paths, out)
         return [f"{out}: {written} results; {unmapped} predictions name no category"]
-    done = export(run, checkpoint, out)
-    return [
+    done = export(run, checkpoint, out, license_id)
+    said = [
         f"{out}: {', '.join(done.files)}",
         f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
     ]
+    return [*said, f"uploaded: {push(out, repository)}"] if repository else said
 
 
-def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to the Hub, by the user's own login; returns the address of the commit.
+
+    `HF_ENDPOINT` names another server than the public one.
+
+    Raises:
+        DataError: the server cannot be reached or refuses; the folder stays as it is.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="coordexp")
+    try:
+        api.create_repo(repository, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except (HTTPError, OSError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise DataError(
+            f"{folder} is written, but {repository} could not be uploaded: {str(error).strip().splitlines()[0]} "
+            "Log in with `hf auth login`, then run `hf upload` on the folder, or export again."
+        ) from error
+    return str(commit.commit_url)
+
+
+def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = None) -> Exported:
     """Fill the folder `out`, which is empty or new, with a checkpoint of a run: stage1, stage1-control or stage2.
 
     Its default readout becomes the one that the run was evaluated with.
@@ -91,7 +128,7 @@ def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
     form = load_format(source)
     _copy_checkpoint(source, out, form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT)))
     write_json(out / RESULTS, results)
-    write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics)))
+    write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics, license_id)))
     return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
 
 
@@ -134,15 +171,16 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     Args:
         predictions: the lines that `coordexp predict --out` wrote: `image` (its file name counts) and `objects`.
         image_info: COCO's image_info JSON of the split, which gives the image ids.
-        paths: the profile, whose categories.json gives the category ids.
+        paths: the profile, whose categories.json gives the category ids where image_info has no categories.
         out: the JSON file to write.
 
     Raises:
-        DataError: an image is not in the file, or the file is none of COCO's.
+        DataError: an image is not in the file, the file is none of COCO's, or nothing says the server's category ids.
     """
     source = _read(image_info)
     try:
         ids = {image["file_name"]: int(image["id"]) for image in source["images"]}
+        declared = [Category(int(row["id"]), str(row["name"])) for row in source.get("categories", [])]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{image_info}: not COCO's image_info layout ({error!r}).") from error
     found = []
@@ -151,9 +189,20 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
         if name not in ids:
             raise DataError(f"{row['image']}: no image of {image_info} has that file name.")
         found.append((ids[name], [(o["desc"], o["bbox_xyxy_px"], o["score"]) for o in row["objects"]]))
-    results, unmapped = coco_results(found, read_categories(paths.records / "categories.json"))
+    results, unmapped = coco_results(found, declared or _ids_of_one_set(paths, image_info))
     write_json(out, results)
     return len(results), unmapped
+
+
+def _ids_of_one_set(paths: ProfilePaths, image_info: Path) -> Sequence[Category]:
+    """The profile's categories, if their ids are those of its one data set."""
+    categories = read_categories(paths.records / "categories.json")
+    if [c.id for c in categories] == list(range(1, len(categories) + 1)) and len(categories) > 1:
+        raise DataError(
+            f"{image_info}: lists no categories, and those of {paths.records / 'categories.json'} are numbered 1 to "
+            f"{len(categories)} by this project. Add the server's own `categories` (id, name) to the file."
+        )
+    return categories
 
 
 def _read(path: Path) -> Any:
@@ -165,7 +214,9 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
-def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[str, Any], license_id: str | None
+) -> dict[str, Any]:
     trained, base = metrics[checkpoint]["eval"], metrics["base"]["eval"]
     rows = []
     for key, words in _SHOWN.items():
@@ -176,6 +227,9 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
     source = run.profile.source
     sets = source.sets if isinstance(source, DatasetsConfig) else {}
     return {
+        "card_data": _card_data(run, checkpoint, trained, list(sets), license_id),
+        "license": license_id,
+        "base_model": Path(run.profile.model.path).name,  # never where it lies on this machine
         "profile": run.params.profile,
         "checkpoint": checkpoint,
         "codec": form.codec,
@@ -191,6 +245,29 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
         "metadata": _read(run.paths.run(checkpoint) / RUN_METADATA),
         "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
+
+
+def _card_data(
+    run: RunConfig, checkpoint: str, trained: Mapping[str, Any], sets: Sequence[str], license_id: str | None
+) -> str:
+    """The head of the card: what the Hub reads, with the metrics as its model index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name, data = f"{run.params.profile} {checkpoint}", ", ".join(sets) or "composed scenes"
+    values = [(words, trained[key.split(".")[0]][key.split(".")[1]]) for key, words in _SHOWN.items()]
+    results = [
+        EvalResult(
+            task_type="object-detection", dataset_type="coco-layout", dataset_name=data, dataset_split="val",
+            metric_type=words, metric_value=value,
+        )
+        for words, value in values
+        if value is not None
+    ]  # fmt: skip
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="image-text-to-text", license=license_id,
+        tags=["object-detection", "qwen3_vl", "coordexp"], model_name=name, eval_results=results or None,
+        base_model=Path(run.profile.model.path).name, datasets=list(sets) or None,
+    ).to_yaml()  # fmt: skip
 
 
 def _card(facts: Mapping[str, Any]) -> str:
