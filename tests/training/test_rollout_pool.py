@@ -35,7 +35,9 @@ def on_file(world, checkpoint):
 
 
 def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
-    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder)
+    return Refresher(
+        refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder, torch.nn.Identity()
+    )
 
 
 def test_a_plan_by_hand():
