@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordexp.errors import DataError, Interrupted
+from coordexp.errors import CheckpointError, DataError, Interrupted
 from coordexp.experiments.monitor import find_state, follow, open_monitor, start_folder
 from coordexp.infra.provenance import write_json
 from coordexp.models.loading import load_checkpoint
@@ -85,6 +85,26 @@ def test_a_run_is_followed_to_its_end_and_does_not_notice(ready, tmp_path, monke
     assert {k: v for k, v in json.loads(inside).items() if k != "seconds"} == {
         k: v for k, v in outside.items() if k not in ("seconds", "map", "map_50")
     }
+
+
+@pytest.mark.parametrize("tuning", [{"method": "lora", "rank": 4}, {"vision": "freeze", "projector": "freeze"}])
+def test_what_trains_is_all_that_a_state_holds_and_all_that_is_needed(ready, tmp_path, monkeypatch, tuning) -> None:
+    """Frozen weights come from the checkpoint that the run started from; a state of another one is refused."""
+    changed = ready.profile.tuning.model_copy(update=tuning)
+    space = replace(ready, profile=ready.profile.model_copy(update={"tuning": changed}))
+    interrupt_after(monkeypatch, space, 1)
+    state = find_state(tmp_path, "stage1")
+    callback = open_monitor(space, "stage1", None, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="started from weights with hash"):
+        next(follow(callback, state, "elsewhere", 0.01))
+    row = next(follow(callback, state, start_hash(start_folder(space, "stage1")), 0.01))
+    inside = json.loads((state / "monitor.jsonl").read_text())
+    assert {k: v for k, v in inside.items() if k != "seconds"} == {
+        k: v for k, v in row.items() if k not in ("seconds", "map", "map_50")
+    }
+    (part,) = generations(state)[0].glob("part-*")
+    trained = sum(weight.numel() for weight in callback.checkpoint.model.parameters() if weight.requires_grad)
+    assert 8 * trained <= part.stat().st_size < 12 * trained + 2**18  # one moment or two
 
 
 def test_each_state_answers_with_its_own_weights_on_the_same_images(ready, tmp_path) -> None:

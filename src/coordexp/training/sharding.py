@@ -39,7 +39,7 @@ def shard_model(model: Qwen3VLForConditionalGeneration, precision: str) -> None:
 
     The whole model is moved to the device layer by layer, so that only the rest must fit there whole. Under `bf16` a
     layer is gathered in bfloat16, in which autocast would compute with it anyway: half of what is sent. Sums of
-    gradients are float32. Embedding, head, norms and projectors are gathered as they are: their outputs stay float32.
+    gradients are float32. What is no layer (embedding, head, mergers) is gathered as it is: its outputs stay float32.
     """
     mesh = _mesh()
     gathered = torch.bfloat16 if precision == "bf16" else torch.float32
