@@ -127,7 +127,7 @@ def test_when_one_process_cannot_roll_out_all_end(ready):
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     """The store of three processes, of which this is process 0."""
     store = dist.HashStore()
-    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "_board", lambda: store)
     monkeypatch.setattr(distributed, "world", lambda: World(0, 3, torch.device("cpu")))
     monkeypatch.setattr(distributed, "SILENCE_S", 0.5)
     monkeypatch.setattr(distributed, "BEAT_EVERY_S", 0.1)

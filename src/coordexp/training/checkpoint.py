@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from coordexp.errors import CheckpointError
 from coordexp.infra.files import remove, replace_folder
 from coordexp.infra.random_streams import stream_seed
-from coordexp.training.distributed import Meeting, any_process, gather, is_sharded, world
+from coordexp.training.distributed import Meeting, any_process, gather, world
 from coordexp.training.sharding import from_own_rows, held_rows, own_rows
 from coordexp.training.state_files import (
     Rows,
@@ -39,6 +39,7 @@ from coordexp.training.state_files import (
 
 log = logging.getLogger(__name__)
 
+WRITING_S = 3600.0  # longer than any disk needs for what one process holds
 KEPT = 2  # states of a run: the newest, and one to go back to
 _MOST_PROCESSES = 2**16
 Scalars = dict[str, float]
@@ -109,6 +110,7 @@ class ResumeState:
         optimizer.load_state_dict(parts[0] if len(parts) == 1 else {"parts": parts})
         seed_process(self.step)
         _set_generators({name: self.saved.read(f"random/{world().rank}/{name}") for name in self._own_generators()})
+        self.saved.close()
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
@@ -127,6 +129,7 @@ class ResumeState:
             )
         for name, weight in named.items():
             weight.copy_(self._own(f"model/{name}", weight))
+        self.saved.close()
 
     def _state_of(self, optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Any]:
         """What `load_state_dict` of one optimizer takes; its groups stay those of the configuration."""
@@ -187,7 +190,7 @@ def _set_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, start: str = "") -> None:
-    """Save the state from which `step` runs next, whole or not at all; a sharded model needs all processes here.
+    """Save the state from which `step` runs next, whole or not at all; all processes must call it.
 
     `start` identifies the checkpoint that frozen weights are taken from.
 
@@ -195,7 +198,7 @@ def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, 
         OSError: the disk is full or not writable; the states before this one are still there.
     """
     with StateSaver(folder, start) as saver:
-        saver.save(step, model, optimizer, {0: generators()})
+        saver.save(step, model, optimizer, dict(enumerate(gather(generators()))))
 
 
 class StateSaver:
@@ -246,8 +249,13 @@ class StateSaver:
         optimizer: Optimizer,
         random: Mapping[int, Mapping[str, Tensor]],
         log_end: LogEnd = NO_LOG,
+        *,
+        alone: bool = False,
     ) -> None:
-        """Copy the state from which `step` runs next, with `generators` by process, and begin to write it."""
+        """Copy the state from which `step` runs next, with `generators` by process, and begin to write it.
+
+        All processes must call it; unless it is called `alone`, by one that has everything.
+        """
         started = time.monotonic()
         self.wait()
         tensors, scalars = _contents(model, optimizer)
@@ -257,7 +265,7 @@ class StateSaver:
         if any(rows.values.is_cuda for rows in held.values()):
             torch.cuda.synchronize()
         facts = {"step": step, "start": self._start, "scalars": scalars, **asdict(log_end)}
-        meetings = [Meeting(f"the state of step {step}") for _ in range(2)] if is_sharded(model) else []
+        meetings = () if alone else tuple(Meeting(f"the state of step {step}", WRITING_S) for _ in range(2))
         self._writing = self._thread.submit(self._write, step, copied, facts, meetings)
         self._cost_s = time.monotonic() - started
 
@@ -269,7 +277,9 @@ class StateSaver:
             self._copies[name] = copy
         return copy.copy_(values, non_blocking=True)
 
-    def _write(self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: list[Meeting]) -> None:
+    def _write(
+        self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: tuple[Meeting, ...]
+    ) -> None:
         """In the thread: every process its part, then the main one the manifest, which all wait for."""
         cpu_s = time.thread_time()
         temporary = self._folder / f".{generation_name(step)}.tmp"
@@ -279,10 +289,9 @@ class StateSaver:
             parts, manifest = meetings
             with parts:
                 parts.come(json.dumps(write_part(temporary, world().rank, held)))
-            words = parts.wait()
+            every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
             with manifest:
                 if world().is_main:
-                    every = {name: digest for word in words for name, digest in json.loads(word).items()}
                     self._publish(step, temporary, facts, every)
                 manifest.come()
             manifest.wait([0])

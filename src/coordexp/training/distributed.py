@@ -140,6 +140,12 @@ def _store() -> dist.Store:
     return store
 
 
+@cache
+def _board() -> dist.Store:
+    """The same store by a connection of its own: while a collective is set up, the other one may be held."""
+    return _store().clone()
+
+
 _MEETINGS = count()  # all processes meet in the same order
 
 
@@ -153,8 +159,11 @@ class Meeting:
     Once made, any thread may come and wait, while another one computes.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, silence_s: float | None = None) -> None:
+        """`silence_s` is how long a process may show nothing; SILENCE_S if it is not said."""
         self._what, self._number = what, next(_MEETINGS)
+        self._silence_s = SILENCE_S if silence_s is None else silence_s
+        self._word = ""
 
     def __enter__(self) -> None: ...
 
@@ -164,34 +173,37 @@ class Meeting:
 
     def come(self, word: str = "") -> None:
         """Tell the others that this process is done."""
+        self._word = word
         self._bring(f"+{word}")
 
     def _bring(self, word: str) -> None:
         if world().size > 1:
-            _store().set(self._key(world().rank), word)
+            _board().set(self._key(world().rank), word)
 
     def wait(self, ranks: Iterable[int] | None = None) -> list[str]:
-        """Wait for these processes, or all; returns what they brought, nothing if this process is the only one.
+        """Wait for these processes, or all; returns what they brought.
 
         Raises:
-            TrainingError: a process failed, or has not shown for SILENCE_S that it gets on.
+            TrainingError: a process failed, or has not shown for too long that it gets on.
         """
-        wanted = list(range(world().size) if ranks is None else ranks) if world().size > 1 else []
+        if world().size == 1:
+            return [self._word]
+        wanted = list(range(world().size) if ranks is None else ranks)
         started = said = time.monotonic()
         lives = {rank: (b"", started) for rank in wanted}
-        while missing := [rank for rank in wanted if not _store().check([self._key(rank)])]:
+        while missing := [rank for rank in wanted if not _board().check([self._key(rank)])]:
             time.sleep(min(0.1, 0.002 + 0.1 * (time.monotonic() - started)))
             now = time.monotonic()
             lives |= {rank: (beat, now) for rank in missing if (beat := _last_beat(rank)) != lives[rank][0]}
-            if silent := [rank for rank in missing if now - lives[rank][1] > SILENCE_S]:
+            if silent := [rank for rank in missing if now - lives[rank][1] > self._silence_s]:
                 raise TrainingError(
                     f"{self._what}: process {silent[0]} of {world().size} has shown no sign of life for "
-                    f"{SILENCE_S:.0f} s. The state that was saved last is kept: look at that process, run this again."
+                    f"{self._silence_s:.0f} s. The last states are kept: look at that process, then run this again."
                 )
             if now - said > SAID_EVERY_S:
                 said = now
                 log.info("%s: waiting for processes %s since %.0f s", self._what, missing, now - started)
-        words = [_store().get(self._key(rank)).decode() for rank in wanted]
+        words = [_board().get(self._key(rank)).decode() for rank in wanted]
         if failed := [rank for rank, word in zip(wanted, words, strict=True) if word == "-"]:
             raise TrainingError(f"{self._what}: process {failed[0]} of {world().size} failed; its message is above.")
         return [word.removeprefix("+") for word in words]
@@ -209,7 +221,7 @@ def showing_life(model: nn.Module) -> Iterator[None]:
         nonlocal shown
         if time.monotonic() - shown >= BEAT_EVERY_S:
             shown = time.monotonic()
-            _store().set(f"beat/{world().rank}", f"{next(beats)} {shown}")
+            _board().set(f"beat/{world().rank}", f"{next(beats)} {shown}")
 
     if world().size == 1:
         yield
@@ -223,7 +235,7 @@ def showing_life(model: nn.Module) -> Iterator[None]:
 
 def _last_beat(rank: int) -> bytes:
     key = f"beat/{rank}"
-    return _store().get(key) if _store().check([key]) else b""
+    return _board().get(key) if _board().check([key]) else b""
 
 
 def shared_out(

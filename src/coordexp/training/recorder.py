@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from coordexp.training.checkpoint import NO_LOG, LogEnd, ResumeState, StateSaver, generators
@@ -87,20 +87,19 @@ class Recorder:
         return time.monotonic() - self._saved_at > least_seconds
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Begin to save the state from which `step` runs next; a collective call."""
-        self._save(step, model, optimizer, dict(enumerate(gather(generators()))))
+        """Begin to save the state from which `step` runs next; all processes must call it."""
+        end = self._log_end()
+        self._states.save(step, model, optimizer, dict(enumerate(gather(generators()))), end)
         self._saved_at = time.monotonic()
 
     def save_alone(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """As `save` where the other processes may be anywhere: without their generators, nothing of a sharded model."""
-        if not is_sharded(model):
-            self._save(step, model, optimizer, {0: generators()})
+        if world().is_main and not is_sharded(model):
+            self._states.save(step, model, optimizer, {0: generators()}, self._log_end(), alone=True)
 
-    def _save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, random: Mapping[int, Mapping[str, Tensor]]
-    ) -> None:
-        if self._log:
-            os.fsync(self._log.fileno())  # a state must never be ahead of the log that it goes on with
-        if self._log or is_sharded(model):
-            log_end = LogEnd(self._log.tell(), self._digest.hexdigest()) if self._log else NO_LOG
-            self._states.save(step, model, optimizer, random, log_end)
+    def _log_end(self) -> LogEnd:
+        """How far the log goes, and that far it is on the disk: a state must never be ahead of it."""
+        if not self._log:
+            return NO_LOG
+        os.fsync(self._log.fileno())
+        return LogEnd(self._log.tell(), self._digest.hexdigest())

@@ -153,6 +153,10 @@ class SavedState:
                 index.setdefault(name, (tuple(shape), []))[1].append((first, part, rows))
         return {name: (shape, sorted(places)) for name, (shape, places) in index.items()}
 
+    def close(self) -> None:
+        """Let go of the files, which take their room on the disk as long as they are held."""
+        self._files.clear()
+
     def _open(self, part: str) -> Any:  # safetensors has no types
         if part not in self._files:
             self._files[part] = safe_open(self.folder / part, "pt")
