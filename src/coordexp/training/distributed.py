@@ -143,7 +143,7 @@ def _store() -> dist.Store:
 @cache
 def _board() -> dist.Store:
     """The same store by a connection of its own: while a collective is set up, the other one may be held."""
-    return _store().clone()
+    return cast(dist.Store, _store().clone())  # type: ignore[attr-defined]  # the stubs lack it
 
 
 _MEETINGS = count()  # all processes meet in the same order
