@@ -33,7 +33,7 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
-from coordexp.infra.logs import without_clock
+from coordexp.infra.logs import read_rows, without_clock
 from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import MatchCounts, ratio_text, rounded_ratio
 from coordexp.models.loading import Checkpoint
@@ -133,8 +133,7 @@ class EvalCallback(Callback):
     def rows(self) -> list[dict[str, Any]]:
         """The evaluations so far, by step."""
         path = self.folder / ROWS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_rows(path) if path.is_file() else []
 
     def seconds(self) -> float:
         """What all evaluations took."""
