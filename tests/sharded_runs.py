@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/sharded_runs.py runs.json
 
-Each entry names a workspace, a stage, parameters, and keys of the profile; `stop_in` is a step in which process 1 is
-sent SIGTERM. It leaves `held.json` with the share of the weights and moments that each process held.
+Each entry names a workspace, a stage, parameters, keys of the profile, and of how many nodes the processes say to be;
+`stop_in` is a step in which process 1 is sent SIGTERM. It leaves `held.json` with the share of the weights and moments
+that each process held.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.errors import Interrupted
 from coordexp.training import loop
-from coordexp.training.distributed import wait_for_all, world
+from coordexp.training.distributed import any_process, world
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
@@ -67,6 +68,7 @@ ORIGINALS = {kind: kind.micro_batches for kind in (TeacherTask, Stage2Task)}
 
 def run(entry: dict[str, Any]) -> None:
     os.environ["DVC_ROOT"] = entry["root"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(world().size // entry["nodes"])
     HELD.clear()
     stop_in(entry["stop_in"])
     try:
@@ -83,7 +85,7 @@ def run(entry: dict[str, Any]) -> None:
         assert entry["stop_in"] is None
     if world().is_main:
         (Path(entry["root"]) / "held.json").write_text(json.dumps(HELD))
-    wait_for_all()
+    any_process(False)  # wait for the others
 
 
 if __name__ == "__main__":

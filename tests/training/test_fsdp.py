@@ -34,15 +34,17 @@ STOP = 1
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run in two processes with sharded weights, which must be that of one process without."""
+    """A run in two processes, as a rule with sharded weights, which must be that of one process."""
 
     stage: str = "stage1"
+    sharding: str = "fsdp2"
+    nodes: int = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
     rows_per_forward: int = 0
     tied: bool = True
-    interrupted: str = ""  # "sharded" or "alone": who is stopped after step 1, so that the other kind goes on
+    interrupted: str = ""  # "both" or "alone": who is stopped after step 1, so that the other kind goes on
     within: float = 1e-5
 
 
@@ -58,9 +60,12 @@ CASES = {
     ),
     "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
     "muon": Case(optim={"optimizer": "muon"}),
-    "saved sharded": Case(interrupted="sharded"),
+    "saved sharded": Case(interrupted="both"),
     "saved alone": Case(interrupted="alone"),
-    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="sharded"),
+    "two nodes": Case(nodes=2, interrupted="both"),
+    "saved by both, whole": Case(sharding="none", interrupted="both"),
+    "saved alone, whole": Case(sharding="none", interrupted="alone"),
+    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="both"),
 }
 
 
@@ -113,10 +118,11 @@ def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path) -> None:
     entries = [
         {
             "stage": case.stage,
+            "nodes": case.nodes,
             "params": space.params.model_dump(),
             "profile": space.profile.model_dump(),
             "root": str(space.paths.root),
-            "stop_in": STOP if case.interrupted == "sharded" else None,
+            "stop_in": STOP if case.interrupted == "both" else None,
         }
         for case, space in runs
     ]
@@ -142,14 +148,17 @@ def spaces(tmp_path_factory, world: World) -> dict[str, tuple[Workspace, Workspa
     patch.setenv("DVC_ROOT", str(root))
     made = {}
     for name, case in CASES.items():
-        alone, sharded = (prepared(root / kind / name, world, case, kind) for kind in ("none", "fsdp2"))
+        alone, sharded = (
+            prepared(root / kind / name, world, case, sharding)
+            for kind, sharding in (("alone", "none"), ("both", case.sharding))
+        )
         train(alone, case.stage)
         if case.interrupted == "alone":
             interrupt(sharded, case.stage, patch)
         made[name] = alone, sharded
     run_sharded([(CASES[name], sharded) for name, (_, sharded) in made.items()], root)
     for name, (_, sharded) in made.items():
-        if CASES[name].interrupted == "sharded":
+        if CASES[name].interrupted == "both":
             train(sharded, CASES[name].stage)
     patch.undo()
     return made

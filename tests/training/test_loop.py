@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from coordexp.errors import Interrupted, TrainingError
-from coordexp.training import checkpoint as checkpoint_module
-from coordexp.training.checkpoint import load_state
+from coordexp.training import recorder
+from coordexp.training.checkpoint import StateSaver, load_state
 from coordexp.training.loop import MicroBatch, train
 from coordexp.training.schedule import cosine_schedule
 from coordexp.training.step import TeacherTask
@@ -129,13 +129,15 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(tmp_path, uninterrupte
 def test_the_log_on_disk_is_never_behind_the_state(tmp_path, monkeypatch):
     """A process that is killed right after a save must find every row before the saved step again."""
     behind = []
-    original = checkpoint_module.save_state
+    original = StateSaver.save
 
-    def checking(folder, step, model, optimizer):
-        original(folder, step, model, optimizer)
+    def checking(self, step, *args):
+        original(self, step, *args)
+        self.wait()
         behind.append(step - len(log_rows(tmp_path)))
 
-    monkeypatch.setattr(checkpoint_module, "save_state", checking)
+    monkeypatch.setattr(recorder, "SAVING_FRACTION", math.inf)
+    monkeypatch.setattr(StateSaver, "save", checking)
     run(tmp_path, save_every_seconds=0.0, log_every=100)
     assert behind == [0] * STEPS
 
@@ -146,7 +148,8 @@ def test_a_log_without_state_starts_over(tmp_path, uninterrupted):
     assert log_rows(tmp_path) == uninterrupted[1]
 
 
-def test_a_finished_run_changes_nothing_more(tmp_path, uninterrupted):
+def test_a_finished_run_changes_nothing_more(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setattr(recorder, "SAVING_FRACTION", math.inf)
     run(tmp_path, save_every_seconds=0.0)
     again = run(tmp_path, on_step=lambda step: pytest.fail(f"step {step} ran again"))
     assert torch.equal(weights(again), uninterrupted[0])

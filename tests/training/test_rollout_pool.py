@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coordexp.errors import CheckpointError
 from coordexp.rollout.engine import Generation
 from coordexp.training.rollout_pool import Refresh, Refresher, RolloutPool, plan_refreshes
 from helpers import MATCHING, answer_reader, changed, decode_request, new_checkpoint, teacher_rollouts
@@ -35,7 +36,9 @@ def on_file(world, checkpoint):
 
 
 def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
-    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder)
+    return Refresher(
+        refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder, torch.nn.Identity()
+    )
 
 
 def test_a_plan_by_hand():
@@ -83,6 +86,27 @@ def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_fil
     assert made.at(2, samples) == read.at(2, samples)
     assert (len(first.asked), len(second.asked)) == (1, 0)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_set_that_changed_is_named_and_none_is_made_by_other_weights(world, checkpoint, on_file, tmp_path):
+    def pool() -> RolloutPool:
+        refreshes = [Refresh(2, (0, 1))]
+        return RolloutPool(
+            on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, TruthTeller(), refreshes)
+        )
+
+    pool().refresh(2)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match="to start this stage at step 0"):
+                pool().refresh(2)
+        path.unlink()
+        with pytest.raises(CheckpointError, match="to start this stage at step 0"):
+            pool().refresh(3)
+        path.write_bytes(whole)
+    pool().refresh(3)
 
 
 def test_generating_does_not_disturb_the_random_numbers_of_training(world, checkpoint, on_file, tmp_path):

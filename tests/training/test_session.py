@@ -188,9 +188,10 @@ def test_a_damaged_state_is_named(ready, stop_in_step):
     with pytest.raises(Interrupted):
         train(ready, "stage1")
     (state,) = (ready.paths.root / ".resume").iterdir()
-    content = (state / "state.pt").read_bytes()
+    (part,) = state.glob("state-*/part-*")
+    content = part.read_bytes()
     for damaged in (content[:1000], b"", b"x" * 1000):
-        (state / "state.pt").write_bytes(damaged)
+        part.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=f"delete {state} to start"):
             train(ready, "stage1")
 

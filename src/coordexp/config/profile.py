@@ -266,7 +266,9 @@ class LaunchConfig(Block):
     sharding: Literal["none", "fsdp2"] = Field(
         description="each training process holds all weights and moments, or its fraction of them (fsdp2)"
     )
-    save_every_seconds: float = Field(ge=0, le=86400, description="time between two saved states of a training stage")
+    save_every_seconds: float = Field(
+        ge=0, le=86400, description="least time between two saved states of a training stage"
+    )
 
 
 class Profile(Block):

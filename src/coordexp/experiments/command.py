@@ -263,7 +263,8 @@ def monitor(
 
     from coordexp.config.run import RunConfig
     from coordexp.experiments.events import Events
-    from coordexp.experiments.monitor import STAGES, find_state, follow, open_monitor
+    from coordexp.experiments.monitor import STAGES, find_state, follow, open_monitor, start_folder
+    from coordexp.training.session import start_hash
 
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected {', '.join(STAGES)}.{closest(stage, STAGES)}")
@@ -273,7 +274,8 @@ def monitor(
     os.nice(10)
     events = Events(folder / "tensorboard") if tensorboard else None
     callback = open_monitor(run, stage, images, folder, device)
-    for row in follow(callback, state, poll, lambda: events.follow(state) if events else None):
+    start = start_hash(start_folder(run, stage))
+    for row in follow(callback, state, start, poll, lambda: events.follow(state) if events else None):
         if events:
             events.follow(folder, "monitor")
         shown = (f"{key} {'undefined' if value is None else f'{value:.4g}'}" for key, value in row.items())

@@ -14,22 +14,28 @@ from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.config.study import TRAINED
-from coordexp.errors import DataError
+from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.infra.device import AUTO
+from coordexp.models.adapters import apply_tuning
 from coordexp.models.loading import load_for_inference
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult
-from coordexp.training.checkpoint import STATE_NAME, load_state
+from coordexp.training.checkpoint import load_state
 from coordexp.training.eval_callback import EvalCallback, make_eval_callback
+from coordexp.training.state_files import generations
 
 STAGES = TRAINED
 RESAMPLES = 100  # intervals are not shown; the least that the evaluator takes
 
 
+def start_folder(run: RunConfig, stage: str) -> Path:
+    """The checkpoint that a training stage starts from."""
+    return run.paths.init if stage == "stage1" else run.paths.run("stage1")
+
+
 def open_monitor(run: RunConfig, stage: str, images: int | None, out: Path, device: str = AUTO) -> EvalCallback:
     """The eval callback of a stage with a model of its own, to be given the weights of one state after another."""
-    start = run.paths.init if stage == "stage1" else run.paths.run("stage1")
     categories = read_categories(run.paths.records / "categories.json")
     params = run.params.eval.model_copy(update={"bootstrap_resamples": RESAMPLES})
 
@@ -37,45 +43,64 @@ def open_monitor(run: RunConfig, stage: str, images: int | None, out: Path, devi
         found = evaluate(results, categories, params, run.params.matching, run.params.seed)
         return {"map": found.value("coco.mAP"), "map_50": found.value("coco.AP50")}
 
-    callback = make_eval_callback(run, stage, load_for_inference(start, device), 0, images)
+    checkpoint = load_for_inference(start_folder(run, stage), device)
+    assert checkpoint.coord is not None
+    apply_tuning(checkpoint.model, run.profile.tuning, checkpoint.coord)  # what a state holds is what trains
+    callback = make_eval_callback(run, stage, checkpoint, 0, images)
     return replace(callback, folder=out, curve=out / "curve.tsv", measure=measure)
 
 
 def find_state(root: Path, stage: str) -> Path:
     """The resume folder of the stage that was written last; raises DataError if there is none."""
-    states = sorted((root / ".resume").glob(f"{stage}-*/{STATE_NAME}"), key=lambda file: file.stat().st_mtime)
     # "stage1-*" also matches the control.
-    own = [file.parent for file in states if stage != "stage1" or not file.parent.name.startswith("stage1-control-")]
+    folders = [path for path in (root / ".resume").glob(f"{stage}-*") if stage != "stage1" or not _is_of_control(path)]
+    own = sorted((saved[0] for path in folders if (saved := generations(path))), key=lambda path: path.stat().st_mtime)
     if not own:
         raise DataError(
             f"{root / '.resume'}: no state of {stage}. A stage saves one about every minute while it runs; start it, "
             "wait, and run this again."
         )
-    return own[-1]
+    return own[-1].parent
+
+
+def _is_of_control(folder: Path) -> bool:
+    return folder.name.startswith("stage1-control-")
 
 
 def follow(
     callback: EvalCallback,
     state_folder: Path,
+    start: str,
     poll_seconds: float,
     on_poll: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Evaluate every new state until the run ends and removes its folder; yields the row of each.
 
-    `on_poll` is called whenever there may be something new in the folder.
+    `start` identifies the weights that the model of the callback has (`start_hash`). `on_poll` is called whenever there
+    may be something new in the folder.
+
+    Raises:
+        CheckpointError: no state is intact, or it is of a run that started from other weights.
     """
-    seen = -1.0
+    seen, done = -1.0, -1
     while True:
         on_poll()
+        if not (saved := generations(state_folder)):
+            return  # the run ended
         try:
-            changed = (state_folder / STATE_NAME).stat().st_mtime
-            if changed == seen:
+            if (changed := saved[0].stat().st_mtime) == seen:
                 time.sleep(poll_seconds)
                 continue
             state = load_state(state_folder)
-        except FileNotFoundError:  # the run ended, perhaps between looking and reading
-            return
+            if state is None:
+                continue
+            state.check_start(start)
+            state.load_weights(callback.checkpoint.model)
+        except (CheckpointError, FileNotFoundError):
+            if generations(state_folder) == saved:
+                raise
+            continue  # the run went on, or ended, between looking and reading
         seen = changed
-        if state is not None:
-            callback.checkpoint.model.load_state_dict(state.model)
-            yield callback.evaluate(state.step)
+        if state.step != done:  # otherwise the newest one is damaged, and this is the one before
+            done = state.step
+            yield callback.evaluate(done)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from coordexp.errors import BusyError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 
 
 def repository_root() -> Path:
@@ -47,6 +50,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a small binary file, a picture for one, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def os_error(error: Exception, path: Path) -> Exception:
+    """What safetensors says of a full or unwritable disk, as an OSError; any other error of its as it is."""
+    number = _OS_ERROR.search(str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def sync(path: Path) -> None:

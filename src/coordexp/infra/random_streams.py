@@ -44,6 +44,9 @@ STREAMS = {
     "decode/fresh-rollouts": Stream("seed of one fresh set; index: its step", stride=_FAR, modulus=_SEEDS_31),
     # Of the seed of a repetition of stage 1 or stage 2.
     "train/torch": Stream("dropout, and new adapters"),
+    "train/process": Stream(
+        "dropout where no generator is saved; index: 65,536 times the step, and the process", stride=_FAR
+    ),
     "train/object-order": Stream("order of objects in an answer; index: step, sample"),
     "stage1/order": Stream("packs of each step; index: epoch"),
     "stage1-control/order": Stream("packs of each step; index: epoch", added=2),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import AUTO, choose_device, inference_dtype
+from coordexp.infra.files import os_error
 from coordexp.infra.provenance import answer_files, file_hash
 from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
@@ -33,7 +32,6 @@ from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 MODEL_TYPE = Qwen3VLConfig.model_type
 
 
@@ -235,9 +233,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, weights: dict[str, Ten
     try:
         checkpoint.model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
-        if number := _OS_ERROR.search(str(error)):  # the disk is full, or not writable
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-        raise
+        raise os_error(error, folder) from error
     checkpoint.tokenizer.save_pretrained(folder)
     write_processor_files(folder, checkpoint.pixels)
     write_detection_config(folder, checkpoint.detection)

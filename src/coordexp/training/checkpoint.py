@@ -1,150 +1,372 @@
-"""What a training run goes on from after a stop: its state, one file that is replaced whole, and the log up to it."""
+"""What a training run goes on from after a stop: its last two states, and the log up to each.
+
+A state holds what steps change: trained weights, their moments, and the random generators of every process. Frozen
+weights are those of the checkpoint that the run started from, whose hash the state records. The files are described in
+training/state_files.py; whoever reads a state verifies it first, and goes back to the one before if it is damaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import pickle
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from coordexp.errors import CheckpointError
-from coordexp.infra.files import replacing, write_text
-from coordexp.training.distributed import LogRow, is_sharded, world
-from coordexp.training.sharding import own_rows, whole_weights
+from coordexp.infra.files import remove, replace_folder
+from coordexp.infra.random_streams import stream_seed
+from coordexp.training.distributed import Meeting, any_process, gather, world
+from coordexp.training.sharding import from_own_rows, held_rows, own_rows
+from coordexp.training.state_files import (
+    Rows,
+    SavedState,
+    generation_name,
+    generations,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
 
-STATE_NAME = "state.pt"
+log = logging.getLogger(__name__)
+
+WRITING_S = 3600.0  # longer than any disk needs for what one process holds
+KEPT = 2  # states of a run: the newest, and one to go back to
+_MOST_PROCESSES = 2**16
+Scalars = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """How far the log goes up to a state, and the hash of that part."""
+
+    log_bytes: int
+    log_sha256: str
+
+
+NO_LOG = LogEnd(0, hashlib.sha256().hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """Where training stood: the next step to run, weights, optimizer, and the random generators (CPU, each GPU)."""
+    """Where training stood: the next step to run, and everything that the steps before it changed."""
 
-    step: int
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    torch_rng: torch.Tensor
-    cuda_rng: list[torch.Tensor]
+    saved: SavedState
+
+    @property
+    def step(self) -> int:
+        """The step that runs next."""
+        return int(self.saved.facts["step"])
+
+    @property
+    def start(self) -> str:
+        """What the run started from, as `save_state` was told; frozen weights are there."""
+        return str(self.saved.facts["start"])
+
+    @property
+    def log_end(self) -> LogEnd:
+        """The end of the log of the steps before."""
+        return LogEnd(self.saved.facts["log_bytes"], self.saved.facts["log_sha256"])
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """Trained weights by name."""
+        return {name: self.saved.read(f"model/{name}") for name in self.saved.names("model")}
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """Moments and counters, as `<weight>/<name>`."""
+        moments = {name: self.saved.read(f"optimizer/{name}") for name in self.saved.names("optimizer")}
+        return moments | self.saved.facts["scalars"]
+
+    @property
+    def torch_rng(self) -> Tensor:
+        """The CPU's random generator of process 0."""
+        return self.saved.read("random/0/cpu")
+
+    def check_start(self, start: str) -> None:
+        """Raise CheckpointError unless the run started from these weights."""
+        if start != self.start:
+            raise CheckpointError(
+                f"{self.saved.folder}: of a run that started from weights with hash {self.start!r}, but those here "
+                f"have {start!r}. Expected the same: put them back, or delete {self.saved.folder.parent} to start at "
+                "step 0."
+            )
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Put everything back to where it stood."""
-        sharded = is_sharded(model)
-        model.load_state_dict(own_rows(model.state_dict(), self.model) if sharded else self.model)
-        optimizer.load_state_dict(self.optimizer)
-        torch.set_rng_state(self.torch_rng)
-        if self.cuda_rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.cuda_rng)
+        """Put everything back to where it stood, each process what is its own."""
+        self.load_weights(model)
+        named = _trained(model)
+        parts = [self._state_of(part, named) for part in _parts(optimizer)]
+        optimizer.load_state_dict(parts[0] if len(parts) == 1 else {"parts": parts})
+        seed_process(self.step)
+        _set_generators({name: self.saved.read(f"random/{world().rank}/{name}") for name in self._own_generators()})
+        self.saved.close()
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module) -> None:
+        """Give the model the trained weights; what is frozen it must have.
+
+        Raises:
+            CheckpointError: the state is that of another model, or of one that trains other parts.
+        """
+        named, found = _trained(model), set(self.saved.names("model"))
+        other = {name for name in found & named.keys() if self.saved.shape(f"model/{name}") != tuple(named[name].shape)}
+        if wrong := sorted((found ^ named.keys()) | other):
+            raise CheckpointError(
+                f"{self.saved.folder}: of another model: {len(wrong)} trained weights differ in name or shape (first "
+                f"{wrong[0]}). Expected the state of this very run; delete {self.saved.folder.parent} to start at step "
+                "0."
+            )
+        for name, weight in named.items():
+            weight.copy_(self._own(f"model/{name}", weight))
+        self.saved.close()
+
+    def _state_of(self, optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What `load_state_dict` of one optimizer takes; its groups stay those of the configuration."""
+        names = {id(weight): name for name, weight in named.items()}
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        state = {i: entry for i, w in enumerate(weights) if (entry := self._moments(names.get(id(w)), w))}
+        return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+    def _moments(self, name: str | None, weight: Tensor) -> dict[str, Any]:
+        area = f"optimizer/{name}"
+        moments: dict[str, Any] = {key: self._own(f"{area}/{key}", weight) for key in self.saved.names(area)}
+        scalars = self.saved.facts["scalars"]
+        return moments | {key.rpartition("/")[2]: v for key, v in scalars.items() if key.rpartition("/")[0] == name}
+
+    def _own(self, name: str, like: Tensor) -> Tensor:
+        """What this process keeps of a tensor: its rows, if that has the shape of a weight which is spread by rows."""
+        if isinstance(like, DTensor) and self.saved.shape(name) == tuple(like.shape):
+            return from_own_rows(self.saved.read(name, *own_rows(like)), like)
+        return self.saved.read(name)
+
+    def _own_generators(self) -> list[str]:
+        return self.saved.names(f"random/{world().rank}")
 
 
-def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Replace the resume state of a run, whole or not at all. The main process writes; a sharded model needs all here.
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What steps may change, by name, each tensor once: weights that train, and buffers."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.requires_grad or not isinstance(value, nn.Parameter):
+            named.setdefault(id(value), (name, value))
+    return dict(named.values())
+
+
+def _parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    return getattr(optimizer, "parts", (optimizer,))  # of Muon with AdamW
+
+
+def seed_process(step: int) -> None:
+    """Seed the generators of this process for going on at a step where none are saved; every process gets others.
+
+    The main process at step 0 keeps what the seed of the run gave it.
+    """
+    if index := step * _MOST_PROCESSES + world().rank:
+        torch.manual_seed(stream_seed(torch.initial_seed(), "train/process", index))
+
+
+def generators() -> dict[str, Tensor]:
+    """The states of the random generators of this process, by device."""
+    cpu = {"cpu": torch.get_rng_state()}
+    return cpu | ({"cuda": torch.cuda.get_rng_state().cpu()} if torch.cuda.is_available() else {})
+
+
+def _set_generators(states: Mapping[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, start: str = "") -> None:
+    """Save the state from which `step` runs next, whole or not at all; all processes must call it.
+
+    `start` identifies the checkpoint that frozen weights are taken from.
 
     Raises:
-        OSError: the disk is full or not writable; the state before this one is still there.
+        OSError: the disk is full or not writable; the states before this one are still there.
     """
-    state = {
-        "step": step,
-        "model": whole_weights(model) if is_sharded(model) else model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    if not world().is_main:
-        return
-    with replacing(folder / STATE_NAME) as temporary, temporary.open("wb") as out:
-        try:
-            torch.save(state, out)
-        except RuntimeError as error:
-            # torch's writer notices at its end that bytes are missing, and hides why.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+    with StateSaver(folder, start) as saver:
+        saver.save(step, model, optimizer, dict(enumerate(gather(generators()))))
 
 
-def load_state(folder: Path) -> ResumeState | None:
-    """The resume state of a run, or None if there is none. Tensors only: nothing in it is executed.
+class StateSaver:
+    """Saves states while training goes on: a copy at once, files from a thread. Errors come out at the next call."""
 
-    Raises:
-        CheckpointError: the file is damaged; it was written whole, so the disk or another program changed it.
-    """
-    path = folder / STATE_NAME
-    if not path.is_file():
-        return None
-    try:
-        return ResumeState(**torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, TypeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: the resume state cannot be read ({error}). Expected what an interrupted run saved; delete "
-            f"{folder} to start this stage at step 0."
-        ) from error
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[StopRequest]:
-        """Install the handlers, and put the old ones back."""
-        names = (signal.SIGINT, signal.SIGTERM)
-        before = {name: signal.signal(name, self._note) for name in names}
-        try:
-            yield self
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.signal = number
-
-
-class Recorder:
-    """Log and resume state of a run on disk; of several processes only the main one writes."""
-
-    def __init__(self, state_folder: Path, log_path: Path, first_step: int) -> None:
-        self._state_folder = state_folder
-        self._log: TextIO | None = None
+    def __init__(self, folder: Path, start: str, resumed: ResumeState | None = None) -> None:
+        self._folder, self._start = folder, start
+        # Oldest first; newer ones than the state that was gone on from are damaged.
+        self._good = [resumed.saved.folder] if resumed else generations(folder)[::-1]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save-state")
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._cost_s = 0.0
+        self._cpu_s = 0.0
         if world().is_main:
-            _truncate_log(log_path, first_step)
-            self._log = log_path.open("a", encoding="utf-8")
+            for unfinished in folder.glob(".state-*"):
+                remove(unfinished)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> StateSaver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._log:
-            self._log.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
-    def log(self, row: LogRow) -> None:
-        """Append a row."""
-        if self._log:
-            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-            self._log.write(json.dumps(rounded) + "\n")
-            self._log.flush()
+    @property
+    def cost_s(self) -> float:
+        """What the last save took from training; on a CPU, which thread and steps share, also the thread's part."""
+        return self._cost_s + (self._cpu_s if world().device.type == "cpu" else 0.0)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Save the state from which `step` runs next; if the model is sharded, all processes must call this."""
-        if self._log:
-            os.fsync(self._log.fileno())  # a state must never be ahead of the log that it goes on with
-        if self._log or is_sharded(model):
-            save_state(self._state_folder, step, model, optimizer)
+    def wait(self) -> None:
+        """Return when the state is on disk, or raise what kept it from there."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what kept the last state from the disk, if that is known by now."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        random: Mapping[int, Mapping[str, Tensor]],
+        log_end: LogEnd = NO_LOG,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Copy the state from which `step` runs next, with `generators` by process, and begin to write it.
+
+        All processes must call it; unless it is called `alone`, by one that has everything.
+        """
+        started = time.monotonic()
+        self.wait()
+        tensors, scalars = _contents(model, optimizer)
+        tensors |= {f"random/{rank}/{k}": v for rank, states in random.items() for k, v in states.items()}
+        held = {name: rows for name, tensor in tensors.items() if (rows := held_rows(tensor))}
+        copied = {name: Rows(self._copy(name, rows.values), rows.first, rows.shape) for name, rows in held.items()}
+        if any(rows.values.is_cuda for rows in held.values()):
+            torch.cuda.synchronize()
+        facts = {"step": step, "start": self._start, "scalars": scalars, **asdict(log_end)}
+        meetings = () if alone else tuple(Meeting(f"the state of step {step}", WRITING_S) for _ in range(2))
+        self._writing = self._thread.submit(self._write, step, copied, facts, meetings)
+        self._cost_s = time.monotonic() - started
+
+    def _copy(self, name: str, values: Tensor) -> Tensor:
+        """A copy on the CPU, in memory that is kept for the next one; pinned for a GPU, which fills it much faster."""
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != values.shape:
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._copies[name] = copy
+        return copy.copy_(values, non_blocking=True)
+
+    def _write(
+        self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: tuple[Meeting, ...]
+    ) -> None:
+        """In the thread: every process its part, then the main one the manifest, which all wait for."""
+        cpu_s = time.thread_time()
+        temporary = self._folder / f".{generation_name(step)}.tmp"
+        if not meetings:
+            self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
+        else:
+            parts, manifest = meetings
+            with parts:
+                parts.come(json.dumps(write_part(temporary, world().rank, held)))
+            every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
+            with manifest:
+                if world().is_main:
+                    self._publish(step, temporary, facts, every)
+                manifest.come()
+            manifest.wait([0])
+        self._cpu_s = time.thread_time() - cpu_s
+
+    def _publish(self, step: int, temporary: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
+        """Give the folder its manifest and its name, and remove states that are no longer needed."""
+        final = self._folder / generation_name(step)
+        write_manifest(temporary, facts, parts)
+        replace_folder(temporary, final)
+        self._good = [*(path for path in self._good if path != final), final][-KEPT:]
+        for path in generations(self._folder):
+            if path not in self._good:
+                remove(path)
 
 
-def _truncate_log(path: Path, first_step: int) -> None:
-    """Keep the rows before `first_step`: steps after the last saved state run again and must not appear twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return
-    complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in complete if json.loads(line)["step"] < first_step]
-    write_text(path, "".join(kept))
+def _contents(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], Scalars]:
+    """All that a step changes, by name; what of an optimizer is no tensor stands apart."""
+    named = _trained(model)
+    tensors = {f"model/{name}": value.detach() for name, value in named.items()}
+    scalars: Scalars = {}
+    for part in _parts(optimizer):
+        for name, weight in named.items():
+            for key, value in part.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = value
+                else:
+                    scalars[f"{name}/{key}"] = value
+    return tensors, scalars
+
+
+def load_state(folder: Path, log_path: Path | None = None) -> ResumeState | None:
+    """The newest state of a run that is intact, or None if there is none at all. Nothing in it is executed.
+
+    All processes must call it: each verifies some of the files, and they agree on the state. With `log_path` the log
+    up to the state is verified as well.
+
+    Raises:
+        CheckpointError: no state is intact; they were written whole, so the disk or another program changed them.
+    """
+    damage: list[str] = []
+    for path in gather(generations(folder))[0]:
+        found = _verified(path, log_path)
+        if any_process(isinstance(found, CheckpointError)):
+            damage.append(
+                str(found) if isinstance(found, CheckpointError) else f"{path}: damaged, says another process."
+            )
+            continue
+        if damage:
+            log.warning("%s Going on from the state before, %s.", " ".join(damage), path.name)
+        assert isinstance(found, ResumeState)
+        return found
+    if damage:
+        raise CheckpointError(
+            f"{' '.join(damage)} Expected what an interrupted run saved, and no other state is intact; delete {folder} "
+            "to start this stage at step 0."
+        )
+    return None
+
+
+def _verified(folder: Path, log_path: Path | None) -> ResumeState | CheckpointError:
+    """A state whose files are what was written, as far as this process looks at them; else what is wrong."""
+    try:
+        saved = read_manifest(folder)
+        saved.verify(sorted(saved.parts)[world().rank :: world().size])
+        state = ResumeState(saved)
+    except CheckpointError as error:
+        return error
+    if log_path and world().is_main and log_end(log_path, state.log_end.log_bytes) != state.log_end:
+        end = state.log_end.log_bytes
+        return CheckpointError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
+    return state
+
+
+def log_end(path: Path, size: int) -> LogEnd:
+    """The end of a log that is cut to this size."""
+    content = path.read_bytes()[:size] if path.is_file() else b""
+    return LogEnd(len(content), hashlib.sha256(content).hexdigest())

@@ -9,7 +9,8 @@ and go into the checkpoint folder at the end:
     monitor/step_000050.jpg             annotated beside predicted, some of the images
     monitor_answers/step_000050.jsonl   all answers (gt_vs_pred), for `coordexp report --html`
 
-The curve of `dvc plots` is written anew each time. Of several processes the main one evaluates, the others wait.
+The curve of `dvc plots` is written anew each time. Of several processes each answers some of the images, and the main
+one counts and draws all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import nn
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
-from coordexp.infra.logs import without_clock
+from coordexp.infra.logs import read_rows, without_clock
 from coordexp.infra.random_streams import generator
 from coordexp.matching.summary import MatchCounts, ratio_text, rounded_ratio
 from coordexp.models.loading import Checkpoint
@@ -42,6 +43,7 @@ from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, greedy
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.training.dev_answers import count_answers, draw_answers, judge_answer
+from coordexp.training.distributed import shared_out, world
 from coordexp.training.loop import Callback
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class EvalCallback(Callback):
 
     def on_train_begin(self, done_steps: int) -> None:
         """Forget evaluations after a step that will run again, and show those that stay."""
+        if not world().is_main:
+            return
         kept = [row for row in self.rows() if row["step"] <= done_steps]
         self._write(kept)
         steps = {row["step"] for row in kept}
@@ -94,12 +98,21 @@ class EvalCallback(Callback):
             self.evaluate(done_steps)
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Answer, count and draw with the weights as they are; returns the row, which replaces one of the same step."""
+        """Answer, count and draw with the weights as they are; returns the row, which replaces one of the same step.
+
+        All processes must call it; those beside the main one get an empty row.
+        """
         started = time.monotonic()
-        with undisturbed(self.checkpoint.model):
-            results = predict_samples(
-                self.checkpoint, self.reader, self.samples, self.image_root, self.request, self.batch_images
+
+        def answer(samples: Sequence[Sample]) -> list[ImageResult]:
+            return predict_samples(
+                self.checkpoint, self.reader, samples, self.image_root, self.request, self.batch_images
             )
+
+        with undisturbed(self.checkpoint.model):
+            results = shared_out(f"eval after step {step}", self.samples, answer, self.checkpoint.model.model)
+        if not world().is_main:
+            return {}
         answers = [judge_answer(result) for result in results]
         write_results(self.folder / ANSWERS / f"step_{step:06d}.jsonl", results)
         picture = io.BytesIO()
@@ -120,8 +133,7 @@ class EvalCallback(Callback):
     def rows(self) -> list[dict[str, Any]]:
         """The evaluations so far, by step."""
         path = self.folder / ROWS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_rows(path) if path.is_file() else []
 
     def seconds(self) -> float:
         """What all evaluations took."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from coordexp.config.profile import OptimConfig
 from coordexp.errors import Interrupted, TrainingError
 from coordexp.infra.provenance import write_json
-from coordexp.training.checkpoint import Recorder, StopRequest, load_state
+from coordexp.training.checkpoint import ResumeState, load_state, seed_process
 from coordexp.training.distributed import (
     Logged,
     LogRow,
@@ -35,6 +35,7 @@ from coordexp.training.distributed import (
     world,
 )
 from coordexp.training.optimizers import build_optimizer
+from coordexp.training.recorder import Recorder, StopRequest
 from coordexp.training.schedule import Schedule, cosine_schedule
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Task(Protocol):
 
 
 class Callback:
-    """What is called between two steps, here nothing; it may not change what the steps compute. Main process only."""
+    """What is called between two steps, by every process, here nothing; it may not change what the steps compute."""
 
     def on_train_begin(self, done_steps: int) -> None:
         """So many steps are done: the run starts, or goes on."""
@@ -81,11 +82,14 @@ def train(
     log_path: Path,
     *,
     save_every_seconds: float,
+    start: str = "",
     schedule: Schedule | None = None,
     callback: Callback = NO_CALLBACK,
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
+    States are saved at most every `save_every_seconds`, and less often where they would take more than
+    SAVING_FRACTION of the time. `start` identifies the weights that the model has now: frozen ones are not saved.
     `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is
     called after every step, before a state is saved: what it keeps of a step is never behind the state.
 
@@ -96,11 +100,14 @@ def train(
     schedule = schedule or cosine_schedule(optim.steps, optim.warmup_steps)
     optimizer = build_optimizer(model, optim)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    first = _resumed_step(model, optimizer, state_folder)
+    resumed = _resumed(model, optimizer, state_folder, log_path, start)
+    first = resumed.step if resumed else 0
     model.train()
     callback.on_train_begin(first)
-    saved_at = time.monotonic()
-    with StopRequest().watching() as stop, Recorder(state_folder, log_path, first) as disk:
+    with (
+        StopRequest().watching() as stop,
+        Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
+    ):
         for step in range(first, optim.steps):
             started = time.monotonic()
             factor = schedule(step)
@@ -110,8 +117,7 @@ def train(
                 row = _run_step(model, task, step, optim.precision)
                 norm = _clipped_norm(model, optim.max_grad_norm)
             except TrainingError as error:
-                if not is_sharded(model):  # the other processes, which hold their part of it, may be anywhere
-                    disk.save(step, model, optimizer)
+                disk.save_alone(step, model, optimizer)
                 raise _kept_for_replay(error, task, step, state_folder) from error
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -125,18 +131,22 @@ def train(
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
                 raise Interrupted(f"stopped by {why} after step {step + 1} of {optim.steps}; run it again.")
-            if any_process(time.monotonic() - saved_at > save_every_seconds):
+            if any_process(disk.is_due()):
                 disk.save(step + 1, model, optimizer)
-                saved_at = time.monotonic()
 
 
-def _resumed_step(model: nn.Module, optimizer: Optimizer, state_folder: Path) -> int:
-    """The step to go on with, everything put back to where it stood; 0 without a state."""
-    if (state := load_state(state_folder)) is None:
-        return 0
+def _resumed(
+    model: nn.Module, optimizer: Optimizer, state_folder: Path, log_path: Path, start: str
+) -> ResumeState | None:
+    """The state to go on from, everything put back to where it stood; without one, None."""
+    state = load_state(state_folder, log_path)
+    if state is None:
+        seed_process(0)
+        return None
+    state.check_start(start)
     state.restore(model, optimizer)
-    log.info("resumed at step %d from %s", state.step, state_folder)
-    return state.step
+    log.info("resumed at step %d from %s", state.step, state.saved.folder)
+    return state
 
 
 def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow:

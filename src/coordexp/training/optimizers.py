@@ -13,7 +13,7 @@ from coordexp.config.profile import OptimConfig
 from coordexp.errors import ConfigError
 from coordexp.models.adapters import EMBEDDING, HEAD, part_of
 from coordexp.training.distributed import is_sharded
-from coordexp.training.sharding import WholeMatrixMuon, keep_state_whole
+from coordexp.training.sharding import WholeMatrixMuon
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.
@@ -122,9 +122,6 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     if optim.optimizer == "muon":
         muon = WholeMatrixMuon if is_sharded(model) else StackedMuon
         parts.insert(0, muon(_groups(matrices, optim, optim.weight_decay), adjust_lr_fn=_LIKE_ADAMW))
-    if is_sharded(model):
-        for part in parts:
-            keep_state_whole(part)
     return MuonWithAdamW(*parts) if len(parts) > 1 else parts[0]
 
 

@@ -2,7 +2,7 @@
 
 A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
 moment, for the images of that window alone. It is written to the resume folder before it is used: a resumed run reads
-it, and goes on exactly as if it had not been interrupted. Of several processes the main one generates, the others wait.
+it, and goes on exactly as if it had not been interrupted. Of several processes each answers some of the images.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from coordexp.config.schema import MatchingParams, Params
+from coordexp.errors import CheckpointError
+from coordexp.infra.files import write_text
+from coordexp.infra.provenance import file_sha256
 from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
-from coordexp.training.distributed import wait_for_all, world
+from coordexp.training.distributed import any_process, shared_out, world
 from coordexp.training.schedule import ramp
 
 log = logging.getLogger(__name__)
@@ -69,7 +73,9 @@ class Refresher:
         store: SampleStore,
         vocabulary_size: int,
         folder: Path,
+        model: nn.Module,
     ) -> None:
+        """`model` is the one whose forwards show that the engine gets on."""
         self._refreshes = refreshes
         self._engine = engine
         self._parse = parse
@@ -77,6 +83,7 @@ class Refresher:
         self._store = store
         self._vocabulary_size = vocabulary_size
         self._folder = folder
+        self._model = model
         self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
 
     @property
@@ -89,11 +96,7 @@ class Refresher:
         refresh = self._current(step)
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
             return
-        path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        if world().is_main and not path.is_file():
-            self._generate(refresh, path)
-        wait_for_all()
-        generations = read_generations(path, self._vocabulary_size)
+        generations = self._kept(refresh, step) or self._generate(refresh)
         self._loaded = refresh, {i: parsed_rollout(i, g, self._parse(g)) for i, g in generations.items()}
 
     def at(self, step: int) -> tuple[dict[int, Rollout], dict[str, float]] | None:
@@ -113,14 +116,45 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _generate(self, refresh: Refresh, path: Path) -> None:
+    def _files(self, refresh: Refresh) -> tuple[Path, Path]:
+        """A set, and its sha256, which is written last."""
+        path = self._folder / f"rollouts-{refresh.step}.jsonl"
+        return path, path.with_suffix(".sha256")
+
+    def _kept(self, refresh: Refresh, step: int) -> dict[int, Generation]:
+        """The set that an interrupted run left; nothing if it left none and the weights are those to generate with.
+
+        Raises:
+            CheckpointError: the set is damaged, or gone.
+        """
+        path, seal = self._files(refresh)
+        if step == refresh.step and not any_process(world().is_main and seal.is_file()):
+            return {}
+        if not path.is_file() or not seal.is_file() or seal.read_bytes() != file_sha256(path).encode():
+            raise CheckpointError(
+                f"{path}: does not have the sha256 in {seal.name}. Expected the fresh rollouts that the "
+                f"interrupted run wrote; delete {self._folder} to start this stage at step 0."
+            )
+        return read_generations(path, self._vocabulary_size)
+
+    def _generate(self, refresh: Refresh) -> dict[int, Generation]:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
         request = replace(self._request, seed=seed, keep_probs=False)
         with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
-            generations = self._engine.generate(samples, request)
-        write_generations(path, {s.image_id: g for s, g in zip(samples, generations, strict=True)})
+            generations = shared_out(
+                f"fresh rollouts of step {refresh.step}",
+                samples,
+                lambda own: self._engine.generate(own, request),
+                self._model,
+            )
+        by_image = {s.image_id: g for s, g in zip(samples, generations, strict=True)}
+        if world().is_main:
+            path, seal = self._files(refresh)
+            write_generations(path, by_image)
+            write_text(seal, file_sha256(path))
+        return by_image
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
         """Tokens read and written, from the set itself, so that a resumed run logs the same."""

@@ -37,6 +37,7 @@ from coordexp.training.loop import Task, train
 from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
+START = "start"
 GENERATION_TOKENS = ("prompt_tokens", "generated_tokens")
 LEAST_COORD_MASS = 0.5
 CURVE_POINTS = 50
@@ -67,11 +68,20 @@ class Session:
         key = fingerprint({**self.tracked, "code": code_hash(__package__)}, self.inputs.values())
         return resume_folder(self.stage, key)
 
+    def start(self) -> str:
+        """What identifies the weights that the run starts from."""
+        return fingerprint({}, [path for name, path in self.inputs.items() if name.partition("/")[0] == START])
+
+
+def start_hash(folder: Path) -> str:
+    """What `Session.start` gives for a run that starts from this checkpoint."""
+    return fingerprint({}, weight_files(folder))
+
 
 def start_files(folder: Path) -> dict[str, Path]:
     """The weights that a run starts from, as inputs by name."""
     files = weight_files(folder)
-    return {"start": files[0]} if len(files) == 1 else {f"start/{path.name}": path for path in files}
+    return {START: files[0]} if len(files) == 1 else {f"{START}/{path.name}": path for path in files}
 
 
 def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
@@ -88,10 +98,11 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     assert checkpoint.coord is not None
     undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord)
     if will_shard(profile.launch.sharding):
-        shard_model(checkpoint.model)
+        shard_model(checkpoint.model, session.optim.precision)
+    callback.folder = state
     steps = partial(
         train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
-        save_every_seconds=profile.launch.save_every_seconds,
+        save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=callback,
     )  # fmt: skip
     if not world().is_main:
         steps()
@@ -100,8 +111,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
         return {}
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with only_process(state):
-        callback.folder = state
-        steps(callback=callback)
+        steps()
         weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
         undo()  # a checkpoint is plain weights, adapters merged
         return _finish(session, state, checkpoint, weights, callback)

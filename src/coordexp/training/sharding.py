@@ -5,25 +5,28 @@ afterwards; its gradients are summed, not averaged, into the process that keeps 
 divided by the counts of the whole step. Embedding, head and whatever else is no layer stay gathered from the forward of
 a micro-batch to the end of its backward: the head is read outside of the model's own forward (`in_forward`).
 
-What is on disk is that of one process: `whole_weights` and `keep_state_whole` gather, `own_rows` cuts again. So a run
-resumes with another number of processes, sharded or not. The helpers of torch.distributed.checkpoint do not serve here:
-they gather tied weights twice, as two tensors, and take an optimizer step in order to have a state that they can read.
+The checkpoint is that of one process (`whole_weights`). Of a resume state every process writes and reads its own rows
+(training/state_files.py), so a run goes on with another number of processes, sharded or not. torch's own
+torch.distributed.checkpoint does not serve here: its metadata are a pickle, nothing in its files is hashed, and its
+helpers gather tied weights twice and take an optimizer step in order to have a state that they can read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Muon, Optimizer
+from torch.optim import Muon
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.training.distributed import COMPUTE, Made, world
+from coordexp.training.state_files import Rows
 
 
 def will_shard(sharding: str) -> bool:
@@ -31,14 +34,18 @@ def will_shard(sharding: str) -> bool:
     return sharding == "fsdp2" and world().size > 1
 
 
-def shard_model(model: Qwen3VLForConditionalGeneration) -> None:
+def shard_model(model: Qwen3VLForConditionalGeneration, precision: str) -> None:
     """Keep this process's rows of every weight, in place and on its device; what is frozen must be so already.
 
-    The whole model is moved to the device layer by layer, so that only the rest must fit there whole.
+    The whole model is moved to the device layer by layer, so that only the rest must fit there whole. Under `bf16` a
+    layer is gathered in bfloat16, in which autocast would compute with it anyway: half of what is sent. Sums of
+    gradients are float32. What is no layer (embedding, head, mergers) is gathered as it is: its outputs stay float32.
     """
-    mesh = init_device_mesh(world().device.type, (world().size,))
+    mesh = _mesh()
+    gathered = torch.bfloat16 if precision == "bf16" else torch.float32
+    of_layers = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*model.model.language_model.layers, *model.model.visual.blocks, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy() if part is model else of_layers)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
 
@@ -47,6 +54,19 @@ def shard_model(model: Qwen3VLForConditionalGeneration) -> None:
 
     setattr(model, COMPUTE, compute)
     register_fsdp_forward_method(model, COMPUTE)
+
+
+def _mesh() -> DeviceMesh:
+    """All processes in one row; on several nodes, each node keeps all rows, spread over its own processes.
+
+    Gathers then stay within a node, and only sums of gradients go between them (HSDP).
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world().size))
+    if local == world().size:
+        return init_device_mesh(world().device.type, (world().size,))
+    return init_device_mesh(
+        world().device.type, (world().size // local, local), mesh_dim_names=("nodes", "processes of a node")
+    )
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -63,39 +83,38 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights if world().is_main else {}
 
 
-def own_rows(like: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors, what this process keeps: as those of the same name in `like` are spread."""
-    return {name: _rows(value, like[name]) for name, value in weights.items()}
+def held_rows(tensor: Tensor) -> Rows | None:
+    """What this process writes of a tensor: its own rows, or all of one that every process holds if it is the main one.
 
-
-def keep_state_whole(optimizer: Optimizer) -> None:
-    """Let `state_dict` give, and `load_state_dict` take, the state of one process; both become collective calls.
-
-    Only the main process is given the numbers.
+    None if another process writes them, or there are none.
     """
-    optimizer.register_state_dict_post_hook(_gather_state)
-    optimizer.register_load_state_dict_pre_hook(_spread_state)
+    if not isinstance(tensor, DTensor):
+        return Rows(tensor, 0, tuple(tensor.shape)) if world().is_main else None
+    first, count = own_rows(tensor)
+    is_copy = any(tensor.device_mesh.get_local_rank(dim) for dim in _copied(tensor))
+    return Rows(tensor.to_local(), first, tuple(tensor.shape)) if count and not is_copy else None
 
 
-def _gather_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        index: {name: _whole(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
-        for index, entry in state_dict["state"].items()
-    }
-    return state_dict | {"state": state}
+def own_rows(tensor: DTensor) -> tuple[int, int]:
+    """The first row that this process keeps of a tensor, and how many: equal parts but for the last."""
+    (sharded,) = (dim for dim in range(tensor.device_mesh.ndim) if dim not in _copied(tensor))
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size(sharded))
+    first = min(tensor.shape[0], chunk * tensor.device_mesh.get_local_rank(sharded))
+    count = min(chunk, tensor.shape[0] - first)
+    assert count == len(tensor.to_local())
+    return first, count
 
 
-def _spread_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        index: {
-            # Moments have the shape of their parameter; a step counter has none.
-            name: _rows(value, parameters[index]) if isinstance(value, Tensor) and value.ndim else value
-            for name, value in entry.items()
-        }
-        for index, entry in state_dict["state"].items()
-    }
-    return state_dict | {"state": state}
+def from_own_rows(rows: Tensor, like: DTensor) -> DTensor:
+    """A tensor that is spread as another one of its shape, of the rows that this process keeps."""
+    return DTensor.from_local(
+        rows.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
+def _copied(tensor: DTensor) -> list[int]:
+    """Dimensions of the mesh along which all processes hold the same."""
+    return [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         run.params.stage2_seed,
     )
     encoder = make_encoder(checkpoint)
-    refresher = _refresher(run, session, checkpoint, plan)
+    refresher = _refresher(run, session, checkpoint, store, plan)
     task = Stage2Task(
         checkpoint.model,
         Criterion.stage2(run.params, first_coord_id(checkpoint), optim.steps),
@@ -110,6 +110,7 @@ def _refresher(
     run: RunConfig,
     session: Session,
     checkpoint: Checkpoint,
+    store: SampleStore,
     plan: list[StepPlan],
 ) -> Refresher | None:
     """What makes fresh rollouts; None if they are off. Always the engine in memory: no server knows these weights."""
@@ -121,7 +122,8 @@ def _refresher(
         HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images),
         make_reader(checkpoint).parse,
         decode_request(run, checkpoint.codec),
-        SampleStore(session.inputs["samples"]),
+        store,
         len(input_table(checkpoint.model).weight),
         session.state_folder(),
+        checkpoint.model.model,
     )
