@@ -31,7 +31,6 @@ from coordexp.rollout.rescore import Rescored, rescore
 from coordexp.rollout.stages import make_reader
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.codecs import CODECS, AnswerEncoder
-from coordexp.training.builders import make_collator
 
 GAIN, SCORES, FORWARDS, CODECS_APART = 2.5, 0.05, 8.0, 1.3
 OPEN = 64  # answers at a time, of the simulated ones
@@ -56,7 +55,7 @@ def time_rows(run: tiny_run.TinyRun, arguments: argparse.Namespace) -> list[Row]
     request = DecodeRequest(params=run.params.decode, codec=run.params.text.codec, seed=run.params.seed)
     reader, collator = (
         make_reader(checkpoint),
-        make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
+        checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens),
     )
 
     def reference() -> list[Generation]:

@@ -18,20 +18,21 @@ from coordexp.infra.code_hash import code_hash
 from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
-from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.rollout.decode import AnswerReader, coord_positions
-from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Engine, Generation
+from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
-from coordexp.rollout.rescore import kept_while_generating, rescore
+from coordexp.rollout.rescore import Rescored, kept_while_generating, rescore
 from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
+
+RESCORE_TOKENS = 512  # of a row in which answers are read again
 
 
 def decode_request(run: RunConfig, codec: str) -> DecodeRequest:
@@ -66,20 +67,15 @@ def predict_samples(
     image_root: Path,
     request: DecodeRequest,
     batch_images: int,
-    engine: Engine | None = None,
 ) -> list[ImageResult]:
-    """Generate, parse and score; results in the order of the samples.
-
-    Without an engine the checkpoint generates.
-    """
-    engine = engine or HfEngine(checkpoint, image_root, batch_images)
-    generations = engine.generate(samples, request)
+    """Generate, parse and score with the model in memory; results in the order of the samples."""
+    generations = HfEngine(checkpoint, image_root, batch_images).generate(samples, request)
     decoded = read_answers(checkpoint, reader, samples, generations, image_root, batch_images)
     return [scored(answer, request.params) for answer in decoded]
 
 
 def read_answers(
-    checkpoint: Checkpoint,
+    form: ModelFormat,
     reader: AnswerReader,
     samples: Sequence[Sample],
     generations: Sequence[Generation],
@@ -88,26 +84,25 @@ def read_answers(
 ) -> list[Decoded]:
     """Parse answers, whichever engine gave them; in the order of the samples.
 
-    They are re-scored unless the engine kept what it knew.
+    Those whose engine did not keep how likely they are, are re-scored: then `form` is a `Checkpoint`.
     """
     positions = [coord_positions(reader.parse(g)) for g in generations]
-    pad_id = checkpoint.tokenizer.pad_token_id
-    collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
     bare = [i for i, generation in enumerate(generations) if generation.probs is None]
-    again = rescore(
-        checkpoint,
-        collator,
-        [samples[i] for i in bare],
-        [generations[i] for i in bare],
-        [positions[i] for i in bare],
-        batch_images,
-    )
-    rescored = dict(zip(bare, again, strict=True))
-    texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
-    return [
-        reader.decoded(
-            sample, generation, rescored.get(i) or kept_while_generating(checkpoint, generation, where), text
+    rescored: dict[int, Rescored] = {}
+    if bare:
+        assert isinstance(form, Checkpoint)
+        again = rescore(
+            form,
+            form.collator(image_root, RESCORE_TOKENS),
+            [samples[i] for i in bare],
+            [generations[i] for i in bare],
+            [positions[i] for i in bare],
+            batch_images,
         )
+        rescored = dict(zip(bare, again, strict=True))
+    texts = form.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
+    return [
+        reader.decoded(sample, generation, rescored.get(i) or kept_while_generating(form, generation, where), text)
         for i, (sample, generation, where, text) in enumerate(zip(samples, generations, positions, texts, strict=True))
     ]
 
@@ -146,9 +141,11 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
     generations, checkpoint, seconds = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, request
     )
-    # A server of ours has left by now: only then is there room for the model.
-    checkpoint = checkpoint or place_for_inference(folder, form)
-    decoded = read_answers(checkpoint, make_reader(form, identity), samples, generations, run.paths.raw, batch_images)
+    if checkpoint is None and any(generation.probs is None for generation in generations):
+        checkpoint = place_for_inference(folder, form)  # a server of ours has left by now: there is room for the model
+    decoded = read_answers(
+        checkpoint or form, make_reader(form, identity), samples, generations, run.paths.raw, batch_images
+    )
     summary = {
         "checkpoint": name,
         "codec": form.codec,
