@@ -41,15 +41,15 @@ def generate_answers(
     """
     key = fingerprint({"code": code_hash(__name__)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
-    checkpoint, devices = None, decode_devices(profile.launch.processes)
-    if profile.rollout.engine == "hf" and len(devices) > 1:
+    checkpoint = None
+    if profile.rollout.engine == "vllm":
+        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
+    elif len(devices := decode_devices(profile.launch.processes)) > 1:
         with closing(WorkerEngine(folder, form, image_root, batch_images, devices, journal)) as workers:
             generations, seconds = _timed(workers, samples, request)
-    elif profile.rollout.engine == "hf":
+    else:
         checkpoint = place_for_inference(folder, form)
         generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
-    else:
-        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
     journal.remove()
     return generations, checkpoint, seconds
 

@@ -37,7 +37,7 @@ _REFILL = 8  # prompts are read when this fraction (one in so many) of the slots
 
 
 @dataclass(slots=True, eq=False)
-class _Answer(Written):
+class OpenAnswer(Written):
     """An answer that is being written."""
 
     place: int  # among the samples
@@ -102,7 +102,7 @@ class SlotDecoder(Decoder):
         cache = SlotCache(self._model, min(self._slots, len(samples)))
         seeds = seeds or answer_seeds(samples, self._request.seed)
         waiting = list(range(len(samples)))
-        open_: list[_Answer] = []
+        open_: list[OpenAnswer] = []
         done: dict[int, Generation] = {}
         with closing(Prompts(self._model, self._collator, samples, len(cache.lengths) // _REFILL)) as prompts:
             while waiting or open_:
@@ -121,14 +121,14 @@ class SlotDecoder(Decoder):
                         done[ended.place] = self._generation(ended)
         return [done[i] for i in range(len(samples))]
 
-    def _answer(self, place: int, sample: Sample, seed: int, rope: int) -> _Answer:
+    def _answer(self, place: int, sample: Sample, seed: int, rope: int) -> OpenAnswer:
         random = None
         if self._choice.draws:
             random = torch.Generator().manual_seed(stream_seed(seed, "decode/answer", sample.image_id))
         held = set(sample.prompt_ids.tolist()) if self._choice.penalizes else set()
-        return _Answer(place, rope, held, AnswerWalk(self._grammar) if self._grammar else None, random)
+        return OpenAnswer(place, rope, held, AnswerWalk(self._grammar) if self._grammar else None, random)
 
-    def _step(self, cache: SlotCache, answers: Sequence[_Answer]) -> None:
+    def _step(self, cache: SlotCache, answers: Sequence[OpenAnswer]) -> None:
         """Run the next tokens of every open answer, and take what follows each of them."""
         runs = [answer.run(self._draft, self._room) for answer in answers]
         n_R = np.array([len(run) for run in runs])
@@ -150,7 +150,7 @@ class SlotDecoder(Decoder):
             t += 1
             rows = [row for row in rows if self._goes_on(answers[row], runs[row], t)]
 
-    def _goes_on(self, answer: _Answer, run: Sequence[int], t: int) -> bool:
+    def _goes_on(self, answer: OpenAnswer, run: Sequence[int], t: int) -> bool:
         """Whether the token at `t` of a run is the one that was taken: then what it made of the cache counts."""
         if t >= len(run) or self._ended(answer.ids):
             return False
@@ -158,7 +158,7 @@ class SlotDecoder(Decoder):
         answer.refusals += t == 1 and not is_right
         return is_right
 
-    def _take(self, answers: Sequence[_Answer], logits_RV: Tensor) -> None:
+    def _take(self, answers: Sequence[OpenAnswer], logits_RV: Tensor) -> None:
         """Append the next token to each answer: the forced one, or one that is chosen by its logits."""
         logits_RV = logits_RV.float()
         ids_R = torch.tensor([answer.forced[0] if answer.forced else -1 for answer in answers])
@@ -172,7 +172,7 @@ class SlotDecoder(Decoder):
             answer.append(token, logprob, probs_K)
             answer.take(token, token in self._coord_ids)
 
-    def _chosen(self, answers: Sequence[_Answer], logits_RV: Tensor) -> Tensor:
+    def _chosen(self, answers: Sequence[OpenAnswer], logits_RV: Tensor) -> Tensor:
         allowed_RT = uniform_R = None
         if self._grammar:
             allowed_RT = torch.from_numpy(np.stack([a.allowed_T for a in answers if a.allowed_T is not None]))
@@ -183,7 +183,7 @@ class SlotDecoder(Decoder):
         return self._choice.choose(scores_RV, uniform_R).cpu()
 
 
-def _close(cache: SlotCache, answers: list[_Answer], slot: int) -> _Answer:
+def _close(cache: SlotCache, answers: list[OpenAnswer], slot: int) -> OpenAnswer:
     """Free a slot: the last open answer moves into it."""
     last = answers.pop()
     if slot == len(answers):
