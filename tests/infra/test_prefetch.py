@@ -59,7 +59,7 @@ def test_one_who_stops_early_may_be_collected_in_the_thread():
         next(owner["taken"])
         in_use.set()
         for thread in threading.enumerate():
-            if thread.name.startswith("next-batch"):
+            if thread.name.startswith("made-ahead"):
                 thread.join(timeout=10)
     finally:
         threading.excepthook, sys.unraisablehook = hook, unraisable
