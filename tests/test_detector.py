@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -198,6 +201,21 @@ def test_a_folder_streams(folder: Path, scene: Path, tmp_path: Path, engine: Scr
     assert [one.descs for one in found] == [DESCS] * 50
     assert max(engine.on_disk) <= 3 * GROUP_BATCHES
     assert [sample.image_id for sample in engine.samples] == list(range(50))
+
+
+def test_several_processes_give_the_same_answers(
+    folder: Path, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    with Image.open(scene) as image:
+        pictures = [image.rotate(7 * i) for i in range(9)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "batch_images": 1}
+    alone = Detector.from_checkpoint(folder, **options).predict(pictures)
+    detector = Detector.from_checkpoint(folder, **options, processes=2)
+    with closing(detector):
+        together = detector.predict(pictures)
+    assert [found.to_json() for found in together] == [found.to_json() for found in alone]
+    assert len({found.raw_text for found in alone}) > 1
 
 
 def test_one_picture_gives_one_answer_and_a_list_a_list(folder: Path, scene: Path, engine: ScriptedEngine) -> None:

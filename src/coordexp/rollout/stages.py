@@ -125,8 +125,10 @@ def run_rollouts(run: RunConfig) -> int:
     return len(by_image)
 
 
-def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, Any]:
+def decode_val(run: RunConfig, name: str, folder: Path, out: Path, draws: int = 1) -> dict[str, Any]:
     """Write to `out` the answers of one checkpoint on val, with the distributions that scores need.
+
+    Several `draws` for each image, at a temperature above 0, are those of several seeds, and go into `out`/0, /1, ...
 
     Returns the summary that is written beside them, and under `generate_seconds` how long generating took.
     """
@@ -135,7 +137,8 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
     is_base = folder == model_folder(model.path)
     form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
     store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
-    samples = [store[i] for i in range(min(run.profile.eval.images or len(store), len(store)))]
+    n_images = min(run.profile.eval.images or len(store), len(store))
+    samples = [store[i] for i in range(n_images) for _ in range(draws)]
     identity = decode_identity(folder, samples[0], request)
     batch_images = run.profile.rollout.batch_images
     generations, checkpoint, seconds = generate_answers(
@@ -154,20 +157,23 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
         "images": len(samples),
         "tokens": sum(answer.result.n_generated_tokens for answer in decoded),
     }
-    write_decoded(out, decoded, summary)
+    for draw in range(draws):
+        write_decoded(out / str(draw) if draws > 1 else out, decoded[draw::draws], summary)
     return summary | {"generate_seconds": round(seconds, 2)}
 
 
-def decode_kept(run: RunConfig, name: str) -> tuple[list[ImageResult], dict[str, Any]]:
-    """Scored answers on val of a checkpoint of the run, and the summary, for studies beside the graph.
+def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[ImageResult]], dict[str, Any]]:
+    """Each of the draws on val of a checkpoint of the run, scored, and the summary, for studies beside the graph.
 
     Answers are kept under what decides them, so that an interrupted study goes on, and another readout is free.
     """
     folder, decode = run.paths.run(name), run.params.decode
-    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "code": code_hash(__name__)}
+    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "draws": draws}
+    asked["code"] = code_hash(__name__)
     key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
     kept = resume_folder("decoded", key)
     if not (kept / "done.json").is_file():
-        write_json(kept / "done.json", decode_val(run, name, folder, kept))
+        write_json(kept / "done.json", decode_val(run, name, folder, kept, draws))
     summary = json.loads((kept / "done.json").read_text(encoding="utf-8"))
-    return [scored(answer, decode) for answer in read_decoded(kept)], summary
+    folders = [kept / str(draw) for draw in range(draws)] if draws > 1 else [kept]
+    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary
