@@ -78,14 +78,15 @@ class ScriptedEngine:
     def __call__(self, checkpoint: Checkpoint, image_root: Path, batch_images: int) -> ScriptedEngine:
         """Stand in for the constructor of an engine."""
         self.encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(self.codec))
-        self.image_root = image_root
         return self
 
-    def stream(self, parts: Iterable[Sequence[Sample]], request: DecodeRequest) -> Iterator[list[Generation]]:
+    def stream(
+        self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path
+    ) -> Iterator[list[Generation]]:
         for samples in parts:
             self.samples += samples
-            self.pixels += [load_rgb(self.image_root / s.image, s.resized_width, s.resized_height) for s in samples]
-            self.on_disk.append(len(list(self.image_root.iterdir())))
+            self.pixels += [load_rgb(image_root / s.image, s.resized_width, s.resized_height) for s in samples]
+            self.on_disk.append(len(list(image_root.iterdir())))
             bins = [encode_boxes(BOXES_XYXY_PX, s.width, s.height) for s in samples]
             yield [Generation(self.encoder.encode(text_objects(DESCS, rows)).ids, "stop") for rows in bins]
 

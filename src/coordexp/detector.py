@@ -28,7 +28,7 @@ from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.infra.device import AUTO
 from coordexp.infra.prefetch import ahead
 from coordexp.infra.provenance import answer_files, fingerprint
-from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference, vocabulary_size
+from coordexp.models.loading import ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
@@ -37,7 +37,7 @@ from coordexp.records.images import read_rgb, to_rgb
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal, greedy
-from coordexp.rollout.hf_engine import GROUP_BATCHES, HfEngine
+from coordexp.rollout.hf_engine import GROUP_BATCHES, GroupEngine, HfEngine
 from coordexp.rollout.scoring import readable, scored
 from coordexp.rollout.stages import make_reader, read_answers
 from coordexp.rollout.vllm_client import ServerPool
@@ -167,9 +167,9 @@ class Detector:
         max_new_tokens: int,
         batch_images: int,
         servers: Sequence[str] = (),
-        workers: WorkerEngine | None = None,
+        engine: GroupEngine | None = None,
     ) -> None:
-        """`form` is a `Checkpoint` unless `workers` hold the model."""
+        """Servers or the engine generate; `form` is a `Checkpoint` for answers of servers, which are scored here."""
         self._checkpoint = form
         self._folder = folder
         self._preparer = SamplePreparer(form.tokenizer, get_codec(form.codec), form.pixels)
@@ -179,7 +179,7 @@ class Detector:
         self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
         self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
-        self._workers = workers
+        self._engine = engine
         self._batch_images = batch_images
 
     @classmethod
@@ -213,12 +213,12 @@ class Detector:
         """
         path, devices = Path(folder), decode_devices(processes, device)
         form = load_format(path)
-        if servers or len(devices) == 1:
-            form = place_for_inference(path, form, devices[0])
-            return cls(form, path, max_new_tokens, batch_images, servers)
-        return cls(
-            form, path, max_new_tokens, batch_images, workers=WorkerEngine(path, form, Path(), batch_images, devices)
-        )
+        if not servers and len(devices) > 1:
+            workers = WorkerEngine(path, form, Path(), batch_images, devices)
+            return cls(form, path, max_new_tokens, batch_images, engine=workers)
+        checkpoint = place_for_inference(path, form, devices[0])
+        engine = None if servers else HfEngine(checkpoint, Path(), batch_images)
+        return cls(checkpoint, path, max_new_tokens, batch_images, servers, engine)
 
     from_pretrained = from_checkpoint
 
@@ -264,8 +264,8 @@ class Detector:
 
     def close(self) -> None:
         """End the processes that answer, if there are any beside this one."""
-        if self._workers:
-            self._workers.close()
+        if self._engine:
+            self._engine.close()
 
     def identity(self) -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
@@ -294,15 +294,13 @@ class Detector:
                 return
 
     def _answers(self, parts: Iterable[Sequence[Sample]], folder: Path) -> Iterator[list[Generation]]:
-        if self._pool is None:
-            if self._workers:
-                return self._workers.stream(parts, self._request, folder)
-            assert isinstance(self._checkpoint, Checkpoint)
-            return HfEngine(self._checkpoint, folder, self._batch_images).stream(parts, self._request)
-        journal, workers = Journal(folder / "generations.jsonl"), REQUESTS_PER_SERVER * self._n_servers
-        rows = vocabulary_size(self._folder)
-        servers = VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal, vocabulary_size=rows)
-        return (servers.generate(part, self._request) for part in parts)
+        if self._pool:
+            journal, workers = Journal(folder / "generations.jsonl"), REQUESTS_PER_SERVER * self._n_servers
+            rows = vocabulary_size(self._folder)
+            servers = VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal, vocabulary_size=rows)
+            yield from (servers.generate(part, self._request) for part in parts)
+        elif self._engine:
+            yield from self._engine.stream(parts, self._request, folder)
 
     def _read(self, samples: Sequence[Sample], generations: Sequence[Generation], folder: Path) -> Iterator[Detections]:
         answers = read_answers(self._checkpoint, self._reader, samples, generations, folder, self._batch_images)

@@ -101,7 +101,7 @@ def test_the_number_of_processes_changes_no_byte(world, checkpoint, tmp_path, mo
     with closing(WorkerEngine(*place, ["cpu"] * 2)) as two:
         assert all_bytes(two.generate(samples, SAMPLED)) == expected
         parts = [samples[first : first + 5] for first in range(0, len(samples), 5)]
-        streamed = all_bytes([g for part in two.stream(iter(parts), SAMPLED) for g in part])
+        streamed = all_bytes([g for part in two.stream(iter(parts), SAMPLED, world.root) for g in part])
         assert [ids for ids, *_ in streamed] == [ids for ids, *_ in expected]
 
     journal = Journal(tmp_path / "generations.jsonl")

@@ -77,11 +77,11 @@ class GroupEngine(ABC):
         return [results[i] for i in range(len(samples))]
 
     def stream(
-        self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path | None = None
+        self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path
     ) -> Iterator[list[Generation]]:
-        """The answers of each part, in order, as they are ready; a part is a group. Its pictures may lie elsewhere."""
+        """The answers of each part, in order, as they are ready; a part is a group, and its pictures lie here."""
         groups = (self._group(part, answer_seeds(part, request.seed)) for part in parts)
-        return self._answers((replace(g, image_root=image_root) if image_root else g for g in groups), request)
+        return self._answers((replace(group, image_root=image_root) for group in groups), request)
 
     def _group(self, samples: Sequence[Sample], seeds: Sequence[int]) -> Group:
         return Group(samples=samples, seeds=seeds, image_root=self._image_root, batch_images=self._batch_images)
@@ -106,6 +106,10 @@ class GroupEngine(ABC):
     def _vocabulary_size(self) -> int:
         """How many token ids the model can emit."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes that answer, if there are any beside this one."""
+
 
 class HfEngine(GroupEngine):
     """Answers by the model in memory; the weights are used as they are at the time of the call."""
@@ -125,6 +129,9 @@ class HfEngine(GroupEngine):
 
     def _vocabulary_size(self) -> int:
         return len(input_table(self._checkpoint.model).weight)
+
+    def close(self) -> None:
+        """Nothing to end: the model belongs to the caller."""
 
 
 def answer_group(
