@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -204,10 +203,7 @@ def test_a_folder_streams(folder: Path, scene: Path, tmp_path: Path, engine: Scr
     assert [sample.image_id for sample in engine.samples] == list(range(50))
 
 
-def test_several_processes_give_the_same_answers(
-    folder: Path, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+def test_several_processes_give_the_same_answers(folder: Path, scene: Path) -> None:
     with Image.open(scene) as image:
         pictures = [image.rotate(7 * i) for i in range(9)]
     options: dict[str, Any] = {"max_new_tokens": 12, "batch_images": 1}

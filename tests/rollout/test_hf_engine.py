@@ -92,7 +92,6 @@ def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_
 def test_the_number_of_processes_changes_no_byte(world, checkpoint, tmp_path, monkeypatch):
     """Nor does it whether one of them is killed, and the rest is answered by this process."""
     monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     save_checkpoint(tmp_path / "model", checkpoint)
     samples = [replace(s, image_id=1000 * i + s.image_id) for i in range(3) for s in world.samples]
     loaded = load_for_inference(tmp_path / "model", "cpu")

@@ -102,6 +102,26 @@ def test_decoding_stores_answers_that_any_readout_scores(workspace):
     assert sum(len(r.pred) for r in direct) > 0
 
 
+def test_several_processes_write_the_same_bytes(short, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(short.paths.root))
+    monkeypatch.setattr("coordexp.rollout.hf_engine.GROUP_BATCHES", 1)
+
+    def written(processes: int) -> list[bytes]:
+        tree = short.profile.model_dump()
+        tree["launch"] |= {"processes": processes}
+        tree["rollout"] |= {"batch_images": 2}
+        space = replace(short, profile=type(short.profile).model_validate(tree))
+        run_rollouts(space)
+        decode(space)
+        files = [short.paths.rollouts, *short.paths.decoded("stage1").iterdir()]
+        return [file.read_bytes() for file in sorted(files)]
+
+    alone, together = written(1), written(2)
+    assert len(alone) == 4
+    assert together == alone
+    assert not list(short.paths.root.rglob("generations*.jsonl"))
+
+
 def test_several_draws_are_those_of_several_seeds(short, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(short.paths.root))
     space = short.set(decode__temperature=1.5)

@@ -22,7 +22,7 @@ import torch
 
 from coordexp.errors import ProcessError
 from coordexp.infra.device import choose_device
-from coordexp.infra.threads import COUNT_NAME, usable_cores
+from coordexp.infra.threads import usable_cores
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
@@ -72,7 +72,9 @@ class WorkerEngine(GroupEngine):
         for number, device in enumerate(devices, 1):
             places.put((device, journal.of_process(number).path if journal else None))
         limits = form.pixels.min_pixels, form.pixels.max_pixels
-        threads = None if COUNT_NAME in os.environ else max(1, usable_cores() // self._n)
+        # On a CPU the number of threads decides the last bits: there it is that of this process.
+        on_cpu = choose_device(devices[0]).type == "cpu"
+        threads = torch.get_num_threads() if on_cpu else max(1, usable_cores() // self._n)
         self._pool = ProcessPoolExecutor(self._n, context, _start, (places, folder, limits, threads))
 
     def close(self) -> None:
@@ -115,15 +117,12 @@ class _Worker:
 _worker: _Worker | None = None  # in a worker process
 
 
-def _start(
-    places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int | None
-) -> None:
+def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int) -> None:
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever asks ends the work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     device, path = places.get()
     checkpoint = place_for_inference(folder, load_format(folder, *limits), device)
     _worker = _Worker(checkpoint, Journal(path) if path else None)
