@@ -35,7 +35,7 @@ from coordexp.packing.collator import Collator, PackedBatch, teacher_segment
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.stage import LOG, tune_allocator
-from coordexp.training.builders import first_coord_id, make_collator, make_encoder
+from coordexp.training.builders import first_coord_id, make_encoder
 from coordexp.training.loop import train
 from coordexp.training.optimizers import MuonWithAdamW, build_optimizer
 from coordexp.training.step import Counts, Criterion, TeacherTask, micro_batch, step_counts
@@ -54,7 +54,7 @@ class Bench:
         self.run = run
         self.init = run.paths.norm1000 / "init"
         self.checkpoint = run.checkpoint(self.init)
-        self.collator: Collator = make_collator(self.checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
+        self.collator: Collator = self.checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens)
         self.source = SampleSource(
             SampleStore(run.paths.norm1000 / "train.parquet"),
             make_encoder(self.checkpoint),

@@ -4,7 +4,8 @@
 
 The stage-1 model answers pictures of val, both ways the same tokens. Reading pictures and prompts, which the second
 forward does again, is most of the work of a model as small as this. What a real model saves is its forwards: those are
-counted for answers with COCO's number of objects in Qwen's tokens. CPU seconds of one thread.
+counted for answers with COCO's number of objects in Qwen's tokens. Codecs are compared by dictating the annotated
+answers in both. CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from dataclasses import replace
 from heapq import heapify, heapreplace
 
 import numpy as np
+import torch
 from benchmarks.harness import Row, side_by_side
 from benchmarks.parse_and_match import rollouts
 from tests.qwen import qwen3_tokenizer
 from tests.transformers_generate import generate
+from torch import Tensor
 
 from benchmarks import harness, tiny_run
 from coordexp.geometry.bins import COORD_TOKENS
+from coordexp.models.loading import Checkpoint
+from coordexp.packing.samples import Sample, permuted
 from coordexp.rollout.decode import coord_positions
 from coordexp.rollout.draft import FormatDraft
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import Rescored, rescore
+from coordexp.rollout.slot_decoder import OpenAnswer, SlotDecoder
 from coordexp.rollout.stages import make_reader
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.codecs import CODECS, AnswerEncoder
-from coordexp.training.builders import make_collator
 
-GAIN, SCORES, FORWARDS, CODECS_APART = 2.5, 0.05, 8.0, 1.3
+GAIN, SCORES, FORWARDS, CODECS_APART, GRAMMAR_COST = 2.5, 0.05, 8.0, 1.3, 1.05
 OPEN = 64  # answers at a time, of the simulated ones
 
 
@@ -44,19 +49,54 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     if missing := tiny_run.absent("decoding", arguments, folder, run.paths.norm1000, run.paths.raw):
         return missing + forward_rows(64 if arguments.quick else 1000)
     tune_allocator(LOG)
-    return time_rows(run, arguments) + forward_rows(64 if arguments.quick else 1000)
-
-
-def time_rows(run: tiny_run.TinyRun, arguments: argparse.Namespace) -> list[Row]:
-    """Both ways in turns."""
     checkpoint = run.checkpoint(run.paths.run("stage1"))
+    rows = time_rows(run, checkpoint, arguments) + codec_rows(run, checkpoint, arguments)
+    return rows + forward_rows(64 if arguments.quick else 1000)
+
+
+class Dictated(SlotDecoder):
+    """Writes the samples' own answers, whatever the model would choose; a draft is right where it is theirs."""
+
+    def _chosen(self, answers: Sequence[OpenAnswer], logits_RV: Tensor) -> Tensor:
+        del logits_RV
+        return torch.tensor([int(self.dictated[a.place].answer_ids[len(a.ids)]) for a in answers])
+
+    def dictate(self, samples: Sequence[Sample]) -> list[Generation]:
+        """Their answers."""
+        self.dictated = samples
+        return self.decode(samples)
+
+
+def codec_rows(run: tiny_run.TinyRun, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Row]:
+    """The same objects written in both codecs."""
+    batch, stored = run.profile.rollout.batch_images, run.samples("val", 8 if arguments.quick else arguments.images)
+    decoders, samples = {}, {}
+    for codec in ("json", "tags"):
+        encoder = AnswerEncoder(checkpoint.tokenizer, CODECS[codec])
+        samples[codec] = [permuted(s, encoder, np.random.default_rng(0)) for s in stored]
+        request = DecodeRequest(params=run.params.decode, codec=codec, seed=0)
+        decoders[codec] = Dictated(checkpoint, checkpoint.collator(run.paths.raw), request, None, batch)
+    for codec, decoder in decoders.items():
+        written = decoder.dictate(samples[codec])
+        assert all(np.array_equal(g.ids, s.answer_ids) for g, s in zip(written, samples[codec], strict=True))
+    ways = {codec: lambda d=d, s=samples[codec]: d.dictate(s) for codec, d in decoders.items()}
+    times = side_by_side(ways, 1 if arguments.quick else 5, not arguments.quick, time.process_time)
+    apart = times.ratio("json", "tags")
+    beside = f"the same {len(stored)} answers, {batch} at a time, in the embedded tokenizer"
+    return [
+        Row("json beside tags: time of an image", apart, "x", beside, f"<= {CODECS_APART:g} x", apart <= CODECS_APART)
+    ]
+
+
+def time_rows(run: tiny_run.TinyRun, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Row]:
+    """Both ways in turns."""
     samples = run.samples("val", 8 if arguments.quick else arguments.images)
     batch = run.profile.rollout.batch_images
     engine = HfEngine(checkpoint, run.paths.raw, batch)
     request = DecodeRequest(params=run.params.decode, codec=run.params.text.codec, seed=run.params.seed)
     reader, collator = (
         make_reader(checkpoint),
-        make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
+        checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens),
     )
 
     def reference() -> list[Generation]:
@@ -66,7 +106,8 @@ def time_rows(run: tiny_run.TinyRun, arguments: argparse.Namespace) -> list[Row]
         positions = [coord_positions(reader.parse(generation)) for generation in generations]
         return rescore(checkpoint, collator, samples, generations, positions, batch)
 
-    theirs, ours = reference(), engine.generate(samples, request)
+    held = replace(request, params=request.params.model_copy(update={"grammar": "any"}), keep_probs=False)
+    theirs, ours, constrained = reference(), engine.generate(samples, request), engine.generate(samples, held)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(theirs, ours, strict=True))
     contestants = {
         "both": lambda: score(reference()),
@@ -74,14 +115,18 @@ def time_rows(run: tiny_run.TinyRun, arguments: argparse.Namespace) -> list[Row]
         "rescore": lambda: score(theirs),
         "slots": lambda: engine.generate(samples, request),
         "bare": lambda: engine.generate(samples, replace(request, keep_probs=False)),
+        "grammar": lambda: engine.generate(samples, held),
     }
     times = side_by_side(contestants, 1 if arguments.quick else 5, not arguments.quick, time.process_time)
     what = f"{sum(len(g.ids) for g in ours):,} tokens of {len(samples)} images, {batch} at a time; the same answers"
     gain, kept = times.ratio("both", "slots"), times.ratio("slots", "bare") - 1
+    tokens = [sum(len(g.ids) for g in these) for these in (ours, constrained)]
+    cost = times.ratio("grammar", "bare") * tokens[0] / tokens[1]
     return [
         Row("decode and score, beside generate", gain, "x", what, f">= {GAIN:g} x", gain >= GAIN),
         Row("decode alone, beside generate", times.ratio("generate", "bare"), "x", "no scores either way", "", None),
         Row("scores: share of decoding", kept, "", "kept on the way", f"<= {SCORES}", kept <= SCORES),
+        Row("grammar, seconds a token", cost, "x", "without one", f"<= {GRAMMAR_COST}", cost <= GRAMMAR_COST),
         Row("re-scoring: share of generating", times.ratio("rescore", "generate"), "", "answers of servers", "", None),
     ]
 

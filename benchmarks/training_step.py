@@ -37,7 +37,7 @@ from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import Sample, SampleSource, SampleStore
 from coordexp.stage import LOG, tune_allocator
-from coordexp.training.builders import first_coord_id, make_collator, make_encoder
+from coordexp.training.builders import first_coord_id, make_encoder
 from coordexp.training.loop import train
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.step import Criterion, TeacherTask
@@ -70,7 +70,7 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     """Stage 1's own loop."""
     tune_allocator(LOG)
     store = SampleStore(run.paths.norm1000 / "train.parquet")
-    collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
+    collator = checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(store, make_encoder(checkpoint), run.params.text.object_order, seed=0)
     criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), steps)
     task = TeacherTask(checkpoint.model, criterion, source, collator, step_packs(run, steps))

@@ -45,10 +45,10 @@ def _study(context: RunConfig, name: str) -> dict[str, Any]:
     runs: dict[str, list[ImageResult]] = {}
     speed: dict[str, dict[str, float]] = {}
     for label, changes in CONSTRAINTS.items():
-        runs[label], summary = _decode(context, name, changes, context.params.seed)
+        (runs[label],), summary = _decode(context, name, changes, 1)
         seconds = summary["generate_seconds"]
         speed[label] = {f"{unit}_per_second": summary[unit] / seconds for unit in ("tokens", "images")}
-    sampled = [_decode(context, name, SAMPLED, context.params.seed + k)[0] for k in range(SAMPLES)]
+    sampled, _ = _decode(context, name, SAMPLED, SAMPLES)
     voted = {"greedy": runs["and corners"], "one sample": sampled[0]}
     voted |= {f"vote {n} of {SAMPLES}": vote(sampled, n) for n in (2, SAMPLES // 2)}
     return {
@@ -62,13 +62,13 @@ def _study(context: RunConfig, name: str) -> dict[str, Any]:
 
 
 def _decode(
-    context: RunConfig, name: str, changes: dict[str, Any], seed: int
-) -> tuple[list[ImageResult], dict[str, Any]]:
-    """Results on val under changed decode parameters, and the summary of the decode."""
+    context: RunConfig, name: str, changes: dict[str, Any], draws: int
+) -> tuple[list[list[ImageResult]], dict[str, Any]]:
+    """Results of each draw on val under changed decode parameters, and the summary of the decode."""
     decode = context.params.decode.model_copy(update=changes)
-    params = context.params.model_copy(update={"decode": decode, "seed": seed})
-    results, summary = decode_kept(replace(context, params=params), name)
-    LOG.info("%s %s seed %d: %.1f s", name, changes, seed, summary["generate_seconds"])
+    params = context.params.model_copy(update={"decode": decode})
+    results, summary = decode_kept(replace(context, params=params), name, draws)
+    LOG.info("%s %s, %d draws: %.1f s", name, changes, draws, summary["generate_seconds"])
     return results, summary
 
 

@@ -194,8 +194,7 @@ class World:
 
     def collator(self, checkpoint: Checkpoint, pack_tokens: int = 256) -> Collator:
         """A collator over this world's images."""
-        image_id, pad_id = checkpoint.model.config.image_token_id, checkpoint.tokenizer.pad_token_id
-        return Collator(self.root, checkpoint.pixels, image_id, pad_id, pack_tokens)
+        return checkpoint.collator(self.root, pack_tokens)
 
     def encoder(self, checkpoint: Checkpoint) -> AnswerEncoder:
         """The encoder of this world's codec."""

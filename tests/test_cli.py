@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,8 +159,6 @@ def test_predict_prints_json_on_stdout_alone(
 class FakeDetector:
     """Finds a cat and a red mug in every picture."""
 
-    batch_images = 2
-
     def __init__(self, parse: ParseReport) -> None:
         self.parse = parse
         self.source = AnswerSource("weights", {"max_new_tokens": 512})
@@ -169,12 +167,13 @@ class FakeDetector:
     def identity(self) -> AnswerSource:
         return self.source
 
-    def predict(self, images: Sequence[Path]) -> list[Any]:
+    def stream(self, images: Iterable[Path]) -> Iterator[Any]:
         from coordexp.detector import Detections
 
-        self.asked += [image.name for image in images]
         boxes, scores = np.array([CAT, DOG]), np.array([0.9, 0.4])
-        return [Detections(boxes, ("cat", "red mug"), scores, 100, 100, "", self.parse) for _ in images]
+        for image in images:
+            self.asked.append(image.name)
+            yield Detections(boxes, ("cat", "red mug"), scores, 100, 100, "", self.parse)
 
 
 @pytest.fixture

@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.records.images import inspect_image
 from coordexp.rollout.engine import DecodeRequest, Generation
+from coordexp.rollout.hf_engine import GROUP_BATCHES
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.prompts import TASKS, question
 from helpers import MAX_PIXELS, SCENES, catalog, save_model
@@ -68,24 +72,28 @@ class ScriptedEngine:
         self.codec = codec
         self.samples: list[Sample] = []
         self.pixels: list[np.ndarray] = []
+        self.on_disk: list[int] = []
 
     def __call__(self, checkpoint: Checkpoint, image_root: Path, batch_images: int) -> ScriptedEngine:
         """Stand in for the constructor of an engine."""
         self.encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(self.codec))
-        self.image_root = image_root
         return self
 
-    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
-        self.samples += samples
-        self.pixels += [load_rgb(self.image_root / s.image, s.resized_width, s.resized_height) for s in samples]
-        bins = [encode_boxes(BOXES_XYXY_PX, s.width, s.height) for s in samples]
-        return [Generation(self.encoder.encode(text_objects(DESCS, rows)).ids, "stop") for rows in bins]
+    def stream(
+        self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path
+    ) -> Iterator[list[Generation]]:
+        for samples in parts:
+            self.samples += samples
+            self.pixels += [load_rgb(image_root / s.image, s.resized_width, s.resized_height) for s in samples]
+            self.on_disk.append(len(list(image_root.iterdir())))
+            bins = [encode_boxes(BOXES_XYXY_PX, s.width, s.height) for s in samples]
+            yield [Generation(self.encoder.encode(text_objects(DESCS, rows)).ids, "stop") for rows in bins]
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     engine = ScriptedEngine()
-    monkeypatch.setattr("coordexp.rollout.stages.HfEngine", engine)
+    monkeypatch.setattr("coordexp.detector.HfEngine", engine)
     return engine
 
 
@@ -170,6 +178,41 @@ def test_broken_files_are_named(folder: Path, scene: Path, tmp_path: Path) -> No
     for path in (text, half):
         with pytest.raises(DataError, match=f"{path.name}: cannot be read as an image"):
             Detector.from_checkpoint(folder).predict([scene, path])
+
+
+def test_a_folder_streams(folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    """Answers come in order while pictures are taken, of which never more lie about than two parts; the answers before
+    a picture that cannot be read come before its error."""
+    taken: list[int] = []
+    (tmp_path / "broken.png").write_text("not an image", encoding="utf-8")
+
+    def pictures(n: int) -> Iterator[Path]:
+        for i in range(n):
+            taken.append(i)
+            yield scene
+        yield tmp_path / "broken.png"
+
+    stream, found = Detector.from_checkpoint(folder, batch_images=1).stream(pictures(50)), list[Detections]()
+    for one in islice(stream, 50):
+        found.append(one)
+        assert len(taken) <= len(found) + 1 + 3 * GROUP_BATCHES
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read"):
+        next(stream)
+    assert [one.descs for one in found] == [DESCS] * 50
+    assert max(engine.on_disk) <= 3 * GROUP_BATCHES
+    assert [sample.image_id for sample in engine.samples] == list(range(50))
+
+
+def test_several_processes_give_the_same_answers(folder: Path, scene: Path) -> None:
+    with Image.open(scene) as image:
+        pictures = [image.rotate(7 * i) for i in range(9)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "batch_images": 1}
+    alone = Detector.from_checkpoint(folder, **options).predict(pictures)
+    detector = Detector.from_checkpoint(folder, **options, processes=2)
+    with closing(detector):
+        together = detector.predict(pictures)
+    assert [found.to_json() for found in together] == [found.to_json() for found in alone]
+    assert len({found.raw_text for found in alone}) > 1
 
 
 def test_one_picture_gives_one_answer_and_a_list_a_list(folder: Path, scene: Path, engine: ScriptedEngine) -> None:

@@ -90,13 +90,13 @@ def picture() -> np.ndarray:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     """What the detector asks."""
     asked: list[Sample] = []
-    answer = detector.predict_samples
+    read = detector.read_answers
 
-    def predict_samples(checkpoint: Any, reader: Any, samples: list[Sample], *rest: Any) -> Any:
+    def read_answers(form: Any, reader: Any, samples: list[Sample], *rest: Any) -> Any:
         asked.extend(samples)
-        return answer(checkpoint, reader, samples, *rest)
+        return read(form, reader, samples, *rest)
 
-    monkeypatch.setattr(detector, "predict_samples", predict_samples)
+    monkeypatch.setattr(detector, "read_answers", read_answers)
     return asked
 
 

@@ -67,6 +67,7 @@ def options_of(checkpoint: Checkpoint, request: DecodeRequest) -> dict[str, Any]
     options: dict[str, Any] = {
         "max_new_tokens": decode.max_new_tokens,
         "do_sample": decode.temperature > 0,
+        "num_beams": decode.beams,
         "repetition_penalty": decode.repetition_penalty,
         "eos_token_id": token_id(checkpoint.tokenizer, END_OF_TURN),
         "pad_token_id": checkpoint.tokenizer.pad_token_id,

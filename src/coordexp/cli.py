@@ -114,6 +114,9 @@ def predict(
         list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes that answer, on the GPUs in turn; 0 is one for each GPU.")
+    ] = 1,
 ) -> None:
     """Detect objects in images."""
     from coordexp.infra.provenance import write_json
@@ -123,7 +126,9 @@ def predict(
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
-    detector = _load_detector(checkpoint, servers=server or (), device=device, max_new_tokens=max_new_tokens)
+    detector = _load_detector(
+        checkpoint, servers=server or (), device=device, processes=processes, max_new_tokens=max_new_tokens
+    )
     from coordexp import prediction  # loads torch: only now, after the allocator was tuned
 
     seen: set[str] = set()
@@ -144,11 +149,12 @@ def predict(
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:
     from coordexp.infra.threads import set_threads
-    from coordexp.stage import LOG, tune_allocator
+    from coordexp.stage import LOG, lasting_imports, tune_allocator
 
     tune_allocator(LOG)  # before the first large allocation
     set_threads(0, LOG)
-    from coordexp.detector import Detector
+    with lasting_imports():
+        from coordexp.detector import Detector
 
     return Detector.from_checkpoint(checkpoint, **options)
 

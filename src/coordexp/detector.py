@@ -10,8 +10,11 @@ The model writes text; boxes come from the strict parser and scores from its own
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
@@ -23,9 +26,9 @@ from PIL import Image
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.infra.device import AUTO
+from coordexp.infra.prefetch import ahead
 from coordexp.infra.provenance import answer_files, fingerprint
-from coordexp.models.forward import input_table
-from coordexp.models.loading import Checkpoint, load_for_inference
+from coordexp.models.loading import ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
 from coordexp.records.descriptions import normalise_desc
@@ -33,11 +36,13 @@ from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.images import read_rgb, to_rgb
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
-from coordexp.rollout.engine import DecodeRequest, Engine, Journal, greedy
-from coordexp.rollout.scoring import readable
-from coordexp.rollout.stages import make_reader, predict_samples
+from coordexp.rollout.engine import DecodeRequest, Generation, Journal, greedy
+from coordexp.rollout.hf_engine import GROUP_BATCHES, GroupEngine, HfEngine
+from coordexp.rollout.scoring import readable, scored
+from coordexp.rollout.stages import make_reader, read_answers
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
+from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 from coordexp.text.codecs import get_codec
 from coordexp.text.prompts import question
 
@@ -156,19 +161,26 @@ class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, max_new_tokens: int, batch_images: int, servers: Sequence[str], folder: Path
+        self,
+        form: ModelFormat,
+        folder: Path,
+        max_new_tokens: int,
+        batch_images: int,
+        servers: Sequence[str] = (),
+        engine: GroupEngine | None = None,
     ) -> None:
-        self._checkpoint = checkpoint
+        """Servers or the engine generate; `form` is a `Checkpoint` for answers of servers, which are scored here."""
+        self._checkpoint = form
         self._folder = folder
-        form = checkpoint.detection
-        self._preparer = SamplePreparer(checkpoint.tokenizer, get_codec(form.codec), checkpoint.pixels)
-        decode = readable(greedy(max_new_tokens, form.box, form.score), form.codec != "digits")
-        self._reader = make_reader(checkpoint)
+        self._preparer = SamplePreparer(form.tokenizer, get_codec(form.codec), form.pixels)
+        says = form.detection
+        decode = readable(greedy(max_new_tokens, says.box, says.score), form.codec != "digits")
+        self._reader = make_reader(form)
         self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
         self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
-        # Servers take many pictures at a time, and each batch waits for its slowest.
-        self.batch_images = batch_images * max(1, 4 * self._n_servers)
+        self._engine = engine
+        self._batch_images = batch_images
 
     @classmethod
     def from_checkpoint(
@@ -179,6 +191,7 @@ class Detector:
         batch_images: int = BATCH_IMAGES,
         servers: Sequence[str] = (),
         device: str = AUTO,
+        processes: int = 1,
     ) -> Detector:
         """Load a checkpoint folder; `from_pretrained` is another name of this.
 
@@ -191,12 +204,21 @@ class Detector:
             batch_images: pictures decoded together, which bounds the memory.
             servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; bfloat16 on GPUs.
+            processes: that answer side by side, on the GPUs in turn; 0 is one for each GPU. The answers are the same.
+                Above 1, the code of a script that makes a detector stands under `if __name__ == "__main__":`.
 
         Raises:
             CheckpointError: the folder is no usable checkpoint.
             ConfigError: there is no such device.
         """
-        return cls(load_for_inference(Path(folder), device), max_new_tokens, batch_images, servers, Path(folder))
+        path, devices = Path(folder), decode_devices(processes, device)
+        form = load_format(path)
+        if not servers and len(devices) > 1:
+            workers = WorkerEngine(path, form, Path(), batch_images, devices)
+            return cls(form, path, max_new_tokens, batch_images, engine=workers)
+        checkpoint = place_for_inference(path, form, devices[0])
+        engine = None if servers else HfEngine(checkpoint, Path(), batch_images)
+        return cls(checkpoint, path, max_new_tokens, batch_images, servers, engine)
 
     from_pretrained = from_checkpoint
 
@@ -218,13 +240,32 @@ class Detector:
             DataError: naming the picture that cannot be read, or is no picture.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            return self._predict_batch([images], 0)[0]
+            return next(self.stream([images]))
         if not isinstance(images, Iterable):
             raise DataError(f"{_describe(images)}: expected a file name, a PIL image, an RGB array, or a list of them.")
-        pictures, found = list(images), list[Detections]()
-        for first in range(0, len(pictures), self.batch_images):
-            found += self._predict_batch(pictures[first : first + self.batch_images], first)
-        return found
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[Picture]) -> Iterator[Detections]:
+        """The answers to any number of pictures, in order, as they are ready; each picture as of `predict`.
+
+        Pictures are taken and read in a thread, while those before them are answered: a few more than are answered at a
+        time. What a picture raises, comes after the answers to those before it.
+        """
+        # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
+        # sees: upright, losslessly, and already at its size.
+        with TemporaryDirectory(prefix="coordexp-") as name:
+            folder, asked = Path(name), deque[list[Sample]]()
+            with closing(ahead(self._parts(images, folder, asked))) as parts:
+                for generations in self._answers(parts, folder):
+                    samples = asked.popleft()
+                    yield from self._read(samples, generations, folder)
+                    for sample in samples:
+                        (folder / sample.image).unlink()
+
+    def close(self) -> None:
+        """End the processes that answer, if there are any beside this one."""
+        if self._engine:
+            self._engine.close()
 
     def identity(self) -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
@@ -232,30 +273,38 @@ class Detector:
         settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
-    def _predict_batch(self, images: Sequence[Picture], first: int) -> list[Detections]:
-        # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
-        # sees: upright, losslessly, and already at its size.
-        with TemporaryDirectory(prefix="coordexp-") as folder:
-            samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
-            results = predict_samples(
-                self._checkpoint,
-                self._reader,
-                samples,
-                Path(folder),
-                self._request,
-                self.batch_images,
-                self._engine(Path(folder)),
-            )
-        return [_detections(result) for result in results]
+    def _parts(self, images: Iterable[Picture], folder: Path, asked: deque[list[Sample]]) -> Iterator[list[Sample]]:
+        """Samples that are answered together, written to `folder`: few at first, so that answers come soon."""
+        numbered = enumerate(images)
+        for part in count():
+            # Servers take many pictures at a time, and each part waits for its slowest.
+            batches = 4 * self._n_servers or min(2**part, GROUP_BATCHES)
+            samples, fault = list[Sample](), None
+            try:
+                for number, image in islice(numbered, batches * self._batch_images):
+                    samples.append(self._stage(image, folder, number))
+            except (DataError, OSError) as error:
+                fault = error
+            if samples:
+                asked.append(samples)
+                yield samples
+            if fault:
+                raise fault
+            if not samples:
+                return
 
-    def _engine(self, folder: Path) -> Engine | None:
-        """The servers, if there are any; their answers need no place of their own, a batch is small."""
-        if self._pool is None:
-            return None
-        journal = Journal(folder / "generations.jsonl")
-        workers = REQUESTS_PER_SERVER * self._n_servers
-        tokenizer, rows = self._checkpoint.tokenizer, len(input_table(self._checkpoint.model).weight)
-        return VllmEngine(self._pool, tokenizer, folder, workers, journal, vocabulary_size=rows)
+    def _answers(self, parts: Iterable[Sequence[Sample]], folder: Path) -> Iterator[list[Generation]]:
+        if self._pool:
+            journal, workers = Journal(folder / "generations.jsonl"), REQUESTS_PER_SERVER * self._n_servers
+            rows = vocabulary_size(self._folder)
+            servers = VllmEngine(self._pool, self._checkpoint.tokenizer, folder, workers, journal, vocabulary_size=rows)
+            yield from (servers.generate(part, self._request) for part in parts)
+        elif self._engine:
+            yield from self._engine.stream(parts, self._request, folder)
+
+    def _read(self, samples: Sequence[Sample], generations: Sequence[Generation], folder: Path) -> Iterator[Detections]:
+        answers = read_answers(self._checkpoint, self._reader, samples, generations, folder, self._batch_images)
+        return (_detections(scored(answer, self._request.params)) for answer in answers)
 
     def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"

@@ -38,6 +38,10 @@ class ServerError(CoordExpError):
     """A vLLM server does not start, does not answer, or answers what is no answer."""
 
 
+class ProcessError(CoordExpError):
+    """A process that was to decode ended before its work was done."""
+
+
 class BusyError(CoordExpError):
     """Another process is at the same work."""
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coordexp.detector import Detections, Detector, open_picture
-from coordexp.drawing.boxes import draw_detections
 from coordexp.errors import DataError
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.images import image_sha256
@@ -49,11 +48,16 @@ def _from_log(log: PredictionLog, path: Path) -> Detections:
 
 def _asked(detector: Detector, paths: Sequence[Path], hashed: bool) -> Iterator[tuple[Path, str, Detections]]:
     """New answers; with the sha256 of the file if `hashed`."""
-    for first in range(0, len(paths), detector.batch_images):
-        batch = paths[first : first + detector.batch_images]
-        # Before they are read: of a picture that is replaced meanwhile, the answer is asked again next time.
-        hashes = [image_sha256(path) if hashed else "" for path in batch]
-        yield from zip(batch, hashes, detector.predict(batch), strict=True)
+    hashes = deque[str]()
+
+    def taken() -> Iterator[Path]:
+        for path in paths:
+            # Before it is read: of a picture that is replaced meanwhile, the answer is asked again next time.
+            hashes.append(image_sha256(path) if hashed else "")
+            yield path
+
+    for path, found in zip(paths, detector.stream(taken()), strict=True):
+        yield path, hashes.popleft(), found
 
 
 def _note_reuse(log: PredictionLog, total: int, kept: int, stale: Counter[str]) -> None:
@@ -102,4 +106,6 @@ def note_absent(names: Sequence[str], seen: set[str]) -> None:
 
 def draw(path: Path, found: Detections, target: Path) -> None:
     """Write the picture with its boxes."""
+    from coordexp.drawing.boxes import draw_detections  # loads matplotlib, which most calls do not need
+
     draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)

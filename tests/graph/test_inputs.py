@@ -30,8 +30,9 @@ from source_tree import ROOT
 STAGES = {stage.stage: stage for stage in declarations(ROOT)}
 COMMITTED = sorted(path.name for path in (ROOT / "inputs").iterdir())
 
-# Places: the same run elsewhere. The name of the profile is in every path, the model is known by its pins.
-PLACES = {"profile", "model.path"}
+# Places: the same run elsewhere. The name of the profile is in every path, the model is known by its pins, and in how
+# many processes answers are generated changes none of them.
+PLACES = {"profile", "model.path", "launch.processes"}
 # Declared, but read on another way than that of the smoke profile, or before the stage begins.
 ELSEWHERE = {
     "launch.threads",  # by stage.py

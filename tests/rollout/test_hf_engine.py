@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from coordexp.errors import ProcessError
+from coordexp.models.loading import load_for_inference, load_format, save_checkpoint
 from coordexp.packing.collator import teacher_segment
+from coordexp.rollout import hf_engine, worker_engine
 from coordexp.rollout.engine import Journal, TokenProbs
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.rescore import rescore
+from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 from helpers import asked, decode_request, new_checkpoint
 
 GREEDY = decode_request(seed=17, max_new_tokens=10)
@@ -58,15 +65,15 @@ def all_bytes(generations) -> list[tuple[bytes, ...]]:
 def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_path, monkeypatch, request_):
     monkeypatch.setattr("coordexp.rollout.hf_engine.GROUP_BATCHES", 1)
     undisturbed = all_bytes(HfEngine(checkpoint, world.root, 2).generate(world.samples, request_))
-    original, groups = HfEngine._run, []
+    original, groups = hf_engine.answer_group, []
 
-    def run(self, samples, *rest):
-        groups.append(len(samples))
+    def run(checkpoint, group, *rest):
+        groups.append(len(group.samples))
         if len(groups) == 3:
             raise Killed
-        return original(self, samples, *rest)
+        return original(checkpoint, group, *rest)
 
-    monkeypatch.setattr(HfEngine, "_run", run)
+    monkeypatch.setattr(hf_engine, "answer_group", run)
     journal = Journal(tmp_path / "generations.jsonl")
     engine = HfEngine(checkpoint, world.root, 2, journal)
     with pytest.raises(Killed):
@@ -80,6 +87,60 @@ def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_
     assert engine.generate(world.samples, replace(request_, keep_probs=False))[0].probs is None
     (probs,) = {type(g.probs) for g in engine.generate(world.samples, request_)}
     assert probs is TokenProbs
+
+
+def test_the_number_of_processes_changes_no_byte(world, checkpoint, tmp_path, monkeypatch):
+    """Nor does it whether one of them is killed, and the rest is answered by this process."""
+    monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
+    save_checkpoint(tmp_path / "model", checkpoint)
+    samples = [replace(s, image_id=1000 * i + s.image_id) for i in range(3) for s in world.samples]
+    loaded = load_for_inference(tmp_path / "model", "cpu")
+    expected = all_bytes(HfEngine(loaded, world.root, 2).generate(samples, SAMPLED))
+    place = tmp_path / "model", load_format(tmp_path / "model"), world.root, 2
+    with closing(WorkerEngine(*place, ["cpu"] * 2)) as two:
+        assert all_bytes(two.generate(samples, SAMPLED)) == expected
+        parts = [samples[first : first + 5] for first in range(0, len(samples), 5)]
+        streamed = all_bytes([g for part in two.stream(iter(parts), SAMPLED, world.root) for g in part])
+        assert [ids for ids, *_ in streamed] == [ids for ids, *_ in expected]
+
+    journal = Journal(tmp_path / "generations.jsonl")
+    with closing(WorkerEngine(*place, ["cpu"] * 3, journal)) as three:
+
+        def kill_one(*_: object) -> None:
+            os.kill(next(iter(three._pool._processes)), signal.SIGKILL)
+
+        monkeypatch.setattr(hf_engine.log, "info", kill_one)  # the first group is answered
+        with pytest.raises(ProcessError, match=r"one of the 3 processes .* run the same command again"):
+            three.generate(samples, SAMPLED)
+    monkeypatch.undo()
+    monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
+    n_kept = len(journal.read(2**31))
+    assert 2 <= n_kept < len(samples)
+    original, answered = hf_engine.answer_group, []
+    monkeypatch.setattr(hf_engine, "answer_group", lambda *a: answered.extend(a[1].samples) or original(*a))
+    assert all_bytes(HfEngine(loaded, world.root, 2, journal).generate(samples, SAMPLED)) == expected
+    assert len(answered) == len(samples) - n_kept
+    journal.remove()
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "wanted", "gpus", "devices"),
+    [
+        (0, "auto", 0, ["auto"]),
+        (3, "auto", 0, ["auto"] * 3),
+        (0, "auto", 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
+        (1, "auto", 4, ["auto"]),
+        (3, "cuda", 2, ["cuda:0", "cuda:1", "cuda:0"]),
+        (2, "cuda:1", 4, ["cuda:1"] * 2),
+        (0, "cpu", 4, ["cpu"]),
+    ],
+)
+def test_processes_take_the_gpus_in_turn(monkeypatch, processes, wanted, gpus, devices):
+    kind = "cuda" if gpus and wanted != "cpu" else "cpu"
+    monkeypatch.setattr(worker_engine, "choose_device", lambda _: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert decode_devices(processes, wanted) == devices
 
 
 def test_the_order_of_the_samples_does_not_matter(world, checkpoint, one_by_one):

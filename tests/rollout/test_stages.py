@@ -18,7 +18,7 @@ from coordexp.rollout import stages
 from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Generation
 from coordexp.rollout.records import read_generations
 from coordexp.rollout.scoring import DISTRIBUTIONS, Decoded, read_decoded, read_summary, scored
-from coordexp.rollout.stages import decode_request, decode_val, make_reader, predict_samples, run_rollouts
+from coordexp.rollout.stages import decode_kept, decode_request, decode_val, make_reader, predict_samples, run_rollouts
 from helpers import Workspace, new_tokenizer, save_model
 from toyworld.model import build_tiny
 
@@ -100,6 +100,37 @@ def test_decoding_stores_answers_that_any_readout_scores(workspace):
         stored = [scored(answer, changed.params.decode) for answer in decoded(space)]
         assert [replace(r, identity={}) for r in stored] == direct
     assert sum(len(r.pred) for r in direct) > 0
+
+
+def test_several_processes_write_the_same_bytes(short, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(short.paths.root))
+    monkeypatch.setattr("coordexp.rollout.hf_engine.GROUP_BATCHES", 1)
+
+    def written(processes: int) -> list[bytes]:
+        tree = short.profile.model_dump()
+        tree["launch"] |= {"processes": processes}
+        tree["rollout"] |= {"batch_images": 2}
+        space = replace(short, profile=type(short.profile).model_validate(tree))
+        run_rollouts(space)
+        decode(space)
+        files = [short.paths.rollouts, *short.paths.decoded("stage1").iterdir()]
+        return [file.read_bytes() for file in sorted(files)]
+
+    alone, together = written(1), written(2)
+    assert len(alone) == 4
+    assert together == alone
+    assert not list(short.paths.root.rglob("generations*.jsonl"))
+
+
+def test_several_draws_are_those_of_several_seeds(short, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(short.paths.root))
+    space = short.set(decode__temperature=1.5)
+    together, summary = decode_kept(space, "stage1", 2)
+    assert summary["images"] == 2 * len(together[0])
+    alone = [decode_kept(space.set(seed=space.params.seed + k), "stage1")[0][0] for k in range(2)]
+    texts = [[r.raw_text for r in results] for results in together]
+    assert texts == [[r.raw_text for r in results] for results in alone]
+    assert texts[0] != texts[1]
 
 
 def test_stored_answers_that_do_not_belong_together_are_refused(workspace):

@@ -61,7 +61,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     for module in (stage1, stage2):
         monkeypatch.setattr(module, "run_session", stop_session)
     monkeypatch.setattr(opening, "HfEngine", stop)
-    monkeypatch.setattr(stages.HfEngine, "_run", lambda engine, *_: stop(engine._checkpoint))
+    monkeypatch.setattr(stages.HfEngine, "_answers", lambda engine, *_: stop(engine._checkpoint))
     return models
 
 

@@ -17,6 +17,8 @@ COMPARISONS = {
 
 # In the folder of each trained checkpoint.
 RUN_METADATA, TRAIN_LOG = "run_metadata.json", "train_log.jsonl"
+# In the folder of each evaluated checkpoint: its judged answers, and how they were made.
+GT_VS_PRED, DECODE_SUMMARY = "gt_vs_pred.jsonl", "decode.json"
 
 
 def model_folder(path: str) -> Path:

@@ -261,7 +261,9 @@ class LaunchConfig(Block):
         le=1024,
         description="CPU threads of the tensor library; 0 is its own choice within what a container grants",
     )
-    processes: int = Field(ge=0, le=64, description="training processes on this machine; 0 is one for each GPU")
+    processes: int = Field(
+        ge=0, le=64, description="processes on this machine that train, or decode with engine hf; 0 is one for each GPU"
+    )
     rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
     sharding: Literal["none", "fsdp2"] = Field(
         description="each training process holds all weights and moments, or its fraction of them (fsdp2)"

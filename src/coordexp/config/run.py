@@ -9,6 +9,7 @@ from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
+from coordexp.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,13 @@ class RunConfig:
     params: Params
     profile: Profile
     paths: ProfilePaths
+
+    def __post_init__(self) -> None:
+        if self.profile.rollout.engine == "vllm" and self.params.decode.beams > 1:
+            raise ConfigError(
+                f"decode.beams is {self.params.decode.beams}, but rollout.engine is vllm, which searches by no beams. "
+                "Set beams: 1, or rollout.engine: hf."
+            )
 
     @classmethod
     def read(cls, params: Path, profile: str | None = None, root: Path | None = None) -> RunConfig:

@@ -153,6 +153,7 @@ class DecodeParams(Block):
     max_new_tokens: int = Field(ge=1, le=32768, description="token budget of one answer")
     temperature: float = Field(ge=0, le=5, description="sampling temperature; 0 is greedy")
     top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
+    beams: int = Field(ge=1, le=64, description="width of beam search; 1 takes the likeliest token each time")
     repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
     score: ScoreName = Field(description="confidence of an object (rollout/confidence.py)")
     box: Annotated[BoxRule, _SHORT_NAMES] = Field(
@@ -171,6 +172,15 @@ class DecodeParams(Block):
     def _greedy_takes_no_nucleus(self) -> DecodeParams:
         if self.temperature == 0 and self.top_p != 1:
             raise ValueError(f"top_p {self.top_p} has no effect at temperature 0; set top_p: 1.0 or raise temperature.")
+        return self
+
+    @model_validator(mode="after")
+    def _beams_are_not_drawn(self) -> DecodeParams:
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"beams {self.beams} look for the likeliest answer, temperature {self.temperature} draws one; set "
+                "temperature: 0.0 or beams: 1."
+            )
         return self
 
     @model_validator(mode="after")

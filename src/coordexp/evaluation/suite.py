@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS, ProfilePaths
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS, GT_VS_PRED, ProfilePaths
 from coordexp.config.schema import EvalParams, Params
 from coordexp.evaluation.comparison import compare
 from coordexp.evaluation.evaluator import Evaluation, evaluate, rounded
@@ -36,7 +36,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
-        results = list(read_results(folder / "gt_vs_pred.jsonl"))
+        results = list(read_results(folder / GT_VS_PRED))
         if known:  # records without ids are numbered by their decoder
             check_known_images(results, known, str(paths.records / "val.jsonl"))
         evaluation = evaluate(results, categories, params.eval, params.matching, params.seed, federated)

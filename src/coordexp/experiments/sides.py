@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from coordexp.config.paths import RUN_METADATA, ProfilePaths
+from coordexp.config.paths import GT_VS_PRED, RUN_METADATA, ProfilePaths
 from coordexp.config.schema import Params
 from coordexp.config.study import METRICS, PRIMARY
 from coordexp.errors import DataError
@@ -29,7 +29,7 @@ Side = Mapping[str, Evaluation]
 
 def predictions_path(paths: ProfilePaths, checkpoint: str) -> str:
     """The judged predictions of a checkpoint on val, an output of the graph."""
-    return (paths.evaluation(checkpoint) / "gt_vs_pred.jsonl").as_posix()
+    return (paths.evaluation(checkpoint) / GT_VS_PRED).as_posix()
 
 
 def categories_path(paths: ProfilePaths) -> str:

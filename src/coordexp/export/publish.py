@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordexp.config.paths import RUN_METADATA, ProfilePaths
+from coordexp.config.paths import GT_VS_PRED, RUN_METADATA, ProfilePaths
 from coordexp.config.profile import DatasetsConfig
 from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
@@ -121,7 +121,7 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder.")
     metrics = _read(run.paths.metrics)
-    predictions = run.paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
+    predictions = run.paths.evaluation(checkpoint) / GT_VS_PRED
     categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
     results, unmapped = coco_results(rows, categories)

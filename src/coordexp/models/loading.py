@@ -29,6 +29,7 @@ from coordexp.infra.provenance import answer_files, file_hash
 from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
 from coordexp.models.processor import read_pixel_spec, write_processor_files
+from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
@@ -59,6 +60,11 @@ class Checkpoint(ModelFormat):
     """A model with its format."""
 
     model: Qwen3VLForConditionalGeneration
+
+    def collator(self, image_root: Path, pack_tokens: int = 0) -> Collator:
+        """What lays out its batches, in rows of so many tokens where it chooses them."""
+        image_id, pad_id = self.model.config.image_token_id, self.tokenizer.pad_token_id
+        return Collator(image_root, self.pixels, image_id, pad_id, pack_tokens)
 
 
 def load_checkpoint(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Checkpoint:

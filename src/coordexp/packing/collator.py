@@ -121,9 +121,21 @@ class Collator:
         """Which segments share a row, in the order in which slots are listed."""
         return pack_rows([s.length for s in segments], self._pack_tokens)
 
-    def layout(self, segments: Sequence[Segment], rows: Sequence[Sequence[int]]) -> PackedBatch:
-        """Lay out segments in the given rows; a row is padded at its end as a segment of its own."""
-        width = max(sum(segments[i].length for i in row) for row in rows)
+    def patches(self, sample: Sample) -> NDArray[np.float32]:
+        """The picture of a sample as the model takes it (`packing.pixels.patchify`); raises DataError."""
+        return patchify(self._load(sample), self._pixels)
+
+    def layout(
+        self,
+        segments: Sequence[Segment],
+        rows: Sequence[Sequence[int]],
+        pictures: Sequence[NDArray[np.float32]] | None = None,
+    ) -> PackedBatch:
+        """Lay out segments in the given rows; a row is padded at its end as a segment of its own.
+
+        `pictures` are the `patches` of the segments, where they were read already.
+        """
+        width, side = max(sum(segments[i].length for i in row) for row in rows), self._pixels.patch_size
         input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
         positions = np.empty((4, len(rows), width), dtype=np.int64)
         ordered: list[Segment] = []
@@ -137,9 +149,8 @@ class Collator:
                 input_ids[r, at:end], positions[:, r, at:end] = self._segment_inputs(segment)
                 ordered.append(segment)
                 answer_starts.append(r * width + at + segment.sample.prompt_length)
-                rgb = self._load(segment.sample)
-                patches.append(patchify(rgb, self._pixels))
-                grids.append((1, rgb.shape[0] // self._pixels.patch_size, rgb.shape[1] // self._pixels.patch_size))
+                patches.append(self.patches(segment.sample) if pictures is None else pictures[i])
+                grids.append((1, segment.sample.resized_height // side, segment.sample.resized_width // side))
                 lengths.append(segment.length)
                 at = end
             positions[:, r, at:] = np.arange(width - at)

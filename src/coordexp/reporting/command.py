@@ -33,7 +33,7 @@ def report(
     Of the profile's own answers it also shows commit, time and machine of each stage, where the run left a record.
     """
     from coordexp.config.loading import load_params
-    from coordexp.config.paths import ProfilePaths
+    from coordexp.config.paths import GT_VS_PRED, ProfilePaths
     from coordexp.records.categories import Category, read_categories
     from coordexp.records.gt_vs_pred import read_results
     from coordexp.reporting.page import PageSettings, write_page
@@ -41,7 +41,7 @@ def report(
 
     name = profile or load_params(Path("params.yaml")).profile if not (results and images) else ""
     paths = ProfilePaths(name)
-    files = results or [paths.evaluation(run) / "gt_vs_pred.jsonl" for run in DEFAULT_RUNS]
+    files = results or [paths.evaluation(run) / GT_VS_PRED for run in DEFAULT_RUNS]
     if (paths.records / "categories.json").is_file() and not results:
         categories = list(read_categories(paths.records / "categories.json"))
     else:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import pandas as pd
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS, RUN_METADATA, TRAIN_LOG
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS, DECODE_SUMMARY, GT_VS_PRED, RUN_METADATA, TRAIN_LOG
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
@@ -124,11 +124,11 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         run=inputs.run,
         metrics=_metrics(metrics, inputs),
         comparison={name: _comparison(metrics, name, inputs.metrics) for name in COMPARISONS},
-        results={name: _results(folder / "gt_vs_pred.jsonl") for name, folder in folders.items()},
+        results={name: _results(folder / GT_VS_PRED) for name, folder in folders.items()},
         per_image={name: _per_image(folder / "per_image.json") for name, folder in folders.items()},
         pr_curves={name: read_json(folder / "pr_curve.json", "coco-eval") for name, folder in folders.items()},
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
-        decodes={name: read_json(folder / "decode.json", "coco-eval") for name, folder in folders.items()},
+        decodes={name: read_json(folder / DECODE_SUMMARY, "coco-eval") for name, folder in folders.items()},
         logs={name: read_log(_existing(inputs.runs / name / TRAIN_LOG, name)) for name in TRAINED},
         dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / RUN_METADATA, name) for name in TRAINED},

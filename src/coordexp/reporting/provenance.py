@@ -17,7 +17,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from coordexp.config.paths import CHECKPOINTS, ProfilePaths
+from coordexp.config.paths import CHECKPOINTS, DECODE_SUMMARY, ProfilePaths
 from coordexp.config.schema import Params
 from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, read_json, required
 from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
@@ -66,7 +66,7 @@ def decode_table(decodes: Mapping[str, Json]) -> str:
     """What each checkpoint answered, in which codec."""
     fields = ("codec", "images", "tokens")
     rows = [
-        [name, *(_leaf(required(decodes[name], field, f"{name}/decode.json")) for field in fields)]
+        [name, *(_leaf(required(decodes[name], field, f"{name}/{DECODE_SUMMARY}")) for field in fields)]
         for name in CHECKPOINTS
     ]
     return table(["decoding of", *fields], rows)

@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import reprlib
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
+
+Question = tuple[str, int, int, bytes]  # name, width and height of a picture; prompt
 
 LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal
 READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
@@ -49,8 +53,9 @@ class DecodeRequest:
     keep_probs: bool = True
 
     def identity(self) -> str:
-        """All of it that decides what is generated, as text."""
-        return json.dumps([self.params.model_dump(exclude=READOUT_KEYS), self.codec, self.seed, self.names])
+        """All of it that decides what is generated, as text; a beam alone is no search."""
+        idle = {"beams"} if self.params.beams == 1 else set()
+        return json.dumps([self.params.model_dump(exclude=READOUT_KEYS | idle), self.codec, self.seed, self.names])
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> AnswerGrammar | None:
         """What answers must keep to; None if any token may come."""
@@ -73,6 +78,7 @@ def greedy(max_new_tokens: int, box: str, score: str) -> DecodeParams:
             "grammar": "none",
             "corners": "any",
             "duplicate_iou": 1.0,
+            "beams": 1,
         }
     )
 
@@ -160,34 +166,45 @@ def request_key(sample: Sample, request: DecodeRequest, image_root: Path) -> str
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
+def question_of(sample: Sample) -> Question:
+    """What of a sample a model sees: its picture at its size, and the prompt."""
+    return sample.image, sample.resized_width, sample.resized_height, sample.prompt_ids.tobytes()
+
+
+def answer_seeds(samples: Sequence[Sample], seed: int) -> list[int]:
+    """The seed of each answer: `seed`, and of a sample that is listed again `seed` + 1, + 2, ...
+
+    So several draws for one image are those of several runs.
+    """
+    listed: Counter[tuple[int, Question]] = Counter()
+    seeds = []
+    for sample in samples:
+        key = sample.image_id, question_of(sample)
+        seeds.append(seed + listed[key])
+        listed[key] += 1
+    return seeds
+
+
 class Journal:
-    """One JSON line per finished generation; safe to append to from several threads."""
+    """One JSON line per finished generation; safe to append to from several threads.
+
+    Of several processes each writes a file of its own (`of_process`), and any of them reads all.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    def of_process(self, number: int) -> Journal:
+        """The journal that a further process appends to, beside this one; read and removed with it."""
+        return Journal(self.path.with_stem(f"{self.path.stem}-{number}"))
 
     def read(self, vocabulary_size: int) -> dict[str, Generation]:
         """The finished generations by key. Damaged lines are dropped: what they answered is generated again."""
         done: dict[str, Generation] = {}
-        if not self._path.is_file():
-            return done
-        damaged = []
-        for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
-            try:
-                key, generation = _finished(line, vocabulary_size)
-            except (ValueError, RecursionError) as error:
-                damaged.append(f"line {number}: {error}")
-                continue
-            done[key] = generation
-        if damaged:
-            log.warning(
-                "%s: %d damaged lines, whose answers are generated again; the first is %s",
-                self._path,
-                len(damaged),
-                damaged[0],
-            )
+        for path in self._files():
+            done |= _read_journal(path, vocabulary_size)
         return done
 
     def append(self, key: str, generation: Generation) -> None:
@@ -198,15 +215,39 @@ class Journal:
             "finish_reason": generation.finish_reason,
             "probs": generation.probs and generation.probs.to_json(),
         }
-        with self._lock, self._path.open("a", encoding="utf-8") as out:
+        with self._lock, self.path.open("a", encoding="utf-8") as out:
             # A cut line of an earlier run must not swallow this one.
-            out.write(("\n" if _ends_mid_line(self._path) else "") + json.dumps(row) + "\n")
+            out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(row) + "\n")
             out.flush()
             os.fsync(out.fileno())
 
     def remove(self) -> None:
         """Forget everything: the run is complete."""
-        self._path.unlink(missing_ok=True)
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        stem, suffix = self.path.stem, self.path.suffix
+        return sorted(
+            p for p in self.path.parent.glob(f"*{suffix}") if re.fullmatch(f"{re.escape(stem)}(-[0-9]+)?", p.stem)
+        )
+
+
+def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
+    done: dict[str, Generation] = {}
+    damaged = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            key, generation = _finished(line, vocabulary_size)
+        except (ValueError, RecursionError) as error:
+            damaged.append(f"line {number}: {error}")
+            continue
+        done[key] = generation
+    if damaged:
+        log.warning(
+            "%s: %d damaged lines, whose answers are generated again; the first is %s", path, len(damaged), damaged[0]
+        )
+    return done
 
 
 def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:

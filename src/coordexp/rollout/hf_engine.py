@@ -5,41 +5,56 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordexp.infra.device import inference_autocast
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
-from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_key
+from coordexp.rollout.beam_search import BeamSearch
+from coordexp.rollout.engine import DecodeRequest, Generation, Journal, answer_seeds, request_key
 from coordexp.rollout.slot_decoder import SlotDecoder
 from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
 
 # Samples of a group, in units of those that are open together. Slots are empty at the end of a group alone, so a large
-# one wastes less; what an interruption costs is one group.
+# one wastes less; what an interruption costs is one group of each process.
 GROUP_BATCHES = 8
 
 
-def group_keys(samples: Sequence[Sample], request: DecodeRequest, image_root: Path, slots: int) -> list[str]:
-    """A journal key for each answer of a group. The whole group is in it: which answers are open together decides the
-    last bits of every number."""
-    own = [request_key(sample, request, image_root) for sample in samples]
-    company = hashlib.sha256(f"{slots}:{request.keep_probs}:{own}".encode()).hexdigest()[:16]
-    return [f"{company}-{key}" for key in own]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Samples that are answered together, by whichever process, and the seeds of their answers.
+
+    Which these are decides the last bits of every number, so it depends on the samples alone.
+    """
+
+    samples: Sequence[Sample]
+    seeds: Sequence[int]
+    image_root: Path
+    batch_images: int
+
+    def keys(self, request: DecodeRequest) -> list[str]:
+        """A journal key for each answer; the whole group is in it."""
+        own = [
+            request_key(sample, replace(request, seed=seed), self.image_root)
+            for sample, seed in zip(self.samples, self.seeds, strict=True)
+        ]
+        company = hashlib.sha256(f"{self.batch_images}:{request.keep_probs}:{own}".encode()).hexdigest()[:16]
+        return [f"{company}-{key}" for key in own]
 
 
-class HfEngine:
-    """Answers by the model in memory; the weights are used as they are at the time of the call."""
+class GroupEngine(ABC):
+    """Answers group by group, in this process or in others; `batch_images` answers are open at a time in each.
 
-    def __init__(
-        self, checkpoint: Checkpoint, image_root: Path, batch_images: int, journal: Journal | None = None
-    ) -> None:
-        """`batch_images` answers are open at a time. With a journal, finished groups survive an interruption."""
-        self._checkpoint = checkpoint
+    With a journal, finished groups survive an interruption.
+    """
+
+    def __init__(self, image_root: Path, batch_images: int, journal: Journal | None = None) -> None:
         self._image_root = image_root
         self._batch_images = batch_images
         self._journal = journal
@@ -47,37 +62,94 @@ class HfEngine:
     def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample; groups hold prompts of similar length, results keep the samples' order."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
-        results: dict[int, Generation] = {}
-        model = self._checkpoint.model
-        done = self._journal.read(len(input_table(model).weight)) if self._journal else {}
-        grammar = request.grammar(self._checkpoint.tokenizer)
-        was_training = model.training
-        model.eval()
-        started = time.monotonic()
-        for first in range(0, len(order), GROUP_BATCHES * self._batch_images):
-            places = order[first : first + GROUP_BATCHES * self._batch_images]
-            group = [samples[i] for i in places]
-            keys = group_keys(group, request, self._image_root, self._batch_images)
-            if not done.keys() >= set(keys):
-                done |= zip(keys, self._run(group, request, grammar), strict=True)
-                self._keep(keys, done)
-            results |= zip(places, (done[key] for key in keys), strict=True)
-            tokens = sum(len(g.ids) for g in results.values())
-            rate = tokens / (time.monotonic() - started)
+        seeds, size = answer_seeds(samples, request.seed), GROUP_BATCHES * self._batch_images
+        places = [order[first : first + size] for first in range(0, len(order), size)]
+        groups = [self._group([samples[i] for i in part], [seeds[i] for i in part]) for part in places]
+        results = self._kept(places, groups, request)
+        todo = [(part, group) for part, group in zip(places, groups, strict=True) if part[0] not in results]
+        started, n_new, n_tokens = time.monotonic(), 0, 0
+        answers = self._answers((group for _, group in todo), request)
+        for (part, _), generations in zip(todo, answers, strict=True):
+            results |= zip(part, generations, strict=True)
+            n_new, n_tokens = n_new + len(part), n_tokens + sum(len(g.ids) for g in generations)
+            rate = n_tokens / (time.monotonic() - started)
             log.info("generated %d of %d images, %.0f tokens/s", len(results), len(samples), rate)
-        model.train(was_training)
         return [results[i] for i in range(len(samples))]
 
-    def _run(
-        self, samples: Sequence[Sample], request: DecodeRequest, grammar: AnswerGrammar | None
-    ) -> list[Generation]:
-        checkpoint = self._checkpoint
-        image_id, pad_id = checkpoint.model.config.image_token_id, checkpoint.tokenizer.pad_token_id
-        collator = Collator(self._image_root, checkpoint.pixels, image_id, pad_id, pack_tokens=0)
-        with inference_autocast(checkpoint.model):  # also when asked from within a training step
-            return SlotDecoder(checkpoint, collator, request, grammar, self._batch_images).decode(samples)
+    def stream(
+        self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path
+    ) -> Iterator[list[Generation]]:
+        """The answers of each part, in order, as they are ready; a part is a group, and its pictures lie here."""
+        groups = (self._group(part, answer_seeds(part, request.seed)) for part in parts)
+        return self._answers((replace(group, image_root=image_root) for group in groups), request)
 
-    def _keep(self, keys: Sequence[str], done: Mapping[str, Generation]) -> None:
-        if self._journal:
-            for key in keys:
-                self._journal.append(key, done[key])
+    def _group(self, samples: Sequence[Sample], seeds: Sequence[int]) -> Group:
+        return Group(samples=samples, seeds=seeds, image_root=self._image_root, batch_images=self._batch_images)
+
+    def _kept(
+        self, places: Sequence[Sequence[int]], groups: Sequence[Group], request: DecodeRequest
+    ) -> dict[int, Generation]:
+        """The answers of groups that the journal holds whole, by place."""
+        done = self._journal.read(self._vocabulary_size()) if self._journal else {}
+        kept: dict[int, Generation] = {}
+        for part, group in zip(places, groups, strict=True) if done else ():
+            keys = group.keys(request)
+            if done.keys() >= set(keys):
+                kept |= zip(part, (done[key] for key in keys), strict=True)
+        return kept
+
+    @abstractmethod
+    def _answers(self, groups: Iterable[Group], request: DecodeRequest) -> Iterator[list[Generation]]:
+        """The answers of each group, in order; in the journal before they are given."""
+
+    @abstractmethod
+    def _vocabulary_size(self) -> int:
+        """How many token ids the model can emit."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes that answer, if there are any beside this one."""
+
+
+class HfEngine(GroupEngine):
+    """Answers by the model in memory; the weights are used as they are at the time of the call."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, image_root: Path, batch_images: int, journal: Journal | None = None
+    ) -> None:
+        super().__init__(image_root, batch_images, journal)
+        self._checkpoint = checkpoint
+
+    def _answers(self, groups: Iterable[Group], request: DecodeRequest) -> Iterator[list[Generation]]:
+        grammar = request.grammar(self._checkpoint.tokenizer)
+        for group in groups:
+            generations = answer_group(self._checkpoint, group, request, grammar)
+            keep(group, generations, request, self._journal)
+            yield generations
+
+    def _vocabulary_size(self) -> int:
+        return len(input_table(self._checkpoint.model).weight)
+
+    def close(self) -> None:
+        """Nothing to end: the model belongs to the caller."""
+
+
+def answer_group(
+    checkpoint: Checkpoint, group: Group, request: DecodeRequest, grammar: AnswerGrammar | None
+) -> list[Generation]:
+    """The answers of a group by a model in memory, which goes on training afterwards if it was."""
+    model, was_training = checkpoint.model, checkpoint.model.training
+    decoder = SlotDecoder if request.params.beams == 1 else BeamSearch
+    model.eval()
+    with inference_autocast(model):  # also when asked from within a training step
+        opened = decoder(checkpoint, checkpoint.collator(group.image_root), request, grammar, group.batch_images)
+        generations = opened.decode(group.samples, group.seeds)
+    model.train(was_training)
+    return generations
+
+
+def keep(group: Group, generations: Sequence[Generation], request: DecodeRequest, journal: Journal | None) -> None:
+    """Put the answers of a group into a journal."""
+    if journal:
+        for key, generation in zip(group.keys(request), generations, strict=True):
+            journal.append(key, generation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from coordexp.config.profile import Profile
@@ -18,6 +18,7 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.vllm_server import vllm_server
+from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def generate_answers(
     samples: Sequence[Sample],
     request: DecodeRequest,
 ) -> tuple[list[Generation], Checkpoint | None, float]:
-    """Answers of the checkpoint in `folder`, the checkpoint if it generated them, and the seconds of generating.
+    """Answers of the checkpoint in `folder`, the checkpoint if this process generated them, and the seconds it took.
 
     With `rollout.engine: vllm` no model is loaded beside a server of ours: both would not fit on one GPU. Answers are
     kept until all are there, so that a failed run goes on from them.
@@ -41,11 +42,14 @@ def generate_answers(
     key = fingerprint({"code": code_hash(__name__)}, sorted(folder.glob("*.safetensors")))
     journal = Journal(resume_folder("generations", key) / "generations.jsonl")
     checkpoint = None
-    if profile.rollout.engine == "hf":
+    if profile.rollout.engine == "vllm":
+        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
+    elif len(devices := decode_devices(profile.launch.processes)) > 1:
+        with closing(WorkerEngine(folder, form, image_root, batch_images, devices, journal)) as workers:
+            generations, seconds = _timed(workers, samples, request)
+    else:
         checkpoint = place_for_inference(folder, form)
         generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
-    else:
-        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
     journal.remove()
     return generations, checkpoint, seconds
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.infra.device import inference_autocast
 from coordexp.models.forward import hidden_states, slot_logits
-from coordexp.models.loading import Checkpoint
+from coordexp.models.loading import Checkpoint, ModelFormat
 from coordexp.packing.collator import Collator, Segment
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import Generation
@@ -76,9 +76,9 @@ def rescore(
     return out
 
 
-def kept_while_generating(checkpoint: Checkpoint, generation: Generation, positions_N4: NDArray[np.int64]) -> Rescored:
+def kept_while_generating(form: ModelFormat, generation: Generation, positions_N4: NDArray[np.int64]) -> Rescored:
     """The same of an answer whose engine kept the probabilities; its coordinates stand at `positions_N4`."""
-    probs, coord = generation.probs, checkpoint.coord
+    probs, coord = generation.probs, form.coord
     assert probs is not None
     if probs.coord_probs_CK is None or coord is None:
         return Rescored(probs.logprobs_A, None)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coordexp.config.paths import DECODE_SUMMARY, GT_VS_PRED
 from coordexp.config.schema import DecodeParams, ReadoutRule
 from coordexp.errors import DataError
 from coordexp.geometry.bins import NUM_BINS, decode_boxes
@@ -29,8 +30,7 @@ from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects,
 
 # `straight_through` reads what `argmax` reads: the rules differ in their gradients alone.
 BOX_RULES: tuple[ReadoutRule, ...] = ("argmax", "expectation", "local_expectation", "top_k", "median")
-ANSWERS, DISTRIBUTIONS, SUMMARY = "answers.jsonl", "distributions.npy", "decode.json"
-HAND_OVER = "gt_vs_pred.jsonl"
+ANSWERS, DISTRIBUTIONS = "answers.jsonl", "distributions.npy"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +124,7 @@ def write_decoded(folder: Path, decoded: Sequence[Decoded], summary: dict[str, A
     if held:
         with replacing(folder / DISTRIBUTIONS) as temporary, temporary.open("wb") as out:
             np.save(out, np.concatenate(held))
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / DECODE_SUMMARY, summary)
 
 
 def read_decoded(folder: Path) -> Iterator[Decoded]:
@@ -152,10 +152,10 @@ def _mapped(path: Path) -> NDArray[np.float16]:
 def score_folder(folder: Path, decode: DecodeParams, out: Path) -> None:
     """Turn stored answers into the hand-over file of the evaluation, beside how they were made."""
     out.mkdir(parents=True, exist_ok=True)
-    write_results(out / HAND_OVER, (scored(decoded, decode) for decoded in read_decoded(folder)))
-    write_json(out / SUMMARY, read_summary(folder))
+    write_results(out / GT_VS_PRED, (scored(decoded, decode) for decoded in read_decoded(folder)))
+    write_json(out / DECODE_SUMMARY, read_summary(folder))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """How the answers of a folder were made: checkpoint, codec, identity, settings, images, tokens."""
-    return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return json.loads((folder / DECODE_SUMMARY).read_text(encoding="utf-8"))

@@ -18,20 +18,21 @@ from coordexp.infra.code_hash import code_hash
 from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
-from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.rollout.decode import AnswerReader, coord_positions
-from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Engine, Generation
+from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Generation
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
-from coordexp.rollout.rescore import kept_while_generating, rescore
+from coordexp.rollout.rescore import Rescored, kept_while_generating, rescore
 from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
+
+RESCORE_TOKENS = 512  # of a row in which answers are read again
 
 
 def decode_request(run: RunConfig, codec: str) -> DecodeRequest:
@@ -66,20 +67,15 @@ def predict_samples(
     image_root: Path,
     request: DecodeRequest,
     batch_images: int,
-    engine: Engine | None = None,
 ) -> list[ImageResult]:
-    """Generate, parse and score; results in the order of the samples.
-
-    Without an engine the checkpoint generates.
-    """
-    engine = engine or HfEngine(checkpoint, image_root, batch_images)
-    generations = engine.generate(samples, request)
+    """Generate, parse and score with the model in memory; results in the order of the samples."""
+    generations = HfEngine(checkpoint, image_root, batch_images).generate(samples, request)
     decoded = read_answers(checkpoint, reader, samples, generations, image_root, batch_images)
     return [scored(answer, request.params) for answer in decoded]
 
 
 def read_answers(
-    checkpoint: Checkpoint,
+    form: ModelFormat,
     reader: AnswerReader,
     samples: Sequence[Sample],
     generations: Sequence[Generation],
@@ -88,26 +84,25 @@ def read_answers(
 ) -> list[Decoded]:
     """Parse answers, whichever engine gave them; in the order of the samples.
 
-    They are re-scored unless the engine kept what it knew.
+    Those whose engine did not keep how likely they are, are re-scored: then `form` is a `Checkpoint`.
     """
     positions = [coord_positions(reader.parse(g)) for g in generations]
-    pad_id = checkpoint.tokenizer.pad_token_id
-    collator = Collator(image_root, checkpoint.pixels, checkpoint.model.config.image_token_id, pad_id, 512)
     bare = [i for i, generation in enumerate(generations) if generation.probs is None]
-    again = rescore(
-        checkpoint,
-        collator,
-        [samples[i] for i in bare],
-        [generations[i] for i in bare],
-        [positions[i] for i in bare],
-        batch_images,
-    )
-    rescored = dict(zip(bare, again, strict=True))
-    texts = checkpoint.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
-    return [
-        reader.decoded(
-            sample, generation, rescored.get(i) or kept_while_generating(checkpoint, generation, where), text
+    rescored: dict[int, Rescored] = {}
+    if bare:
+        assert isinstance(form, Checkpoint)
+        again = rescore(
+            form,
+            form.collator(image_root, RESCORE_TOKENS),
+            [samples[i] for i in bare],
+            [generations[i] for i in bare],
+            [positions[i] for i in bare],
+            batch_images,
         )
+        rescored = dict(zip(bare, again, strict=True))
+    texts = form.tokenizer.batch_decode([g.ids.tolist() for g in generations], skip_special_tokens=False)
+    return [
+        reader.decoded(sample, generation, rescored.get(i) or kept_while_generating(form, generation, where), text)
         for i, (sample, generation, where, text) in enumerate(zip(samples, generations, positions, texts, strict=True))
     ]
 
@@ -130,8 +125,10 @@ def run_rollouts(run: RunConfig) -> int:
     return len(by_image)
 
 
-def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, Any]:
+def decode_val(run: RunConfig, name: str, folder: Path, out: Path, draws: int = 1) -> dict[str, Any]:
     """Write to `out` the answers of one checkpoint on val, with the distributions that scores need.
+
+    Several `draws` for each image, at a temperature above 0, are those of several seeds, and go into `out`/0, /1, ...
 
     Returns the summary that is written beside them, and under `generate_seconds` how long generating took.
     """
@@ -140,15 +137,18 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
     is_base = folder == model_folder(model.path)
     form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
     store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
-    samples = [store[i] for i in range(min(run.profile.eval.images or len(store), len(store)))]
+    n_images = min(run.profile.eval.images or len(store), len(store))
+    samples = [store[i] for i in range(n_images) for _ in range(draws)]
     identity = decode_identity(folder, samples[0], request)
     batch_images = run.profile.rollout.batch_images
     generations, checkpoint, seconds = generate_answers(
         run.profile, form, folder, run.paths.raw, batch_images, samples, request
     )
-    # A server of ours has left by now: only then is there room for the model.
-    checkpoint = checkpoint or place_for_inference(folder, form)
-    decoded = read_answers(checkpoint, make_reader(form, identity), samples, generations, run.paths.raw, batch_images)
+    if checkpoint is None and any(generation.probs is None for generation in generations):
+        checkpoint = place_for_inference(folder, form)  # a server of ours has left by now: there is room for the model
+    decoded = read_answers(
+        checkpoint or form, make_reader(form, identity), samples, generations, run.paths.raw, batch_images
+    )
     summary = {
         "checkpoint": name,
         "codec": form.codec,
@@ -157,20 +157,23 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
         "images": len(samples),
         "tokens": sum(answer.result.n_generated_tokens for answer in decoded),
     }
-    write_decoded(out, decoded, summary)
+    for draw in range(draws):
+        write_decoded(out / str(draw) if draws > 1 else out, decoded[draw::draws], summary)
     return summary | {"generate_seconds": round(seconds, 2)}
 
 
-def decode_kept(run: RunConfig, name: str) -> tuple[list[ImageResult], dict[str, Any]]:
-    """Scored answers on val of a checkpoint of the run, and the summary, for studies beside the graph.
+def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[ImageResult]], dict[str, Any]]:
+    """Each of the draws on val of a checkpoint of the run, scored, and the summary, for studies beside the graph.
 
     Answers are kept under what decides them, so that an interrupted study goes on, and another readout is free.
     """
     folder, decode = run.paths.run(name), run.params.decode
-    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "code": code_hash(__name__)}
+    asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "draws": draws}
+    asked["code"] = code_hash(__name__)
     key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
     kept = resume_folder("decoded", key)
     if not (kept / "done.json").is_file():
-        write_json(kept / "done.json", decode_val(run, name, folder, kept))
+        write_json(kept / "done.json", decode_val(run, name, folder, kept, draws))
     summary = json.loads((kept / "done.json").read_text(encoding="utf-8"))
-    return [scored(answer, decode) for answer in read_decoded(kept)], summary
+    folders = [kept / str(draw) for draw in range(draws)] if draws > 1 else [kept]
+    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
-from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_key
+from coordexp.rollout.engine import DecodeRequest, Generation, Journal, answer_seeds, request_key
 from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
 from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
@@ -65,7 +66,8 @@ class VllmEngine:
             DataError: the picture of a sample cannot be read.
             ServerError: no server is left that answers as asked, with the prompt that we see.
         """
-        keys = [request_key(sample, request, self._image_root) for sample in samples]
+        requests = [replace(request, seed=seed) for seed in answer_seeds(samples, request.seed)]
+        keys = [request_key(sample, one, self._image_root) for sample, one in zip(samples, requests, strict=True)]
         done = self._journal.read(self._vocabulary_size)
         todo = [i for i, key in enumerate(keys) if key not in done]
         if len(todo) < len(samples):
@@ -74,7 +76,7 @@ class VllmEngine:
         common = self._common(request)
         started = time.monotonic()
         with ThreadPoolExecutor(self._concurrency) as workers:
-            tasks = {workers.submit(self._one, i, samples[i], keys[i], request, common): i for i in todo}
+            tasks = {workers.submit(self._one, i, samples[i], keys[i], requests[i], common): i for i in todo}
             try:
                 for finished, task in enumerate(as_completed(tasks), 1):
                     done[keys[tasks[task]]] = task.result()

@@ -6,6 +6,7 @@ Shapes: V tokens of the vocabulary, K values of a coordinate.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,12 @@ class AnswerWalk:
         self._remaining = grammar.decode.max_new_tokens
         pieces = grammar.pieces
         self._branches = [_Branch(pieces.opening, "name"), _Branch(pieces.empty, "end")]
+
+    def copy(self) -> AnswerWalk:
+        """A walk that stands where this one stands, and goes on by itself."""
+        twin = copy(self)
+        twin._box, twin._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
+        return twin
 
     @property
     def ended(self) -> bool:

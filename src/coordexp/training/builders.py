@@ -7,7 +7,7 @@ from pathlib import Path
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
 from coordexp.models.loading import Checkpoint, ModelFormat, load_checkpoint
-from coordexp.packing.collator import Collator, RankSlice
+from coordexp.packing.collator import RankSlice
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.training.distributed import world
 from coordexp.training.sharding import will_shard
@@ -26,17 +26,6 @@ def first_coord_id(checkpoint: Checkpoint) -> int:
     if checkpoint.coord is None:
         raise CheckpointError("this checkpoint has no coordinate tokens; train on the one norm1000 wrote (init/).")
     return checkpoint.coord.first_id
-
-
-def make_collator(checkpoint: Checkpoint, image_root: Path, pack_tokens: int) -> Collator:
-    """A collator for this checkpoint's vocabulary and image format."""
-    return Collator(
-        image_root,
-        checkpoint.pixels,
-        checkpoint.model.config.image_token_id,
-        checkpoint.tokenizer.pad_token_id,
-        pack_tokens,
-    )
 
 
 def own_slice(profile: Profile) -> RankSlice:

@@ -17,7 +17,6 @@ from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.training.builders import (
     first_coord_id,
     load_for_training,
-    make_collator,
     make_encoder,
     own_slice,
 )
@@ -68,7 +67,7 @@ def _teach(
     optim: OptimConfig,
 ) -> dict[str, Any]:
     data = run.paths.norm1000 / "train.parquet"
-    collator = make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens)
+    collator = checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens)
     source = SampleSource(
         SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, run.params.stage1_seed
     )

@@ -17,7 +17,6 @@ from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.training.builders import (
     first_coord_id,
     load_for_training,
-    make_collator,
     make_encoder,
     own_slice,
 )
@@ -63,7 +62,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed),
         RolloutPool(rollouts, match_schedule(run.params, optim.steps), refresher),
         encoder,
-        make_collator(checkpoint, run.paths.raw, run.profile.packing.pack_tokens),
+        checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens),
         plan,
         own_slice(run.profile),
         optim.grad_monitor_every,

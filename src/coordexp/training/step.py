@@ -24,6 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.prefetch import Prefetcher
 from coordexp.losses.box_terms import box_pairs
 from coordexp.losses.coord_terms import CoordSlots, rounded_bins, slot_diagnostics
 from coordexp.losses.readout import read_coordinates
@@ -43,7 +44,6 @@ from coordexp.packing.samples import SampleSource
 from coordexp.text.codecs import Role
 from coordexp.training.distributed import Row, in_forward
 from coordexp.training.loop import MicroBatch
-from coordexp.training.prefetch import Prefetcher
 from coordexp.training.schedule import ramp
 from coordexp.training.soft_context import self_context
 

@@ -1,4 +1,4 @@
-"""Making the next batch while this one is trained on: decoding pictures then costs no step any time.
+"""Making what comes next while this is in use: reading pictures then costs no training step and no answer any time.
 
 In a thread, where torch's DataLoader has processes: stage 2 makes batches from rollouts that training makes in memory,
 which a worker process would not see, and decoding pictures leaves Python's lock to the others.
@@ -7,7 +7,8 @@ which a worker process would not see, and decoding pictures leaves Python's lock
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -35,7 +36,7 @@ class Prefetcher(Generic[T]):
     def take(self, step: int) -> Iterator[tuple[T, float]]:
         """The batches of a step, each with the seconds that it was waited for; any other than the next starts anew."""
         if step != self._coming_step or step in self._not_before:
-            self._coming = one_ahead(self._from(step))
+            self._coming = ahead(self._from(step))
         self._coming_step = -1  # until all of this step is taken
         last = False
         while not last:
@@ -61,20 +62,21 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     yield item, True
 
 
-def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order, each made in a thread while the one before it is in use.
+def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
+    """The same items in the same order, up to `most` of them made in a thread while the one before them is in use.
 
     What making an item raises is raised where it is taken.
     """
     iterator = iter(items)
-    thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+    thread = ThreadPoolExecutor(1, thread_name_prefix="made-ahead")
     try:
-        pending = thread.submit(_taken, iterator)
-        while taken := pending.result():
-            pending = thread.submit(_taken, iterator)
+        coming = deque(thread.submit(_taken, iterator) for _ in range(most))
+        while taken := coming.popleft().result():
+            coming.append(thread.submit(_taken, iterator))
             yield taken[0]
     finally:
-        thread.shutdown(wait=False)  # one who stops early may be collected in that very thread, which cannot wait
+        # One who stops early may be collected in that very thread, which cannot wait.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _taken(iterator: Iterator[T]) -> tuple[()] | tuple[T]:

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
-from coordexp.training.prefetch import Prefetcher, one_ahead
+from coordexp.infra.prefetch import Prefetcher, ahead
 
 
 @pytest.mark.parametrize("items", [[], [0], [None, False, 3]])
 def test_the_same_items_in_the_same_order(items):
-    assert list(one_ahead(items)) == items
+    assert list(ahead(items)) == items
 
 
 def test_the_next_item_is_made_while_this_one_is_in_use():
@@ -23,7 +23,7 @@ def test_the_next_item_is_made_while_this_one_is_in_use():
         second_is_made.set()
         yield 2
 
-    taken = one_ahead(items())
+    taken = ahead(items())
     assert next(taken) == 1
     assert second_is_made.wait(timeout=10)
     assert next(taken) == 2
@@ -37,7 +37,7 @@ def test_no_more_than_one_is_made_early():
             made.append(i)
             yield i
 
-    for item in one_ahead(items()):
+    for item in ahead(items()):
         assert len(made) <= item + 2
     assert made == [0, 1, 2, 3, 4]
 
@@ -55,11 +55,11 @@ def test_one_who_stops_early_may_be_collected_in_the_thread():
     hook, threading.excepthook = threading.excepthook, problems.append
     unraisable, sys.unraisablehook = sys.unraisablehook, problems.append
     try:
-        owner["taken"] = one_ahead(items())
+        owner["taken"] = ahead(items())
         next(owner["taken"])
         in_use.set()
         for thread in threading.enumerate():
-            if thread.name.startswith("next-batch"):
+            if thread.name.startswith("made-ahead"):
                 thread.join(timeout=10)
     finally:
         threading.excepthook, sys.unraisablehook = hook, unraisable
@@ -72,7 +72,7 @@ def test_an_error_is_raised_where_its_item_is_taken():
         yield 1
         raise ValueError("broken picture")
 
-    taken = one_ahead(items())
+    taken = ahead(items())
     assert next(taken) == 1
     with pytest.raises(ValueError, match="broken picture"):
         next(taken)
