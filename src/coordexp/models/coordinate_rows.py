@@ -75,7 +75,7 @@ def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabul
         if id(weight) not in rows:
             rows[id(weight)] = nn.Parameter(weight[span].detach().to(torch.float32, copy=True))
     wrapped = [CoordinateRows(table, span, rows[id(table.weight)]) for table in tables]
-    language.embed_tokens, model.lm_head = wrapped  # type: ignore[assignment]
+    language.embed_tokens, model.lm_head = wrapped
 
 
 def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
@@ -83,7 +83,7 @@ def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
     language = model.model.language_model
     for wrapped in (cast(CoordinateRows, language.embed_tokens), cast(CoordinateRows, model.lm_head)):
         wrapped.write_rows()
-    language.embed_tokens, model.lm_head = language.embed_tokens.table, model.lm_head.table  # type: ignore[assignment]
+    language.embed_tokens, model.lm_head = language.embed_tokens.table, model.lm_head.table
 
 
 def coordinate_rows(table: nn.Module, span: slice) -> Tensor:
