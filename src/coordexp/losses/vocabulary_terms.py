@@ -77,10 +77,6 @@ def chunk_slots(vocab_size: int, free_bytes: int | None = None) -> int:
     return min(GPU_CHUNK_SLOTS, max(min(on_cpu, GPU_CHUNK_SLOTS // 8), 1 << max(0, fitting.bit_length() - 1)))
 
 
-def _slots_first(weight_VD: Tensor) -> bool:
-    return weight_VD.is_cuda
-
-
 def _free_bytes(device: torch.device) -> int | None:
     """What a GPU, and torch's pool of its memory, have free."""
     if device.type != "cuda":
@@ -109,6 +105,24 @@ class HeadSlots:
         return slice(self.first_coord_id, self.first_coord_id + NUM_BINS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadProducts:
+    """How the products with the head are taken: format of their factors, layout of the logits, and slots at a time."""
+
+    factors: torch.dtype
+    slots_first: bool
+    chunk: int
+
+    @classmethod
+    def on(cls, weight_VD: Tensor, factors: torch.dtype | None = None) -> HeadProducts:
+        """What suits the device of the head; factors are float32, or float64 like it, unless told otherwise."""
+        return cls(
+            factors=factors or torch.promote_types(weight_VD.dtype, torch.float32),
+            slots_first=weight_VD.is_cuda,
+            chunk=chunk_slots(len(weight_VD), _free_bytes(weight_VD.device)),
+        )
+
+
 class HeadSweep:
     """A pass over N slots; its results are attributes.
 
@@ -116,22 +130,16 @@ class HeadSweep:
     """
 
     def __init__(
-        self,
-        hidden_ND: Tensor,
-        trained: Tensor,
-        whole_VD: Tensor | None,
-        slots: HeadSlots,
-        factors: torch.dtype,
-        chunk: int,
+        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, how: HeadProducts
     ) -> None:
         weight_VD = trained if whole_VD is None else whole_VD
         dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
-        self._hidden_ND = hidden_ND.to(factors)
-        self._weight_VD = weight_VD.to(factors)
+        self._hidden_ND = hidden_ND.to(how.factors)
+        self._weight_VD = weight_VD.to(how.factors)
         self._slots = slots
-        self._slots_first = _slots_first(weight_VD)
+        self._slots_first = how.slots_first
         self._trained_rows = slice(None) if whole_VD is None else slots.span
-        size = min(chunk, len(hidden_ND))
+        size = min(how.chunk, len(hidden_ND))
         self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # a last chunk may be narrower
         self._chunk = size
         self._factors_S: Tensor | None = None
@@ -239,8 +247,7 @@ def vocabulary_sums(
     slots: HeadSlots,
     expected: Mapping[str, float] | None,
     coord_rows_KD: Tensor | None = None,
-    factors: torch.dtype | None = None,
-    chunk: int | None = None,
+    how: HeadProducts | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Sums of the terms by name, coordinate logits (M, K), and log((1 - m) / m) of all N slots without a graph.
 
@@ -252,8 +259,7 @@ def vocabulary_sums(
         slots: what is asked at each slot.
         expected: factor of each sum in the loss, by name; None if no gradient, or one of unknown factors, is wanted.
         coord_rows_KD: the coordinate rows of `weight_VD`, if they alone train: then they get its gradient.
-        factors: number format of the factors of the products; default the head's own; at least float32 on a CPU.
-        chunk: slots whose logits exist at a time; default `chunk_slots`.
+        how: the products; default `HeadProducts.on` the device, with factors as they come.
     """
     vocab_size = len(weight_VD)
     assert slots.first_coord_id >= 0, f"first coordinate id {slots.first_coord_id}: expected >= 0"
@@ -263,10 +269,8 @@ def vocabulary_sums(
     if expected is not None and torch.is_grad_enabled():
         factors_S = torch.tensor([float(expected[name]) for name in slots.weights], dtype=torch.float64)
     whole, trained = (None, weight_VD) if coord_rows_KD is None else (weight_VD.detach(), coord_rows_KD)
-    given = weight_VD.dtype
-    factors = factors or (given if weight_VD.is_cuda else torch.promote_types(given, torch.float32))
-    chunk = chunk or chunk_slots(vocab_size, _free_bytes(weight_VD.device))
-    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, factors, chunk)
+    how = how or HeadProducts.on(weight_VD, weight_VD.dtype if weight_VD.is_cuda else None)
+    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, how)
     return dict(zip(slots.weights, sums_S.unbind(), strict=True)), coord_MK, odds_N
 
 
@@ -279,13 +283,12 @@ class _FusedLinear(torch.autograd.Function):
         whole_VD: Tensor | None,
         slots: HeadSlots,
         factors_S: Tensor | None,
-        factors: torch.dtype,
-        chunk: int,
+        how: HeadProducts,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, factors, chunk)
+        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, how)
         sweep.run(factors_S, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden_ND, trained, whole_VD)
-        ctx.slots, ctx.products, ctx.factors_S = slots, (factors, chunk), factors_S
+        ctx.slots, ctx.how, ctx.factors_S = slots, how, factors_S
         ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_trained)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sweep.text_log_odds_N)
@@ -305,7 +308,7 @@ class _FusedLinear(torch.autograd.Function):
         return (
             None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype),
             None if grad_trained is None else grad_trained.to(trained.dtype),
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
@@ -325,7 +328,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
             found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
             of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
             return of_hidden, of_trained
-    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, *ctx.products)
+    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.how)
     sweep.run(grad_S, *ctx.needs_input_grad[:2])
     return sweep.grad_hidden_ND, sweep.grad_trained
 

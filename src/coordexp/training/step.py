@@ -37,7 +37,7 @@ from coordexp.losses.terms import (
     supervises_coordinates,
     term_weights,
 )
-from coordexp.losses.vocabulary_terms import HeadSlots, vocabulary_sums
+from coordexp.losses.vocabulary_terms import HeadProducts, HeadSlots, vocabulary_sums
 from coordexp.models.coordinate_rows import CoordinateRows
 from coordexp.models.forward import head_table, hidden_states
 from coordexp.packing.collator import WHOLE, Collator, PackedBatch, RankSlice, Segment, rank_batches, teacher_segment
@@ -316,7 +316,8 @@ def _vocabulary_sums(
     )
     factors = None if counts is None else loss_factors(criterion.weights, counts)
     rows_KD = model.lm_head.rows if isinstance(model.lm_head, CoordinateRows) else None
-    sums, coord_NK, odds = vocabulary_sums(torch.cat(hidden), head_VD, head_slots, factors, rows_KD, products)
+    how = HeadProducts.on(head_VD, products)
+    sums, coord_NK, odds = vocabulary_sums(torch.cat(hidden), head_VD, head_slots, factors, rows_KD, how)
     return sums, coord_NK * temperature, odds[: head_slots.n_coord]
 
 
