@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from coordexp.infra.device import training_plan
 from coordexp.models.forward import hidden_states
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator
@@ -302,7 +303,8 @@ def test_bfloat16_keys_and_values_for_a_model_that_computes_in_it(
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
         generations = decoder(checkpoint, world, LONG, 4).decode(world.samples)
         answered = world.samples, generations, [np.zeros((0, 4), np.int64)] * 6
-    monkeypatch.setattr("coordexp.rollout.rescore.inference_autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    plan = training_plan("bf16", torch.device("cpu"))
+    monkeypatch.setattr("coordexp.rollout.rescore.inference_plan", lambda _: plan)
     rescored = rescore(checkpoint, world.collator(checkpoint), *answered, 6)
     for generation, again in zip(generations, rescored, strict=True):
         assert generation.probs is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coordexp.infra.device import inference_autocast
+from coordexp.infra.device import inference_plan
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import Sample
@@ -141,7 +141,7 @@ def answer_group(
     model, was_training = checkpoint.model, checkpoint.model.training
     decoder = SlotDecoder if request.params.beams == 1 else BeamSearch
     model.eval()
-    with inference_autocast(model):  # also when asked from within a training step
+    with inference_plan(model.device).autocast(model):  # also when asked from within a training step
         opened = decoder(checkpoint, checkpoint.collator(group.image_root), request, grammar, group.batch_images)
         generations = opened.decode(group.samples, group.seeds)
     model.train(was_training)
