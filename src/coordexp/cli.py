@@ -19,10 +19,12 @@ from coordexp.config.formats import Format
 from coordexp.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
+    EXIT_SKIPPED,
     EXIT_USAGE,
     ConfigError,
     CoordExpError,
     Interrupted,
+    PictureError,
     TrainingError,
 )
 from coordexp.experiments.command import Checkpoint, ab, compare_revisions, monitor, run, runs
@@ -124,8 +126,14 @@ def predict(
         list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or say why and go on.")
+    ] = "stop",
 ) -> None:
-    """Detect objects in images."""
+    """Detect objects in images.
+
+    With --on-error skip, the reason takes the place of the answer in --json and --out, and the exit code is 3.
+    """
     from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
@@ -138,7 +146,15 @@ def predict(
 
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
-    for path, found in _progress(prediction.answers(detector, paths, log), len(paths), "predict"):
+    skipped: list[Path] = []
+    found_in = prediction.answers(detector, paths, log, skip=on_error == "skip")
+    for path, found in _progress(found_in, len(paths), "predict"):
+        if isinstance(found, PictureError):
+            skipped.append(path)
+            _note(f"skipped: {found}")
+            if as_json:
+                print(prediction.json_line(path, found))
+            continue
         seen.update(found.descs)
         shown = found.named(names) if names else found
         print(prediction.json_line(path, shown) if as_json else prediction.listing(path, shown))
@@ -150,6 +166,9 @@ def predict(
     prediction.note_absent(names, seen)
     if coco:
         write_json(coco, coco_predictions(rows))
+    if skipped:
+        prediction.note_skipped(skipped, len(paths))
+        raise typer.Exit(EXIT_SKIPPED)
 
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:

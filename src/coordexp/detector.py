@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.errors import DataError
+from coordexp.errors import DataError, PictureError
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.infra.device import AUTO
 from coordexp.infra.provenance import answer_files, fingerprint
@@ -152,6 +152,14 @@ def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) ->
     return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A picture as the model will see it: upright, already at its size."""
+
+    sample: Sample
+    pixels: Image.Image
+
+
 class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
@@ -218,13 +226,25 @@ class Detector:
             DataError: naming the picture that cannot be read, or is no picture.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            return self._predict_batch([images], 0)[0]
+            return self._predict_batch([self._stage(images, 0)])[0]
         if not isinstance(images, Iterable):
             raise DataError(f"{_describe(images)}: expected a file name, a PIL image, an RGB array, or a list of them.")
         pictures, found = list(images), list[Detections]()
         for first in range(0, len(pictures), self.batch_images):
-            found += self._predict_batch(pictures[first : first + self.batch_images], first)
+            batch = pictures[first : first + self.batch_images]
+            found += self._predict_batch([self._stage(image, i) for i, image in enumerate(batch, first)])
         return found
+
+    def attempt(self, images: Sequence[Picture]) -> list[Detections | PictureError]:
+        """The answer to each picture of one batch; one that cannot be read has its error in the answer's place."""
+        staged: list[_Staged | PictureError] = []
+        for index, image in enumerate(images):
+            try:
+                staged.append(self._stage(image, index))
+            except PictureError as error:
+                staged.append(error)
+        found = iter(self._predict_batch([one for one in staged if isinstance(one, _Staged)]))
+        return [next(found) if isinstance(one, _Staged) else one for one in staged]
 
     def identity(self) -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
@@ -232,11 +252,14 @@ class Detector:
         settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
-    def _predict_batch(self, images: Sequence[Picture], first: int) -> list[Detections]:
-        # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
-        # sees: upright, losslessly, and already at its size.
+    def _predict_batch(self, staged: Sequence[_Staged]) -> list[Detections]:
+        if not staged:
+            return []
+        # Engines read image files, so that one in another process is fed in the same way, losslessly.
         with TemporaryDirectory(prefix="coordexp-") as folder:
-            samples = [self._stage(image, Path(folder), i) for i, image in enumerate(images, first)]
+            for one in staged:
+                one.pixels.save(Path(folder) / one.sample.image, compress_level=1)
+            samples = [one.sample for one in staged]
             results = predict_samples(
                 self._checkpoint,
                 self._reader,
@@ -257,29 +280,29 @@ class Detector:
         tokenizer, rows = self._checkpoint.tokenizer, len(input_table(self._checkpoint.model).weight)
         return VllmEngine(self._pool, tokenizer, folder, workers, journal, vocabulary_size=rows)
 
-    def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
-        picture, name = open_picture(image), f"{index}.png"
+    def _stage(self, image: Picture, index: int) -> _Staged:
+        picture = open_picture(image)
         prompt = self._checkpoint.detection.prompt
         metadata = {"image_id": index} | ({"prompt": prompt} if prompt else {})
-        record = Record(name, picture.width, picture.height, objects=(), metadata=metadata)
+        record = Record(f"{index}.png", picture.width, picture.height, objects=(), metadata=metadata)
         try:
             sample = self._preparer.prepare(record)
         except DataError as error:
-            raise DataError(f"{_describe(image)}: {error}") from error
-        resized = picture.resize((sample.resized_width, sample.resized_height), Image.Resampling.BICUBIC)
-        resized.save(folder / name, compress_level=1)
-        return sample
+            raise PictureError(f"{_describe(image)}: {error}") from error
+        size = (sample.resized_width, sample.resized_height)
+        return _Staged(sample, picture.resize(size, Image.Resampling.BICUBIC))
 
 
 def open_picture(image: Picture) -> Image.Image:
     """A picture of any accepted kind as an upright RGB image: what training makes of the same file.
 
     Raises:
-        DataError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
+        PictureError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
+        DataError: it is none of these kinds.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise DataError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
+            raise PictureError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
