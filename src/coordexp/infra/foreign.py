@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from coordexp.errors import CoordExpError
 
-MAX_DIGITS = 30  # of a whole number: far beyond ids and sizes, far below what takes time
+MAX_DIGITS = 40  # of a whole number: far beyond ids and sizes, far below what takes time
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
