@@ -21,6 +21,7 @@ from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
 from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
@@ -32,6 +33,7 @@ from coordexp.text.prompts import question
 
 CARD, RESULTS = "README.md", "coco_results.json"
 READOUT = {"box", "score"}
+PUBLISHED = Gate("JSON of a finished run", DataError, "Run the graph up to coco-eval first: dvc repro.")
 _SHOWN = {
     "coco.mAP": "AP (COCO, .50:.95)",
     "coco.AP50": "AP at IoU .50",
@@ -83,7 +85,7 @@ def export(run: RunConfig, checkpoint: str, out: Path) -> Exported:
         raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder.")
-    metrics = _read(run.paths.metrics)
+    metrics = PUBLISHED.read_json(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / "gt_vs_pred.jsonl"
     categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
@@ -102,7 +104,7 @@ def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> Non
         if file.is_file() and file.suffix != ".jsonl":  # logs of the training
             shutil.copyfile(file, out / file.name)
     write_detection_config(out, detection)
-    write_json(out / RUN_METADATA, _read(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
+    write_json(out / RUN_METADATA, PUBLISHED.read_json(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(
@@ -140,7 +142,7 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     Raises:
         DataError: an image is not in the file, or the file is none of COCO's.
     """
-    source = _read(image_info)
+    source = PUBLISHED.read_json(image_info)
     try:
         ids = {image["file_name"]: int(image["id"]) for image in source["images"]}
     except (KeyError, TypeError, ValueError) as error:
@@ -154,15 +156,6 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     results, unmapped = coco_results(found, read_categories(paths.records / "categories.json"))
     write_json(out, results)
     return len(results), unmapped
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; run the graph up to coco-eval first: dvc repro.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
 def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +181,7 @@ def _facts(run: RunConfig, checkpoint: str, form: ModelFormat, metrics: Mapping[
         "decode": run.params.decode.model_dump(),
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
-        "metadata": _read(run.paths.run(checkpoint) / RUN_METADATA),
+        "metadata": PUBLISHED.read_json(run.paths.run(checkpoint) / RUN_METADATA),
         "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import struct
 import warnings
@@ -28,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from coordexp.errors import DataError, PictureError
-from coordexp.infra.foreign import TooLarge
+from coordexp.infra.foreign import Gate, TooLarge
 from coordexp.records.image_files import IMAGE_FORMATS
 from coordexp.records.shards import INDEX, RESTORE, ImageSource, ImageStream, find_source, open_source, shards_hash
 
@@ -57,6 +56,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MANIFEST = "manifest.json"  # of a folder of data sets (records/manifest.py)
+MANIFESTS = Gate("the manifest of the raw stage", DataError, "Run it again: dvc repro --force --single-item raw.")
 _VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
 
 
@@ -291,7 +291,7 @@ def unsafe_name(name: object) -> str:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """manifest.json of a folder of pictures; empty for one that holds its images itself."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return MANIFESTS.read_object(path) if path.is_file() else {}
 
 
 @lru_cache(maxsize=64)
