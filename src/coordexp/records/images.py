@@ -29,7 +29,16 @@ from PIL import Image, ImageOps
 
 from coordexp.errors import DataError
 from coordexp.records.image_files import IMAGE_FORMATS
-from coordexp.records.shards import INDEX, RESTORE, ImageSource, ImageStream, find_source, open_source, shards_hash
+from coordexp.records.shards import (
+    INDEX,
+    RESTORE,
+    FileTooLargeError,
+    ImageSource,
+    ImageStream,
+    find_source,
+    open_source,
+    shards_hash,
+)
 
 # Pillow's own limit: above it a small file may unpack to gigabytes.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -162,7 +171,7 @@ def _named_errors(what: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{what}: no such file; expected an image. If a record names it: run the raw stage.") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, FileTooLargeError) as error:
         raise DataError(f"{what}: {error}; split or shrink it.") from error
     except UNREADABLE as error:
         reason = str(error) or type(error).__name__
@@ -253,7 +262,7 @@ def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
             return _inspect_content(handle, known, decode)
     except FileNotFoundError:
         return ImageFacts(name, problem="image_missing", detail=f"no file {source}")
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, FileTooLargeError) as error:
         return ImageFacts(**known, problem="image_too_large", detail=str(error))
     except UNREADABLE as error:
         return ImageFacts(**known, problem="image_unreadable", detail=f"{type(error).__name__}: {error}")
