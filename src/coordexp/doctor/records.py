@@ -14,7 +14,7 @@ from pathlib import Path
 from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.losses import NOTHING_LOST, any_counts, excessive_losses
-from coordexp.records.manifest import SPLITS, inspect_all, located, open_split
+from coordexp.records.manifest import SPLITS, inspect_all, located, of_split, open_split
 from coordexp.records.mixing import overlap, same_pictures, split_dev
 from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
@@ -111,6 +111,7 @@ def _examine_split(
         result.findings.append(Finding(name, split, "annotations_unusable", 1, True, (str(error),)))
         return RecordSet()
     facts = inspect_all(Path(dataset.root), names, decode, workers)
+    reading = of_split(reading, dataset, split, facts, config.val_fraction)
     found = to_records(reading, facts, config, split, prefix=f"{name}/", prompt=dataset.prompt)
     result.records[split] += found.records
     result.image_bytes += sum(f.n_bytes for f in facts.values())

@@ -41,30 +41,31 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class TooLarge(OSError):
+class FileTooLargeError(OSError):
     """A file has more bytes than are read of its kind."""
 
 
 @contextmanager
-def open_regular(path: str | os.PathLike[str], max_bytes: int) -> Iterator[BufferedReader]:
+def open_regular(path: str | os.PathLike[str], max_bytes: int | None) -> Iterator[BufferedReader]:
     """Open a regular file: reading anything else may never end, and opening a device may do something.
 
     Raises:
-        OSError: there is no such file, it may not be read, it is none, or it is too large (`TooLarge`).
+        OSError: there is no such file, it may not be read, it is none, or it is too large (`FileTooLargeError`).
     """
-    _check_regular(os.stat(path), max_bytes)
+    check_regular(os.stat(path), max_bytes)
     # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
-        _check_regular(os.fstat(handle.fileno()), max_bytes)
+        check_regular(os.fstat(handle.fileno()), max_bytes)
         yield handle
 
 
-def _check_regular(found: os.stat_result, max_bytes: int) -> None:
+def check_regular(found: os.stat_result, max_bytes: int | None) -> None:
+    """Raise OSError, as `open_regular` does, for a file that may not be opened; None is any size."""
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise OSError(f"it is {kind}, expected a regular file")
-    if found.st_size > max_bytes:
-        raise TooLarge(f"{found.st_size} bytes are more than the {max_bytes} that are read")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise FileTooLargeError(f"{found.st_size} bytes are more than the {max_bytes} that are read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Gate:
     def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
         """Place ("file:line") and bytes of each line, its end included."""
         number = 0
-        with self._opened(path, 1 << 62) as handle:
+        with self._opened(path, None) as handle:
             while line := handle.readline(self.max_bytes + 1):
                 number += 1
                 if len(line) > self.max_bytes:
@@ -139,7 +140,7 @@ class Gate:
             self.refuse(where, f"not UTF-8 text ({error.reason} at byte {error.start})", error)
 
     @contextmanager
-    def _opened(self, path: Path, max_bytes: int) -> Iterator[BufferedReader]:
+    def _opened(self, path: Path, max_bytes: int | None) -> Iterator[BufferedReader]:
         try:
             with open_regular(path, max_bytes) as handle:
                 yield handle

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coordexp.config.profile import NO_SPLIT, DatasetConfig, Format, RecordsConfig
+from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, Format, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
@@ -28,7 +28,17 @@ from coordexp.records.losses import (
     refuse_empty,
     refuse_losses,
 )
-from coordexp.records.manifest import READERS, SPLITS, Watch, inspect_all, located, open_split, read_manifest
+from coordexp.records.manifest import (
+    READERS,
+    SPLITS,
+    Watch,
+    inspect_all,
+    located,
+    of_split,
+    open_split,
+    own_splits,
+    read_manifest,
+)
 from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import to_records
@@ -152,7 +162,8 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     """
     sets, facts = read_manifest(raw)
     opened = {
-        name: OpenedSet(_readings(dataset, config), facts[name], dataset.prompt) for name, dataset in sets.items()
+        name: OpenedSet(_readings(dataset, config, facts[name]), facts[name], dataset.prompt)
+        for name, dataset in sets.items()
     }
     result = convert_sets(opened, config, seed)
     content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
@@ -173,9 +184,13 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     return result
 
 
-def _readings(dataset: DatasetConfig, config: RecordsConfig) -> dict[str, Reading]:
-    readings = {split: open_split(dataset, split, polygons=config.polygons == "keep") for split in SPLITS}
-    return {split: reading for split, reading in readings.items() if reading}
+def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str, ImageFacts]) -> dict[str, Reading]:
+    opened = {split: open_split(dataset, split, polygons=config.polygons == "keep") for split in SPLITS}
+    return {
+        split: of_split(reading, dataset, split, facts, config.val_fraction)
+        for split, reading in opened.items()
+        if reading
+    }
 
 
 def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> list[Record]:
@@ -250,12 +265,22 @@ def _sample_set(dataset: DatasetConfig, config: RecordsConfig, folder: Path, cou
     folder.mkdir(parents=True)
     (folder / SAMPLE_IMAGES).symlink_to(root, target_is_directory=True)
     files = dict.fromkeys(SPLITS, NO_SPLIT)
-    for split, reading in _readings(dataset, config).items():
+    if dataset.val == AUTO_SPLIT:
+        files["val"] = AUTO_SPLIT
+    for split in own_splits(dataset):
+        if not (reading := open_split(dataset, split, polygons=config.polygons == "keep")):
+            continue
         chosen, names = replace(reading, images=sorted(reading.images, key=_digest)[:count], problems=[]).loaded()
         facts = inspect_all(root, names, decode=True, workers=4)
         files[split] = f"{split}.jsonl"
         write_records(folder / files[split], to_records(chosen, facts, config, split).records)
-    changes = {"format": "jsonl", "root": str(folder), "train_images": SAMPLE_IMAGES, "val_images": SAMPLE_IMAGES}
+    changes = {
+        "format": "jsonl",
+        "boxes": "format",
+        "root": str(folder),
+        "train_images": SAMPLE_IMAGES,
+        "val_images": SAMPLE_IMAGES,
+    }
     return dataset.model_copy(update=changes | files)
 
 

@@ -27,9 +27,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from coordexp.errors import DataError, PictureError
-from coordexp.infra.foreign import Gate, TooLarge
+from coordexp.infra.foreign import FileTooLargeError, Gate
 from coordexp.records.image_files import IMAGE_FORMATS
-from coordexp.records.shards import INDEX, RESTORE, ImageSource, ImageStream, find_source, open_source, shards_hash
+from coordexp.records.shards import (
+    INDEX,
+    RESTORE,
+    ImageSource,
+    ImageStream,
+    find_source,
+    open_source,
+    shards_hash,
+)
 
 # Pillow's own limit: above it a small file may unpack to gigabytes.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -43,7 +51,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(AssertionError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
-TOO_LARGE = (TooLarge, Image.DecompressionBombError)
+TOO_LARGE = (FileTooLargeError, Image.DecompressionBombError)
 _FORMATS = ", ".join(IMAGE_FORMATS)
 # EXIF orientation -> what turns the stored picture upright; the last four swap width and height.
 _TURNS = {

@@ -151,16 +151,24 @@ def _over_limit(
 
 
 def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
-    """Boxes that clipping leaves as boxes, although their numbers are of another frame."""
+    """Boxes that stay boxes although their numbers are of another frame."""
     frames = found.frames
-    if frames.beyond <= max(ALLOWED, config.max_lost * frames.boxes) or not frames.other_reading():
+    form = frames.other_form()
+    allowed = max(ALLOWED, config.max_lost * frames.boxes)
+    if form == "from_0":
+        count, message = frames.from_0, f"{frames.from_0} of {frames.boxes} boxes begin before the first pixel."
+        allowed = ALLOWED
+    elif form == "pixels" and not frames.beyond:
+        count = frames.in_small
+        message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."
+    elif form == "fractions":
+        count, message = frames.boxes, f"{frames.boxes} boxes are smaller than a pixel."
+    else:
+        count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
+    if not form or count <= allowed:
         return []
-    message = f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
-    return [
-        Excess(
-            "boxes_misread", frames.beyond, f"{_with_cause(message, frames.cause())} {_REMEDY}", tuple(frames.examples)
-        )
-    ]
+    message = f"{_with_cause(message, frames.cause())} {_REMEDY}"
+    return [Excess("boxes_misread", count, message, tuple(frames.examples))]
 
 
 def _with_cause(message: str, cause: str) -> str:

@@ -180,15 +180,16 @@ def _object(
         return "bbox_malformed", obj.found
     if obj.iscrowd is None:
         return "iscrowd_unknown", obj.found
-    result.frames.add(
-        obj.box_xyxy, width, height, obj.in_unit_frame, lambda: f"{obj.key}: {_shown_box(obj, width, height)}"
-    )
+    result.frames.add(obj, width, height, lambda: f"{obj.key}: {_shown_box(obj, width, height)}")
     if obj.iscrowd and config.crowd == "drop":
         return "crowd", ""
     if obj.truncated and config.truncated == "drop":
         return "truncated", ""
-    x1, y1, x2, y2 = obj.box_xyxy
-    found = (x1 * width, y1 * height, x2 * width, y2 * height) if obj.in_unit_frame else obj.box_xyxy
+    found = obj.box_xyxy
+    if obj.side_units is not None:
+        x1, y1, x2, y2 = found
+        by_x, by_y = width / obj.side_units, height / obj.side_units
+        found = (x1 * by_x, y1 * by_y, x2 * by_x, y2 * by_y)
     box = _clip(found, width, height)
     if box[2] - box[0] < config.min_side_px or box[3] - box[1] < config.min_side_px:
         return "bbox_too_thin", _shown_box(obj, width, height)
@@ -206,7 +207,9 @@ def _object(
 def _shown_box(obj: SourceObject, width: int, height: int) -> str:
     """A box as a message quotes it: corners as the format reads them."""
     corners = ", ".join(f"{v:.4g}" for v in obj.box_xyxy or ())
-    return f"corners {corners}{' of 1' if obj.in_unit_frame else ''}, image {width} x {height} px"
+    return (
+        f"corners {corners}{'' if obj.side_units is None else f' of {obj.side_units:g}'}, image {width} x {height} px"
+    )
 
 
 def _clip(box: Box, width: int, height: int) -> Box:

@@ -33,6 +33,7 @@ from coordexp.errors import DataError
 from coordexp.infra.files import replacing
 from coordexp.infra.foreign import open_regular
 from coordexp.infra.provenance import file_hash, write_json
+from coordexp.records.embedded import EMBEDDED, EmbeddedPicture, embedded_picture
 
 MAX_FILE_BYTES = 2**31
 INDEX = "coordexp-shards.json"
@@ -69,14 +70,14 @@ class Member:
         return content
 
 
-ImageSource = str | os.PathLike[str] | Member
+ImageSource = str | os.PathLike[str] | Member | EmbeddedPicture
 ImageStream = BufferedReader | BytesIO
 
 
 @contextmanager
 def open_source(source: ImageSource) -> Iterator[ImageStream]:
     """The bytes of a picture, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
-    if isinstance(source, Member):
+    if isinstance(source, Member | EmbeddedPicture):
         yield BytesIO(source.read())
     else:
         # Pillow gets the handle, not the path: it would map a TIFF into memory, and turn orientations 5 to 8 wrongly.
@@ -85,12 +86,13 @@ def open_source(source: ImageSource) -> Iterator[ImageStream]:
 
 
 def find_source(root: Path, name: str) -> ImageSource:
-    """The picture of that name below a root: in one of its shards, else the file (which may be missing).
+    """The picture of that name below a root: in one of its shards or a parquet file, else the file (maybe missing).
 
     Raises:
         DataError: the root has shards, and one of them is missing or damaged.
     """
-    return _members(root.absolute()).get(name, root / name)
+    found = _members(root.absolute()).get(name)
+    return found or (embedded_picture(root, name) if EMBEDDED in name else None) or root / name
 
 
 def shards_hash(root: Path) -> str:
@@ -165,7 +167,7 @@ def _directory(path: Path, begin: int, digest: str) -> Iterator[Member]:
 @contextmanager
 def _open_shard(path: Path) -> Iterator[BufferedReader]:
     try:
-        with open_regular(path, MAX_FILE_BYTES) as handle:
+        with open_regular(path, None) as handle:
             yield handle
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such shard, but {INDEX} beside it lists it. {RESTORE}") from error

@@ -33,8 +33,8 @@ from coordexp.records.sources.base import (
     corners_of_xywh,
     is_finite,
     is_whole,
-    read_json,
 )
+from coordexp.records.sources.files import read_json
 
 LAYOUT = "COCO's instances layout"
 # What every entry must have, and what that is; sizes are left to records.policy, which finds all that cannot be.

@@ -27,10 +27,9 @@ from coordexp.records.sources.base import (
     as_whole,
     corners,
     corners_of_xywh,
-    read_json,
-    refuse_pickle,
 )
 from coordexp.records.sources.coco import annotated_box, load_instances
+from coordexp.records.sources.files import read_json, refuse_pickle
 
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
 # A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
