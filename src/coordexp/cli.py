@@ -1,4 +1,4 @@
-"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | monitor | export`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -346,16 +346,44 @@ def export(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Annotated pictures (docs/data.md).")],
+    name: Annotated[str | None, typer.Option(help="Name of the profile  [default: that of the folder]")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder of the pretrained model, or a profile to extend  [default: the embedded]")
+    ] = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make a profile for a folder of annotated pictures.
+
+    Recognizes the format, looks at the pictures, writes configs/NAME.yaml with what differs from a profile that is
+    there, takes a few training steps to say how long a run lasts, and names the next command.
+    """
+    from coordexp.infra.threads import set_threads
+    from coordexp.stage import LOG, tune_allocator
+
+    tune_allocator(LOG)  # before the first large allocation
+    set_threads(0, LOG)
+    from coordexp.doctor.first_profile import init as write_profile
+
+    for line in write_profile(folder, name, base, params):
+        print(line, flush=True)
+
+
+@app.command()
 def doctor(
     profile: ProfileName = None,
     params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write an HTML page here: pictures as the model will see them, and statistics.")
+    ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="First write the pins of the model into the profile.")] = False,
 ) -> None:
     """Find every fault of a profile's data and model in one pass, and say what a run will need.
 
-    Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
+    Nothing is written unless --out, --page or --pin is given. The exit code is 2 if the stages would stop.
     """
     from coordexp.config.loading import load_params
     from coordexp.config.run import RunConfig
@@ -365,10 +393,16 @@ def doctor(
     if pin:
         file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
         _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
-    diagnosis = diagnose(RunConfig.read(params, profile), decode=not header_only)
+    run_config = RunConfig.read(params, profile)
+    diagnosis = diagnose(run_config, decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
         write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
+    if page:
+        from coordexp.doctor.page import write_page
+
+        write_page(page, run_config, diagnosis.lines, diagnosis.records)
+        _note(f"pictures and statistics: {page}")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
 
