@@ -237,7 +237,7 @@ def _rule(run: RunConfig, train: Sequence[Sample], n_train: int) -> str:
     passes = stage1.steps * stage1.packs_per_step * pack_tokens / (mean * n_train)
     return (
         f"{run.profile.records.dev_images} training pictures are dev, packs hold {pack_tokens} tokens, stage 1 takes "
-        f"{stage1.steps} steps, which is about {passes:.0f} passes over the data"
+        f"{stage1.steps} steps, which is about {passes:.2g} passes over the data"
     )
 
 
