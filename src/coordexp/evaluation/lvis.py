@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,13 @@ from coordexp.errors import DataError
 from coordexp.evaluation.average_precision import CategoryMatches, Pairs, Rules, match_categories
 from coordexp.evaluation.coco import detection_dataset, ground_truth_dataset, set_area_ranges
 from coordexp.evaluation.table import Bools, DetectionTable, Ints
+from coordexp.infra.foreign import Gate
 from coordexp.records.categories import Category, Frequency
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.schema import Record
 
 FREQUENCIES: tuple[Frequency, ...] = get_args(Frequency)
+ANNOTATIONS = Gate("COCO or LVIS annotations", DataError, "Name the annotations of these images.", max_bytes=1 << 32)
 MAX_DETECTIONS = 300  # per image over all categories, highest score first
 # Position of each number in COCOeval_faster.all_stats with lvis_style and one detection limit.
 _STATS = {"mAP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6, "APr": -3, "APc": -2, "APf": -1}
@@ -172,9 +173,9 @@ def read_annotations(path: Path) -> tuple[set[int], FederatedLabels | None]:
         DataError: the file holds no such annotations, or is LVIS in part only.
     """
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))
+        source = ANNOTATIONS.read_object(path)
         image_ids = {int(image["id"]) for image in source["images"]}
         is_lvis = any("neg_category_ids" in image for image in source["images"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: found something else ({error!r}), expected COCO or LVIS annotations.") from error
     return image_ids, federated_from(source, str(path)) if is_lvis else None
