@@ -147,13 +147,10 @@ def predict(
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     skipped: list[Path] = []
-    found_in = prediction.answers(detector, paths, log, skip=on_error == "skip")
-    for path, found in _progress(found_in, len(paths), "predict"):
+    for path, found in _progress(prediction.answers(detector, paths, log, on_error == "skip"), len(paths), "predict"):
         if isinstance(found, PictureError):
             skipped.append(path)
-            _note(f"skipped: {found}")
-            if as_json:
-                print(prediction.json_line(path, found))
+            prediction.show_failure(path, found, as_json)
             continue
         seen.update(found.descs)
         shown = found.named(names) if names else found

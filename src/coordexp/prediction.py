@@ -96,6 +96,13 @@ def _answer(found: Detections | PictureError) -> dict[str, Any]:
     return {"error": str(found)} if isinstance(found, PictureError) else found.to_json()
 
 
+def show_failure(path: Path, error: PictureError, as_json: bool) -> None:
+    """Say why a picture has no answer, with `as_json` also in its place in the output."""
+    _note(f"skipped: {error}")
+    if as_json:
+        print(json_line(path, error))
+
+
 def note_skipped(skipped: Sequence[Path], total: int) -> None:
     """Say at the end which pictures have no answer."""
     _note(f"note: {len(skipped)} of {total} images could not be read: {', '.join(map(str, skipped[:SHOWN_NAMES]))}.")
