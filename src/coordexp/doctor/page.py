@@ -89,8 +89,9 @@ def _panel(preview: Preview, sample: Sample) -> Panel:
     names = [f"{d} (crowd)" if crowd else d for d, crowd in zip(sample.descs, sample.iscrowd, strict=True)]
     drawn, out = draw_detections(picture, decoded_px(sample), names, styles=styles), io.BytesIO()
     drawn.save(out, "JPEG", quality=88)
-    text = preview.tokenizer.decode(sample.prompt_ids), preview.tokenizer.decode(sample.answer_ids)
-    return Panel(sample.image, caption, f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", *text)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+    question, answer = (str(preview.tokenizer.decode(ids)) for ids in (sample.prompt_ids, sample.answer_ids))
+    return Panel(sample.image, caption, uri, question, answer)
 
 
 def decoded_px(sample: Sample) -> NDArray[np.float64]:

@@ -132,7 +132,7 @@ def read_format(folder: Path) -> ModelFormat:
     transformers_logging.disable_progress_bar()
     config, tokenizer = read_config(folder), _load_tokenizer(folder)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
-    if (last := max(tokenizer.get_vocab().values())) >= config.text_config.vocab_size:
+    if (last := max(tokenizer.get_vocab().values())) >= config.to_dict()["text_config"]["vocab_size"]:
         CHECKPOINT.refuse(str(folder), f"its tokenizer has the id {last}, beyond the vocabulary of config.json")
     if (folder / GENERATION).exists():
         checked(folder / GENERATION, GenerationFile)
