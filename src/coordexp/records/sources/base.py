@@ -53,6 +53,7 @@ class SourceObject:
     side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
     counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
+    problem: str = ""  # why it cannot be kept, where the reader knows that already
     found: str = ""  # what stands in the file where something of this is not understood, for messages
     area_px2: Any = None  # of its mask; None where the file says nothing
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class SourceImage:
     objects: tuple[SourceObject, ...]
     file: str  # the annotation file, for messages
     metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""  # why its objects are not known: the record cannot be used
+    detail: str = ""  # of that
 
 
 @dataclass(frozen=True, slots=True)
