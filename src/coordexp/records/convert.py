@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
-from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, Format, RecordsConfig
+from coordexp.config.formats import BoxForm, Format
+from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
@@ -98,6 +99,13 @@ class Converted:
             return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
         names = sorted(found | {c.name for c in declared})
         return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
+
+    def named(self) -> list[Category]:
+        """Every declared name and every one that occurs; declared ones keep their ids."""
+        declared = {c.name: c for categories in self.declared.values() for c in categories}
+        found = {o.desc for records in self.splits.values() for r in records for o in r.objects}
+        free = count(max((c.id for c in declared.values()), default=0) + 1)
+        return [*declared.values(), *(Category(next(free), name) for name in sorted(found - declared.keys()))]
 
     def summary(self) -> list[str]:
         """What is there, examples of what was not kept, and counts of it by reason: a line each."""
@@ -237,6 +245,7 @@ def convert_file(
     images: Path,
     split: str,
     config: RecordsConfig = FILE_POLICIES,
+    boxes: BoxForm = "format",
     watch: Watch = lambda found, total: found,
 ) -> Converted:
     """Convert one annotation file outside of a profile; images are named as below their folder.
@@ -247,6 +256,7 @@ def convert_file(
         images: the folder that file names start from.
         split: "train" or "val": which part of a file that holds both.
         config: what to do with the unusual.
+        boxes: what the numbers of a box are.
         watch: passes the facts of images on, and may show how far it is of how many.
 
     Raises:
@@ -257,8 +267,9 @@ def convert_file(
     files = SplitFiles(
         root, annotations.absolute().relative_to(root).as_posix(), below, split, config.polygons == "keep"
     )
-    reading, names = READERS[fmt](files).loaded()
+    names = {str(image.file_name) for image in READERS[fmt](files).images}
     facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    reading = READERS[fmt](files).with_boxes(boxes)
     result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0)
     prefix = f"{annotations.name}/" if below == "." else f"{annotations.name}/{below}/"
     result.splits = {split: RecordStore(replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split])}
