@@ -5,6 +5,7 @@ A reader only knows its format. What may be kept is decided once, for all format
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import unicodedata
@@ -163,7 +164,7 @@ class ImageNames:
         folder, _, stem = name.rpartition("/")
         if folder not in self._stems:
             place = self.files.root / folder
-            listed = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+            listed = sorted(p.name for p in place.iterdir()) if os.path.isdir(place) else []
             names = [n for n in listed if Path(n).suffix.lower() in IMAGE_SUFFIXES]
             self._stems[folder] = _unique((_plain(Path(n).stem), f"{folder}/{n}" if folder else n) for n in names)
         return self._stems[folder].get(_plain(stem)) or None
@@ -178,7 +179,7 @@ class ImageNames:
         if unsafe_name(name):
             return False
         source = find_source(self.files.root, name)
-        return not isinstance(source, Path) or source.exists()
+        return not isinstance(source, Path) or os.path.exists(source)  # no file either if it cannot be one
 
     def _other_spellings(self, name: str) -> Iterator[str]:
         slashed = name.replace("\\", "/")
