@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.config.formats import Format
+from coordexp.config.formats import BoxForm, Format
 from coordexp.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -294,27 +294,40 @@ def _evaluate(
 
 @app.command()
 def convert(
-    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The annotation file of the format.")],
+    annotations: Annotated[Path, typer.Option(help="The annotation file of the format; of some a folder or a glob.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
-    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
+    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line; see --to.")],
     source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
     split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
     crowd: Annotated[Literal["ignore", "drop", "as_objects"], typer.Option(help="As records.crowd.")] = "ignore",
     max_lost: Annotated[float, typer.Option(min=0, max=1, help="As records.max_lost: share that may be lost.")] = 0.05,
+    boxes: Annotated[BoxForm, typer.Option(help="What the numbers of a box are.")] = "format",
+    to: Annotated[
+        Literal["records", "coco", "yolo"], typer.Option(help="Write records, a COCO file, or a YOLO folder.")
+    ] = "records",
 ) -> None:
-    """Turn annotations into records.
+    """Turn annotations into records, or into another format.
 
     One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
     counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
     """
     from coordexp.records.convert import FILE_POLICIES, convert_file
     from coordexp.records.schema import write_records
+    from coordexp.records.write_back import write_coco, write_yolo
 
-    config = FILE_POLICIES.model_copy(update={"crowd": crowd, "max_lost": max_lost})
+    policies = {"crowd": crowd, "max_lost": max_lost, "polygons": "keep" if to == "coco" else FILE_POLICIES.polygons}
     converted = convert_file(
-        source, annotations, images, split, config, lambda found, total: _progress(found, total, "check images")
+        *(source, annotations, images, split, FILE_POLICIES.model_copy(update=policies), boxes),
+        watch=lambda found, total: _progress(found, total, "check images"),
     )
-    write_records(out, converted.splits[split])
+    records = converted.splits[split]
+    if to == "coco":
+        write_coco(out, records, converted.named())
+    elif to == "yolo":
+        if left_out := write_yolo(out, records, converted.named(), images, split):
+            _note(f"{left_out} ignore regions are left out: YOLO has none")
+    else:
+        write_records(out, records)
     print(f"{out}:", "\n".join(converted.summary()))
 
 

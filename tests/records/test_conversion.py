@@ -114,7 +114,7 @@ def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
     def by_stages() -> tuple[list[Record], list[str]]:
         write_manifest(root / "raw", {"mine": dataset(fmt, root)}, decode=True, workers=2)
         result = convert_datasets(root / "raw", config, seed=0)
-        records = sorted(result.splits["train"] + result.splits["dev"], key=lambda r: r.image)
+        records = sorted([*result.splits["train"], *result.splits["dev"]], key=lambda r: r.image)
         return [_plain(r, f"mine/{images}/") for r in records], list(map(str, result.problems["train"]))
 
     def by_command() -> tuple[list[Record], list[str]]:

@@ -127,6 +127,11 @@ class RecordsConfig(Block):
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
+    same_picture: Literal["merge", "first", "keep"] = Field(
+        default="merge",
+        description="one picture, by content, several times in a split: join what agrees and stop at what contradicts "
+        "itself, keep the first record, or keep all",
+    )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="sets with `val: auto`: fraction of their training pictures that become val"
     )

@@ -6,6 +6,7 @@ usually a hundred pictures, of which the last few groups are kept.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class EmbeddedPicture:
 def embedded_picture(root: Path, name: str) -> EmbeddedPicture | None:
     """The picture of a name that means a row of a parquet file below the root; None for any other name."""
     file, _, row = name.rpartition("/")
-    if file.endswith(SUFFIX) and row.isascii() and row.isdigit() and len(row) < 12 and (root / file).is_file():
+    if file.endswith(SUFFIX) and row.isascii() and row.isdigit() and len(row) < 12 and os.path.isfile(root / file):
         return EmbeddedPicture(root / file, int(row))
     return None
 

@@ -5,6 +5,7 @@ A reader only knows its format. What may be kept is decided once, for all format
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import unicodedata
@@ -53,6 +54,7 @@ class SourceObject:
     side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
     counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
+    problem: str = ""  # why it cannot be kept, where the reader knows that already
     found: str = ""  # what stands in the file where something of this is not understood, for messages
     area_px2: Any = None  # of its mask; None where the file says nothing
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +72,8 @@ class SourceImage:
     objects: tuple[SourceObject, ...]
     file: str  # the annotation file, for messages
     metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""  # why its objects are not known: the record cannot be used
+    detail: str = ""  # of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +164,7 @@ class ImageNames:
         folder, _, stem = name.rpartition("/")
         if folder not in self._stems:
             place = self.files.root / folder
-            listed = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+            listed = sorted(p.name for p in place.iterdir()) if os.path.isdir(place) else []
             names = [n for n in listed if Path(n).suffix.lower() in IMAGE_SUFFIXES]
             self._stems[folder] = _unique((_plain(Path(n).stem), f"{folder}/{n}" if folder else n) for n in names)
         return self._stems[folder].get(_plain(stem)) or None
@@ -175,7 +179,7 @@ class ImageNames:
         if unsafe_name(name):
             return False
         source = find_source(self.files.root, name)
-        return not isinstance(source, Path) or source.exists()
+        return not isinstance(source, Path) or os.path.exists(source)  # no file either if it cannot be one
 
     def _other_spellings(self, name: str) -> Iterator[str]:
         slashed = name.replace("\\", "/")

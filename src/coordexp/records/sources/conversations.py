@@ -14,12 +14,11 @@ from typing import Any
 
 from coordexp.errors import DataError
 from coordexp.records.sources.base import ImageNames, Problem, Reading, SourceImage, SourceObject, SplitFiles, corners
-from coordexp.records.sources.files import opened, parse_json, shown
+from coordexp.records.sources.files import MAX_LINE_BYTES, opened, parse_json, shown
 
 LAYOUT = (
     "conversations of Qwen-VL or ms-swift: messages or conversations with an image, one JSON object a line or a list"
 )
-MAX_LINE_BYTES = 1 << 26
 MAX_FAILED = 100  # brackets in an answer that begin no JSON
 UNITS: dict[Any, float | None] = {
     "real": None, "pixel": None, "norm1": 1.0, "norm_1": 1.0, "norm1000": 1000.0, "norm_1000": 1000.0,

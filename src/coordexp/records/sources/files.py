@@ -27,10 +27,13 @@ from coordexp.infra.foreign import check_regular, open_regular
 MAX_JSON_BYTES = 1 << 31  # of a file that is read whole; COCO's layout is read in pieces, whatever its size
 MAX_TEXT_BYTES = 1 << 28  # lists of images, labels, XML
 MAX_YAML_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 26
 MAX_XML_DEPTH = 100
+MAX_YAML_DEPTH = 50  # of brackets: the parser takes the square of it
 GLOB = re.compile(r"[*?\[]")
 # A parser expands entities: a few lines that define them could fill the memory, and no annotation file has any.
 _ENTITY = re.compile(r"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[\]{}]")
 _XML_ENCODING = re.compile(rb"<\?xml[^>]*encoding=[\"']([A-Za-z0-9._-]+)[\"']")
 _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 
@@ -48,6 +51,8 @@ def opened(path: Path, expected: str, max_bytes: int | None = None) -> Iterator[
         DataError: it is missing, no regular file, too large, cannot be read, or a pickle by its name.
     """
     refuse_pickle(path)
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no name of a file; expected {expected}.")
     try:
         with open_regular(path, max_bytes) as handle:
             yield handle
@@ -107,12 +112,23 @@ def read_text(path: Path, expected: str, max_bytes: int = MAX_TEXT_BYTES) -> str
 def read_yaml(path: Path, expected: str) -> dict[str, Any]:
     """The mapping in a YAML file; raises DataError naming the file and what was expected."""
     text = read_text(path, expected, MAX_YAML_BYTES)
+    if _depth(text) > MAX_YAML_DEPTH:
+        raise DataError(f"{path}: nested too deeply; expected {expected}.")
     try:
         return parse_yaml(text, str(path))
     except ConfigError as error:
         raise DataError(f"{error} Expected {expected}.") from error
     except (RecursionError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         raise DataError(f"{path}: not valid YAML ({type(error).__name__}); expected {expected}.") from error
+
+
+def _depth(text: str) -> int:
+    """How deeply brackets nest at most."""
+    deepest = depth = 0
+    for found in _BRACKET.findall(text):
+        depth += 1 if found in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_xml(path: Path, expected: str) -> ElementTree.Element:

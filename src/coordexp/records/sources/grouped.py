@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 BUFFER_BYTES = 1 << 27
-BUCKET_GROUPS = 20_000  # pictures of one bucket
+BUCKET_GROUPS = 10_000  # pictures of one bucket
 
 
 class Grouped:

@@ -8,6 +8,7 @@ image without a label file holds no object.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,8 +53,13 @@ def read(files: SplitFiles) -> Reading:
         for name in images:
             label = _label(files.root, name)
             labels.add(label)
-            objects = tuple(_objects(label, names, key_points, problems)) if is_readable(label) else ()
-            yield SourceImage(name, name, None, None, None, objects, str(label))
+            try:
+                objects = tuple(_objects(label, names, key_points)) if label.exists() else ()
+                yield SourceImage(name, name, None, None, None, objects, str(label))
+            except DataError as error:
+                yield SourceImage(
+                    name, name, None, None, None, (), str(label), problem="label_unreadable", detail=str(error)
+                )
         others = {path for place in places if place.is_dir() for path in _label_files(place, files.root)}
         problems.extend(_unused(sorted(others - labels), names))
 
@@ -83,9 +89,9 @@ def _own_place(value: str, files: SplitFiles, described: dict[str, Any]) -> Path
         starts.insert(0, home / described["path"].replace("\\", "/"))
     for i in range(len(parts)):
         for start in starts:
-            place = start.joinpath(*parts[i:])
-            if place.exists() and place.resolve().is_relative_to(files.root.resolve()):
-                return files.root / place.resolve().relative_to(files.root.resolve())
+            place = Path(os.path.normpath(start.joinpath(*parts[i:])))  # a link may lead out of the root
+            if place.exists() and place.is_relative_to(files.root):
+                return place
     raise DataError(
         f"{files.path}: names the images {shown(value)}, which are not below {files.root}; expected them there."
     )
@@ -173,30 +179,22 @@ def _unused(labels: Iterable[Path], names: dict[int, str]) -> Iterator[Problem]:
             yield Problem("label_unused", str(path), "file", detail)
 
 
-def _objects(path: Path, names: dict[int, str], key_points: int, problems: list[Problem]) -> Iterator[SourceObject]:
-    try:
-        lines = read_text(path, "labels").splitlines()
-    except DataError as error:
-        problems.append(Problem("label_unreadable", str(path), "file", str(error)))
-        return
-    for number, line in enumerate(lines, 1):
-        values = _numbers(line)
+def _objects(path: Path, names: dict[int, str], key_points: int) -> Iterator[SourceObject]:
+    for number, line in enumerate(read_text(path, "labels").splitlines(), 1):
         if not line.strip():
             continue
-        if not values or values[0] not in names:
-            reason = "unknown_category" if values else "bbox_malformed"
-            problems.append(Problem(reason, str(path), f"line {number}", line[:80]))
-            continue
+        values = _numbers(line)
         box, ring = _geometry(values[1:], key_points)
-        category = int(values[0])
+        is_known = bool(values) and values[0] in names
         yield SourceObject(
-            desc=names[category],
+            desc=names[int(values[0])] if is_known else None,
             box_xyxy=box,
             key=f"line {number}",
             rings=ring,
             side_units=1.0,
-            category_id=category,
-            found="" if box else f"{line[:80]}: neither a box nor clearly a polygon",
+            category_id=int(values[0]) if is_known else None,
+            problem="" if is_known else "unknown_category" if values else "bbox_malformed",
+            found="" if box and is_known else line[:80] + (": neither a box nor clearly a polygon" if is_known else ""),
         )
 
 
