@@ -137,7 +137,7 @@ def test_labels_are_read_from_an_annotation_file(tmp_path):
     file.write_text(json.dumps({"categories": [], "images": [{"id": 7}]}))
     assert read_annotations(file) == ({7}, None), "COCO has no such labels"
     file.write_text("[]")
-    with pytest.raises(DataError, match="expected COCO or LVIS annotations"):
+    with pytest.raises(DataError, match="COCO or LVIS annotations"):
         read_annotations(file)
 
 

@@ -42,12 +42,12 @@ class _Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What is checked of the line of an answer."""
+    """What is checked of the line of an answer; a log for results alone needs no more than image and objects."""
 
     image: str
-    width: Size
-    height: Size
     objects: tuple[_Object, ...]
+    width: Size | None = None
+    height: Size | None = None
     parse: ParseReport | None = None
     raw_text: str = ""
 
