@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from coordexp.config.profile import DatasetConfig, RecordsConfig
@@ -78,12 +81,19 @@ LAYOUTS = {
     "coco": ("{split}2017", "annotations/instances_{split}2017.json"),
     "objects365": ("{split}", "zhiyuan_objv2_{split}.json"),
     "lvis": (".", "lvis_v1_{split}.json"),
-    "visual_genome": ("VG_100K", "{split}/objects.json"),
+    "visual_genome": (".", "{split}/objects.json"),
     "yolo": ("images/{split}", "data.yaml"),
     "voc": ("JPEGImages", "ImageSets/Main/{split}.txt"),
     "jsonl": ("pictures", "{split}.jsonl"),
+    "open_images": ("{split}", "{split}-annotations-bbox.csv"),
+    "labelme": ("{split}", "{split}"),
+    "cvat": ("images", "{split}.xml"),
+    "csv": ("pictures", "{split}.csv"),
+    "hub": (".", "data/{split}-*.parquet"),
+    "conversations": ("pictures", "{split}.jsonl"),
 }
-HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo"}
+HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo", "labelme", "cvat", "conversations"}
+LEAVES_OUT_EMPTY = {"open_images"}  # pictures without an object are in no file
 
 
 def write_annotations(fmt: str, root: Path, split: str, pictures: Sequence[Annotated]) -> None:
@@ -94,6 +104,8 @@ def write_annotations(fmt: str, root: Path, split: str, pictures: Sequence[Annot
         file.write_text("".join(f"{json.dumps(_contract_row(p))}\n" for p in pictures), encoding="utf-8")
     elif fmt == "visual_genome":
         _write_visual_genome(file, pictures)
+    elif fmt in _WRITERS:
+        _WRITERS[fmt](root, file, split, pictures)
     elif fmt == "yolo":
         file.write_text(f"names: {json.dumps(NAMES)}\n", encoding="utf-8")
         for p in pictures:
@@ -153,6 +165,144 @@ def _voc_xml(p: Annotated) -> str:
     )
     size = f"<size><width>{p.size[0]}</width><height>{p.size[1]}</height><depth>3</depth></size>"
     return f"<annotation><filename>{p.name}</filename>{size}{objects}</annotation>"
+
+
+def _write_open_images(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    ids = {name: f"/m/0{i}" for i, name in enumerate(NAMES)}
+    head = (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+    )
+    lines = [head]
+    for p in pictures:
+        (width, height), stem = p.size, Path(p.name).stem
+        for desc, (x1, y1, x2, y2), crowd in p.objects:
+            box = f"{x1 / width},{x2 / width},{y1 / height},{y2 / height}"
+            lines.append(f"{stem},xclick,{ids[desc]},1,{box},0,0,{int(crowd)},0,0")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    described = "".join(f"{number},{name}\n" for name, number in ids.items())
+    (root / "class-descriptions-boxable.csv").write_text(described, encoding="utf-8")
+
+
+def _write_labelme(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    file.mkdir(exist_ok=True)
+    for p in pictures:
+        shapes = [
+            {"label": desc, "points": [[box[2], box[3]], [box[0], box[1]]], "group_id": None, "description": "",
+             "shape_type": "rectangle", "flags": {}, "mask": None}
+            for desc, box, _ in p.objects
+        ]  # fmt: skip
+        row = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": p.name, "imageData": "AAAA"}
+        row |= {"imageHeight": p.size[1], "imageWidth": p.size[0]}
+        (file / Path(p.name).with_suffix(".json")).write_text(json.dumps(row), encoding="utf-8")
+
+
+def _write_cvat(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    labels = "".join(f"<label><name>{n}</name><color>#33ddff</color><type>any</type></label>" for n in NAMES)
+    images = ""
+    for i, p in enumerate(pictures):
+        boxes = "".join(
+            f'<box label="{desc}" source="manual" occluded="0" xtl="{x1}.00" ytl="{y1}.00" xbr="{x2}.00" ybr="{y2}.00" '
+            'z_order="0"><attribute name="color">red</attribute></box>'
+            for desc, (x1, y1, x2, y2), _ in p.objects
+        )
+        images += f'<image id="{i}" name="{p.name}" width="{p.size[0]}" height="{p.size[1]}">{boxes}</image>'
+    head = f"<annotations><version>1.1</version><meta><job><labels>{labels}</labels></job></meta>"
+    file.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{head}{images}</annotations>', encoding="utf-8")
+
+
+def _write_csv(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    lines = ["filename,width,height,class,xmin,ymin,xmax,ymax,iscrowd"]
+    for p in pictures:
+        for desc, box, crowd in p.objects:
+            lines.append(f"{p.name},{p.size[0]},{p.size[1]},{desc},{','.join(map(str, box))},{int(crowd)}")
+        if not p.objects:
+            lines.append(f"{p.name},{p.size[0]},{p.size[1]},,,,,,")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def hub_table(pictures: Sequence[Annotated], contents: Sequence[bytes]) -> pa.Table:
+    """The layout that the library `datasets` writes."""
+    names = {"names": list(NAMES), "_type": "ClassLabel"}
+    feature = {"bbox": {"feature": {"dtype": "float32", "_type": "Value"}, "length": 4, "_type": "Sequence"}}
+    features = {"image": {"_type": "Image"}, "objects": {"feature": feature | {"category": names}, "_type": "Sequence"}}
+    rows = [
+        {
+            "image_id": i, "image": {"bytes": content, "path": p.name}, "width": p.size[0], "height": p.size[1],
+            "objects": {
+                "bbox": [[1.0 * x1, 1.0 * y1, 1.0 * (x2 - x1), 1.0 * (y2 - y1)] for _, (x1, y1, x2, y2), _ in p.objects],
+                "category": [NAMES.index(desc) for desc, _, _ in p.objects],
+                "iscrowd": [crowd for _, _, crowd in p.objects],
+            },
+        }
+        for i, (p, content) in enumerate(zip(pictures, contents, strict=True))
+    ]  # fmt: skip
+    kinds = {
+        "bbox": pa.list_(pa.list_(pa.float64())),
+        "category": pa.list_(pa.int64()),
+        "iscrowd": pa.list_(pa.bool_()),
+    }
+    schema = pa.schema([
+        ("image_id", pa.int64()), ("image", pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        ("width", pa.int64()), ("height", pa.int64()), ("objects", pa.struct(kinds)),
+    ])  # fmt: skip
+    return pa.Table.from_pylist(
+        rows, schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    )
+
+
+def _write_hub(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    contents = []
+    for i, p in enumerate(pictures):
+        made = root / p.name
+        contents.append(made.read_bytes() if made.is_file() else _png(picture(1000 * len(split) + i, *p.size)))
+    half = (len(pictures) + 1) // 2
+    for n, part in enumerate((slice(0, half), slice(half, None))):
+        table = hub_table(pictures[part], contents[part])
+        pq.write_table(table, file.parent / f"{split}-0000{n}-of-00002.parquet", row_group_size=2)
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
+
+
+def _write_conversations(root: Path, file: Path, split: str, pictures: Sequence[Annotated]) -> None:
+    lines = []
+    for p in pictures:
+        by_x, by_y = 1000 / p.size[0], 1000 / p.size[1]
+        found = [
+            {"bbox_2d": [x1 * by_x, y1 * by_y, x2 * by_x, y2 * by_y], "label": desc}
+            for desc, (x1, y1, x2, y2), _ in p.objects
+        ]
+        turns = [{"from": "human", "value": "<image>\nDetect all objects."},
+                 {"from": "gpt", "value": f"```json\n{json.dumps(found)}\n```"}]  # fmt: skip
+        lines.append(json.dumps({"image": p.name, "conversations": turns}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+_WRITERS = {
+    "open_images": _write_open_images, "labelme": _write_labelme, "cvat": _write_cvat, "csv": _write_csv,
+    "hub": _write_hub, "conversations": _write_conversations,
+}  # fmt: skip
+
+
+def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[int, int] = (64, 48)) -> None:
+    """Pictures with their annotations, each with a cat on the left and a mug or a person on the right."""
+    for split, count in counts.items():
+        listed = []
+        for i in range(count):
+            cat, other = ("cat", (2 + i % 7, 3, 30, 40), False), (NAMES[3 * (i % 2)], (32, 5, 60, 20 + i), False)
+            listed.append(Annotated(f"{split}{i:03d}.jpg", size, (cat, other)))
+        folder = root / LAYOUTS[fmt][0].format(split=split)
+        folder /= {"visual_genome": "VG_100K", "lvis": f"{split}2017"}.get(fmt, "")
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, p in enumerate(listed):
+            picture(100 * len(split) + i, *size).save(folder / p.name)
+        write_annotations(fmt, root, split, listed)
+        if fmt == "hub":
+            for p in listed:
+                (folder / p.name).unlink()
 
 
 def dataset(fmt: str, root: Path, **changes: Any) -> DatasetConfig:

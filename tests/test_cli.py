@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 
 from coordexp import __version__, cli
+from coordexp.errors import DataError, PictureError
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.registry import metric_specs, view
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
-from coordexp.records.prediction_log import AnswerSource
+from coordexp.records.images import read_rgb
+from coordexp.records.prediction_log import AnswerSource, read_rows
 from coordexp.records.schema import read_records
 from helpers import SCENES, catalog, save_model
 from toyworld.composer import compose_scene
@@ -167,12 +169,17 @@ class FakeDetector:
     def identity(self) -> AnswerSource:
         return self.source
 
-    def stream(self, images: Iterable[Path]) -> Iterator[Any]:
+    def attempt(self, images: Iterable[Path]) -> Iterator[Any]:
         from coordexp.detector import Detections
 
-        boxes, scores = np.array([CAT, DOG]), np.array([0.9, 0.4])
         for image in images:
             self.asked.append(image.name)
+            try:
+                read_rgb(image)
+            except PictureError as error:
+                yield error
+                continue
+            boxes, scores = np.array([CAT, DOG]), np.array([0.9, 0.4])
             yield Detections(boxes, ("cat", "red mug"), scores, 100, 100, "", self.parse)
 
 
@@ -256,7 +263,46 @@ def test_a_log_that_was_edited_is_named(run: Run, fake: FakeDetector, two: list[
     run("predict", *two, "--checkpoint", "any", "--out", out)
     out.write_text(out.read_text().replace('"score": 0.9', '"score": "high"'))
     done = run("predict", *two, "--checkpoint", "any", "--out", out)
-    assert (done.code, f"{out}: the line of {two[0]} is no answer" in done.err) == (2, True)
+    assert (done.code, f"{out}:1: objects[0].score is 'high' (text)" in done.err) == (2, True)
+
+
+@pytest.fixture
+def three(two: list[Path]) -> list[Path]:
+    """The same with a file between them that was cut."""
+    cut = two[0].with_name("aa.png")
+    cut.write_bytes(two[0].read_bytes()[:200])
+    return [two[0], cut, two[1]]
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_unreadable_picture_stops_after_those_before_it(run: Run, three: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run("predict", *three, "--checkpoint", "any", "--out", out)
+    assert (done.code, "aa.png: cannot be read as an image" in done.err) == (2, True)
+    assert "--on-error skip" in done.err
+    assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [str(three[0])]
+
+
+def test_an_unreadable_picture_is_skipped_with_its_reason(
+    run: Run, fake: FakeDetector, three: list[Path], tmp_path: Path
+) -> None:
+    out, coco, drawn = tmp_path / "out.jsonl", tmp_path / "coco.json", tmp_path / "drawn"
+    arguments = ("predict", three[0].parent, "--checkpoint", "any", "--on-error", "skip", "--json", "--out", out)
+    done = run(*arguments, "--coco", coco, "--save", drawn)
+    assert done.code == 3
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["image"] for row in rows] == [str(path) for path in three]
+    assert "cannot be read as an image" in rows[1]["error"]
+    assert ["objects" in row for row in rows] == [True, False, True]
+    assert f"1 of 3 images could not be read: {three[1]}" in done.err
+    assert [json.loads(line).get("error") for line in out.read_text().splitlines()] == [None, rows[1]["error"], None]
+    assert len(json.loads(coco.read_text())["images"]) == len(list(drawn.iterdir())) == 2
+    with pytest.raises(DataError, match="1 of 3 images have no answer"):
+        read_rows(out)
+    three[1].write_bytes(three[0].read_bytes())  # mended: asked again, and nothing else
+    done = run(*arguments)
+    assert (done.code, fake.asked[-1], len(fake.asked)) == (0, "aa.png", 4)
+    assert len(read_rows(out)) == 3
 
 
 def test_predict_filters_by_name(run: Run, fake: FakeDetector, scene: Path) -> None:
@@ -490,11 +536,11 @@ def test_convert_refuses_what_is_not_coco(
         (["predict", "{scene}"], "Missing option '--checkpoint'"),
         (["predict", "{scene}", "{notes}", "--checkpoint", "{checkpoint}", "--save", "a.png"], "give a folder"),
         (["evaluate", "{blank}", "--out", "{empty}/m.json"], "blank.jsonl: no predictions in the file"),
-        (["evaluate", "{scene}", "--out", "{empty}/m.json"], "scene.png:1: not valid JSON"),
+        (["evaluate", "{scene}", "--out", "{empty}/m.json"], "scene.png:1: not UTF-8 text"),
         (["evaluate", "{unscored}", "--out", "{empty}/m.json"], "pred[0] has score None"),
         (["evaluate", "{half_right}", "--out", "{empty}"], "empty: Is a directory."),
         (["evaluate", "nowhere.jsonl", "--out", "m.json"], "'nowhere.jsonl' does not exist"),
-        (["evaluate", "{half_right}", "--out", "m.json", "--categories", "{scene}"], "expected a categories.json"),
+        (["evaluate", "{half_right}", "--out", "m.json", "--categories", "{scene}"], "Expected a categories.json"),
         (["evaluat"], "Did you mean 'evaluate'?"),
         (["convert", "--source", "cvat"], "'coco', 'lvis'"),
     ],

@@ -1,4 +1,4 @@
-"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | monitor | export`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 import coordexp
-from coordexp.config.formats import Format
+from coordexp.config.formats import BoxForm, Format
 from coordexp.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
+    EXIT_SKIPPED,
     EXIT_USAGE,
     CoordExpError,
     Interrupted,
+    PictureError,
     TrainingError,
 )
 from coordexp.experiments.command import ab, monitor, run, runs
@@ -117,8 +119,14 @@ def predict(
     processes: Annotated[
         int, typer.Option(min=0, help="Processes that answer, on the GPUs in turn; 0 is one for each GPU.")
     ] = 1,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or say why and go on.")
+    ] = "stop",
 ) -> None:
-    """Detect objects in images."""
+    """Detect objects in images.
+
+    With --on-error skip, the reason takes the place of the answer in --json and --out, and the exit code is 3.
+    """
     from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
@@ -133,7 +141,12 @@ def predict(
 
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
-    for path, found in _progress(prediction.answers(detector, paths, log), len(paths), "predict"):
+    skipped: list[Path] = []
+    for path, found in _progress(prediction.answers(detector, paths, log, on_error == "skip"), len(paths), "predict"):
+        if isinstance(found, PictureError):
+            skipped.append(path)
+            prediction.show_failure(path, found, as_json)
+            continue
         seen.update(found.descs)
         shown = found.named(names) if names else found
         print(prediction.json_line(path, shown) if as_json else prediction.listing(path, shown))
@@ -145,6 +158,9 @@ def predict(
     prediction.note_absent(names, seen)
     if coco:
         write_json(coco, coco_predictions(rows))
+    if skipped:
+        prediction.note_skipped(skipped, len(paths))
+        raise typer.Exit(EXIT_SKIPPED)
 
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:
@@ -161,27 +177,40 @@ def _load_detector(checkpoint: Path, **options: Any) -> Detector:
 
 @app.command()
 def convert(
-    annotations: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The annotation file of the format.")],
+    annotations: Annotated[Path, typer.Option(help="The annotation file of the format; of some a folder or a glob.")],
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
-    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line.")],
+    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line; see --to.")],
     source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
     split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
     crowd: Annotated[Literal["ignore", "drop", "as_objects"], typer.Option(help="As records.crowd.")] = "ignore",
     max_lost: Annotated[float, typer.Option(min=0, max=1, help="As records.max_lost: share that may be lost.")] = 0.05,
+    boxes: Annotated[BoxForm, typer.Option(help="What the numbers of a box are.")] = "format",
+    to: Annotated[
+        Literal["records", "coco", "yolo"], typer.Option(help="Write records, a COCO file, or a YOLO folder.")
+    ] = "records",
 ) -> None:
-    """Turn annotations into records.
+    """Turn annotations into records, or into another format.
 
     One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
     counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
     """
     from coordexp.records.convert import FILE_POLICIES, convert_file
     from coordexp.records.schema import write_records
+    from coordexp.records.write_back import write_coco, write_yolo
 
-    config = FILE_POLICIES.model_copy(update={"crowd": crowd, "max_lost": max_lost})
+    policies = {"crowd": crowd, "max_lost": max_lost, "polygons": "keep" if to == "coco" else FILE_POLICIES.polygons}
     converted = convert_file(
-        source, annotations, images, split, config, lambda found, total: _progress(found, total, "check images")
+        *(source, annotations, images, split, FILE_POLICIES.model_copy(update=policies), boxes),
+        watch=lambda found, total: _progress(found, total, "check images"),
     )
-    write_records(out, converted.splits[split])
+    records = converted.splits[split]
+    if to == "coco":
+        write_coco(out, records, converted.named())
+    elif to == "yolo":
+        if left_out := write_yolo(out, records, converted.named(), images, split):
+            _note(f"{left_out} ignore regions are left out: YOLO has none")
+    else:
+        write_records(out, records)
     print(f"{out}:", "\n".join(converted.summary()))
 
 
@@ -216,16 +245,44 @@ def export(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Annotated pictures (docs/data.md).")],
+    name: Annotated[str | None, typer.Option(help="Name of the profile  [default: that of the folder]")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder of the pretrained model, or a profile to extend  [default: the embedded]")
+    ] = None,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Make a profile for a folder of annotated pictures.
+
+    Recognizes the format, looks at the pictures, writes configs/NAME.yaml with what differs from a profile that is
+    there, takes a few training steps to say how long a run lasts, and names the next command.
+    """
+    from coordexp.infra.threads import set_threads
+    from coordexp.stage import LOG, tune_allocator
+
+    tune_allocator(LOG)  # before the first large allocation
+    set_threads(0, LOG)
+    from coordexp.doctor.first_profile import init as write_profile
+
+    for line in write_profile(folder, name, base, params):
+        print(line, flush=True)
+
+
+@app.command()
 def doctor(
     profile: ProfileName = None,
     params: ParamsFile = Path("params.yaml"),
     header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write an HTML page here: pictures as the model will see them, and statistics.")
+    ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="First write the pins of the model into the profile.")] = False,
 ) -> None:
     """Find every fault of a profile's data and model in one pass, and say what a run will need.
 
-    Nothing is written unless --out or --pin is given. The exit code is 2 if the stages would stop.
+    Nothing is written unless --out, --page or --pin is given. The exit code is 2 if the stages would stop.
     """
     from coordexp.config.loading import load_params
     from coordexp.config.run import RunConfig
@@ -235,10 +292,16 @@ def doctor(
     if pin:
         file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
         _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
-    diagnosis = diagnose(RunConfig.read(params, profile), decode=not header_only)
+    run_config = RunConfig.read(params, profile)
+    diagnosis = diagnose(run_config, decode=not header_only)
     print("\n".join(diagnosis.lines))
     if out:
         write_text(out, "".join(f"{line}\n" for line in diagnosis.problem_lines))
+    if page:
+        from coordexp.doctor.page import write_page
+
+        write_page(page, run_config, diagnosis.lines, diagnosis.records)
+        _note(f"pictures and statistics: {page}")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
 

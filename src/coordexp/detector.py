@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.errors import DataError
+from coordexp.errors import DataError, PictureError
 from coordexp.geometry.boxes import Boxes, as_boxes
 from coordexp.infra.device import AUTO
 from coordexp.infra.prefetch import ahead
@@ -251,16 +251,23 @@ class Detector:
         Pictures are taken and read in a thread, while those before them are answered: a few more than are answered at a
         time. What a picture raises, comes after the answers to those before it.
         """
+        with closing(self.attempt(images)) as answers:
+            for found in answers:
+                if isinstance(found, PictureError):
+                    raise found
+                yield found
+
+    def attempt(self, images: Iterable[Picture]) -> Iterator[Detections | PictureError]:
+        """As `stream`; a picture that cannot be read has its error in the answer's place."""
         # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
         # sees: upright, losslessly, and already at its size.
         with TemporaryDirectory(prefix="coordexp-") as name:
-            folder, asked = Path(name), deque[list[Sample]]()
+            folder, asked = Path(name), deque[list[Sample | PictureError]]()
             with closing(ahead(self._parts(images, folder, asked))) as parts:
                 for generations in self._answers(parts, folder):
-                    samples = asked.popleft()
-                    yield from self._read(samples, generations, folder)
-                    for sample in samples:
-                        (folder / sample.image).unlink()
+                    yield from self._given(asked.popleft(), generations, folder)
+            while asked:  # what comes after the last picture that could be read
+                yield from self._given(asked.popleft(), (), folder)
 
     def close(self) -> None:
         """End the processes that answer, if there are any beside this one."""
@@ -273,25 +280,51 @@ class Detector:
         settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
-    def _parts(self, images: Iterable[Picture], folder: Path, asked: deque[list[Sample]]) -> Iterator[list[Sample]]:
-        """Samples that are answered together, written to `folder`: few at first, so that answers come soon."""
-        numbered = enumerate(images)
+    def _parts(
+        self, images: Iterable[Picture], folder: Path, asked: deque[list[Sample | PictureError]]
+    ) -> Iterator[list[Sample]]:
+        """Samples that are answered together, written to `folder`: few at first, so that answers come soon.
+
+        `asked` gets the same parts with the errors of pictures that cannot be read in their places.
+        """
+        numbered, staged = enumerate(images), list[Sample | PictureError]()
         for part in count():
             # Servers take many pictures at a time, and each part waits for its slowest.
-            batches = 4 * self._n_servers or min(2**part, GROUP_BATCHES)
-            samples, fault = list[Sample](), None
+            wanted = (4 * self._n_servers or min(2**part, GROUP_BATCHES)) * self._batch_images
+            before, fault = len(staged), None
             try:
-                for number, image in islice(numbered, batches * self._batch_images):
-                    samples.append(self._stage(image, folder, number))
+                for number, image in islice(numbered, wanted):
+                    staged.append(self._attempt(image, folder, number))
             except (DataError, OSError) as error:
                 fault = error
+            ended = len(staged) < before + wanted
+            samples = [one for one in staged if isinstance(one, Sample)]
+            if samples or (ended and staged):
+                asked.append(staged)
+                staged = []
             if samples:
-                asked.append(samples)
                 yield samples
             if fault:
                 raise fault
-            if not samples:
+            if ended:
                 return
+
+    def _attempt(self, image: Picture, folder: Path, index: int) -> Sample | PictureError:
+        try:
+            return self._stage(image, folder, index)
+        except PictureError as error:
+            return error
+
+    def _given(
+        self, staged: Sequence[Sample | PictureError], generations: Sequence[Generation], folder: Path
+    ) -> Iterator[Detections | PictureError]:
+        """The answers of one part, errors in their places; the pictures on disk go."""
+        samples = [one for one in staged if isinstance(one, Sample)]
+        found = iter(self._read(samples, generations, folder) if samples else ())
+        for one in staged:
+            yield next(found) if isinstance(one, Sample) else one
+        for sample in samples:
+            (folder / sample.image).unlink()
 
     def _answers(self, parts: Iterable[Sequence[Sample]], folder: Path) -> Iterator[list[Generation]]:
         if self._pool:
@@ -314,7 +347,7 @@ class Detector:
         try:
             sample = self._preparer.prepare(record)
         except DataError as error:
-            raise DataError(f"{_describe(image)}: {error}") from error
+            raise PictureError(f"{_describe(image)}: {error}") from error
         resized = picture.resize((sample.resized_width, sample.resized_height), Image.Resampling.BICUBIC)
         resized.save(folder / name, compress_level=1)
         return sample
@@ -324,11 +357,12 @@ def open_picture(image: Picture) -> Image.Image:
     """A picture of any accepted kind as an upright RGB image: what training makes of the same file.
 
     Raises:
-        DataError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
+        PictureError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
+        DataError: it is none of these kinds.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise DataError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
+            raise PictureError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)

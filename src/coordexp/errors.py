@@ -11,6 +11,7 @@ from difflib import get_close_matches
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2  # bad configuration or data
+EXIT_SKIPPED = 3  # done, but inputs that cannot be used were left out and named (`--on-error skip`)
 EXIT_INTERRUPTED = 75  # run the same command again: it resumes
 
 
@@ -24,6 +25,10 @@ class ConfigError(CoordExpError):
 
 class DataError(CoordExpError):
     """A record, annotation, image or prediction breaks its contract."""
+
+
+class PictureError(DataError):
+    """One picture cannot be read, or not be given to a model; the others can."""
 
 
 class CheckpointError(CoordExpError):

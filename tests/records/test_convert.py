@@ -201,7 +201,7 @@ def test_a_training_image_in_val_is_an_error(coco, tmp_path):
         convert(tmp_path, {"coco": coco_set(coco)})
     result = convert(tmp_path, {"coco": coco_set(coco)}, overlap="drop_train")
     assert result.drops()["train"] == {"image_in_val": 1}
-    assert f"coco/train2017/{104:012d}.jpg" not in images(result.splits["train"] + result.splits["dev"])
+    assert f"coco/train2017/{104:012d}.jpg" not in images([*result.splits["train"], *result.splits["dev"]])
 
 
 NAMES = st.lists(st.sampled_from([f"images/{i:03d}.jpg" for i in range(60)]), min_size=2, max_size=40)
@@ -294,7 +294,7 @@ def present(record: Record) -> set[str]:
 def test_open_prompts_are_paraphrased_in_training_only(coco, tmp_path):
     result = convert(tmp_path, {"coco": coco_set(coco, weight=4.0)})
     assert {p["style"] for p in prompts(result.splits["train"])} == {1, 2, 3}
-    assert prompts(result.splits["dev"] + result.splits["val"]) == []
+    assert prompts([*result.splits["dev"], *result.splits["val"]]) == []
     result = convert(tmp_path, {"coco": coco_set(coco, weight=4.0)}, wordings=1)
     assert prompts(result.splits["train"]) == []
 

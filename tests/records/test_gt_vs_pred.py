@@ -151,5 +151,5 @@ def test_a_crowd_flag_may_be_text(tmp_path, value, expected):
 def test_another_crowd_flag_is_refused(tmp_path):
     gt = [{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "iscrowd": "maybe"}]
     (tmp_path / "r.jsonl").write_text(json.dumps(changed(gt=gt)))
-    with pytest.raises(DataError, match=r"r\.jsonl:1.*iscrowd is 'maybe', expected 0 or 1"):
+    with pytest.raises(DataError, match=r"r\.jsonl:1.*iscrowd is 'maybe' \(text\): expected 0 or 1"):
         list(read_results(tmp_path / "r.jsonl"))

@@ -98,10 +98,10 @@ def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello\n", r"notes\.txt:1: no line of predictions"),
-        (b'{"image": 1, "checkpoint": "a"}\n', r"notes\.txt:1: no line of predictions"),
-        (b"[]\n", r"notes\.txt:1: no line of predictions"),
-        (b"\xff\xd8\n", r"notes\.txt: not UTF-8"),
+        (b"hello\n", r"notes\.txt:1: not valid JSON"),
+        (b'{"image": 1, "checkpoint": "a"}\n', r"notes\.txt:1: image is 1 \(an integer\)"),
+        (b"[]\n", r"notes\.txt:1: expected an object"),
+        (b"\xff\xd8\n", r"notes\.txt:1: not UTF-8"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

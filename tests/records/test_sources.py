@@ -227,7 +227,8 @@ def test_visual_genome_objects(tmp_path):
     entries = [{"image_id": 1, "objects": objects, "image_url": "x"}, {"image_id": 2, "objects": []}]
     dump(tmp_path / "objects.json", entries)
     result = convert(read("visual_genome", tmp_path, "objects.json", "."))
-    assert shown(result) == [("VG_100K_2/1.jpg", [("clock", (42, 9, 49, 42))])]
+    assert shown(result) == [("VG_100K_2/1.jpg", [("object", (1, 1, 8, 4)), ("clock", (42, 9, 49, 42))])]
+    assert result.records[0].objects[0].metadata == {"iscrowd": 1, "lost": "desc_missing"}
     assert reasons(result) == ["unknown_image", "desc_missing"]
     assert result.records[0].metadata == {"image_id": 1, "absent": []}
 
@@ -262,12 +263,12 @@ def test_yolo(tmp_path):
     (tmp_path / "data.yaml").write_text("path: .\ntrain: images/train\nnames:\n  0: cat\n  1: red mug\n")
     reading = read("yolo", tmp_path, "data.yaml", "images/train")
     result = convert(reading)
-    assert [name for name, _ in shown(result)] == [f"images/train/{name}.jpg" for name in ("a", "b", "c")]
+    assert [name for name, _ in shown(result)] == [f"images/train/{name}.jpg" for name in ("a", "c")]
     ((cat, cat_box), (mug, mug_box)) = shown(result)[0][1]
     assert (cat, mug) == ("cat", "red mug")
     assert cat_box == pytest.approx((10, 8, 30, 32))
     assert mug_box == pytest.approx((40, 30, 60, 50))
-    assert reasons(result) == ["unknown_category", "bbox_malformed", "bbox_malformed", "bbox_malformed"]
+    assert reasons(result) == ["unknown_category", *["bbox_malformed"] * 3, "record_incomplete"]
     assert {Path(p.file).name for p in result.problems} == {"b.txt"}
 
 
@@ -319,8 +320,8 @@ def test_key_points_behind_a_box_are_no_polygon(tmp_path):
     write_yolo(tmp_path, "kpt_shape: [4, 2]\n", a=BOX + points, b=BOX, c=BOX + " 0.9 0.9")
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
     boxes = [[o.bbox_xyxy_px for o in r.objects] for r in result.records]
-    assert [list(map(pytest.approx, found)) for found in boxes] == [[(40, 30, 60, 50)]] * 2 + [[]]
-    assert reasons(result) == ["bbox_malformed"]
+    assert [list(map(pytest.approx, found)) for found in boxes] == [[(40, 30, 60, 50)]] * 2
+    assert reasons(result) == ["bbox_malformed", "record_incomplete"]
     write_yolo(tmp_path, "kpt_shape: 4\n", a=BOX)
     with pytest.raises(DataError, match="kpt_shape is 4; expected"):
         read("yolo", tmp_path, "data.yaml", "images/train")
@@ -333,9 +334,10 @@ def test_a_polygon_that_begins_with_a_box_of_its_points_is_refused(tmp_path):
     visible = BOX + " 0.1 0.1 2 0.2 0.2 2"
     write_yolo(tmp_path, pose=pose, visible=visible, star=star, circle=circle)
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
-    assert [(p.reason, Path(p.file).stem) for p in result.problems] == [
+    assert [(p.reason, Path(p.file).stem) for p in result.problems if p.reason != "record_incomplete"] == [
         ("bbox_malformed", "pose"), ("bbox_malformed", "visible"),
     ]  # fmt: skip
+    assert len(result.records) == 2
 
 
 def test_yolo_labels_lie_beside_the_last_folder_named_images():
@@ -369,17 +371,19 @@ def write_voc(root: Path, stem: str, *objects: dict[str, Any], width: int = 100)
 
 
 def test_voc_boxes_count_from_one_and_difficult_objects_are_ignored(tmp_path):
-    write_voc(tmp_path, "2007_000027", {}, {"name": "cat", "difficult": 1, "truncated": 1}, {"xmax": "nan"})
+    write_voc(tmp_path, "2007_000027", {}, {"name": "cat", "difficult": 1, "truncated": 1})
     write_voc(tmp_path, "2007_000032", width=0)
+    write_voc(tmp_path, "2007_000033", {"xmax": "nan"})
     result = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"))
     assert shown(result) == [
         ("JPEGImages/2007_000027.jpg", [("dog", (10, 20, 40, 60)), ("cat", (10, 20, 40, 60))]),
         ("JPEGImages/2007_000032.jpg", []),
     ]
     assert result.records[0].objects[1].metadata == {"difficult": 1, "iscrowd": 1}
-    assert reasons(result) == ["bbox_malformed"]
+    assert reasons(result) == ["bbox_malformed", "record_incomplete"]
     dropped = convert(read("voc", tmp_path, "ImageSets/Main/train.txt", "JPEGImages"), truncated="drop")
-    assert reasons(dropped) == ["truncated", "bbox_malformed"]
+    assert reasons(dropped) == ["truncated", "bbox_malformed", "record_incomplete"]
+    assert dropped.records[0].objects[1].metadata == {"iscrowd": 1, "lost": "truncated"}
 
 
 def test_voc_files_that_cannot_be_read_are_counted(tmp_path):

@@ -12,12 +12,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from coordexp.config.block import Block, block_kinds, expectation, field_specs, list_item, named_blocks, nested_block
 from coordexp.config.profile import Profile
 from coordexp.config.removed import removed_keys
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError, closest
+from coordexp.infra.foreign import Gate, check_text, check_tree, shown
 
 BlockT = TypeVar("BlockT", bound=Block)
 Location = tuple[int | str, ...]
@@ -27,7 +29,10 @@ EXTENDS = "extends"  # the one key of a profile file that is no parameter: whose
 # Blocks of names that the user chose: another list of data sets, or of pinned files, is no addition to the first.
 NAMED_BLOCKS = {spec.key.split(".<name>")[0] for spec in field_specs(Profile) if "<name>" in spec.key}
 
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a block"}
+PARAMETERS = Gate(
+    "a YAML file of parameters", ConfigError, "Run from the repository root, or name the file.", max_bytes=1 << 20
+)
+_YAML_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
 def load_params(path: Path) -> Params:
@@ -158,30 +163,52 @@ def _inherited_from(location: Location, origins: Origins) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file, where 2e-05 is a number (YAML 1.1 parsers read a string); raises ConfigError."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file. Run from the repository root, or name the file.") from error
+    return parse_yaml(PARAMETERS.read_text(path), str(path))
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name `where` it stands."""
-    try:
-        tree = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        reason = str(error).split("To suppress", 1)[0].strip()
-        raise ConfigError(f"{where}: not valid YAML.\n  {reason}") from error
+    tree = _yaml_value(text, where)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: holds {_found(tree)}, expected `key: value` lines.")
-    return {str(key): value for key, value in tree.items()}
+    return tree
 
 
 def parse_value(text: str) -> Any:
     """One value in YAML 1.2, as `-S key=value` gives it; raises ConfigError."""
+    return _yaml_value(text, f"value {text[:60]!r}")
+
+
+def _yaml_value(text: str, where: str) -> Any:
+    """The value of a YAML text: plain values, lists and mappings from text, each written out where it stands."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        if "&" in text and any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
+            # A few lines of them can stand for more values than fit into memory, or for themselves.
+            raise ConfigError(f"{where}: holds an alias (*name), which is not read. Write the value out in each place.")
+        value = YAML(typ="safe", pure=True).load(text)
+        check_tree(value, PARAMETERS.max_depth)
+        check_text(value)
     except YAMLError as error:
-        raise ConfigError(f"value {text!r}: not YAML. Quote it, or write a plain number, word or list.") from error
+        reason = str(error).split("To suppress", 1)[0].strip()
+        raise ConfigError(f"{where}: not valid YAML. Quote text that holds special characters.\n  {reason}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested deeper than {PARAMETERS.max_depth}, expected blocks and lists.") from error
+    except _YAML_FAULTS as error:  # a value that is not what its tag or its digits promise
+        raise ConfigError(f"{where}: not valid YAML ({error}). Quote the value, or correct it.") from error
+    _check_keys(value, where, ())
+    return value
+
+
+def _check_keys(value: Any, where: str, at: Location) -> None:
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_keys(inner, where, (*at, number))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                place = f" in {_dotted(at)}" if at else ""
+                raise ConfigError(f"{where}: found the key {_found(key)}{place}, expected text. Quote it.")
+            _check_keys(inner, where, (*at, key))
 
 
 def _problems(error: ValidationError, block: type[Block], origins: Origins) -> list[str]:
@@ -295,12 +322,8 @@ def _has_kinds(block: type[Block], location: Location) -> bool:
 
 def _found(value: Any) -> str:
     """The value and what it is, short enough for one line: "'high' (text)"."""
-    if value is None:
-        return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} (not finite)"
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{shown} ({_KINDS.get(type(value), type(value).__name__)})"
+    return shown(value)

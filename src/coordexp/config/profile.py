@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from coordexp.config.block import Betas, Block, Count, Fraction, PositiveCount, Text, TextList
-from coordexp.config.formats import Format
+from coordexp.config.formats import BoxForm, Format
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
+AUTO_SPLIT = "auto"
 # It begins the image paths of the set's records.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
@@ -50,16 +51,24 @@ class ScenesConfig(Block):
 
 
 class DatasetConfig(Block):
-    """One data set on disk. Paths are relative to `root`; `none` says that the set has no such split."""
+    """One data set on disk. Paths are relative to `root`; `none` says that the set has no such split.
+
+    `val: auto` takes `records.val_fraction` of the training pictures, chosen by their content.
+    """
 
     format: Format = Field(description="format of the annotations")
     root: Text = Field(description="folder of the data set; a relative one starts at the repository")
     train: Text = Field(description="annotations of the training split, or none")
-    val: Text = Field(description="annotations of the val split, or none")
+    val: Text = Field(description="annotations of the val split, none, or auto: taken from the training split")
     train_images: Text = Field(description="folder that file names of the training split start from")
     val_images: Text = Field(description="folder that file names of the val split start from")
     weight: float = Field(gt=0, le=100, description="how often each training record is used; a fraction takes a part")
     prompt: Literal["open", "closed", "listed", "phrase"] = Field(description="what training prompts ask for")
+    boxes: BoxForm = Field(
+        default="format",
+        description="what the numbers of a box are: what the format says, or instead pixels, fractions (0..1), "
+        "thousandths (0..1000), corners where the format has width and height, from_0 where it counts pixels from 1",
+    )
 
 
 class DatasetsConfig(Block):
@@ -71,6 +80,15 @@ class DatasetsConfig(Block):
     kind: Literal["datasets"] = Field(description="where images and boxes come from")
     verify: Literal["decode", "header"] = Field(description="unpack every image once, or read only its header")
     sets: dict[Name, DatasetConfig] = Field(strict=False, min_length=1, description="the data sets by name")
+
+    @model_validator(mode="after")
+    def _splits_come_from_somewhere(self) -> DatasetsConfig:
+        for name, config in self.sets.items():
+            if config.train == AUTO_SPLIT or (config.val == AUTO_SPLIT and config.train == NO_SPLIT):
+                raise ValueError(
+                    f"sets.{name}: only val may be auto, and it is taken from train; name its annotations."
+                )
+        return self
 
     @model_validator(mode="after")
     def _both_splits_are_there(self) -> DatasetsConfig:
@@ -109,6 +127,14 @@ class RecordsConfig(Block):
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
+    same_picture: Literal["merge", "first", "keep"] = Field(
+        default="merge",
+        description="one picture, by content, several times in a split: join what agrees and stop at what contradicts "
+        "itself, keep the first record, or keep all",
+    )
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="sets with `val: auto`: fraction of their training pictures that become val"
+    )
 
 
 class FilePin(Block):

@@ -17,6 +17,7 @@ from coordexp.doctor.records import Examination, examine
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import measured_rates, training_plan
 from coordexp.models.pins import pin_fault
+from coordexp.records.manifest import SPLITS
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
 
@@ -26,11 +27,13 @@ STOP = "STOP: "  # begins the line of what stops a run
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The text, every fault as a JSON line (what stops a run included), and whether the stages would stop."""
+    """The text, every fault as a JSON line (what stops a run included), whether the stages would stop, and the records
+    that remain by split."""
 
     lines: tuple[str, ...]
     problem_lines: tuple[str, ...]
     stops: bool
+    records: dict[str, list[Record]]
 
 
 def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
@@ -43,18 +46,19 @@ def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
     if isinstance(source, DatasetsConfig):
         found = examine(source.sets, run.profile.records, decode, workers=os.cpu_count() or 1)
         lines, faults, stops = list(_data_lines(found)), _faults(found), found.stops
-        train = found.records["train"]
+        records = found.records
     else:
-        on_file = run.paths.records / "train.jsonl"
-        train = list(read_records(on_file)) if on_file.is_file() else []
-    needs = list(_need_lines(run, train))
+        on_file = {split: run.paths.records / f"{split}.jsonl" for split in SPLITS}
+        records = {split: list(read_records(path)) if path.is_file() else [] for split, path in on_file.items()}
+    needs = list(_need_lines(run, records["train"]))
     if fault := pin_fault(run.profile.model, run.paths.profile):
         needs.insert(0, f"{STOP}model: {fault}")
     lacking = [line.removeprefix(STOP) for line in needs if line.startswith(STOP)]
     faults += [Problem("needs", f"configs/{run.paths.profile}.yaml", "", detail) for detail in lacking]
     stops = stops or bool(lacking)
     lines += [*needs, "a run would stop at what is marked STOP" if stops else "nothing here stops a run"]
-    return Diagnosis(tuple(lines), tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults), stops)
+    rows = tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults)
+    return Diagnosis(tuple(lines), rows, stops, records)
 
 
 def _faults(found: Examination) -> list[Problem]:

@@ -14,12 +14,14 @@ from pathlib import Path
 from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.losses import NOTHING_LOST, any_counts, excessive_losses
-from coordexp.records.manifest import SPLITS, inspect_all, located, open_split
-from coordexp.records.mixing import overlap, same_pictures, split_dev
+from coordexp.records.manifest import SPLITS, inspect_all, located, of_split, open_split
+from coordexp.records.mixing import overlap, split_dev
 from coordexp.records.names import settle_names
 from coordexp.records.policy import RecordSet, to_records
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
+from coordexp.records.store import RecordStore
+from coordexp.records.twins import join_same_pictures
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
 NOTED = NOTHING_LOST | {"names_merged", "same_picture"}
@@ -111,6 +113,7 @@ def _examine_split(
         result.findings.append(Finding(name, split, "annotations_unusable", 1, True, (str(error),)))
         return RecordSet()
     facts = inspect_all(Path(dataset.root), names, decode, workers)
+    reading = of_split(reading, dataset, split, facts, config.val_fraction)
     found = to_records(reading, facts, config, split, prefix=f"{name}/", prompt=dataset.prompt)
     result.records[split] += found.records
     result.image_bytes += sum(f.n_bytes for f in facts.values())
@@ -142,9 +145,13 @@ def _examine_overlap(result: Examination, content: Mapping[str, str], config: Re
         stops = config.overlap == "error"
         result.findings.append(Finding("all", "train", "train_image_in_val", len(shared), stops, shown))
     for split, records in result.records.items():
-        if twins := same_pictures(records, content):
-            shown = tuple(f"{a} is {b}" for a, b in sorted(twins.items())[:examples])
-            result.findings.append(Finding("all", split, "same_picture", len(twins), False, shown))
+        joined = join_same_pictures(RecordStore(records), content, config.same_picture)
+        for reason, found, stops in (
+            ("same_picture", list(map(str, joined.problems)), False),
+            ("picture_contradicts_itself", joined.conflicts, True),
+        ):
+            if found:
+                result.findings.append(Finding("all", split, reason, len(found), stops, tuple(found[:examples])))
     left = [r for r in result.records["train"] if r.image not in shared]
     images = {content[r.image] for r in left}
     if images and config.dev_images >= len(images):

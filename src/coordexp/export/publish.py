@@ -22,6 +22,7 @@ from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
 from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
@@ -33,6 +34,7 @@ from coordexp.text.prompts import question
 
 CARD, RESULTS = "README.md", "coco_results.json"
 READOUT = {"box", "score"}
+PUBLISHED = Gate("JSON of a finished run", DataError, "Run the graph up to coco-eval first: dvc repro.")
 _SHOWN = {
     "coco.mAP": "AP (COCO, .50:.95)",
     "coco.AP50": "AP at IoU .50",
@@ -120,7 +122,7 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
         raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder.")
-    metrics = _read(run.paths.metrics)
+    metrics = PUBLISHED.read_json(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / GT_VS_PRED
     categories = read_categories(run.paths.records / "categories.json")
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
@@ -139,7 +141,7 @@ def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> Non
         if file.is_file() and file.suffix != ".jsonl":  # logs of the training
             shutil.copyfile(file, out / file.name)
     write_detection_config(out, detection)
-    write_json(out / RUN_METADATA, _read(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
+    write_json(out / RUN_METADATA, PUBLISHED.read_json(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(
@@ -177,7 +179,7 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     Raises:
         DataError: an image is not in the file, the file is none of COCO's, or nothing says the server's category ids.
     """
-    source = _read(image_info)
+    source = PUBLISHED.read_json(image_info)
     try:
         ids = {image["file_name"]: int(image["id"]) for image in source["images"]}
         declared = [Category(int(row["id"]), str(row["name"])) for row in source.get("categories", [])]
@@ -203,15 +205,6 @@ def _ids_of_one_set(paths: ProfilePaths, image_info: Path) -> Sequence[Category]
             f"{len(categories)} by this project. Add the server's own `categories` (id, name) to the file."
         )
     return categories
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; run the graph up to coco-eval first: dvc repro.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
 def _facts(
@@ -242,7 +235,7 @@ def _facts(
         "decode": run.params.decode.model_dump(),
         "truncated_rate": number(trained["parse"]["truncated_rate"]),
         "metrics": table(["metric on val", f"{checkpoint} (95 % interval)", "base model"], rows),
-        "metadata": _read(run.paths.run(checkpoint) / RUN_METADATA),
+        "metadata": PUBLISHED.read_json(run.paths.run(checkpoint) / RUN_METADATA),
         "git": read_run_record(run.paths.run_record(checkpoint)).get("git", {"commit": None, "dirty": None}),
     }
 

@@ -5,17 +5,18 @@ pandas is loaded with the first log, so that a command that reads none starts fa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordexp.errors import DataError
+from coordexp.infra.foreign import Gate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 BIN_ERROR = "coord_diag/expected_bin_mae"  # mean |E[k] - target| in bins: comparable under any weights
+LOG = Gate("a log of one JSON object a line", DataError, "If the log was cut, run the stage again.")
 END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the rows
 
 
@@ -38,18 +39,12 @@ def read_rows(path: Path, columns: Set[str] = frozenset(), *, growing: bool = Fa
 
     Of a file that is `growing`, a last line without its end is left out: it is being written.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if growing and lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [_row(line, columns, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+    lines = [(where, line) for where, line in LOG.lines(path) if line.endswith(b"\n") or not growing]
+    return [_row(LOG.parse_json(line, where), columns, where) for where, line in lines]
 
 
-def _row(line: str, columns: Set[str], where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}); the log was cut. Run the stage again.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+def _row(row: Any, columns: Set[str], where: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise DataError(f"{where}: expected a JSON object with an integer `step`.")
     if missing := columns - row.keys():
         raise DataError(f"{where}: lacks {', '.join(sorted(missing))}. Run the stage again.")

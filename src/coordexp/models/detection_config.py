@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from coordexp.config.block import Text
 from coordexp.config.schema import BoxRule, ScoreName, TextParams
 from coordexp.errors import CheckpointError
+from coordexp.infra.foreign import first_fault
 from coordexp.infra.provenance import write_json
+from coordexp.models.folder import CHECKPOINT
 from coordexp.records.mixing import MAX_CLOSED_NAMES
 from coordexp.records.schema import Record
 from coordexp.text.vocabulary import CoordVocabulary
@@ -73,22 +75,20 @@ def read_detection_config(folder: Path, coordinates: CoordVocabulary | None) -> 
             tokenizer with coordinate tokens, whose codec nobody could know.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         if coordinates is None:
             return BASE
         raise CheckpointError(
             f"{path}: missing beside a tokenizer with coordinate tokens, so it is not known in which codec this model "
             "answers. Run the stage that writes the checkpoint again, or write the file as docs/api.md shows."
         )
+    CHECKPOINT.read_object(path)  # JSON that means one thing; pydantic alone takes two equal keys
     try:
         config = DetectionConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        faults = sorted(error.errors(), key=lambda fault: fault["loc"] != ("version",))  # explains all others
-        key, found = ".".join(map(str, faults[0]["loc"])), faults[0]["input"]
-        where = f"{key}: found {found!r:.60}: " if key else ""
         raise CheckpointError(
-            f"{path}: {where}{faults[0]['msg']}. Copy the file again from where the weights come from; if that is a "
-            "newer version of coordexp, use that one."
+            f"{path}: {first_fault(error.errors())}. Copy the file again from where the weights come from; if that "
+            "is a newer version of coordexp, use that one."
         ) from error
     if config.coordinates != coordinates:
         raise CheckpointError(

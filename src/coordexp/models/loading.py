@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,15 +24,38 @@ from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import AUTO, choose_device, inference_plan
 from coordexp.infra.files import os_error
+from coordexp.infra.foreign import shown
 from coordexp.infra.provenance import answer_files, file_hash
 from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
+from coordexp.models.folder import (
+    CHECKPOINT,
+    GENERATION,
+    GenerationFile,
+    RunMetadata,
+    TokenizerConfigFile,
+    TokenizerFile,
+    check_fits,
+    checked,
+    faults_of,
+    read_config,
+    weight_shapes,
+)
 from coordexp.models.processor import read_pixel_spec, write_processor_files
 from coordexp.packing.collator import Collator
 from coordexp.packing.pixels import PixelSpec
+from coordexp.text.prompts import IMAGE_TOKEN, question_ids
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 MODEL_TYPE = Qwen3VLConfig.model_type
+# Beside tokenizer.json, what a tokenizer may be made from.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +122,9 @@ def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> 
 def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelFormat:
     """Everything of a checkpoint but the weights; arguments and errors as of `load_checkpoint`."""
     check_config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
     _check_hashes(folder)
     form = read_format(folder)
+    check_fits(folder, read_config(folder), weight_shapes(folder))
     low = form.pixels.min_pixels if min_pixels is None else min_pixels
     high = form.pixels.max_pixels if max_pixels is None else max_pixels
     return replace(form, pixels=replace(form.pixels, min_pixels=low, max_pixels=high))
@@ -113,16 +134,20 @@ def read_format(folder: Path) -> ModelFormat:
     """As `load_format`, of a folder whose weights may be missing or others than training wrote."""
     check_config(folder)
     transformers_logging.disable_progress_bar()
-    tokenizer = _load_tokenizer(folder)
+    config, tokenizer = read_config(folder), _load_tokenizer(folder)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
-    config = Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+    if (last := max(tokenizer.get_vocab().values())) >= config.to_dict()["text_config"]["vocab_size"]:
+        CHECKPOINT.refuse(str(folder), f"its tokenizer has the id {last}, beyond the vocabulary of config.json")
+    if (folder / GENERATION).exists():
+        checked(folder / GENERATION, GenerationFile)
+    _check_template(folder, tokenizer)
     pixels, detection = read_pixel_spec(folder, config), read_detection_config(folder, coord)
     return ModelFormat(tokenizer=tokenizer, pixels=pixels, detection=detection)
 
 
 def vocabulary_size(folder: Path) -> int:
     """How many token ids the model of a checkpoint can emit: its tables may have more rows than there are tokens."""
-    return int(Qwen3VLConfig.from_pretrained(folder, local_files_only=True).to_dict()["text_config"]["vocab_size"])
+    return int(read_config(folder).to_dict()["text_config"]["vocab_size"])
 
 
 def _with_model(folder: Path, form: ModelFormat, dtype: torch.dtype) -> Checkpoint:
@@ -138,14 +163,11 @@ def check_config(folder: Path) -> None:
                 f"{folder}: no {name}; expected a Hugging Face checkpoint folder. Run the stage that writes it."
             )
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy the checkpoint again.") from error
-    found = config.get("model_type") if isinstance(config, dict) else None
+    config = CHECKPOINT.read_object(path)
+    found = config.get("model_type")
     if found != MODEL_TYPE:
         raise CheckpointError(
-            f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
+            f"{path}: model_type is {found!r:.60}, expected {MODEL_TYPE!r}. Only Qwen3-VL checkpoints can be loaded."
         )
     if quantised := config.get("quantization_config"):
         raise CheckpointError(
@@ -157,7 +179,7 @@ def check_config(folder: Path) -> None:
 def _check_hashes(folder: Path) -> None:
     """Compare the files with the hashes that training recorded; a checkpoint from elsewhere records none."""
     path = folder / RUN_METADATA
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.is_file() else {}
+    recorded = checked(path, RunMetadata).files if path.exists() else {}
     for name, expected in recorded.items():
         found = file_hash(folder / name) if (folder / name).is_file() else "no file"
         if found != expected:
@@ -173,24 +195,26 @@ def checkpoint_hashes(folder: Path) -> dict[str, str]:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            CHECKPOINT.read_json(folder / name)
+    checked(folder / "tokenizer_config.json", TokenizerConfigFile)
+    has_file = (folder / "tokenizer.json").exists()
+    file = checked(folder / "tokenizer.json", TokenizerFile) if has_file else None
+    if file:
+        _check_added_tokens(folder / "tokenizer.json", file)
+    remedy = "Expected tokenizer files of Qwen3-VL that need no code of their own. " + CHECKPOINT.remedy
+    with faults_of(folder, "the tokenizer cannot be loaded", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({error!r}). Expected tokenizer files of Qwen3-VL that need no "
-            "code of their own; take them from the checkpoint that the model came from."
-        ) from error
-    _check_added_tokens(folder / "tokenizer.json")
+    _check_special_tokens(folder / "tokenizer_config.json", tokenizer, file)
     return tokenizer
 
 
-def _check_added_tokens(path: Path) -> None:
+def _check_added_tokens(path: Path, file: TokenizerFile) -> None:
     """Refuse a token with two ids: which one a library takes is its own affair, and no two agree."""
-    if not path.is_file():
-        return
-    tokens = [token["content"] for token in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]]
+    tokens = [token.content for token in file.added_tokens]
     twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
     if twice:
         raise CheckpointError(
@@ -199,11 +223,30 @@ def _check_added_tokens(path: Path) -> None:
         )
 
 
+def _check_special_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, file: TokenizerFile | None) -> None:
+    """Refuse a role for a token that the vocabulary lacks: transformers would give it a new id, of no embedding."""
+    if tokenizer.pad_token is None:
+        CHECKPOINT.refuse(str(path), "names no pad_token")
+    known = {token.content for token in file.added_tokens} | set(file.model.vocab) if file else tokenizer.get_vocab()
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if (token := getattr(tokenizer, role)) is not None and token not in known:
+            CHECKPOINT.refuse(str(path), f"{role} is {shown(token)}, which tokenizer.json lacks")
+
+
+def _check_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render a question once, as each picture's will be."""
+    with faults_of(folder, "a question cannot be put by the chat template"):
+        ids, pads = question_ids(tokenizer, "a"), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if (count := int((ids == pads).sum())) != 1:
+        CHECKPOINT.refuse(str(folder), f"its chat template gives a question {count} places for an image, not one")
+
+
 def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     """The model, every weight of which came from the files: transformers alone would draw missing ones at random."""
     model: Qwen3VLForConditionalGeneration
     info: dict[str, Iterable[Any]]
-    try:
+    remedy = "Copy the checkpoint again, or run the stage that writes it."
+    with faults_of(folder, "the model cannot be built from its config.json and safetensors weights", remedy):
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(  # type: ignore[misc]  # untyped: gives a pair here
             folder,
             dtype=dtype,
@@ -213,11 +256,6 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: the safetensors weights are incomplete or damaged ({error}). Copy the checkpoint again, or run "
-            "the stage that writes it."
-        ) from error
     lost = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if lost:
         raise CheckpointError(

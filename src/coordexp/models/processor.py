@@ -5,7 +5,6 @@ The files are those of transformers, so that `AutoProcessor` and vLLM see the pi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,7 +13,9 @@ from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from coordexp.errors import CheckpointError
+from coordexp.infra.foreign import shown
 from coordexp.infra.provenance import write_json
+from coordexp.models.folder import CHECKPOINT
 from coordexp.packing.pixels import PIXEL_MEAN, PIXEL_STD, PixelSpec
 
 IMAGE_FILE = "preprocessor_config.json"
@@ -70,8 +71,8 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     high = limits.get("longest_edge", block.get("max_pixels"))
     if not (_is_count(low) and _is_count(high)) or low > high:
         raise CheckpointError(
-            f"{path}: smallest and largest area of a picture are {low!r} and {high!r} pixels (size.shortest_edge, "
-            f"size.longest_edge), expected whole numbers with 1 <= smallest <= largest. {_REMEDY}"
+            f"{path}: smallest and largest area of a picture are {shown(low)} and {shown(high)} (size.shortest_edge, "
+            f"size.longest_edge), expected whole numbers of pixels with 1 <= smallest <= largest. {_REMEDY}"
         )
     spec = pixel_spec(config, low, high)
     expected = {
@@ -83,7 +84,9 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     }
     for key, value in expected.items():
         if block.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {block[key]!r}, expected {value!r}, as its config.json. {_REMEDY}")
+            raise CheckpointError(
+                f"{path}: {key} is {shown(block[key])}, expected {value!r}, as its config.json. {_REMEDY}"
+            )
     return spec
 
 
@@ -93,13 +96,10 @@ _REMEDY = "Take the processor files from the folder that the weights come from."
 def _image_block(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     for name in (IMAGE_FILE, PROCESSOR_FILE):
         path = folder / name
-        if not path.is_file():
+        if not path.exists():
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}). {_REMEDY}") from error
-        block = content.get("image_processor", content) if isinstance(content, dict) else None
+        content = CHECKPOINT.read_object(path)
+        block = content.get("image_processor", content)
         if not isinstance(block, dict):
             raise CheckpointError(f"{path}: no settings of an image processor, expected an object. {_REMEDY}")
         if name == IMAGE_FILE or "image_processor" in content:

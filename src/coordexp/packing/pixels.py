@@ -9,7 +9,7 @@ Shapes: H, W resized image; p patch size, m merge size, t = 2 temporal patch; P 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ class PixelSpec:
     def factor(self) -> int:
         """Sides of the resized image are multiples of this (patch x merge)."""
         return self.patch_size * self.merge_size
+
+    def within(self, min_pixels: int, max_pixels: int) -> PixelSpec:
+        """The same format with other limits of the area."""
+        return replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def tokens(self, width: int, height: int) -> int:
         """Visual tokens of a resized image."""

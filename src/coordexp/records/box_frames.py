@@ -7,15 +7,29 @@ frame are lost, or clipped to something that is no object; other readings of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-from coordexp.geometry.boxes import Box
+from coordexp.config.formats import BoxForm
+
+if TYPE_CHECKING:
+    from coordexp.records.sources.base import SourceObject
 
 FITS = 0.99  # fraction of the boxes that another reading must explain
 FAR_OUT = 0.2  # fraction of the boxes that reach out of their pictures; amodal annotation alone stays below
 TOLERANCE = 0.02  # fraction of a side by which a box may reach out of its picture
 TOLERANCE_PX = 2.0
 EXAMPLES = 3
+SMALL_SIDE_PX = 900  # boxes in thousandths of the sides soon reach beyond it
+FEW = 10  # boxes that all lie inside their small pictures by chance, though they are thousandths
+_KEY = "source.sets.<name>.boxes"
+_WORDS: dict[BoxForm, str] = {
+    "fractions": "fractions of the picture (0..1)",
+    "thousandths": "thousandths of the picture (0..1000)",
+    "pixels": "pixels",
+    "corners": "x1, y1, x2, y2",
+    "from_0": "pixels counted from 0",
+}
 
 
 @dataclass(slots=True)
@@ -27,27 +41,50 @@ class BoxFrames:
     as_corners: int = 0  # x, y, width, height would be corners inside the picture
     as_thousandths: int = 0
     as_fractions: int = 0
+    as_percent: int = 0
     as_pixels: int = 0  # in a format of fractions
+    in_small: int = 0  # in a format of thousandths, in a picture of short sides
+    as_pixels_in_small: int = 0  # of those, inside of it if they are pixels
+    from_0: int = 0  # begin before the first pixel, by the one that the format does not count
+    in_units: int = 0  # are read as fractions or thousandths
     examples: list[str] = field(default_factory=list)  # the first of those that reach out
 
-    def add(self, box_xyxy: Box, width: int, height: int, in_unit_frame: bool, shown: Callable[[], str]) -> None:
-        """Count a box: pixels, or fractions of width and height. `shown` says in words which one it is."""
-        x1, y1, x2, y2 = box_xyxy
-        right, bottom = (1.0, 1.0) if in_unit_frame else (width, height)
-        slack = 0.0 if in_unit_frame else TOLERANCE_PX
-        slack_x, slack_y = max(slack, TOLERANCE * right), max(slack, TOLERANCE * bottom)
-        self.boxes += 1
-        if x2 > right + slack_x or y2 > bottom + slack_y or x1 < -slack_x or y1 < -slack_y:
-            self.beyond += 1
-            if len(self.examples) < EXAMPLES:
-                self.examples.append(shown())
-        if in_unit_frame:
-            self.as_pixels += 1 < x2 <= width + TOLERANCE_PX and 1 < y2 <= height + TOLERANCE_PX
+    def add(self, obj: SourceObject, width: int, height: int, shown: Callable[[], str]) -> None:
+        """Count the box of an object. `shown` says in words which one it is."""
+        if obj.box_xyxy is None:
             return
-        w, h = x2 - x1, y2 - y1
-        self.as_corners += x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
-        self.as_thousandths += x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
-        self.as_fractions += x2 <= 1.5 and y2 <= 1.5  # a center with width and height ends before 1.5
+        x1, y1, x2, y2 = obj.box_xyxy
+        units = obj.side_units
+        right, bottom = (width, height) if units is None else (units, units)
+        slack_x, slack_y = TOLERANCE * right, TOLERANCE * bottom
+        if units is None:
+            slack_x, slack_y = max(TOLERANCE_PX, slack_x), max(TOLERANCE_PX, slack_y)
+        self.boxes += 1
+        is_beyond = x2 > right + slack_x or y2 > bottom + slack_y or x1 < -slack_x or y1 < -slack_y
+        is_from_0 = obj.counts_from == 1 and -1 in (x1, y1)
+        self.beyond += is_beyond
+        self.from_0 += is_from_0
+        if (is_beyond or is_from_0) and len(self.examples) < EXAMPLES:
+            self.examples.append(shown())
+        is_inside = x2 <= width + TOLERANCE_PX and y2 <= height + TOLERANCE_PX
+        if units is not None:
+            self.in_units += 1
+            self.as_pixels += x2 > 1 and y2 > 1 and is_inside
+            if units == 1000 and max(width, height) <= SMALL_SIDE_PX:
+                self.in_small += 1
+                self.as_pixels_in_small += is_inside
+        else:
+            w, h = x2 - x1, y2 - y1
+            self.as_corners += x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
+        self.as_fractions += units != 1 and x2 <= 1.5 and y2 <= 1.5  # a center with width and height ends before 1.5
+        self.as_percent += units == 1 and x1 >= 0 and y1 >= 0 and x2 <= 101 and y2 <= 101
+        self.as_thousandths += units != 1000 and x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
+
+    def merge(self, other: BoxFrames) -> None:
+        """Add the counts of other boxes of the same split."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        del self.examples[EXAMPLES:]
 
     def cause(self) -> str:
         """What is likely wrong with the boxes, in words; empty if nothing can be told."""
@@ -58,18 +95,41 @@ class BoxFrames:
         return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: another unit, or sizes of other files"
 
     def other_reading(self) -> str:
-        """Which other reading explains the boxes, in words; empty if none does."""
+        """Which other reading explains the boxes, in words, and the key that chooses it; empty if none does."""
+        form = self.other_form()
+        if not form:
+            return ""
+        if form == "percent":
+            return "the boxes look like percent of the picture (0..100); fractions (0..1) are expected: divide by 100"
+        expected = "pixels"
+        if self.in_units:
+            expected = "fractions of the picture (0..1)" if form != "pixels" or not self.in_small else "thousandths"
+        if form == "corners":
+            expected = "x, y, width, height"
+        if form == "from_0":
+            expected = "pixels counted from 1"
+        verb = "is" if form == "corners" else "are"
+        return (
+            f"the boxes look like {_WORDS[form]}; {expected} {verb} expected. If they are, set {_KEY} to {form} "  # type: ignore[index]
+            f"(coordexp convert: --boxes {form})"
+        )
+
+    def other_form(self) -> BoxForm | str:
+        """The form of boxes that explains the numbers and is not the one in which they were read; empty if none."""
         enough = FITS * self.boxes
         if not self.boxes:
             return ""
         if self.as_fractions >= enough:
-            return "the boxes look like fractions of the picture (0..1); pixels are expected"
-        if self.beyond <= FAR_OUT * self.boxes:
-            return ""
-        if self.as_pixels >= enough:
-            return "the boxes look like pixels; fractions of the picture (0..1) are expected"
-        if self.as_corners >= enough:
-            return "the boxes look like x1, y1, x2, y2; x, y, width, height is expected"
-        if self.as_thousandths >= enough:
-            return "the boxes look like thousandths of the picture (0..1000); pixels are expected"
-        return ""
+            return "fractions"
+        if self.in_small >= max(FEW, enough) and self.as_pixels_in_small >= FITS * self.in_small:
+            return "pixels"
+        if self.beyond > FAR_OUT * self.boxes:
+            if self.as_pixels >= enough:
+                return "pixels"
+            if self.as_corners >= enough:
+                return "corners"
+            if self.as_percent >= enough:
+                return "percent"
+            if self.as_thousandths >= enough:
+                return "thousandths"
+        return "from_0" if self.from_0 else ""

@@ -5,7 +5,6 @@ LVIS also says how frequent a category is in its training images: "r" in at most
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coordexp.errors import DataError
+from coordexp.infra.foreign import Gate, shown
 from coordexp.records.descriptions import normalise_desc
 
 Split = Literal["train", "held_out"]
 Frequency = Literal["r", "c", "f"]
-_EXPECTED = "expected a categories.json, as `convert` writes it"
+CATEGORIES = Gate("a categories.json, as `convert` writes it", DataError, "Convert again, or name another file.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,9 @@ def read_categories(path: Path) -> tuple[Category, ...]:
     Raises:
         DataError: naming the entry that breaks this form.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); {_EXPECTED}.") from error
-    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
-        raise DataError(f"{path}: not JSON in UTF-8 ({error}); {_EXPECTED}.") from error
+    rows = CATEGORIES.read_json(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path}: found a {type(rows).__name__}; {_EXPECTED}: a list.")
+        CATEGORIES.refuse(str(path), f"found {shown(rows)}, not a list")
     return tuple(_category(row, f"{path}: entry {number}") for number, row in enumerate(rows))
 
 
@@ -75,5 +70,5 @@ def _category(row: object, where: str) -> Category:
             case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
                 return Category(id_, name, None, frequency)
     raise DataError(
-        f"{where} is {row!r}, expected an integer id, a name, split 'train' or 'held_out', frequency r, c or f."
+        f"{where} is {shown(row)}, expected an integer id, a name, split 'train' or 'held_out', frequency r, c or f."
     )

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
-from coordexp.config.profile import NO_SPLIT, DatasetConfig, Format, RecordsConfig
+from coordexp.config.formats import BoxForm, Format
+from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
@@ -28,12 +30,24 @@ from coordexp.records.losses import (
     refuse_empty,
     refuse_losses,
 )
-from coordexp.records.manifest import READERS, SPLITS, Watch, inspect_all, located, open_split, read_manifest
+from coordexp.records.manifest import (
+    READERS,
+    SPLITS,
+    Watch,
+    inspect_all,
+    located,
+    of_split,
+    open_split,
+    own_splits,
+    read_manifest,
+)
 from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
 from coordexp.records.names import refuse_clashes, respelled, settle_names
-from coordexp.records.policy import to_records
+from coordexp.records.policy import INCOMPLETE, to_records
 from coordexp.records.schema import Record, write_records
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFiles
+from coordexp.records.store import RecordStore
+from coordexp.records.twins import join_same_pictures
 
 # What `coordexp convert` does with the unusual; its options change `crowd` and `max_lost`.
 FILE_POLICIES = RecordsConfig(
@@ -57,7 +71,7 @@ class OpenedSet:
 class Converted:
     """Records by split, the categories that the files declare by set, and what was lost by split."""
 
-    splits: dict[str, list[Record]]
+    splits: dict[str, RecordStore]
     declared: dict[str, tuple[Category, ...]]
     problems: dict[str, list[Problem]]
     notes: list[str]  # names that were changed
@@ -68,7 +82,8 @@ class Converted:
 
     def sets(self) -> dict[str, dict[str, int]]:
         """Counts of records by set and split."""
-        return {name: {split: len(_of(rs, name)) for split, rs in self.splits.items()} for name in self.declared}
+        counts = {split: Counter(r.image.partition("/")[0] for r in rs) for split, rs in self.splits.items()}
+        return {name: {split: counts[split][name] for split in self.splits} for name in self.declared}
 
     def categories(self) -> list[Category]:
         """Every name that val may hold, and whether it is held out of training. One set keeps the ids of its file.
@@ -85,15 +100,21 @@ class Converted:
         names = sorted(found | {c.name for c in declared})
         return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
 
+    def named(self) -> list[Category]:
+        """Every declared name and every one that occurs; declared ones keep their ids."""
+        declared = {c.name: c for categories in self.declared.values() for c in categories}
+        found = {o.desc for records in self.splits.values() for r in records for o in r.objects}
+        free = count(max((c.id for c in declared.values()), default=0) + 1)
+        return [*declared.values(), *(Category(next(free), name) for name in sorted(found - declared.keys()))]
+
     def summary(self) -> list[str]:
         """What is there, examples of what was not kept, and counts of it by reason: a line each."""
-        records = [r for split in self.splits.values() for r in split]
         problems = [p for split in self.problems.values() for p in split]
-        objects = [o for r in records for o in r.objects]
-        crowds = sum(1 for o in objects if o.metadata.get("iscrowd"))
-        n_lost, counts = sum(p.reason not in NOTHING_LOST for p in problems), by_reason(problems)
+        n_records = sum(map(len, self.splits.values()))
+        crowds = [bool(o.metadata.get("iscrowd")) for rs in self.splits.values() for r in rs for o in r.objects]
+        n_lost, counts = sum(p.reason not in NOTHING_LOST | {INCOMPLETE} for p in problems), by_reason(problems)
         return [
-            f"{len(records)} images, {len(objects)} objects, {crowds} of them crowd regions",
+            f"{n_records} images, {len(crowds)} objects, {sum(crowds)} of them crowd regions",
             *(f"  {example}" for example in examples(problems)),
             *(f"  {note}" for note in self.notes),
             f"dropped: {n_lost} boxes{', ' if counts else ''}{counts}",
@@ -134,12 +155,25 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     settled = settle_names({name: list(splits.values()) for name, splits in found.items()})
     refuse_clashes(settled)
     result = Converted({}, settled.categories, {}, settled.notes())
+    content = {f"{name}/{f.name}": f.sha256 for name, a in opened.items() for f in a.facts.values()}
+    conflicts: list[str] = []
     for split in SPLITS:
-        of_split = [splits[split] for splits in found.values() if split in splits]
-        result.splits[split] = respelled((r for part in of_split for r in part.records), settled.spelling)
-        result.problems[split] = [p for part in of_split for p in part.problems]
-        if of_split and not result.splits[split]:
+        parts_of = [splits[split] for splits in found.values() if split in splits]
+        records = RecordStore(respelled((r for part in parts_of for r in part.records), settled.spelling))
+        for part in parts_of:
+            part.records = RecordStore()
+        joined = join_same_pictures(records, content, config.same_picture)
+        result.splits[split] = joined.records
+        result.problems[split] = [p for part in parts_of for p in part.problems] + joined.problems
+        conflicts += joined.conflicts
+        if parts_of and not result.splits[split]:
             raise DataError(f"no {split} record is left; the drops are {result.drops()[split]}.")
+    if conflicts:
+        shown = "".join(f"\n  {conflict}" for conflict in conflicts[:SHOWN])
+        raise DataError(
+            f"{len(conflicts)} pictures are annotated more than once and contradict themselves:{shown}\n"
+            "Remove the wrong ones, or set records.same_picture to first (keeps the first record of a picture) or keep."
+        )
     return result
 
 
@@ -152,33 +186,38 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     """
     sets, facts = read_manifest(raw)
     opened = {
-        name: OpenedSet(_readings(dataset, config), facts[name], dataset.prompt) for name, dataset in sets.items()
+        name: OpenedSet(_readings(dataset, config, facts[name]), facts[name], dataset.prompt)
+        for name, dataset in sets.items()
     }
     result = convert_sets(opened, config, seed)
     content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
     val = result.splits["val"]
     train = _without_overlap(result, content, config)
-    names = {name: _names(result.declared[name], _of([*train, *val], name)) for name in sets}
+    names = {name: _names(result.declared[name], _of(chain(train, val), name)) for name in sets}
     is_single = len(sets) == 1
     train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
-    weighted = [r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed)]
+    weighted = (r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed))
     splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
     result.splits = {}
     for split, records in splits.items():
         of_set = ((r, r.image.partition("/")[0]) for r in records)
-        result.splits[split] = [
+        result.splits[split] = RecordStore(
             with_prompt(r, sets[name].prompt, names[name], config, seed, split == "train") for r, name in of_set
-        ]
+        )
     refuse_empty(result.splits)
     return result
 
 
-def _readings(dataset: DatasetConfig, config: RecordsConfig) -> dict[str, Reading]:
-    readings = {split: open_split(dataset, split, polygons=config.polygons == "keep") for split in SPLITS}
-    return {split: reading for split, reading in readings.items() if reading}
+def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str, ImageFacts]) -> dict[str, Reading]:
+    opened = {split: open_split(dataset, split, polygons=config.polygons == "keep") for split in SPLITS}
+    return {
+        split: of_split(reading, dataset, split, facts, config.val_fraction)
+        for split, reading in opened.items()
+        if reading
+    }
 
 
-def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> list[Record]:
+def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> RecordStore:
     """The training records whose picture val does not hold; the others become problems."""
     shared = overlap(result.splits["train"], result.splits["val"], content)
     if shared and config.overlap == "error":
@@ -188,11 +227,11 @@ def _without_overlap(result: Converted, content: Mapping[str, str], config: Reco
             "nothing. Remove them, or set records.overlap to drop_train."
         )
     result.problems["train"] += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
-    return [r for r in result.splits["train"] if r.image not in shared]
+    return RecordStore(r for r in result.splits["train"] if r.image not in shared) if shared else result.splits["train"]
 
 
-def _of(records: Iterable[Record], name: str) -> list[Record]:
-    return [r for r in records if r.image.startswith(f"{name}/")]
+def _of(records: Iterable[Record], name: str) -> Iterator[Record]:
+    return (r for r in records if r.image.startswith(f"{name}/"))
 
 
 def _names(declared: Iterable[Category], records: Iterable[Record]) -> list[str]:
@@ -206,6 +245,7 @@ def convert_file(
     images: Path,
     split: str,
     config: RecordsConfig = FILE_POLICIES,
+    boxes: BoxForm = "format",
     watch: Watch = lambda found, total: found,
 ) -> Converted:
     """Convert one annotation file outside of a profile; images are named as below their folder.
@@ -216,6 +256,7 @@ def convert_file(
         images: the folder that file names start from.
         split: "train" or "val": which part of a file that holds both.
         config: what to do with the unusual.
+        boxes: what the numbers of a box are.
         watch: passes the facts of images on, and may show how far it is of how many.
 
     Raises:
@@ -226,11 +267,12 @@ def convert_file(
     files = SplitFiles(
         root, annotations.absolute().relative_to(root).as_posix(), below, split, config.polygons == "keep"
     )
-    reading, names = READERS[fmt](files).loaded()
+    names = {str(image.file_name) for image in READERS[fmt](files).images}
     facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    reading = READERS[fmt](files).with_boxes(boxes)
     result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0)
     prefix = f"{annotations.name}/" if below == "." else f"{annotations.name}/{below}/"
-    result.splits = {split: [replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split]]}
+    result.splits = {split: RecordStore(replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split])}
     return result
 
 
@@ -250,12 +292,22 @@ def _sample_set(dataset: DatasetConfig, config: RecordsConfig, folder: Path, cou
     folder.mkdir(parents=True)
     (folder / SAMPLE_IMAGES).symlink_to(root, target_is_directory=True)
     files = dict.fromkeys(SPLITS, NO_SPLIT)
-    for split, reading in _readings(dataset, config).items():
+    if dataset.val == AUTO_SPLIT:
+        files["val"] = AUTO_SPLIT
+    for split in own_splits(dataset):
+        if not (reading := open_split(dataset, split, polygons=config.polygons == "keep")):
+            continue
         chosen, names = replace(reading, images=sorted(reading.images, key=_digest)[:count], problems=[]).loaded()
         facts = inspect_all(root, names, decode=True, workers=4)
         files[split] = f"{split}.jsonl"
         write_records(folder / files[split], to_records(chosen, facts, config, split).records)
-    changes = {"format": "jsonl", "root": str(folder), "train_images": SAMPLE_IMAGES, "val_images": SAMPLE_IMAGES}
+    changes = {
+        "format": "jsonl",
+        "boxes": "format",
+        "root": str(folder),
+        "train_images": SAMPLE_IMAGES,
+        "val_images": SAMPLE_IMAGES,
+    }
     return dataset.model_copy(update=changes | files)
 
 

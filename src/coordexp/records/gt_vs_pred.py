@@ -7,16 +7,41 @@ identity of model, prompt and decode settings. Boxes are float pixels xyxy, neve
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box
 from coordexp.infra.files import replacing
-from coordexp.records.schema import checked_area_px2, checked_flag
+from coordexp.infra.foreign import Gate, first_fault
+from coordexp.records.schema import LARGEST_AREA_PX2, as_flag
+
+GT_VS_PRED = Gate("a gt_vs_pred line, as decoding writes it", DataError, "If the file was cut or edited, decode again.")
+LARGEST_PX = 1e9  # of a coordinate: beyond it areas are no numbers
+
+
+def _ordered(box: Box) -> Box:
+    x1, y1, x2, y2 = box
+    if x2 < x1 or y2 < y1 or max(map(abs, box)) > LARGEST_PX:
+        raise ValueError("expected pixels [x1, y1, x2, y2] with x2 >= x1 and y2 >= y1")
+    return box
+
+
+def _flag(value: object) -> bool:
+    if (flag := as_flag(value)) is None:
+        raise ValueError("expected 0 or 1")
+    return flag
+
+
+# What the annotations say beyond the type is checked where a line is read, not where one is made.
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Bin = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+OrderedBox = Annotated[Box, AfterValidator(_ordered)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +49,9 @@ class GroundTruth:
     """One annotated object; `area_px2` is the annotated area (the mask's), None where only the box's is known."""
 
     desc: str
-    bbox_xyxy_px: tuple[float, float, float, float]
-    iscrowd: bool = False
-    area_px2: float | None = None
+    bbox_xyxy_px: OrderedBox
+    iscrowd: Annotated[bool, BeforeValidator(_flag)] = False
+    area_px2: Annotated[float, Field(ge=0, le=LARGEST_AREA_PX2)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +69,13 @@ class Prediction:
     """
 
     desc: str
-    bbox_xyxy_px: Box
-    bins: tuple[int, int, int, int] | None = None
+    bbox_xyxy_px: OrderedBox
+    bins: tuple[Bin, Bin, Bin, Bin] | None = None
     coord_logprobs: tuple[float, float, float, float] | None = None
     desc_logprob: float | None = None
     score: float | None = None
     coord_sd_bins: tuple[float, float, float, float] | None = None
-    boxes_xyxy_px: dict[str, Box] = field(default_factory=dict)
+    boxes_xyxy_px: dict[str, OrderedBox] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,9 +83,11 @@ class Prediction:
 class ParseReport:
     """What the strict parser did with one answer; the sum of `dropped` is the number of dropped objects."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     container_found: bool
-    n_valid: int
-    dropped: dict[str, int] = field(default_factory=dict)
+    n_valid: Count
+    dropped: dict[str, Count] = field(default_factory=dict)
     truncated: bool = False
 
     @property
@@ -76,20 +103,20 @@ class ImageResult:
     A detector that does not answer in text has no text and no `parse`.
     """
 
-    image_id: int
+    image_id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     image: str
-    width: int
-    height: int
+    width: Size
+    height: Size
     gt: tuple[GroundTruth, ...]
     pred: tuple[Prediction, ...]
     raw_text: str = ""
     parse: ParseReport | None = None
     finish_reason: str = "stop"  # end token; or "length": token budget
-    n_generated_tokens: int = 0
+    n_generated_tokens: Count = 0
     identity: dict[str, str] = field(default_factory=dict)  # short hashes: model, prompt, decode
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON value; inverse of `result_from_json`."""
+        """Plain JSON value; inverse of `read_results`."""
         row = asdict(self)
         for obj in row["gt"]:
             if obj["area_px2"] is None:
@@ -97,86 +124,27 @@ class ImageResult:
         return row
 
 
-def result_from_json(row: dict[str, Any], where: str) -> ImageResult:
-    """Rebuild one line.
-
-    Raises:
-        DataError: naming `where`: a key is missing, a box is not finite or not ordered, or an area cannot be one.
-    """
-    try:
-        gt = tuple(
-            GroundTruth(
-                desc=o["desc"],
-                bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
-                iscrowd=checked_flag(o.get("iscrowd"), f"{where}: gt[{i}].iscrowd"),
-                area_px2=checked_area_px2(o.get("area_px2"), f"{where}: gt[{i}]"),
-            )
-            for i, o in enumerate(row["gt"])
-        )
-        pred = tuple(
-            Prediction(
-                desc=o["desc"],
-                bbox_xyxy_px=_box(o["bbox_xyxy_px"], where),
-                bins=_optional_tuple(o.get("bins")),
-                coord_logprobs=_optional_tuple(o.get("coord_logprobs")),
-                desc_logprob=o.get("desc_logprob"),
-                score=o.get("score"),
-                coord_sd_bins=_optional_tuple(o.get("coord_sd_bins")),
-                boxes_xyxy_px={rule: _box(box, where) for rule, box in o.get("boxes_xyxy_px", {}).items()},
-                scores=dict(o.get("scores", {})),
-            )
-            for o in row["pred"]
-        )
-        return ImageResult(
-            image_id=int(row["image_id"]),
-            image=row["image"],
-            width=int(row["width"]),
-            height=int(row["height"]),
-            gt=gt,
-            pred=pred,
-            raw_text=row.get("raw_text", ""),
-            parse=None if row.get("parse") is None else ParseReport(**row["parse"]),
-            finish_reason=row.get("finish_reason", "stop"),
-            n_generated_tokens=int(row.get("n_generated_tokens", 0)),
-            identity=dict(row.get("identity", {})),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{where}: not a gt_vs_pred line ({error!r}); it needs the keys that `rollout` writes."
-        ) from error
-
-
-def _optional_tuple(values: Any) -> Any:
-    return None if values is None else tuple(values)
-
-
-def _box(values: Any, where: str) -> Box:
-    box = tuple(float(v) for v in values)
-    if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
-        raise DataError(
-            f"{where}: box {values!r}, expected four finite pixels [x1, y1, x2, y2] with x2 >= x1 and y2 >= y1."
-        )
-    return box
+_LINE = TypeAdapter(ImageResult)
 
 
 def read_results(path: Path) -> Iterator[ImageResult]:
-    """Yield the lines of a gt_vs_pred file; refuses an empty file, a broken line and a repeated image id."""
+    """Yield the lines of a gt_vs_pred file.
+
+    Raises:
+        DataError: naming file, line and key: a value is missing or of another type, a box is not finite or not ordered,
+            an image id is there twice; or the file is empty, or none.
+    """
     seen: set[int] = set()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                cut = "" if line.endswith(b"\n") else "the last line is cut: "
-                raise DataError(
-                    f"{where}: {cut}not valid JSON ({error}); the file was cut or edited. Decode again."
-                ) from error
-            result = result_from_json(row, where)
-            if result.image_id in seen:
-                raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")
-            seen.add(result.image_id)
-            yield result
+    for where, line in GT_VS_PRED.lines(path):
+        GT_VS_PRED.parse_json(line, where)  # JSON that means one thing; pydantic alone takes two equal keys
+        try:
+            result = _LINE.validate_json(line, strict=True)
+        except ValidationError as error:
+            GT_VS_PRED.refuse(where, first_fault(error.errors()), error)
+        if result.image_id in seen:
+            raise DataError(f"{where}: image id {result.image_id} appears twice; each image is evaluated once.")
+        seen.add(result.image_id)
+        yield result
     if not seen:
         raise DataError(f"{path}: no predictions in the file; expected one JSON line per image.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -54,6 +55,15 @@ def _images_of_folder(folder: Path) -> list[Path]:
             "Sub-folders are not searched; name them, or give a glob."
         )
     return images
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, linked folders included, except where a link leads back up."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if Path(place).resolve() in {parent.resolve() for parent in Path(place).parents}:
+            folders.clear()
+        else:
+            yield from (Path(place) / name for name in names)
 
 
 def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:

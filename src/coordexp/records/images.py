@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import struct
 import warnings
@@ -27,9 +26,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from coordexp.errors import DataError
+from coordexp.errors import DataError, PictureError
+from coordexp.infra.foreign import FileTooLargeError, Gate
 from coordexp.records.image_files import IMAGE_FORMATS
-from coordexp.records.shards import INDEX, RESTORE, ImageSource, ImageStream, find_source, open_source, shards_hash
+from coordexp.records.shards import (
+    INDEX,
+    RESTORE,
+    ImageSource,
+    ImageStream,
+    find_source,
+    open_source,
+    shards_hash,
+)
 
 # Pillow's own limit: above it a small file may unpack to gigabytes.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -43,6 +51,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(AssertionError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
+TOO_LARGE = (FileTooLargeError, Image.DecompressionBombError)
 _FORMATS = ", ".join(IMAGE_FORMATS)
 # EXIF orientation -> what turns the stored picture upright; the last four swap width and height.
 _TURNS = {
@@ -55,6 +64,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MANIFEST = "manifest.json"  # of a folder of data sets (records/manifest.py)
+MANIFESTS = Gate("the manifest of the raw stage", DataError, "Run it again: dvc repro --force --single-item raw.")
 _VIEW = re.compile(r"#(?:crop=(\d+),(\d+),(\d+),(\d+))?(&?flip)?$")
 
 
@@ -114,7 +124,7 @@ def read_record_rgb(image_root: Path, name: str) -> Image.Image:
 
 
 def record_sha256(image_root: Path, name: str) -> str:
-    """Hex digest of the bytes of the picture that a record names, whatever the view; raises DataError as `read_rgb`."""
+    """Hex digest of the bytes of the picture that a record names, whatever the view; raises as `read_rgb`."""
     return image_sha256(record_source(image_root, split_view(name)[0]))
 
 
@@ -122,7 +132,7 @@ def read_rgb(source: ImageSource) -> Image.Image:
     """Read an image file, or a picture in a shard, as upright 8-bit RGB.
 
     Raises:
-        DataError: naming the file: it is missing, no regular file, of no format that is read, too large, or broken.
+        PictureError: naming the file: it is missing, no regular file, of no format that is read, too large, or broken.
     """
     with open_image(source) as image:
         return _upright_rgb(image)
@@ -132,7 +142,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture in memory, converted as `read_rgb` converts the file that it may come from.
 
     Raises:
-        DataError: its pixels cannot be decoded, or have no known range.
+        PictureError: its pixels cannot be decoded, or have no known range.
     """
     with _named_errors(f"PIL image of mode {image.mode}"):
         _refuse_bombs(image)
@@ -144,14 +154,14 @@ def open_image(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image as it is stored; pixels are decoded on use.
 
     Raises:
-        DataError: as `read_rgb`, also for what decoding raises within the block.
+        PictureError: as `read_rgb`, also for what decoding raises within the block.
     """
     with _named_errors(str(source)), open_source(source) as handle, _decoder(handle) as image:
         yield image
 
 
 def image_sha256(source: ImageSource) -> str:
-    """Hex digest of an image's bytes; raises DataError naming the file if it is missing or no regular file."""
+    """Hex digest of an image's bytes; raises PictureError naming the file if it is missing or no regular file."""
     with _named_errors(str(source)), open_source(source) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -161,12 +171,14 @@ def _named_errors(what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{what}: no such file; expected an image. If a record names it: run the raw stage.") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{what}: {error}; split or shrink it.") from error
+        raise PictureError(
+            f"{what}: no such file; expected an image. If a record names it: run the raw stage."
+        ) from error
+    except TOO_LARGE as error:
+        raise PictureError(f"{what}: {error}; split or shrink it.") from error
     except UNREADABLE as error:
         reason = str(error) or type(error).__name__
-        raise DataError(
+        raise PictureError(
             f"{what}: cannot be read as an image ({reason}). Expected a whole {_FORMATS} file: restore or convert it."
         ) from error
 
@@ -253,7 +265,7 @@ def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
             return _inspect_content(handle, known, decode)
     except FileNotFoundError:
         return ImageFacts(name, problem="image_missing", detail=f"no file {source}")
-    except Image.DecompressionBombError as error:
+    except TOO_LARGE as error:
         return ImageFacts(**known, problem="image_too_large", detail=str(error))
     except UNREADABLE as error:
         return ImageFacts(**known, problem="image_unreadable", detail=f"{type(error).__name__}: {error}")
@@ -287,7 +299,7 @@ def unsafe_name(name: object) -> str:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """manifest.json of a folder of pictures; empty for one that holds its images itself."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return MANIFESTS.read_object(path) if path.is_file() else {}
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.records.box_frames import EXAMPLES
-from coordexp.records.policy import AREA_INVALID, RecordSet
+from coordexp.records.policy import AREA_INVALID, INCOMPLETE, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
 
@@ -23,10 +23,10 @@ NOTHING_LOST = frozenset({AREA_INVALID, "picture_repeated"})  # every object is 
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
 HARMLESS = NOTHING_LOST | {
     "crowd", "truncated", "over_max_objects", "record_over_max_objects", "image_in_val", "duplicate_object",
-    "phrase_missing",
+    "phrase_missing", "picture_left_out",
 }  # fmt: skip
 # These cost an image with all its annotations, as do those that begin with `image_`.
-_OF_IMAGES = frozenset({"record_invalid", "annotation_unreadable", "label_unreadable", "label_unused"})
+_OF_IMAGES = frozenset({INCOMPLETE, "record_invalid", "annotation_unreadable", "label_unreadable", "label_unused"})
 _REMEDY = "Mend the annotations, or allow more with records.max_lost (coordexp convert: --max-lost)."
 
 
@@ -50,7 +50,7 @@ def excessive_losses(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     lost = [p for p in found.problems if p.reason not in HARMLESS]
     images = [p for p in lost if _costs_an_image(p)]
     objects = [p for p in lost if not _costs_an_image(p)]
-    kept = sum(len(r.objects) for r in found.records)
+    kept = sum("lost" not in o.metadata for r in found.records for o in r.objects)
     checks = (
         _over_limit("too_many_lost", "annotations", objects, kept, config, found.frames.cause()),
         _over_limit("too_many_images_lost", "images", images, len(found.records), config, ""),
@@ -151,16 +151,24 @@ def _over_limit(
 
 
 def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
-    """Boxes that clipping leaves as boxes, although their numbers are of another frame."""
+    """Boxes that stay boxes although their numbers are of another frame."""
     frames = found.frames
-    if frames.beyond <= max(ALLOWED, config.max_lost * frames.boxes) or not frames.other_reading():
+    form = frames.other_form()
+    allowed = max(ALLOWED, config.max_lost * frames.boxes)
+    if form == "from_0":
+        count, message = frames.from_0, f"{frames.from_0} of {frames.boxes} boxes begin before the first pixel."
+        allowed = ALLOWED
+    elif form == "pixels" and not frames.beyond:
+        count = frames.in_small
+        message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."
+    elif form == "fractions":
+        count, message = frames.boxes, f"{frames.boxes} boxes are smaller than a pixel."
+    else:
+        count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
+    if not form or count <= allowed:
         return []
-    message = f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
-    return [
-        Excess(
-            "boxes_misread", frames.beyond, f"{_with_cause(message, frames.cause())} {_REMEDY}", tuple(frames.examples)
-        )
-    ]
+    message = f"{_with_cause(message, frames.cause())} {_REMEDY}"
+    return [Excess("boxes_misread", count, message, tuple(frames.examples))]
 
 
 def _with_cause(message: str, cause: str) -> str:

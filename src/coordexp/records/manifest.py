@@ -10,6 +10,7 @@ Records name an image `<set>/<path below the set's root>`; `record_source` leads
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,26 +21,47 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coordexp.config.profile import NO_SPLIT, DatasetConfig
+from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig
 from coordexp.errors import DataError
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import MANIFEST, ImageFacts, image_roots, inspect_image, manifest_of, unsafe_name
 from coordexp.records.shards import shards_hash
-from coordexp.records.sources import coco, jsonl, lvis, refcoco, visual_genome, voc, yolo
+from coordexp.records.sources import (
+    coco,
+    conversations,
+    cvat,
+    hub,
+    jsonl,
+    labelme,
+    lvis,
+    refcoco,
+    tables,
+    visual_genome,
+    voc,
+    yolo,
+)
 from coordexp.records.sources.base import Reader, Reading, SplitFiles
+from coordexp.records.sources.files import annotation_files
 
 READERS: dict[str, Reader] = {
     "coco": coco.read,
     "lvis": lvis.read,
     "objects365": coco.read_objects365,
+    "open_images": tables.read_open_images,
     "refcoco": refcoco.read,
     "visual_genome": visual_genome.read,
     "yolo": yolo.read,
     "voc": voc.read,
+    "labelme": labelme.read,
+    "cvat": cvat.read,
+    "csv": tables.read,
+    "hub": hub.read,
+    "conversations": conversations.read,
     "jsonl": jsonl.read,
 }
 IMAGES = "images.parquet"
+ANNOTATION_SUFFIXES = (".json", ".xml", ".parquet")  # of files that a folder or a glob of annotations means
 SPLITS = ("train", "val")
 
 Facts = dict[str, dict[str, ImageFacts]]  # set -> file name -> facts
@@ -57,11 +79,12 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
     facts: Facts = {}
     for name, config in sets.items():
         dataset = located(name, config)
-        readings = (open_split(dataset, split, polygons=False) for split in SPLITS)
+        readings = (open_split(dataset, split, polygons=False) for split in own_splits(dataset))
         names = {str(image.file_name) for reading in readings if reading for image in reading.images}
         facts[name] = inspect_all(Path(dataset.root), names, decode, workers)
         root = _relative_to(folder, Path(dataset.root))
-        described[name] = config.model_dump() | {"root": str(root)} | _summary(dataset, facts[name].values())
+        keys = config.model_dump(exclude_defaults=True) | {"root": str(root)}
+        described[name] = keys | _summary(dataset, facts[name].values())
     with replacing(folder / IMAGES) as temporary:
         pq.write_table(_table(facts), temporary, compression="zstd")
     manifest = {"sets": described, "images_hash": file_hash(folder / IMAGES)}
@@ -89,11 +112,49 @@ def _relative_to(folder: Path, root: Path) -> Path:
     return root.relative_to(folder.absolute()) if root.is_relative_to(folder.absolute()) else root
 
 
+def own_splits(dataset: DatasetConfig) -> list[str]:
+    """The splits that have annotations of their own."""
+    return [split for split in SPLITS if getattr(dataset, split) not in (NO_SPLIT, AUTO_SPLIT)]
+
+
 def open_split(dataset: DatasetConfig, split: str, polygons: bool = True) -> Reading | None:
-    """Read one split of a set that is `located`; None if it has no such split."""
+    """Read one split of a set that is `located`; None if it has no such split.
+
+    A val split that is taken from train is all of train; `of_split` leaves what belongs to it.
+    """
     if getattr(dataset, split) == NO_SPLIT:
         return None
-    return READERS[dataset.format](replace(split_files(dataset, split), polygons=polygons))
+    source = "train" if getattr(dataset, split) == AUTO_SPLIT else split
+    reading = READERS[dataset.format](replace(split_files(dataset, source), polygons=polygons))
+    return reading.with_boxes(dataset.boxes)
+
+
+def of_split(
+    reading: Reading, dataset: DatasetConfig, split: str, facts: Mapping[str, ImageFacts], val_fraction: float
+) -> Reading:
+    """The images that belong to a split, where val is taken from train: chosen by the content of each picture alone."""
+    if dataset.val != AUTO_SPLIT:
+        return reading
+    chosen = _chosen_for_val(facts, val_fraction)
+    images = (i for i in reading.images if (content_of(i.file_name, facts) in chosen) == (split == "val"))
+    # What the annotation file as a whole has lost is counted once.
+    return replace(reading, images=images, problems=reading.problems if split == "train" else [])
+
+
+def content_of(name: object, facts: Mapping[str, ImageFacts]) -> str:
+    """Hash of the content of an image; empty where that cannot be read."""
+    return facts[name].sha256 if isinstance(name, str) and name in facts else ""
+
+
+def _chosen_for_val(facts: Mapping[str, ImageFacts], fraction: float) -> set[str]:
+    """The contents with the smallest hashes: each one below the fraction; one at least, and never all."""
+    contents = sorted({f.sha256 for f in facts.values() if not f.problem}, key=_place_in_line)
+    below = sum(_place_in_line(content) < fraction for content in contents)
+    return set(contents[: min(max(below, 1), len(contents) - 1)])
+
+
+def _place_in_line(content: str) -> float:
+    return int.from_bytes(hashlib.sha256(f"val:{content}".encode()).digest()[:8], "big") / 2**64
 
 
 def split_files(dataset: DatasetConfig, split: str) -> SplitFiles:
@@ -119,14 +180,23 @@ def inspect_all(
 
 def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, Any]:
     known = list(facts)
-    used = [split for split in SPLITS if getattr(dataset, split) != NO_SPLIT]
     return {
-        "annotation_hashes": {split: file_hash(split_files(dataset, split).path) for split in used},
+        "annotation_hashes": {split: _annotation_hash(dataset, split) for split in own_splits(dataset)},
         "shards_hash": shards_hash(Path(dataset.root)),
         "images": len(known),
         "bytes": sum(f.n_bytes for f in known),
         "problems": dict(sorted(Counter(f.problem for f in known if f.problem).items())),
     }
+
+
+def _annotation_hash(dataset: DatasetConfig, split: str) -> str:
+    """Hash of the annotation file, or over all files where the key means several; empty if there is none."""
+    path = split_files(dataset, split).path
+    if path.is_file():
+        return file_hash(path)
+    found = annotation_files(path, ANNOTATION_SUFFIXES)
+    named = "".join(f"{p.relative_to(dataset.root)}:{file_hash(p)};" for p in found if p.exists())
+    return hashlib.sha256(named.encode()).hexdigest() if named else ""
 
 
 def _table(facts: Facts) -> pa.Table:
@@ -147,13 +217,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
         raise DataError(f"{folder / MANIFEST}: describes no data sets; run the raw stage of this profile.")
     sets: dict[str, DatasetConfig] = {}
     for name, row in described.items():
-        keys = {key: row[key] for key in DatasetConfig.model_fields} | {"root": str(image_roots(folder)[name])}
+        keys = {key: row[key] for key in DatasetConfig.model_fields if key in row}
+        keys["root"] = str(image_roots(folder)[name])
         sets[name] = DatasetConfig.model_validate(keys)
         for split, digest in row["annotation_hashes"].items():
-            path = split_files(sets[name], split).path
-            if not path.is_file() or file_hash(path) != digest:
+            path, found = split_files(sets[name], split).path, _annotation_hash(sets[name], split)
+            if found != digest:
                 raise DataError(
-                    f"{path}: {'changed' if path.is_file() else 'gone'} since the raw stage looked at set {name!r}; "
+                    f"{path}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
     facts: Facts = {name: {} for name in sets}

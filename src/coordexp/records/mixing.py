@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from coordexp.config.profile import RecordsConfig
 from coordexp.errors import ConfigError, DataError
 from coordexp.records.augment import augment
 from coordexp.records.schema import Record
+from coordexp.records.store import RecordStore
 
 # A longer list costs more tokens than the picture.
 MAX_CLOSED_NAMES = 200
@@ -23,7 +24,7 @@ MAX_CLOSED_NAMES = 200
 
 def split_dev(
     records: Iterable[Record], dev_images: int, content: Mapping[str, str]
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[RecordStore, RecordStore]:
     """(train, dev): the `dev_images` pictures whose name has the smallest hash become dev, with all their records.
 
     The choice depends on each picture alone: adding some to the source moves few others between splits.
@@ -33,61 +34,56 @@ def split_dev(
         dev_images: how many pictures to take.
         content: image -> hash of its file. One picture under two names stays in one split, chosen by the first name.
     """
-    listed = sorted(records, key=lambda r: r.image)
+    stored = RecordStore(records)
+    names = [r.image for r in stored]
+    order = sorted(range(len(names)), key=names.__getitem__)
     name_of: dict[str, str] = {}
-    for record in listed:
-        name_of.setdefault(content[record.image], record.image)
+    for i in order:
+        name_of.setdefault(content[names[i]], names[i])
     ranked = sorted(name_of, key=lambda c: hashlib.sha256(name_of[c].encode()).digest())
     if dev_images >= len(ranked):
         raise DataError(
             f"records.dev_images is {dev_images} of {len(ranked)} training images; leave some for training."
         )
     dev = set(ranked[:dev_images])
-    return [r for r in listed if content[r.image] not in dev], [r for r in listed if content[r.image] in dev]
+    return (
+        RecordStore(stored[i] for i in order if content[names[i]] not in dev),
+        RecordStore(stored[i] for i in order if content[names[i]] in dev),
+    )
 
 
-def overlap(train: Sequence[Record], val: Sequence[Record], content: Mapping[str, str]) -> dict[str, str]:
+def overlap(train: Iterable[Record], val: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
     """Training image -> the val image with the same content, for every one there is."""
     of_val = {content[r.image]: r.image for r in val}
-    return {r.image: of_val[content[r.image]] for r in train if content[r.image] in of_val}
+    found = (r.image for r in train)
+    return {image: of_val[content[image]] for image in found if content[image] in of_val}
 
 
-def same_pictures(records: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
-    """Image -> another image of the records with the same content, for every one after the first."""
-    first: dict[str, str] = {}
-    pairs = ((r.image, first.setdefault(content[r.image], r.image)) for r in records)
-    return {image: other for image, other in pairs if image != other}
-
-
-def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> list[Record]:
+def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> Iterator[Record]:
     """Each record floor(weight) times, and, for the fraction that is left, some of them once more.
 
     Copies are numbered and have image ids of their own: each gets its own prompt and view, so its own rollout.
     """
     whole, fraction = divmod(weight, 1)
-    out = []
     for record in records:
         times = int(whole) + (_choice(record, seed, "weight").random() < fraction)
-        out += [
-            _with(record, repeat=i, image_id=_hashed_id(f"{record.metadata['image_id']}#{i}")) if i else record
-            for i in range(times)
-        ]
-    return out
+        for i in range(times):
+            yield _with(record, repeat=i, image_id=_hashed_id(f"{record.metadata['image_id']}#{i}")) if i else record
 
 
-def with_views(records: Iterable[Record], config: RecordsConfig, seed: int) -> list[Record]:
+def with_views(records: Iterable[Record], config: RecordsConfig, seed: int) -> Iterable[Record]:
     """A random view of each record (`flip`, `crop`, `scale_jitter`)."""
     if not (config.flip or config.crop or config.scale_jitter):
-        return list(records)
-    return [augment(record, config, _choice(record, seed, "view")) for record in records]
+        return records
+    return (augment(record, config, _choice(record, seed, "view")) for record in records)
 
 
-def with_unique_ids(records: Sequence[Record], keep: bool) -> list[Record]:
+def with_unique_ids(records: Sequence[Record], keep: bool) -> Iterator[Record]:
     """Records whose `image_id` is unique: the source's own if `keep`, else 48 bits of a hash of the record's name."""
     if keep and all("image_id" in r.metadata for r in records):
-        return list(records)
+        yield from records
+        return
     seen: Counter[str] = Counter()
-    out = []
     for record in records:
         name = f"{record.image}#{record.metadata.get('phrase', '')}"
         number = _hashed_id(f"{name}#{seen[name]}")
@@ -95,8 +91,7 @@ def with_unique_ids(records: Sequence[Record], keep: bool) -> list[Record]:
         metadata = dict(record.metadata)
         if "image_id" in metadata:
             metadata["source_image_id"] = metadata.pop("image_id")
-        out.append(replace(record, metadata={"image_id": number, **metadata}))
-    return out
+        yield replace(record, metadata={"image_id": number, **metadata})
 
 
 def _hashed_id(name: str) -> int:

@@ -69,9 +69,9 @@ def refuse_clashes(names: SettledNames) -> None:
         raise DataError("\n".join(f"{name}: {text}" for name, texts in names.refused.items() for text in texts))
 
 
-def respelled(records: Iterable[Record], spelling: Mapping[str, str]) -> list[Record]:
+def respelled(records: Iterable[Record], spelling: Mapping[str, str]) -> Iterable[Record]:
     """The records with every name as it is written."""
-    return [_respelled(record, spelling) for record in records] if spelling else list(records)
+    return (_respelled(record, spelling) for record in records) if spelling else records
 
 
 def _one_of_each(

@@ -17,19 +17,23 @@ from coordexp.config.profile import RecordsConfig
 from coordexp.geometry.boxes import Box, as_boxes, reading_order
 from coordexp.records.box_frames import BoxFrames
 from coordexp.records.categories import Category
-from coordexp.records.descriptions import clean_desc, desc_problem
+from coordexp.records.descriptions import MARKER, MAX_DESC_CHARS, clean_desc, desc_problem
 from coordexp.records.images import ImageFacts, unsafe_name
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, as_area_px2, is_finite
+from coordexp.records.sources.files import shown
+from coordexp.records.store import RecordStore
 
 AREA_INVALID = "area_invalid"  # costs no object, only its annotated area
+INCOMPLETE = "record_incomplete"
+UNNAMED = "object"  # what the region of an object without a usable name is called
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RecordSet:
     """Records of one split of one set, everything that was not kept, and what the annotations looked like."""
 
-    records: list[Record] = field(default_factory=list)
+    records: RecordStore = field(default_factory=RecordStore)
     problems: list[Problem] = field(default_factory=list)
     bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that cost a whole image
     categories: tuple[Category, ...] = ()  # those that the file declares
@@ -65,24 +69,28 @@ def to_records(
         seed: of the choice of objects where there are too many.
     """
     result = RecordSet(categories=reading.categories)
-    places: dict[str, int] = {}
     for image in reading.images:
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
             continue
+        if image.problem:
+            result.problems.append(Problem(image.problem, image.file, image.key, image.detail))
+            continue
         known = facts[image.file_name]
-        kept = _kept_objects(image, known, config, result)
+        kept, is_complete = _kept_objects(image, known, config, result)
         if _asks_for_nothing(image, kept, prompt == "phrase"):
-            if kept:
+            if any("lost" not in o.metadata for o in kept):
                 result.problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
             elif not image.objects:
                 result.problems.append(Problem("phrase_missing", image.file, image.key, "no object to ask for"))
             continue
+        if not is_complete:
+            detail = "it holds an object whose place is not known"
+            result.problems.append(Problem(INCOMPLETE, image.file, image.key, detail))
+            continue
         chosen = _at_most(kept, image, config, seed, result.problems) if split == "train" else kept
         if chosen is not None:
-            record = _record(image, known, chosen, prefix)
-            if not _joins(record, image, places, result):
-                result.records.append(record)
+            result.records.append(_record(image, known, chosen, prefix))
     result.problems[:0] = reading.problems
     result.problems.extend(result.bad_images)
     return result
@@ -95,25 +103,6 @@ def _record(image: SourceImage, known: ImageFacts, objects: list[ObjectRecord], 
         metadata = {"image_id": image.image_id, **metadata}
     ordered = tuple(objects[i] for i in order)
     return Record(f"{prefix}{image.file_name}", known.width, known.height, ordered, metadata=metadata)
-
-
-def _joins(record: Record, image: SourceImage, places: dict[str, int], result: RecordSet) -> bool:
-    """Whether the picture has a record already, which then holds these objects too: two would contradict each other.
-
-    Only where the file tells pictures apart by ids; several questions about one picture stay apart.
-    """
-    if image.image_id is None or not image.metadata.keys().isdisjoint(("phrase", "prompt")):
-        return False
-    place = places.setdefault(record.image, len(result.records))
-    if place == len(result.records):
-        return False
-    first = result.records[place]
-    objects = list({(o.desc, o.bbox_xyxy_px): o for o in (*record.objects, *first.objects)}.values())
-    order = reading_order(as_boxes([o.bbox_xyxy_px for o in objects]))
-    result.records[place] = replace(first, objects=tuple(objects[i] for i in order))
-    detail = f"{image.file_name}: joined to image {first.metadata['image_id']}"
-    result.problems.append(Problem("picture_repeated", image.file, image.key, detail))
-    return True
 
 
 def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Problem | None:
@@ -139,23 +128,43 @@ def _is_side(value: Any) -> bool:
     return is_finite(value) and value >= 1 and float(value).is_integer()
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An object that may not be kept: why, what was found, and the region that says that something is there."""
+
+    reason: str
+    detail: str
+    region: ObjectRecord | None = None
+    leaves_gap: bool = False  # it is in the picture, nobody knows where
+
+
 def _kept_objects(
     image: SourceImage, known: ImageFacts, config: RecordsConfig, result: RecordSet
-) -> list[ObjectRecord]:
-    """The objects of an image that may be kept, each once; the others are added to the problems of `result`."""
+) -> tuple[list[ObjectRecord], bool]:
+    """The objects of an image that may be kept, each once, and whether that is all that must be known of it.
+
+    The others are added to the problems of `result`. One with a known place leaves an ignore region: training would
+    teach otherwise that nothing is there.
+    """
     kept: dict[tuple[str, Box], ObjectRecord] = {}
-    problems = result.problems
+    regions: list[ObjectRecord] = []
+    problems, is_complete = result.problems, True
     for obj in image.objects:
+        key = f"{image.key}, {obj.key}"
         checked = _object(obj, known.width, known.height, config, result)
-        if isinstance(checked, ObjectRecord) and (checked.desc, checked.bbox_xyxy_px) not in kept:
+        if isinstance(checked, Lost):
+            problems.append(Problem(checked.reason, image.file, key, checked.detail))
+            regions += [checked.region] if checked.region else []
+            is_complete = is_complete and not checked.leaves_gap
+        elif (checked.desc, checked.bbox_xyxy_px) in kept:
+            problems.append(Problem("duplicate_object", image.file, key, ""))
+        else:
             kept[checked.desc, checked.bbox_xyxy_px] = checked
             if obj.area_px2 is not None and as_area_px2(obj.area_px2) is None:
-                detail = f"{obj.area_px2!r:.40}"
-                problems.append(Problem(AREA_INVALID, image.file, f"{image.key}, {obj.key}", detail))
-        else:
-            reason, detail = ("duplicate_object", "") if isinstance(checked, ObjectRecord) else checked
-            problems.append(Problem(reason, image.file, f"{image.key}, {obj.key}", detail))
-    return list(kept.values())
+                problems.append(Problem(AREA_INVALID, image.file, key, shown(obj.area_px2)))
+    for region in regions:
+        kept.setdefault((region.desc, region.bbox_xyxy_px), region)
+    return list(kept.values()), is_complete
 
 
 def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
@@ -170,43 +179,93 @@ def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phr
 
 def _object(
     obj: SourceObject, width: int, height: int, config: RecordsConfig, result: RecordSet
-) -> ObjectRecord | tuple[str, str]:
-    """The object as it may be kept, or the reason why not and what was found."""
+) -> ObjectRecord | Lost:
+    """The object as it may be kept, or what is lost of it."""
     desc = clean_desc(obj.desc)
-    if reason := desc_problem(desc):
-        return reason, f"{desc!r:.60}"
-    result.annotated[obj.category_id, str(desc)] += 1
+    reason, detail = _problem_of_content(obj, desc)
+    name = str(desc) if not desc_problem(desc) else _region_name(desc)
+    result.annotated[obj.category_id, name] += 1
     if obj.box_xyxy is None or not all(map(is_finite, obj.box_xyxy)):
-        return "bbox_malformed", obj.found
-    if obj.iscrowd is None:
-        return "iscrowd_unknown", obj.found
-    result.frames.add(
-        obj.box_xyxy, width, height, obj.in_unit_frame, lambda: f"{obj.key}: {_shown_box(obj, width, height)}"
-    )
-    if obj.iscrowd and config.crowd == "drop":
-        return "crowd", ""
-    if obj.truncated and config.truncated == "drop":
-        return "truncated", ""
-    x1, y1, x2, y2 = obj.box_xyxy
-    found = (x1 * width, y1 * height, x2 * width, y2 * height) if obj.in_unit_frame else obj.box_xyxy
+        return Lost(reason or "bbox_malformed", detail or obj.found, leaves_gap=True)
+    result.frames.add(obj, width, height, lambda: f"{obj.key}: {_shown_box(obj, width, height)}")
+    if not reason and obj.iscrowd and config.crowd == "drop":
+        return Lost("crowd", "")
+    found = _in_pixels(obj.box_xyxy, obj.side_units, width, height)
     box = _clip(found, width, height)
-    if box[2] - box[0] < config.min_side_px or box[3] - box[1] < config.min_side_px:
-        return "bbox_too_thin", _shown_box(obj, width, height)
-    if _area(box) < config.min_inside * _area(found):
-        return "bbox_outside", _shown_box(obj, width, height)
+    if not reason and (reason := _problem_of_box(obj, found, box, config)):
+        detail = "" if reason == "truncated" else _shown_box(obj, width, height)
+    if reason:
+        place = _place(found, width, height, config.min_side_px)
+        region = ObjectRecord(name, place, metadata={"iscrowd": 1, "lost": reason}) if place else None
+        return Lost(reason, detail, region, leaves_gap=place is None)
     is_region = obj.iscrowd and config.crowd == "ignore"
     metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
     if config.polygons == "keep" and obj.rings:
         metadata["segmentation"] = [[round(v, 2) for v in ring] for ring in obj.rings]
     # An area that is the box's says nothing more. Others stay where a box is clipped: a mask ends with the image.
     area_px2 = as_area_px2(obj.area_px2)
-    return ObjectRecord(str(desc), box, None, metadata, None if area_px2 == _area(box) else area_px2)
+    return ObjectRecord(name, box, None, metadata, None if area_px2 == _area(box) else area_px2)
+
+
+def _problem_of_content(obj: SourceObject, desc: object) -> tuple[str, str]:
+    """Why an object may not be kept, whatever its box is, and what was found; both empty if it may."""
+    if obj.problem:
+        return obj.problem, obj.found
+    if reason := desc_problem(desc):
+        return reason, shown(desc, 60)
+    return ("iscrowd_unknown", obj.found) if obj.iscrowd is None and obj.box_xyxy is not None else ("", "")
+
+
+def _problem_of_box(obj: SourceObject, found: Box, clipped: Box, config: RecordsConfig) -> str:
+    if obj.truncated and config.truncated == "drop":
+        return "truncated"
+    if clipped[2] - clipped[0] < config.min_side_px or clipped[3] - clipped[1] < config.min_side_px:
+        return "bbox_too_thin"
+    return "bbox_outside" if _area(clipped) < config.min_inside * _area(found) else ""
+
+
+def _in_pixels(box: Box, side_units: float | None, width: int, height: int) -> Box:
+    if side_units is None:
+        return box
+    x1, y1, x2, y2 = box
+    if side_units == 1:
+        return x1 * width, y1 * height, x2 * width, y2 * height
+    return x1 * width / side_units, y1 * height / side_units, x2 * width / side_units, y2 * height / side_units
+
+
+def _region_name(desc: object) -> str:
+    """What the region of a lost object is called: its name, or what is left of it that may stand in a record."""
+    if not isinstance(desc, str):
+        return UNNAMED
+    plain = str(clean_desc("".join(c for c in MARKER.sub(" ", desc) if c.isprintable())))[:MAX_DESC_CHARS].strip()
+    return UNNAMED if desc_problem(plain) else plain
+
+
+def _place(box: Box, width: int, height: int, min_side_px: float) -> Box | None:
+    """The part of the image that a box without a usable size means; None if it means none."""
+    x1, x2 = sorted((box[0], box[2]))
+    y1, y2 = sorted((box[1], box[3]))
+    if x1 > width or y1 > height or x2 < 0 or y2 < 0:
+        return None
+    x1, y1, x2, y2 = _clip((x1, y1, x2, y2), width, height)
+    left, right = _widened(x1, x2, width, min_side_px)
+    top, bottom = _widened(y1, y2, height, min_side_px)
+    return left, top, right, bottom
+
+
+def _widened(begin: float, end: float, side: int, at_least: float) -> tuple[float, float]:
+    """A stretch of a side, about its middle at least so long as far as the side is."""
+    length = min(max(end - begin, at_least), float(side))
+    begin = min(max((begin + end - length) / 2, 0.0), side - length)
+    return begin, begin + length
 
 
 def _shown_box(obj: SourceObject, width: int, height: int) -> str:
     """A box as a message quotes it: corners as the format reads them."""
     corners = ", ".join(f"{v:.4g}" for v in obj.box_xyxy or ())
-    return f"corners {corners}{' of 1' if obj.in_unit_frame else ''}, image {width} x {height} px"
+    return (
+        f"corners {corners}{'' if obj.side_units is None else f' of {obj.side_units:g}'}, image {width} x {height} px"
+    )
 
 
 def _clip(box: Box, width: int, height: int) -> Box:

@@ -1,7 +1,8 @@
 """Predictions on files of the user's own: a JSONL log that resumes, and the COCO form of its lines.
 
 A line is `Detections.to_json()`, whole and unfiltered, with `image` (the path as given), `checkpoint` (the folder) and
-`key`: what decided the answer. An answer is used again only if all of its key is what it would be now.
+`key`: what decided the answer. An answer is used again only if all of its key is what it would be now. The line of a
+picture that could not be read has `error`, the reason, in the place of an answer; it is asked again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import area, as_boxes, xyxy_to_xywh
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate, first_fault
+from coordexp.records.gt_vs_pred import OrderedBox, ParseReport, Size
 
+PREDICTIONS = Gate("a line that `predict --out` writes", DataError, "Delete the line, or choose another file.")
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    desc: str
+    bbox_xyxy_px: OrderedBox
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What is checked of the line of a picture that cannot be read."""
+
+    image: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is checked of the line of an answer; a log for results alone needs no more than image and objects."""
+
+    image: str
+    objects: tuple[_Object, ...]
+    width: Size | None = None
+    height: Size | None = None
+    parse: ParseReport | None = None
+    raw_text: str = ""
+
+
+_ANSWER, _FAILURE = TypeAdapter(_Answer), TypeAdapter(_Failure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +96,8 @@ class PredictionLog:
 
     def change(self, image: str, source: AnswerSource, picture_sha256: str) -> str:
         """Why the image's answer does not hold now; empty if all that decided it is as it was."""
+        if "error" in self._rows[image]:
+            return "they could not be read"
         changed = _changes(self._rows[image], source)
         if isinstance(key := self._rows[image].get("key"), dict) and key.get("picture_sha256") != picture_sha256:
             changed.append("picture changed")
@@ -104,30 +142,33 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a log, one an image; raises DataError if one is no prediction."""
-    return list(_read(path)[0].values())
+    """The answers of a log, one an image; raises DataError if a line is no prediction, or an image has no answer."""
+    rows = list(_read(path)[0].values())
+    if failed := [row for row in rows if "error" in row]:
+        raise DataError(
+            f"{path}: {len(failed)} of {len(rows)} images have no answer; the first: {failed[0]['error']} Expected one "
+            "for each: restore the images and predict again, or delete the lines."
+        )
+    return rows
 
 
 def _read(path: Path) -> tuple[dict[str, Row], int]:
     """The newest line of each image that has an end, and the number of all lines."""
-    try:
-        *lines, cut = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error}); expected what `predict --out` writes.") from error
     rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, 1):
+    n_lines = 0
+    for where, line in PREDICTIONS.lines(path):
+        n_lines += 1
+        if not line.endswith(b"\n"):
+            continue
+        row = PREDICTIONS.parse_json(line, where)
         try:
-            row = json.loads(line)
-            image = row["image"]
-            if not isinstance(image, str):
-                raise TypeError(f"image is {image!r}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: no line of predictions ({error!r}); expected what `predict --out` writes."
-            ) from error
+            is_failure = isinstance(row, dict) and "error" in row
+            image = (_FAILURE if is_failure else _ANSWER).validate_json(line, strict=True).image
+        except ValidationError as error:
+            PREDICTIONS.refuse(where, first_fault(error.errors()), error)
         rows.pop(image, None)  # it stands where its newest line does
         rows[image] = row
-    return rows, len(lines) + bool(cut)
+    return rows, n_lines
 
 
 def coco_predictions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

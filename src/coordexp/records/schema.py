@@ -21,7 +21,9 @@ from typing import Any
 from coordexp.errors import DataError, closest
 from coordexp.geometry.bins import COORD_PATTERN, decode_norm
 from coordexp.infra.files import replacing
+from coordexp.infra.foreign import Gate
 
+RECORDS = Gate("one JSON record a line", DataError, "Convert again, or correct the line.")
 RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
 OBJECT_KEYS = {"desc", "bbox_2d", "poly", "area_px2", "metadata"}
 REMOVED_GEOMETRY = {"line", "line_points", "bbox", "polygon"}
@@ -225,17 +227,10 @@ def _positive_int(value: Any, where: str) -> int:
 
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the checked records of a JSONL file; raises DataError naming file and line at the first broken one."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise DataError(f"{path}:{number}: empty line, expected one JSON record per line.")
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}).") from error
-            yield parse_record(row, f"{path}:{number}")
+    for where, line in RECORDS.lines(path):
+        if not line.strip():
+            raise DataError(f"{where}: empty line, expected one JSON record per line.")
+        yield parse_record(RECORDS.parse_json(line, where), where)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:

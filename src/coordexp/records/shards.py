@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import struct
 import zipfile
 import zlib
@@ -30,23 +29,16 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from coordexp.errors import DataError
 from coordexp.infra.files import replacing
+from coordexp.infra.foreign import open_regular
 from coordexp.infra.provenance import file_hash, write_json
+from coordexp.records.embedded import EMBEDDED, EmbeddedPicture, embedded_picture
 
 MAX_FILE_BYTES = 2**31
 INDEX = "coordexp-shards.json"
 SHARD_PICTURES = 1000
 RESTORE = "Restore it with `dvc checkout`, or make it again: dvc repro --force --single-item raw, then dvc repro."
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 # ZIP's header before each file, and the entry of each file in the directory at the end (APPNOTE.TXT 4.3.7 and 4.3.12).
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
@@ -78,48 +70,29 @@ class Member:
         return content
 
 
-ImageSource = str | os.PathLike[str] | Member
+ImageSource = str | os.PathLike[str] | Member | EmbeddedPicture
 ImageStream = BufferedReader | BytesIO
 
 
 @contextmanager
 def open_source(source: ImageSource) -> Iterator[ImageStream]:
     """The bytes of a picture, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
-    if isinstance(source, Member):
+    if isinstance(source, Member | EmbeddedPicture):
         yield BytesIO(source.read())
     else:
-        with _open_regular(source) as handle:
+        # Pillow gets the handle, not the path: it would map a TIFF into memory, and turn orientations 5 to 8 wrongly.
+        with open_regular(source, MAX_FILE_BYTES) as handle:
             yield handle
 
 
-@contextmanager
-def _open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
-    """Open a regular file: reading anything else may never end, and opening a device may do something.
-
-    Pillow gets the handle, not the path: it would map a TIFF into memory and turn it wrongly (orientations 5 to 8).
-    """
-    _check_regular(os.stat(path))
-    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
-        _check_regular(os.fstat(handle.fileno()))
-        yield handle
-
-
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise OSError(f"it is {kind}, expected a regular file")
-    if found.st_size > MAX_FILE_BYTES:
-        raise Image.DecompressionBombError(f"{found.st_size} bytes are more than the {MAX_FILE_BYTES} that are read")
-
-
 def find_source(root: Path, name: str) -> ImageSource:
-    """The picture of that name below a root: in one of its shards, else the file (which may be missing).
+    """The picture of that name below a root: in one of its shards or a parquet file, else the file (maybe missing).
 
     Raises:
         DataError: the root has shards, and one of them is missing or damaged.
     """
-    return _members(root.absolute()).get(name, root / name)
+    found = _members(root.absolute()).get(name)
+    return found or (embedded_picture(root, name) if EMBEDDED in name else None) or root / name
 
 
 def shards_hash(root: Path) -> str:
@@ -194,11 +167,11 @@ def _directory(path: Path, begin: int, digest: str) -> Iterator[Member]:
 @contextmanager
 def _open_shard(path: Path) -> Iterator[BufferedReader]:
     try:
-        with _open_regular(path) as handle:
+        with open_regular(path, None) as handle:
             yield handle
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such shard, but {INDEX} beside it lists it. {RESTORE}") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise _damaged(path, str(error)) from error
 
 

@@ -6,7 +6,6 @@ name of the stage to run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
 from coordexp.evaluation.registry import metric_specs
+from coordexp.infra.foreign import Gate
 from coordexp.infra.logs import read_log, read_rows
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
@@ -190,12 +190,9 @@ def _existing(path: Path, stage: str) -> Path:
 
 
 def _json(path: Path, stage: str) -> Any:
-    try:
-        return json.loads(_existing(path, stage).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}). Run `dvc repro {stage}`."
-        ) from error
+    return Gate(f"what the stage `{stage}` writes", DataError, f"Run `dvc repro {stage}`.").read_json(
+        _existing(path, stage)
+    )
 
 
 def _metrics(metrics: Json, inputs: ReportInputs) -> pd.DataFrame:

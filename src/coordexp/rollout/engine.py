@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coordexp.config.schema import DecodeParams
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.foreign import strict_json
 from coordexp.packing.samples import Sample
 from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
@@ -112,7 +113,12 @@ class TokenProbs:
         if packed is None:
             return cls(np.array(logprobs), None)
         try:
-            probs = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.float16).reshape(-1, NUM_BINS)
+            # A few bytes can unpack to gigabytes: of what is stored, no more than a distribution for each token.
+            stream = zlib.decompressobj()
+            content = stream.decompress(base64.b64decode(packed, validate=True), 2 * NUM_BINS * n_tokens + 1)
+            if not stream.eof:
+                raise ValueError("they are cut, or more than there are tokens")
+            probs = np.frombuffer(content, np.float16).reshape(-1, NUM_BINS)
         except (TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"the distributions cannot be read ({error})") from error
         return cls(np.array(logprobs), probs)
@@ -239,7 +245,7 @@ def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             key, generation = _finished(line, vocabulary_size)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             damaged.append(f"line {number}: {error}")
             continue
         done[key] = generation
@@ -252,7 +258,7 @@ def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
 
 def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
     """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
-    row = json.loads(line)
+    row = strict_json(line.decode())
     if not isinstance(row, dict) or row.keys() != LINE_KEYS or not isinstance(row["key"], str):
         raise ValueError(f"it is no object of {', '.join(sorted(LINE_KEYS))}")
     generation = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)

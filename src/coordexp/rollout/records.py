@@ -19,6 +19,7 @@ from coordexp.config.schema import MatchingParams
 from coordexp.errors import DataError
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.infra.files import replacing
+from coordexp.infra.foreign import Gate, shown
 from coordexp.matching.matcher import match_images, name_distance
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.packing.samples import Sample
@@ -28,6 +29,7 @@ from coordexp.text.parser import ParsedAnswer
 
 log = logging.getLogger(__name__)
 MOST_UNUSABLE = 0.1
+GENERATIONS = Gate("what the stage `rollout` writes", DataError, "Run that stage again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +157,12 @@ def write_generations(path: Path, generations: Mapping[int, Generation]) -> None
 def read_generations(path: Path, vocabulary_size: int) -> dict[int, Generation]:
     """Generations by image id; raises DataError for a line that `write_generations` did not write."""
     out: dict[int, Generation] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for where, row in GENERATIONS.json_lines(path):
         try:
-            row = json.loads(line)
-            out[int(row["image_id"])] = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: no rollout ({error!r}). Run the stage `rollout` again.") from error
+            image_id = row["image_id"]
+            if type(image_id) is not int or image_id in out:
+                raise ValueError(f"the image id is {shown(image_id)}, expected a number that no other line has")
+            out[image_id] = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
+        except (ValueError, KeyError, TypeError) as error:
+            GENERATIONS.refuse(where, f"no rollout: {error}", error)
     return out

@@ -15,7 +15,6 @@ Images are found by id, path, file name or stem, labels by name or through a map
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,9 @@ from typing import Any, Literal, get_args
 
 from coordexp.errors import DataError
 from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
-from coordexp.evaluation.foreign.truth import Truth, TruthImage, read_json, xywh_box
+from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box
 from coordexp.geometry.boxes import Box
+from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
 
 Form = Literal[
@@ -33,6 +33,7 @@ Form = Literal[
     "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
 ]  # fmt: skip
 FORMS: tuple[Form, ...] = get_args(Form)
+PREDICTIONS = Gate("predictions of a detector", DataError, "docs/judge.md lists the forms.", max_bytes=1 << 32)
 NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
 
 
@@ -84,12 +85,7 @@ def recognize(path: Path) -> Form:
         return "csv"
     if path.suffix == ".json":
         return "coco"
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next(lines, "")
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:1: not JSON ({error}); expected one of the forms {', '.join(FORMS)}.") from error
+    _, row = next(PREDICTIONS.json_lines(path), ("", None))
     keys = set(row) if isinstance(row, dict) else set()
     if {"gt", "pred"} <= keys:
         return "gt_vs_pred"
@@ -129,7 +125,7 @@ def _notes(path: Path, truth: Truth, form: Form, answered: Mapping[int, Answered
 
 def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
     """Results with the annotations' own ids; or instances, whose ids are their own and which are joined by names."""
-    source = read_json(path)
+    source = PREDICTIONS.read_json(path)
     if isinstance(source, dict) and isinstance(source.get("annotations"), list):
         try:
             files = {row["id"]: str(row["file_name"]) for row in source["images"]}
@@ -198,7 +194,7 @@ def _of_yolo(folder: Path, truth: Truth) -> dict[int, Answered]:
         image_id = truth.image_id(file.stem, str(file))
         scale = sizes[image_id] * 2
         pred = answered.setdefault(image_id, Answered()).pred
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(PREDICTIONS.read_text(file).splitlines(), 1):
             if line.strip():
                 pred.append(_yolo_prediction(line, truth, scale, f"{file}:{number}"))
     return answered
@@ -266,16 +262,10 @@ _ANSWER_KEYS = ("answer", "response", "text", "output", "generated_text")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}); expected one object a line.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: found {row!r}, expected a JSON object.")
-            yield where, row
+    for where, row in PREDICTIONS.json_lines(path):
+        if not isinstance(row, dict):
+            PREDICTIONS.refuse(where, f"holds {shown(row)}, not a JSON object")
+        yield where, row
 
 
 def xyxy_box(values: Any, where: str) -> Box:
@@ -328,7 +318,7 @@ def _some(values: list[Any]) -> str:
 
 def read_labels(path: Path) -> dict[str, str]:
     """A mapping of labels, theirs -> ours; raises DataError unless it is a JSON object of texts."""
-    value = read_json(path)
+    value = PREDICTIONS.read_json(path)
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise DataError(f'{path}: expected a JSON object of labels, such as {{"person": "human"}}.')
     return value

@@ -6,7 +6,6 @@ compared with other people's.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,13 @@ from coordexp.errors import DataError
 from coordexp.evaluation.categories import annotated_categories
 from coordexp.evaluation.lvis import FederatedLabels, federated_from, federated_of
 from coordexp.geometry.boxes import Box
+from coordexp.infra.foreign import Gate
 from coordexp.records.categories import Category
 from coordexp.records.convert import convert_file
 from coordexp.records.gt_vs_pred import GroundTruth, read_results
 from coordexp.records.schema import Record, checked_area_px2, checked_flag, read_records
 
+ANNOTATIONS = Gate("annotations of a data set", DataError, "Name those of the predicted images.", max_bytes=1 << 32)
 EXPECTED = (
     "expected COCO or LVIS instances (.json), records or gt_vs_pred lines (.jsonl), or a YOLO data.yaml; other formats "
     "become records by `coordexp convert`"
@@ -110,15 +111,7 @@ def read_truth(path: Path) -> Truth:
         return _of_records(path, converted.splits["val"])
     if path.suffix == ".jsonl":
         return _of_lines(path)
-    return _of_instances(path, read_json(path))
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; raises DataError where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); {EXPECTED}.") from error
+    return _of_instances(path, ANNOTATIONS.read_json(path))
 
 
 def _of_lines(path: Path) -> Truth:

@@ -5,20 +5,25 @@ A reader only knows its format. What may be kept is decided once, for all format
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from coordexp.errors import DataError
+from coordexp.config.formats import BoxForm
 from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
+from coordexp.records.image_files import IMAGE_SUFFIXES, files_below
+from coordexp.records.images import unsafe_name
 from coordexp.records.schema import is_area_px2
+from coordexp.records.shards import find_source
 
 # float() would take "nan", "inf" and "1_0" as well.
+_PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 _PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
 
 
@@ -32,7 +37,8 @@ class Problem:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        text = f"{self.file}: {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return text.encode("utf-8", "backslashreplace").decode()  # JSON can hold half characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,15 @@ class SourceObject:
     """One annotation. `box_xyxy` is None where the file holds nothing of that form."""
 
     desc: Any
-    box_xyxy: Box | None  # pixels; fractions of width and height if `in_unit_frame`
+    box_xyxy: Box | None  # in pixels, or in parts of a side, see `side_units`
     key: str  # its id in the file, for messages
     iscrowd: bool | None = False  # a crowd, or what the source calls difficult; None: the file says neither yes nor no
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
-    in_unit_frame: bool = False
+    side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
+    counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
+    problem: str = ""  # why it cannot be kept, where the reader knows that already
     found: str = ""  # what stands in the file where something of this is not understood, for messages
     area_px2: Any = None  # of its mask; None where the file says nothing
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +72,8 @@ class SourceImage:
     objects: tuple[SourceObject, ...]
     file: str  # the annotation file, for messages
     metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""  # why its objects are not known: the record cannot be used
+    detail: str = ""  # of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +84,31 @@ class Reading:
     categories: tuple[Category, ...]
     problems: list[Problem]
 
+    def with_boxes(self, form: BoxForm) -> Reading:
+        """The same, with the numbers of boxes read in another form than the format says."""
+        if form == "format":
+            return self
+        images = (replace(i, objects=tuple(_with_box(o, form) for o in i.objects)) for i in self.images)
+        return replace(self, images=images)
+
     def loaded(self) -> tuple[Reading, set[str]]:
         """The same with all images in memory, and the names of their files."""
         images = list(self.images)
         return Reading(images, self.categories, self.problems), {str(image.file_name) for image in images}
+
+
+UNITS: dict[BoxForm, float | None] = {"pixels": None, "fractions": 1.0, "thousandths": 1000.0}
+
+
+def _with_box(obj: SourceObject, form: BoxForm) -> SourceObject:
+    if form in UNITS:
+        return replace(obj, side_units=UNITS[form])
+    if obj.box_xyxy is None:
+        return obj
+    x1, y1, x2, y2 = obj.box_xyxy
+    if form == "corners":  # the format's x, y, width, height have become x, y, x + width, y + height
+        return replace(obj, box_xyxy=(x1, y1, x2 - x1, y2 - y1))
+    return replace(obj, box_xyxy=(x1 + obj.counts_from, y1 + obj.counts_from, x2, y2), counts_from=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,81 @@ class SplitFiles:
         if not isinstance(name, str) or self.images in ("", "."):
             return name
         return f"{self.images.rstrip('/')}/{name}"
+
+
+class ImageNames:
+    """Finds the pictures of a split by the names that annotations give them.
+
+    Programs write names that are not those of files: with backslashes or percent signs, with folders of another
+    machine, with accents in another form, with another suffix. Such a name means the one file that it can mean.
+    """
+
+    def __init__(self, files: SplitFiles) -> None:
+        self.files = files
+        self._stems: dict[str, dict[str, str]] = {}  # folder -> stem -> name, both relative to the root
+
+    def find(self, name: object) -> object:
+        """The name relative to the root of the set; as `SplitFiles.image_name` where no file, or several, are meant."""
+        plain = self.files.image_name(name)
+        if not isinstance(name, str) or not isinstance(plain, str) or self.exists(plain):
+            return plain
+        candidates = [self.files.image_name(c) for c in dict.fromkeys(self._other_spellings(name))]
+        named = (str(c) for c in candidates if self.exists(str(c)))
+        stems = (found for c in candidates if (found := self.of_stem(str(c).rsplit(".", 1)[0])))
+        return next(named, None) or next(stems, plain)
+
+    def of_stem(self, name: str) -> str | None:
+        """The one picture of that name, whatever its suffix; both relative to the root."""
+        if unsafe_name(name):
+            return None
+        folder, _, stem = name.rpartition("/")
+        if folder not in self._stems:
+            place = self.files.root / folder
+            listed = sorted(p.name for p in place.iterdir()) if os.path.isdir(place) else []
+            names = [n for n in listed if Path(n).suffix.lower() in IMAGE_SUFFIXES]
+            self._stems[folder] = _unique((_plain(Path(n).stem), f"{folder}/{n}" if folder else n) for n in names)
+        return self._stems[folder].get(_plain(stem)) or None
+
+    def all(self) -> list[str]:
+        """Every picture below the image folder, relative to the root, sorted."""
+        found = (p for p in files_below(self.files.root / self.files.images) if p.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(p.relative_to(self.files.root).as_posix() for p in found)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is something of that name, relative to the root."""
+        if unsafe_name(name):
+            return False
+        source = find_source(self.files.root, name)
+        return not isinstance(source, Path) or os.path.exists(source)  # no file either if it cannot be one
+
+    def _other_spellings(self, name: str) -> Iterator[str]:
+        slashed = name.replace("\\", "/")
+        is_absolute = slashed.startswith("/") or slashed[1:2] == ":"
+        folder = (self.files.root / self.files.images).name
+        for text in (slashed, _PERCENT.sub(_decoded, slashed)):
+            for form in ("NFC", "NFD"):
+                parts = [part for part in unicodedata.normalize(form, text).split("/") if part not in ("", ".", "..")]
+                for i in range(len(parts)):
+                    # Without the folders of another machine, or those that the image folder names already.
+                    if i == 0 or is_absolute or parts[i - 1] == folder:
+                        yield "/".join(parts[i:])
+
+
+def _decoded(found: re.Match[str]) -> str:
+    """Percent signs and hexadecimal digits as the characters that they stand for in an address."""
+    return bytes.fromhex(found[0].replace("%", "")).decode("utf-8", errors="replace")
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Key -> value, empty for the keys that stand for several values."""
+    found: dict[str, str] = {}
+    for key, value in pairs:
+        found[key] = value if found.get(key, value) == value else ""
+    return found
 
 
 class Reader(Protocol):
@@ -172,44 +278,3 @@ def as_whole(value: Any) -> int | None:
         return value
     number = as_number(value)
     return int(number) if number is not None and number.is_integer() else None
-
-
-def read_json(path: Path, expected: str, on_object: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
-    """The value of a JSON file; `on_object` may change each of its objects as it comes.
-
-    Raises:
-        DataError: naming the file, the line and what was expected.
-    """
-
-    refuse_pickle(path)
-    if not path.is_file():
-        raise DataError(f"{path}: not found; expected {expected}.")
-    try:
-        return json.loads(path.read_bytes(), object_hook=on_object)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
-    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
-        raise DataError(f"{path}: not JSON in UTF-8 ({error}); expected {expected}.") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply to be annotations; expected {expected}.") from error
-
-
-def read_text(path: Path, expected: str) -> str:
-    """The text of a file in UTF-8, without the byte-order mark that some editors put first.
-
-    Raises:
-        DataError: naming the file and what was expected.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); expected {expected}.") from error
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise DataError for a pickle, by its name: loading one runs whatever code it holds."""
-    if path.suffix in (".p", ".pkl", ".pickle"):
-        raise DataError(
-            f"{path}: pickles are not read, because loading one can run code. Use the JSON form or the Hugging Face "
-            "parquet form of the same annotations (docs/data.md says which)."
-        )

@@ -1,5 +1,8 @@
 """COCO instances JSON, what LVIS shares with it, and Objects365.
 
+The file is read piece by piece and its annotations are brought together by image in bounded memory, so that 25 million
+boxes need no more than their images do.
+
 Objects365 v2 has file names that are not where the downloaded patches unpack to: `zhiyuan_objv2_train.json` says
 `images/v1/patch8/objects365_v1_00420917.jpg`, the archive `patch8.tar.gz` unpacks to
 `patch8/objects365_v1_00420917.jpg`. So the last two parts of the name count, below the image folder of the set.
@@ -9,9 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from coordexp.geometry.boxes import Box
 from coordexp.records.categories import Category
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
+    ImageNames,
     Problem,
     Reading,
     SourceImage,
@@ -33,46 +36,75 @@ from coordexp.records.sources.base import (
     corners_of_xywh,
     is_finite,
     is_whole,
-    read_json,
 )
+from coordexp.records.sources.files import shown
+from coordexp.records.sources.grouped import Grouped
+from coordexp.records.sources.json_stream import LIST, stream_json
 
 LAYOUT = "COCO's instances layout"
-# What every entry must have, and what that is; sizes are left to records.policy, which finds all that cannot be.
-_FIELDS = {
-    "images": {"id": "a whole number", "file_name": "a name", "width": "", "height": ""},
-    "categories": {"id": "a whole number", "name": "a name"},
-}
+SECTIONS = ("images", "annotations", "categories")
+# What of an image is read, and of an annotation; all else would only fill the memory.
+_IMAGE_KEYS = ("coco_url", "neg_category_ids", "not_exhaustive_category_ids", "caption")
+_ANNOTATION_KEYS = ("id", "category_id", "bbox", "iscrowd", "segmentation", "area")
 MAX_SIDE_PX = 1 << 20
 # The alphabet of compressed counts. The last character must end a number: pycocotools would read on behind the text.
 _COMPRESSED = re.compile(r"[0-o]*[0-O]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class ImageRow:
+    """An image of the file; a size that is not there is None, other keys of `_IMAGE_KEYS` are in `more`."""
+
+    image_id: int | str
+    file_name: Any
+    width: Any
+    height: Any
+    more: dict[str, Any] | None = None
+
+    def get(self, key: str) -> Any:
+        """One of the other keys."""
+        return (self.more or {}).get(key)
+
+
+@dataclass(slots=True)
 class Instances:
-    """A checked instances file: annotations by image, the rest as problems."""
+    """A checked instances file: images by their ids, in order, and their annotations beside them."""
 
     path: Path
-    images: dict[int, dict[str, Any]]
-    categories: tuple[Category, ...]
-    rows: dict[int, dict[str, Any]]  # the categories as they stand in the file
-    annotations: dict[int, list[tuple[str, dict[str, Any]]]]  # image id -> (key, annotation)
-    problems: list[Problem]
+    images: list[ImageRow] = field(default_factory=list)
+    categories: tuple[Category, ...] = ()
+    rows: dict[int | str, dict[str, Any]] = field(default_factory=dict)  # the categories as they stand in the file
+    numbers: dict[int | str, int] = field(default_factory=dict)  # id of a category -> its number
+    grouped: Grouped = field(default_factory=Grouped)  # of `images`, by their place: [key, annotation]
+    problems: list[Problem] = field(default_factory=list)
 
     def name_of(self, category_id: Any) -> str:
         """Name of a category that the file declares."""
         return str(self.rows[category_id]["name"])
 
+    def by_image(self) -> Iterator[tuple[ImageRow, list[tuple[str, dict[str, Any]]]]]:
+        """Every image, in the order of ids, with its annotations."""
+        groups = iter(self.grouped)
+        place, found = next(groups, (-1, []))
+        for i, image in enumerate(self.images):
+            if i == place:
+                yield image, [(key, annotation) for key, annotation in found]
+                place, found = next(groups, (-1, []))
+            else:
+                yield image, []
+
 
 def read(files: SplitFiles) -> Reading:
     """COCO: `file_name` is relative to the image folder."""
     instances = load_instances(files.path, polygons=files.polygons)
-    return instances_reading(instances, lambda image: files.image_name(image["file_name"]))
+    names = ImageNames(files)
+    return instances_reading(instances, lambda image: names.find(image.file_name))
 
 
 def read_objects365(files: SplitFiles) -> Reading:
     """Objects365 v2; the image folder is the one that holds `patch0`, `patch1`, ..."""
     instances = load_instances(files.path, polygons=files.polygons)
-    return instances_reading(instances, lambda image: files.image_name(patch_path(image["file_name"])))
+    return instances_reading(instances, lambda image: files.image_name(patch_path(image.file_name)))
 
 
 def patch_path(file_name: str) -> str:
@@ -83,21 +115,20 @@ def patch_path(file_name: str) -> str:
 
 def instances_reading(
     instances: Instances,
-    image_name: Callable[[dict[str, Any]], object],
-    image_metadata: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    image_name: Callable[[ImageRow], object],
+    image_metadata: Callable[[ImageRow], dict[str, Any]] | None = None,
 ) -> Reading:
     """The images of a loaded file in id order."""
 
     def images() -> Iterator[SourceImage]:
-        for image_id in sorted(instances.images):
-            image = instances.images[image_id]
+        for place, (image, found) in enumerate(instances.by_image(), 1):
             yield SourceImage(
                 file_name=image_name(image),
-                key=f"image {image_id}",
-                image_id=image_id,
-                width=image["width"],
-                height=image["height"],
-                objects=tuple(_to_object(key, a, instances) for key, a in instances.annotations.get(image_id, ())),
+                key=f"image {image.image_id}",
+                image_id=image.image_id if isinstance(image.image_id, int) else place,
+                width=image.width,
+                height=image.height,
+                objects=tuple(_to_object(key, a, instances) for key, a in found),
                 file=str(instances.path),
                 metadata=image_metadata(image) if image_metadata else {},
             )
@@ -107,14 +138,17 @@ def instances_reading(
 
 def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> SourceObject:
     box, iscrowd = annotated_box(annotation), as_flag(annotation.get("iscrowd"))
-    unclear = "bbox" if box is None else "iscrowd" if iscrowd is None else ""
+    category_id = as_id(annotation.get("category_id"))
+    is_known = category_id in instances.rows
+    unclear = "category_id" if not is_known else "bbox" if box is None else "iscrowd" if iscrowd is None else ""
     return SourceObject(
-        desc=instances.name_of(annotation["category_id"]),
+        desc=instances.name_of(category_id) if is_known else None,
         box_xyxy=box,
         key=key,
         iscrowd=iscrowd,
         rings=polygon_rings(annotation.get("segmentation")),
-        category_id=annotation["category_id"],
+        category_id=instances.numbers[category_id] if is_known and category_id is not None else None,
+        problem="" if is_known else "unknown_category",
         found=f"{unclear} {_shown(annotation.get(unclear))}" if unclear else "",
         area_px2=annotation.get("area"),
     )
@@ -133,11 +167,21 @@ def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
     if not isinstance(value, list):
         return ()
     rings = [value] if value and not isinstance(value[0], list) else value
-    return tuple(
-        tuple(float(v) for v in ring)
-        for ring in rings
-        if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(map(is_finite, ring))
-    )
+    return tuple(found for ring in rings if (found := _ring(ring)))
+
+
+def _ring(ring: Any) -> tuple[float, ...]:
+    """x1, y1, x2, y2, ... of a ring, also of pairs; empty if it is none."""
+    if not isinstance(ring, list):
+        return ()
+    if ring and all(isinstance(pair, list) and len(pair) == 2 for pair in ring):
+        ring = [v for pair in ring for v in pair]
+    if len(ring) < 6 or len(ring) % 2:
+        return ()
+    if all(map(is_finite, ring)):
+        return tuple(float(v) for v in ring)
+    values = [as_number(v) for v in ring]
+    return () if None in values else tuple(v for v in values if v is not None)
 
 
 def tight_box(value: Any) -> Box | None:
@@ -172,97 +216,148 @@ def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def load_instances(path: Path, names_images: bool = True, polygons: bool = True) -> Instances:
+def load_instances(
+    path: Path, names_images: bool = True, polygons: bool = True, grouped: Grouped | None = None
+) -> Instances:
     """Read and check an instances file; single annotations that fit nowhere become problems.
 
     Args:
         path: the file.
         names_images: each image must have a `file_name` (LVIS has urls instead).
         polygons: read `segmentation` as well.
+        grouped: where annotations are kept until their images are asked for.
 
     Raises:
-        DataError: naming the file, and the entry that is missing or has no valid id, name or size.
+        DataError: naming the file, and the entry that is missing or has no valid id or name.
     """
-    source = read_json(path, "a COCO instances file", None if polygons else _without_outline)
-    missing = {"images", "annotations", "categories"} - set(source if isinstance(source, dict) else ())
-    if missing:
+    loading = _Loading(Instances(path, grouped=grouped or Grouped()), names_images)
+    on_object = None if polygons else _without_outline
+    for key, value in stream_json(path, "a COCO instances file", on_object):
+        if key in SECTIONS:
+            loading.take(key, value)
+    if missing := set(SECTIONS) - loading.counts.keys():
         raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
-    for section in ("images", "annotations", "categories"):
-        skipped = {"file_name"} if section == "images" and not names_images else set()
-        _check_section(source[section], section, f"{path}: {section}", skipped)
-    images = {image_id: _with_size(image) for image_id, image in _by_id(source["images"])}
-    rows = dict(_by_id(source["categories"]))
-    categories = tuple(
-        Category(key, row["name"], "held_out" if row.get("supercategory") == "held_out" else "train")
-        for key, row in rows.items()
-    )
-    instances = Instances(path, images, categories, rows, defaultdict(list), [])
-    seen: set[Any] = set()
-    for i, annotation in enumerate(source["annotations"]):
-        _place(i, annotation, instances, seen)
-    return instances
+    if loading.waits:  # annotations came before their images
+        loading.settle_images()
+        rows = (value for key, value in stream_json(path, LAYOUT, on_object) if key == "annotations")
+        for number, value in enumerate(value for value in rows if value is not LIST):
+            loading.place(number, value)
+    return loading.finished()
 
 
-def _by_id(entries: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Checked entries with their ids, which some tools write as text."""
-    return ((number, entry) for entry in entries if (number := as_whole(entry["id"])) is not None)
+@dataclass(slots=True)
+class _Loading:
+    """An instances file, half read."""
 
+    instances: Instances
+    names_images: bool
+    counts: dict[str, int] = field(default_factory=dict)  # entries of each section that has begun
+    images: dict[int | str, ImageRow] = field(default_factory=dict)
+    places: dict[int | str, int] = field(default_factory=dict)  # id of an image -> its place in the order of ids
+    waits: bool = False
 
-def _with_size(image: dict[str, Any]) -> dict[str, Any]:
-    """The image with a size that is written as text as numbers."""
-    written = {key: as_number(image[key]) for key in ("width", "height") if isinstance(image[key], str)}
-    sides = {key: number for key, number in written.items() if number is not None}
-    return image | sides if sides else image
+    def take(self, key: str, value: Any) -> None:
+        """The beginning of a section, or one entry of it."""
+        where = f"{self.instances.path}: {key}"
+        if value is LIST:
+            if key in self.counts:
+                raise DataError(f"{where} is there twice; expected {LAYOUT}.")
+            self.counts[key] = 0
+            if key == "annotations":
+                self.waits = "images" not in self.counts
+                self.settle_images()
+            return
+        if key not in self.counts:
+            raise DataError(f"{where} is {_shown(value)}, expected a list, as in {LAYOUT}. Export it again.")
+        number = self.counts[key]
+        self.counts[key] += 1
+        if key != "annotations":
+            needs_name = key == "categories" or self.names_images
+            _check_entry(value, f"{where}[{number}]", "file_name" if key == "images" else "name", needs_name)
+            self.add(key, value, where)
+        elif not self.waits:
+            self.place(number, value)
 
+    def add(self, section: str, entry: dict[str, Any], where: str) -> None:
+        """A checked image or category."""
+        key = as_id(entry["id"])
+        known: dict[int | str, Any] = self.images if section == "images" else self.instances.rows
+        if key is None or key in known:
+            raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
+        if section == "images":
+            size = (_side(entry.get("width")), _side(entry.get("height")))
+            more = {name: entry[name] for name in _IMAGE_KEYS if name in entry}
+            self.images[key] = ImageRow(key, entry.get("file_name"), *size, more or None)
+        else:
+            self.instances.rows[key] = entry | {"name": str(entry["name"])}
 
-def _check_section(entries: Any, section: str, where: str, skipped: set[str]) -> None:
-    if not isinstance(entries, list):
-        raise DataError(f"{where} is {_shown(entries)}, expected a list, as in {LAYOUT}. Export it again.")
-    if section not in _FIELDS:
-        return
-    fields = {key: wanted for key, wanted in _FIELDS[section].items() if key not in skipped}
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(
-                f"{where}[{i}] is {_shown(entry)}, expected an object. Remove it, or export the file again."
+    def settle_images(self) -> None:
+        """Put the images in the order of ids."""
+        keys = sorted(self.images, key=lambda key: (isinstance(key, str), key))
+        self.instances.images = [self.images[key] for key in keys]
+        self.places = {key: place for place, key in enumerate(keys)}
+
+    def place(self, index: int, annotation: Any) -> None:
+        """File one annotation under its image, or among the problems."""
+        fields = annotation if isinstance(annotation, dict) else {}
+        found = fields.get("id")
+        named = str(found)[:60] if isinstance(found, int | str) else shown(found)
+        key = f"annotations[{index}]" if found is None else f"annotation {named}"
+        image_id = as_id(fields.get("image_id"))
+        if image_id is None or image_id not in self.places:
+            detail = f"image_id {_shown(fields.get('image_id'))}"
+            self.instances.problems.append(Problem("unknown_image", str(self.instances.path), key, detail))
+            return
+        row = {name: fields[name] for name in _ANNOTATION_KEYS if name in fields}
+        self.instances.grouped.add(self.places[image_id], [key, row])
+
+    def finished(self) -> Instances:
+        """The file, with numbered categories."""
+        instances = self.instances
+        if not instances.images:
+            self.settle_images()
+        instances.numbers = {key: key for key in instances.rows if isinstance(key, int)}
+        if len(instances.numbers) < len(instances.rows):  # ids that are text: numbers in their order
+            instances.numbers = {key: number for number, key in enumerate(instances.rows, 1)}
+        instances.categories = tuple(
+            Category(
+                instances.numbers[key], row["name"], "held_out" if row.get("supercategory") == "held_out" else "train"
             )
-        if absent := [key for key in fields if key not in entry]:
-            raise DataError(f"{where}[{i}] has no {absent}; expected {LAYOUT}.")
-        for key, wanted in fields.items():
-            value = entry[key]
-            is_name = isinstance(value, str) and bool(value.strip())
-            if (wanted == "a name" and not is_name) or (wanted == "a whole number" and as_whole(value) is None):
-                raise DataError(f"{where}[{i}].{key} is {_shown(value)}, expected {wanted}. Correct or remove it.")
-    if len(dict(_by_id(entries))) != len(entries):
-        raise DataError(f"{where}: ids repeat, expected each id once. Remove the duplicates.")
+            for key, row in instances.rows.items()
+        )
+        return instances
+
+
+def as_id(value: Any) -> int | str | None:
+    """An id as a key: a whole number, also one written as text, or other text; None for anything else."""
+    number = as_whole(value)
+    if number is not None:
+        return number
+    return value.strip() if isinstance(value, str) and value.strip() else None
+
+
+def _check_entry(entry: Any, where: str, name: str, needs_name: bool) -> None:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is {_shown(entry)}, expected an object. Remove it, or export the file again.")
+    if absent := [key for key in ("id", *([name] if needs_name else [])) if key not in entry]:
+        raise DataError(f"{where} has no {absent}; expected {LAYOUT}.")
+    if as_id(entry["id"]) is None:
+        raise DataError(f"{where}.id is {_shown(entry['id'])}, expected a whole number or text. Correct or remove it.")
+    value = entry.get(name)
+    is_name = (isinstance(value, str) and bool(value.strip())) or (name == "name" and is_whole(value))
+    if needs_name and not is_name:
+        raise DataError(f"{where}.{name} is {_shown(value)}, expected a name. Correct or remove it.")
+
+
+def _side(value: Any) -> Any:
+    """A width or height, as a number where it is written as text."""
+    number = as_number(value) if isinstance(value, str) else None
+    return value if number is None else number
 
 
 def _shown(value: Any) -> str:
     """A JSON value as a message quotes it: as JSON writes it, cut short."""
+    if isinstance(value, list | dict) and len(value) > 40:
+        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def _place(index: int, annotation: Any, instances: Instances, seen: set[Any]) -> None:
-    """File one annotation under its image, or among the problems."""
-    fields = annotation if isinstance(annotation, dict) else {}
-    annotation_id = fields.get("id")
-    key = f"annotations[{index}]" if annotation_id is None else f"annotation {annotation_id}"
-    image_id, category_id = as_whole(fields.get("image_id")), as_whole(fields.get("category_id"))
-    reason = detail = ""
-    if image_id is None or image_id not in instances.images:
-        reason, detail = "unknown_image", f"image_id {_shown(fields.get('image_id'))}"
-    elif category_id is None or category_id not in instances.rows:
-        reason, detail = "unknown_category", f"category_id {_shown(fields.get('category_id'))}"
-    else:
-        number = as_whole(annotation_id)
-        known = annotation_id if number is None else number
-        if isinstance(known, int | str):
-            reason = "duplicate_id" if known in seen else ""
-            seen.add(known)
-        if not reason:
-            # In place, and as numbers: a file may hold a million of them, some as text.
-            fields["image_id"], fields["category_id"] = image_id, category_id
-            instances.annotations[image_id].append((key, fields))
-    if reason:
-        instances.problems.append(Problem(reason, str(instances.path), key, detail))

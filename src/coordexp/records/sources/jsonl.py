@@ -9,21 +9,26 @@ from typing import Any
 from coordexp.errors import DataError
 from coordexp.records.schema import ObjectRecord, Record, parse_record
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, SplitFiles
+from coordexp.records.sources.files import MAX_LINE_BYTES, opened
+
+LAYOUT = "records, one JSON object a line"
 
 
 def read(files: SplitFiles) -> Reading:
     """One record a line; image paths are relative to the image folder."""
     path = files.path
-    if not path.is_file():
-        raise DataError(f"{path}: not found; expected records, one JSON object a line.")
-    problems: list[Problem] = []
+    with opened(path, LAYOUT):
+        problems: list[Problem] = []
 
     def images() -> Iterator[SourceImage]:
         seen: set[object] = set()
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+        with opened(path, LAYOUT) as handle:
+            for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
                 try:
-                    record = parse_record(json.loads(line), f"line {number}")
+                    row = json.loads(line)
+                    if b"\\ud" in line.lower():
+                        json.dumps(row, ensure_ascii=False).encode()  # half characters are in no text; ValueError
+                    record = parse_record(row, f"line {number}")
                     _check_metadata(record.metadata, f"line {number}: metadata")
                 except (DataError, ValueError, RecursionError) as error:
                     problems.append(Problem("record_invalid", str(path), f"line {number}", str(error)))

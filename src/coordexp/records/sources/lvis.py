@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from coordexp.records.categories import Frequency
-from coordexp.records.sources.base import Reading, SplitFiles, is_whole
-from coordexp.records.sources.coco import Instances, instances_reading, load_instances
+from coordexp.records.sources.base import Reading, SplitFiles
+from coordexp.records.sources.coco import ImageRow, as_id, instances_reading, load_instances
 
 
 def read(files: SplitFiles) -> Reading:
@@ -23,16 +23,17 @@ def read(files: SplitFiles) -> Reading:
     for row in instances.rows.values():
         row["name"] = spoken_name(str(row["name"]))
     categories = (
-        replace(c, name=spoken_name(c.name), frequency=frequency_of(instances, c.id)) for c in instances.categories
+        replace(c, name=spoken_name(c.name), frequency=frequency_of(row))
+        for c, row in zip(instances.categories, instances.rows.values(), strict=True)
     )
     named = replace(instances, categories=tuple(categories))
 
-    def names(image: dict[str, Any], key: str) -> list[str]:
+    def names(image: ImageRow, key: str) -> list[str]:
         listed = image.get(key)
-        ids = listed if isinstance(listed, list) else []
-        return sorted(named.name_of(i) for i in ids if is_whole(i) and i in named.rows)
+        ids = map(as_id, listed if isinstance(listed, list) else [])
+        return sorted(named.name_of(i) for i in ids if i in named.rows)
 
-    def metadata(image: dict[str, Any]) -> dict[str, Any]:
+    def metadata(image: ImageRow) -> dict[str, Any]:
         return {
             "absent": names(image, "neg_category_ids"),
             "not_exhaustive": names(image, "not_exhaustive_category_ids"),
@@ -46,13 +47,13 @@ def spoken_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def frequency_of(instances: Instances, category_id: int) -> Frequency | None:
+def frequency_of(row: dict[str, Any]) -> Frequency | None:
     """How frequent a category is in the training images of LVIS; None if the file says nothing that is valid."""
-    found = instances.rows[category_id].get("frequency")
+    found = row.get("frequency")
     return found if found in get_args(Frequency) else None
 
 
-def _path(image: dict[str, Any]) -> object:
+def _path(image: ImageRow) -> object:
     """`http://images.cocodataset.org/train2017/000000391895.jpg` -> `train2017/000000391895.jpg`."""
     url = image.get("coco_url")
-    return "/".join(url.split("/")[-2:]) if isinstance(url, str) and url.count("/") >= 2 else image.get("file_name")
+    return "/".join(url.split("/")[-2:]) if isinstance(url, str) and url.count("/") >= 2 else image.file_name

@@ -13,9 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box
 from coordexp.records.sources.base import (
@@ -24,13 +21,11 @@ from coordexp.records.sources.base import (
     SourceImage,
     SourceObject,
     SplitFiles,
-    as_whole,
     corners,
     corners_of_xywh,
-    read_json,
-    refuse_pickle,
 )
-from coordexp.records.sources.coco import annotated_box, load_instances
+from coordexp.records.sources.coco import annotated_box, as_id, load_instances
+from coordexp.records.sources.files import opened_parquet, read_json, refuse_pickle, shown
 
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
 # A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
@@ -73,7 +68,7 @@ def _question(
 
 def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
     instances = load_instances(files.path.parent / "instances.json")
-    by_annotation = {as_whole(row.get("id")): row for rows in instances.annotations.values() for _, row in rows}
+    by_annotation = {as_id(row.get("id")): (image, row) for image, rows in instances.by_image() for _, row in rows}
     problems: list[Problem] = []
 
     def images() -> Iterator[SourceImage]:
@@ -81,18 +76,18 @@ def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
             fields = ref if isinstance(ref, dict) else {}
             if fields.get("split") != files.split:
                 continue
-            annotation_id = as_whole(fields.get("ann_id"))
-            annotation = None if annotation_id is None else by_annotation.get(annotation_id)
-            if annotation is None:
+            annotation_id = as_id(fields.get("ann_id"))
+            found = None if annotation_id is None else by_annotation.get(annotation_id)
+            if found is None:
                 detail = f"ann_id {fields.get('ann_id')!r:.40}"
                 problems.append(
                     Problem("unknown_annotation", str(files.path), f"ref {fields.get('ref_id', i)}", detail)
                 )
                 continue
-            image, box = instances.images[annotation["image_id"]], annotated_box(annotation)
+            image, box = found[0], annotated_box(found[1])
             for j, phrase in enumerate(_sentences(fields.get("sentences"))):
                 key = f"ref {fields.get('ref_id', i)}, sentence {j}"
-                yield _question(files, image["file_name"], phrase, box, key, (image["width"], image["height"]))
+                yield _question(files, image.file_name, phrase, box, key, (image.width, image.height))
 
     if not any(isinstance(ref, dict) and ref.get("split") == files.split for ref in refs):
         raise DataError(f"{files.path}: no ref of split {files.split!r}; expected {FORMS}.")
@@ -106,49 +101,42 @@ def _sentences(value: Any) -> Iterator[Any]:
 
 def _read_mdetr(files: SplitFiles) -> Reading:
     instances = load_instances(files.path)
-    if not all("caption" in image for image in instances.images.values()):
+    if not all("caption" in (image.more or {}) for image in instances.images):
         raise DataError(f"{files.path}: images have no caption; expected {FORMS}.")
 
     def images() -> Iterator[SourceImage]:
-        for image_id, image in instances.images.items():
-            for key, row in instances.annotations.get(image_id, ()):
-                box = annotated_box(row)
-                size = (image["width"], image["height"])
-                yield _question(files, image["file_name"], image["caption"], box, f"image {image_id}, {key}", size)
+        for image, rows in instances.by_image():
+            for key, row in rows:
+                where = f"image {image.image_id}, {key}"
+                size = (image.width, image.height)
+                yield _question(files, image.file_name, image.get("caption"), annotated_box(row), where, size)
 
     return Reading(images(), (), instances.problems)
 
 
 def _read_parquet(files: SplitFiles) -> Reading:
-    if not files.path.is_file():
-        raise DataError(f"{files.path}: not found; expected {FORMS}.")
-    try:
-        table = pq.ParquetFile(files.path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{files.path}: not a parquet file ({error}); expected {FORMS}.") from error
-    names = set(table.schema_arrow.names)
+    with opened_parquet(files.path, FORMS) as table:
+        names = set(table.schema_arrow.names)
+    box_of: Callable[[Any], Box | None]
     if names >= {"image_path", "captions", "bbox"}:
-        columns, box_of, phrases = ("image_path", "captions", "bbox"), corners, "captions"
+        columns, box_of = ("image_path", "captions", "bbox"), corners
     elif names >= {"file_name", "answer", "bbox"}:
-        columns, box_of, phrases = ("file_name", "answer", "bbox"), corners_of_xywh, "answer"
+        columns, box_of = ("file_name", "answer", "bbox"), corners_of_xywh
     else:
-        raise DataError(f"{files.path}: has the columns {sorted(names)}; expected {FORMS}.")
-    return Reading(_parquet_images(files, table, columns, box_of, phrases), (), [])
+        raise DataError(f"{files.path}: has the columns {shown(sorted(names), 200)}; expected {FORMS}.")
 
+    def images() -> Iterator[SourceImage]:
+        number = 0
+        with opened_parquet(files.path, FORMS) as table:
+            for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
+                for row in batch.to_pylist():
+                    for j, phrase in enumerate(_listed(row[columns[1]])):
+                        yield _question(
+                            files, row[columns[0]], phrase, box_of(row["bbox"]), f"row {number}, sentence {j}"
+                        )
+                    number += 1
 
-def _parquet_images(
-    files: SplitFiles,
-    table: pq.ParquetFile,
-    columns: tuple[str, ...],
-    box_of: Callable[[Any], Box | None],
-    phrases: str,
-) -> Iterator[SourceImage]:
-    row_number = 0
-    for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
-        for row in batch.to_pylist():
-            for j, phrase in enumerate(_listed(row[phrases])):
-                yield _question(files, row[columns[0]], phrase, box_of(row["bbox"]), f"row {row_number}, sentence {j}")
-            row_number += 1
+    return Reading(images(), (), [])
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -18,8 +18,8 @@ from coordexp.records.sources.base import (
     SplitFiles,
     as_whole,
     corners_of_xywh,
-    read_json,
 )
+from coordexp.records.sources.files import read_json
 
 LAYOUT = "Visual Genome's objects.json or region_descriptions.json"
 

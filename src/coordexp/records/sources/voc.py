@@ -1,13 +1,13 @@
-"""Pascal VOC: one XML file an image, and a list of image names for each split.
+"""Pascal VOC: one XML file an image. The annotation file is a list of image names, a folder of XML files, or one.
 
-VOC counts pixels from 1 and names the first and last pixel of an object, so a box covers [xmin - 1, xmax]. Objects
-marked `difficult` are not counted in VOC's own evaluation: they become ignore regions, as crowds do.
+VOC counts pixels from 1 and names the first and last pixel of an object, so a box covers [xmin - 1, xmax]; the key
+`boxes: from_0` of a set reads it as tools write it that count from 0. Objects marked `difficult` are not counted in
+VOC's own evaluation: they become ignore regions, as crowds do.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,64 +16,90 @@ from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
+    ImageNames,
     Problem,
     Reading,
     SourceImage,
     SourceObject,
     SplitFiles,
-    is_finite,
-    read_text,
+    around,
+    as_number,
 )
+from coordexp.records.sources.files import annotation_files, is_readable, read_text, read_xml, shown
 
-# ElementTree expands entities: a few lines that define them could fill the memory, and no VOC file has any.
-_ENTITY = re.compile(rb"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)
+LAYOUT = "Pascal VOC's XML, with an <annotation>"
+LIST = "a list of image names, one a line, or a folder of XML files"
+_FOLDERS = ("Annotations", "annotations", "xml", "labels")
 
 
 def read(files: SplitFiles) -> Reading:
-    """VOC; the annotation file is the list, such as `ImageSets/Main/train.txt`, beside the folder `Annotations`."""
-    if not files.path.is_file():
-        raise DataError(f"{files.path}: not found; expected a list of image names, one a line.")
-    folder = files.root / "Annotations"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected the XML files of Pascal VOC.")
-    lines = read_text(files.path, "a list of image names, one a line").splitlines()
-    stems = [_stem(line.strip(), folder) for line in lines if line.strip()]
+    """VOC; the annotation file is the list, such as `ImageSets/Main/train.txt`, or the folder `Annotations`."""
     problems: list[Problem] = []
+    folders = _xml_folders(files)
+    if files.path.is_dir():
+        paths = annotation_files(files.path, (".xml",))
+        if not paths:
+            raise DataError(f"{files.path}: holds no XML file; expected {LIST}.")
+        listed = [(path.relative_to(files.path).with_suffix("").as_posix(), path) for path in paths]
+    elif files.path.suffix.lower() == ".xml":
+        listed = [(files.path.stem, files.path)]
+        read_xml(files.path, LAYOUT)
+    else:
+        lines = [line.strip() for line in read_text(files.path, LIST).splitlines() if line.strip()]
+        if not folders:
+            raise DataError(
+                f"{files.root / _FOLDERS[0]}: no such folder, and no XML beside the images; expected Pascal VOC's XML."
+            )
+        found = [_stem(line, folders) for line in lines]
+        listed = [(stem, _xml(stem, folders)) for stem in found]
 
     def images() -> Iterator[SourceImage]:
-        seen: set[str] = set()
-        for stem in stems:
+        names, seen = ImageNames(files), set[str]()
+        for stem, path in listed:
             if stem in seen:
                 problems.append(Problem("duplicate_id", str(files.path), stem))
                 continue
             seen.add(stem)
-            image = _read_image(files, folder / f"{stem}.xml", stem, problems)
-            if image is not None:
-                yield image
+            try:
+                yield _image(names, path, stem)
+            except DataError as error:
+                problems.append(Problem("annotation_unreadable", str(path), stem, str(error)))
 
     return Reading(images(), (), problems)
 
 
-def _stem(line: str, folder: Path) -> str:
-    """The image name of a line: all of it, or what stands before the `1` or `-1` of a class's list."""
+def _xml_folders(files: SplitFiles) -> list[Path]:
+    """Where XML files may lie: in a folder of their own, or beside the images."""
+    image_folder = files.root / files.images
+    places = [place / name for place in (files.root, image_folder, image_folder.parent) for name in _FOLDERS]
+    found = [p for p in dict.fromkeys([*places, image_folder, files.path.parent]) if p.is_dir()]
+    return [p for p in found if p.name in _FOLDERS or any(p.glob("*.xml"))]
+
+
+def _stem(line: str, folders: Sequence[Path]) -> str:
+    """The image name of a line: all of it, without a suffix, or before the `1` or `-1` of a class's list."""
+    if is_readable(_xml(line, folders)):
+        return line
     name, *flag = line.rsplit(maxsplit=1)
-    is_flagged = flag in (["1"], ["0"], ["-1"]) and not (folder / f"{line}.xml").is_file()
-    return name if is_flagged else line
+    plain = line.replace("\\", "/")
+    candidates = [name] if flag in (["1"], ["0"], ["-1"]) else []
+    candidates += [plain.rsplit(".", 1)[0], plain.rsplit("/", 1)[-1], plain.rsplit("/", 1)[-1].rsplit(".", 1)[0]]
+    return next((c for c in candidates if c and is_readable(_xml(c, folders))), candidates[0] if flag else line)
 
 
-def _read_image(files: SplitFiles, path: Path, stem: str, problems: list[Problem]) -> SourceImage | None:
-    try:
-        content = path.read_bytes()
-        if _ENTITY.search(content):
-            raise ElementTree.ParseError("it declares a document type or an entity")
-        root = ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        problems.append(Problem("annotation_unreadable", str(path), stem, str(error)))
-        return None
-    width, height = _number(root.findtext("size/width")), _number(root.findtext("size/height"))
+def _xml(stem: str, folders: Sequence[Path]) -> Path:
+    paths = [folder / f"{stem}.xml" for folder in folders]
+    return next((path for path in paths if is_readable(path)), paths[0])
+
+
+def _image(names: ImageNames, path: Path, stem: str) -> SourceImage:
+    root = read_xml(path, LAYOUT)
+    if root.tag != "annotation":
+        raise DataError(f"{path}: its root is <{root.tag[:40]}>; expected {LAYOUT}.")
+    width, height = as_number(root.findtext("size/width")), as_number(root.findtext("size/height"))
     has_size = bool(width and height)  # some tools write 0 for "unknown"
     return SourceImage(
-        file_name=files.image_name(root.findtext("filename") or f"{stem}.jpg"),
+        file_name=_image_name(names, root.findtext("filename"), stem),
         key=stem,
         image_id=None,
         width=width if has_size else None,
@@ -83,30 +109,42 @@ def _read_image(files: SplitFiles, path: Path, stem: str, problems: list[Problem
     )
 
 
+def _image_name(names: ImageNames, filename: str | None, stem: str) -> object:
+    """The picture with the stem of the XML file, as tools pair them; `filename` is stale in files that were renamed."""
+    paired = names.of_stem(str(names.files.image_name(stem)))
+    named = names.find((filename or "").strip() or f"{stem}.jpg")
+    if paired and Path(paired).name != Path(str(named)).name:
+        return paired
+    return named
+
+
 def _object(node: ElementTree.Element, index: int) -> SourceObject:
     is_difficult = as_flag(node.findtext("difficult")) is True  # some tools write "Unspecified"
+    box = _box(node)
     return SourceObject(
         desc=node.findtext("name"),
-        box_xyxy=_box(node.find("bndbox")),
+        box_xyxy=box,
         key=f"object[{index}]",
         iscrowd=is_difficult,
         truncated=as_flag(node.findtext("truncated")) is True,
+        counts_from=1,
+        found="" if box else shown(" ".join(f"{n.tag} {n.text}" for n in node.findall("bndbox/*")), 80),
         metadata={"difficult": 1} if is_difficult else {},
     )
 
 
-def _box(node: ElementTree.Element | None) -> Box | None:
-    if node is None:
+def _box(node: ElementTree.Element) -> Box | None:
+    """Corners counted from 0; where the box is missing, those around the polygon that some tools write."""
+    found = [as_number(node.findtext(f"bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax")]
+    values = [v for v in found if v is not None]
+    if len(values) == 4:
+        x1, y1, x2, y2 = values
+        return x1 - 1, y1 - 1, x2, y2
+    if node.find("bndbox") is not None:
         return None
-    values: list[Any] = [_number(node.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax")]
-    if not all(v is not None and is_finite(v) for v in values):
+    points = [as_number(part.text) for part in node.findall("polygon/*")]
+    known: list[Any] = [v for v in points if v is not None]
+    if len(known) != len(points) or len(known) < 6 or len(known) % 2:
         return None
-    x1, y1, x2, y2 = values
+    x1, y1, x2, y2 = around(known)
     return x1 - 1, y1 - 1, x2, y2
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return None

@@ -1,8 +1,9 @@
-"""YOLO folders: a `data.yaml` with names, images, and beside each image a label file of the same stem.
+"""YOLO folders: a `data.yaml` with names, images, and for each image a label file of the same stem.
 
-A label file is found by replacing the last `images` in the path by `labels`. A line is `class cx cy w h` in fractions
-of width and height, `class x1 y1 x2 y2 x3 y3 ...` for a polygon, or, where the data.yaml has a `kpt_shape`, a box with
-key points behind it, which are left out. An image without a label file holds no object.
+A label file is found by replacing the last `images` in the path by `labels`, or lies beside the image. A line is
+`class cx cy w h` in fractions of width and height, with a confidence behind it in predictions, `class x1 y1 x2 y2 x3 y3
+...` for a polygon, or, where the data.yaml has a `kpt_shape`, a box with key points behind it, which are left out. An
+image without a label file holds no object.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coordexp.config.loading import read_yaml
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box, as_boxes, pairwise_iou
 from coordexp.records.categories import Category
-from coordexp.records.image_files import IMAGE_SUFFIXES
+from coordexp.records.image_files import IMAGE_SUFFIXES, files_below
 from coordexp.records.sources.base import (
     Problem,
     Reading,
@@ -25,36 +25,105 @@ from coordexp.records.sources.base import (
     SplitFiles,
     around,
     is_finite,
-    read_text,
 )
+from coordexp.records.sources.files import is_readable, read_text, read_yaml, shown
 
+LAYOUT = "the data.yaml of a YOLO data set, or a classes.txt with a name a line"
 POSE_IOU = 0.6  # of the box and the one around its key points; real polygons reach about .5
+_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 
 
 def read(files: SplitFiles) -> Reading:
-    """YOLO; the annotation file is the `data.yaml`, the image folder that of the split, such as `images/train`."""
-    names, key_points = _names(files.path), _key_points(files.path)
-    folder = files.root / files.images
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected the images of the split.")
-    found = list(_files_below(folder))
-    images = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES)
+    """YOLO; the annotation file is the `data.yaml`, the image folder that of the split, such as `images/train`.
+
+    Where the image folder is the root, the `data.yaml` says where the images of the split are: in a folder, in several,
+    or in a text file that lists them.
+    """
+    described = _described(files.path)
+    names, key_points = _names(described, files.path), _key_points(described, files.path)
+    places = _places(files, described)
+    if not places:
+        raise DataError(f"{files.root / files.images}: no such folder; expected the images of the split.")
+    images = sorted({path for place in places for path in _images_of(place, files.root)})
     problems: list[Problem] = []
     categories = tuple(Category(number, name, "train") for number, name in sorted(names.items()))
 
     def read_images() -> Iterator[SourceImage]:
         labels: set[Path] = set()
-        for path in images:
-            name = path.relative_to(files.root).as_posix()
-            label = files.root / label_path(name)
+        for name in images:
+            label = _label(files.root, name)
             labels.add(label)
-            objects = tuple(_objects(label, names, key_points, problems)) if label.is_file() else ()
-            yield SourceImage(name, name, None, None, None, objects, str(label))
-        beside = (files.root / label_path((PurePosixPath(files.images) / "image").as_posix())).parent
-        others = {*found, *_files_below(beside)} - labels
-        problems.extend(_unused(sorted(p for p in others if p.suffix == ".txt"), names))
+            try:
+                objects = tuple(_objects(label, names, key_points)) if label.exists() else ()
+                yield SourceImage(name, name, None, None, None, objects, str(label))
+            except DataError as error:
+                yield SourceImage(
+                    name, name, None, None, None, (), str(label), problem="label_unreadable", detail=str(error)
+                )
+        others = {path for place in places if place.is_dir() for path in _label_files(place, files.root)}
+        problems.extend(_unused(sorted(others - labels), names))
 
     return Reading(read_images(), categories, problems)
+
+
+def _places(files: SplitFiles, described: dict[str, Any]) -> list[Path]:
+    """Folders of images, and text files that list them."""
+    folder = files.root / files.images
+    if folder.resolve() in (files.path.parent.resolve(), files.root.resolve()):
+        key = next((key for key in _SPLITS[files.split] if described.get(key)), None)
+        if key is not None:
+            return [_own_place(str(value), files, described) for value in _listed(described[key])]
+    return [folder] if folder.is_dir() else []
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _own_place(value: str, files: SplitFiles, described: dict[str, Any]) -> Path:
+    """Where a path of the data.yaml leads to below the root; its first parts are often those of another machine."""
+    parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    home = files.path.parent
+    starts = [home, files.root]
+    if isinstance(described.get("path"), str):
+        starts.insert(0, home / described["path"].replace("\\", "/"))
+    for i in range(len(parts)):
+        for start in starts:
+            place = Path(os.path.normpath(start.joinpath(*parts[i:])))  # a link may lead out of the root
+            if place.exists() and place.is_relative_to(files.root):
+                return place
+    raise DataError(
+        f"{files.path}: names the images {shown(value)}, which are not below {files.root}; expected them there."
+    )
+
+
+def _images_of(place: Path, root: Path) -> Iterator[str]:
+    """Names of images relative to the root: of a folder, or as a text file lists them."""
+    if place.is_dir():
+        found = (p for p in files_below(place) if p.suffix.lower() in IMAGE_SUFFIXES)
+        yield from (path.relative_to(root).as_posix() for path in found)
+        return
+    for line in read_text(place, "a list of image files, one a line").splitlines():
+        parts = [part for part in line.strip().replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        if parts:
+            names = ["/".join(parts[i:]) for i in range(len(parts))]
+            here = [(start, name) for name in names for start in (place.parent, root)]
+            known = (s / n for s, n in here if is_readable(s / n))
+            found_path = next(known, root / names[0])
+            yield found_path.relative_to(root).as_posix()
+
+
+def _label(root: Path, name: str) -> Path:
+    """The label file of an image: below `labels`, or beside it."""
+    usual, beside = root / label_path(name), root / PurePosixPath(name).with_suffix(".txt")
+    return usual if usual == beside or usual.exists() or not beside.exists() else beside
+
+
+def _label_files(place: Path, root: Path) -> Iterator[Path]:
+    """Every text file where labels of the images of a folder may lie."""
+    image = (place.relative_to(root) / "image").as_posix()
+    for folder in dict.fromkeys((place, (root / label_path(image)).parent)):
+        yield from (p for p in files_below(folder) if p.suffix == ".txt")
 
 
 def label_path(image_name: str) -> str:
@@ -66,37 +135,35 @@ def label_path(image_name: str) -> str:
     return "/".join(parts)
 
 
-def _names(path: Path) -> dict[int, str]:
-    if not path.is_file():
-        raise DataError(f"{path}: not found; expected the data.yaml of a YOLO data set.")
-    names = read_yaml(path).get("names")
+def _described(path: Path) -> dict[str, Any]:
+    """What the annotation file says; a list of names alone is that of the classes."""
+    if path.suffix.lower() in (".txt", ".names"):
+        return {"names": [line.strip() for line in read_text(path, LAYOUT).splitlines() if line.strip()]}
+    return read_yaml(path, LAYOUT)
+
+
+def _names(described: dict[str, Any], path: Path) -> dict[int, str]:
+    names = described.get("names")
     listed: dict[Any, Any] = dict(enumerate(names)) if isinstance(names, list) else {}
     if isinstance(names, dict):
-        listed = names
-    valid = {key: str(name) for key, name in listed.items() if isinstance(key, int) and isinstance(name, str | int)}
+        listed = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
+    valid = {key: str(name) for key, name in listed.items() if type(key) is int and isinstance(name, str | int | float)}
     if not valid or len(valid) != len(listed):
-        raise DataError(f"{path}: names is {names!r}; expected a list of names, or a mapping of numbers to names.")
+        raise DataError(
+            f"{path}: names is {shown(names, 200)}; expected a list of names, or a mapping of numbers to names."
+        )
     return valid
 
 
-def _key_points(path: Path) -> int:
+def _key_points(described: dict[str, Any], path: Path) -> int:
     """How many numbers of key points stand behind each box: the product of `kpt_shape`, 0 without one."""
-    shape = read_yaml(path).get("kpt_shape")
+    shape = described.get("kpt_shape")
     if shape is None:
         return 0
     match shape:
         case [int(count), 2 | 3 as values] if count > 0:
             return count * values
-    raise DataError(f"{path}: kpt_shape is {shape!r}; expected [number of key points, 2 or 3].")
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, linked folders included, except where a link leads back up."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if Path(place).resolve() in {parent.resolve() for parent in Path(place).parents}:
-            folders.clear()
-        else:
-            yield from (Path(place) / name for name in names)
+    raise DataError(f"{path}: kpt_shape is {shown(shape)}; expected [number of key points, 2 or 3].")
 
 
 def _unused(labels: Iterable[Path], names: dict[int, str]) -> Iterator[Problem]:
@@ -112,36 +179,28 @@ def _unused(labels: Iterable[Path], names: dict[int, str]) -> Iterator[Problem]:
             yield Problem("label_unused", str(path), "file", detail)
 
 
-def _objects(path: Path, names: dict[int, str], key_points: int, problems: list[Problem]) -> Iterator[SourceObject]:
-    try:
-        lines = read_text(path, "labels").splitlines()
-    except DataError as error:
-        problems.append(Problem("label_unreadable", str(path), "file", str(error)))
-        return
-    for number, line in enumerate(lines, 1):
-        values = _numbers(line)
+def _objects(path: Path, names: dict[int, str], key_points: int) -> Iterator[SourceObject]:
+    for number, line in enumerate(read_text(path, "labels").splitlines(), 1):
         if not line.strip():
             continue
-        if not values or values[0] not in names:
-            reason = "unknown_category" if values else "bbox_malformed"
-            problems.append(Problem(reason, str(path), f"line {number}", line[:80]))
-            continue
+        values = _numbers(line)
         box, ring = _geometry(values[1:], key_points)
-        category = int(values[0])
+        is_known = bool(values) and values[0] in names
         yield SourceObject(
-            desc=names[category],
+            desc=names[int(values[0])] if is_known else None,
             box_xyxy=box,
             key=f"line {number}",
             rings=ring,
-            in_unit_frame=True,
-            category_id=category,
-            found="" if box else f"{line[:80]}: neither a box nor clearly a polygon",
+            side_units=1.0,
+            category_id=int(values[0]) if is_known else None,
+            problem="" if is_known else "unknown_category" if values else "bbox_malformed",
+            found="" if box and is_known else line[:80] + (": neither a box nor clearly a polygon" if is_known else ""),
         )
 
 
 def _numbers(line: str) -> list[float]:
     try:
-        values = [float(word) for word in line.split()]
+        values = [float(word) for word in line.replace(",", " ").replace(";", " ").split()]
     except ValueError:
         return []
     return values if all(map(is_finite, values)) else []
@@ -149,7 +208,8 @@ def _numbers(line: str) -> list[float]:
 
 def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[tuple[float, ...], ...]]:
     """Box and polygons of the numbers behind the class; no box where the line is neither."""
-    if len(values) == 4 or (key_points and len(values) == 4 + key_points):
+    has_confidence = len(values) == 5 and 0 <= values[4] <= 1 and not key_points
+    if len(values) == 4 or has_confidence or (key_points and len(values) == 4 + key_points):
         cx, cy, w, h = values[:4]
         return (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), ()
     if key_points or len(values) < 6 or len(values) % 2 or _is_pose(values):

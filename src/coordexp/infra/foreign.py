@@ -1,0 +1,245 @@
+"""The gate that files from outside pass: regular files of a bounded size, UTF-8 text, JSON that means one thing.
+
+A `Gate` is one kind of file: what it should be, how large and how deep it may be, and the error that everything else
+becomes. Each kind is declared once, beside the code that knows what such a file holds (parameters in config/loading.py,
+checkpoints in models/folder.py, predictions in records/gt_vs_pred.py and records/prediction_log.py). Pictures have a
+gate of their own, records/images.py, which opens files here too.
+
+Python's JSON reader alone takes NaN, lets the last of two equal keys win, turns 1e999 into infinity, and ends in a
+RecursionError or in strings that cannot be written again: each is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NoReturn
+
+from coordexp.errors import CoordExpError
+
+MAX_DIGITS = 40  # of a whole number: far beyond ids and sizes, far below what takes time
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a block"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class FileTooLargeError(OSError):
+    """A file has more bytes than are read of its kind."""
+
+
+@contextmanager
+def open_regular(path: str | os.PathLike[str], max_bytes: int | None) -> Iterator[BufferedReader]:
+    """Open a regular file: reading anything else may never end, and opening a device may do something.
+
+    Raises:
+        OSError: there is no such file, it may not be read, it is none, or it is too large (`FileTooLargeError`).
+    """
+    check_regular(os.stat(path), max_bytes)
+    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
+        check_regular(os.fstat(handle.fileno()), max_bytes)
+        yield handle
+
+
+def check_regular(found: os.stat_result, max_bytes: int | None) -> None:
+    """Raise OSError, as `open_regular` does, for a file that may not be opened; None is any size."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(f"it is {kind}, expected a regular file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise FileTooLargeError(f"{found.st_size} bytes are more than the {max_bytes} that are read")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One kind of foreign file.
+
+    Attributes:
+        what: what is expected, for messages: "a parameter file".
+        error: what is raised for anything else.
+        remedy: a sentence on what to do about it.
+        max_bytes: size of the largest file that is read; for `json_lines`, of the longest line.
+        max_depth: how deep lists and objects may be nested.
+    """
+
+    what: str
+    error: type[CoordExpError]
+    remedy: str
+    max_bytes: int = 1 << 26
+    max_depth: int = 32
+
+    def read_bytes(self, path: Path) -> bytes:
+        """The bytes of a file; raises `error`."""
+        with self._opened(path, self.max_bytes) as handle:
+            return handle.read()
+
+    def read_text(self, path: Path) -> str:
+        """The text of a file in UTF-8, without a byte-order mark; raises `error`."""
+        return self._decoded(self.read_bytes(path), str(path))
+
+    def read_json(self, path: Path) -> Any:
+        """The value of a JSON file; raises `error`."""
+        return self.parse_json(self.read_bytes(path), str(path))
+
+    def read_object(self, path: Path) -> dict[str, Any]:
+        """The value of a JSON file that holds an object; raises `error`."""
+        value = self.read_json(path)
+        if not isinstance(value, dict):
+            self.refuse(str(path), f"holds {shown(value)}, not a JSON object")
+        return value
+
+    def json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Place ("file:line") and value of each line of a file of any size; raises `error`, also for an empty line."""
+        for where, line in self.lines(path):
+            yield where, self.parse_json(line, where)
+
+    def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
+        """Place ("file:line") and bytes of each line, its end included."""
+        number = 0
+        with self._opened(path, None) as handle:
+            while line := handle.readline(self.max_bytes + 1):
+                number += 1
+                if len(line) > self.max_bytes:
+                    self.refuse(f"{path}:{number}", f"the line is longer than {self.max_bytes} bytes")
+                yield f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+    def parse_json(self, text: bytes | str, where: str) -> Any:
+        """The value of JSON text that stands at `where`; raises `error`."""
+        decoded = self._decoded(text, where) if isinstance(text, bytes) else text
+        try:
+            return strict_json(decoded, self.max_depth)
+        except ValueError as error:
+            self.refuse(where, f"not valid JSON: {error}", error)
+
+    def refuse(self, where: str, reason: str, cause: BaseException | None = None) -> NoReturn:
+        """Raise `error`: what is at `where` is not what was expected."""
+        raise self.error(f"{where}: {reason}. Expected {self.what}. {self.remedy}".rstrip()) from cause
+
+    def _decoded(self, text: bytes, where: str) -> str:
+        try:
+            return text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            self.refuse(where, f"not UTF-8 text ({error.reason} at byte {error.start})", error)
+
+    @contextmanager
+    def _opened(self, path: Path, max_bytes: int | None) -> Iterator[BufferedReader]:
+        try:
+            with open_regular(path, max_bytes) as handle:
+                yield handle
+        except FileNotFoundError as error:
+            self.refuse(str(path), "no such file", error)
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            self.refuse(str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})", error)
+
+
+def strict_json(text: str, max_depth: int = 32) -> Any:
+    """The value of JSON text; raises ValueError with the reason."""
+    try:
+        value = (_CAREFUL if _ODD_NUMBER.search(text) else _PLAIN).decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {max_depth}") from error
+    check_tree(value, max_depth)
+    if _SURROGATE_ESCAPE.search(text):
+        check_text(value)
+    return value
+
+
+def check_tree(value: Any, max_depth: int) -> None:
+    """Raise ValueError for a tree that is nested too deeply; also right for one that holds itself."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(max_depth):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {max_depth}")
+
+
+def check_text(value: Any) -> None:
+    """Raise ValueError if a tree (not one that holds itself) has text that no file can hold."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    if isinstance(value, (dict, list)):
+        for inner in value:
+            check_text(inner)
+    if isinstance(value, dict):
+        for inner in value.values():
+            check_text(inner)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, short enough for one line: "'high' (text)"."""
+    if value is None:
+        return "nothing"
+    text = _SHORT.repr(value)  # never all of it: a few lines can hold gigabytes
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({_NOUNS.get(type(value), type(value).__name__)})"
+
+
+def first_fault(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first of pydantic's `ValidationError.errors()` in words: "pred[0].score is 'high' (text): expected ...".
+
+    A fault of the key `version` comes first, as it explains all others.
+    """
+    fault = min(errors, key=lambda fault: fault["loc"] != ("version",))
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
+    reason = str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {shown(fault['input'])}: {reason}" if key else reason
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:30]} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+# Most texts hold no number that the hooks would refuse, and calling them for each one takes three times as long.
+_ODD_NUMBER = re.compile(rf"[0-9][eE]|[0-9]{{{MAX_DIGITS}}}")
+_PLAIN = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_CAREFUL = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+)

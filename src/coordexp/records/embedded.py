@@ -1,0 +1,91 @@
+"""Pictures that lie in the rows of a parquet file, as the Hugging Face Hub keeps data sets.
+
+They stay there: a record names one `<file>.parquet/<row>`, and reading it decodes the group of rows that it lies in,
+usually a hundred pictures, of which the last few groups are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+SUFFIX = ".parquet"
+EMBEDDED = f"{SUFFIX}/"  # stands in the name of each such picture
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+KEPT_GROUPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedPicture:
+    """A row of a parquet file whose image column holds the bytes of a picture."""
+
+    file: Path
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}"
+
+    def read(self) -> bytes:
+        """The bytes of the picture; raises OSError for what is no such file, or has no picture in that row."""
+        stat = self.file.stat()
+        version = (stat.st_size, stat.st_mtime_ns)
+        try:
+            column, ends = _layout(self.file, version)
+            group = bisect_right(ends, self.row)
+            if group >= len(ends):
+                raise OSError(f"it has {ends[-1] if ends else 0} rows")
+            begin = ends[group - 1] if group else 0
+            content = _group(self.file, version, group, column)[self.row - begin].as_py()
+        except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            raise OSError(f"not a parquet file with pictures ({error})") from error
+        if not isinstance(content, bytes):
+            raise OSError("the row holds no picture")
+        return content
+
+
+def embedded_picture(root: Path, name: str) -> EmbeddedPicture | None:
+    """The picture of a name that means a row of a parquet file below the root; None for any other name."""
+    file, _, row = name.rpartition("/")
+    if file.endswith(SUFFIX) and row.isascii() and row.isdigit() and len(row) < 12 and os.path.isfile(root / file):
+        return EmbeddedPicture(root / file, int(row))
+    return None
+
+
+def picture_column(schema: pa.Schema) -> str | None:
+    """The column with the bytes of pictures, as parquet names it: `image.bytes`, or `image` itself."""
+    for name in IMAGE_COLUMNS:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                return f"{name}.bytes"
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return name
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _layout(file: Path, version: tuple[int, int]) -> tuple[str, list[int]]:
+    """The column of pictures, and the row at which each group of rows ends."""
+    with pq.ParquetFile(file) as table:
+        column = picture_column(table.schema_arrow)
+        if column is None:
+            raise KeyError("no column of pictures")
+        sizes: Iterable[int] = (table.metadata.row_group(i).num_rows for i in range(table.num_row_groups))
+        return column, list(accumulate(sizes))
+
+
+@lru_cache(maxsize=KEPT_GROUPS)
+def _group(file: Path, version: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(file) as table:
+        found = table.read_row_group(group, columns=[column])
+    values = found.column(0)
+    return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values

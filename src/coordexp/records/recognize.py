@@ -1,0 +1,121 @@
+"""Which format a folder is in: its annotation files, splits and pictures, as the keys of a set of a profile.
+
+Each format is known by a mark in its own files (`records.recognizers`), never by the name of the folder alone. What was
+recognized is then read for a sample of its pictures: missing files, lost objects, and boxes in another form than the
+format's are found there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, get_args
+
+from coordexp.config.formats import BoxForm, Format
+from coordexp.config.profile import DatasetConfig
+from coordexp.errors import DataError
+from coordexp.records.box_frames import BoxFrames
+from coordexp.records.images import inspect_image
+from coordexp.records.manifest import open_split
+from coordexp.records.policy import image_problem
+from coordexp.records.recognizers import RECOGNIZERS, Folder, Found
+from coordexp.records.sources.base import Reading
+from coordexp.records.sources.files import opened_parquet
+
+SAMPLE_IMAGES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to read a folder.
+
+    `keys` is a complete block `source.sets.<name>` of a profile. `problems` says in words what the sample showed.
+    """
+
+    format: Format
+    keys: dict[str, Any]
+    why: str
+    images: int  # pictures below its image folders, or in its parquet files
+    objects: int  # in the sample
+    problems: tuple[str, ...]
+
+    def dataset(self) -> DatasetConfig:
+        """The keys as a block."""
+        return DatasetConfig.model_validate(self.keys)
+
+
+def recognize_folder(path: Path) -> list[Candidate]:
+    """Every way to read a folder of annotated pictures, the likeliest first; empty if there is none.
+
+    Raises:
+        DataError: it is no folder.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; expected a folder of annotated pictures.")
+    folder = Folder(path.absolute())
+    found = [
+        candidate
+        for recognizer in RECOGNIZERS
+        for splits in recognizer(folder)
+        if (candidate := _tried(folder, splits))
+    ]
+    return sorted(found, key=lambda c: (c.objects == 0, len(c.problems) > 0))
+
+
+def _tried(folder: Folder, found: Found) -> Candidate | None:
+    """The candidate with what a sample of its training pictures shows; None if the reader refuses the file at all."""
+    keys = {
+        "format": found.format, "root": str(folder.root), "train": found.train, "val": found.val,
+        "train_images": found.train_images or ".", "val_images": found.val_images or found.train_images or ".",
+        "weight": 1.0, "prompt": found.prompt,
+    }  # fmt: skip
+    dataset = DatasetConfig.model_validate(keys)
+    problems = list(found.notes)
+    try:
+        frames, n_objects, missing, n_images = _sampled(dataset)
+    except DataError as error:
+        return Candidate(found.format, keys, found.why, 0, 0, (*problems, str(error)))
+    form = frames.other_form()
+    if form in get_args(BoxForm):
+        keys["boxes"] = form
+        problems.append(f"boxes are read as {form}: {frames.cause()}")
+    elif cause := frames.cause():
+        problems.append(cause)
+    if missing:
+        shown = "; ".join(f"{reason} {count}" for reason, count in sorted(missing.items()))
+        problems.append(f"of {n_images} pictures looked at: {shown}")
+    if not n_objects:
+        problems.append("no object in the pictures looked at")
+    embedded = found.format == "hub"
+    count = _rows(folder, found) if embedded else folder.count(keys["train_images"], keys["val_images"])
+    return Candidate(found.format, keys, found.why, count, n_objects, tuple(problems))
+
+
+def _rows(folder: Folder, found: Found) -> int:
+    count = 0
+    for name in folder.by_suffix[".parquet"]:
+        with opened_parquet(folder.root / name, "parquet") as table:
+            count += table.metadata.num_rows
+    return count
+
+
+def _sampled(dataset: DatasetConfig) -> tuple[BoxFrames, int, Counter[str], int]:
+    """Of the first training pictures: frames of boxes, number of objects, problems by reason, number of pictures."""
+    reading = open_split(dataset, "train") or Reading((), (), [])
+    frames, missing = BoxFrames(), Counter[str]()
+    n_objects = n_images = 0
+    for image in islice(reading.images, SAMPLE_IMAGES):
+        n_images += 1
+        name = str(image.file_name)
+        facts = {name: inspect_image(Path(dataset.root), name, decode=False)}
+        if problem := image_problem(replace(image, file_name=name), facts):
+            missing[problem.reason] += 1
+            continue
+        for obj in image.objects:
+            n_objects += 1
+            if obj.box_xyxy is not None:
+                frames.add(obj, facts[name].width, facts[name].height, lambda: "")
+    missing.update(p.reason for p in reading.problems)
+    return frames, n_objects, missing, n_images

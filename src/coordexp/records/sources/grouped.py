@@ -1,0 +1,61 @@
+"""Rows of a file brought together by the picture that they belong to, in bounded memory.
+
+Annotations of one picture may stand anywhere in a file. They are kept in buckets of neighbouring pictures; when they
+outgrow the memory that is allowed, buckets go to temporary files and are read back one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import IO, Any
+
+BUFFER_BYTES = 1 << 27
+BUCKET_GROUPS = 10_000  # pictures of one bucket
+
+
+class Grouped:
+    """Rows by the number of their group: JSON values, given back group by group in the order of numbers."""
+
+    def __init__(self, buffer_bytes: int | None = None, bucket_groups: int | None = None) -> None:
+        self._limit = BUFFER_BYTES if buffer_bytes is None else buffer_bytes
+        self._groups = BUCKET_GROUPS if bucket_groups is None else bucket_groups
+        self._waiting: defaultdict[int, list[str]] = defaultdict(list)
+        self._files: dict[int, IO[str]] = {}
+        self._n_waiting = 0
+
+    def add(self, group: int, row: Any) -> None:
+        """Put a row to the others of its group."""
+        text = json.dumps([group, row])
+        self._waiting[group // self._groups].append(text)
+        self._n_waiting += len(text) + 64
+        if self._n_waiting > self._limit:
+            self._flush()
+
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+        """Each group that has rows, with its rows in the order in which they came."""
+        for bucket in sorted(self._waiting.keys() | self._files.keys()):
+            found: defaultdict[int, list[Any]] = defaultdict(list)
+            for text in self._texts(bucket):
+                group, row = json.loads(text)
+                found[group].append(row)
+            for group in sorted(found):
+                yield group, found.pop(group)
+
+    def _texts(self, bucket: int) -> Iterator[str]:
+        if bucket in self._files:
+            file = self._files[bucket]
+            file.seek(0)
+            yield from file
+            file.seek(0, 2)
+        yield from self._waiting.get(bucket, ())
+
+    def _flush(self) -> None:
+        for bucket, texts in self._waiting.items():
+            if bucket not in self._files:
+                self._files[bucket] = tempfile.TemporaryFile("w+", encoding="ascii")  # noqa: SIM115
+            self._files[bucket].writelines(f"{text}\n" for text in texts)
+        self._waiting.clear()
+        self._n_waiting = 0
