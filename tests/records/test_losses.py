@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from coordexp import cli
 from coordexp.doctor.records import examine
 from coordexp.errors import DataError
 from coordexp.records.convert import FILE_POLICIES, Converted
-from records_folders import annotation, coco_set, converted, edit, records_config, write_split
+from records_folders import annotation, coco_set, converted, dataset, edit, records_config, write_photos, write_split
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -172,3 +173,70 @@ def test_a_file_without_a_usable_line_says_why(tmp_path, capfd):
     message = capfd.readouterr().err
     assert "no object that counts is left (record_invalid 2)" in message
     assert "unknown key 'messages'" in message
+
+
+# Boxes in another form than the format's -----------------------------------------------------------------------------
+
+
+def voc_from_0(root: Path) -> None:
+    for file in (root / "Annotations").iterdir():
+        text = file.read_text()
+        for tag in ("xmin", "ymin"):
+            value = text.split(f"<{tag}>")[1].split("<")[0]
+            text = text.replace(f"<{tag}>{value}<", f"<{tag}>{int(value) - 3}<", 1)
+        file.write_text(text)
+
+
+def rewritten(root: Path, pattern: str, change: Callable[[str], str]) -> None:
+    for file in root.rglob(pattern):
+        file.write_text(change(file.read_text()))
+
+
+def in_percent(text: str) -> str:
+    return "\n".join(
+        " ".join([n, *(f"{100 * float(v):.4f}" for v in vs)]) for n, *vs in map(str.split, text.splitlines())
+    )
+
+
+def in_pixels(text: str) -> str:
+    lines = (line.split() for line in text.splitlines())
+    return "\n".join(f"{n} {64 * float(x)} {48 * float(y)} {64 * float(w)} {48 * float(h)}" for n, x, y, w, h in lines)
+
+
+def qwen_in_pixels(text: str) -> str:
+    def smaller(found: re.Match[str]) -> str:
+        x1, y1, x2, y2 = map(float, found[1].split(","))
+        return f"[{x1 * 0.064}, {y1 * 0.048}, {x2 * 0.064}, {y2 * 0.048}]"
+
+    return re.sub(r"\[([-\d., ]+)\]", smaller, text)
+
+
+def table_in_thousandths(text: str) -> str:
+    head, *rows = (line.split(",") for line in text.splitlines())
+    for row in rows:
+        row[4:8] = [str(float(v) * 1000 / (64, 48)[i % 2]) for i, v in enumerate(row[4:8])]
+    return "\n".join(map(",".join, [head, *rows]))
+
+
+FORMS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
+    "VOC from 0": ("voc", voc_from_0, "pixels counted from 0", "from_0"),
+    "YOLO in percent": ("yolo", lambda root: rewritten(root, "labels/*/*.txt", in_percent), "percent", ""),
+    "YOLO in pixels": ("yolo", lambda root: rewritten(root, "labels/*/*.txt", in_pixels), "pixels", "pixels"),
+    "Qwen in pixels": ("conversations", lambda root: rewritten(root, "*.jsonl", qwen_in_pixels), "pixels", "pixels"),
+    "table in thousandths": (
+        "csv", lambda root: rewritten(root, "*.csv", table_in_thousandths), "thousandths", "thousandths",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_boxes_in_another_form_stop_and_the_key_reads_them(case, tmp_path):
+    fmt, change, words, form = FORMS[case]
+    write_photos(fmt, tmp_path / "set", {"train": 12, "val": 6})
+    assert stops(tmp_path, {"mine": dataset(fmt, tmp_path / "set")}) == ""
+    change(tmp_path / "set")
+    message = stops(tmp_path, {"mine": dataset(fmt, tmp_path / "set")})
+    assert f"look like {words}" in message
+    if form:
+        assert f"boxes to {form}" in message
+        assert stops(tmp_path, {"mine": dataset(fmt, tmp_path / "set", boxes=form)}) == ""

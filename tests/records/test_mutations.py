@@ -24,7 +24,8 @@ SIZE = (64, 48)
 # Of each format how many; text forms are cheap, YAML and parquet are not.
 COUNTS = {
     "coco": 5000, "lvis": 2500, "objects365": 500, "visual_genome": 2000, "refcoco": 1500, "labelme": 2000,
-    "jsonl": 2000, "conversations": 1500, "cvat": 800, "voc": 700, "csv": 700, "open_images": 400, "yolo": 250, "hub": 150,
+    "jsonl": 2000, "conversations": 1500, "cvat": 800, "voc": 700, "csv": 700,
+    "open_images": 400, "yolo": 250, "hub": 150,
 }  # fmt: skip
 DEEP: list[Any] = []
 for _ in range(300):

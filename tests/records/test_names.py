@@ -55,6 +55,17 @@ def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path
     assert (stops, "1 'person' stays" in example) == (False, True)
 
 
+def test_a_root_category_without_an_annotation_is_left_out_and_said(coco, tmp_path):
+    for split in ("train2017", "val2017"):
+        edit(coco, split, categories=lambda old: [
+            {"id": 0, "name": "things", "supercategory": "none"}, *(row | {"supercategory": "things"} for row in old),
+        ])  # fmt: skip
+    result = convert(tmp_path, {"coco": coco_set(coco)})
+    assert [c.name for c in result.categories()] == ["person", "traffic light", "cat", "red mug"]
+    assert result.notes == ["coco: category 0 'things' is the root of the others and has no annotation: left out"]
+    assert findings({"coco": coco_set(coco)})["category_unused"][0] is False
+
+
 @pytest.mark.parametrize("name", ["cat", "CAT"])
 def test_two_used_categories_of_one_name_are_refused(coco, tmp_path, name):
     for split in ("train2017", "val2017"):
@@ -78,6 +89,7 @@ def test_a_name_of_several_sets_is_written_as_in_the_first(coco, tmp_path):
     sets = {"coco": coco_set(coco, prompt="listed"), "mine": coco_set(other, val="none", prompt="listed")}
     result = convert(tmp_path, sets)
     assert [c.name for c in result.categories()] == ["cat", "person", "red mug", "traffic light"]
+    assert [c.aliases for c in result.categories()] == [(), ("Person",), (), ("Traffic_Light",)]
     found = {o.desc for records in result.splits.values() for r in records for o in r.objects}
     asked = {n for records in result.splits.values() for r in records for n in r.metadata["prompt"]["names"]}
     assert found | asked == {"cat", "person", "red mug", "traffic light"}

@@ -28,11 +28,15 @@ class Category:
     name: str
     split: Split | None = "train"
     frequency: Frequency | None = None
+    aliases: tuple[str, ...] = ()  # other spellings that the sources have
+    is_root: bool = False  # the source puts others below it, as exports do that have one group of classes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON value, without a frequency where the source has none."""
-        row: dict[str, Any] = {"id": self.id, "name": self.name} | ({"split": self.split} if self.split else {})
-        return row | ({"frequency": self.frequency} if self.frequency else {})
+        """Plain JSON value, without what the source does not have."""
+        row: dict[str, Any] = {"id": self.id, "name": self.name}
+        row |= {"split": self.split} if self.split else {}
+        row |= {"frequency": self.frequency} if self.frequency else {}
+        return row | ({"aliases": list(self.aliases)} if self.aliases else {})
 
 
 def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:

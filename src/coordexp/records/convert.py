@@ -12,8 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain, count
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from coordexp.config.formats import BoxForm, Format
@@ -75,6 +75,7 @@ class Converted:
     declared: dict[str, tuple[Category, ...]]
     problems: dict[str, list[Problem]]
     notes: list[str]  # names that were changed
+    spelling: dict[str, str] = field(default_factory=dict)  # a name as a source has it -> as it is written
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Counts of what was lost by split and reason."""
@@ -95,17 +96,28 @@ class Converted:
         declared = [c for categories in self.declared.values() for c in categories]
         says_so = any(c.split == "held_out" for c in declared)
         trained |= {c.name for c in declared if says_so and c.split == "train"}
-        if len(self.declared) == 1 and found <= {c.name for c in declared}:
-            return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
-        names = sorted(found | {c.name for c in declared})
-        return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
+        others = sorted(found - {c.name for c in declared})
+        if len(self.declared) == 1 and declared:
+            first = max(c.id for c in declared) + 1
+            numbered = [*declared, *(Category(i, name) for i, name in enumerate(others, first))]
+        else:
+            names = sorted({c.name for c in declared}.union(others))
+            numbered = [Category(i, name) for i, name in enumerate(names, 1)]
+        return [
+            replace(c, split="train" if c.name in trained else "held_out", aliases=self._aliases(c.name))
+            for c in numbered
+        ]
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        return tuple(sorted(found for found, written in self.spelling.items() if written == name != found))
 
     def named(self) -> list[Category]:
         """Every declared name and every one that occurs; declared ones keep their ids."""
         declared = {c.name: c for categories in self.declared.values() for c in categories}
         found = {o.desc for records in self.splits.values() for r in records for o in r.objects}
-        free = count(max((c.id for c in declared.values()), default=0) + 1)
-        return [*declared.values(), *(Category(next(free), name) for name in sorted(found - declared.keys()))]
+        first = max((c.id for c in declared.values()), default=0) + 1
+        others = (Category(number, name) for number, name in enumerate(sorted(found - declared.keys()), first))
+        return [*declared.values(), *others]
 
     def summary(self) -> list[str]:
         """What is there, examples of what was not kept, and counts of it by reason: a line each."""
@@ -154,7 +166,7 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     refuse_losses(parts, config)
     settled = settle_names({name: list(splits.values()) for name, splits in found.items()})
     refuse_clashes(settled)
-    result = Converted({}, settled.categories, {}, settled.notes())
+    result = Converted({}, settled.categories, {}, settled.notes(), settled.spelling)
     content = {f"{name}/{f.name}": f.sha256 for name, a in opened.items() for f in a.facts.values()}
     conflicts: list[str] = []
     for split in SPLITS:

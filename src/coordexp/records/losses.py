@@ -19,6 +19,7 @@ from coordexp.records.sources.base import Problem
 
 SHOWN = 5  # bad images in an error
 ALLOWED = 2  # losses that stop nothing where an object is left: too few for a fraction to say anything
+FROM_0 = 0.02  # fraction of boxes before the first pixel that says that a tool counts from 0
 NOTHING_LOST = frozenset({AREA_INVALID, "picture_repeated"})  # every object is kept
 # Not kept, but asked for by a policy, or nothing that the records do not hold already.
 HARMLESS = NOTHING_LOST | {
@@ -157,7 +158,7 @@ def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     allowed = max(ALLOWED, config.max_lost * frames.boxes)
     if form == "from_0":
         count, message = frames.from_0, f"{frames.from_0} of {frames.boxes} boxes begin before the first pixel."
-        allowed = ALLOWED
+        allowed = min(ALLOWED, FROM_0 * frames.boxes)  # VOC's own files have none
     elif form == "pixels" and not frames.beyond:
         count = frames.in_small
         message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."

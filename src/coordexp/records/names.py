@@ -77,8 +77,12 @@ def respelled(records: Iterable[Record], spelling: Mapping[str, str]) -> Iterabl
 def _one_of_each(
     name: str, declared: Sequence[Category], annotated: Mapping[tuple[int | None, str], int], result: SettledNames
 ) -> tuple[Category, ...]:
-    left_out: set[int] = set()
-    for group in clashing(declared):
+    left_out = {c.id for c in declared if c.is_root and (c.id, clean_desc(c.name)) not in annotated}
+    for c in declared:
+        if c.id in left_out:
+            text = f"category {c.id} {c.name!r} is the root of the others and has no annotation: left out"
+            result.unused.setdefault(name, []).append(text)
+    for group in clashing(c for c in declared if c.id not in left_out):
         used = [c for c in group if (c.id, clean_desc(c.name)) in annotated]
         if len(used) > 1:
             text = f"{shown_clash(used)}, and both are annotated: rename one, or give the objects of both one id."

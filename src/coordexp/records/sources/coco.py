@@ -319,13 +319,16 @@ class _Loading:
         instances.numbers = {key: key for key in instances.rows if isinstance(key, int)}
         if len(instances.numbers) < len(instances.rows):  # ids that are text: numbers in their order
             instances.numbers = {key: number for number, key in enumerate(instances.rows, 1)}
-        instances.categories = tuple(
-            Category(
-                instances.numbers[key], row["name"], "held_out" if row.get("supercategory") == "held_out" else "train"
-            )
-            for key, row in instances.rows.items()
-        )
+        parents = {row["supercategory"] for row in instances.rows.values() if isinstance(row.get("supercategory"), str)}
+        rows = instances.rows.items()
+        instances.categories = tuple(_category(instances.numbers[key], row, parents) for key, row in rows)
         return instances
+
+
+def _category(number: int, row: dict[str, Any], parents: set[Any]) -> Category:
+    parent = row.get("supercategory")
+    is_root = parent in ("none", "", None) and row["name"] in parents
+    return Category(number, row["name"], "held_out" if parent == "held_out" else "train", is_root=is_root)
 
 
 def as_id(value: Any) -> int | str | None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
 
-BUFFER_BYTES = 1 << 27
+BUFFER_BYTES = 1 << 25
 BUCKET_GROUPS = 10_000  # pictures of one bucket
 
 
