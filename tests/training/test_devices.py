@@ -47,7 +47,7 @@ from coordexp.records.categories import Category
 from coordexp.rollout import opening, stages
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.vllm_server import VllmServer
-from coordexp.training import session, stage1, stage2
+from coordexp.training import launch, session, stage1, stage2
 from coordexp.training.distributed import world as process_world
 from coordexp.training.step import step_counts, term_sums
 from helpers import REPOSITORY, SPRITES, Workspace, World, criterion_of, new_checkpoint
@@ -171,6 +171,20 @@ def test_the_rank_chooses_the_gpu_and_the_environment_the_device(monkeypatch: py
     monkeypatch.setenv(DEVICE_VARIABLE, "gpu")
     with pytest.raises(ConfigError, match="device 'gpu' cannot be used"):
         choose_device()
+
+
+@pytest.mark.parametrize(("chosen", "processes"), [("auto", 4), ("cuda", 4), ("cpu", 1)])
+def test_there_is_a_process_for_each_gpu_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, processes: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv(DEVICE_VARIABLE, chosen)
+    started: list[int] = []
+    launcher = lambda config, _: lambda *_: started.append(config.max_nodes * config.nproc_per_node)  # noqa: E731
+    monkeypatch.setattr(launch, "elastic_launch", launcher)
+    assert launch.run_in_processes(0) == (processes > 1)
+    assert started == [processes] * (processes > 1)
 
 
 def test_a_stage_takes_a_device_and_hands_it_to_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:

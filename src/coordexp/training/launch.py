@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from coordexp.errors import EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, Interrupted, TrainingError
+from coordexp.infra.device import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def run_in_processes(wanted: int) -> bool:
     if "WORLD_SIZE" in os.environ:
         _check_launcher(os.environ)
         return False
-    count = wanted or max(1, torch.cuda.device_count())
+    # A device that was chosen otherwise, the CPU or one GPU by its number, is for one process.
+    count = wanted or (torch.cuda.device_count() if choose_device() == torch.device("cuda", 0) else 1)
     if count == 1:
         return False
     config = LaunchConfig(
