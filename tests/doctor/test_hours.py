@@ -38,6 +38,7 @@ def test_what_was_run_here_says_how_fast_it_is(workspace: Workspace) -> None:
     add_to_run_record(run.paths.run_record("rollout"), {"engine": "hf", "images": 100, "generate_seconds": 50.0})
     training, decoding = hour_lines(run, FLOPS, 10_000, 1800)
     assert f"0.14 hours as measured here ({run.paths.run_record('stage1')})" in training
+    assert "7,200 rollouts (stage 2 reads at most" in decoding
     assert "1 hours of rollouts and 1 of evaluation at 2 images a second" in decoding
     assert f"measured here: {run.paths.run_record('rollout')}" in decoding
 

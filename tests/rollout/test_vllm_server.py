@@ -217,7 +217,7 @@ def test_what_serve_prints_is_what_is_started(
     made = server_commands(run.profile.rollout, Weights.of(base), form.pixels, run.params.decode)
     with vllm_servers(made, port=port, key="s3cret") as [server]:
         told = started(server, tmp_path)
-    variables = dict(item.split("=", 1) for item in printed[1 : printed.index(str(python))])
+    variables = dict(item.split("=", 1) for item in printed[: printed.index(str(python))])
     assert printed[printed.index(str(python)) + 1 :] == told["argv"]
     assert variables.items() <= told["environment"].items()
     assert f'"longest_edge": {run.profile.model.max_pixels}' in " ".join(told["argv"])

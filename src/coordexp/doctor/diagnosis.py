@@ -19,6 +19,7 @@ from coordexp.errors import CheckpointError
 from coordexp.models.pins import pin_fault
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
+from coordexp.rollout.opening import START
 
 STOP = "STOP: "  # begins the line of what stops a run
 
@@ -105,6 +106,9 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
     )
     yield _memory_line(needs.memory)
     yield from hour_lines(run, needs.training_flops, len(train), n_val)
+    rollout = run.profile.rollout
+    if rollout.engine == "vllm" and rollout.servers == START and not Path(rollout.vllm_python).is_file():
+        yield f"{STOP}rollout.vllm_python is {rollout.vllm_python!r}: no such file; run `make vllm`"
     if needs.over_pack:
         yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
     if needs.disk_bytes > free:

@@ -57,7 +57,8 @@ def hour_lines(run: RunConfig, flops: Mapping[str, float], train_records: int, v
     total, (speed, seen) = sum(flops.values()), _training_speed(run, flops)
     yield f"{steps}; {total:.2g} floating-point operations, {total / speed / 3600:.2g} hours {seen}"
     images = images_to_decode(run, train_records, val_records)
-    listed = [f"{images.rollouts:,} rollouts"]
+    used = round(run.params.stage2.b_ratio * profile.stage2.steps * profile.stage2.samples_per_step)
+    listed = [f"{images.rollouts:,} rollouts" + f" (stage 2 reads at most {used:,})" * (used < images.rollouts)]
     listed += [f"about {images.fresh:,} fresh ones"] * bool(images.fresh)
     listed += [f"{len(CHECKPOINTS)} checkpoints on {images.evaluation // len(CHECKPOINTS):,} val images"]
     listed += [f"{images.callback:,} answers of the eval callback"] * bool(images.callback)

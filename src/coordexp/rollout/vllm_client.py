@@ -91,11 +91,11 @@ class ServerPool:
         """Raise ServerError if a server says that it holds others; one that says nothing is judged by its answers."""
         held = _models(server)
         if held and self.weights.name not in held:
-            folder = self.weights.folder
+            folder, found = self.weights.folder, " and ".join(map(excerpt, held[:3]))
             raise ServerError(
-                f"{server.url} holds {' and '.join(map(excerpt, held))}, expected {self.weights.name}, the weights of "
-                f"{folder}. Start it anew with `coordexp serve {folder} --port {server.port}`, or set "
-                "rollout.servers: [start], and every stage serves its own checkpoint."
+                f"{server.url} holds {found}, expected {self.weights.name}, the weights of {folder}. Start it anew "
+                f"with `coordexp serve {folder} --port {server.port}`, or set rollout.servers: [start], and every "
+                "stage serves its own checkpoint."
             )
 
     def _server_for(self, index: int) -> Address:

@@ -61,9 +61,9 @@ class ServerCommand:
         return (*self.argv, "--host", host, "--port", str(port))
 
     def shell(self, host: str, port: int, key: str) -> str:
-        """One line for a shell."""
+        """One line for a shell. The key is no argument: every user of the machine can read those."""
         variables = {**self.environment, "VLLM_API_KEY": key}
-        return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *self.at(host, port)])
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in variables.items()), shlex.join(self.at(host, port))])
 
 
 def server_commands(
@@ -90,7 +90,13 @@ def server_commands(
     shared = _arguments(serve, weights, pixels, decode)
     return [
         ServerCommand(
-            (str(python), "-m", "vllm.entrypoints.openai.api_server", *shared, *_device_arguments(serve, group)),
+            (
+                str(python.absolute()),
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *shared,
+                *_device_arguments(serve, group),
+            ),
             _environment(group),
         )
         for group in groups
