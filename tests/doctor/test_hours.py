@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from coordexp.config.paths import RUN_METADATA
 from coordexp.config.run import RunConfig
 from coordexp.doctor import hours
 from coordexp.doctor.hours import decoding_rate, hour_lines, images_to_decode
@@ -34,10 +35,12 @@ def test_images_by_hand(workspace: Workspace) -> None:
 def test_what_was_run_here_says_how_fast_it_is(workspace: Workspace) -> None:
     run = run_of(workspace, rollout__images=7200, eval__images=0)
     add_to_run_record(run.paths.run_record("stage1"), {"step_seconds": 100.0})
+    half = {"steps": run.profile.stage1.steps / 2}  # of what is planned now
+    add_to_run_record(run.paths.run("stage1") / RUN_METADATA, half)
     add_to_run_record(run.paths.run_record("decode@stage2"), {"engine": "vllm", "images": 100, "generate_seconds": 1.0})
     add_to_run_record(run.paths.run_record("rollout"), {"engine": "hf", "images": 100, "generate_seconds": 50.0})
     training, decoding = hour_lines(run, FLOPS, 10_000, 1800)
-    assert f"0.14 hours as measured here ({run.paths.run_record('stage1')})" in training
+    assert f"0.28 hours as measured here ({run.paths.run_record('stage1')})" in training
     assert "7,200 rollouts (stage 2 reads at most" in decoding
     assert "1 hours of rollouts and 1 of evaluation at 2 images a second" in decoding
     assert f"measured here: {run.paths.run_record('rollout')}" in decoding

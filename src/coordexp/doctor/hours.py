@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.paths import CHECKPOINTS, RUN_METADATA
 from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.doctor.needs import count_parameters
@@ -97,11 +97,13 @@ def _evaluations(profile: Profile) -> int:
 
 def _training_speed(run: RunConfig, flops: Mapping[str, float]) -> tuple[float, str]:
     """Floating-point operations a second of the longest stage that was run here, else an assumption; and in words."""
-    for stage in ("stage1", "stage2", "stage1-control"):
+    planned = {"stage1": run.profile.stage1.steps, "stage2": run.profile.stage2.steps}
+    for stage, steps in planned.items():
         path = run.paths.run_record(stage)
         seconds = read_run_record(path).get("step_seconds")
-        if _is_positive(seconds):
-            return flops[stage] / seconds, f"as measured here ({path})"
+        done = read_run_record(run.paths.run(stage) / RUN_METADATA).get("steps")  # the plan may be another now
+        if _is_positive(seconds) and _is_positive(done):
+            return flops[stage] * done / steps / seconds, f"as measured here ({path})"
     return ASSUMED_FLOPS, (
         f"on one device at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16)"
     )

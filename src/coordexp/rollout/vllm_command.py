@@ -87,20 +87,9 @@ def server_commands(
             f"rollout.vllm_python is {str(python)!r}: no such file. Run `make vllm`, or set rollout.servers to URLs."
         )
     groups = device_groups(serve, _visible_devices(python))
+    start = (str(python.absolute()), "-m", "vllm.entrypoints.openai.api_server")
     shared = _arguments(serve, weights, pixels, decode)
-    return [
-        ServerCommand(
-            (
-                str(python.absolute()),
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                *shared,
-                *_device_arguments(serve, group),
-            ),
-            _environment(group),
-        )
-        for group in groups
-    ]
+    return [ServerCommand((*start, *shared, *_device_arguments(serve, group)), _environment(group)) for group in groups]
 
 
 def device_groups(serve: ServeConfig, visible: Sequence[str]) -> list[tuple[str, ...]]:
@@ -131,7 +120,7 @@ def _visible_devices(python: Path) -> list[str]:
             python,
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (names.split(",") if names else [str(i) for i in range(seen)])[:seen]
+    return ([name.strip() for name in names.split(",")] if names else [str(i) for i in range(seen)])[:seen]
 
 
 def _probe(python: Path) -> int:
