@@ -24,7 +24,9 @@ from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.errors import Interrupted
-from coordexp.training import loop
+from coordexp.models.loading import load_checkpoint
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.training import loop, rollout_pool
 from coordexp.training.distributed import any_process, world
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -66,6 +68,12 @@ def stop_in(step: int | None) -> None:
 ORIGINALS = {kind: kind.micro_batches for kind in (TeacherTask, Stage2Task)}
 
 
+def answer_in_memory(_profile, _form, folder, image_root, batch_images, samples, request):
+    """In place of servers: the checkpoint that they would be given answers."""
+    engine = HfEngine(load_checkpoint(folder), image_root, batch_images)
+    return engine.generate(samples, request), None, 0.0
+
+
 def run(entry: dict[str, Any]) -> None:
     os.environ["DVC_ROOT"] = entry["root"]
     os.environ["LOCAL_WORLD_SIZE"] = str(world().size // entry["nodes"])
@@ -91,5 +99,6 @@ def run(entry: dict[str, Any]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     watch_memory()
+    rollout_pool.generate_answers = answer_in_memory
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         run(entry)

@@ -41,6 +41,7 @@ from coordexp.rollout.hf_engine import GROUP_BATCHES, GroupEngine, HfEngine
 from coordexp.rollout.scoring import readable, scored
 from coordexp.rollout.stages import make_reader, read_answers
 from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_command import Weights
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 from coordexp.text.codecs import get_codec
@@ -157,6 +158,10 @@ def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) ->
     return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
 
 
+def _pool(servers: Sequence[str], folder: Path) -> ServerPool:
+    return ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES, Weights.of(folder))
+
+
 class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
@@ -178,7 +183,7 @@ class Detector:
         self._reader = make_reader(form)
         self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
-        self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
+        self._pool = _pool(servers, folder) if servers else None
         self._engine = engine
         self._batch_images = batch_images
 

@@ -58,6 +58,10 @@ CASES = {
         {"stage2__n_softctx_iter": 3, "stage2__softctx_grad_mode": "em_detach", "stage2__passes": "one"},
         tuning={"activations": "recompute"},
     ),
+    # Sharded weights are served; those of one process answer in memory.
+    "stage2, fresh rollouts": Case(
+        "stage2", {"stage2__b_ratio": 1.0, "stage2__refresh_steps": 2, "decode__max_new_tokens": 12}
+    ),
     "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
     "muon": Case(optim={"optimizer": "muon"}),
     "saved sharded": Case(interrupted="both"),
@@ -77,6 +81,7 @@ def prepared(root: Path, world: World, case: Case, sharding: str) -> Workspace:
     add_rollouts(space, world)
     tree = space.profile.model_dump()
     tree["launch"] |= {"sharding": sharding, "rows_per_forward": case.rows_per_forward, "threads": 1}
+    tree["rollout"]["engine"] = "hf" if sharding == "none" else "vllm"
     tree["tuning"] |= case.tuning
     tree["monitor"]["every_steps"] = 0
     for stage in STAGES:
@@ -197,7 +202,7 @@ def test_a_process_holds_its_share(spaces):
     assert all(0.49 < share < 0.52 for share in held)
 
 
-def test_fresh_rollouts_and_sharding_are_refused_together(workspace):
+def test_fresh_rollouts_in_memory_and_sharding_are_refused_together(workspace):
     tree = workspace.profile.model_dump()
     tree["launch"]["sharding"] = "fsdp2"
     tree["monitor"]["every_steps"] = 0

@@ -26,6 +26,13 @@ class RunConfig:
                 f"decode.beams is {self.params.decode.beams}, but rollout.engine is vllm, which searches by no beams. "
                 "Set beams: 1, or rollout.engine: hf."
             )
+        rollout, decode = self.profile.rollout, self.params.decode
+        if rollout.engine == "vllm" and rollout.serve.ngram_tokens and decode.needs_walk:
+            raise ConfigError(
+                f"rollout.serve.ngram_tokens is {rollout.serve.ngram_tokens}, but decode.corners is {decode.corners} "
+                f"and decode.duplicate_iou {decode.duplicate_iou}: vLLM drafts nothing beside the logits processor "
+                "that these need. Set ngram_tokens: 0, or corners: any and duplicate_iou: 1.0."
+            )
 
     @classmethod
     def read(cls, params: Path, profile: str | None = None, root: Path | None = None) -> RunConfig:

@@ -48,7 +48,7 @@ class Needs:
     parameters: int
     disk_bytes: int
     memory: Memory  # of one step of stage 1 on one device
-    training_flops: float  # of stage 1, stage 2 and the control
+    training_flops: Mapping[str, float]  # of stage1, stage2 and stage1-control
 
 
 def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
@@ -109,12 +109,13 @@ def _processes(profile: Profile) -> int:
     return max(1, profile.launch.processes)
 
 
-def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> float:
+def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> dict[str, float]:
     """6 N a token (Kaplan et al., 2001.08361), 8 N if activations are recomputed; channel B runs two forwards."""
     stage1 = profile.stage1.steps * profile.stage1.packs_per_step * profile.packing.pack_tokens
     stage2 = 2 * profile.stage2.steps * profile.stage2.samples_per_step * tokens_per_sample
-    per_token = 8 if profile.tuning.activations == "recompute" else 6
-    return per_token * parameters * (stage1 + 2 * stage2)  # the control gets the tokens of stage 2
+    per_token = parameters * (8 if profile.tuning.activations == "recompute" else 6)
+    # The control gets the tokens of stage 2.
+    return {"stage1": per_token * stage1, "stage2": per_token * stage2, "stage1-control": per_token * stage2}
 
 
 def _text_tokens(record: Record, per_object: int, count: Callable[[str], int]) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import count
+from threading import Event, Thread
 from typing import TypeVar, cast
 
 import torch
@@ -231,6 +232,46 @@ def showing_life(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def beating() -> Iterator[None]:
+    """Show the others that this process gets on while it waits for something that has a deadline of its own."""
+    ended = Event()
+
+    def beat() -> None:
+        for n in count():
+            _board().set(f"beat/{world().rank}", f"{n} waiting")
+            if ended.wait(BEAT_EVERY_S):
+                return
+
+    if world().size == 1:
+        yield
+        return
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def from_main(what: str, work: Callable[[], list[Made]]) -> list[Made]:
+    """What the main process makes, on every process.
+
+    Raises:
+        TrainingError: the main process failed, or hangs.
+    """
+    if world().size == 1:
+        return work()
+    meeting, made = Meeting(what), list[Made]()
+    with meeting, beating():
+        if world().is_main:
+            made = work()
+        meeting.come()
+    meeting.wait()
+    return gather(made)[0]
 
 
 def _last_beat(rank: int) -> bytes:
