@@ -66,7 +66,7 @@ def recognize_folder(path: Path) -> list[Candidate]:
 
 def _tried(folder: Folder, found: Found) -> Candidate | None:
     """The candidate with what a sample of its training pictures shows; None if the reader refuses the file at all."""
-    keys = {
+    keys: dict[str, Any] = {
         "format": found.format, "root": str(folder.root), "train": found.train, "val": found.val,
         "train_images": found.train_images or ".", "val_images": found.val_images or found.train_images or ".",
         "weight": 1.0, "prompt": found.prompt,

@@ -165,8 +165,7 @@ def _of_swift(listed: Any, text: str) -> Iterator[SourceObject]:
             yield _with_units(name, fields.get("bbox"), fields.get("bbox_type", "real"), f"objects[{i}]")
         return
     fields = listed if isinstance(listed, dict) else {}
-    boxes = fields.get("bbox") if isinstance(fields.get("bbox"), list) else []
-    refs = fields.get("ref") if isinstance(fields.get("ref"), list) else []
+    boxes, refs = (value if isinstance(value, list) else [] for value in (fields.get("bbox"), fields.get("ref")))
     refs = _paired(refs, len(boxes), _PLACE.findall(text))
     for i, box in enumerate(boxes):
         yield _with_units(refs[i], box, fields.get("bbox_type", "real"), f"objects.bbox[{i}]")

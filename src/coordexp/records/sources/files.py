@@ -151,12 +151,15 @@ def stream_xml(path: Path, expected: str, tag: str = "") -> Iterator[ElementTree
         text = _xml_text(handle.read(), path, expected)
     if _ENTITY.search(text):
         raise DataError(f"{path}: it declares a document type or an entity, which no {expected} has; not read.")
-    parser = ElementTree.XMLPullParser(events=("start", "end"))
-    depth, wanted = 0, None
+    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(events=("start", "end"))
+    depth = 0
+    wanted: ElementTree.Element | None = None
     try:
         for begin in range(0, len(text), 1 << 16):
             parser.feed(text[begin : begin + (1 << 16)])
             for event, element in parser.read_events():  # type: ignore[misc]
+                if not isinstance(element, ElementTree.Element):
+                    continue
                 depth += 1 if event == "start" else -1
                 if depth > MAX_XML_DEPTH:
                     raise DataError(f"{path}: nested too deeply to be annotations; expected {expected}.")
@@ -175,7 +178,7 @@ def stream_xml(path: Path, expected: str, tag: str = "") -> Iterator[ElementTree
 def _xml_text(content: bytes, path: Path, expected: str) -> str:
     """The text without its declaration, decoded as that says; so nothing can hide in an encoding."""
     declared = _XML_ENCODING.search(content[:200])
-    encoding = json.detect_encoding(content)
+    encoding: str = json.detect_encoding(content)
     if encoding == "utf-8" and declared:
         encoding = declared[1].decode("ascii")
     try:
