@@ -185,7 +185,7 @@ def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trai
         (None, f"no {IMAGE_FILE}, which says how large pictures"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "no settings of an image processor"),
+        ("[]", "not a JSON object"),
         ("{}", "are None and None pixels"),
         ('{"size": {"shortest_edge": 9, "longest_edge": 4}}', "are 9 and 4 pixels"),
         ('{"size": {"shortest_edge": "9", "longest_edge": 40}}', "are '9' and 40 pixels"),

@@ -176,7 +176,12 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 def parse_value(text: str) -> Any:
     """One value in YAML 1.2, as `-S key=value` gives it; raises ConfigError."""
-    return _yaml_value(text, f"value {text[:60]!r}")
+    try:
+        return _yaml_value(text, "it")
+    except ConfigError as error:
+        raise ConfigError(
+            f"value {text[:60]!r}: not YAML. Quote it, or write a plain number, word or list.\n  {error}"
+        ) from error
 
 
 def _yaml_value(text: str, where: str) -> Any:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as repr_of
 from typing import Any, TypeGuard
 
 from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from coordexp.errors import CheckpointError
-from coordexp.infra.foreign import shown
 from coordexp.infra.provenance import write_json
 from coordexp.models.folder import CHECKPOINT
 from coordexp.packing.pixels import PIXEL_MEAN, PIXEL_STD, PixelSpec
@@ -71,8 +71,8 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     high = limits.get("longest_edge", block.get("max_pixels"))
     if not (_is_count(low) and _is_count(high)) or low > high:
         raise CheckpointError(
-            f"{path}: smallest and largest area of a picture are {shown(low)} and {shown(high)} (size.shortest_edge, "
-            f"size.longest_edge), expected whole numbers of pixels with 1 <= smallest <= largest. {_REMEDY}"
+            f"{path}: smallest and largest area of a picture are {repr_of(low)} and {repr_of(high)} pixels "
+            f"(size.shortest_edge, size.longest_edge), expected whole numbers with 1 <= smallest <= largest. {_REMEDY}"
         )
     spec = pixel_spec(config, low, high)
     expected = {
@@ -85,7 +85,7 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     for key, value in expected.items():
         if block.get(key, value) != value:
             raise CheckpointError(
-                f"{path}: {key} is {shown(block[key])}, expected {value!r}, as its config.json. {_REMEDY}"
+                f"{path}: {key} is {repr_of(block[key])}, expected {value!r}, as its config.json. {_REMEDY}"
             )
     return spec
 
