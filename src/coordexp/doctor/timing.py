@@ -20,7 +20,7 @@ from coordexp.models.loading import load_checkpoint
 from coordexp.packing.planner import plan_packs
 from coordexp.packing.samples import Sample, SampleSource, SampleStore, SampleWriter
 from coordexp.records.manifest import located
-from coordexp.training.builders import make_collator, make_encoder, own_slice
+from coordexp.training.builders import make_encoder, own_slice
 from coordexp.training.distributed import world
 from coordexp.training.loop import Callback, train
 from coordexp.training.schedule import step_items
@@ -77,7 +77,7 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
             for sample in samples:
                 writer.add(sample)
         source = SampleSource(SampleStore(folder / "samples.parquet"), make_encoder(checkpoint), "top_left", 0)
-        collator = make_collator(checkpoint, _images(run, folder), profile.packing.pack_tokens)
+        collator = checkpoint.collator(_images(run, folder), profile.packing.pack_tokens)
         chosen = step_items(len(packs), optim.packs_per_step, MOST_STEPS, run.params.seed, "stage1/order")
         by_step = [[packs[i] for i in items] for items in chosen]
         criterion = Criterion.stage1(run.params, vocabulary.first_id, MOST_STEPS)
