@@ -26,6 +26,7 @@ from coordexp.errors import (
     Interrupted,
     TrainingError,
 )
+from coordexp.infra import DEVICE_VARIABLE
 from coordexp.infra.provenance import add_to_run_record, run_facts
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
@@ -143,6 +144,8 @@ def _cpu_seconds() -> float:
 
 
 def _context(args: argparse.Namespace, stage: str) -> RunConfig:
+    if args.device:
+        os.environ[DEVICE_VARIABLE] = args.device  # also for the processes that this one starts
     context = RunConfig.read(args.params, args.profile, args.out)
     if stage:
         refuse_stale(context, args.params.parent, stage)
@@ -159,6 +162,9 @@ def _parser(description: str | None, names: Sequence[str]) -> argparse.ArgumentP
         parser.set_defaults(name="")
     parser.add_argument("--profile", help="which configs/<profile>.yaml; default: `profile` of the parameter file")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
+    parser.add_argument(
+        "--device", help=f"auto (a GPU if there is one), cpu, cuda or cuda:N; default: {DEVICE_VARIABLE}, or auto"
+    )
     parser.add_argument("--out", type=Path, default=Path(), help="folder of data/, runs/ and reports/ (default: here)")
     return parser
 

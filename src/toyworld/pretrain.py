@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 
 from coordexp.config.profile import OptimConfig
 from coordexp.geometry.bins import NUM_BINS, target_bins
+from coordexp.infra.device import training_plan
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
 from coordexp.models.detection_config import BASE
@@ -109,6 +110,7 @@ class TextTask:
         """The whole step in one packed batch; logs the accuracy of each token role beside the losses."""
         phase, items = self._plan[step]
         batch = self._collators[phase]([digit_segment(self._stores[phase][i]) for i in items])
+        batch = batch.to(self._model.vlm.device)
         hidden = hidden_states(self._model.vlm, batch)
         logits = slot_logits(self._model.vlm, hidden, batch.text_slots).float()
         weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
@@ -123,7 +125,7 @@ class TextTask:
             mask = batch.text_roles == int(role)
             if bool(mask.any()):
                 logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean())
-        bins = torch.arange(NUM_BINS, dtype=torch.float32)
+        bins = torch.arange(NUM_BINS, dtype=torch.float32, device=log_p.device)
         if len(q):
             logs["localiser/bin_mae"] = float(((log_p.detach().exp() @ bins) - batch.coord_targets).abs().mean())
         yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
@@ -170,6 +172,7 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
         log_every=25,
         grad_monitor_every=0,
     )
+    model.to(training_plan(optim.precision).adopt().device)
     schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
     train(model, task, optim, state, state / "train_log.jsonl", save_every_seconds=240, schedule=schedule)

@@ -11,6 +11,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from coordexp.config.profile import TuningConfig
 from coordexp.doctor.memory import (
+    GPU,
     adapters_by_part,
     outside_layers,
     parameters_by_part,
@@ -20,15 +21,18 @@ from coordexp.doctor.memory import (
     trained_parameters,
     vision_block_bytes,
 )
+from coordexp.infra.device import training_plan
 from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
 from coordexp.models.sizes import DENSE_SIZES, build_shrunken, qwen3_vl_config, shrunken_config
 from coordexp.text.vocabulary import CoordVocabulary
 from helpers import on_meta
 
+CPU = training_plan("bf16", torch.device("cpu"))
+
 
 def tuning(**changes: Any) -> TuningConfig:
     keys = {"method": "full", "vision": "train", "projector": "train", "language": "train", "rank": 8, "alpha": 16.0}
-    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep"} | changes))
+    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep", "vision_activations": "keep"} | changes))
 
 
 @pytest.mark.parametrize("size", DENSE_SIZES)
@@ -107,16 +111,19 @@ def test_what_a_vision_block_keeps(shape):
 
 
 def test_the_plan_of_the_real_sizes():
-    """Full training of 4B needs 16 bytes a parameter; adapters need little beside the frozen weights."""
+    """Full training of 4B needs 16 bytes a parameter and 2 of a copy; adapters little beside weights of 2 bytes."""
     config = qwen3_vl_config("4b").to_dict()
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
     full = step_memory(config, tuning(activations="recompute"), "adamw", **forward)
-    assert full.weights + full.gradients + full.moments == 16 * 4_437_815_808
+    assert full.states == 16 * 4_437_815_808
+    assert full.copies == 2 * 4_437_815_808
     keep = step_memory(config, tuning(), "adamw", **forward)
     lora = step_memory(config, tuning(method="lora", rank=16, activations="recompute"), "adamw", **forward)
     eight = step_memory(config, tuning(activations="recompute"), "adamw_8bit", **forward)
     assert lora.total < eight.total < full.total < keep.total
     assert lora.trained < 0.02 * lora.parameters
+    assert lora.weights == 2 * lora.parameters + 4 * lora.trained
+    assert lora.copies == 2 * lora.trained
     assert lora.gradients + lora.moments < 0.02 * (full.gradients + full.moments)
 
 
@@ -125,12 +132,48 @@ def test_logits_are_one_chunk():
     config = qwen3_vl_config("4b").to_dict()
     vocab_size = config["text_config"]["vocab_size"]
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
-    full, lora = (step_memory(config, tuning(method=m), "adamw", **forward).logits for m in ("full", "lora"))
-    chunk, coordinates = 4 * 257 * vocab_size, 12 * 2500 * 1000
-    assert full == chunk + coordinates + 4 * 2560 * vocab_size
-    assert lora == chunk + coordinates + 4 * 2560 * 1000
+    coordinates = 12 * 2500 * 1000
+    for plan, chunk in ((GPU, (4 + 2) * 2048 * vocab_size), (CPU, 4 * 257 * vocab_size)):
+        full, lora = (step_memory(config, tuning(method=m), "adamw", **forward, plan=plan) for m in ("full", "lora"))
+        assert full.logits == chunk + coordinates + 4 * 2560 * vocab_size
+        assert lora.logits == chunk + coordinates + 4 * 2560 * 1000
     config["text_config"]["vocab_size"] = 5000
-    assert step_memory(config, tuning(), "adamw", **forward).logits == 4 * 2500 * 5000 + coordinates + 4 * 2560 * 5000
+    small = step_memory(config, tuning(), "adamw", **forward, plan=CPU)
+    assert small.logits == 4 * 2500 * 5000 + coordinates + 4 * 2560 * 5000
+
+
+def test_the_peak_is_in_the_update_where_it_is_not_fused():
+    config = qwen3_vl_config("4b").to_dict()
+    forward = {"tokens": 2048, "image_tokens": 1200, "supervised": 800}
+    how = tuning(activations="recompute", vision_activations="recompute")
+    on_gpu, on_cpu = (step_memory(config, how, "adamw", **forward, plan=plan) for plan in (GPU, CPU))
+    assert (on_gpu.update, on_cpu.update) == (0, 4 * on_cpu.trained)
+    assert on_cpu.total == on_cpu.states + on_cpu.update > on_cpu.states + on_cpu.copies + on_cpu.activations
+    assert step_memory(config, how, "muon", **forward).update < on_cpu.update
+
+
+def test_each_part_recomputes_or_keeps_and_a_frozen_tower_keeps_nothing():
+    config = qwen3_vl_config("4b").to_dict()
+
+    def kept(**changes: str) -> int:
+        return step_memory(config, tuning(**changes), "adamw", 8192, 5000, 2500).activations
+
+    both = kept()
+    text, vision = both - kept(activations="recompute"), both - kept(vision_activations="recompute")
+    assert text > vision > 0
+    assert both - kept(vision="freeze") == 24 * 20_000 * vision_block_bytes(config)
+    assert kept(activations="recompute", vision_activations="recompute") < both - max(text, vision)
+
+
+@pytest.mark.parametrize("changes", [{}, {"vision": "freeze"}, {"language": "freeze"}, {"method": "lora"}])
+def test_weights_are_those_of_a_tuned_model(changes):
+    if "method" in changes:
+        pytest.importorskip("peft")
+    model, how = build_shrunken(qwen3_vl_config("2b"), seed=0), tuning(**changes)
+    apply_tuning(model, how, CoordVocabulary(1000), GPU.frozen)
+    memory = step_memory(shrunken_config(qwen3_vl_config("2b")).to_dict(), how, "adamw", 64, 16, 32)
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from coordexp.losses.terms import TERMS, sum_slots
 from coordexp.losses.vocabulary_terms import (
     CHUNK_LOGITS,
     MAX_PENALTY,
+    HeadProducts,
     HeadSlots,
     HeadSweep,
     chunk_slots,
@@ -72,8 +74,9 @@ class Case:
         sums = {name: sum_slots(values[name], self.weights[name]) for name in wanted}
         return sums, logits_NV[: self.kinds[0], SPAN], text_log_odds(logits_NV, FIRST_ID)
 
-    def ours(self, wanted=ALL, factors=FACTORS, chunk=5, **changes):
-        return vocabulary_sums(self.hidden_ND, self.head_VD, self.slots(wanted), factors, chunk=chunk, **changes)
+    def ours(self, wanted=ALL, factors=FACTORS, coord_rows_KD=None, products=None, **how):
+        how = replace(HeadProducts.on(self.head_VD, products), **({"chunk": 5} | how))
+        return vocabulary_sums(self.hidden_ND, self.head_VD, self.slots(wanted), factors, coord_rows_KD, how)
 
     def wide(self, dtype=torch.float64):
         """The same numbers, as leaves of their own."""
@@ -116,9 +119,27 @@ def test_equals_the_textbook_whatever_is_wanted(wanted):
     assert_same(Case(), wanted)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, N_COORD, N - 1, N, 256, None])
-def test_the_size_of_a_chunk_changes_nothing(chunk):
-    assert_same(Case(torch.float64), rtol=1e-10, chunk=chunk)
+@pytest.mark.parametrize("chunk", [1, 4, N_COORD, N - 1, N, 256])
+@pytest.mark.parametrize("slots_first", [False, True])
+def test_chunks_and_layout_change_nothing(chunk, slots_first):
+    assert_same(Case(torch.float64), rtol=1e-10, chunk=chunk, slots_first=slots_first)
+
+
+@pytest.mark.parametrize("trained", ["head", "rows", "nothing"])
+def test_factors_in_bfloat16_are_summed_in_float32(trained):
+    """As on a GPU: weights and hidden states stay in float32, and so do the gradients on them."""
+    case = Case()
+    expected = gradients(loss_of(*case.ours()[:2]), case.hidden_ND, case.head_VD)
+    rows_KD = case.head_VD[SPAN].detach().requires_grad_() if trained == "rows" else None
+    case.head_VD.requires_grad_(trained == "head")
+    sums, coord_MK, _ = case.ours(coord_rows_KD=rows_KD, products=torch.bfloat16, slots_first=True)
+    assert {t.dtype for t in (*sums.values(), coord_MK)} == {torch.float32}
+    given = {"head": case.head_VD, "rows": rows_KD}.get(trained)
+    found = gradients(loss_of(sums, coord_MK), case.hidden_ND, *([] if given is None else [given]))
+    wanted = (expected[0], expected[1][SPAN] if trained == "rows" else expected[1])
+    for ours, theirs in zip(found, wanted, strict=False):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 2**-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("kinds", [(0, 11, 3), (8, 0, 3), (8, 11, 0), (0, 0, 0), (8, 0, 0)])
@@ -169,7 +190,8 @@ def test_gradcheck(factors):
 
     def run(hidden_ND, columns_UD):
         head_VD = case.head_VD.detach().index_copy(0, columns, columns_UD)
-        sums, coord_MK, _ = vocabulary_sums(hidden_ND, head_VD, slots, factors, chunk=2)
+        how = replace(HeadProducts.on(head_VD), chunk=2)
+        sums, coord_MK, _ = vocabulary_sums(hidden_ND, head_VD, slots, factors, how=how)
         return *sums.values(), coord_MK[:, ::97]
 
     columns_UD = case.head_VD.detach()[columns].requires_grad_()
@@ -188,7 +210,7 @@ def test_bf16_inputs_are_accumulated_in_float32(device):
     slots = HeadSlots(
         token_ids_N=case.ids_N.to(device), weights=weights, first_coord_id=FIRST_ID, n_coord=case.kinds[0]
     )
-    sums, coord_MK, _ = vocabulary_sums(*given, slots, FACTORS, chunk=5)
+    sums, coord_MK, _ = vocabulary_sums(*given, slots, FACTORS)
     theirs, their_coord_MK, _ = case.textbook(*wide)
     assert coord_MK.dtype == torch.float32
     for name, total in theirs.items():
@@ -232,6 +254,11 @@ def test_a_small_vocabulary_goes_through_at_once_and_qwens_256_slots_at_a_time()
     assert chunk_slots(152_936) == 256
     assert chunk_slots(2_536) > 8_192
     assert chunk_slots(2 * CHUNK_LOGITS) == 1
+
+
+@pytest.mark.parametrize(("free_gb", "slots"), [(0, 256), (1, 256), (4, 512), (20, 2048), (80, 2048)])
+def test_on_a_gpu_a_chunk_is_as_large_as_what_is_free_allows(free_gb, slots):
+    assert chunk_slots(152_936, int(free_gb * 1e9)) == slots
 
 
 @pytest.mark.parametrize("first_id", [FIRST_ID, 0, VOCAB - K])

@@ -10,6 +10,7 @@ import torch
 
 from coordexp.config.profile import TuningConfig
 from coordexp.errors import ConfigError
+from coordexp.infra.device import training_plan
 from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
 from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
@@ -22,7 +23,7 @@ ADAPTERS = ("lora", "dora")
 
 def tuning(**changes) -> TuningConfig:
     keys = {"method": "full", "vision": "train", "projector": "train", "language": "train", "rank": 4, "alpha": 8.0}
-    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep"} | changes))
+    return TuningConfig(**(keys | {"dropout": 0.0, "activations": "keep", "vision_activations": "keep"} | changes))
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:
@@ -136,31 +137,64 @@ def test_adapters_train_few_parameters():
     assert rows < count_trainable(checkpoint.model) < rows + 0.1 * everything
 
 
-def test_gradient_checkpointing_changes_no_gradient(batch):
+@pytest.mark.parametrize("parts", [{"language"}, {"vision"}, {"vision", "language"}])
+def test_gradient_checkpointing_of_a_part_changes_no_gradient(batch, parts):
     plain, recomputing = new_checkpoint(), new_checkpoint()
-    undo = apply_tuning(recomputing.model, tuning(activations="recompute"), recomputing.coord)
+    keys = {"language": "activations", "vision": "vision_activations"}
+    undo = apply_tuning(recomputing.model, tuning(**{keys[p]: "recompute" for p in parts}), recomputing.coord)
     calls = []
-    recomputing.model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    inner = recomputing.model.model
+    for part, layer in (("language", inner.language_model.layers[0]), ("vision", inner.visual.blocks[0])):
+        layer.register_forward_pre_hook(lambda *_, part=part: calls.append(part))
     for checkpoint in (plain, recomputing):
         checkpoint.model.train()
         logits(checkpoint, batch).square().mean().backward()
-    assert len(calls) == 2  # once forward, once again backward
+    again = [part for part in ("language", "vision") if part in parts]  # in the backward pass
+    assert calls == ["vision", "language", *again]
     for (name, a), b in zip(plain.model.named_parameters(), recomputing.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
     undo()
     assert not recomputing.model.is_gradient_checkpointing
 
 
-def test_frozen_language_lets_no_gradient_into_other_rows(batch):
-    checkpoint = new_checkpoint()
+def test_the_rows_of_a_frozen_table_get_its_gradient_and_nothing_else_does(checkpoint, batch):
     reference = copy.deepcopy(checkpoint)
     apply_tuning(checkpoint.model, tuning(language="freeze"), checkpoint.coord)
     for each in (checkpoint, reference):
         logits(each, batch).square().mean().backward()
     span = slice(checkpoint.coord.first_id, checkpoint.coord.end_id)
-    masked, whole = input_table(checkpoint.model).weight.grad, input_table(reference.model).weight.grad
-    torch.testing.assert_close(masked[span], whole[span])
-    assert masked.abs().sum() == masked[span].abs().sum() < whole.abs().sum()
+    of_rows = {n: p.grad for n, p in checkpoint.model.named_parameters() if p.requires_grad and n.endswith(".rows")}
+    of_tables = {n: p.grad for n, p in reference.model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    for (name, ours), whole in zip(of_rows.items(), of_tables.values(), strict=True):
+        torch.testing.assert_close(ours, whole[span], msg=name)
+    assert {p.grad for n, p in checkpoint.model.named_parameters() if ".table." in n} == {None}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vision": "freeze"}, {"language": "freeze"}, {"method": "lora"}, {"method": "dora"}]
+)
+def test_what_is_frozen_is_held_in_bfloat16_and_comes_back_as_it_was(checkpoint, batch, changes):
+    """Also where rounding changed it; what trains stays in float32, and a step under autocast runs."""
+    if "method" in changes:
+        pytest.importorskip("peft")
+    before, model = snapshot(checkpoint.model), checkpoint.model
+    undo = apply_tuning(model, tuning(**changes), checkpoint.coord, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    plan = training_plan("bf16", torch.device("cpu"))
+    with plan.autocast(model):
+        steps(checkpoint, batch, 1)
+    with plan.autocast(model):  # anew: it keeps copies of weights
+        trained = logits(checkpoint, batch).detach().float()
+    undo()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    if changes.get("method") != "dora":  # which scales what it adapts
+        apart = (logits(checkpoint, batch) - trained).norm() / trained.norm()
+        assert apart < 0.05
+    frozen = [part for part in PARTS if changes.get(part) == "freeze"]
+    assert not moved(before, model) & set(frozen)
+    if changes != {"vision": "freeze"}:
+        assert_only_coordinate_rows_moved(before, checkpoint)
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -20,6 +20,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from coordexp.infra.device import GROUPED, VARIABLE_LENGTH, attention_kernel, varlen_options
 from coordexp.models import attention
 from coordexp.models.attention import Groups, PatchProduct, segment_attention, use_segment_attention
 from coordexp.models.forward import hidden_states
@@ -66,35 +67,44 @@ def test_each_segment_attends_to_itself(lengths: list[int], heads: tuple[int, in
     check_against_one_by_one(lengths, heads, causal)
 
 
-@pytest.mark.parametrize("knows_shared_heads", [True, False])
+@pytest.mark.parametrize("known", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}])
 @settings(max_examples=10, deadline=None)
 @given(LENGTHS, HEADS, st.booleans())
-def test_the_variable_length_kernel_is_told_the_same(
-    knows_shared_heads: bool, lengths: list[int], heads: tuple[int, int], causal: bool
+def test_the_variable_length_kernel_is_told_the_same_in_the_words_of_each_torch(
+    known: set[str], lengths: list[int], heads: tuple[int, int], causal: bool
 ) -> None:
     """What stands in for it here takes its arguments and looks at bounds and window alone."""
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-        scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
+        scale: float, **options: Any,
     ) -> Tensor:  # fmt: skip
+        assert options.keys() <= known
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
         assert max_q == max_k == int(cu_seq_q.diff().max())
-        assert enable_gqa == (query.shape[1] != key.shape[1])
-        assert window_size in ((-1, 0), (-1, -1))
-        return one_by_one(query, key, value, cu_seq_q.diff().tolist(), window_size == (-1, 0), scale)
+        assert options.get("enable_gqa", False) == (query.shape[1] != key.shape[1])
+        assert options.get("window_size", (-1, -1)) in ((-1, 0), (-1, -1))
+        says_causal = options.get("is_causal", False) or options.get("window_size") == (-1, 0)
+        return one_by_one(query, key, value, cu_seq_q.diff().tolist(), says_causal, scale)
 
-    options = {"window_size", "enable_gqa"} if knows_shared_heads else {"window_size"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "varlen_attn", kernel)
-        patch.setattr(attention, "_varlen_options", lambda: frozenset(options))
-        patch.setattr(attention, "_kernel_for", lambda _: attention._variable_length)
+        patch.setattr(attention, "varlen_options", lambda: frozenset(known))
+        patch.setattr(attention, "_has_kernel", lambda _: True)
         check_against_one_by_one(lengths, heads, causal)
 
 
 def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
-    assert {"window_size", "enable_gqa"} <= attention._varlen_options()
-    assert attention._kernel_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+    assert {"window_size", "enable_gqa", "scale"} <= varlen_options()
+    assert attention_kernel(torch.device("cuda"), torch.bfloat16) == VARIABLE_LENGTH
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+        assert attention_kernel(torch.device(device), dtype) == GROUPED
+
+
+@pytest.mark.parametrize(("head_size", "fits"), [(64, True), (72, True), (128, True), (20, False), (264, False)])
+def test_heads_that_the_kernel_refuses_go_by_products(monkeypatch: pytest.MonkeyPatch, head_size, fits) -> None:
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_: VARIABLE_LENGTH)
+    assert attention._has_kernel(torch.zeros(1, 1, head_size)) == fits
 
 
 @pytest.mark.gpu
@@ -103,7 +113,7 @@ def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
 def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], causal: bool) -> None:
     exact = inputs(sum(lengths), heads)
     on_gpu = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
-    assert attention._kernel_for(on_gpu[0]) is not None
+    assert attention._has_kernel(on_gpu[0])
     out = segment_attention(*on_gpu, tuple(lengths), 0.3, causal)
     expected = one_by_one(*exact, lengths, causal, 0.3)
     out.double().sum().backward()

@@ -49,6 +49,7 @@ LORA = TuningConfig(
     alpha=8.0,
     dropout=0.0,
     activations="keep",
+    vision_activations="keep",
 )
 BUDGET = 60
 

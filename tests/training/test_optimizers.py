@@ -141,7 +141,7 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize("stack_numbers", [1, 3 * 128 * 384, 1 << 24])
 def test_stacks_change_nothing_of_muon(stack_numbers, monkeypatch):
     """Every shape of the tiny model, several steps, two groups, one matrix without a gradient."""
-    monkeypatch.setattr(optimizers, "_STACK_NUMBERS", stack_numbers)
+    monkeypatch.setattr(optimizers, "STACK_NUMBERS", stack_numbers)
     found = {}
     for kind in (Muon, StackedMuon):
         matrices = [p for n, p in new_checkpoint().model.named_parameters() if p.ndim == 2 and "embed" not in n]

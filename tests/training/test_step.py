@@ -107,7 +107,11 @@ def test_a_step_in_which_the_head_trains_its_coordinate_rows_alone(world, made, 
         pytest.importorskip("peft")
     checkpoint = made()
     keys = {"vision": "train", "projector": "train", "language": "train", "rank": 4, "alpha": 8.0, "dropout": 0.0}
-    apply_tuning(checkpoint.model, TuningConfig(**(keys | {"activations": "keep"} | changes)), checkpoint.coord)
+    apply_tuning(
+        checkpoint.model,
+        TuningConfig(**(keys | {"activations": "keep", "vision_activations": "keep"} | changes)),
+        checkpoint.coord,
+    )
     assert_step_is_the_textbooks(checkpoint, world)
 
 

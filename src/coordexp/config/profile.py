@@ -168,7 +168,10 @@ class TuningConfig(Block):
     rank: int = Field(ge=1, le=1024, description="lora, dora: rank of an adapter")
     alpha: float = Field(gt=0, le=4096, description="lora, dora: the update is scaled by alpha / rank")
     dropout: float = Field(ge=0, lt=1, description="lora, dora: dropout before an adapter")
-    activations: Literal["keep", "recompute"] = Field(description="recompute in the backward pass: less memory, slower")
+    activations: Literal["keep", "recompute"] = Field(
+        description="of the language model: recompute in the backward pass: less memory, slower"
+    )
+    vision_activations: Literal["keep", "recompute"] = Field(description="likewise of the vision tower")
 
     @model_validator(mode="after")
     def _something_is_adapted(self) -> TuningConfig:
@@ -284,13 +287,6 @@ class Profile(Block):
     eval: EvalConfig
     report: ReportConfig
     launch: LaunchConfig
-
-    @model_validator(mode="after")
-    def _frozen_rows_do_not_decay(self) -> Profile:
-        decays = self.stage1.weight_decay or self.stage2.weight_decay
-        if self.tuning.method == "full" and self.tuning.language == "freeze" and decays:
-            raise ValueError("tuning.language is frozen, but weight_decay would shrink its rows; set it to 0.")
-        return self
 
     @model_validator(mode="after")
     def _what_trains_can_be_sharded(self) -> Profile:

@@ -15,6 +15,7 @@ from coordexp.doctor.memory import Memory
 from coordexp.doctor.needs import needs_of
 from coordexp.doctor.records import Examination, examine
 from coordexp.errors import CheckpointError
+from coordexp.infra.device import measured_rates, training_plan
 from coordexp.models.pins import pin_fault
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
@@ -102,6 +103,9 @@ def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
         f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice that if the cache cannot link "
         f"files; {_gigabytes(free)} free"
     )
+    plan = training_plan(run.profile.stage1.precision)
+    yield f"{plan}"
+    yield f"{measured_rates(plan)}"
     yield _memory_line(needs.memory)
     yield _training_line(run.profile, needs.training_flops)
     if needs.over_pack:
@@ -111,11 +115,11 @@ def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
 
 
 def _memory_line(memory: Memory) -> str:
-    states = memory.weights + memory.gradients + memory.moments
     return (
-        f"memory of a step on one device: about {_gigabytes(memory.total)}: {_gigabytes(states)} of weights, gradients "
-        f"and moments ({memory.trained:,} parameters train), {_gigabytes(memory.activations)} of activations, "
-        f"{_gigabytes(memory.logits)} of logits"
+        f"memory of a step on one GPU: about {_gigabytes(memory.total)}: {_gigabytes(memory.states)} of weights, "
+        f"gradients and moments ({memory.trained:,} parameters train), {_gigabytes(memory.activations)} of "
+        f"activations, {_gigabytes(memory.copies)} of bf16 copies, {_gigabytes(memory.logits)} of logits; "
+        f"{_gigabytes(memory.update)} in the update"
     )
 
 

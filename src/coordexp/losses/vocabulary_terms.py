@@ -10,11 +10,12 @@ Gradients are found in that pass for the factors that the caller expects each su
 known beforehand). If a backward pass asks for that, or a multiple, they are handed over; if it asks for something else
 (the gradient of one term alone, a second backward pass), the pass is run again for what it asks.
 
-Logits lie with the vocabulary first: a CPU's matrix library repacks the head for each chunk, and does it a third faster
-if the head is the left factor.
+On a CPU logits lie with the vocabulary first: its matrix library repacks the head for each chunk, and does it a third
+faster if the head is the left factor. On a GPU each slot's logits lie together, chunks are as large as memory allows
+(each of them reads the head twice, and reads and writes its gradient), and products are taken of bfloat16 factors.
 
 N slots, R slots of a chunk, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are wanted,
-S terms. Sums are float32 (float64 stays float64), also for a bf16 head.
+S terms. Logits and sums are float32 (float64 stays float64), whatever the factors of the products are.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ from coordexp.losses.terms import TERMS, sum_slots, term
 # Of Qwen3-VL's vocabulary 256 slots at a time (157 MB): 3 % of the logits of 8,192 tokens, and long enough that adding
 # to the head's gradient once for each chunk is cheap. Of a small vocabulary all slots at once.
 CHUNK_LOGITS = 256 * 152_936
+# On a GPU so many slots at most (more gain nothing); fewer, if a chunk would take more than its part of what is free.
+GPU_CHUNK_SLOTS = 2048
+_FREE_PART = 8
+LOGIT_BYTES = 4 + 2  # in float32, and as the factor of the products of the gradient
 # -log of the smallest remaining mass that is still penalised more: beyond it a gate or an unlikelihood is flat, so one
 # hopeless slot cannot dominate a batch.
 MAX_PENALTY = -math.log(1e-6)
@@ -62,9 +67,22 @@ def unlikelihood(token_log_odds_N: Tensor) -> Tensor:
     return F.softplus(token_log_odds_N).clamp(max=MAX_PENALTY)
 
 
-def chunk_slots(vocab_size: int) -> int:
-    """How many slots go through the head at a time."""
-    return max(1, CHUNK_LOGITS // vocab_size)
+def chunk_slots(vocab_size: int, free_bytes: int | None = None) -> int:
+    """How many slots go through the head at a time, on a GPU with so many bytes free, or None for a CPU."""
+    on_cpu = max(1, CHUNK_LOGITS // vocab_size)
+    if free_bytes is None:
+        return on_cpu
+    fitting = free_bytes // (_FREE_PART * LOGIT_BYTES * vocab_size)
+    # Powers of two: sums do not change with every byte.
+    return min(GPU_CHUNK_SLOTS, max(min(on_cpu, GPU_CHUNK_SLOTS // 8), 1 << max(0, fitting.bit_length() - 1)))
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What a GPU, and torch's pool of its memory, have free."""
+    if device.type != "cuda":
+        return None
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +105,24 @@ class HeadSlots:
         return slice(self.first_coord_id, self.first_coord_id + NUM_BINS)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadProducts:
+    """How the products with the head are taken: format of their factors, layout of the logits, and slots at a time."""
+
+    factors: torch.dtype
+    slots_first: bool
+    chunk: int
+
+    @classmethod
+    def on(cls, weight_VD: Tensor, factors: torch.dtype | None = None) -> HeadProducts:
+        """What suits the device of the head; factors are float32, or float64 like it, unless told otherwise."""
+        return cls(
+            factors=factors or torch.promote_types(weight_VD.dtype, torch.float32),
+            slots_first=weight_VD.is_cuda,
+            chunk=chunk_slots(len(weight_VD), _free_bytes(weight_VD.device)),
+        )
+
+
 class HeadSweep:
     """A pass over N slots; its results are attributes.
 
@@ -94,17 +130,16 @@ class HeadSweep:
     """
 
     def __init__(
-        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, chunk: int
+        self, hidden_ND: Tensor, trained: Tensor, whole_VD: Tensor | None, slots: HeadSlots, how: HeadProducts
     ) -> None:
         weight_VD = trained if whole_VD is None else whole_VD
         dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
-        # A half-precision product with a float32 result exists on GPUs; elsewhere the operands are widened.
-        is_mixed = weight_VD.dtype != dtype and weight_VD.is_cuda
-        self._hidden_ND = hidden_ND.to(weight_VD.dtype if is_mixed else dtype)
-        self._weight_VD = weight_VD if is_mixed else weight_VD.to(dtype)
+        self._hidden_ND = hidden_ND.to(how.factors)
+        self._weight_VD = weight_VD.to(how.factors)
         self._slots = slots
+        self._slots_first = how.slots_first
         self._trained_rows = slice(None) if whole_VD is None else slots.span
-        size = min(chunk, len(hidden_ND))
+        size = min(how.chunk, len(hidden_ND))
         self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # a last chunk may be narrower
         self._chunk = size
         self._factors_S: Tensor | None = None
@@ -118,14 +153,19 @@ class HeadSweep:
         """Go through all slots; with factors, also find the gradients of sum(factors * sums)."""
         self._factors_S = factors_S
         if factors_S is not None:
-            room = self._logits.new_empty if len(self._hidden_ND) else self._logits.new_zeros
-            self.grad_hidden_ND = room(self._hidden_ND.shape) if of_hidden else None
-            self.grad_trained = room(self._weight_VD[self._trained_rows].shape) if of_trained else None
+            new = self._logits.new_empty if len(self._hidden_ND) else self._logits.new_zeros
+            self.grad_hidden_ND = new(self._hidden_ND.shape) if of_hidden else None
+            self.grad_trained = new(self._weight_VD[self._trained_rows].shape) if of_trained else None
         for start in range(0, len(self._hidden_ND), max(1, self._chunk)):
             rows = slice(start, min(start + self._chunk, len(self._hidden_ND)))
             n_rows = rows.stop - start
-            logits_VR = self._logits[: len(self._weight_VD) * n_rows].view(-1, n_rows)
-            _multiply(self._weight_VD, self._hidden_ND[rows].t(), logits_VR)
+            room, hidden_RD = self._logits[: len(self._weight_VD) * n_rows], self._hidden_ND[rows]
+            if self._slots_first:
+                logits_VR = room.view(n_rows, -1).t()
+                _multiply(hidden_RD, self._weight_VD.t(), logits_VR.t())
+            else:
+                logits_VR = room.view(-1, n_rows)
+                _multiply(self._weight_VD, hidden_RD.t(), logits_VR)
             self._reduce(logits_VR, rows)
             if factors_S is not None:
                 self._add_gradients(logits_VR, rows)
@@ -191,6 +231,8 @@ def _log_odds(text_N: Tensor, coord_N: Tensor, token_N: Tensor, is_coord_N: Tens
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
     """out = left @ right, or out += left @ right; accumulated in the dtype of `out`."""
+    if not left.is_cuda:  # it alone multiplies halves so
+        left, right = left.to(out.dtype), right.to(out.dtype)
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
     elif add:
@@ -205,19 +247,19 @@ def vocabulary_sums(
     slots: HeadSlots,
     expected: Mapping[str, float] | None,
     coord_rows_KD: Tensor | None = None,
-    chunk: int | None = None,
+    how: HeadProducts | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Sums of the terms by name, coordinate logits (M, K), and log((1 - m) / m) of all N slots without a graph.
 
     The logits are hidden_ND @ weight_VD.T; for a temperature, divide the hidden states by it.
 
     Args:
-        hidden_ND: hidden states at the slots (N may be 0); float32 or float64, or half like the head.
+        hidden_ND: hidden states at the slots (N may be 0).
         weight_VD: weight of the head, which has no bias.
         slots: what is asked at each slot.
         expected: factor of each sum in the loss, by name; None if no gradient, or one of unknown factors, is wanted.
         coord_rows_KD: the coordinate rows of `weight_VD`, if they alone train: then they get its gradient.
-        chunk: slots whose logits exist at a time; default `chunk_slots`.
+        how: the products; default `HeadProducts.on` the device, with factors as they come.
     """
     vocab_size = len(weight_VD)
     assert slots.first_coord_id >= 0, f"first coordinate id {slots.first_coord_id}: expected >= 0"
@@ -227,8 +269,8 @@ def vocabulary_sums(
     if expected is not None and torch.is_grad_enabled():
         factors_S = torch.tensor([float(expected[name]) for name in slots.weights], dtype=torch.float64)
     whole, trained = (None, weight_VD) if coord_rows_KD is None else (weight_VD.detach(), coord_rows_KD)
-    chunk = chunk or chunk_slots(vocab_size)
-    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, chunk)
+    how = how or HeadProducts.on(weight_VD, weight_VD.dtype if weight_VD.is_cuda else None)
+    sums_S, coord_MK, odds_N = _FusedLinear.apply(hidden_ND, trained, whole, slots, factors_S, how)
     return dict(zip(slots.weights, sums_S.unbind(), strict=True)), coord_MK, odds_N
 
 
@@ -241,12 +283,12 @@ class _FusedLinear(torch.autograd.Function):
         whole_VD: Tensor | None,
         slots: HeadSlots,
         factors_S: Tensor | None,
-        chunk: int,
+        how: HeadProducts,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, chunk)
+        sweep = HeadSweep(hidden_ND, trained, whole_VD, slots, how)
         sweep.run(factors_S, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden_ND, trained, whole_VD)
-        ctx.slots, ctx.chunk, ctx.factors_S = slots, chunk, factors_S
+        ctx.slots, ctx.how, ctx.factors_S = slots, how, factors_S
         ctx.gradients = None if factors_S is None else (sweep.grad_hidden_ND, sweep.grad_trained)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sweep.text_log_odds_N)
@@ -286,7 +328,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
             found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
             of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
             return of_hidden, of_trained
-    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.chunk)
+    sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.how)
     sweep.run(grad_S, *ctx.needs_input_grad[:2])
     return sweep.grad_hidden_ND, sweep.grad_trained
 

@@ -5,7 +5,7 @@
     undo()                                              # merges: the model is a plain checkpoint again
 
 Adapters are PEFT's (LoRA: Hu et al., 2106.09685; DoRA: Liu et al., 2402.09353), injected in place, so whoever holds the
-model keeps holding it. The 1000 coordinate rows train in every mode, as rows (`trainable_token_indices`) and not as
+model keeps holding it. The 1000 coordinate rows train in every mode, as rows (models/coordinate_rows.py) and not as
 low-rank updates: a served adapter cannot carry embedding rows, so what a stage leaves is always merged.
 """
 
@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
 
 from coordexp.config.profile import TuningConfig
 from coordexp.errors import ConfigError
+from coordexp.models.coordinate_rows import put_rows_back, train_rows_alone
 from coordexp.text.vocabulary import CoordVocabulary
 
 PARTS = ("vision", "projector", "language")
@@ -40,54 +41,73 @@ def part_of(parameter: str) -> str:
 
 
 def apply_tuning(
-    model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary
+    model: Qwen3VLForConditionalGeneration,
+    tuning: TuningConfig,
+    coord: CoordVocabulary,
+    frozen_dtype: torch.dtype = torch.float32,
 ) -> Callable[[], None]:
     """Freeze and wrap the model in place; returns what merges the adapters and makes all of it trainable again.
+
+    What is frozen is held in `frozen_dtype` until then.
 
     Raises:
         ConfigError: adapters are asked for and PEFT is not installed.
     """
-    if tuning.activations == "recompute":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    merge = _freeze(model, tuning, coord) if tuning.method == "full" else _inject(model, tuning, coord)
+    merge = _freeze(model, tuning) if tuning.method == "full" else _inject(model, tuning)
+    recomputed = _recompute(model, tuning)
+    has_own_rows = tuning.method != "full" or tuning.language == "freeze"
+    if has_own_rows:
+        train_rows_alone(model, coord)
+    restore = _hold_frozen(model, frozen_dtype)
 
     def undo() -> None:
+        restore()
+        if has_own_rows:
+            put_rows_back(model)
         merge()
-        if tuning.activations == "recompute":
-            model.gradient_checkpointing_disable()
+        for part in recomputed:
+            part.gradient_checkpointing_disable()
         model.requires_grad_(True)
 
     return undo
 
 
-def _freeze(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary) -> Callable[[], None]:
+def _recompute(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> list[PreTrainedModel]:
+    """The parts whose layers keep only their input, and compute the rest again in the backward pass."""
+    wanted = {"vision": tuning.vision_activations, "language": tuning.activations}
+    parts = {"vision": model.model.visual, "language": model.model.language_model}
+    recomputed = [parts[name] for name, how in wanted.items() if how == "recompute"]
+    for part in recomputed:
+        part.gradient_checkpointing_enable({"use_reentrant": False})
+    return recomputed
+
+
+def _freeze(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Callable[[], None]:
     frozen = {part for part in PARTS if getattr(tuning, part) == "freeze"}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in frozen)
-    if "language" not in frozen:
-        return lambda: None
-    tables = [p for name, p in model.named_parameters() if EMBEDDING in name or HEAD in name]  # one, if they are tied
-    hooks = [_train_rows_only(table.requires_grad_(True), coord) for table in tables]
-
-    def remove() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return remove
+    return lambda: None
 
 
-def _train_rows_only(table_VD: Tensor, coord: CoordVocabulary) -> torch.utils.hooks.RemovableHandle:
-    """Zero the gradient of every row but the coordinate ones."""
-    keep_V1 = torch.zeros(table_VD.shape[0], 1, device=table_VD.device)
-    keep_V1[coord.first_id : coord.end_id] = 1.0
+def _hold_frozen(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    """Hold what does not train in `dtype`; returns what puts it back, where rounding changed it from a copy."""
+    rounded: list[tuple[nn.Parameter, Tensor]] = []
+    changed = [p for p in model.parameters() if not p.requires_grad and p.dtype != dtype]
+    for parameter in changed:
+        before, parameter.data = parameter.data, parameter.data.to(dtype)
+        if not torch.equal(parameter.data.to(before.dtype), before):  # a pretrained model is in bfloat16 already
+            rounded.append((parameter, before.cpu()))
 
-    def masked(gradient_VD: Tensor) -> Tensor:
-        return gradient_VD * keep_V1.to(gradient_VD)
+    def restore() -> None:
+        for parameter in changed:
+            parameter.data = parameter.data.float()
+        for parameter, before in rounded:
+            parameter.data = before.to(parameter.device)
 
-    return table_VD.register_hook(masked)
+    return restore
 
 
-def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord: CoordVocabulary) -> Callable[[], None]:
+def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Callable[[], None]:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -95,15 +115,12 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig, coord:
             f"tuning.method is {tuning.method!r}, which needs PEFT: pip install --no-deps peft (or set method: full)."
         ) from error
     patterns = [ADAPTED[part] for part in PARTS if getattr(tuning, part) == "train"]
-    rows = list(range(coord.first_id, coord.end_id))
-    tables = [EMBEDDING] if model.config.tie_word_embeddings else [EMBEDDING, HEAD]
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # any number scales
         lora_dropout=tuning.dropout,
         use_dora=tuning.method == "dora",
         target_modules="|".join(f"({pattern})" for pattern in patterns),
-        trainable_token_indices={table: rows for table in tables},
     )
     wrapped = get_peft_model(model, config)
 

@@ -16,12 +16,11 @@ group, padded to L tokens.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -32,6 +31,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen3VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from coordexp.infra.device import VARIABLE_LENGTH, attention_kernel, compute_dtype, varlen_options, without_autocast
 
 TEXT = "coordexp_segments"
 # The vision tower hands over all pictures in one call, with their bounds, to a function with this word in its name.
@@ -79,34 +80,14 @@ def segment_attention(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     """(N, H, D) attention of each segment over itself; all three of one dtype."""
-    if kernel := _kernel_for(query_NHD):
-        return kernel(query_NHD, key_NGD, value_NGD, segments, scale, causal)
-    return _grouped_products(query_NHD, key_NGD, value_NGD, segments, scale, causal)
+    attend = _variable_length if _has_kernel(query_NHD) else _grouped_products
+    return attend(query_NHD, key_NGD, value_NGD, segments, scale, causal)
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Lengths, float, bool], Tensor]
-
-
-def _kernel_for(query: Tensor) -> Kernel | None:
-    """torch's variable-length attention, where torch, device and number format have it."""
-    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    if fits and _takes_windows() and torch.cuda.get_device_capability(query.device) >= (8, 0):
-        return _variable_length
-    return None
-
-
-@cache
-def _varlen_options() -> frozenset[str]:
-    """What this build of torch lets one say to `varlen_attn`; nothing if it has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _takes_windows() -> bool:
-    return "window_size" in _varlen_options()  # before, `is_causal` said the same
+def _has_kernel(query: Tensor) -> bool:
+    """Whether torch's variable-length attention takes it; of head sizes it takes Qwen3-VL's (64, 72, 128)."""
+    size = query.shape[-1]
+    return size % 8 == 0 and size <= 256 and attention_kernel(query.device, query.dtype) == VARIABLE_LENGTH
 
 
 def _variable_length(
@@ -114,16 +95,19 @@ def _variable_length(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
+    known = varlen_options()  # torch 2.11 lacks some, and older ones say `is_causal`
+    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "window_size" not in known:
+        options = {"is_causal": causal}
     shared = query_NHD.shape[1] // key_NGD.shape[1]
-    if shared > 1 and "enable_gqa" in _varlen_options():
+    if shared > 1 and "enable_gqa" in known:
         options["enable_gqa"] = True
     elif shared > 1:
         key_NGD, value_NGD = (x.repeat_interleave(shared, 1) for x in (key_NGD, value_NGD))
     bounds, longest = _bounds(segments, query_NHD.device), max(segments)
     out_NHD = varlen_attn(
         query_NHD.contiguous(), key_NGD.contiguous(), value_NGD.contiguous(), bounds, bounds, longest, longest,
-        scale=scale, window_size=(-1, 0) if causal else (-1, -1), **options,
+        scale=scale, **options,
     )  # fmt: skip
     assert isinstance(out_NHD, Tensor)  # without the statistics that it can return too
     return out_NHD
@@ -284,10 +268,9 @@ def _in_compute_dtype(
     query: Tensor, key: Tensor, value: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
     """(B, H, T, D) each to (N, H, D), in one dtype: under autocast the norms leave queries and keys in float32."""
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    dtype = compute_dtype(value)
     query_NHD, key_NGD, value_NGD = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(query):
         return segment_attention(query_NHD, key_NGD, value_NGD, segments, scale, causal)
 
 

@@ -72,18 +72,13 @@ def next_hidden_states(
 
 def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:
     """The embedding of the input tokens, weights (V, D)."""
-    # While rows train beside frozen ones (models/adapters.py) it is PEFT's wrapper, whose `weight` holds both.
+    # Or what stands for it while its coordinate rows alone train (models/coordinate_rows.py).
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def head_table(model: Qwen3VLForConditionalGeneration) -> Tensor:
-    """Weights (V, D) of the head; like `input_table`, of PEFT's wrapper while rows train beside frozen ones."""
+    """Weights (V, D) of the head; without a gradient while its coordinate rows alone train."""
     return cast(nn.Linear, model.lm_head).weight
-
-
-def trains_coordinate_rows_only(model: Qwen3VLForConditionalGeneration) -> bool:
-    """Whether the head is such a wrapper: then a gradient on its other rows would be thrown away."""
-    return not isinstance(model.lm_head, nn.Linear)
 
 
 def slot_logits(model: Qwen3VLForConditionalGeneration, hidden_flat: Tensor, slots_S: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
-from coordexp.infra.device import AUTO, choose_device, inference_dtype
+from coordexp.infra.device import AUTO, choose_device, inference_plan
 from coordexp.infra.provenance import answer_files, file_hash
 from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
@@ -87,9 +87,9 @@ def load_for_inference(folder: Path, device: str = AUTO) -> Checkpoint:
 
 def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> Checkpoint:
     """As `load_for_inference`, where the format is known already."""
-    place = choose_device(device)
-    checkpoint = _with_model(folder, form, inference_dtype(place))
-    checkpoint.model.to(place)  # type: ignore[arg-type]  # an untyped decorator
+    plan = inference_plan(choose_device(device)).adopt()
+    checkpoint = _with_model(folder, form, plan.frozen)
+    checkpoint.model.to(plan.device)  # type: ignore[arg-type]  # an untyped decorator
     return checkpoint
 
 

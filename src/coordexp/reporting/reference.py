@@ -279,9 +279,10 @@ _FULL = TuningConfig(
     alpha=128.0,
     dropout=0.0,
     activations="recompute",
+    vision_activations="recompute",
 )
 _LORA = _FULL.model_copy(update={"method": "lora"})
-_KEEP = _FULL.model_copy(update={"activations": "keep"})
+_KEEP = _FULL.model_copy(update={"activations": "keep", "vision_activations": "keep"})
 _ONE_DEVICE = (
     ("2b", _FULL, "adamw", "all, AdamW"),
     ("4b", _FULL, "adamw", "all, AdamW"),
@@ -326,8 +327,7 @@ def _step(size: str, tuning: TuningConfig, optimizer: str) -> Memory:
 
 
 def _cells(memory: Memory) -> list[str]:
-    states = memory.weights + memory.gradients + memory.moments
-    return [f"{n_bytes / 1e9:.0f} GB" for n_bytes in (states, memory.total)]
+    return [f"{n_bytes / 1e9:.0f} GB" for n_bytes in (memory.states, memory.total)]
 
 
 def pages(root: Path) -> dict[Path, str]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coordexp.infra.device import inference_autocast
+from coordexp.infra.device import inference_plan
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator
@@ -74,7 +74,8 @@ class HfEngine:
         checkpoint = self._checkpoint
         image_id, pad_id = checkpoint.model.config.image_token_id, checkpoint.tokenizer.pad_token_id
         collator = Collator(self._image_root, checkpoint.pixels, image_id, pad_id, pack_tokens=0)
-        with inference_autocast(checkpoint.model):  # also when asked from within a training step
+        plan = inference_plan(checkpoint.model.device)
+        with plan.autocast(checkpoint.model):  # also when asked from within a training step
             return SlotDecoder(checkpoint, collator, request, grammar, self._batch_images).decode(samples)
 
     def _keep(self, keys: Sequence[str], done: Mapping[str, Generation]) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordexp.geometry.bins import NUM_BINS
-from coordexp.infra.device import inference_autocast
+from coordexp.infra.device import inference_plan
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, Segment
@@ -64,7 +64,7 @@ def rescore(
         chunk = slice(first, first + images_per_forward)
         segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
         batch = collator(segments).to(model.device)
-        with inference_autocast(model):
+        with inference_plan(model.device).autocast(model):
             hidden = hidden_states(model, batch)
             logprobs = _chosen_logprobs(checkpoint, hidden, batch.text_slots, batch.text_targets)
             answers = _split_by_segment(logprobs, collator, segments)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Cache, Qwen3VLForConditionalGeneration
 
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.device import compute_dtype
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import hidden_states, input_table, next_hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint
@@ -47,10 +48,10 @@ class SlotCache(Cache):
     def __init__(self, model: Qwen3VLForConditionalGeneration, slots: int) -> None:
         super().__init__(layers=[])
         text, weight = model.model.language_model.config, input_table(model).weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         shape = (text.num_hidden_layers, slots, text.num_key_value_heads, 0, text.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
+        self.keys, self.values = (
+            torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device) for _ in range(2)
+        )
         self.lengths = np.zeros(slots, np.int64)
         self._rows = self._columns = torch.empty(0)
         self._seen: tuple[int, int] | None = None

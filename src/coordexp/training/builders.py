@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from coordexp.config.profile import Profile
 from coordexp.errors import CheckpointError
+from coordexp.infra.device import training_plan
 from coordexp.models.loading import Checkpoint, ModelFormat, load_checkpoint
 from coordexp.packing.collator import Collator, RankSlice
 from coordexp.text.codecs import AnswerEncoder, get_codec
@@ -13,8 +15,9 @@ from coordexp.training.distributed import world
 from coordexp.training.sharding import will_shard
 
 
-def load_for_training(folder: Path, sharding: str) -> Checkpoint:
+def load_for_training(folder: Path, sharding: str, precision: Literal["bf16", "fp32"]) -> Checkpoint:
     """A checkpoint in float32 on the device of this process; on the CPU if it is to be sharded, layer by layer."""
+    training_plan(precision, world().device).adopt()
     checkpoint = load_checkpoint(folder)
     if not will_shard(sharding):
         checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator

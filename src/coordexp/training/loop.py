@@ -12,15 +12,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from coordexp.config.profile import OptimConfig
 from coordexp.errors import Interrupted, TrainingError
+from coordexp.infra.device import training_plan
 from coordexp.infra.provenance import write_json
 from coordexp.training.checkpoint import Recorder, StopRequest, load_state
 from coordexp.training.distributed import (
@@ -139,12 +139,11 @@ def _resumed_step(model: nn.Module, optimizer: Optimizer, state_folder: Path) ->
     return state.step
 
 
-def _run_step(model: nn.Module, task: Task, step: int, precision: str) -> LogRow:
+def _run_step(model: nn.Module, task: Task, step: int, precision: Literal["bf16", "fp32"]) -> LogRow:
     rows: list[Row] = []
-    device_type = next(model.parameters()).device.type
+    plan = training_plan(precision, next(model.parameters()).device)
     # Autocast keeps its copy of each weight to the end of the step, which would undo what sharding saves.
-    keeps_copies = not is_sharded(model)
-    with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keeps_copies):
+    with plan.autocast(model, keeps_copies=not is_sharded(model)):
         for micro in task.micro_batches(step):
             value = float(micro.loss.detach())
             if not math.isfinite(value):

@@ -19,7 +19,7 @@ from coordexp.training.sharding import WholeMatrixMuon, keep_state_whole
 # Muon's orthogonalised update is meant for hidden matrices only.
 _NOT_FOR_MUON = (EMBEDDING, HEAD, "pos_embed", "patch_embed", "localiser")
 _LIKE_ADAMW = "match_rms_adamw"
-_STACK_NUMBERS = 1 << 24  # most numbers in one stack of matrices: large ones gain nothing by it and would cost memory
+STACK_NUMBERS = 1 << 24  # most numbers in one stack of matrices: large ones gain nothing by it and would cost memory
 
 
 class StackedMuon(Muon):
@@ -67,7 +67,7 @@ def _stacks(matrices: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     for matrix in matrices:
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
     for (rows, columns), alike in by_shape.items():
-        most = max(1, _STACK_NUMBERS // (rows * columns))
+        most = max(1, STACK_NUMBERS // (rows * columns))
         yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 

@@ -18,6 +18,7 @@ from coordexp.config.paths import RUN_METADATA, TRAIN_LOG
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
+from coordexp.infra.device import training_plan
 from coordexp.infra.files import only_process, replace_folder, write_text
 from coordexp.infra.logs import BIN_ERROR, ends, logged, read_log, read_rows, without_clock
 from coordexp.infra.provenance import (
@@ -86,8 +87,10 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     torch.manual_seed(stream_seed(session.seed, "train/torch"))
     profile, state = session.run.profile, session.state_folder()
     assert checkpoint.coord is not None
-    undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord)
-    if will_shard(profile.launch.sharding):
+    plan, shards = training_plan(session.optim.precision, world().device), will_shard(profile.launch.sharding)
+    # Shards of one layer are of one format.
+    undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord, plan.trained if shards else plan.frozen)
+    if shards:
         shard_model(checkpoint.model)
     steps = partial(
         train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,

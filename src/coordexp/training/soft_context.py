@@ -18,6 +18,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.config.schema import Params, ReadoutRule
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.readout import read
+from coordexp.models.coordinate_rows import coordinate_rows
 from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.packing.collator import PackedBatch
 
@@ -40,11 +41,9 @@ def self_context(
     coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
     span = slice(first_coord_id, first_coord_id + NUM_BINS)
     for _ in range(n_forwards - 1):
-        table_VD = input_table(model).weight
+        table_KD = coordinate_rows(input_table(model), span)
         slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
-        slot_embeds_ND = context_embeddings(
-            slice_logits_NK, table_VD[span], params.temperature, stage2.coord_ctx_embed_mode
-        )
+        slot_embeds_ND = context_embeddings(slice_logits_NK, table_KD, params.temperature, stage2.coord_ctx_embed_mode)
         if stage2.softctx_grad_mode == "em_detach":
             slot_embeds_ND = slot_embeds_ND.detach()
         embeds_BTD = input_table(model)(batch.input_ids)

@@ -31,7 +31,7 @@ SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 def train_stage1(run: RunConfig) -> dict[str, Any]:
     """Teacher forcing from the initial checkpoint on the planned packs."""
-    checkpoint = load_for_training(run.paths.init, run.profile.launch.sharding)
+    checkpoint = load_for_training(run.paths.init, run.profile.launch.sharding, run.profile.stage1.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
     optim = run.profile.stage1
     packs_by_step = [
@@ -47,7 +47,7 @@ def train_control(run: RunConfig) -> dict[str, Any]:
     What stage 2 spent on generating is not in this budget; the metadata of its checkpoint says how much that was.
     """
     start = run.paths.run("stage1")
-    checkpoint = load_for_training(start, run.profile.launch.sharding)
+    checkpoint = load_for_training(start, run.profile.launch.sharding, run.profile.stage2.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
     lengths = SampleStore(run.paths.norm1000 / "train.parquet").lengths()
     budget = read_compute(run.paths)["tokens"]

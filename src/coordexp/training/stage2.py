@@ -43,7 +43,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         )
     session = _session(run)
     optim = run.profile.stage2
-    checkpoint = load_for_training(run.paths.run("stage1"), run.profile.launch.sharding)
+    checkpoint = load_for_training(run.paths.run("stage1"), sharding, optim.precision)
     store = SampleStore(session.inputs["samples"])
     rollouts = _rollouts_on_file(run, checkpoint, store)
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]

@@ -24,6 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.device import factor_dtype, without_autocast
 from coordexp.losses.box_terms import box_pairs
 from coordexp.losses.coord_terms import CoordSlots, rounded_bins, slot_diagnostics
 from coordexp.losses.readout import read_coordinates
@@ -36,8 +37,9 @@ from coordexp.losses.terms import (
     supervises_coordinates,
     term_weights,
 )
-from coordexp.losses.vocabulary_terms import HeadSlots, vocabulary_sums
-from coordexp.models.forward import head_table, hidden_states, trains_coordinate_rows_only
+from coordexp.losses.vocabulary_terms import HeadProducts, HeadSlots, vocabulary_sums
+from coordexp.models.coordinate_rows import CoordinateRows
+from coordexp.models.forward import head_table, hidden_states
 from coordexp.packing.collator import WHOLE, Collator, PackedBatch, RankSlice, Segment, rank_batches, teacher_segment
 from coordexp.packing.samples import SampleSource
 from coordexp.text.codecs import Role
@@ -252,8 +254,9 @@ def term_sums(
     `counts` of the step, gradients are found on the way through the head, and otherwise in a second pass.
     """
     params, weights = criterion.params, criterion.weights
-    with torch.autocast(coord_hidden.device.type, enabled=False):
-        sums, logits_NK, odds_N = _vocabulary_sums(model, criterion, batch, text_hidden, coord_hidden, counts)
+    products = factor_dtype(coord_hidden)
+    with without_autocast(coord_hidden):
+        sums, logits_NK, odds_N = _vocabulary_sums(model, criterion, batch, text_hidden, coord_hidden, counts, products)
         slots = CoordSlots(logits_NK, odds_N, batch.coord_targets, params)
         sums |= {t.name: sum_slots(t.values(slots)) for t in computed(weights, "coord") if not t.sees_vocabulary}
         if text_hidden is not None and (box_terms := computed(weights, "box")):
@@ -271,6 +274,7 @@ def _vocabulary_sums(
     text_hidden: Tensor | None,
     coord_hidden: Tensor,
     counts: Counts | None,
+    products: torch.dtype,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Terms that see the whole vocabulary, in one pass through the head; logits and text log-odds of coordinate slots.
 
@@ -298,7 +302,7 @@ def _vocabulary_sums(
             t.name: w for place, w in places.items() for t in computed(criterion.weights, place) if t.sees_vocabulary
         }
         if terms or not hidden:  # nobody looks at other slots without a term
-            chosen = hidden_flat.index_select(0, slots).to(head_VD.dtype)
+            chosen = hidden_flat.index_select(0, slots)
             hidden.append(chosen if at == 1 else chosen / at)
             ids.append(token_ids)
             weights.append(terms)
@@ -311,8 +315,9 @@ def _vocabulary_sums(
         n_coord=len(batch.coord_slots),
     )
     factors = None if counts is None else loss_factors(criterion.weights, counts)
-    rows_KD = head_VD[head_slots.span] if trains_coordinate_rows_only(model) else None
-    sums, coord_NK, odds = vocabulary_sums(torch.cat(hidden), head_VD, head_slots, factors, rows_KD)
+    rows_KD = model.lm_head.rows if isinstance(model.lm_head, CoordinateRows) else None
+    how = HeadProducts.on(head_VD, products)
+    sums, coord_NK, odds = vocabulary_sums(torch.cat(hidden), head_VD, head_slots, factors, rows_KD, how)
     return sums, coord_NK * temperature, odds[: head_slots.n_coord]
 
 

@@ -1,0 +1,91 @@
+"""The coordinate rows of a frozen table as a small parameter of their own.
+
+The 1000 coordinate rows of embedding and head train in every mode (models/adapters.py). Where the rest of the table is
+frozen, gradient and moments of all of it would be 150 times what is needed, and a table put together anew in each
+forward a copy of it. Here the rows stand beside the table, in float32 also if that is held in bfloat16; the table gets
+their values, for the products of the head, after each change.
+
+Shapes: V vocabulary, D hidden size, K coordinate ids.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
+
+from coordexp.text.vocabulary import CoordVocabulary
+
+Table = nn.Embedding | nn.Linear
+
+
+class CoordinateRows(nn.Module):
+    """An embedding or a head, frozen but for `rows` (K, D); in their place it computes with these."""
+
+    def __init__(self, table: Table, span: slice, rows: nn.Parameter) -> None:
+        super().__init__()
+        self.table = table
+        self.rows = rows
+        self._span = span
+        self._synced: tuple[int, int] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table (V, D), without a gradient, its coordinate rows as they are now."""
+        state = id(self.rows), self.rows._version  # each update in place counts one up
+        if self._synced != state:
+            self.write_rows()
+            self._synced = state
+        return self.table.weight
+
+    @torch.no_grad()
+    def write_rows(self) -> None:
+        """Give the table the rows as they are."""
+        self.table.weight[self._span] = self.rows.to(self.table.weight.dtype)
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Embeddings of token ids, or logits of hidden states; both with a gradient on the rows."""
+        return self._embed(given) if isinstance(self.table, nn.Embedding) else self._logits(given)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        at = ids - self._span.start
+        is_coord = (at >= 0) & (at < len(self.rows))
+        others = F.embedding(ids, self.table.weight)
+        own = F.embedding(at.clamp(0, len(self.rows) - 1), self.rows)
+        return torch.where(is_coord[..., None], own.to(others.dtype), others)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight)
+        if not torch.is_grad_enabled():
+            return logits
+        own = F.linear(hidden, self.rows).to(logits.dtype)
+        return torch.cat([logits[..., : self._span.start], own, logits[..., self._span.stop :]], dim=-1)
+
+
+def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabulary) -> None:
+    """Freeze embedding and head but for their coordinate rows, in place; tied tables share them."""
+    language, span = model.model.language_model, slice(coord.first_id, coord.end_id)
+    tables: tuple[Table, Table] = language.embed_tokens, model.lm_head
+    rows: dict[int, nn.Parameter] = {}
+    for table in tables:
+        weight = table.weight.requires_grad_(False)
+        if id(weight) not in rows:
+            rows[id(weight)] = nn.Parameter(weight[span].detach().to(torch.float32, copy=True))
+    wrapped = [CoordinateRows(table, span, rows[id(table.weight)]) for table in tables]
+    language.embed_tokens, model.lm_head = wrapped  # type: ignore[assignment]
+
+
+def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
+    """Undo `train_rows_alone`: plain tables again, with the rows as they were trained."""
+    language = model.model.language_model
+    for wrapped in (cast(CoordinateRows, language.embed_tokens), cast(CoordinateRows, model.lm_head)):
+        wrapped.write_rows()
+    language.embed_tokens, model.lm_head = language.embed_tokens.table, model.lm_head.table  # type: ignore[assignment]
+
+
+def coordinate_rows(table: nn.Module, span: slice) -> Tensor:
+    """Rows (K, D) of the coordinate ids of an embedding or a head, with their gradient, however they are held."""
+    return table.rows if isinstance(table, CoordinateRows) else cast(Table, table).weight[span]
