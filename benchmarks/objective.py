@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from coordexp.losses.coord_terms import soft_cross_entropy, soft_target
-from coordexp.losses.vocabulary_terms import HeadSlots, vocabulary_sums
+from coordexp.losses.vocabulary_terms import HeadProducts, HeadSlots, vocabulary_sums
 from coordexp.stage import LOG, tune_allocator
 
 K = 1000
@@ -112,8 +112,8 @@ def _outcome(loss: Tensor, hidden_TD: Tensor, head_VD: Tensor) -> Outcome:
     return loss.detach(), hidden_TD.grad, head_VD.grad
 
 
-def fused(pack: Pack, chunk: int | None = None, rows_only: bool = False) -> Outcome:
-    """The pass of this package, so many slots at a time; with `rows_only`, the coordinate rows of the head train."""
+def fused(pack: Pack, how: HeadProducts | None = None, rows_only: bool = False) -> Outcome:
+    """The pass of this package; with `rows_only`, the coordinate rows of the head train."""
     hidden_TD, head_VD = pack.leaves()
     rows_KD = pack.head_VD[pack.first_id :].clone().requires_grad_() if rows_only else None
     coord_N = torch.arange(len(pack.slots_N), device=hidden_TD.device) < pack.n_coord
@@ -124,7 +124,7 @@ def fused(pack: Pack, chunk: int | None = None, rows_only: bool = False) -> Outc
         n_coord=pack.n_coord,
     )
     factors = {name: 1 / count for name, count in pack.counts.items()}
-    sums, coord_MK, _ = vocabulary_sums(hidden_TD[pack.slots_N], head_VD, slots, factors, rows_KD, chunk)
+    sums, coord_MK, _ = vocabulary_sums(hidden_TD[pack.slots_N], head_VD, slots, factors, rows_KD, how)
     loss = sum((factors[name] * total for name, total in sums.items()), pack.softce(coord_MK))
     return _outcome(loss, hidden_TD, head_VD if rows_KD is None else rows_KD)
 

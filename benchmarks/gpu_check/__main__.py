@@ -15,6 +15,7 @@ from benchmarks.gpu_check.results import TABLE, markdown, read
 from benchmarks.gpu_check.run import Check, Section
 
 from benchmarks import gpu_check
+from coordexp.infra import DEVICE_VARIABLE
 
 NO_GPU = 2
 GRAPH_NEEDS = ("pandas", "skimage", "pycocotools", "faster_coco_eval")  # pictures, the end of a stage, evaluation
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_GPU
     device = torch.device("cpu" if arguments.cpu else "cuda")
     if arguments.cpu:
+        os.environ[DEVICE_VARIABLE] = "cpu"  # also where there is a GPU
         torch.set_num_threads(1)  # what is this small gains nothing by more
     chosen = [section for section in SECTIONS if not arguments.only or section.name in arguments.only]
     check = Check(device, arguments.out, arguments.deadline, arguments.cpu, predictions())

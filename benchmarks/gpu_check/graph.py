@@ -62,16 +62,15 @@ def _command(home: Path, root: Path, stages: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu_check.witness", *options, "--profile", PROFILE, *stages]
 
 
-def _environment(check: Check, root: Path) -> dict[str, str]:
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if check.small else {}
-    return os.environ | hidden | {"DVC_ROOT": str(root)}  # where resume states go
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {"DVC_ROOT": str(root)}  # where resume states go
 
 
 def _stages(check: Check, home: Path, root: Path, stages: Sequence[str]) -> None:
     """Run stages, and count those whose models compute anywhere but on the device."""
     root.mkdir(exist_ok=True)
     done = subprocess.run(
-        _command(home, root, stages), env=_environment(check, root), capture_output=True, text=True, check=False
+        _command(home, root, stages), env=_environment(root), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -86,7 +85,7 @@ def _stages(check: Check, home: Path, root: Path, stages: Sequence[str]) -> None
 
 def _stop_and_resume(check: Check, home: Path, root: Path) -> None:
     """SIGTERM after the first step, then the same command again."""
-    command, environment = _command(home, root, ["stage1"]), _environment(check, root)
+    command, environment = _command(home, root, ["stage1"]), _environment(root)
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + PATIENCE_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from benchmarks.gpu_check.products import product_precision
 from benchmarks.gpu_check.run import Check, peak_bytes, reset_memory
 from benchmarks.objective import SUPERVISED, Pack, bare, fused, usual
 from torch import Tensor
+
+from coordexp.losses.vocabulary_terms import HeadProducts
 
 LIMITS = {"float32": (1e-5, 1e-4), "bf16": (1e-2, 2e-2)}  # of the value and of gradients
 
@@ -22,13 +25,13 @@ def exactness(check: Check) -> None:
         pack = Pack(tokens, vocab, hidden, check.device, dtype)
         exact_loss, exact_hidden, exact_head = usual(pack.cast(torch.float64))
         with check.part(f"{name} head"), product_precision("highest"):
-            loss, of_hidden, of_head = fused(pack, chunk=check.pick(384, 50))
+            loss, of_hidden, of_head = fused(pack, _products(pack, dtype, check.pick(384, 50)))
             value, gradient = LIMITS[name]
             check.add(f"{name} head: value", _apart(loss, exact_loss), "of the value", at_most=value)
             worst = max(_apart(of_hidden, exact_hidden), _apart(of_head, exact_head))
             check.add(f"{name} head: gradients", worst, "of the norm", "hidden states, head", at_most=gradient)
         with check.part(f"frozen {name} head"), product_precision("highest"):
-            _, of_hidden, of_rows = fused(pack, chunk=check.pick(384, 50), rows_only=True)
+            _, of_hidden, of_rows = fused(pack, _products(pack, dtype, check.pick(384, 50)), rows_only=True)
             worst = max(_apart(of_hidden, exact_hidden), _apart(of_rows, exact_head[pack.first_id :]))
             what = "hidden states, coordinate rows"
             check.add(f"frozen {name} head: gradients", worst, "of the norm", what, at_most=gradient)
@@ -36,6 +39,12 @@ def exactness(check: Check) -> None:
 
 def _apart(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
+
+
+def _products(pack: Pack, factors: torch.dtype, chunk: int | None = None) -> HeadProducts:
+    """The committed way of this device, with these factors, and this many slots at a time if that is said."""
+    how = HeadProducts.on(pack.head_VD, factors)
+    return how if chunk is None else replace(how, chunk=chunk)
 
 
 def speed(check: Check) -> None:
@@ -47,22 +56,19 @@ def speed(check: Check) -> None:
 
 
 def _speed(check: Check, where: str, tokens: int, vocab: int, hidden: int) -> None:
-    products = _half(check, where, Pack(tokens, vocab, hidden, check.device, torch.bfloat16))
-    whole = Pack(tokens, vocab, hidden, check.device, torch.float32)
-    _timed(check, f"{where}: float32, as committed", lambda: fused(whole), products)
-    with product_precision("high"):
-        _timed(check, f"{where}: float32 weights, TF32", lambda: fused(whole), products)
-
-
-def _half(check: Check, where: str, pack: Pack) -> float:
-    """Of a head in bf16; returns the seconds of the bare products."""
-    products = check.seconds_of(bare(pack))
-    check.add(f"{where}: bare bf16 products", products, "s", f"{len(pack.slots_N)} slots")
-    for chunk in CHUNKS:
-        _timed(check, f"{where}: bf16, {chunk} rows", lambda chunk=chunk: fused(pack, chunk=chunk), products)
-    name = f"{where}: bf16, cross-entropy of torch alone, 2048 rows"
-    _timed(check, name, lambda: _chunked_cross_entropy(pack, 2048), products)
-    return products
+    half = Pack(tokens, vocab, hidden, check.device, torch.bfloat16)
+    products = check.seconds_of(bare(half))
+    check.add(f"{where}: bare bf16 products", products, "s", f"{len(half.slots_N)} slots")
+    name = f"{where}: cross-entropy of torch alone in bf16, 2048 rows"
+    _timed(check, name, lambda: _chunked_cross_entropy(half, 2048), products)
+    pack = half.cast(torch.float32)
+    ways = {"bf16, as committed": (torch.bfloat16, None)}
+    ways |= {f"bf16, {chunk} rows": (torch.bfloat16, chunk) for chunk in CHUNKS}
+    ways |= {"float32, 256 rows": (torch.float32, 256), "TF32, 256 rows": (torch.float32, 256)}
+    for way, (factors, chunk) in ways.items():
+        how = _products(pack, factors, chunk)
+        with product_precision("high" if way.startswith("TF32") else "highest"):
+            _timed(check, f"{where}: {way}", lambda how=how: fused(pack, how), products)
 
 
 def _timed(check: Check, name: str, run: Callable[[], object], products: float) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 from benchmarks.gpu_check.shapes import FIRST_COORD, config_of, pack_of, profile_of
 
 from coordexp.doctor.memory import step_memory
+from coordexp.losses.vocabulary_terms import GPU_CHUNK_SLOTS
 
 Basis = Literal["derived", "guess"]
 
@@ -81,8 +82,9 @@ def _head() -> Table:
         for slots in (3072, 8192):
             numbers = {"bare bf16 products": 3 * 2 * slots * VOCABULARY * hidden / BF16}
             numbers |= {f"bf16, {chunk} rows": head_seconds(slots, hidden, chunk, BF16, 2) for chunk in CHUNKS}
-            numbers["float32, as committed"] = head_seconds(slots, hidden, 256, FLOAT32, 4)
-            numbers["float32 weights, TF32"] = head_seconds(slots, hidden, 256, TF32, 4)
+            numbers["bf16, as committed"] = head_seconds(slots, hidden, GPU_CHUNK_SLOTS, BF16, 2)
+            numbers["float32, 256 rows"] = head_seconds(slots, hidden, 256, FLOAT32, 4)
+            numbers["TF32, 256 rows"] = head_seconds(slots, hidden, 256, TF32, 4)
             for name, value in numbers.items():
                 found["head-speed", f"D {hidden}, N {slots}: {name}"] = Prediction(value, "derived")
     return found

@@ -9,9 +9,11 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from benchmarks.gpu_check.predictions import PEAK_FLOPS, STEP_TOKENS
+from benchmarks.gpu_check.products import product_precision
 from benchmarks.gpu_check.run import Check, Moment, moment, peak_bytes, reset_memory, seconds_between
 from benchmarks.gpu_check.shapes import (
     FIRST_COORD,
@@ -29,16 +31,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.config.profile import OptimConfig
+from coordexp.infra.device import training_plan
 from coordexp.models.adapters import apply_tuning
 from coordexp.models.attention import TEXT, VISION, PatchProduct, use_segment_attention
 from coordexp.text.vocabulary import CoordVocabulary
+from coordexp.training import step as training_step
 from coordexp.training.loop import Callback, MicroBatch, train
 from coordexp.training.step import Criterion, micro_batch
 
 WARM_STEPS, TIMED_STEPS = 2, 5
 KERNELS = 20  # that the profile shows
 NONE, COMMITTED = "none", "as committed"
-ALONE = ("segments", "patches", "fused optimizer")
+ALONE = ("segments", "patches", "bf16 head", "fused optimizer")
+KEPT = "vision activations kept"
 VARIANTS = {NONE: (), **{f"{cure} alone": (cure,) for cure in ALONE}, COMMITTED: ALONE}
 
 
@@ -52,6 +57,9 @@ def all_weights(check: Check) -> None:
                 rig.measure(f"{label}, {variant}", variant, pack)
             if label == "8k":
                 rig.profile(pack)
+                rig.model.model.visual.gradient_checkpointing_disable()
+                rig.measure(f"{label}, {KEPT}", COMMITTED, pack)
+                rig.model.model.visual.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def adapters(check: Check) -> None:
@@ -71,7 +79,9 @@ class _Rig:
         self._optim = profile_of(size).stage1
         self.model = build(config_of(size, check.small), check.device)
         self._theirs = self.model.model.visual.patch_embed
-        self._undo = apply_tuning(self.model, profile_of(size).tuning, CoordVocabulary(FIRST_COORD))
+        plan = training_plan(self._optim.precision, check.device).adopt()
+        tuning, coord = profile_of(size).tuning, CoordVocabulary(FIRST_COORD)
+        self._undo = apply_tuning(self.model, tuning, coord, plan.frozen)
 
     def __enter__(self) -> _Rig:
         return self
@@ -113,7 +123,11 @@ class _Rig:
         """Seconds of each part of each step, under the real loop."""
         self._prepare(cures)
         optim = self._optim.model_copy(update={"steps": steps, "warmup_steps": 0, "log_every": steps})
-        with _Marks(self.model, self._check.device) as marks, _plain_optimizer("fused optimizer" not in cures):
+        with (
+            _Marks(self.model, self._check.device) as marks,
+            _plain_optimizer("fused optimizer" not in cures),
+            _plain_head("bf16 head" not in cures),
+        ):
             _train(self.model, _OnePack(self.model, criterion(steps), pack, marks), optim, marks)
         return marks.seconds()
 
@@ -206,6 +220,16 @@ class _Marks(Callback):
                 parts[part] = parts.get(part, 0.0) + seconds_between(first, last)
             found.append(parts)
         return found
+
+
+@contextmanager
+def _plain_head(is_plain: bool) -> Iterator[None]:
+    """In here products with the head are taken of float32 factors, and not by TF32."""
+    if not is_plain:
+        yield
+        return
+    with product_precision("highest"), patch.object(training_step, "factor_dtype", lambda _: torch.float32):
+        yield
 
 
 @contextmanager
