@@ -124,7 +124,7 @@ bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (B
 
 # Not of `env`: it runs in whatever environment a GPU machine has, .venv if that is there.
 gpu-check:  ## check a machine with a GPU, into OUT within DEADLINE seconds (ARGS="--only step-2b"; ARGS=--cpu without one)
-	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} PYTHONUNBUFFERED=1 \
 		python -m benchmarks.gpu_check --out $(OUT) --deadline $(DEADLINE) $(ARGS)
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run

@@ -7,3 +7,5 @@ Sections run in order of value until the deadline, each by itself: one that fail
 next one runs. Every result is a line of `results.jsonl` as soon as it is there, with what was predicted beside it;
 `results.md` is the table of all lines. `--cpu` runs all of it shrunken: it works, and its times mean nothing.
 """
+
+import coordexp  # noqa: F401  # before torch: says how its allocator works

@@ -37,7 +37,7 @@ def speed(check: Check) -> None:
             Image.fromarray(noise).save(Path(folder) / PICTURE)
             image_token, factor = checkpoint.model.config.image_token_id, checkpoint.pixels.factor
             (plain,) = checkpoint.tokenizer.encode("1", add_special_tokens=False)
-            for batch in (16, 128):
+            for batch in (16, 64):
                 count = check.pick(batch, batch // 16)
                 chosen = samples(image_token, count, width, height, factor)
                 asked = [_asked(sample, image_token, plain) for sample in chosen]

@@ -13,6 +13,8 @@ from benchmarks.gpu_check.shapes import FIRST_COORD, config_of, pack_of, profile
 
 from coordexp.doctor.memory import step_memory
 from coordexp.losses.vocabulary_terms import GPU_CHUNK_SLOTS
+from coordexp.models.sizes import DENSE_SIZES
+from coordexp.reporting.gpu_tables import LAUNCH_SECONDS_A_LAYER
 
 Basis = Literal["derived", "guess"]
 
@@ -24,7 +26,7 @@ PEAK_FLOPS = 989e12  # that MFU is a fraction of: dense bf16, of H100 and H200 a
 VOCABULARY = FIRST_COORD + 1267  # the rows that a head of Qwen's vocabulary has with the coordinates
 LOGIT_BYTES = 48  # that elementwise passes of torch move for each logit
 STEP_TOKENS = {"8k": 8192, "12k": 12_288}
-LAUNCH_SECONDS = 0.035  # of one step of decoding, whatever its batch up to 64
+LAUNCH_SECONDS = LAUNCH_SECONDS_A_LAYER * DENSE_SIZES["2b"].layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def _decoding() -> Table:
     return {
         ("decoding", f"{kind}, batch {batch}"): Prediction(batch / LAUNCH_SECONDS, "guess")
         for kind in ("bf16", "float32 weights")
-        for batch in (16, 128)
+        for batch in (16, 64)
     }
 
 

@@ -108,6 +108,12 @@ def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
     yield f"{measured_rates(plan)}"
     yield _memory_line(needs.memory)
     yield _training_line(run.profile, needs.training_flops)
+    if needs.over_budget:
+        yield (
+            f"answers: the longest takes about {needs.longest_answer:,} tokens; {needs.over_budget:,} of "
+            f"{needs.train_records:,} do not fit into decode.max_new_tokens, {run.params.decode.max_new_tokens}, and "
+            "such answers will be cut: raise it"
+        )
     if needs.over_pack:
         yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
     if needs.disk_bytes > free:
