@@ -23,11 +23,14 @@ Table = nn.Embedding | nn.Linear
 
 
 class CoordinateRows(nn.Module):
-    """An embedding or a head, frozen but for `rows` (K, D); in their place it computes with these."""
+    """An embedding or a head, frozen but for `rows` (K, D); in their place it computes with these.
+
+    `base_layer` and the ways to it are PEFT's, so that whatever merges its adapters merges these rows, too.
+    """
 
     def __init__(self, table: Table, span: slice, rows: nn.Parameter) -> None:
         super().__init__()
-        self.table = table
+        self.base_layer = table
         self.rows = rows
         self._span = span
         self._synced: tuple[int, int] | None = None
@@ -37,23 +40,27 @@ class CoordinateRows(nn.Module):
         """The whole table (V, D), without a gradient, its coordinate rows as they are now."""
         state = id(self.rows), self.rows._version  # each update in place counts one up
         if self._synced != state:
-            self.write_rows()
+            self.merge()
             self._synced = state
-        return self.table.weight
+        return self.base_layer.weight
 
     @torch.no_grad()
-    def write_rows(self) -> None:
-        """Give the table the rows as they are."""
-        self.table.weight[self._span] = self.rows.to(self.table.weight.dtype)
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Give the table the rows as they are; arguments as of PEFT's layers, which have nothing to say here."""
+        self.base_layer.weight[self._span] = self.rows.to(self.base_layer.weight.dtype)
+
+    def get_base_layer(self) -> Table:
+        """The table, as PEFT asks for it."""
+        return self.base_layer
 
     def forward(self, given: Tensor) -> Tensor:
         """Embeddings of token ids, or logits of hidden states; both with a gradient on the rows."""
-        return self._embed(given) if isinstance(self.table, nn.Embedding) else self._logits(given)
+        return self._embed(given) if isinstance(self.base_layer, nn.Embedding) else self._logits(given)
 
     def _embed(self, ids: Tensor) -> Tensor:
         at = ids - self._span.start
         is_coord = (at >= 0) & (at < len(self.rows))
-        others = F.embedding(ids, self.table.weight)
+        others = F.embedding(ids, self.base_layer.weight)
         own = F.embedding(at.clamp(0, len(self.rows) - 1), self.rows)
         return torch.where(is_coord[..., None], own.to(others.dtype), others)
 
@@ -75,15 +82,15 @@ def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabul
         if id(weight) not in rows:
             rows[id(weight)] = nn.Parameter(weight[span].detach().to(torch.float32, copy=True))
     wrapped = [CoordinateRows(table, span, rows[id(table.weight)]) for table in tables]
-    language.embed_tokens, model.lm_head = wrapped  # type: ignore[assignment]
+    language.embed_tokens, model.lm_head = wrapped
 
 
 def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
     """Undo `train_rows_alone`: plain tables again, with the rows as they were trained."""
     language = model.model.language_model
     for wrapped in (cast(CoordinateRows, language.embed_tokens), cast(CoordinateRows, model.lm_head)):
-        wrapped.write_rows()
-    language.embed_tokens, model.lm_head = language.embed_tokens.table, model.lm_head.table  # type: ignore[assignment]
+        wrapped.merge()
+    language.embed_tokens, model.lm_head = language.embed_tokens.base_layer, model.lm_head.base_layer
 
 
 def coordinate_rows(table: nn.Module, span: slice) -> Tensor:
