@@ -112,6 +112,7 @@ def _steps() -> Table:
         ("step-2b", "8k, as committed: step"): Prediction(0.38, "derived"),
         ("step-lora", "4b, none: step"): Prediction(2.5, "derived"),
         ("step-lora", "4b, as committed: step"): Prediction(0.65, "derived"),
+        ("step-lora", "8b, as committed: step"): Prediction(1.0, "derived"),
     }
     for label, tokens in STEP_TOKENS.items():
         found["step-2b", f"{label}, as committed: peak"] = Prediction(memory_gigabytes("2b", tokens), "derived")

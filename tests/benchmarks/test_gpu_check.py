@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from torch.utils.flop_counter import FlopCounterMode
 
 from coordexp.models.attention import use_segment_attention
+from coordexp.reporting import gpu_tables
 from coordexp.training.step import micro_batch
 
 CPU = torch.device("cpu")
@@ -149,6 +150,12 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 def test_every_prediction_is_of_a_section():
     assert {name for name, _ in predictions()} <= {section.name for section in SECTIONS}
     assert all(found.value > 0 for found in predictions().values())
+
+
+def test_the_documents_show_figures_that_are_measured():
+    shown = {(plan.step[0], f"{plan.step[1]}: step") for plan in gpu_tables._PLANS} | {gpu_tables._DECODED}
+    shown |= {(name[0], f"{name[1]}: peak") for *_, name in gpu_tables._ONE_DEVICE if name}
+    assert shown <= predictions().keys()
 
 
 def test_operations_of_a_step_are_those_that_torch_counts():
