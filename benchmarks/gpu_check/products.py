@@ -65,7 +65,7 @@ def patch_embedding(check: Check) -> None:
     patches = torch.randn(check.pick(20_000, 64), volume, device=check.device)
     outputs = []
     for name, embed in (("product", ours), ("convolution", theirs)):
-        with check.part(name):
+        with check.part(name, is_ours=embed is ours):
 
             def run(embed: torch.nn.Module = embed) -> Tensor:
                 with torch.autocast(check.device.type, torch.bfloat16):
@@ -73,8 +73,9 @@ def patch_embedding(check: Check) -> None:
                 out.sum().backward()
                 return out.detach()
 
-            first = moment(check.device)
             outputs.append(run())
+            first = moment(check.device)
+            run()
             once = seconds_between(first, moment(check.device))
             is_slow = once > PATIENCE_SECONDS
             seconds = once if is_slow else check.seconds_of(run)

@@ -75,14 +75,15 @@ class Check:
         self._keep(name, "measured", value, unit, note, at_most)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A part of a section whose failure does not concern the parts after it."""
+    def part(self, name: str, is_ours: bool = True) -> Iterator[None]:
+        """A part of a section whose failure does not concern the parts after it; of others' code it is no fault."""
         try:
             yield
         except Exception as error:  # an edge: whatever fails is a result, and what was found before it must not be lost
             traceback.print_exc()
             reason = str(error).strip().splitlines()
-            self._keep(name, "failed", note=f"{type(error).__name__}: {reason[0] if reason else ''}"[:300])
+            note = f"{type(error).__name__}: {reason[0] if reason else ''}"[:300]
+            self._keep(name, "failed" if is_ours else "skipped", note=note)
         reset_memory(self.device)
 
     def seconds_of(self, run: Callable[[], object], rounds: int = ROUNDS, warm_ups: int = WARM_UPS) -> float:

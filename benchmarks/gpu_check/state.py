@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from benchmarks.gpu_check.run import Check, Moment, moment, seconds_between
@@ -21,6 +21,7 @@ from coordexp.training.loop import Callback, MicroBatch, train
 STATE_PARAMETERS = 417_000_000  # with AdamW's moments 5 GB
 BASE_PARAMS = Path("pipelines/base/params.yaml")
 PRETRAIN_STEPS, SCENES = 12, 2000
+CPU = torch.device("cpu")
 
 
 def saving(check: Check) -> None:
@@ -70,28 +71,35 @@ class _Waits(Callback):
 
 def pretraining(check: Check) -> None:
     """Scenes a second of the loop that makes models/tiny-base: at its own batch, and at one that could fill a GPU."""
-    from coordexp.config.profile import ScenesConfig
-    from toyworld.coco_folder import write_coco_folder
+    from pipelines.base import scenes
+
     from toyworld.pretrain import pretrain
 
     params: dict[str, Any] = YAML(typ="safe").load(BASE_PARAMS.read_text(encoding="utf-8"))
-    name, phase = list(params["phases"].items())[-1]
-    scenes = phase["scenes"] | {"train_images": check.pick(SCENES, 16), "val_images": 1, "held_out_fraction": 0.0}
-    source = ScenesConfig(kind="scenes", sprites=params["sprites"], seed_offset=0, **scenes)
-    with TemporaryDirectory() as folder:
+    (name, phase), steps = list(params["phases"].items())[-1], check.pick(PRETRAIN_STEPS, 2)
+    caps = {"train_images": check.pick(SCENES, 16), "val_images": check.pick(16, 2), "bootstrap_resamples": 20}
+    caps["warmup_steps"] = 1
+    with TemporaryDirectory() as folder, patch.object(scenes, "HOME", Path(folder)):
         home = Path(folder)
-        first = moment(torch.device("cpu"))
-        write_coco_folder(home / "data" / name, source, params["seed"], len(os.sched_getaffinity(0)))
-        seconds = seconds_between(first, moment(torch.device("cpu")))
-        check.add("composing", source.train_images / seconds, "scenes/s", "all processor cores")
+        short = _capped(params | {"phases": {name: phase | {"steps": steps}}}, caps)
+        YAML(typ="safe").dump(short, home / "params.yaml")
+        first = moment(CPU)
+        scenes.main()
+        seconds = seconds_between(first, moment(CPU))
+        check.add("composing", caps["train_images"] / seconds, "scenes/s", "all processor cores")
         for label in (64, 1024):
             with check.part(f"{label} scenes a step"):
                 state, batch = home / f"state-{label}", check.pick(label, 4)
-                steps = check.pick(PRETRAIN_STEPS, 2)
-                short = {name: phase | {"steps": steps, "samples_per_step": batch}}
-                train_options = params["train"] | {"warmup_steps": 1}
                 state.mkdir()
-                pretrain(home, state, params | {"phases": short, "train": train_options})
+                short["phases"][name]["samples_per_step"] = batch
+                pretrain(home, state, short)
                 rows = [json.loads(line) for line in (state / "train_log.jsonl").read_text("utf-8").splitlines()]
                 timed = median(row["time/step_s"] for row in rows[len(rows) // 4 :])
                 check.add(f"{label} scenes a step", batch / timed, "scenes/s", "decoding of pictures included")
+
+
+def _capped(tree: Any, caps: Mapping[str, int]) -> Any:
+    """Parameters with the numbers under these keys, at any depth, no larger than said."""
+    if not isinstance(tree, dict):
+        return tree
+    return {k: min(v, caps[k]) if k in caps else _capped(v, caps) for k, v in tree.items()}

@@ -93,7 +93,7 @@ class _Rig:
     def measure(self, name: str, variant: str, pack: Pack) -> None:
         """Seconds of a step and of its parts, the fraction of the peak that it reaches, and its memory."""
         check = self._check
-        with check.part(name):
+        with check.part(name, is_ours=variant == COMMITTED):
             reset_memory(check.device)
             steps = self._steps(VARIANTS[variant], pack, WARM_STEPS + TIMED_STEPS if not check.small else 2)
             timed = steps[WARM_STEPS:] if not check.small else steps[1:]

@@ -77,10 +77,13 @@ def test_parts_of_a_section_fail_by_themselves(tmp_path):
     def run(check: Check) -> None:
         with check.part("bad"):
             raise ValueError
+        with check.part("of others", is_ours=False):
+            raise ValueError
         good(check)
 
     check_of(tmp_path).run([section("parts", run)])
-    assert [(r.name, r.status) for r in read(tmp_path)] == [("bad", "failed"), ("speed", "measured")]
+    found = [(r.name, r.status, r.is_fault) for r in read(tmp_path)]
+    assert found == [("bad", "failed", True), ("of others", "skipped", False), ("speed", "measured", False)]
 
 
 def test_what_the_deadline_does_not_leave_room_for_is_skipped(tmp_path):
