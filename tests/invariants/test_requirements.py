@@ -15,8 +15,9 @@ REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
 MODULE_OF = {"pillow": "PIL", "ruamel-yaml": "ruamel", "scikit-image": "skimage"}
 COMMANDS = {"dvc"}  # started, never imported
-# Optional, with the remedy in the error; of an environment of its own (vLLM); part of another package (pydantic_core).
-NOT_ASKED_FOR = {"vllm", "supervision", "pydantic_core", "bitsandbytes"}
+# Optional, with the remedy in the error; of an environment of its own (vLLM); part of another package (pydantic_core, and
+# triton of torch for CUDA).
+NOT_ASKED_FOR = {"vllm", "supervision", "pydantic_core", "bitsandbytes", "triton"}
 
 
 def module_of(requirement: Requirement) -> str:

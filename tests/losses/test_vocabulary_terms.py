@@ -290,3 +290,33 @@ def test_an_unlikely_token_keeps_an_exact_loss_and_a_hopeless_slot_no_gradient()
     assert gate_N[2].item() == pytest.approx(MAX_PENALTY)
     assert gradients(gate_N.sum(), odds_N)[0][2] == 0
     assert F.softplus(odds_N)[2] > MAX_PENALTY
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch):
+    """The kernels on the CPU, run by Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("here they are compiled: see the tests that need a GPU")
+    pytest.importorskip("triton", reason="no Triton: it comes with torch for CUDA, not with the CPU build")
+    from coordexp.losses import head_kernels
+
+    monkeypatch.setattr(head_kernels, "BLOCK", 256)  # several of them
+    return head_kernels
+
+
+def test_the_kernels_hold_the_textbook(kernels):
+    assert kernels.hold_on(torch.device("cpu"))
+    for kinds in ((N_COORD, N_TEXT, N_UNLIKELY), (8, 0, 3), (0, 0, 0)):
+        assert_same(Case(n_coord=kinds[0], n_text=kinds[1], n_unlikely=kinds[2]), slots_first=True, kernels=kernels)
+    case = Case()
+    whole = [case.ours(slots_first=True, kernels=k, products=torch.bfloat16) for k in (None, kernels)]
+    first, other = (gradients(loss_of(*w[:2]), case.hidden_ND, case.head_VD) for w in whole)
+    for ours, theirs in zip(other, first, strict=True):
+        assert (ours - theirs).norm() <= 2**-8 * theirs.norm()  # the interpreter cuts bf16 off instead of rounding it
+
+
+def test_kernels_with_other_numbers_are_not_used(kernels, monkeypatch, caplog):
+    right = kernels.masses
+    monkeypatch.setattr(kernels, "masses", lambda *given: tuple(1.001 * m_R for m_R in right(*given)))
+    assert not kernels.hold_on(torch.device("cpu"))
+    assert "other numbers than torch's operations, and are not used" in caplog.text

@@ -23,7 +23,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,6 +79,16 @@ def chunk_slots(vocab_size: int, free_bytes: int | None = None) -> int:
     return min(GPU_CHUNK_SLOTS, max(min(on_cpu, GPU_CHUNK_SLOTS // 8), 1 << max(0, fitting.bit_length() - 1)))
 
 
+@cache
+def _kernels(gpu: torch.device) -> ModuleType | None:
+    """Triton's, which comes with torch for CUDA, if they do there what they should."""
+    if find_spec("triton") is None:
+        return None
+    from coordexp.losses import head_kernels
+
+    return head_kernels if head_kernels.hold_on(gpu) else None
+
+
 def _free_bytes(device: torch.device) -> int | None:
     """What a GPU, and torch's pool of its memory, have free."""
     if device.type != "cuda":
@@ -112,6 +124,7 @@ class HeadProducts:
     factors: torch.dtype
     slots_first: bool
     chunk: int
+    kernels: ModuleType | None = None  # losses/head_kernels.py, where they serve
 
     @classmethod
     def on(cls, weight_VD: Tensor, factors: torch.dtype | None = None) -> HeadProducts:
@@ -120,6 +133,7 @@ class HeadProducts:
             factors=factors or torch.promote_types(weight_VD.dtype, torch.float32),
             slots_first=weight_VD.is_cuda,
             chunk=chunk_slots(len(weight_VD), _free_bytes(weight_VD.device)),
+            kernels=_kernels(weight_VD.device) if weight_VD.is_cuda else None,
         )
 
 
@@ -138,6 +152,7 @@ class HeadSweep:
         self._weight_VD = weight_VD.to(how.factors)
         self._slots = slots
         self._slots_first = how.slots_first
+        self._kernels: Any = how.kernels if dtype == torch.float32 else None
         self._trained_rows = slice(None) if whole_VD is None else slots.span
         size = min(how.chunk, len(hidden_ND))
         self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # a last chunk may be narrower
@@ -166,15 +181,26 @@ class HeadSweep:
             else:
                 logits_VR = room.view(-1, n_rows)
                 _multiply(self._weight_VD, hidden_RD.t(), logits_VR)
-            self._reduce(logits_VR, rows)
+            inside = self.coord_MK[rows]
+            inside.copy_(logits_VR[self._slots.span, : len(inside)].t())
+            grad_VR = self._reduce_by_kernels(logits_VR, rows) if self._kernels else self._reduce(logits_VR, rows)
             if factors_S is not None:
-                self._add_gradients(logits_VR, rows)
+                self._add_gradients(grad_VR, rows)
 
-    def _reduce(self, logits_VR: Tensor, rows: slice) -> None:
+    def _reduce_by_kernels(self, logits_VR: Tensor, rows: slice) -> Tensor:
+        """As `_reduce`, which is the reference; the gradient is in the format of the factors."""
+        span, ids_R, logits_RV = self._slots.span, self._slots.token_ids_N[rows], logits_VR.t()
+        text_R, coord_R, token_R = self._kernels.masses(logits_RV, ids_R, span)
+        is_coord_R = (ids_R >= span.start) & (ids_R < span.stop)
+        derivatives = self._slot_terms(text_R, coord_R, token_R, is_coord_R, rows)
+        if self._factors_S is None:
+            return logits_VR
+        dtype = self._hidden_ND.dtype
+        return self._kernels.gradient(logits_RV, ids_R, span, text_R, coord_R, derivatives, dtype).t()
+
+    def _reduce(self, logits_VR: Tensor, rows: slice) -> Tensor:
         """Add up the terms of a chunk, and turn its logits into the gradient of the weighted sum on them."""
         span, token_1R = self._slots.span, self._slots.token_ids_N[None, rows]
-        inside = self.coord_MK[rows]
-        inside.copy_(logits_VR[span, : len(inside)].t())
         token_R = logits_VR.gather(0, token_1R)[0]
         logits_VR.scatter_(0, token_1R, -torch.inf)
         coord_KR = logits_VR[span].clone()
@@ -189,6 +215,7 @@ class HeadSweep:
             logits_VR.mul_(by_text_R / mass_R)
             logits_VR[span] = coord_KR.sub_(coord_R).exp_().mul_(by_coord_R)
             logits_VR.scatter_(0, token_1R, by_token_R[None])
+        return logits_VR
 
     def _slot_terms(
         self, text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor, rows: slice

@@ -2,8 +2,8 @@
 
 The 1000 coordinate rows of embedding and head train in every mode (models/adapters.py). Where the rest of the table is
 frozen, gradient and moments of all of it would be 150 times what is needed, and a table put together anew in each
-forward a copy of it. Here the rows stand beside the table, in float32 also if that is held in bfloat16; the table gets
-their values, for the products of the head, after each change.
+forward a copy of it. Here the rows stand beside the table, in float32 also if that is held in bfloat16, and are copied
+into it for the products of the head.
 
 Shapes: V vocabulary, D hidden size, K coordinate ids.
 """
@@ -33,21 +33,17 @@ class CoordinateRows(nn.Module):
         self.base_layer = table
         self.rows = rows
         self._span = span
-        self._synced: tuple[int, int] | None = None
 
     @property
     def weight(self) -> Tensor:
         """The whole table (V, D), without a gradient, its coordinate rows as they are now."""
-        state = id(self.rows), self.rows._version  # each update in place counts one up
-        if self._synced != state:
-            self.merge()
-            self._synced = state
+        self.merge()
         return self.base_layer.weight
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Give the table the rows as they are; arguments as of PEFT's layers, which have nothing to say here."""
-        self.base_layer.weight[self._span] = self.rows.to(self.base_layer.weight.dtype)
+        # As data, which counts as no change of the table: within a step the numbers are the same ones.
+        self.base_layer.weight.data[self._span] = self.rows.data.to(self.base_layer.weight.dtype)
 
     def get_base_layer(self) -> Table:
         """The table, as PEFT asks for it."""
