@@ -11,7 +11,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 VLLM_VENV := .venv-vllm
-VLLM_STAMP := $(VLLM_VENV)/.installed
+# The driver shows whether there is a GPU; `make vllm VLLM_BUILD=cpu` overrules it.
+VLLM_BUILD ?= $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl),cuda,cpu)
+VLLM_LOCK := requirements-vllm$(if $(filter cuda,$(VLLM_BUILD)),-cuda).lock
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_BUILD)
+OTHER_VLLM_STAMP := $(VLLM_VENV)/.installed-$(if $(filter cuda,$(VLLM_BUILD)),cpu,cuda)
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
@@ -61,13 +65,15 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 test: $(DEV_STAMP)  ## run the test-suite
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
 
-vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server, a CPU build (once; 3.5 GB)
+vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server: CUDA build with a driver, else CPU (once; GBs)
+	@echo "$(VLLM_VENV) holds the $(VLLM_BUILD) build of vLLM ($(VLLM_LOCK))"
 
-# --no-deps: vLLM also asks for torchaudio and torchcodec, which break transformers' import beside a CPU build of torch.
-$(VLLM_STAMP): requirements-vllm.lock
+# CPU: --no-deps, because vLLM also asks for torchaudio and torchcodec, which break transformers beside a CPU torch.
+$(VLLM_STAMP): $(VLLM_LOCK)
+	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
+	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@echo "installing requirements-vllm.lock into $(VLLM_VENV) (minutes, once)"
-	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -r requirements-vllm.lock
+	@$(VLLM_VENV)/bin/python -m pip install -qq $(if $(filter cpu,$(VLLM_BUILD)),--no-deps )-r $(VLLM_LOCK)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers

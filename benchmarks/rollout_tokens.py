@@ -29,14 +29,15 @@ from coordexp.packing.samples import Sample, permuted
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_command import Weights, server_commands
 from coordexp.rollout.vllm_engine import VllmEngine
-from coordexp.rollout.vllm_server import vllm_server
+from coordexp.rollout.vllm_server import vllm_servers
 from coordexp.stage import LOG, tune_allocator
 from coordexp.text.codecs import CODECS, AnswerEncoder
 
 GRAMMAR_COST, CODEC_GAIN = 1.05, 2.0
 # Of the same 64 requests a server on two cores takes between 2 and 7 s: many more of them, and often.
-VLLM_IMAGES, VLLM_ROUNDS = 256, 5
+VLLM_IMAGES, VLLM_ROUNDS, NGRAM_TOKENS = 256, 5, 4
 BATCHES = (1, 8, 64)
 
 
@@ -142,11 +143,28 @@ def vllm_rows(
     rollout = run.profile.rollout
     if not Path(rollout.vllm_python).exists():
         return [unmeasured("vLLM: grammar, seconds a token", "needs make vllm", f"<= {GRAMMAR_COST}")]
-    with vllm_server(Path(rollout.vllm_python), folder, checkpoint.pixels, request.params.max_new_tokens) as server:
-        pool = ServerPool((server.url,), rollout.timeout_seconds, rollout.tries)
-        engine = ForgetfulVllm(pool, checkpoint, run.paths.raw, rollout.requests_per_server)
-        engine.generate(samples[:4], request)
-        return engine_rows("vLLM", engine, samples, request, VLLM_ROUNDS)
+    decode, pixels, weights = request.params, checkpoint.pixels, Weights.of(folder)
+    placed = [rollout.serve.model_copy(update={"devices": "cpu", "ngram_tokens": n}) for n in (0, NGRAM_TOKENS)]
+    each = [rollout.model_copy(update={"serve": serve}) for serve in placed]
+    commands = [server_commands(one, weights, pixels, decode)[0] for one in each]
+    with vllm_servers(commands) as servers:
+        plain, drafting = (
+            ForgetfulVllm(
+                ServerPool((server.url,), rollout.timeout_seconds, rollout.tries, weights),
+                checkpoint,
+                run.paths.raw,
+                rollout.requests_per_server,
+            )
+            for server in servers
+        )
+        for engine in (plain, drafting):
+            engine.generate(samples[:4], request)
+        free = replace(request, params=decode.model_copy(update={"grammar": "none"}))
+        ways = {name: lambda e=e: e.generate(samples, free) for name, e in (("plain", plain), ("drafts", drafting))}
+        gain = side_by_side(ways, VLLM_ROUNDS, False).ratio("plain", "drafts")
+        beside = f"{NGRAM_TOKENS} tokens drafted, without grammar; {len(samples)} images"
+        rows = engine_rows("vLLM", plain, samples, request, VLLM_ROUNDS)
+        return [*rows, Row("vLLM: n-gram drafts, seconds without beside with", gain, "x", beside, "", None)]
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:

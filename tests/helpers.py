@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import OptimConfig, Profile, ScenesConfig
+from coordexp.config.profile import OptimConfig, Profile, RolloutConfig, ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.detection_config import BASE, DetectionConfig
@@ -95,6 +95,12 @@ MATCHING = PARAMS.matching
 def decode_request(codec: str = "json", seed: int = 3, names: tuple[str, ...] = (), **changes: Any) -> DecodeRequest:
     """What an engine is asked, greedy but for `changes` to the block `decode`."""
     return DecodeRequest(params=changed(PARAMS.decode, **changes), codec=codec, seed=seed, names=names)
+
+
+def rollout_config(vllm_python: str = "python", **serve: Any) -> RolloutConfig:
+    """The block `rollout` of the smoke profile with another interpreter, and other values of `rollout.serve`."""
+    rollout = load_profile(REPOSITORY / "configs" / "smoke.yaml").rollout
+    return changed(rollout, vllm_python=vllm_python, **{f"serve__{name}": value for name, value in serve.items()})
 
 
 def asked(request: DecodeRequest, **changes: Any) -> DecodeRequest:

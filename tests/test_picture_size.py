@@ -29,7 +29,6 @@ from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.rollout import stages
 from coordexp.rollout.scoring import read_decoded, scored
 from coordexp.rollout.stages import decode_val
-from coordexp.rollout.vllm_server import link_checkpoint
 from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
 from coordexp.text.vocabulary import CoordVocabulary
@@ -161,16 +160,6 @@ def test_transformers_alone_sees_the_same_pixels_and_answers_the_same(trained: P
     ids = model.generate(**inputs, max_new_tokens=BUDGET, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     found = Detector.from_checkpoint(trained, max_new_tokens=BUDGET).predict(picture())
     assert tokenizer.decode(ids) == found.raw_text
-
-
-def test_a_server_is_given_the_same_limits_whatever_the_folder_brought(trained: Path, tmp_path: Path) -> None:
-    form = load_format(trained)
-    shutil.copytree(trained, tmp_path / "base")
-    edit(tmp_path / "base" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=16_777_216))
-    link_checkpoint(tmp_path / "base", tmp_path / "served", form.pixels)
-    (tmp_path / "served" / "run_metadata.json").unlink()  # its hashes are those of the original
-    served = load_format(tmp_path / "served")
-    assert (served.pixels, served.detection) == (form.pixels, form.detection)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -1,4 +1,4 @@
-"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export`.
+"""`coordexp predict | evaluate | compare | run | runs | ab | report | monitor | convert | doctor | export | serve`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -6,6 +6,7 @@ libraries are imported by the commands that need them, so that `coordexp --help`
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -324,6 +325,30 @@ def export(
     from coordexp.export.publish import publish
 
     print("\n".join(publish(RunConfig.read(params, profile), checkpoint, out, predictions, image_info)))
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder, such as runs/tiny/stage2.")],
+    profile: ProfileName = None,
+    params: ParamsFile = Path("params.yaml"),
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first server; others take the next.")] = 8000,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the commands for a shell, start nothing.")] = False,
+) -> None:
+    """Serve a checkpoint by vLLM, exactly as the stages do.
+
+    One server for each device, or group of devices, of `rollout.serve` in the profile. Prints the URLs for
+    `rollout.servers` and runs until Ctrl-C. VLLM_API_KEY is what requests must bring along; without it, a new key.
+    """
+    from coordexp.config.run import RunConfig
+    from coordexp.rollout.serve import print_commands, run_servers
+    from coordexp.stage import LOG
+
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    LOG.setLevel(logging.INFO)
+    act = print_commands if only_print else run_servers
+    act(RunConfig.read(params, profile), checkpoint, host, port)
 
 
 @app.command()

@@ -37,6 +37,7 @@ from coordexp.rollout.engine import DecodeRequest, Engine, Journal, greedy
 from coordexp.rollout.scoring import readable
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_command import Weights
 from coordexp.rollout.vllm_engine import VllmEngine
 from coordexp.text.codecs import get_codec
 from coordexp.text.prompts import question
@@ -152,6 +153,10 @@ def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) ->
     return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
 
 
+def _pool(servers: Sequence[str], folder: Path) -> ServerPool:
+    return ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES, Weights.of(folder))
+
+
 class Detector:
     """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
@@ -166,7 +171,7 @@ class Detector:
         self._reader = make_reader(checkpoint)
         self._request = DecodeRequest(params=decode, codec=form.codec, seed=0)
         self._n_servers = len(servers)
-        self._pool = ServerPool(servers, SERVER_TIMEOUT_SECONDS, SERVER_TRIES) if servers else None
+        self._pool = _pool(servers, folder) if servers else None
         # Servers take many pictures at a time, and each batch waits for its slowest.
         self.batch_images = batch_images * max(1, 4 * self._n_servers)
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -114,7 +114,8 @@ def out_of_range(field: FieldInfo) -> list[Any]:
     if named_blocks(field):
         return [{}]
     if get_origin(field.annotation) is tuple:
-        return [[], [0.5, 1.5], [0.0]]
+        may_be_empty = ... in get_args(field.annotation) and not any(isinstance(r, MinLen) for r in field.metadata)
+        return [[0.5, 1.5], [0.0]] if may_be_empty else [[], [0.5, 1.5], [0.0]]
     step = 1 if field.annotation is int else 0.5
     past = {Ge: lambda m: m.ge - step, Gt: lambda m: m.gt, Le: lambda m: m.le + step, Lt: lambda m: m.lt}
     return [past[type(rule)](rule) for rule in field.metadata if type(rule) in past]

@@ -20,6 +20,7 @@ from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.presets import leaves
 from coordexp.config.run import RunConfig
+from coordexp.config.serving import ServeConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.code_hash import Modules
 from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, Declaration, StageTable, declarations
@@ -38,6 +39,7 @@ ELSEWHERE = {
     "source.kind",  # by the loader of the profile
     *("rollout.requests_per_server", "rollout.servers", "rollout.timeout_seconds"),  # vLLM
     *("rollout.tries", "rollout.vllm_python"),
+    *(f"rollout.serve.{key}" for key in ServeConfig.model_fields),
 }
 ELSEWHERE_OF = {
     # data sets on disk, not scenes
@@ -45,7 +47,7 @@ ELSEWHERE_OF = {
         "bad_images", "crop", "crowd", "flip", "listed_names", "negative_rate", "over_max", "overlap", "scale_jitter",
         "truncated",
     )},
-    "stage2": {"rollout.batch_images"},  # fresh rollouts
+    "stage2": {"rollout.batch_images", "rollout.engine"},  # fresh rollouts
     "coco-eval": {"eval.semantic_floor", "eval.semantic_margin"},  # mapping: semantic
 }  # fmt: skip
 

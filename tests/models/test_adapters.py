@@ -11,7 +11,7 @@ import torch
 from coordexp.config.profile import TuningConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.device import training_plan
-from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, part_of
+from coordexp.models.adapters import PARTS, apply_tuning, count_trainable, merged_weights, part_of
 from coordexp.models.forward import hidden_states, input_table, slot_logits
 from coordexp.models.loading import Checkpoint, load_checkpoint, save_checkpoint
 from coordexp.packing.collator import teacher_segment
@@ -210,3 +210,20 @@ def test_missing_packages_are_named(monkeypatch):
 def test_adapting_nothing_is_refused():
     with pytest.raises(ValueError, match="adapts nothing"):
         tuning(method="lora", vision="freeze", projector="freeze", language="freeze")
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_the_merged_weights_of_a_training_are_those_at_its_end(checkpoint: Checkpoint, batch, method: str) -> None:
+    """And taking them changes nothing in it."""
+    assert merged_weights(checkpoint.model) is None
+    undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
+    steps(checkpoint, batch)
+    before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
+    found = merged_weights(checkpoint.model)
+    after = checkpoint.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    undo()
+    plain = checkpoint.model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())

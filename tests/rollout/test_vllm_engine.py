@@ -24,6 +24,7 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout import vllm_client
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_command import Weights
 from coordexp.rollout.vllm_engine import CONSTRAINTS_KEY, VllmEngine
 from coordexp.text.codecs import END_OF_TURN
 from helpers import World, decode_request, new_checkpoint
@@ -32,6 +33,8 @@ REQUEST = decode_request(max_new_tokens=8)
 TOKENIZER = new_checkpoint().tokenizer
 END = int(TOKENIZER.convert_tokens_to_ids(END_OF_TURN))  # type: ignore[arg-type]
 IMAGE = int(TOKENIZER.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[arg-type]
+
+WEIGHTS = Weights(Path("runs/tiny/stage1"), "coordexp-000000000001")
 
 Answer = Callable[[dict, int], tuple[int, dict | bytes]]
 
@@ -42,6 +45,7 @@ class FakeServer:
     def __init__(self, answer: Answer) -> None:
         self.bodies: list[dict] = []
         self.down = False
+        self.models: dict | bytes = {"data": [{"id": WEIGHTS.name}]}
         self._answer = answer
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -54,7 +58,7 @@ class FakeServer:
     def _handler(fake) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._reply(503 if fake.down else 200, {})
+                self._reply(503 if fake.down else 200, fake.models if self.path == "/v1/models" else {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -97,7 +101,8 @@ def prompt(sample: Sample) -> list[int]:
 def completion(sample: Sample, token: int, delay: float = 0.0) -> tuple[int, dict]:
     """An answer of one token and the end."""
     time.sleep(delay)
-    return 200, {"prompt_token_ids": prompt(sample), "choices": [{"token_ids": [token, END], "finish_reason": "stop"}]}
+    choice = {"token_ids": [token, END], "finish_reason": "stop"}
+    return 200, {"model": WEIGHTS.name, "prompt_token_ids": prompt(sample), "choices": [choice]}
 
 
 def copies(world: World, n: int) -> list[Sample]:
@@ -130,7 +135,7 @@ def run(
     tries: int = 4,
     request: DecodeRequest = REQUEST,
 ) -> list[Generation]:
-    pool = ServerPool([s.url for s in servers], timeout_seconds=5, tries=tries)
+    pool = ServerPool([s.url for s in servers], timeout_seconds=5, tries=tries, weights=WEIGHTS)
     return VllmEngine(pool, TOKENIZER, world.root, workers, Journal(journal)).generate(samples, request)
 
 
@@ -221,6 +226,48 @@ def test_a_wrong_request_is_not_repeated_elsewhere(world: World, tmp_path: Path,
         assert (len(servers[0].bodies), len(servers[1].bodies)) == (1, 0)
 
 
+def other_weights(world: World) -> dict:
+    return completion(world.samples[0], 1)[1] | {"model": "coordexp-000000000002"}
+
+
+def test_a_server_of_other_weights_is_refused_before_it_is_asked(world: World, tmp_path: Path) -> None:
+    words = r"holds coordexp-000000000002, expected coordexp-000000000001, the weights of runs/tiny/stage1\. .*"
+    with fakes(by_seed(world), by_seed(world)) as servers:
+        servers[1].models = {"data": [{"id": "coordexp-000000000002"}]}
+        port = servers[1].url.rpartition(":")[2]
+        with pytest.raises(
+            ServerError, match=rf"{servers[1].url} {words}coordexp serve runs/tiny/stage1 --port {port}"
+        ):
+            run(world, servers, copies(world, 4), tmp_path / "j.jsonl")
+        assert servers[0].bodies == servers[1].bodies == []
+
+
+def test_a_server_that_got_other_weights_in_between_is_refused(world: World, tmp_path: Path) -> None:
+    """It knows no model of the name that is asked, as vLLM says with 404."""
+
+    def restarted(body: dict, n: int) -> tuple[int, dict]:
+        if n == 1:
+            return by_seed(world)(body, n)
+        servers[0].models = {"data": [{"id": "coordexp-000000000002"}]}
+        return 404, {"error": {"message": "The model does not exist."}}
+
+    with fakes(restarted) as servers, pytest.raises(ServerError, match="holds coordexp-000000000002, expected"):
+        run(world, servers, copies(world, 4), tmp_path / "j.jsonl", workers=1)
+
+
+@pytest.mark.parametrize("said", [b"", GARBAGE, b"[]", b'{"data": 1}', b'{"data": [{"id": 1}]}', b"[" * 100_000])
+def test_a_server_that_does_not_say_its_weights_is_judged_by_its_answers(
+    world: World, tmp_path: Path, said: bytes
+) -> None:
+    with fakes(by_seed(world)) as servers:
+        servers[0].models = said
+        assert len(run(world, servers, copies(world, 2), tmp_path / "a.jsonl")) == 2
+    with fakes(lambda *_: (200, other_weights(world))) as servers:
+        servers[0].models = said
+        with pytest.raises(ServerError, match="an answer of the model 'coordexp-000000000002'"):
+            run(world, servers, copies(world, 1), tmp_path / "b.jsonl", tries=2)
+
+
 def test_a_server_that_dies_hands_its_requests_to_the_others(world: World, tmp_path: Path) -> None:
     def dying(body: dict, n: int) -> tuple[int, dict]:
         if n > 2:
@@ -253,6 +300,7 @@ def test_a_request_carries_lossless_pixels_and_the_settings(world: World, tmp_pa
     with fakes(by_seed(world)) as servers:
         run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
         (body,) = servers[0].bodies
+    assert (body["model"], body["bad_words"]) == (WEIGHTS.name, ["<|image_pad|>"])
     assert body["skip_special_tokens"] is False
     assert body["return_token_ids"] is True
     assert (body["max_tokens"], body["temperature"], body["stop_token_ids"]) == (8, 0.0, [END])

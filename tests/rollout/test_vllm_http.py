@@ -6,14 +6,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from coordexp.errors import ConfigError, ServerError
 from coordexp.rollout import vllm_client, vllm_http
 from coordexp.rollout.vllm_client import ServerPool, health_fault
+from coordexp.rollout.vllm_command import Weights
 from coordexp.rollout.vllm_http import ServerFault, excerpt, exchange, parse_address
 
+WEIGHTS = Weights(Path("checkpoint"), "coordexp-0")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -82,7 +85,7 @@ def test_no_proxy_of_the_environment_sees_a_byte(
         monkeypatch.setenv(name, recorder.url)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert ServerPool([server.url], 5, 1).ask(0, {"picture": "x"}, bytes) == b"{}"
+    assert ServerPool([server.url], 5, 1, WEIGHTS).ask(0, {"picture": "x"}, bytes) == b"{}"
     assert health_fault(parse_address(server.url)) == ""
     server.close()
     assert "ConnectionRefusedError" in health_fault(parse_address(server.url))
@@ -98,7 +101,7 @@ def test_a_redirect_is_a_fault_of_the_server_that_sends_it(
     head = f"HTTP/1.1 {status} Moved\r\nLocation: {elsewhere.url}/v1\r\nContent-Length: 0\r\n\r\n"
     server = serve(head.encode())
     with pytest.raises(ServerError, match=rf"{server.url}: .*HTTP {status} to '{elsewhere.url}/v1'"):
-        ServerPool([server.url], 5, 2).ask(0, {}, bytes)
+        ServerPool([server.url], 5, 2, WEIGHTS).ask(0, {}, bytes)
     assert elsewhere.heads == []
 
 
@@ -179,9 +182,9 @@ def test_a_key_in_the_url_is_sent_and_never_shown(serve: Callable[..., RawServer
 )  # fmt: skip
 def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.servers"):
-        ServerPool([], 1, 1)
+        ServerPool([], 1, 1, WEIGHTS)
     with pytest.raises(ConfigError, match=r"rollout\.servers") as caught:
-        ServerPool([url], 1, 1)
+        ServerPool([url], 1, 1, WEIGHTS)
     assert str(caught.value).isprintable()
     assert "pw@" not in str(caught.value)
 

@@ -14,13 +14,16 @@ from coordexp.rollout.vllm_http import ServerFault
 from coordexp.rollout.vllm_reply import Expected, read_completion
 
 END = 9
-EXPECTED = Expected(prompt_ids=[5, 6, 7], vocabulary_size=20, max_new_tokens=4, end_id=END)
+IMAGE = 18
+EXPECTED = Expected(
+    model="coordexp-0", prompt_ids=[5, 6, 7], vocabulary_size=20, max_new_tokens=4, end_id=END, image_id=IMAGE
+)
 # As vLLM sends it; what is not read may be anything.
 GOOD = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
     "created": 1,
-    "model": "coordexp",
+    "model": "coordexp-0",
     "choices": [
         {
             "index": 0,
@@ -123,6 +126,7 @@ def test_what_is_no_completion_is_named(body: bytes, words: str) -> None:
     ("change", "words"),
     [
         ({"token_ids": [1, 20]}, "the id 20, expected ids below 20"),
+        ({"token_ids": [1, IMAGE]}, "the id 18, which stands for a picture"),
         ({"token_ids": [1, -1]}, "expected a list of token ids"),
         ({"token_ids": [True, 1]}, "expected a list of token ids"),
         ({"token_ids": [1.0]}, "expected a list of token ids"),

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 import urllib.parse
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from coordexp.config.run import RunConfig
+from coordexp.config.schema import DecodeParams
 from coordexp.errors import ConfigError, ServerError
 from coordexp.rollout import vllm_server as subject
+from coordexp.rollout.serve import print_commands
+from coordexp.rollout.stages import asked_format
 from coordexp.rollout.vllm_client import ServerPool
-from coordexp.rollout.vllm_server import vllm_server
-from helpers import tiny_pixels
+from coordexp.rollout.vllm_command import ServerCommand, Weights, device_groups, server_commands
+from coordexp.rollout.vllm_server import VllmServer, vllm_servers
+from helpers import decode_request, rollout_config, tiny_pixels
 
-# Serves as vLLM does, as far as keys go, with a worker beside it; says in `started.json` what it was given.
+# Serves as vLLM does, as far as keys go, with a worker beside it; says in `started-PORT.json` what it was given.
 SERVES = """
 import http.server, json, os, subprocess, sys
 from pathlib import Path
@@ -34,8 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET
     def log_message(self, *_): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-told = {"pid": os.getpid(), "worker": worker.pid, "argv": sys.argv[1:]}
-Path(__file__).with_name("started.json").write_text(json.dumps(told))
+told = {"pid": os.getpid(), "worker": worker.pid, "argv": sys.argv[1:], "environment": dict(os.environ)}
+Path(__file__).with_name(f"started-{port}.json").write_text(json.dumps(told))
 server.serve_forever()
 """
 
@@ -47,20 +56,24 @@ def _temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "POLL_SECONDS", 0.05)
 
 
-def fake_python(folder: Path, body: str) -> Path:
+def fake_python(folder: Path, body: str, gpus: str = "0") -> Path:
+    """An interpreter that answers the question for its GPUs, and runs `body` as a server."""
     path = folder / "python"
-    path.write_text(f"#!{sys.executable} -IS\n{body}")  # without the start-up hook of vLLM's interpreter
+    probed = f"import sys\nif sys.argv[1] == '-c':\n    print({gpus!r})\n    raise SystemExit\n"
+    path.write_text(f"#!{sys.executable} -IS\n{probed}{body}")  # without the start-up hook of vLLM's interpreter
     path.chmod(0o755)
     return path
 
 
-def started(folder: Path) -> dict:
-    return json.loads((folder / "started.json").read_text())
+def started(server: VllmServer, folder: Path) -> dict:
+    return json.loads((folder / f"started-{urllib.parse.urlsplit(server.url).port}.json").read_text())
 
 
-def checkpoint(folder: Path) -> Path:
-    (folder / "checkpoint").mkdir(exist_ok=True)
-    return folder / "checkpoint"
+def commands(python: Path, decode: DecodeParams | None = None, **serve: Any) -> list[ServerCommand]:
+    """What serves a folder without weights, by default one server on the CPU."""
+    rollout = rollout_config(vllm_python=str(python), **serve)
+    weights = Weights(python.parent / "checkpoint", "coordexp-0")
+    return server_commands(rollout, weights, tiny_pixels(), decode or decode_request(max_new_tokens=8).params)
 
 
 def is_running(pid: int) -> bool:
@@ -79,53 +92,162 @@ def wait_until_gone(*pids: int) -> None:
 
 
 def test_a_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
-    with vllm_server(fake_python(tmp_path, SERVES), checkpoint(tmp_path), tiny_pixels(), 8) as server:
-        told = started(tmp_path)
+    with vllm_servers(commands(fake_python(tmp_path, SERVES))) as [server]:
+        told = started(server, tmp_path)
         assert is_running(told["pid"])
         # The key that the client sends is the one that the server asks for.
-        assert ServerPool([server.url], 5, 1).ask(0, {}, bytes) == b""
+        assert pool(server.url).ask(0, {}, bytes) == b""
         key = urllib.parse.urlsplit(server.url).password
         assert key
         assert key not in " ".join(told["argv"]) + repr(server)
         with pytest.raises(ServerError, match="HTTP 401"):
-            ServerPool([server.url.replace(f":{key}@", "")], 5, 1).ask(0, {}, bytes)
-    wait_until_gone(told["pid"], told["worker"], server.pid)
+            pool(server.url.replace(f":{key}@", "")).ask(0, {}, bytes)
+    wait_until_gone(told["pid"], told["worker"], server.process.pid)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_only_a_server_for_constraints_gets_the_logits_processor(tmp_path: Path) -> None:
-    for constrained in (True, False):
-        with vllm_server(
-            fake_python(tmp_path, SERVES), checkpoint(tmp_path), tiny_pixels(), 8, constrained=constrained
-        ):
-            argv = started(tmp_path)["argv"]
-        assert ("--logits-processors" in argv) == ("--no-async-scheduling" in argv) == constrained
+def pool(url: str) -> ServerPool:
+    return ServerPool([url], 5, 1, Weights(Path("checkpoint"), "coordexp-0"))
+
+
+def test_there_is_one_server_for_each_group_of_devices_that_its_interpreter_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever our own torch sees; and each server has a key of its own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    python = fake_python(tmp_path, SERVES, gpus="4")
+    with vllm_servers(commands(python, tensor_parallel=2, gpu_memory_utilization=0.5)) as servers:
+        told = [started(server, tmp_path) for server in servers]
+        assert len({urllib.parse.urlsplit(server.url).password for server in servers}) == 2
+    assert [one["environment"]["CUDA_VISIBLE_DEVICES"] for one in told] == ["2,3", "5,7"]
+    for one in told:
+        argv = " ".join(one["argv"])
+        assert "--dtype bfloat16 --tensor-parallel-size 2 --gpu-memory-utilization 0.5" in argv
+        assert "--enforce-eager" not in argv
+    wait_until_gone(*(one[name] for one in told for name in ("pid", "worker")))
+
+
+def test_a_server_does_not_take_itself_for_a_process_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look for the others of a world that it is not in."""
+    launched = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "ROLE_NAME", "TORCHELASTIC_USE_AGENT_STORE")
+    for name in launched:
+        monkeypatch.setenv(name, "1")
+    with vllm_servers(commands(fake_python(tmp_path, SERVES))) as [server]:
+        assert not started(server, tmp_path)["environment"].keys() & set(launched)
+
+
+@pytest.mark.parametrize(
+    ("serve", "gpus", "groups"),
+    [
+        ({}, 0, [("cpu",)]),
+        ({"devices": "cpu, cpu"}, 0, [("cpu",), ("cpu",)]),
+        ({"devices": "cpu"}, 2, [("cpu",)]),
+        ({}, 2, [("0",), ("1",)]),
+        ({"devices": "1"}, 2, [("1",)]),
+        ({"devices": "1,2"}, 2, "names 2, but .* sees 0, 1"),
+        ({"devices": "0"}, 0, "sees no GPU"),
+        ({"tensor_parallel": 2}, 3, "3 devices .* tensor_parallel 2"),
+    ],
+)
+def test_devices_are_grouped_or_refused(serve: dict[str, Any], gpus: int, groups: list | str) -> None:
+    config, visible = rollout_config(**serve).serve, [str(i) for i in range(gpus)]
+    if isinstance(groups, str):
+        with pytest.raises(ConfigError, match=groups):
+            device_groups(config, visible)
+    else:
+        assert device_groups(config, visible) == groups
+
+
+def test_the_logits_processor_is_loaded_for_geometry_alone(tmp_path: Path) -> None:
+    """vLLM drafts nothing beside it."""
+    python = fake_python(tmp_path, "")
+    for changes, is_loaded in (({}, False), ({"grammar": "any"}, False), ({"corners": "valid"}, True)):
+        decode = decode_request(max_new_tokens=60, **({"grammar": "any"} if changes else {}) | changes).params
+        argv = commands(python, decode, ngram_tokens=4)[0].argv
+        assert ("--logits-processors" in argv) == ("--no-async-scheduling" in argv) == is_loaded
+        assert ("--speculative-config" in argv) == (not is_loaded)
+
+
+@pytest.mark.parametrize("said", ["", "two", "-1"])
+def test_an_interpreter_that_does_not_say_what_it_sees_is_an_error(tmp_path: Path, said: str) -> None:
+    with pytest.raises(ServerError, match="cannot be asked for GPUs"):
+        commands(fake_python(tmp_path, "", gpus=said))
+
+
+def test_arguments_that_are_ours_are_refused() -> None:
+    """However they are spelled: vLLM takes underscores, beginnings of names, and keys after a dot."""
+    ours = [
+        "--model=x",
+        "--served_model_name",
+        "--max-num",
+        "--port",
+        "--dtype=half",
+        "-tp",
+        "-tp=2",
+        "--config",
+        "--api-key=x",
+    ]
+    for argument in [*ours, "--speculative-config.method", "--logits_processors"]:
+        with pytest.raises(ValidationError, match="is set by coordexp"):
+            rollout_config(arguments=(argument,))
+    assert rollout_config(arguments=["--max-num-batched-tokens", "4096", "-O3"]).serve.arguments[1] == "4096"
+
+
+def test_a_further_server_on_a_machine_takes_the_next_port(tmp_path: Path) -> None:
+    python, first = fake_python(tmp_path, SERVES), 20000 + os.getpid() % 20000
+    with vllm_servers(commands(python, devices="cpu,cpu"), port=first, key="k") as servers:
+        assert [server.url for server in servers] == [f"http://:k@127.0.0.1:{first + i}" for i in range(2)]
+
+
+def test_what_serve_prints_is_what_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    """Of the base model, whose own files ask for other picture sizes than the profile."""
+    python = fake_python(tmp_path, SERVES)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    run = RunConfig.read(repository / "params.yaml", "smoke")
+    rollout = run.profile.rollout.model_copy(update={"vllm_python": str(python)})
+    run = replace(run, profile=run.profile.model_copy(update={"rollout": rollout}))
+    base, port = repository / "models" / "tiny-base", 20000 + os.getpid() % 20000
+    print_commands(run, base, "127.0.0.1", port)
+    printed = shlex.split(capsys.readouterr().out)
+    form = asked_format(run, base)
+    made = server_commands(run.profile.rollout, Weights.of(base), form.pixels, run.params.decode)
+    with vllm_servers(made, port=port, key="s3cret") as [server]:
+        told = started(server, tmp_path)
+    variables = dict(item.split("=", 1) for item in printed[: printed.index(str(python))])
+    assert printed[printed.index(str(python)) + 1 :] == told["argv"]
+    assert variables.items() <= told["environment"].items()
+    assert f'"longest_edge": {run.profile.model.max_pixels}' in " ".join(told["argv"])
 
 
 def test_a_killed_process_leaves_neither_server_nor_folder(tmp_path: Path) -> None:
     python = fake_python(tmp_path, SERVES)
     pid = os.fork()
     if pid == 0:
-        with vllm_server(python, checkpoint(tmp_path), tiny_pixels(), 8) as server:
-            (tmp_path / "up").write_text(str(server.pid))
+        with vllm_servers(commands(python)) as [server]:
+            told = started(server, tmp_path)
+            (tmp_path / "up.tmp").write_text(f"{told['pid']} {told['worker']} {server.process.pid}")
+            (tmp_path / "up.tmp").rename(tmp_path / "up")
             time.sleep(600)
     ends_at = time.monotonic() + 30
-    while not (tmp_path / "up").is_file() or not (tmp_path / "up").read_text():
+    while not (tmp_path / "up").is_file():
         assert time.monotonic() < ends_at
         time.sleep(0.05)
-    told, leader = started(tmp_path), int((tmp_path / "up").read_text())
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    wait_until_gone(told["pid"], told["worker"], leader)
+    wait_until_gone(*map(int, (tmp_path / "up").read_text().split()))
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_a_server_that_ignores_sigterm_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "STOP_SECONDS", 0.2)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVES
-    with vllm_server(fake_python(tmp_path, deaf), checkpoint(tmp_path), tiny_pixels(), 8) as server:
-        told = started(tmp_path)
-    wait_until_gone(told["pid"], told["worker"], server.pid)
+    with vllm_servers(commands(fake_python(tmp_path, deaf))) as [server]:
+        told = started(server, tmp_path)
+    wait_until_gone(told["pid"], told["worker"], server.process.pid)
 
 
 @pytest.mark.parametrize(
@@ -137,24 +259,18 @@ def test_a_server_that_ignores_sigterm_is_ended(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, body: str, words: str) -> None:
-    with (
-        pytest.raises(ServerError, match=f"(?s){words}"),
-        vllm_server(fake_python(tmp_path, body), checkpoint(tmp_path), tiny_pixels(), 8),
-    ):
+    with pytest.raises(ServerError, match=f"(?s){words}"), vllm_servers(commands(fake_python(tmp_path, body))):
         pass
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_an_interpreter_that_cannot_be_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="make vllm"), vllm_server(tmp_path / "no", tmp_path, tiny_pixels(), 8):
-        pass
+    with pytest.raises(ConfigError, match="make vllm"):
+        commands(tmp_path / "no")
     python = fake_python(tmp_path, "")
     python.chmod(0o644)
-    with (
-        pytest.raises(ServerError, match="Permission denied"),
-        vllm_server(python, checkpoint(tmp_path), tiny_pixels(), 8),
-    ):
-        pass
+    with pytest.raises(ServerError, match="Permission denied"):
+        commands(python)
 
 
 @pytest.mark.parametrize("seen", ["alive", "gone"])
@@ -171,15 +287,12 @@ def test_another_listener_on_the_port_is_not_taken_for_the_server(
 
     stranger = ThreadingHTTPServer(("127.0.0.1", 0), Obliging)
     threading.Thread(target=stranger.serve_forever, daemon=True).start()
-    monkeypatch.setattr(subject, "_free_port", lambda: stranger.server_port)
+    monkeypatch.setattr(subject, "_free_ports", lambda _: [stranger.server_port])
     monkeypatch.setattr(subject, "STARTUP_SECONDS", 5.0 if seen == "gone" else 0.3)
     body = "import time; time.sleep(60)" if seen == "alive" else SERVES  # whose bind fails
     words = "is not up.*another" if seen == "alive" else "exited with code 1.*Address already in use"
     try:
-        with (
-            pytest.raises(ServerError, match=f"(?s){words}"),
-            vllm_server(fake_python(tmp_path, body), checkpoint(tmp_path), tiny_pixels(), 8),
-        ):
+        with pytest.raises(ServerError, match=f"(?s){words}"), vllm_servers(commands(fake_python(tmp_path, body))):
             pass
     finally:
         stranger.shutdown()

@@ -10,10 +10,12 @@ import dataclasses
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ from coordexp.packing.samples import SampleStore
 from coordexp.records.categories import Category
 from coordexp.rollout import opening, stages
 from coordexp.rollout.engine import Generation
-from coordexp.rollout.vllm_server import VllmServer
+from coordexp.rollout.vllm_command import ServerCommand
 from coordexp.training import session, stage1, stage2
 from coordexp.training.distributed import world as process_world
 from coordexp.training.step import step_counts, term_sums
@@ -289,9 +291,10 @@ def test_a_server_of_ours_leaves_before_the_model_is_loaded(
     happened: list[str] = []
 
     @contextmanager
-    def server(_python: Path, folder: Path, *_: object, **__: object) -> Iterator[VllmServer]:
-        happened.append(f"serve {folder.name}")
-        yield VllmServer("http://127.0.0.1:9", 0)
+    def servers(commands: list[ServerCommand]) -> Iterator[list[SimpleNamespace]]:
+        argv = commands[0].argv
+        happened.append(f"serve {Path(argv[argv.index('--model') + 1]).name}")
+        yield [SimpleNamespace(url="http://127.0.0.1:9")]
         happened.append("stop")
 
     class Engine:
@@ -308,11 +311,12 @@ def test_a_server_of_ours_leaves_before_the_model_is_loaded(
 
         return call
 
-    monkeypatch.setattr(opening, "vllm_server", server)
+    monkeypatch.setattr(opening, "vllm_servers", servers)
     monkeypatch.setattr(opening, "VllmEngine", Engine)
     monkeypatch.setattr(stages, "place_for_inference", noted("load", stages.place_for_inference))
     monkeypatch.setattr(stages, "rescore", noted("rescore", stages.rescore))
-    served = ready.profile.rollout.model_copy(update={"engine": "vllm", "servers": ("start",)})
+    python = {"vllm_python": sys.executable}  # whose torch is asked for GPUs
+    served = ready.profile.rollout.model_copy(update={"engine": "vllm", "servers": ("start",), **python})
     profile = ready.profile.model_copy(update={"rollout": served})
     served_run = dataclasses.replace(ready, profile=profile)
     decode(served_run)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from coordexp.errors import ConfigError
+from coordexp.models.adapters import apply_tuning
+from coordexp.models.loading import load_checkpoint
 from coordexp.rollout.engine import Generation
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.training import rollout_pool
 from coordexp.training.rollout_pool import Refresh, Refresher, RolloutPool, plan_refreshes
+from coordexp.training.stage2 import train_stage2
 from helpers import MATCHING, answer_reader, changed, decode_request, new_checkpoint, teacher_rollouts
 
 REQUEST = decode_request(seed=17, max_new_tokens=8)
@@ -35,7 +43,7 @@ def on_file(world, checkpoint):
 
 
 def refresher(world, checkpoint, folder, engine, refreshes) -> Refresher:
-    return Refresher(refreshes, engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder)
+    return Refresher(refreshes, lambda: engine, answer_reader(checkpoint).parse, REQUEST, world.store, 10**6, folder)
 
 
 def test_a_plan_by_hand():
@@ -83,6 +91,39 @@ def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_fil
     assert made.at(2, samples) == read.at(2, samples)
     assert (len(first.asked), len(second.asked)) == (1, 0)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_servers_are_given_the_weights_of_the_moment(workspace, world, tmp_path, monkeypatch, method):
+    """As a checkpoint of plain weights, which is gone afterwards; a folder that a killed run left is replaced."""
+    served = []
+
+    def ask(_profile, _form, folder, image_root, batch_images, samples, request):
+        served.append(folder)
+        engine = HfEngine(load_checkpoint(folder), image_root, batch_images)
+        return engine.generate(samples, request), None, 0.0
+
+    monkeypatch.setattr(rollout_pool, "generate_answers", ask)
+    run = replace(workspace, profile=changed(workspace.profile, rollout__engine="vllm", tuning__method=method))
+    made, folder = new_checkpoint(), tmp_path / "state"
+    apply_tuning(made.model, run.profile.tuning, made.coord)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in made.model.parameters() if p.requires_grad):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    (folder / "served").mkdir(parents=True)
+    (folder / "served" / "model-00001-of-00009.safetensors").write_bytes(b"")
+    ours = HfEngine(made, world.root, 8).generate(world.samples, REQUEST)
+    theirs = rollout_pool.engine_of_now(run, made, folder).generate(world.samples, REQUEST)
+    assert [g.ids.tolist() for g in theirs] == [g.ids.tolist() for g in ours]
+    assert (served, list(folder.iterdir())) == ([folder / "served"], [])
+
+
+def test_fresh_rollouts_are_no_question_for_servers_elsewhere(ready):
+    rollout = {"rollout__engine": "vllm", "rollout__servers": ["http://gpu-3:8000"]}
+    space = replace(ready, profile=changed(ready.profile, **rollout)).set(stage2__refresh_steps=2)
+    with pytest.raises(ConfigError, match=r"rollout\.servers is \['http://gpu-3:8000'\]: no server elsewhere"):
+        train_stage2(space)
 
 
 def test_generating_does_not_disturb_the_random_numbers_of_training(world, checkpoint, on_file, tmp_path):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from coordexp.config.block import Betas, Block, Count, Fraction, PositiveCount, Text, TextList
 from coordexp.config.formats import Format
+from coordexp.config.serving import ServeConfig
 
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
@@ -220,12 +221,13 @@ class RolloutConfig(Block):
 
     engine: Literal["hf", "vllm"] = Field(description="what generates, here and in evaluation: transformers or vLLM")
     vllm_python: Text = Field(description="vllm: interpreter that starts a server; make vllm installs it")
-    servers: TextList = Field(description="vllm: URLs of running servers, or start: one of our own")
+    servers: TextList = Field(description="vllm: URLs of running servers, or start: those of rollout.serve")
     requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
     timeout_seconds: float = Field(
         gt=0, le=86400, description="vllm: time limit of one attempt, from sending to the last byte"
     )
     tries: PositiveCount = Field(description="vllm: attempts at one request before its server is left out")
+    serve: ServeConfig
     images: PositiveCount = Field(description="training images that get a rollout")
     batch_images: PositiveCount = Field(description="hf: images generated together, here and in evaluation")
 

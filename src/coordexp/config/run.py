@@ -9,6 +9,7 @@ from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.schema import Params
+from coordexp.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,15 @@ class RunConfig:
     params: Params
     profile: Profile
     paths: ProfilePaths
+
+    def __post_init__(self) -> None:
+        rollout, decode = self.profile.rollout, self.params.decode
+        if rollout.engine == "vllm" and rollout.serve.ngram_tokens and decode.needs_walk:
+            raise ConfigError(
+                f"rollout.serve.ngram_tokens is {rollout.serve.ngram_tokens}, but decode.corners is {decode.corners} "
+                f"and decode.duplicate_iou {decode.duplicate_iou}: vLLM drafts nothing beside the logits processor "
+                "that these need. Set ngram_tokens: 0, or corners: any and duplicate_iou: 1.0."
+            )
 
     @classmethod
     def read(cls, params: Path, profile: str | None = None, root: Path | None = None) -> RunConfig:

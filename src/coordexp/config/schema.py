@@ -167,6 +167,11 @@ class DecodeParams(Block):
         gt=0, le=1, description="with a grammar: highest IoU with an earlier box of the same name; 1 is any"
     )
 
+    @property
+    def needs_walk(self) -> bool:
+        """Whether there are constraints that no context-free grammar can say: geometry, which a walk follows."""
+        return self.corners == "valid" or self.duplicate_iou < 1
+
     @model_validator(mode="after")
     def _greedy_takes_no_nucleus(self) -> DecodeParams:
         if self.temperature == 0 and self.top_p != 1:
@@ -175,7 +180,7 @@ class DecodeParams(Block):
 
     @model_validator(mode="after")
     def _constraints_build_on_a_grammar(self) -> DecodeParams:
-        if self.grammar == "none" and (self.corners == "valid" or self.duplicate_iou < 1):
+        if self.grammar == "none" and self.needs_walk:
             raise ValueError(
                 f"corners {self.corners} and duplicate_iou {self.duplicate_iou} need a grammar, which says where a "
                 "coordinate is; set grammar: any or closed, or corners: any and duplicate_iou: 1.0."

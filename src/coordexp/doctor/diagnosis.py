@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coordexp.config.profile import DatasetsConfig, Profile
+from coordexp.config.profile import DatasetsConfig
 from coordexp.config.run import RunConfig
+from coordexp.doctor.hours import hour_lines
 from coordexp.doctor.memory import Memory
 from coordexp.doctor.needs import needs_of
 from coordexp.doctor.records import Examination, examine
@@ -19,8 +20,8 @@ from coordexp.infra.device import measured_rates, training_plan
 from coordexp.models.pins import pin_fault
 from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
+from coordexp.rollout.opening import START
 
-ASSUMED_FLOPS = 4e14  # a second
 STOP = "STOP: "  # begins the line of what stops a run
 
 
@@ -43,11 +44,12 @@ def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
     if isinstance(source, DatasetsConfig):
         found = examine(source.sets, run.profile.records, decode, workers=os.cpu_count() or 1)
         lines, faults, stops = list(_data_lines(found)), _faults(found), found.stops
-        train = found.records["train"]
+        train, n_val = found.records["train"], len(found.records["val"])
     else:
-        on_file = run.paths.records / "train.jsonl"
-        train = list(read_records(on_file)) if on_file.is_file() else []
-    needs = list(_need_lines(run, train))
+        on_file = {split: run.paths.records / f"{split}.jsonl" for split in ("train", "val")}
+        train, val = (list(read_records(path)) if path.is_file() else [] for path in on_file.values())
+        n_val = len(val)
+    needs = list(_need_lines(run, train, n_val))
     if fault := pin_fault(run.profile.model, run.paths.profile):
         needs.insert(0, f"{STOP}model: {fault}")
     lacking = [line.removeprefix(STOP) for line in needs if line.startswith(STOP)]
@@ -80,7 +82,7 @@ def _data_lines(found: Examination) -> Iterator[str]:
         yield from (f"    {example}" for example in finding.examples)
 
 
-def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
+def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str]:
     if not train:
         yield "needs: no training record to estimate from"
         return
@@ -107,13 +109,16 @@ def _need_lines(run: RunConfig, train: list[Record]) -> Iterator[str]:
     yield f"{plan}"
     yield f"{measured_rates(plan)}"
     yield _memory_line(needs.memory)
-    yield _training_line(run.profile, needs.training_flops)
     if needs.over_budget:
         yield (
             f"answers: the longest takes about {needs.longest_answer:,} tokens; {needs.over_budget:,} of "
             f"{needs.train_records:,} do not fit into decode.max_new_tokens, {run.params.decode.max_new_tokens}, and "
             "such answers will be cut: raise it"
         )
+    yield from hour_lines(run, needs.training_flops, len(train), n_val)
+    rollout = run.profile.rollout
+    if rollout.engine == "vllm" and rollout.servers == START and not Path(rollout.vllm_python).is_file():
+        yield f"{STOP}rollout.vllm_python is {rollout.vllm_python!r}: no such file; run `make vllm`"
     if needs.over_pack:
         yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
     if needs.disk_bytes > free:
@@ -126,14 +131,6 @@ def _memory_line(memory: Memory) -> str:
         f"gradients and moments ({memory.trained:,} parameters train), {_gigabytes(memory.activations)} of "
         f"activations, {_gigabytes(memory.copies)} of bf16 copies, {_gigabytes(memory.logits)} of logits; "
         f"{_gigabytes(memory.update)} in the update"
-    )
-
-
-def _training_line(profile: Profile, flops: float) -> str:
-    return (
-        f"training: {profile.stage1.steps} steps of stage 1, {profile.stage2.steps} of stage 2 and of the control; "
-        f"{flops:.2g} floating-point operations, {flops / ASSUMED_FLOPS / 3600:.2g} hours on one device at "
-        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16); decoding comes on top"
     )
 
 

@@ -50,7 +50,7 @@ class Needs:
     parameters: int
     disk_bytes: int
     memory: Memory  # of one step of stage 1 on one device
-    training_flops: float  # of stage 1, stage 2 and the control
+    training_flops: Mapping[str, float]  # of stage1, stage2 and stage1-control
 
 
 def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
@@ -119,11 +119,13 @@ def token_flops(profile: Profile, parameters: int) -> float:
     return (8.0 if profile.tuning.activations == "recompute" else 6.0) * parameters
 
 
-def training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> float:
-    """Of all stages that train; channel B runs two forwards."""
+def training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> dict[str, float]:
+    """Of each stage that trains; channel B runs two forwards."""
     stage1 = profile.stage1.steps * profile.stage1.packs_per_step * profile.packing.pack_tokens
     stage2 = 2 * profile.stage2.steps * profile.stage2.samples_per_step * tokens_per_sample
-    return token_flops(profile, parameters) * (stage1 + 2 * stage2)  # the control gets the tokens of stage 2
+    per_token = token_flops(profile, parameters)
+    # The control gets the tokens of stage 2.
+    return {"stage1": per_token * stage1, "stage2": per_token * stage2, "stage1-control": per_token * stage2}
 
 
 def _prompt_tokens(record: Record, count: Callable[[str], int]) -> int:

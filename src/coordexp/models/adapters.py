@@ -11,8 +11,10 @@ low-rank updates: a served adapter cannot carry embedding rows, so what a stage 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +131,43 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Cal
         model.tie_weights()
 
     return merge
+
+
+def merged_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] | None:
+    """The plain weights of a model in training, adapters merged, on the CPU; None if it has none. It stays as it is."""
+    if not any(map(_is_wrapper, model.modules())):
+        return None
+    on_cpu = {id(t): _cpu_twin(t) for t in (*model.parameters(), *model.buffers())}
+    with torch.no_grad():
+        twin = copy.deepcopy(model, on_cpu)  # shares nothing: what is known to be copied is not copied on the device
+        _merge_in_place(twin)
+        twin.tie_weights()
+    return twin.state_dict()
+
+
+def _cpu_twin(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
+
+
+def _merge_in_place(model: nn.Module) -> None:
+    """What PEFT's `merge_and_unload` does, on a model without its wrapper."""
+    for parent in [module for module in model.modules() if not _is_wrapper(module)]:
+        for name, child in list(parent.named_children()):
+            if _is_wrapper(child):
+                setattr(parent, name, _merged(child))
+
+
+def _merged(wrapper: Any) -> nn.Module:
+    """The layer inside one of PEFT's, adapter merged."""
+    if hasattr(wrapper, "unload_and_optionally_merge_module"):  # the coordinate rows
+        return wrapper.unload_and_optionally_merge_module(True, True, None)
+    wrapper.merge(safe_merge=True)
+    return wrapper.get_base_layer()
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") or hasattr(module, "unload_and_optionally_merge_module")
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -132,13 +132,13 @@ def hours_table(root: Path, found: Figures) -> str:
 
 def _training_hours(plan: _Plan, profile: Profile, pack_seconds: float | None) -> float:
     """Of stage 1, stage 2 and the control, at the measured time of a pack, or at an assumed speed."""
-    from coordexp.doctor.diagnosis import ASSUMED_FLOPS
+    from coordexp.doctor.hours import ASSUMED_FLOPS
     from coordexp.doctor.memory import parameters_by_part
     from coordexp.doctor.needs import token_flops, training_flops
     from coordexp.models.sizes import qwen3_vl_config
 
     parameters = parameters_by_part(qwen3_vl_config(plan.size).to_dict()).total
-    flops = training_flops(profile, parameters, plan.sample_tokens)
+    flops = sum(training_flops(profile, parameters, plan.sample_tokens).values())
     of_pack = token_flops(profile, parameters) * profile.packing.pack_tokens
     return flops / (of_pack / pack_seconds if pack_seconds else ASSUMED_FLOPS) / 3600
 

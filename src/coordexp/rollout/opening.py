@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from coordexp.config.profile import Profile
+from coordexp.config.profile import Profile, RolloutConfig
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.provenance import fingerprint, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
@@ -16,8 +16,9 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.vllm_client import ServerPool
+from coordexp.rollout.vllm_command import Weights, server_commands
 from coordexp.rollout.vllm_engine import VllmEngine
-from coordexp.rollout.vllm_server import vllm_server
+from coordexp.rollout.vllm_server import vllm_servers
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,13 @@ def generate_answers(
         checkpoint = place_for_inference(folder, form)
         generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
     else:
-        generations, seconds = _ask_servers(profile, form, folder, image_root, journal, samples, request)
+        generations, seconds = ask_servers(profile.rollout, form, folder, image_root, journal, samples, request)
     journal.remove()
     return generations, checkpoint, seconds
 
 
-def _ask_servers(
-    profile: Profile,
+def ask_servers(
+    rollout: RolloutConfig,
     form: ModelFormat,
     folder: Path,
     image_root: Path,
@@ -59,20 +60,18 @@ def _ask_servers(
     samples: Sequence[Sample],
     request: DecodeRequest,
 ) -> tuple[list[Generation], float]:
-    wanted = profile.rollout
-    urls = wanted.servers
+    """Answers of the checkpoint in `folder` by the servers of the profile, and the seconds of generating.
+
+    Servers of our own have left when this returns.
+    """
+    weights = Weights.of(folder)
     with ExitStack() as running:
+        urls = rollout.servers
         if urls == START:
-            server = vllm_server(
-                Path(wanted.vllm_python),
-                folder,
-                form.pixels,
-                request.params.max_new_tokens,
-                constrained=request.params.grammar != "none",
-            )
-            urls = (running.enter_context(server).url,)
-        pool = ServerPool(urls, wanted.timeout_seconds, wanted.tries)
-        workers, rows = wanted.requests_per_server * len(urls), vocabulary_size(folder)
+            commands = server_commands(rollout, weights, form.pixels, request.params)
+            urls = tuple(server.url for server in running.enter_context(vllm_servers(commands)))
+        pool = ServerPool(urls, rollout.timeout_seconds, rollout.tries, weights)
+        workers, rows = rollout.requests_per_server * len(urls), vocabulary_size(folder)
         engine = VllmEngine(pool, form.tokenizer, image_root, workers, journal, vocabulary_size=rows)
         return _timed(engine, samples, request)
 

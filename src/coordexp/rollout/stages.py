@@ -15,7 +15,7 @@ import numpy as np
 from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
-from coordexp.infra.provenance import answer_files, fingerprint, resume_folder, write_json
+from coordexp.infra.provenance import add_to_run_record, answer_files, fingerprint, resume_folder, write_json
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
 from coordexp.packing.collator import Collator
@@ -44,6 +44,16 @@ def allowed_names(run: RunConfig) -> tuple[str, ...]:
     if run.params.decode.grammar != "closed":
         return ()
     return tuple(category.name for category in read_categories(run.paths.records / "categories.json"))
+
+
+def asked_format(run: RunConfig, folder: Path) -> ModelFormat:
+    """The format of a checkpoint of the run as pictures are given to it.
+
+    The base brings limits of its own, but is asked about pictures of the size that norm1000 gave them.
+    """
+    model = run.profile.model
+    is_base = folder.resolve() == model_folder(model.path).resolve()
+    return load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
 
 
 def make_reader(checkpoint: ModelFormat, identity: dict[str, str] | None = None) -> AnswerReader:
@@ -122,12 +132,19 @@ def run_rollouts(run: RunConfig) -> int:
     samples = [store[int(i)] for i in chosen]
     request = replace(decode_request(run, form.codec), keep_probs=False)
     batch_images = run.profile.rollout.batch_images
-    generations, _, _ = generate_answers(run.profile, form, folder, run.paths.raw, batch_images, samples, request)
+    generations, _, seconds = generate_answers(run.profile, form, folder, run.paths.raw, batch_images, samples, request)
     by_image = {sample.image_id: generation for sample, generation in zip(samples, generations, strict=True)}
     write_generations(run.paths.rollouts, by_image)
+    record_rate(run, "rollout", len(samples), seconds)
     reader = make_reader(form)
     warn_of_unusable([reader.parse(generation).report for generation in generations])
     return len(by_image)
+
+
+def record_rate(run: RunConfig, stage: str, n_images: int, seconds: float) -> None:
+    """Leave how fast answers came in the record of a run: a plan of the next one counts with it."""
+    facts = {"engine": run.profile.rollout.engine, "images": n_images, "generate_seconds": round(seconds, 2)}
+    add_to_run_record(run.paths.run_record(stage), facts)
 
 
 def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, Any]:
@@ -135,10 +152,7 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
 
     Returns the summary that is written beside them, and under `generate_seconds` how long generating took.
     """
-    model = run.profile.model
-    # The base brings limits of its own, but is asked about pictures of the size that norm1000 gave them.
-    is_base = folder == model_folder(model.path)
-    form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
+    form = asked_format(run, folder)
     store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
     samples = [store[i] for i in range(min(run.profile.eval.images or len(store), len(store)))]
     identity = decode_identity(folder, samples[0], request)

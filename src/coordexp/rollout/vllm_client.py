@@ -1,4 +1,4 @@
-"""Several vLLM servers as one: health, retries with back-off, deterministic spreading, and who is left out."""
+"""Several vLLM servers as one: health, weights, retries with back-off, deterministic spreading, and who is left out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coordexp.errors import ConfigError, ServerError
+from coordexp.rollout.vllm_command import Weights
 from coordexp.rollout.vllm_http import Address, Reply, ServerFault, excerpt, exchange, parse_address
 
 log = logging.getLogger(__name__)
@@ -18,8 +19,7 @@ log = logging.getLogger(__name__)
 HEALTH_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 8.0
-SERVED_NAME = "coordexp"
-COMPLETIONS = "/v1/chat/completions"
+COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/models"
 # Of the statuses that blame the request, those that a server gives when it is only busy.
 _BUSY = (408, 425, 429)
 
@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 
 class ServerPool:
-    """The servers of one run. A request goes to server `index % n` while that one is in use, else to another."""
+    """The servers of one checkpoint. A request goes to server `index % n` while that one is in use, else to another."""
 
-    def __init__(self, urls: Sequence[str], timeout_seconds: float, tries: int) -> None:
+    def __init__(self, urls: Sequence[str], timeout_seconds: float, tries: int, weights: Weights) -> None:
         """A URL may hold the server's API key: http://:KEY@HOST:PORT.
 
         Raises:
@@ -40,14 +40,21 @@ class ServerPool:
         self._servers = [_address(url) for url in urls]
         self._timeout_seconds = timeout_seconds
         self._tries = tries
+        self.weights = weights
         self._left_out: dict[Address, str] = {}
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Leave out the servers that do not answer; raises ServerError if none does."""
+        """Leave out the servers that do not answer.
+
+        Raises:
+            ServerError: none answers, or one holds other weights.
+        """
         for server in self._servers:
             if fault := health_fault(server):
                 self._leave_out(server, fault)
+            else:
+                self._refuse_other_weights(server)
         self._in_use()
 
     def ask(self, index: int, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
@@ -66,6 +73,8 @@ class ServerPool:
             server = self._server_for(index)
             try:
                 reply = exchange(server, COMPLETIONS, content, self._timeout_seconds)
+                if reply.status == 404:  # also vLLM's word for a model that it does not hold
+                    self._refuse_other_weights(server)
                 _check_status(server, reply)
                 return read(reply.body)
             except ServerFault as fault:
@@ -77,6 +86,17 @@ class ServerPool:
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _refuse_other_weights(self, server: Address) -> None:
+        """Raise ServerError if a server says that it holds others; one that says nothing is judged by its answers."""
+        held = _models(server)
+        if held and self.weights.name not in held:
+            folder, found = self.weights.folder, " and ".join(map(excerpt, held[:3]))
+            raise ServerError(
+                f"{server.url} holds {found}, expected {self.weights.name}, the weights of {folder}. Start it anew "
+                f"with `coordexp serve {folder} --port {server.port}`, or set rollout.servers: [start], and every "
+                "stage serves its own checkpoint."
+            )
 
     def _server_for(self, index: int) -> Address:
         in_use = self._in_use()
@@ -110,6 +130,16 @@ def health_fault(server: Address) -> str:
     except ServerFault as fault:
         return str(fault)
     return "" if status == 200 else f"HTTP {status} from /health, expected 200"
+
+
+def _models(server: Address) -> list[str]:
+    """The names of the models that a server says it holds; empty if it says nothing that can be read."""
+    try:
+        reply = exchange(server, MODELS, None, HEALTH_SECONDS)
+        listed = json.loads(reply.body)["data"] if reply.status == 200 else []
+        return [model["id"] for model in listed if isinstance(model["id"], str)]
+    except (ServerFault, ValueError, TypeError, KeyError, RecursionError):
+        return []
 
 
 def _address(url: str) -> Address:

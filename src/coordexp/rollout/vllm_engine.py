@@ -24,7 +24,7 @@ from coordexp.infra.random_streams import stream_seed
 from coordexp.packing.pixels import load_sample_rgb
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal, request_key
-from coordexp.rollout.vllm_client import SERVED_NAME, ServerPool
+from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.prompts import IMAGE_TOKEN, TASKS
@@ -86,25 +86,28 @@ class VllmEngine:
         return [done[key] for key in keys]
 
     def _common(self, request: DecodeRequest) -> dict[str, Any]:
-        """What all requests share. The grammar goes to the server's own decoder, the rest to our logits processor."""
+        """What all requests share. The grammar goes to the server's own decoder, geometry to our logits processor.
+
+        Without geometry no processor is loaded, so under a grammar alone an answer that reaches its budget is cut,
+        where the engine in memory closes it in time.
+        """
         params = request.params
         body: dict[str, Any] = {
-            "model": SERVED_NAME,
+            "model": self._pool.weights.name,
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": -1,
             "repetition_penalty": params.repetition_penalty,
             "stop_token_ids": [self._end_id],
-            "logit_bias": {
-                str(self._image_id): -100
-            },  # it stands for a picture: such an answer could not be read again
+            "bad_words": [IMAGE_TOKEN],  # it stands for a picture: such an answer could not be read again
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
         if grammar := request.grammar(self._tokenizer):
-            constraints = {"codec": request.codec, "decode": params.model_dump(), "names": request.names}
             body["structured_outputs"] = {"grammar": grammar.to_lark()}
+        if params.needs_walk:
+            constraints = {"codec": request.codec, "decode": params.model_dump(), "names": request.names}
             body["vllm_xargs"] = {CONSTRAINTS_KEY: json.dumps(constraints)}
         return body
 
@@ -117,10 +120,12 @@ class VllmEngine:
         seed = stream_seed(request.seed, "decode/request", sample.image_id)
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
         expected = Expected(
+            model=self._pool.weights.name,
             prompt_ids=sample.expanded_prompt_ids(self._image_id).tolist(),
             vocabulary_size=self._vocabulary_size,
             max_new_tokens=request.params.max_new_tokens,
             end_id=self._end_id,
+            image_id=self._image_id,
         )
         generation = self._pool.ask(index, body, lambda reply: read_completion(reply, expected))
         self._journal.append(key, generation)

@@ -16,12 +16,15 @@ from coordexp.rollout.vllm_http import ServerFault, excerpt
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an answer must fit: our own prompt, the ids that the model has, the budget asked for, the end-of-turn id."""
+    """What an answer must fit: the model that was asked, our own prompt, the ids that it has, the budget asked for, the
+    end-of-turn id, and the id that stands for a picture and may not be said."""
 
+    model: str
     prompt_ids: Sequence[int]
     vocabulary_size: int
     max_new_tokens: int
     end_id: int
+    image_id: int
 
 
 def read_completion(body: bytes, expected: Expected) -> Generation:
@@ -34,6 +37,9 @@ def read_completion(body: bytes, expected: Expected) -> Generation:
     choices = completion.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise ServerFault(f"a reply without one item in 'choices': {excerpt(body)}")
+    if completion.get("model") != expected.model:
+        said = excerpt(reprlib.repr(completion.get("model")))
+        raise ServerFault(f"an answer of the model {said}, expected {expected.model}")
     choice = choices[0]
     prompt_ids = completion.get("prompt_token_ids")
     if not is_token_ids(prompt_ids):
@@ -72,6 +78,8 @@ def _generation(token_ids: Any, reason: Any, expected: Expected) -> Generation:
         raise ServerFault(f"an answer that is none: {excerpt(str(error))}") from error
     if not 0 < len(found.ids) <= expected.max_new_tokens:
         raise ServerFault(f"{len(found.ids)} tokens, expected 1 to {expected.max_new_tokens}")
+    if expected.image_id in found.ids:
+        raise ServerFault(f"an answer with the id {expected.image_id}, which stands for a picture")
     ends = np.flatnonzero(found.ids == expected.end_id)
     if len(ends):
         return Generation(found.ids[: ends[0] + 1], "stop")

@@ -3,6 +3,9 @@
 A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
 moment, for the images of that window alone. It is written to the resume folder before it is used: a resumed run reads
 it, and goes on exactly as if it had not been interrupted. Of several processes the main one generates, the others wait.
+
+The model in training generates itself; or servers do, which are given its weights as a checkpoint. That is the way for
+weights that are sharded, too: vLLM's own transfers (NCCL, CUDA IPC) would need vLLM in the interpreter that trains.
 """
 
 from __future__ import annotations
@@ -13,15 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from coordexp.config.run import RunConfig
 from coordexp.config.schema import MatchingParams, Params
+from coordexp.infra.files import remove
 from coordexp.infra.random_streams import stream_seed
+from coordexp.models.adapters import merged_weights
+from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
-from coordexp.training.distributed import wait_for_all, world
+from coordexp.training.distributed import any_process, is_sharded, wait_for_all, world
 from coordexp.training.schedule import ramp
+from coordexp.training.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +68,49 @@ def plan_refreshes(items_by_step: Mapping[int, Sequence[int]], every: int) -> li
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """Servers of the weights in training: they are written as a checkpoint, served, asked, and the servers leave.
+
+    `weights` are the model's by name where it does not hold them as plain ones itself: sharded, or beside adapters.
+    """
+
+    run: RunConfig
+    checkpoint: Checkpoint
+    weights: dict[str, Tensor] | None
+    folder: Path
+
+    def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
+        """One generation per sample."""
+        profile, served = self.run.profile, self.folder / "served"
+        remove(served)  # of a run that was killed
+        save_checkpoint(served, self.checkpoint, self.weights)
+        batch_images = profile.rollout.batch_images
+        generations, _, _ = generate_answers(
+            profile, self.checkpoint, served, self.run.paths.raw, batch_images, samples, request
+        )
+        remove(served)
+        return generations
+
+
+def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engine:
+    """What generates with the weights of this moment, where the profile says so; a collective call."""
+    if run.profile.rollout.engine == "hf":
+        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images)
+    model = checkpoint.model
+    weights = whole_weights(model) if is_sharded(model) else merged_weights(model) if world().is_main else None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the allocator holds back is the servers' for now
+    return ServedEngine(run, checkpoint, weights, folder)
+
+
 class Refresher:
-    """Generates, keeps and reads back fresh sets. The engine runs the weights in training, as they are."""
+    """Generates, keeps and reads back fresh sets. `engine_of_now` runs the weights of its call, on all processes."""
 
     def __init__(
         self,
         refreshes: Sequence[Refresh],
-        engine: Engine,
+        engine_of_now: Callable[[], Engine],
         parse: Callable[[Generation], ParsedAnswer],
         request: DecodeRequest,
         store: SampleStore,
@@ -71,7 +118,7 @@ class Refresher:
         folder: Path,
     ) -> None:
         self._refreshes = refreshes
-        self._engine = engine
+        self._engine_of_now = engine_of_now
         self._parse = parse
         self._request = request
         self._store = store
@@ -90,8 +137,10 @@ class Refresher:
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
             return
         path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        if world().is_main and not path.is_file():
-            self._generate(refresh, path)
+        if any_process(world().is_main and not path.is_file()):
+            engine = self._engine_of_now()
+            if world().is_main:
+                self._generate(engine, refresh, path)
         wait_for_all()
         generations = read_generations(path, self._vocabulary_size)
         self._loaded = refresh, {i: parsed_rollout(i, g, self._parse(g)) for i, g in generations.items()}
@@ -113,13 +162,13 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _generate(self, refresh: Refresh, path: Path) -> None:
+    def _generate(self, engine: Engine, refresh: Refresh, path: Path) -> None:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
         request = replace(self._request, seed=seed, keep_probs=False)
         with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
-            generations = self._engine.generate(samples, request)
+            generations = engine.generate(samples, request)
         write_generations(path, {s.image_id: g for s, g in zip(samples, generations, strict=True)})
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from coordexp.config.run import RunConfig
@@ -11,7 +12,7 @@ from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleSource, SampleStore
 from coordexp.rollout.engine import READOUT_KEYS
-from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.opening import START
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, rollout_summary
 from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.training.builders import (
@@ -23,7 +24,7 @@ from coordexp.training.builders import (
 )
 from coordexp.training.distributed import world
 from coordexp.training.eval_callback import make_eval_callback
-from coordexp.training.rollout_pool import Refresher, RolloutPool, match_schedule, plan_refreshes
+from coordexp.training.rollout_pool import Refresher, RolloutPool, engine_of_now, match_schedule, plan_refreshes
 from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 from coordexp.training.step import Criterion
@@ -35,15 +36,10 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     The compute is in tokens of training forwards, which the control is given too. What fresh rollouts read and wrote it
     is not given: that stands in the checkpoint's metadata alone, so that other answers do not run the control again.
     """
-    refresh_steps, sharding = run.params.stage2.refresh_steps, run.profile.launch.sharding
-    if refresh_steps and sharding != "none":
-        raise ConfigError(
-            f"stage2.refresh_steps is {refresh_steps}, but launch.sharding is {sharding}: "
-            "sharded weights do not generate. Set one of them to 0 or none."
-        )
+    _check_refresh(run)
     session = _session(run)
     optim = run.profile.stage2
-    checkpoint = load_for_training(run.paths.run("stage1"), sharding, optim.precision)
+    checkpoint = load_for_training(run.paths.run("stage1"), run.profile.launch.sharding, optim.precision)
     store = SampleStore(session.inputs["samples"])
     rollouts = _rollouts_on_file(run, checkpoint, store)
     rolled_out = [i for i in range(len(store)) if store[i].image_id in rollouts]
@@ -73,6 +69,21 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     if world().is_main:
         write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in ("steps", "tokens")})
     return summary
+
+
+def _check_refresh(run: RunConfig) -> None:
+    """Raise ConfigError if fresh rollouts are asked for that nothing could generate."""
+    refresh_steps, sharding, rollout = run.params.stage2.refresh_steps, run.profile.launch.sharding, run.profile.rollout
+    if refresh_steps and rollout.engine == "hf" and sharding != "none":
+        raise ConfigError(
+            f"stage2.refresh_steps is {refresh_steps}, but launch.sharding is {sharding} and rollout.engine hf: "
+            "sharded weights do not generate in memory. Set rollout.engine: vllm, refresh_steps: 0 or sharding: none."
+        )
+    if refresh_steps and rollout.engine == "vllm" and rollout.servers != START:
+        raise ConfigError(
+            f"stage2.refresh_steps is {refresh_steps}, but rollout.servers is {list(rollout.servers)}: no server "
+            "elsewhere holds the weights in training. Set rollout.servers: [start], refresh_steps: 0 or engine: hf."
+        )
 
 
 def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore) -> dict[int, Rollout]:
@@ -112,16 +123,17 @@ def _refresher(
     checkpoint: Checkpoint,
     plan: list[StepPlan],
 ) -> Refresher | None:
-    """What makes fresh rollouts; None if they are off. Always the engine in memory: no server knows these weights."""
+    """What makes fresh rollouts; None if they are off."""
     if run.params.stage2.refresh_steps == 0:
         return None
+    folder = session.state_folder()
     of_channel_b = {step: p.items for step, p in enumerate(plan) if p.channel == "B"}
     return Refresher(
         plan_refreshes(of_channel_b, run.params.stage2.refresh_steps),
-        HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images),
+        partial(engine_of_now, run, checkpoint, folder),
         make_reader(checkpoint).parse,
         decode_request(run, checkpoint.codec),
         SampleStore(session.inputs["samples"]),
         len(input_table(checkpoint.model).weight),
-        session.state_folder(),
+        folder,
     )

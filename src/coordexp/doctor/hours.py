@@ -1,0 +1,147 @@
+"""How long a run takes: training, rollouts and evaluation, from what this machine was measured to do.
+
+A rate is, in this order, that of an earlier run of the profile (its run records), or that of a trial: some seconds of
+decoding with a checkpoint that is there. Without either the hours of decoding are not known, and that is said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+from coordexp.config.paths import CHECKPOINTS
+from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
+from coordexp.doctor.needs import count_parameters
+from coordexp.errors import CoordExpError
+from coordexp.infra.device import choose_device
+from coordexp.infra.provenance import read_run_record
+from coordexp.models.loading import load_for_inference
+from coordexp.packing.samples import SampleStore
+from coordexp.rollout.hf_engine import HfEngine
+from coordexp.rollout.stages import decode_request
+
+ASSUMED_FLOPS = 4e14  # a second
+TRIAL_SECONDS = 8.0
+FIRST_TRIAL_IMAGES = 4
+# A larger model takes longer to load, and on a CPU to answer, than a trial may.
+TRIAL_PARAMETERS = {"cpu": 300_000_000, "cuda": 9_000_000_000}
+TRAINED = tuple(name for name in CHECKPOINTS if name != "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Images answered in a second, and where that was seen."""
+
+    images_per_second: float
+    seen: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Images that a run asks about, by what for."""
+
+    rollouts: int
+    fresh: int
+    evaluation: int
+    callback: int
+
+
+def hour_lines(run: RunConfig, flops: Mapping[str, float], train_records: int, val_records: int) -> Iterator[str]:
+    """The plan in words, from the operations of each training stage; a trial takes TRIAL_SECONDS and loads a model."""
+    profile = run.profile
+    steps = f"training: {profile.stage1.steps} steps of stage 1, {profile.stage2.steps} of stage 2 and of the control"
+    total, (speed, seen) = sum(flops.values()), _training_speed(run, flops)
+    yield f"{steps}; {total:.2g} floating-point operations, {total / speed / 3600:.2g} hours {seen}"
+    images = images_to_decode(run, train_records, val_records)
+    used = round(run.params.stage2.b_ratio * profile.stage2.steps * profile.stage2.samples_per_step)
+    listed = [f"{images.rollouts:,} rollouts" + f" (stage 2 reads at most {used:,})" * (used < images.rollouts)]
+    listed += [f"about {images.fresh:,} fresh ones"] * bool(images.fresh)
+    listed += [f"{len(CHECKPOINTS)} checkpoints on {images.evaluation // len(CHECKPOINTS):,} val images"]
+    listed += [f"{images.callback:,} answers of the eval callback"] * bool(images.callback)
+    words = f"decoding ({profile.rollout.engine}): {', '.join(listed)}"
+    rate = decoding_rate(run)
+    if rate is None:
+        yield (
+            f"{words}; hours not known: no run of this profile has left a rate here, and no checkpoint can be tried "
+            "in seconds. Ask again when the rollout stage has run"
+        )
+        return
+    hours = [n / rate.images_per_second / 3600 for n in (images.rollouts + images.fresh, images.evaluation)]
+    yield (
+        f"{words}; {hours[0]:.2g} hours of rollouts and {hours[1]:.2g} of evaluation at "
+        f"{rate.images_per_second:.3g} images a second ({rate.seen})"
+    )
+
+
+def images_to_decode(run: RunConfig, train_records: int, val_records: int) -> Decoded:
+    """What the stages will ask about; fresh rollouts are counted as if every image of their steps were another."""
+    profile, stage2 = run.profile, run.params.stage2
+    fresh_steps = max(0, profile.stage2.steps - stage2.refresh_steps) if stage2.refresh_steps else 0
+    return Decoded(
+        rollouts=min(profile.rollout.images, train_records),
+        fresh=round(fresh_steps * stage2.b_ratio * profile.stage2.samples_per_step),
+        evaluation=len(CHECKPOINTS) * min(profile.eval.images or val_records, val_records),
+        callback=profile.monitor.images * _evaluations(profile),
+    )
+
+
+def _evaluations(profile: Profile) -> int:
+    every = profile.monitor.every_steps
+    stages = (profile.stage1.steps, profile.stage2.steps, profile.stage2.steps)
+    return sum(-(-steps // every) for steps in stages) if every else 0
+
+
+def _training_speed(run: RunConfig, flops: Mapping[str, float]) -> tuple[float, str]:
+    """Floating-point operations a second of the longest stage that was run here, else an assumption; and in words."""
+    for stage in ("stage1", "stage2", "stage1-control"):
+        path = run.paths.run_record(stage)
+        seconds = read_run_record(path).get("step_seconds")
+        if _is_positive(seconds):
+            return flops[stage] / seconds, f"as measured here ({path})"
+    return ASSUMED_FLOPS, (
+        f"on one device at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16)"
+    )
+
+
+def decoding_rate(run: RunConfig) -> Rate | None:
+    """How fast this machine answers: of an earlier run with the same engine, or of a trial; None if neither can be."""
+    engine = run.profile.rollout.engine
+    for stage in ("rollout", *(f"decode@{name}" for name in reversed(TRAINED))):
+        path = run.paths.run_record(stage)
+        record = read_run_record(path)
+        images, seconds = record.get("images"), record.get("generate_seconds")
+        if record.get("engine") == engine and _is_positive(images) and _is_positive(seconds):
+            return Rate(images / seconds, f"measured here: {path}")
+    folder = next((run.paths.run(name) for name in TRAINED if run.paths.run(name).is_dir()), None)
+    samples = run.paths.norm1000 / "train.parquet"
+    if engine != "hf" or folder is None or not samples.is_file():
+        return None
+    try:
+        return _trial(run, folder, samples)
+    except CoordExpError:  # of a folder or a picture; what is wrong with it is for others to say
+        return None
+
+
+def _trial(run: RunConfig, folder: Path, samples: Path) -> Rate | None:
+    if count_parameters(folder) > TRIAL_PARAMETERS.get(choose_device().type, 0):
+        return None
+    checkpoint, store, batch = load_for_inference(folder), SampleStore(samples), run.profile.rollout.batch_images
+    engine = HfEngine(checkpoint, run.paths.raw, batch)
+    request = decode_request(run, checkpoint.codec)
+    n_images, rate = min(FIRST_TRIAL_IMAGES, len(store)), 0.0
+    # Twice: the first few images say how many fit into the time, and warm up.
+    for _ in range(2):
+        started = time.monotonic()
+        engine.generate([store[i] for i in range(n_images)], request)
+        rate = n_images / (time.monotonic() - started)
+        where = f"tried now: {n_images} images of training with {folder}"
+        n_images = max(1, min(round(rate * TRIAL_SECONDS), 2 * batch, len(store)))
+    return Rate(rate, where)
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and value > 0
