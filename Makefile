@@ -20,6 +20,8 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 PROFILE ?= coco-qwen3vl-4b
+OUT ?= benchmarks/results/gpu
+DEADLINE ?= 460
 
 # A name that is not there stops make before it builds an environment for minutes.
 named = $(if $(wildcard $(1)/$(2).yaml),,$(error $(1)/$(2).yaml: no such file; there are: $(notdir $(basename $(wildcard $(1)/*.yaml)))))
@@ -30,7 +32,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench check-profile smoke test-faults test-cuts checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -125,6 +127,11 @@ $(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt
 
 bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (BENCH="startup ..." for some)
 	PYTHONPATH=src $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
+
+# Not of `env`: it runs in whatever environment a GPU machine has, .venv if that is there.
+gpu-check:  ## check a machine with a GPU, into OUT within DEADLINE seconds (ARGS="--only step-2b"; ARGS=--cpu without one)
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} PYTHONUNBUFFERED=1 \
+		python -m benchmarks.gpu_check --out $(OUT) --deadline $(DEADLINE) $(ARGS)
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
 	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)

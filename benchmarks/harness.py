@@ -21,7 +21,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
 Clock = Callable[[], float]
@@ -82,6 +81,8 @@ def load(name: str, folder: Path = RESULTS) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
+    from tabulate import tabulate  # a GPU machine, which only takes the clocks from here, may lack it
+
     shown = {True: "yes", False: "NO", None: ""}
     cells = [[r.name, _number(r.value), r.unit, r.beside, r.target, shown[r.met]] for r in rows]
     widths = [38, None, 14, 54, 30]

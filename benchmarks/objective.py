@@ -9,13 +9,12 @@ way computes text CE, gate and softCE with the gradients of hidden states and he
     usual   one tensor of logits of the supervised slots, cross-entropy and log-sum-exps on it
     stock   the same on logits of all positions, as a model computes them from labels
     bare    the three matrix products of the supervised slots alone, into memory that is there
-    liger   on a GPU with liger-kernel: its fused cross-entropy of the text slots, no coordinate terms
 
-Each runs in a process of its own, but for `bare`, whose target is the tightest: it and `fused` take turns in one
-process that keeps freed memory, as a trainer does. Memory is the highest resident set (on a GPU: of allocated blocks)
-less what inputs and libraries held before, less the head's gradient, which every way leaves behind. On a CPU, `stock`
-runs on half of the pack, because all of it would need more than 15 GB. Its time and memory are doubled: both grow with
-the positions.
+On a CPU, in float32; on a GPU the same ways are measured by benchmarks/gpu_check/head.py. Each runs in a process of its
+own, but for `bare`, whose target is the tightest: it and `fused` take turns in one process that keeps freed memory, as
+a trainer does. Memory is the highest resident set less what inputs and libraries held before, less the head's gradient,
+which every way leaves behind. `stock` runs on half of the pack, because all of it would need more than 15 GB. Its time
+and memory are doubled: both grow with the positions.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +35,12 @@ from torch import Tensor
 
 from benchmarks import harness
 from coordexp.losses.coord_terms import soft_cross_entropy, soft_target
-from coordexp.losses.vocabulary_terms import HeadSlots, vocabulary_sums
+from coordexp.losses.vocabulary_terms import HeadProducts, HeadSlots, vocabulary_sums
 from coordexp.stage import LOG, tune_allocator
 
 K = 1000
+SUPERVISED = 0.3  # of the tokens
+CPU = torch.device("cpu")
 ORDER = ("fused", "usual", "stock")
 TURNS = 3
 
@@ -51,38 +52,46 @@ class Size:
     tokens: int
     vocab: int
     hidden: int
-    device: str
     stock_share: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As one would train there."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     @property
     def head_bytes(self) -> int:
         """Of the head, and of its gradient."""
-        return self.vocab * self.hidden * self.dtype.itemsize
+        return self.vocab * self.hidden * torch.float32.itemsize
+
+    def pack(self, share: float = 1.0) -> Pack:
+        """Part of the pack, as it is trained on."""
+        return Pack(round(self.tokens * share), self.vocab, self.hidden)
 
 
 class Pack:
     """Hidden states of a pack's tokens, and what is supervised: coordinate slots first, then text."""
 
-    def __init__(self, size: Size, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        vocab: int,
+        hidden: int,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(17)
-        self.size = size
-        n_tokens = round(size.tokens * share)
-        n_supervised = round(0.3 * n_tokens)
+        n_supervised = round(SUPERVISED * tokens)
         self.n_coord = 4 * round(0.15 * n_supervised / 4)
         self.n_text = n_supervised - self.n_coord
-        self.first_id = size.vocab - K
-        device = size.device
-        self.head_VD = torch.empty(size.vocab, size.hidden, device=device, dtype=size.dtype).normal_(std=0.02)
-        self.hidden_TD = torch.randn(n_tokens, size.hidden, device=device).to(size.dtype)
-        self.slots_N = torch.randperm(n_tokens, device=device)[:n_supervised]
+        self.first_id = vocab - K
+        self.head_VD = torch.empty(vocab, hidden, device=device, dtype=dtype).normal_(std=0.02)
+        self.hidden_TD = torch.randn(tokens, hidden, device=device).to(dtype)
+        self.slots_N = torch.randperm(tokens, device=device)[:n_supervised]
         self.bins_N = 999 * torch.rand(self.n_coord, device=device)
         self.ids_N = torch.randint(self.first_id, (self.n_text,), device=device)
         self.counts = {"text_ce": float(self.n_text), "gate": float(self.n_coord)}
+
+    def cast(self, dtype: torch.dtype) -> Pack:
+        """The same numbers in another format."""
+        other = copy(self)
+        other.head_VD, other.hidden_TD = self.head_VD.to(dtype), self.hidden_TD.to(dtype)
+        return other
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Hidden states (T, D) and head (V, D), without gradients so far."""
@@ -103,9 +112,10 @@ def _outcome(loss: Tensor, hidden_TD: Tensor, head_VD: Tensor) -> Outcome:
     return loss.detach(), hidden_TD.grad, head_VD.grad
 
 
-def fused(pack: Pack) -> Outcome:
-    """The pass of this package."""
+def fused(pack: Pack, how: HeadProducts | None = None, rows_only: bool = False) -> Outcome:
+    """The pass of this package; with `rows_only`, the coordinate rows of the head train."""
     hidden_TD, head_VD = pack.leaves()
+    rows_KD = pack.head_VD[pack.first_id :].clone().requires_grad_() if rows_only else None
     coord_N = torch.arange(len(pack.slots_N), device=hidden_TD.device) < pack.n_coord
     slots = HeadSlots(
         token_ids_N=torch.cat([pack.first_id + pack.bins_N.round().long(), pack.ids_N]),
@@ -114,9 +124,9 @@ def fused(pack: Pack) -> Outcome:
         n_coord=pack.n_coord,
     )
     factors = {name: 1 / count for name, count in pack.counts.items()}
-    sums, coord_MK, _ = vocabulary_sums(hidden_TD[pack.slots_N], head_VD, slots, factors)
+    sums, coord_MK, _ = vocabulary_sums(hidden_TD[pack.slots_N], head_VD, slots, factors, rows_KD, how)
     loss = sum((factors[name] * total for name, total in sums.items()), pack.softce(coord_MK))
-    return _outcome(loss, hidden_TD, head_VD)
+    return _outcome(loss, hidden_TD, head_VD if rows_KD is None else rows_KD)
 
 
 def usual(pack: Pack) -> Outcome:
@@ -138,15 +148,15 @@ def stock(pack: Pack) -> Outcome:
 
 
 def _usual_loss(pack: Pack, logits_NV: Tensor, labels_N: Tensor, coord_MV: Tensor) -> Tensor:
-    slice_MK = coord_MV[:, pack.first_id :].float()
-    gate = (coord_MV.float().logsumexp(-1) - slice_MK.logsumexp(-1)).mean()
-    return F.cross_entropy(logits_NV.float(), labels_N) + gate + pack.softce(slice_MK)
+    slice_MK = coord_MV[:, pack.first_id :]
+    gate = (coord_MV.logsumexp(-1) - slice_MK.logsumexp(-1)).mean()
+    return F.cross_entropy(logits_NV, labels_N) + gate + pack.softce(slice_MK)
 
 
 def bare(pack: Pack) -> Callable[[], object]:
     """The products of the supervised slots; makes and touches their results beforehand."""
     hidden_ND = pack.hidden_TD[pack.slots_N]
-    logits_NV = hidden_ND.new_zeros(len(hidden_ND), pack.size.vocab).fill_(0.5)
+    logits_NV = hidden_ND.new_full((len(hidden_ND), len(pack.head_VD)), 0.5)
     grad_ND, grad_VD = torch.ones_like(hidden_ND), torch.ones_like(pack.head_VD)
 
     def run() -> None:
@@ -157,29 +167,19 @@ def bare(pack: Pack) -> Callable[[], object]:
     return run
 
 
-def liger(pack: Pack) -> Outcome:
-    """Cross-entropy of the text slots in one fused kernel."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    hidden_TD, head_VD = pack.leaves()
-    loss = LigerFusedLinearCrossEntropyLoss()(head_VD, hidden_TD[pack.slots_N[pack.n_coord :]], pack.ids_N)
-    return _outcome(loss, hidden_TD, head_VD)
-
-
-WAYS: dict[str, Callable[[Pack], Outcome]] = {f.__name__: f for f in (fused, usual, stock, liger)}
+WAYS: dict[str, Callable[[Pack], Outcome]] = {f.__name__: f for f in (fused, usual, stock)}
 
 
 def measure_here(way: str, size: Size) -> dict[str, float]:
     """Seconds of one step in this process, and the bytes it took beyond inputs and head gradient."""
-    _step(way, Pack(Size(512, 2 * K, 64, size.device, 1.0)))()  # libraries and their threads
+    WAYS[way](Pack(512, 2 * K, 64))  # libraries and their threads
     share = size.stock_share if way == "stock" else 1.0
-    step = _step(way, Pack(size, share))
-    before = _held_bytes(size.device)
+    pack = size.pack(share)
+    before = _status_bytes("VmRSS")
     started = time.perf_counter()
-    outcome = step()
-    _wait(size.device)
+    outcome = WAYS[way](pack)
     seconds = time.perf_counter() - started
-    extra = max(0, _highest_bytes(size.device) - before - size.head_bytes)
+    extra = max(0, _status_bytes("VmHWM") - before - size.head_bytes)
     del outcome  # held until here, as a trainer holds its gradients
     return {"seconds": seconds / share, "extra_bytes": extra / share}
 
@@ -187,38 +187,9 @@ def measure_here(way: str, size: Size) -> dict[str, float]:
 def fused_beside_bare(size: Size) -> dict[str, float]:
     """Time of the fused pass in that of the bare products, which take turns."""
     tune_allocator(LOG)
-    pack = Pack(size)
-
-    def waited_for(step: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            step()
-            _wait(size.device)
-
-        return run
-
-    times = side_by_side({"fused": waited_for(_step("fused", pack)), "bare": waited_for(bare(pack))}, TURNS)
+    pack = size.pack()
+    times = side_by_side({"fused": lambda: fused(pack), "bare": bare(pack)}, TURNS)
     return {"ratio": times.ratio("fused", "bare")}
-
-
-def _step(way: str, pack: Pack) -> Callable[[], object]:
-    return lambda: WAYS[way](pack)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _held_bytes(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return _status_bytes("VmRSS")
-
-
-def _highest_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:
@@ -229,8 +200,7 @@ def _status_bytes(field: str) -> int:
 def measure(size: Size) -> dict[str, dict[str, float]]:
     """Each way in a process of its own, and `fused` with `bare` in another."""
     found: dict[str, dict[str, float]] = {}
-    has_liger = size.device == "cuda" and find_spec("liger_kernel") is not None
-    for way in ("bare", *ORDER, *(["liger"] if has_liger else [])):
+    for way in ("bare", *ORDER):
         command = [sys.executable, "-m", "benchmarks.objective", "--child", way, *_arguments(size)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[way] = json.loads(output.splitlines()[-1])
@@ -243,8 +213,7 @@ def _arguments(size: Size) -> list[str]:
 
 def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
     """The table."""
-    limit = 1.3 if size.device == "cuda" else 1.1
-    where = f"{size.tokens} tokens, vocabulary {size.vocab}, hidden {size.hidden}, {size.device}"
+    where = f"{size.tokens} tokens, vocabulary {size.vocab}, hidden {size.hidden}"
     logits = 4 * size.tokens * size.vocab
     ours = found["fused"]
 
@@ -259,32 +228,26 @@ def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
         beside = "peak beyond the head's gradient, beside float32 logits of the whole pack"
         return Row(f"{way}: extra memory", share, "of full logits", beside, target, met)
 
-    rows = [
-        time_row("bare", "forward and two backward products of the supervised slots", limit),
+    return [
+        time_row("bare", "forward and two backward products of the supervised slots", 1.1),
         time_row("stock", "logits at all positions", 0.5),
         time_row("usual", "logits of the supervised slots in one tensor"),
         memory_row("fused", 0.05),
         *(memory_row(way) for way in ("usual", "stock")),
     ]
-    if "liger" in found:
-        return [*rows, time_row("liger", "fused cross-entropy of the text slots alone"), memory_row("liger")]
-    why = "needs liger-kernel" if size.device == "cuda" else "needs a GPU"
-    return [*rows, Row("fused / liger: time", None, "x", why, "", None)]
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """The options that say how large the pack is, and where it is measured."""
+    """The options that say how large the pack is."""
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=152_936, help="the last 1000 ids are coordinates")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stock-share", type=float, help="part of the pack that `stock` runs on (CPU: 0.5, GPU: 1)")
+    parser.add_argument("--stock-share", type=float, default=0.5, help="part of the pack that `stock` runs on")
 
 
 def size_of(arguments: argparse.Namespace) -> Size:
     """The sizes that the options name."""
-    share = arguments.stock_share or (1.0 if arguments.device == "cuda" else 0.5)
-    return Size(arguments.tokens, arguments.vocab, arguments.hidden, arguments.device, share)
+    return Size(arguments.tokens, arguments.vocab, arguments.hidden, arguments.stock_share)
 
 
 def rows(arguments: argparse.Namespace) -> list[Row]:

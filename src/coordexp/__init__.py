@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coordexp.detector import Detections, Detector
 
-from coordexp.infra.threads import bound_spinning
+from coordexp.infra.threads import bound_spinning, let_segments_grow
 
 bound_spinning()  # before anything imports torch
+let_segments_grow()
 
 __version__ = "0.1.0"
 __all__ = ["Detections", "Detector", "__version__"]

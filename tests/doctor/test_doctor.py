@@ -105,6 +105,10 @@ def test_needs_by_hand(repository, monkeypatch):
     assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
     assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // run.profile.packing.pack_tokens)
     assert needs.over_pack == 0
+    assert (needs.longest_answer, needs.over_budget) == (1 + 9, 0)
+    decode = run.params.decode.model_copy(update={"max_new_tokens": 9})
+    tight = replace(run, params=run.params.model_copy(update={"decode": decode}))
+    assert needs_of(tight, [record] * 10).over_budget == 10
     assert needs_of(smoke(repository, "tags"), [record] * 10).text_tokens < needs.text_tokens
     assert needs_of(smoke(repository, processes=0), [record] * 10) == needs  # how many there are is not known here
     spread = needs_of(smoke(repository, processes=4, sharding="fsdp2", rows_per_forward=1), [record] * 10).memory

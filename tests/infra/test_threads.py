@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordexp.infra.threads import COUNT_NAME, POLICY_NAME, SPIN_NAME, SPIN_ROUNDS, set_threads, usable_cores
+from coordexp.infra.threads import (
+    COUNT_NAME,
+    CUDA_ALLOCATOR_NAMES,
+    POLICY_NAME,
+    SPIN_NAME,
+    SPIN_ROUNDS,
+    let_segments_grow,
+    set_threads,
+    usable_cores,
+)
 
 LOG = logging.getLogger("coordexp")
 
@@ -47,6 +56,20 @@ def test_the_spin_is_bounded_before_torch_loads(statement: str, repository: Path
 def test_who_has_decided_how_threads_wait_is_left_alone(repository: Path) -> None:
     assert environment_after("import coordexp", repository, **{POLICY_NAME: "PASSIVE"}) == "None"
     assert environment_after("import coordexp", repository, **{SPIN_NAME: "7"}) == "7"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, {CUDA_ALLOCATOR_NAMES[0]: "expandable_segments:True"}),
+        ({CUDA_ALLOCATOR_NAMES[1]: "backend:cudaMallocAsync"}, {CUDA_ALLOCATOR_NAMES[1]: "backend:cudaMallocAsync"}),
+    ],
+)
+def test_the_allocator_on_cuda_grows_segments_unless_told_otherwise(
+    said: dict[str, str], expected: dict[str, str]
+) -> None:
+    let_segments_grow(said)
+    assert said == expected
 
 
 @pytest.mark.parametrize(

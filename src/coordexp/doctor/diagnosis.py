@@ -113,6 +113,12 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
     yield f"{plan}"
     yield f"{measured_rates(plan)}"
     yield _memory_line(needs.memory)
+    if needs.over_budget:
+        yield (
+            f"answers: the longest takes about {needs.longest_answer:,} tokens; {needs.over_budget:,} of "
+            f"{needs.train_records:,} do not fit into decode.max_new_tokens, {run.params.decode.max_new_tokens}, and "
+            "such answers will be cut: raise it"
+        )
     yield from hour_lines(run, needs.training_flops, len(train), n_val)
     rollout = run.profile.rollout
     if rollout.engine == "vllm" and rollout.servers == START and not Path(rollout.vllm_python).is_file():

@@ -43,6 +43,8 @@ class Needs:
     text_tokens: int
     longest_tokens: int
     over_pack: int  # records longer than a pack: they cannot be trained on
+    longest_answer: int  # tokens
+    over_budget: int  # records with a longer answer than decode.max_new_tokens
     packs: int
     stage1_passes: float  # how often stage 1 sees the training records
     parameters: int
@@ -64,11 +66,12 @@ def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
     pixels = pixel_spec(config, profile.model.min_pixels, profile.model.max_pixels)
     count = _token_counter(folder)
     per_object = tokens_per_object(count, run.params.text.codec)
-    lengths, image_tokens = [], 0
+    lengths, answers, image_tokens = [], [], 0
     for record in records:
         visual = pixels.tokens(*resized_size(record.width, record.height, pixels))
         image_tokens += visual
-        lengths.append(visual + _text_tokens(record, per_object, count))
+        answers.append(_answer_tokens(record, per_object, count))
+        lengths.append(visual + _prompt_tokens(record, count) + answers[-1])
     parameters = count_parameters(folder)
     pack_tokens = profile.packing.pack_tokens
     packs = max(1, ceil(sum(lengths) / pack_tokens))
@@ -79,12 +82,14 @@ def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
         text_tokens=sum(lengths) - image_tokens,
         longest_tokens=max(lengths, default=0),
         over_pack=sum(length > pack_tokens for length in lengths),
+        longest_answer=max(answers, default=0),
+        over_budget=sum(tokens > run.params.decode.max_new_tokens for tokens in answers),
         packs=packs,
         stage1_passes=profile.stage1.steps * profile.stage1.packs_per_step / packs,
         parameters=parameters,
         disk_bytes=CHECKPOINTS_WRITTEN * WEIGHT * parameters + memory.weights + memory.moments + 8 * sum(lengths),
         memory=memory,
-        training_flops=_training_flops(profile, parameters, sum(lengths) / max(1, len(lengths))),
+        training_flops=training_flops(profile, parameters, sum(lengths) / max(1, len(lengths))),
     )
 
 
@@ -109,20 +114,28 @@ def _processes(profile: Profile) -> int:
     return max(1, profile.launch.processes)
 
 
-def _training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> dict[str, float]:
-    """6 N a token (Kaplan et al., 2001.08361), 8 N if activations are recomputed; channel B runs two forwards."""
+def token_flops(profile: Profile, parameters: int) -> float:
+    """Of training on one token: 6 N (Kaplan et al., 2001.08361), 8 N if activations are recomputed."""
+    return (8.0 if profile.tuning.activations == "recompute" else 6.0) * parameters
+
+
+def training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> dict[str, float]:
+    """Of each stage that trains; channel B runs two forwards."""
     stage1 = profile.stage1.steps * profile.stage1.packs_per_step * profile.packing.pack_tokens
     stage2 = 2 * profile.stage2.steps * profile.stage2.samples_per_step * tokens_per_sample
-    per_token = parameters * (8 if profile.tuning.activations == "recompute" else 6)
+    per_token = token_flops(profile, parameters)
     # The control gets the tokens of stage 2.
     return {"stage1": per_token * stage1, "stage2": per_token * stage2, "stage1-control": per_token * stage2}
 
 
-def _text_tokens(record: Record, per_object: int, count: Callable[[str], int]) -> int:
-    prompt = record.metadata.get("prompt")
-    asked, words = asked_names(prompt), question(prompt or {"kind": "open"})
+def _prompt_tokens(record: Record, count: Callable[[str], int]) -> int:
+    return FRAME_TOKENS + count(question(record.metadata.get("prompt") or {"kind": "open"}))
+
+
+def _answer_tokens(record: Record, per_object: int, count: Callable[[str], int]) -> int:
+    asked = asked_names(record.metadata.get("prompt"))
     objects = [o for o in record.objects if not o.metadata.get("iscrowd") and (asked is None or o.desc in asked)]
-    return FRAME_TOKENS + count(words) + sum(count(o.desc) for o in objects) + per_object * len(objects)
+    return sum(count(o.desc) for o in objects) + per_object * len(objects)
 
 
 def _token_counter(folder: Path) -> Callable[[str], int]:

@@ -1,4 +1,4 @@
-"""CPU threads of the tensor library: how many there are, and how long an idle one waits before it sleeps.
+"""What the tensor library reads before it starts: CPU threads, how long an idle one waits, and its allocator on CUDA.
 
 GNU OpenMP, which torch computes with, lets an idle thread spin for long. On cores that other processes want too, the
 threads that work then wait for those that spin: a training step takes 2 to 4 times as long (benchmarks/NOTES.md). A
@@ -17,6 +17,7 @@ from pathlib import Path
 SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "20000"
 POLICY_NAME = "OMP_WAIT_POLICY"  # says the same in words; whoever sets it has decided
 COUNT_NAME = "OMP_NUM_THREADS"
+CUDA_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # every version of torch reads the first
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time per period, or "max"
 
 
@@ -24,6 +25,15 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """Bound the spinning of idle threads unless the environment says how they wait; before torch is imported."""
     if POLICY_NAME not in environment:
         environment.setdefault(SPIN_NAME, SPIN_ROUNDS)
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's allocator on CUDA extend its segments, unless the environment says how it works; before it starts.
+
+    Packs differ in width from step to step: with segments of fixed sizes, what one step freed would not serve the next.
+    """
+    if not any(name in environment for name in CUDA_ALLOCATOR_NAMES):
+        environment[CUDA_ALLOCATOR_NAMES[0]] = "expandable_segments:True"
 
 
 def usable_cores(quota_file: Path = _QUOTA) -> int:

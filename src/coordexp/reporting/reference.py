@@ -2,9 +2,9 @@
 
     python -m coordexp.reporting.reference        # from the repository root
 
-rewrites both, the tables of memory in docs/production.md and docs/scaling.md, and README's results and picture. The
-last two are of the run in the working tree, and stay as they are where its outputs are not. No page holds a value of
-params.yaml: an experiment that changes one must not make the documents wrong.
+rewrites both, the tables of memory and hours in docs/production.md and docs/scaling.md, and README's results and
+picture. The last two are of the run in the working tree, and stay as they are where its outputs are not. No page holds
+a value of params.yaml: an experiment that changes one must not make the documents wrong.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
-from coordexp.config.profile import Profile, TuningConfig
+from coordexp.config.profile import Profile
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
@@ -37,17 +36,17 @@ from coordexp.inputs import (
     following,
     stage_plans,
 )
+from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
 from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
 from coordexp.reporting.markdown import interval, number, table
 from coordexp.reporting.training import MEANINGS
-
-if TYPE_CHECKING:
-    from coordexp.doctor.memory import Memory
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PRODUCTION_PAGE, SCALING_PAGE = Path("docs/production.md"), Path("docs/scaling.md")
 BEGIN_MEMORY = "<!-- memory: written by `python -m coordexp.reporting.reference` -->"
 END_MEMORY = "<!-- end of memory -->"
+BEGIN_HOURS = "<!-- hours: written by `python -m coordexp.reporting.reference` -->"
+END_HOURS = "<!-- end of hours -->"
 SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
 END = "<!-- end of results -->"
@@ -269,69 +268,6 @@ def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", page)
 
 
-# The step that both pages describe: one pack, of it the visual tokens; all others are supervised.
-PACK_TOKENS, IMAGE_TOKENS = 8192, 5120
-PROCESSES = 8
-_FULL = TuningConfig(
-    method="full",
-    vision="train",
-    projector="train",
-    language="train",
-    rank=64,
-    alpha=128.0,
-    dropout=0.0,
-    activations="recompute",
-    vision_activations="recompute",
-)
-_LORA = _FULL.model_copy(update={"method": "lora"})
-_KEEP = _FULL.model_copy(update={"activations": "keep", "vision_activations": "keep"})
-_ONE_DEVICE = (
-    ("2b", _FULL, "adamw", "all, AdamW"),
-    ("4b", _FULL, "adamw", "all, AdamW"),
-    ("4b", _KEEP, "adamw", "all, AdamW, `activations: keep`"),
-    ("4b", _FULL, "adamw_8bit", "all, `adamw_8bit`"),
-    ("4b", _LORA, "adamw", "LoRA of rank 64"),
-    ("8b", _FULL, "adamw", "all, AdamW"),
-    ("8b", _LORA, "adamw", "LoRA of rank 64"),
-)
-_MEMORY_COLUMNS = ("weights, gradients, moments", "whole step")
-
-
-def one_device_table() -> str:
-    """What one device holds, by size of the model and by what trains."""
-    rows = [
-        [size.upper(), trains, *_cells(_step(size, tuning, optimizer))]
-        for size, tuning, optimizer, trains in _ONE_DEVICE
-    ]
-    return table(["model", "trains", *_MEMORY_COLUMNS], rows, "llrr")
-
-
-def sharded_table() -> str:
-    """What each of several processes holds with sharded states, beside one process without."""
-    from coordexp.doctor.memory import sharded_memory
-    from coordexp.models.sizes import qwen3_vl_config
-
-    rows = []
-    for size in ("4b", "8b"):
-        whole = _step(size, _FULL, "adamw")
-        spread = sharded_memory(whole, qwen3_vl_config(size).to_dict(), PROCESSES)
-        rows.append([f"{size.upper()}, one process", *_cells(whole)])
-        rows.append([f"{size.upper()}, {PROCESSES} processes", *_cells(spread)])
-    return table(["model, all weights, AdamW", *_MEMORY_COLUMNS], rows, "lrr")
-
-
-def _step(size: str, tuning: TuningConfig, optimizer: str) -> Memory:
-    from coordexp.doctor.memory import step_memory  # loads transformers
-    from coordexp.models.sizes import qwen3_vl_config
-
-    config = qwen3_vl_config(size).to_dict()
-    return step_memory(config, tuning, optimizer, PACK_TOKENS, IMAGE_TOKENS, PACK_TOKENS - IMAGE_TOKENS)
-
-
-def _cells(memory: Memory) -> list[str]:
-    return [f"{n_bytes / 1e9:.0f} GB" for n_bytes in (memory.states, memory.total)]
-
-
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
     readme, results = (root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root)
@@ -340,9 +276,12 @@ def pages(root: Path) -> dict[Path, str]:
         METRICS_PAGE: metrics_markdown(),
         README: with_block(readme, BEGIN, END, results, str(README)) if results else readme,
     }
-    for page, block in ((PRODUCTION_PAGE, one_device_table()), (SCALING_PAGE, sharded_table())):
-        text = (root / page).read_text(encoding="utf-8")
-        written[page] = with_block(text, BEGIN_MEMORY, END_MEMORY, block, str(page))
+    figures = measured(root)
+    production, scaling = ((root / page).read_text(encoding="utf-8") for page in (PRODUCTION_PAGE, SCALING_PAGE))
+    production = with_block(production, BEGIN_MEMORY, END_MEMORY, one_device_table(figures), str(PRODUCTION_PAGE))
+    hours = hours_table(root, figures)
+    written[PRODUCTION_PAGE] = with_block(production, BEGIN_HOURS, END_HOURS, hours, str(PRODUCTION_PAGE))
+    written[SCALING_PAGE] = with_block(scaling, BEGIN_MEMORY, END_MEMORY, sharded_table(), str(SCALING_PAGE))
     return written
 
 
