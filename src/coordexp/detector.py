@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -262,7 +262,7 @@ class Detector:
                     raise found
                 yield found
 
-    def attempt(self, images: Iterable[Picture]) -> Iterator[Detections | PictureError]:
+    def attempt(self, images: Iterable[Picture]) -> Generator[Detections | PictureError, None, None]:
         """As `stream`; a picture that cannot be read has its error in the answer's place."""
         # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
         # sees: upright, losslessly, and already at its size.

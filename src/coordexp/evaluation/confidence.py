@@ -102,8 +102,10 @@ def threshold_curve(table: DetectionTable, matches_K: list[CategoryMatches]) -> 
 
 def best_threshold(curve: Sequence[dict[str, float]]) -> dict[str, float | None]:
     """The highest F1 of a threshold curve, and the score from which on predictions count there."""
-    best = max(curve, key=lambda row: row["f1"], default=None)
-    return {"best_f1_50": best and best["f1"], "best_threshold_50": best and best["threshold"]}
+    if not curve:
+        return {"best_f1_50": None, "best_threshold_50": None}
+    best = max(curve, key=lambda row: row["f1"])
+    return {"best_f1_50": best["f1"], "best_threshold_50": best["threshold"]}
 
 
 def oracle_scores(table: DetectionTable, pairs: Pairs | None = None) -> Floats:
