@@ -446,12 +446,13 @@ def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
     assert [r.image for r in records] == ["1.png", "2.png", "3.png"]
     assert [[o.bbox_xyxy_px for o in r.objects] for r in records] == [
         [(0.0, 0.0, 60.0, 40.0), (1.0, 2.0, 11.0, 12.0)],
-        [(50.0, 40.0, 64.0, 48.0)],
+        [(1.0, 1.0, 6.0, 6.0), (50.0, 40.0, 64.0, 48.0)],
         [],
     ]
+    assert records[1].objects[0].metadata == {"iscrowd": 1, "lost": "unknown_category"}
     assert records[0].objects[0].metadata == {"iscrowd": 1}
     assert done.out.splitlines() == [
-        f"{coco.out}: 3 images, 3 objects, 1 of them crowd regions",
+        f"{coco.out}: 3 images, 4 objects, 2 of them crowd regions",
         f"  {coco.annotations}: annotations[4]: unknown_category (category_id 9)",
         f"  {coco.annotations}: image 1, annotations[0]: area_invalid ('unknown')",
         f"  {coco.annotations}: image 2, annotations[3]: bbox_too_thin (corners 70, 10, 75, 15, image 64 x 48 px)",
@@ -501,7 +502,8 @@ def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
     done = run(*arguments, tmp_path / "set" / "data.yaml")
     assert (done.code, done.err) == (0, "")
     (record,) = read_records(out)
-    assert (record.image, [o.bbox_xyxy_px for o in record.objects]) == ("a.png", [(24.0, 12.0, 40.0, 36.0)])
+    assert [o.bbox_xyxy_px for o in record.objects if "lost" not in o.metadata] == [(24.0, 12.0, 40.0, 36.0)]
+    assert (record.image, len(record.objects)) == ("a.png", 2)
     assert done.out.splitlines()[-1] == "dropped: 1 boxes, unknown_category 1"
     (images / "a.png").write_bytes(b"no image")
     done = run(*arguments, tmp_path / "set" / "data.yaml")
@@ -511,7 +513,7 @@ def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": [{"id": 1, "file_name": "1.png"}]}, "expected COCO's instances layout"),
+        ({"images": [{"file_name": "1.png"}]}, "expected COCO's instances layout"),
         ({"images": [{"id": 1, "file_name": "../1.png", "width": 64, "height": 48}]}, "leaves the image root"),
         ({"annotations": None}, "annotations is null, expected a list, as in COCO's instances layout"),
         ({"images": [{"id": 1, "file_name": "1.png", "width": 0, "height": 48}]}, "image_size_invalid (0 x 48 px)"),

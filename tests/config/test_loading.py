@@ -69,7 +69,7 @@ def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     for parent in parents:
         node = node.setdefault(parent, {})
     if value is ...:
-        del node[name]
+        node.pop(name, None)
     else:
         node[name] = value
     return changed

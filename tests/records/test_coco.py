@@ -164,7 +164,7 @@ def test_every_annotation_is_an_object_or_a_drop_and_records_keep_the_contract(t
         annotation(box, image_id=int(rng.choice([3, 9, 77])), category_id=int(rng.choice([1, 5, 6]))) for box in boxes
     ]
     result = convert(tmp_path, *annotations)
-    assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin", "record_incomplete"}
+    assert set(result.drops) == {"unknown_image", "unknown_category", "bbox_too_thin"}
     inside = [row for row in annotations if row["bbox"][0] < 60 and row["bbox"][1] < 60]
     result = convert(tmp_path, *(row | {"bbox": [max(0, v) for v in row["bbox"]]} for row in inside))
     objects = [o for r in result.records for o in r.objects]

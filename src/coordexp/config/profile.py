@@ -60,16 +60,12 @@ class DatasetConfig(Block):
     format: Format = Field(description="format of the annotations")
     root: Text = Field(description="folder of the data set; a relative one starts at the repository")
     train: Text = Field(description="annotations of the training split, or none")
-    val: Text = Field(description="annotations of the val split, none, or auto: taken from the training split")
+    val: Text = Field(description="annotations of the val split, none, or auto (taken from train)")
     train_images: Text = Field(description="folder that file names of the training split start from")
     val_images: Text = Field(description="folder that file names of the val split start from")
     weight: float = Field(gt=0, le=100, description="how often each training record is used; a fraction takes a part")
     prompt: Literal["open", "closed", "listed", "phrase"] = Field(description="what training prompts ask for")
-    boxes: BoxForm = Field(
-        default="format",
-        description="what the numbers of a box are: what the format says, or instead pixels, fractions (0..1), "
-        "thousandths (0..1000), corners where the format has width and height, from_0 where it counts pixels from 1",
-    )
+    boxes: BoxForm = Field(default="format", description="what the numbers of a box are, if not what the format says")
 
 
 class DatasetsConfig(Block):
@@ -128,13 +124,11 @@ class RecordsConfig(Block):
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
     overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
-    same_picture: Literal["merge", "first", "keep"] = Field(
-        default="merge",
-        description="one picture, by content, several times in a split: join what agrees and stop at what contradicts "
-        "itself, keep the first record, or keep all",
+    same_picture: Literal["merge", "first", "file", "keep"] = Field(
+        default="merge", description="records of one content in a split: join, keep the first, join by file, keep all"
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="sets with `val: auto`: fraction of their training pictures that become val"
+        default=0.1, description="val: auto: fraction of the training pictures that become val"
     )
 
 

@@ -53,7 +53,7 @@ from coordexp.records.twins import join_same_pictures
 FILE_POLICIES = RecordsConfig(
     dev_images=1, crowd="ignore", truncated="keep", min_side_px=1.0, min_inside=0.0, polygons="drop", max_objects=0,
     over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, negative_rate=0.0, flip=0.0,
-    crop=0.0, scale_jitter=0.0, overlap="error",
+    crop=0.0, scale_jitter=0.0, overlap="error", same_picture="file",
 )  # fmt: skip
 SAMPLE_IMAGES = "images"  # in a sample, a link to the root of the set
 

@@ -197,7 +197,7 @@ def _object(
     if reason:
         place = _place(found, width, height, config.min_side_px)
         region = ObjectRecord(name, place, metadata={"iscrowd": 1, "lost": reason}) if place else None
-        return Lost(reason, detail, region, leaves_gap=place is None)
+        return Lost(reason, detail, region)  # a box outside of the image leaves no gap in it
     is_region = obj.iscrowd and config.crowd == "ignore"
     metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
     if config.polygons == "keep" and obj.rings:

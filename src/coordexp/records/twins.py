@@ -18,7 +18,7 @@ from coordexp.records.schema import ObjectRecord, Record
 from coordexp.records.sources.base import Problem
 from coordexp.records.store import RecordStore
 
-Policy = Literal["merge", "first", "keep"]
+Policy = Literal["merge", "first", "file", "keep"]
 SAME_IOU = 0.9  # above, two boxes are one
 OTHER_IOU = 0.5  # below, they are of two objects; between, somebody drew one object twice
 MAX_DOUBTFUL = 0.2  # fraction of the objects of the smaller record that may be in doubt
@@ -40,10 +40,13 @@ def join_same_pictures(records: RecordStore, content: Mapping[str, str], policy:
     Args:
         records: of all sets, with settled names. Questions about a picture stay apart.
         content: image -> hash of its file.
-        policy: `merge` joins what agrees, `first` keeps the first record only, `keep` keeps all.
+        policy: `merge` joins what agrees, `first` keeps the first record only, `file` joins those of one file, whatever
+            its content, `keep` keeps all.
     """
     if policy == "keep":
         return Joined(records)
+    if policy == "file":
+        content = {r.image: r.image for r in records}
     counts = Counter(content[r.image] for r in records if _is_whole(r))
     repeated = {c for c, n in counts.items() if n > 1 and c}
     if not repeated:
