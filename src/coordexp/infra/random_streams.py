@@ -36,7 +36,7 @@ STREAMS = {
     "rollout/images": Stream("training images that get a rollout", mixed=(2,)),
     "monitor/images": Stream("dev images of the evaluation during training", mixed=(3,), seeded=False),
     "evaluation/resamples": Stream("images of each bootstrap resample"),
-    "evaluation/dealt": Stream("to which image each answer is dealt, of the blind control", mixed=(4,)),
+    "evaluation/dealt": Stream("to which image each answer is dealt, of the blind control", mixed=(1001,)),
     "gallery/images": Stream("pictures of the gallery beside the telling ones"),
     "model/coordinate-rows": Stream("directions along which `coord_init: ordinal` orders the new rows"),
     "decode/answer": Stream("tokens sampled in memory; index: image id", stride=_FAR),
