@@ -87,6 +87,11 @@ def stream_seed(seed: int, name: str, index: int = 0) -> int:
     return (seed + stream.added + stream.stride * index) % stream.modulus
 
 
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of one of several answers to one question; draw 0 has `seed` itself, the others those after it."""
+    return seed + draw
+
+
 def repetition_seed(seed: int, repetition: int) -> int:
     """The seed of one repetition of a training stage; repetition 0 has `seed` itself."""
     return seed + _REPETITIONS * repetition

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from coordexp.config.schema import DecodeParams
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.infra.foreign import strict_json
+from coordexp.infra.random_streams import draw_seed
 from coordexp.packing.samples import Sample
 from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
@@ -186,7 +187,7 @@ def answer_seeds(samples: Sequence[Sample], seed: int) -> list[int]:
     seeds = []
     for sample in samples:
         key = sample.image_id, question_of(sample)
-        seeds.append(seed + listed[key])
+        seeds.append(draw_seed(seed, listed[key]))
         listed[key] += 1
     return seeds
 
