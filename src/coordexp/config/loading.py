@@ -166,9 +166,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return parse_yaml(PARAMETERS.read_text(path), str(path))
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name `where` it stands."""
-    tree = _yaml_value(text, where)
+def parse_yaml(text: str, where: str, any_keys: bool = False) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name `where` it stands.
+
+    Keys of parameters are text; with `any_keys` they may be numbers, as in files of others.
+    """
+    tree = _yaml_value(text, where, any_keys)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: holds {_found(tree)}, expected `key: value` lines.")
     return tree
@@ -184,7 +187,7 @@ def parse_value(text: str) -> Any:
         ) from error
 
 
-def _yaml_value(text: str, where: str) -> Any:
+def _yaml_value(text: str, where: str, any_keys: bool = False) -> Any:
     """The value of a YAML text: plain values, lists and mappings from text, each written out where it stands."""
     try:
         if "&" in text and any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
@@ -200,7 +203,8 @@ def _yaml_value(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: nested deeper than {PARAMETERS.max_depth}, expected blocks and lists.") from error
     except _YAML_FAULTS as error:  # a value that is not what its tag or its digits promise
         raise ConfigError(f"{where}: not valid YAML ({error}). Quote the value, or correct it.") from error
-    _check_keys(value, where, ())
+    if not any_keys:
+        _check_keys(value, where, ())
     return value
 
 

@@ -115,7 +115,7 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
     if _depth(text) > MAX_YAML_DEPTH:
         raise DataError(f"{path}: nested too deeply; expected {expected}.")
     try:
-        return parse_yaml(text, str(path))
+        return parse_yaml(text, str(path), any_keys=True)
     except ConfigError as error:
         raise DataError(f"{error} Expected {expected}.") from error
     except (RecursionError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
