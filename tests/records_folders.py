@@ -229,7 +229,7 @@ def hub_table(pictures: Sequence[Annotated], contents: Sequence[bytes]) -> pa.Ta
         {
             "image_id": i, "image": {"bytes": content, "path": p.name}, "width": p.size[0], "height": p.size[1],
             "objects": {
-                "bbox": [[1.0 * x1, 1.0 * y1, 1.0 * (x2 - x1), 1.0 * (y2 - y1)] for _, (x1, y1, x2, y2), _ in p.objects],
+                "bbox": [[1.0 * x1, 1.0 * y1, 1.0 * (x2 - x1), 1.0 * (y2 - y1)] for _, (x1, y1, x2, y2), _ in p.objects],  # noqa: E501
                 "category": [NAMES.index(desc) for desc, _, _ in p.objects],
                 "iscrowd": [crowd for _, _, crowd in p.objects],
             },
