@@ -318,7 +318,7 @@ def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, eng
 def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Detector.from_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="codec: found 'xml'"):
+    with pytest.raises(CheckpointError, match="codec is 'xml'"):
         Detector.from_checkpoint(saying(folder, tmp_path / "odd", codec="xml"))
     assert issubclass(CheckpointError, CoordExpError)
 

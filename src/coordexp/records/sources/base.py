@@ -152,6 +152,8 @@ class ImageNames:
         plain = self.files.image_name(name)
         if not isinstance(name, str) or not isinstance(plain, str) or self.exists(plain):
             return plain
+        if ".." in name.replace("\\", "/").split("/"):  # leaves the image folder, whatever it means
+            return plain
         candidates = [self.files.image_name(c) for c in dict.fromkeys(self._other_spellings(name))]
         named = (str(c) for c in candidates if self.exists(str(c)))
         stems = (found for c in candidates if (found := self.of_stem(str(c).rsplit(".", 1)[0])))
