@@ -39,8 +39,9 @@ from coordexp.evaluation.registry import PROTOCOL_KEYS, view
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table, input_metrics
 from coordexp.evaluation.training_matching import rollout_metrics
+from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.gt_vs_pred import ImageResult, own_lines
 
 Areas = dict[str, dict[str, Any]]  # area -> metric -> value
 
@@ -54,7 +55,8 @@ class Evaluation:
         per_image: one row per image, by image id: what is needed to choose the images worth looking at.
         pr_curve: `recall` (101 points), `precision_50` and `precision_75` (means over categories).
         details: tables beside the metrics: `per_category`, `by_area`, `by_side_px`, `by_gt_count`, `reliability`,
-            `scores` (the AP that each score would reach), `worst_duplicates`, `coco_backend`.
+            `scores` (the AP that each score would reach), `worst_duplicates`, `coco_backend`, and where there are
+            probes `by_tier`.
         samples: metric -> its value in each bootstrap resample, shape (B,).
         table: the checked input.
         params: what all of this was computed under.
@@ -91,12 +93,14 @@ def evaluate(
         params: thresholds, mapping of descriptions and number of resamples.
         matching: the training-time matching of the `rollout` area.
         seed: of the resamples.
-        federated: LVIS's labels; with them there is also the area `lvis`.
+        federated: LVIS's labels; with them there is also the area `lvis`. Where results hold probes, there are
+            `vocabulary` and `vocabulary_blind`; all other areas are about the line of each image itself.
 
     Raises:
         ConfigError: descriptions are to be mapped by meaning, and the text encoder is not installed.
         DataError: the results break their contract (see table.py).
     """
+    lines, results = results, own_lines(results)
     table = build_table(results, categories, params)
     everything = Matched.of(table, params)
     duplicates = find_duplicates(table, min(params.duplicate_ious))
@@ -122,12 +126,17 @@ def evaluate(
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated)
         samples |= _resample_lvis(everything, federated, weights_BI)
-    keys = (*view("intervals", params), *(view("lvis intervals", params) if federated else ()))
+    keys = [*view("intervals", params), *(view("lvis intervals", params) if federated else ())]
+    details = _details(everything, coco, duplicates, params) | {"scores": scores}
+    if len(lines) > len(results):
+        areas, of_vocabulary, details["by_tier"] = vocabulary_metrics(lines, categories, params, seed)
+        metrics, samples = metrics | areas, samples | of_vocabulary
+        keys += view("vocabulary", params)
     return Evaluation(
         metrics=metrics | {"interval": {key: _interval(metrics, samples, key) for key in keys}},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
         pr_curve=_pr_curve(coco),
-        details=_details(everything, coco, duplicates, params) | {"scores": scores},
+        details=details,
         samples=samples,
         table=table,
         params=params,
@@ -164,7 +173,8 @@ def _value(metrics: Areas, key: str) -> float | None:
 
 
 def _subsets(table: DetectionTable) -> dict[str, list[int]]:
-    return {"known": table.index.rows("train"), "held_out": table.index.rows("held_out")}
+    known = table.index.rows("train")
+    return {"known": known, "held_out": sorted(set(range(len(table.index))) - set(known))}
 
 
 def _coco_metrics(table: DetectionTable, coco: CocoResult) -> dict[str, float | int | None]:

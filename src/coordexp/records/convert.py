@@ -10,14 +10,14 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordexp.config.profile import NO_SPLIT, DatasetConfig, Format, RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.categories import Category
+from coordexp.records.categories import Category, Split
 from coordexp.records.images import ImageFacts
 from coordexp.records.losses import (
     NOTHING_LOST,
@@ -29,7 +29,16 @@ from coordexp.records.losses import (
     refuse_losses,
 )
 from coordexp.records.manifest import READERS, SPLITS, Watch, inspect_all, located, open_split, read_manifest
-from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
+from coordexp.records.mixing import (
+    SetNames,
+    overlap,
+    probes,
+    repeat_by_weight,
+    split_dev,
+    with_prompt,
+    with_unique_ids,
+    with_views,
+)
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import to_records
 from coordexp.records.schema import Record, write_records
@@ -38,8 +47,9 @@ from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFi
 # What `coordexp convert` does with the unusual; its options change `crowd` and `max_lost`.
 FILE_POLICIES = RecordsConfig(
     dev_images=1, crowd="ignore", truncated="keep", min_side_px=1.0, min_inside=0.0, polygons="drop", max_objects=0,
-    over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, negative_rate=0.0, flip=0.0,
-    crop=0.0, scale_jitter=0.0, overlap="error",
+    over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, listed_present=1.0,
+    listed_hard=0.0, negative_rate=0.0, mixed_listed=0.0, mixed_phrase=0.0, flip=0.0, crop=0.0, scale_jitter=0.0,
+    overlap="error",
 )  # fmt: skip
 SAMPLE_IMAGES = "images"  # in a sample, a link to the root of the set
 
@@ -78,12 +88,16 @@ class Converted:
         trained = {o.desc for r in self.splits["train"] for o in r.objects}
         found = {o.desc for r in self.splits["val"] for o in r.objects}
         declared = [c for categories in self.declared.values() for c in categories]
-        says_so = any(c.split == "held_out" for c in declared)
-        trained |= {c.name for c in declared if says_so and c.split == "train"}
+        marked: dict[str, Split] = {c.name: c.split for c in declared if c.split != "train"}
+        trained |= {c.name for c in declared if marked and c.split == "train"}
+
+        def split_of(name: str) -> Split:
+            return "train" if name in trained else marked.get(name, "held_out")
+
         if len(self.declared) == 1 and found <= {c.name for c in declared}:
-            return [replace(c, split="train" if c.name in trained else "held_out") for c in declared]
+            return [replace(c, split=split_of(c.name)) for c in declared]
         names = sorted(found | {c.name for c in declared})
-        return [Category(i, name, "train" if name in trained else "held_out") for i, name in enumerate(names, 1)]
+        return [Category(i, name, split_of(name)) for i, name in enumerate(names, 1)]
 
     def summary(self) -> list[str]:
         """What is there, examples of what was not kept, and counts of it by reason: a line each."""
@@ -165,12 +179,24 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
     result.splits = {}
     for split, records in splits.items():
-        of_set = ((r, r.image.partition("/")[0]) for r in records)
-        result.splits[split] = [
-            with_prompt(r, sets[name].prompt, names[name], config, seed, split == "train") for r, name in of_set
-        ]
+        result.splits[split] = [r for record in records for r in _asked(record, split, sets, names, config, seed)]
     refuse_empty(result.splits)
     return result
+
+
+def _asked(
+    record: Record,
+    split: str,
+    sets: Mapping[str, DatasetConfig],
+    names: Mapping[str, SetNames],
+    config: RecordsConfig,
+    seed: int,
+) -> list[Record]:
+    """The record with its prompt, and the probes of its image."""
+    name = record.image.partition("/")[0]
+    kind = sets[name].prompt
+    asked = with_prompt(record, kind, names[name], config, seed, split == "train")
+    return [asked, *(probes(record, names[name], config, seed) if split == "val" and kind == "mixed" else ())]
 
 
 def _readings(dataset: DatasetConfig, config: RecordsConfig) -> dict[str, Reading]:
@@ -195,9 +221,11 @@ def _of(records: Iterable[Record], name: str) -> list[Record]:
     return [r for r in records if r.image.startswith(f"{name}/")]
 
 
-def _names(declared: Iterable[Category], records: Iterable[Record]) -> list[str]:
-    """The names that a set annotates: the declared ones, or those that occur."""
-    return [c.name for c in declared] or sorted({o.desc for r in records for o in r.objects})
+def _names(declared: Sequence[Category], records: Iterable[Record]) -> SetNames:
+    """The names that a set annotates (the declared ones, or those that occur), and those of training."""
+    if not declared:
+        return SetNames.of(names := sorted({o.desc for r in records for o in r.objects}), names)
+    return SetNames.of([c.name for c in declared], [c.name for c in declared if c.split == "train"])
 
 
 def convert_file(

@@ -140,7 +140,9 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
     is_base = folder == model_folder(model.path)
     form = load_format(folder, model.min_pixels, model.max_pixels) if is_base else load_format(folder)
     store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
-    samples = [store[i] for i in range(min(run.profile.eval.images or len(store), len(store)))]
+    images = store.images()
+    chosen = set(list(dict.fromkeys(images))[: run.profile.eval.images or None])
+    samples = [store[i] for i, image in enumerate(images) if image in chosen]  # probes with their image
     identity = decode_identity(folder, samples[0], request)
     batch_images = run.profile.rollout.batch_images
     generations, checkpoint, seconds = generate_answers(
@@ -154,7 +156,7 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path) -> dict[str, 
         "codec": form.codec,
         "identity": identity,
         "settings": request.params.model_dump(exclude=READOUT_KEYS),
-        "images": len(samples),
+        "images": len(chosen),
         "tokens": sum(answer.result.n_generated_tokens for answer in decoded),
     }
     write_decoded(out, decoded, summary)
