@@ -131,7 +131,7 @@ class RecordsConfig(Block):
         description="prompt listed: fraction of its absent names that share a word with a name present"
     )
     negative_rate: Fraction = Field(
-        description="prompts listed and mixed: fraction of listed ones and phrases that name only what is absent"
+        description="prompts listed, mixed: fraction of those with names that name only absent ones"
     )
     mixed_listed: Fraction = Field(description="prompt mixed: fraction of training records that list names")
     mixed_phrase: Fraction = Field(description="prompt mixed: fraction that give one name; the rest ask for everything")
