@@ -135,7 +135,8 @@ class _Labels:
         self._plain = [label for label in catalog.tiers["train"] if label.color is None]
         self._pairs = [label for label in catalog.tiers["train"] if label.color is not None]
         self._plain_fraction = source.plain_fraction
-        self._fractions = source.held_out.model_dump() if is_val else {"phrase": UNWRITTEN_FRACTION if unwritten else 0}
+        fractions = source.held_out.model_dump() if is_val else {"phrase": UNWRITTEN_FRACTION if unwritten else 0.0}
+        self._held_out = [(labels, fractions.get(tier, 0.0)) for tier, labels in catalog.tiers.items()]
         self._used: dict[str, Label] = {}  # by noun
 
     def draw(self) -> Label:
@@ -149,14 +150,14 @@ class _Labels:
 
     def _draw(self) -> Label:
         at = self._rng.random()
-        for tier, fraction in self._fractions.items():
+        for labels, fraction in self._held_out:
             if at < fraction:
-                return self._one_of(self._catalog.tiers[tier])
+                return self._one_of(labels)
             at -= fraction
         return self._one_of(self._plain if self._rng.random() < self._plain_fraction else self._pairs)
 
     def _one_of(self, labels: Sequence[Label]) -> Label:
-        return labels[self._rng.integers(len(labels))]
+        return labels[int(self._rng.integers(len(labels)))]
 
     def render(self, label: Label, side_px: int) -> NDArray[np.float32]:
         """One of the pictures of a noun in the label's color, float RGBA."""

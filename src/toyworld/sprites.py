@@ -125,7 +125,7 @@ def labels_of(row: Mapping[str, Any], colors: Sequence[str]) -> list[Label]:
         tier_of: dict[str, Split] = {c: "strict" for c in row["strict"]} | {c: "phrase" for c in row["phrase"]}
         plain = [Label(noun, None, "train")] if row["plain"] else []
         return [*plain, *(Label(noun, color, tier_of.get(color, "train")) for color in colors)]
-    tier: Split = {"plain_only": "plain_only", "never": "never"}[use]
+    tier: Split = "plain_only" if use == "plain_only" else "never"
     return [Label(noun, None, "train" if use == "plain_only" else tier), *(Label(noun, c, tier) for c in colors)]
 
 

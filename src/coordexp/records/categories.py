@@ -20,7 +20,6 @@ from coordexp.errors import DataError
 from coordexp.records.descriptions import normalise_desc
 
 Split = Literal["train", "held_out", "strict", "phrase", "plain_only", "never"]
-SPLITS_OF_NAMES: frozenset[str] = frozenset(get_args(Split))
 Frequency = Literal["r", "c", "f"]
 _EXPECTED = "expected a categories.json, as `convert` writes it"
 
@@ -38,6 +37,12 @@ class Category:
         """Plain JSON value, without a frequency where the source has none."""
         row: dict[str, Any] = {"id": self.id, "name": self.name, "split": self.split}
         return row | ({"frequency": self.frequency} if self.frequency else {})
+
+
+def as_split(value: object) -> Split | None:
+    """The split of this name; None if there is none."""
+    splits: tuple[Split, ...] = get_args(Split)
+    return next((split for split in splits if split == value), None)
 
 
 def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:
@@ -76,8 +81,7 @@ def _category(row: object, where: str) -> Category:
     if frequency in (None, "r", "c", "f"):
         match row:
             case {"id": int(id_), "name": str(name), **rest} if name.strip():
-                split = rest.get("split", "train")
-                if split in SPLITS_OF_NAMES:
+                if split := as_split(rest.get("split", "train")):
                     return Category(id_, name, split, frequency)
     raise DataError(
         f"{where} is {row!r}, expected an integer id, a name, split {', '.join(get_args(Split))}, frequency r, c or f."

@@ -116,8 +116,8 @@ _AREAS = {
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
     "vocabulary": (
-        "Only with probes (prompt `mixed`): COCO AP by how names are held out (`records/categories.py`) and by what was "
-        "asked, answers beside rivals, and refusals (`evaluation/vocabulary.py`)."
+        "Only with probes (prompt `mixed`): COCO AP by how names are held out (`records/categories.py`) and by what "
+        "was asked, answers beside rivals, and refusals (`evaluation/vocabulary.py`)."
     ),
     "vocabulary_blind": "The same numbers of the same answers dealt to other images: what is reached without looking.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",

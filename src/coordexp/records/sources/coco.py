@@ -13,13 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pycocotools import mask
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box
-from coordexp.records.categories import Category, Split
+from coordexp.records.categories import Category, as_split
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
     Problem,
@@ -192,17 +192,15 @@ def load_instances(path: Path, names_images: bool = True, polygons: bool = True)
         _check_section(source[section], section, f"{path}: {section}", skipped)
     images = {image_id: _with_size(image) for image_id, image in _by_id(source["images"])}
     rows = dict(_by_id(source["categories"]))
-    categories = tuple(Category(key, row["name"], _split_of(row.get("supercategory"))) for key, row in rows.items())
+    # A file may mark names that training must not know, by how they are held out.
+    categories = tuple(
+        Category(key, row["name"], as_split(row.get("supercategory")) or "train") for key, row in rows.items()
+    )
     instances = Instances(path, images, categories, rows, defaultdict(list), [])
     seen: set[Any] = set()
     for i, annotation in enumerate(source["annotations"]):
         _place(i, annotation, instances, seen)
     return instances
-
-
-def _split_of(supercategory: Any) -> Split:
-    """A file may mark names that training must not know, by how they are held out (`records.categories`)."""
-    return next((split for split in get_args(Split) if split == supercategory), "train")
 
 
 def _by_id(entries: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
