@@ -110,13 +110,7 @@ def evaluate(
     metrics: Areas = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
-        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
-        "protocol": protocol_metrics(everything, positive),
-        "rollout": rollout_metrics(table, matching),
-        "parse": parse_metrics(results) | soundness_metrics(results, table),
-        "input": input_metrics(results, table),
-        "set": set_metrics(table, everything.by_iou, duplicates, params),
-        "guarded": nms_metrics(everything, after_nms, params),
+        **_areas(results, everything, positive, after_nms, duplicates, params, matching),
         "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score),
     }
     weights_BI = resample_weights(table.n_images, params.bootstrap_resamples, seed)
@@ -126,12 +120,12 @@ def evaluate(
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated)
         samples |= _resample_lvis(everything, federated, weights_BI)
-    keys = [*view("intervals", params), *(view("lvis intervals", params) if federated else ())]
     details = _details(everything, coco, duplicates, params) | {"scores": scores}
-    if len(lines) > len(results):
-        areas, of_vocabulary, details["by_tier"] = vocabulary_metrics(lines, categories, params, seed)
-        metrics, samples = metrics | areas, samples | of_vocabulary
-        keys += view("vocabulary", params)
+    if has_probes := len(lines) > len(results):
+        areas, resampled, details["by_tier"] = vocabulary_metrics(lines, categories, params, seed)
+        metrics, samples = metrics | areas, samples | resampled
+    shown = {"intervals": True, "lvis intervals": bool(federated), "vocabulary": has_probes}
+    keys = [key for name, is_shown in shown.items() if is_shown for key in view(name, params)]
     return Evaluation(
         metrics=metrics | {"interval": {key: _interval(metrics, samples, key) for key in keys}},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
@@ -144,8 +138,30 @@ def evaluate(
     )
 
 
+def _areas(
+    results: Sequence[ImageResult],
+    everything: Matched,
+    positive: Matched,
+    after_nms: Matched,
+    duplicates: Duplicates,
+    params: EvalParams,
+    matching: MatchingParams,
+) -> Areas:
+    """Areas that need neither COCO's evaluator nor other scores."""
+    table = everything.table
+    return {
+        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
+        "protocol": protocol_metrics(everything, positive),
+        "rollout": rollout_metrics(table, matching),
+        "parse": parse_metrics(results) | soundness_metrics(results, table),
+        "input": input_metrics(results, table),
+        "set": set_metrics(table, everything.by_iou, duplicates, params),
+        "guarded": nms_metrics(everything, after_nms, params),
+    }
+
+
 def _interval(metrics: Areas, samples: Mapping[str, Floats], key: str) -> Any:
-    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key)
+    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key and "_to_" not in key)
 
 
 def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:

@@ -54,7 +54,7 @@ def goals_table(data: ReportData) -> str:
         blind = key.replace(".", "_blind.", 1)
         by_chance = number(metric(data.metrics, "stage2", blind)) if blind in data.metrics.index else MISSING
         rows.append([f"`{key}`", least, *cells, by_chance])
-    header = ["metric", "at least", *names, "stage2, blind"]
+    header = ["goal", "at least", *names, "stage2, blind"]
     return table(header, rows, "l" + "r" * (len(header) - 1)) if rows else ""
 
 
