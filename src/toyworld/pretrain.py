@@ -253,7 +253,7 @@ def set_names(declared: Sequence[Category]) -> SetNames:
 
 def records_config(changes: Mapping[str, Any]) -> RecordsConfig:
     """How prompts and views are drawn: the policies for single files, with these changes."""
-    return RecordsConfig.model_validate(FILE_POLICIES.model_dump() | changes)
+    return RecordsConfig.model_validate({**FILE_POLICIES.model_dump(), **changes})
 
 
 def prepare_base_samples(

@@ -175,10 +175,10 @@ def _by_tier(parts: Mapping[str, _Part]) -> list[dict[str, Any]]:
             located = np.flatnonzero(matches.at(_LOCATED_IOU) & tier_G[matches.gt_M])
             pairs = [(names[part.table.gt_category_G[matches.gt_M[m]]], answers[matches.pred_M[m]]) for m in located]
             n_gt, n_located = int(tier_G.sum()), len(located)
-            agree = {
+            agree: dict[str, list[bool]] = {
                 "first_word": [truth[0] == found[0] for truth, found in pairs],
                 "last_word": [truth[-1] == found[-1] for truth, found in pairs],
-                "exact": matches.same_name_M[located],
+                "exact": matches.same_name_M[located].tolist(),
             }
             rows.append(
                 {"asked": asked, "tier": tier, "n_gt": n_gt, "located": n_located / n_gt if n_gt else None}
