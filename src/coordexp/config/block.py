@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
@@ -98,8 +98,7 @@ def expectation(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        least = "a non-empty list" if any(isinstance(m, MinLen) for m in field.metadata) else "a list"
-        size = least if ... in get_args(kind) else f"a list of {len(get_args(kind))}"
+        size = "a non-empty list" if ... in get_args(kind) else f"a list of {len(get_args(kind))}"
         return f"{size}, each item {expectation(list_item(field))}"
     assert kind in NOUNS, f"no words for the type {kind!r}"
     steps = [f", a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)]

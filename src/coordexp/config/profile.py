@@ -16,9 +16,8 @@ NO_SPLIT = "none"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
 # "coco.mAP >= 0.4": a metric and the least value that it should reach.
-Goals = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[A-Za-z0-9_]+ >= [0-9]+(\.[0-9]+)?$")], ...], Field(strict=False)
-]
+Goal = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[A-Za-z0-9_]+ >= [0-9]+(\.[0-9]+)?$")]
+Goals = Annotated[tuple[Goal, ...], Field(strict=False, min_length=1)]
 LrFactor = Annotated[float, Field(gt=0, le=100)]
 
 
