@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import OptimConfig, Profile, RolloutConfig, ScenesConfig
+from coordexp.config.profile import HeldOutConfig, OptimConfig, Profile, RolloutConfig, ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.detection_config import BASE, DetectionConfig
@@ -65,8 +65,10 @@ SCENES = ScenesConfig(
     small_fraction=0.1,
     crowd_fraction=0.3,
     distractors=2,
-    held_out_fraction=0.3,
+    plain_fraction=0.2,
+    held_out=HeldOutConfig(strict=0.2, phrase=0.1, plain_only=0.1, never=0.1),
 )
+NOTHING_HELD_OUT = HeldOutConfig(strict=0.0, phrase=0.0, plain_only=0.0, never=0.0)
 # Every family of terms at once, so that an equality of losses speaks for all of them.
 ALL_WEIGHTS = dict(
     text_ce=1.0, text_gate=0.1, softce=1.0, w1=10.0, gate=1.0, coord_ce=0.5, bbox_smoothl1=2.0, bbox_ciou=0.2
@@ -116,7 +118,7 @@ def catalog() -> SpriteCatalog:
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded tokenizer before the coordinate tokens are added."""
-    return build_tiny_tokenizer(catalog().descs)
+    return build_tiny_tokenizer(catalog().words)
 
 
 def new_checkpoint(seed: int = 17, init: str = "ordinal", codec: Codec = "json") -> Checkpoint:

@@ -26,7 +26,7 @@ from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, P
 from coordexp.records.images import read_rgb
 from coordexp.records.prediction_log import AnswerSource, read_rows
 from coordexp.records.schema import read_records
-from helpers import SCENES, catalog, save_model
+from helpers import NOTHING_HELD_OUT, SCENES, catalog, save_model
 from toyworld.composer import compose_scene
 from toyworld.model import build_tiny
 from toyworld.tokenizer import build_tiny_tokenizer
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one composed scene and a file that is no image."""
     source = SCENES.model_copy(
-        update={"min_side_px": 96, "max_side_px": 96, "max_objects": 2, "held_out_fraction": 0.0}
+        update={"min_side_px": 96, "max_side_px": 96, "max_objects": 2, "held_out": NOTHING_HELD_OUT}
     )
     path = tmp_path_factory.mktemp("scenes") / "scene.png"
     Image.fromarray(compose_scene(source, catalog(), 5, "val", 0).pixels).save(path)

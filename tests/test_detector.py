@@ -34,14 +34,14 @@ from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.hf_engine import GROUP_BATCHES
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.prompts import TASKS, question
-from helpers import MAX_PIXELS, SCENES, catalog, save_model
+from helpers import MAX_PIXELS, NOTHING_HELD_OUT, SCENES, catalog, save_model
 from toyworld.composer import compose_scene
 from toyworld.model import build_tiny
 from toyworld.tokenizer import build_tiny_tokenizer
 
 DESCS = ("red mug", "cat")
 BOXES_XYXY_PX = np.array([[10.0, 20.0, 50.5, 60.25], [0.0, 5.0, 118.0, 90.0]])
-SCENE = SCENES.model_copy(update={"min_side_px": 96, "max_side_px": 160, "held_out_fraction": 0.0})
+SCENE = SCENES.model_copy(update={"min_side_px": 96, "max_side_px": 160, "held_out": NOTHING_HELD_OUT})
 
 
 @pytest.fixture(scope="module")

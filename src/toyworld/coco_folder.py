@@ -31,10 +31,11 @@ class _Chunk:
     split: str
     first: int
     last: int
+    unwritten: float
 
 
-def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) -> None:
-    """Compose train and val in parallel processes.
+def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int, unwritten: float = 0.0) -> None:
+    """Compose train and val in parallel processes; `unwritten` as in `compose_scene`.
 
     The result does not depend on `workers`: each scene has its own random generator.
     """
@@ -42,7 +43,7 @@ def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) 
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
     with ProcessPoolExecutor(max_workers=workers) as pool:
         composed = {
-            split: pool.map(_compose_chunk, _chunks(source, seed + source.seed_offset, split, count))
+            split: pool.map(_compose_chunk, _chunks(source, seed + source.seed_offset, split, count, unwritten))
             for split, count in counts.items()
         }
         write_shards(out, {split: _pictures(split, chunks, rows[split]) for split, chunks in composed.items()})
@@ -51,9 +52,9 @@ def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) 
         write_text(out / ANNOTATIONS.format(split=split), json.dumps(_instances(rows[split], catalog)))
 
 
-def _chunks(source: ScenesConfig, seed: int, split: str, count: int) -> list[_Chunk]:
+def _chunks(source: ScenesConfig, seed: int, split: str, count: int, unwritten: float) -> list[_Chunk]:
     firsts = range(0, count, CHUNK_SCENES)
-    return [_Chunk(source, seed, split, first, min(first + CHUNK_SCENES, count)) for first in firsts]
+    return [_Chunk(source, seed, split, first, min(first + CHUNK_SCENES, count), unwritten) for first in firsts]
 
 
 def _pictures(
@@ -70,7 +71,7 @@ def as_datasets(folder: Path) -> DatasetsConfig:
     keys = {
         "format": "coco", "root": str(folder.absolute()), "train": ANNOTATIONS.format(split="train"),
         "val": ANNOTATIONS.format(split="val"), "train_images": "train", "val_images": "val", "weight": 1.0,
-        "prompt": "open",
+        "prompt": "mixed",
     }  # fmt: skip
     return DatasetsConfig(kind="datasets", verify="header", sets={folder.name: DatasetConfig.model_validate(keys)})
 
@@ -85,7 +86,7 @@ def _compose_chunk(chunk: _Chunk) -> list[tuple[dict[str, Any], bytes]]:
     catalog = _catalog_of_worker(Path(chunk.source.sprites))
     scenes = []
     for index in range(chunk.first, chunk.last):
-        scene = compose_scene(chunk.source, catalog, chunk.seed, chunk.split, index)
+        scene = compose_scene(chunk.source, catalog, chunk.seed, chunk.split, index, chunk.unwritten)
         jpeg = io.BytesIO()
         Image.fromarray(scene.pixels).save(jpeg, "JPEG", quality=JPEG_QUALITY)
         name, size = f"{index:06d}.jpg", scene.pixels.shape[:2]
@@ -95,8 +96,8 @@ def _compose_chunk(chunk: _Chunk) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, Any]:
-    """COCO's instances layout; category ids are 1-based, held-out names carry `supercategory: held_out`."""
-    category_ids = {desc: i for i, desc in enumerate(catalog.descs, 1)}
+    """COCO's instances layout; category ids are 1-based, and the supercategory of a name is its tier."""
+    category_ids = {label.name: i for i, label in enumerate(catalog.labels, 1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for row in rows:
@@ -115,7 +116,6 @@ def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, 
                 }
             )
     categories = [
-        {"id": i, "name": desc, "supercategory": "held_out" if desc in catalog.held_out else "train"}
-        for desc, i in category_ids.items()
+        {"id": category_ids[label.name], "name": label.name, "supercategory": label.tier} for label in catalog.labels
     ]
     return {"images": images, "annotations": annotations, "categories": categories}

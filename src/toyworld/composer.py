@@ -3,11 +3,13 @@
 Rules of the ground truth, stated once:
 * a box is the full (amodal) extent of the sprite, which always lies inside the image;
 * a placement is refused if it leaves any object less than `MIN_VISIBLE` of its pixels, or two boxes above `MAX_IOU`;
-* objects are listed in reading order (y1, x1).
+* objects are listed in reading order (y1, x1);
+* a noun is never both plain and tinted in one scene: whether "cat" means a red cat too is left open.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +18,15 @@ from numpy.typing import NDArray
 from coordexp.config.profile import ScenesConfig
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
 from toyworld.backgrounds import add_distractors, make_background
-from toyworld.sprites import Sprite, SpriteCatalog
+from toyworld.sprites import Label, SpriteCatalog
 
 SIDE_STEP_PX = 32
 MIN_VISIBLE = 0.6
 MAX_IOU = 0.35
 PLACEMENT_TRIES = 12
 SPLIT_CODES = {"train": 0, "val": 1}
+LABEL_TRIES = 8
+UNWRITTEN_FRACTION = 0.4  # of the objects of a scene with labels that training draws and never writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +76,26 @@ class _Canvas:
         return True
 
 
-def compose_scene(source: ScenesConfig, catalog: SpriteCatalog, seed: int, split: str, index: int) -> Scene:
-    """Compose the scene that (seed, split, index) names; the same arguments give the same bytes."""
+def compose_scene(
+    source: ScenesConfig, catalog: SpriteCatalog, seed: int, split: str, index: int, unwritten: float = 0.0
+) -> Scene:
+    """Compose the scene that (seed, split, index) names; the same arguments give the same bytes.
+
+    `unwritten` is the fraction of training scenes that show labels of the tier `phrase`: whoever asks for it must see
+    to it that no training writes them.
+    """
     rng = np.random.default_rng([seed, SPLIT_CODES[split], index])
     is_val = split == "val"
     width, height = (_draw_side(rng, source) for _ in range(2))
     canvas = _Canvas(make_background(rng, width, height, is_val))
     add_distractors(rng, canvas.pixels, int(rng.integers(source.distractors + 1)), is_val)
+    labels = _Labels(rng, source, catalog, is_val, not is_val and unwritten > 0 and rng.random() < unwritten)
     wanted = _draw_count(rng, source.max_objects)
     if rng.random() < source.crowd_fraction and wanted > 1:
-        _place_crowd(rng, source, catalog, canvas, min(wanted, 6))
+        _place_crowd(rng, labels, canvas, min(wanted, 6))
     while wanted > len(canvas.objects):
-        sprite = _draw_sprite(rng, catalog, source.held_out_fraction if is_val else 0.0)
         side = _draw_size(rng, source, min(width, height))
-        if not _place_anywhere(rng, canvas, sprite, side):
+        if not _place_anywhere(rng, labels, canvas, side):
             break  # the scene is full
     pixels = np.clip(canvas.pixels + rng.normal(0, 2.0, canvas.pixels.shape), 0, 255).astype(np.uint8)
     order = reading_order(as_boxes([o.bbox_xyxy_px for o in canvas.objects]))
@@ -114,43 +124,73 @@ def _draw_size(rng: np.random.Generator, source: ScenesConfig, side_px: int) -> 
     return max(8, round(side_px * float(np.exp(rng.uniform(np.log(low), np.log(high))))))
 
 
-def _draw_sprite(rng: np.random.Generator, catalog: SpriteCatalog, held_out_fraction: float) -> Sprite:
-    descs = catalog.held_out if rng.random() < held_out_fraction else catalog.seen
-    group = catalog.sprites[descs[rng.integers(len(descs))]]
-    return group[rng.integers(len(group))]
+class _Labels:
+    """What the objects of one scene are called, and how they look."""
+
+    def __init__(
+        self, rng: np.random.Generator, source: ScenesConfig, catalog: SpriteCatalog, is_val: bool, unwritten: bool
+    ) -> None:
+        self._rng = rng
+        self._catalog = catalog
+        self._plain = [label for label in catalog.tiers["train"] if label.color is None]
+        self._pairs = [label for label in catalog.tiers["train"] if label.color is not None]
+        self._plain_fraction = source.plain_fraction
+        fractions = source.held_out.model_dump() if is_val else {"phrase": UNWRITTEN_FRACTION if unwritten else 0.0}
+        self._held_out = [(labels, fractions.get(tier, 0.0)) for tier, labels in catalog.tiers.items()]
+        self._used: dict[str, Label] = {}  # by noun
+
+    def draw(self) -> Label:
+        """A label that goes with those drawn before."""
+        for _ in range(LABEL_TRIES):
+            label = self._draw()
+            before = self._used.setdefault(label.noun, label)
+            if (before.color is None) == (label.color is None):
+                return label
+        return before
+
+    def _draw(self) -> Label:
+        at = self._rng.random()
+        for labels, fraction in self._held_out:
+            if at < fraction:
+                return self._one_of(labels)
+            at -= fraction
+        return self._one_of(self._plain if self._rng.random() < self._plain_fraction else self._pairs)
+
+    def _one_of(self, labels: Sequence[Label]) -> Label:
+        return labels[int(self._rng.integers(len(labels)))]
+
+    def render(self, label: Label, side_px: int) -> NDArray[np.float32]:
+        """One of the pictures of a noun in the label's color, float RGBA."""
+        group = self._catalog.sprites[label.noun]
+        sprite = group[self._rng.integers(len(group))]
+        pixels = sprite.render(side_px, bool(self._rng.random() < 0.5), self._catalog.color_of(label))
+        pixels[..., :3] = np.clip(pixels[..., :3] * self._rng.uniform(0.8, 1.15), 0, 255)
+        return pixels
 
 
-def _render(rng: np.random.Generator, sprite: Sprite, side_px: int) -> NDArray[np.float32]:
-    pixels = sprite.render(side_px, flip=rng.random() < 0.5)
-    pixels[..., :3] = np.clip(pixels[..., :3] * rng.uniform(0.8, 1.15), 0, 255)
-    return pixels
-
-
-def _place_anywhere(rng: np.random.Generator, canvas: _Canvas, sprite: Sprite, side_px: int) -> bool:
-    pixels = _render(rng, sprite, side_px)
+def _place_anywhere(rng: np.random.Generator, labels: _Labels, canvas: _Canvas, side_px: int) -> bool:
+    label = labels.draw()
+    pixels = labels.render(label, side_px)
     height, width = canvas.pixels.shape[:2]
     h, w = pixels.shape[:2]
     for _ in range(PLACEMENT_TRIES):
         left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-        if canvas.try_place(pixels, left, top, sprite.desc):
+        if canvas.try_place(pixels, left, top, label.name):
             return True
     return False
 
 
-def _place_crowd(
-    rng: np.random.Generator, source: ScenesConfig, catalog: SpriteCatalog, canvas: _Canvas, count: int
-) -> None:
-    """Put up to `count` objects of one name side by side: where repeated boxes are born."""
+def _place_crowd(rng: np.random.Generator, labels: _Labels, canvas: _Canvas, count: int) -> None:
+    """Put up to `count` objects of one label side by side: where repeated boxes are born."""
     height, width = canvas.pixels.shape[:2]
-    sprite = _draw_sprite(rng, catalog, 0.0)
-    group = catalog.sprites[sprite.desc]
+    label = labels.draw()
     side = int(min(width, height) * rng.uniform(0.14, 0.26))
     left, top = rng.uniform(0, 0.35 * width), rng.uniform(0, height - side)
     for _ in range(count):
-        pixels = _render(rng, group[rng.integers(len(group))], max(8, round(side * rng.uniform(0.85, 1.15))))
+        pixels = labels.render(label, max(8, round(side * rng.uniform(0.85, 1.15))))
         h, w = pixels.shape[:2]
         y = int(np.clip(top + rng.normal(0, 0.12 * side), 0, height - h))
         if left + w > width:
             break
-        canvas.try_place(pixels, int(left), y, sprite.desc)
+        canvas.try_place(pixels, int(left), y, label.name)
         left += w * rng.uniform(0.75, 1.1)

@@ -9,27 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from coordexp.training.prefetch import Prefetcher
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
-from coordexp.config.profile import OptimConfig
+from coordexp.config.profile import OptimConfig, RecordsConfig
+from coordexp.evaluation.bootstrap import interval
+from coordexp.evaluation.evaluator import rounded
+from coordexp.evaluation.protocol import STANDARD
+from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.device import training_plan
+from coordexp.infra.files import write_text
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
 from coordexp.models.detection_config import BASE
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.models.processor import pixel_spec
-from coordexp.packing.collator import Collator, Segment, teacher_segment
+from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.records.convert import convert_file
+from coordexp.records.categories import Category
+from coordexp.records.convert import FILE_POLICIES, Converted, convert_file
+from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.mixing import SetNames, probes, repeat_by_weight, with_prompt, with_views
+from coordexp.records.schema import Record
+from coordexp.rollout.engine import DecodeRequest, greedy
+from coordexp.rollout.stages import make_reader
 from coordexp.text.codecs import NUMBER_FORMATS, Role, get_codec
+from coordexp.text.prompts import FORMAT_SUFFIXES
 from coordexp.training.distributed import Row
+from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import MicroBatch, train
 from coordexp.training.schedule import legs_schedule, step_items
 from coordexp.training.session import write_curve
@@ -105,30 +120,35 @@ class TextTask:
             for i, phase in enumerate(phases)
             for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i, "stage1/order")
         ]
+        self._batches = Prefetcher(self._batch_of, len(self._plan))
+
+    def _batch_of(self, step: int) -> Iterator[PackedBatch]:
+        phase, items = self._plan[step]
+        yield self._collators[phase]([digit_segment(self._stores[phase][i]) for i in items])
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """The whole step in one packed batch; logs the accuracy of each token role beside the losses."""
-        phase, items = self._plan[step]
-        batch = self._collators[phase]([digit_segment(self._stores[phase][i]) for i in items])
-        batch = batch.to(self._model.vlm.device)
-        hidden = hidden_states(self._model.vlm, batch)
-        logits = slot_logits(self._model.vlm, hidden, batch.text_slots).float()
-        weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
-        text_ce = (F.cross_entropy(logits, batch.text_targets, reduction="none") * weights).sum() / weights.sum()
-        log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
-        sigma = self._weights.localiser_sigma
-        q = gaussian_target(batch.coord_targets, sigma, int(4 * sigma))
-        localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
-        logs: Row = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
-        hit = (logits.argmax(-1) == batch.text_targets).float()
-        for role in (Role.DESC, Role.NUMBER, Role.CLOSE):
-            mask = batch.text_roles == int(role)
-            if bool(mask.any()):
-                logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean())
-        bins = torch.arange(NUM_BINS, dtype=torch.float32, device=log_p.device)
-        if len(q):
-            logs["localiser/bin_mae"] = float(((log_p.detach().exp() @ bins) - batch.coord_targets).abs().mean())
-        yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
+        for on_cpu, waited in self._batches.take(step):
+            batch = on_cpu.to(self._model.vlm.device)
+            hidden = hidden_states(self._model.vlm, batch)
+            logits = slot_logits(self._model.vlm, hidden, batch.text_slots).float()
+            weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
+            text_ce = (F.cross_entropy(logits, batch.text_targets, reduction="none") * weights).sum() / weights.sum()
+            log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
+            sigma = self._weights.localiser_sigma
+            q = gaussian_target(batch.coord_targets, sigma, int(4 * sigma))
+            localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
+            logs: Row = {"loss/text_ce": float(text_ce.detach()), "loss/localiser_kl": float(localiser.detach())}
+            logs["time/wait_s"] = waited
+            hit = (logits.argmax(-1) == batch.text_targets).float()
+            for role in (Role.DESC, Role.NUMBER, Role.CLOSE):
+                mask = batch.text_roles == int(role)
+                if bool(mask.any()):
+                    logs[f"accuracy/{role.name.lower()}"] = float(hit[mask].mean())
+            bins = torch.arange(NUM_BINS, dtype=torch.float32, device=log_p.device)
+            if len(q):
+                logs["localiser/bin_mae"] = float(((log_p.detach().exp() @ bins) - batch.coord_targets).abs().mean())
+            yield MicroBatch(text_ce + self._weights.localiser * localiser, logs)
 
     def items(self, step: int) -> dict[str, Any]:
         """Phase and images of a step."""
@@ -136,20 +156,21 @@ class TextTask:
         return {"phase": phase, "images": [self._stores[phase][i].image_id for i in items]}
 
 
-def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
+def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     """Tokenise the scenes below `home`, train, and write the checkpoint with its log, metrics and metadata there.
 
-    An interrupted run continues from `state`.
+    An interrupted run continues from `state`. Returns what it counted.
     """
     options, seed = params["train"], params["seed"]
-    tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).seen)
+    tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).words)
     vlm = build_tiny(tokenizer, seed)
     model = BaseModel(vlm)
     pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
     phases = []
     for name, phase in params["phases"].items():
         folder, samples = home / "data" / name, state / f"{name}.parquet"
-        prepare_base_samples(folder, samples, tokenizer, pixels, phase["task_shares"], seed)
+        if not samples.is_file():  # a run that goes on has them
+            prepare_base_samples(folder, samples, tokenizer, pixels, phase, seed)
         steps, per_step = phase["steps"], phase["samples_per_step"]
         phases.append(CurriculumPhase(samples=samples, image_root=folder, steps=steps, samples_per_step=per_step))
     collators = [
@@ -175,8 +196,66 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> None:
     model.to(training_plan(optim.precision).adopt().device)
     schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
-    train(model, task, optim, state, state / "train_log.jsonl", save_every_seconds=240, schedule=schedule)
-    finish_base(home, vlm, tokenizer, pixels, state / "train_log.jsonl", params)
+    checkpoint = Checkpoint(model=vlm, tokenizer=tokenizer, pixels=pixels, detection=BASE)
+    exam = make_exam(home / "data" / "dev", checkpoint, optim.steps, params, state)
+    log = state / "train_log.jsonl"
+    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=exam)
+    return finish_base(home, checkpoint, log, exam.rows(), params)
+
+
+def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[str, Any], state: Path) -> EvalCallback:
+    """Answers on the dev scenes while the model trains: what it can do with each tier of names, by what it is asked."""
+    options, seed = params["dev"], params["seed"]
+    found = convert_base("val", folder)
+    declared = next(iter(found.declared.values()))
+    names = set_names(declared)
+    config = records_config(options["prompts"])
+    records = [q for r in found.splits["val"] for q in (r, *probes(r, names, config, seed))]
+    preparer = SamplePreparer(checkpoint.tokenizer, get_codec("digits"), checkpoint.pixels)
+    samples = [preparer.prepare(record) for record in records]
+    judged = STANDARD.model_copy(update={"bootstrap_resamples": options["bootstrap_resamples"]})
+
+    def measure(results: Sequence[ImageResult]) -> dict[str, Any]:
+        areas, resampled, by_tier = vocabulary_metrics(results, declared, judged, seed)
+        values = {f"{area}.{key}": v for area, metrics in areas.items() for key, v in metrics.items()}
+        bounds = {
+            f"interval.{key}": interval(samples_B, values[key], is_share=not key.endswith("_to_seen"))
+            for key, samples_B in resampled.items()
+        }
+        return {**values, **bounds, "by_tier": by_tier}
+
+    longest = 2 * max(len(sample.answer_ids) for sample in samples)
+    return EvalCallback(
+        checkpoint=checkpoint,
+        reader=make_reader(checkpoint),
+        samples=samples,
+        request=DecodeRequest(params=greedy(longest, "argmax", "coord_logprob"), codec=checkpoint.codec, seed=0),
+        image_root=folder,
+        batch_images=options["batch_images"],
+        every_steps=options["every_steps"],
+        steps=steps,
+        curve=state / "monitor.tsv",
+        folder=state,
+        measure=measure,
+    )
+
+
+def convert_base(split: str, coco_folder: Path) -> Converted:
+    """The records of one split of a composed folder, images named as below it."""
+    found = convert_file("coco", coco_folder / ANNOTATIONS.format(split=split), coco_folder / split, split)
+    records = [replace(record, image=f"{split}/{record.image}") for record in found.splits[split]]
+    found.splits[split] = records
+    return found
+
+
+def set_names(declared: Sequence[Category]) -> SetNames:
+    """All labels of the world, and those that a training may write."""
+    return SetNames.of([c.name for c in declared], [c.name for c in declared if c.split == "train"])
+
+
+def records_config(changes: Mapping[str, Any]) -> RecordsConfig:
+    """How prompts and views are drawn: the policies for single files, with these changes."""
+    return RecordsConfig.model_validate({**FILE_POLICIES.model_dump(), **changes})
 
 
 def prepare_base_samples(
@@ -184,18 +263,41 @@ def prepare_base_samples(
     out: Path,
     tokenizer: PreTrainedTokenizerBase,
     pixels: PixelSpec,
-    task_shares: Mapping[str, float],
+    phase: Mapping[str, Any],
     seed: int,
 ) -> None:
-    """Tokenise one composed folder with the digits codec, drawing a task per image."""
-    annotations = coco_folder / ANNOTATIONS.format(split="train")
-    found = convert_file("coco", annotations, coco_folder / "train", "train").splits["train"]
-    records = [replace(record, image=f"train/{record.image}") for record in found]
-    rng = np.random.default_rng([seed, 7])
-    names = [*task_shares, "detect"]
-    shares = [*task_shares.values(), 1.0 - sum(task_shares.values())]
-    tasks = rng.choice(names, size=len(records), p=shares).tolist()
-    write_split(SamplePreparer(tokenizer, get_codec("digits"), pixels, NUMBER_FORMATS), records, tasks, out)
+    """Tokenise one composed folder with the digits codec, each scene `draws` times: with a view, a task and a prompt.
+
+    Scenes that show labels which no training may write are asked for nouns or colors only.
+    """
+    found = convert_base("train", coco_folder)
+    names = set_names(next(iter(found.declared.values())))
+    config = records_config(phase["prompts"])
+    records = with_views(repeat_by_weight(found.splits["train"], phase["draws"], seed), config, seed)
+    fractions = phase["task_fractions"]
+    tasks = np.random.default_rng([seed, 7]).choice(
+        [*fractions, "detect"], size=len(records), p=[*fractions.values(), 1.0 - sum(fractions.values())]
+    )
+    written = frozenset(names.trained)
+    asked = [_asked(r, str(task), names, written, config, seed) for r, task in zip(records, tasks, strict=True)]
+    preparer = SamplePreparer(tokenizer, get_codec("digits"), pixels, NUMBER_FORMATS)
+    write_split(preparer, (record for record, _ in asked), (task for _, task in asked), out)
+
+
+def _asked(
+    record: Record, task: str, names: SetNames, written: frozenset[str], config: RecordsConfig, seed: int
+) -> tuple[Record, str]:
+    """The record as one task asks for it, and that task: a factor task where a label may not be written."""
+    if not written.issuperset(o.desc for o in record.objects):
+        task = ("nouns", "colors")[record.metadata["image_id"] % 2]
+    if task in FORMAT_SUFFIXES:
+        return with_prompt(record, "mixed", names, config, seed, training=True), task
+    if task == "nouns":
+        return replace(record, objects=tuple(replace(o, desc=o.desc.split()[-1]) for o in record.objects)), task
+    if task == "colors":  # what is not tinted has none that could be named
+        tinted = [(o, o.desc.split()) for o in record.objects]
+        return replace(record, objects=tuple(replace(o, desc=w[0]) for o, w in tinted if len(w) > 1)), task
+    return record, task
 
 
 def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
@@ -209,25 +311,32 @@ def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
 
 
 def finish_base(
-    home: Path,
-    model: Qwen3VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    pixels: PixelSpec,
-    log_path: Path,
-    params: Mapping[str, Any],
-) -> None:
-    """Write `checkpoint/` in bfloat16 with its log and metadata, and `metrics.json` beside it."""
+    home: Path, base: Checkpoint, log_path: Path, exam_rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `checkpoint/` in bfloat16 with its curves and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
-    base = Checkpoint(model=model.bfloat16(), tokenizer=tokenizer, pixels=pixels, detection=BASE)
-    save_checkpoint(folder, base)
+    save_checkpoint(folder, replace(base, model=base.model.bfloat16()))
     rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
     metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}
     write_curve(log_path, folder / "train_loss.tsv", names, every=CURVE_EVERY)
-    write_json(home / "metrics.json", metrics | {"steps": len(rows)})
-    catalog = {"sprites": Path(params["sprites"]) / "catalog.json"}
+    points = pd.DataFrame(exam_rows)
+    measured = [c for c in points if c in ("step", "f1", "f1_boxes", "parse_rate") or c.startswith("vocabulary")]
+    write_text(
+        folder / "learning_curve.tsv", points[measured].to_csv(sep="\t", index=False, float_format="%.4f", na_rep="")
+    )
+    final = {k: v for k, v in exam_rows[-1].items() if k.startswith(("vocabulary", "interval")) or k == "by_tier"}
+    write_json(home / "metrics.json", rounded(metrics | {"steps": len(rows), "dev": final}))
+    inputs = {name: Path(params["sprites"]) / f"{name}.json" for name in ("catalog", "labels")}
     extra = {"steps": len(rows), "metrics": metrics}
-    write_json(folder / "run_metadata.json", run_metadata("base", params, catalog, extra))
+    write_json(folder / "run_metadata.json", run_metadata("base", params, inputs, extra))
+    return {
+        "steps": len(rows),
+        "step_seconds": round(sum(row["time/step_s"] for row in rows), 1),
+        "exam_seconds": round(sum(row["seconds"] for row in exam_rows), 1),
+        "settings": dict(params),
+        "dev": rounded(final),
+    }
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:

@@ -1,18 +1,55 @@
-"""The sprite catalogue: which pictures exist, what they are called, and which names are held out from training."""
+"""The sprites and their labels: which pictures exist, what they are called, and which labels training may know.
+
+A label is a noun ("cat"), drawn in its natural colors, or a color and a noun ("red cat"), drawn tinted. Its tier says
+how much training may know of it; `data/sprites/labels.json` holds the tiers, README.md beside it says what they mean.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
+from coordexp.records.categories import Split
 from coordexp.records.images import open_image
+
+Color = tuple[int, int, int]  # RGB, 0..255
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# Luminances are moved into this range before tinting: in a shadow or a highlight no color could be told.
+DARKEST, LIGHTEST = 0.12, 0.78
+
+
+def tinted(pixels: NDArray[np.float32], color: Color) -> NDArray[np.float32]:
+    """RGBA pixels (colors 0..255) in shades of one color, each pixel as light as before within DARKEST and LIGHTEST."""
+    luma = DARKEST + (LIGHTEST - DARKEST) * (pixels[..., :3] @ LUMA / 255)
+    rgb = np.array(color, np.float32) / 255
+    own = float(rgb @ LUMA)
+    shade = rgb * (np.minimum(luma, own) / own)[..., None]  # from black to the color, then on to white
+    shade += (1 - shade) * ((np.maximum(luma, own) - own) / (1 - own))[..., None]
+    return np.concatenate([255 * shade, pixels[..., 3:]], axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What an object may be called; `color` is None for a noun in its natural colors."""
+
+    noun: str
+    color: str | None
+    tier: Split
+
+    @property
+    def name(self) -> str:
+        """The words of annotations and prompts."""
+        return self.noun if self.color is None else f"{self.color} {self.noun}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,51 +57,79 @@ class Sprite:
     """One RGBA picture cropped to its opaque part, so that its frame is the tight box of the object."""
 
     name: str
-    desc: str
+    noun: str
     rgba: Image.Image
 
-    def render(self, longer_side_px: int, flip: bool) -> NDArray[np.float32]:
-        """Scale to the given longer side; returns float RGBA (h, w, 4), colours 0..255 and alpha 0..1."""
+    def render(self, longer_side_px: int, flip: bool, color: Color | None = None) -> NDArray[np.float32]:
+        """Scale to the given longer side, and tint; returns float RGBA (h, w, 4), colors 0..255 and alpha 0..1."""
         factor = longer_side_px / max(self.rgba.size)
         width, height = (max(2, round(side * factor)) for side in self.rgba.size)
         image = self.rgba.resize((width, height), Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels[:, ::-1] if flip else pixels
-        return np.concatenate([pixels[..., :3], pixels[..., 3:] / 255.0], axis=-1)
+        pixels = np.concatenate([pixels[..., :3], pixels[..., 3:] / 255.0], axis=-1)
+        return pixels if color is None else tinted(pixels, color)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SpriteCatalog:
-    """All sprites by description, and the descriptions of each split."""
+    """All sprites by noun, the colors, and every label."""
 
     sprites: dict[str, tuple[Sprite, ...]]
-    seen: tuple[str, ...]
-    held_out: tuple[str, ...]
+    colors: dict[str, Color]
+    labels: tuple[Label, ...]
 
-    @property
-    def descs(self) -> tuple[str, ...]:
-        """Every description, seen first: the category list of the composed data."""
-        return self.seen + self.held_out
+    def color_of(self, label: Label) -> Color | None:
+        """What its sprites are tinted with."""
+        return None if label.color is None else self.colors[label.color]
+
+    @cached_property
+    def tiers(self) -> dict[Split, tuple[Label, ...]]:
+        """The labels of each tier that has any."""
+        return {t: group for t in get_args(Split) if (group := tuple(i for i in self.labels if i.tier == t))}
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Colors and nouns that training writes, each once."""
+        nouns = dict.fromkeys(label.noun for label in self.tiers["train"])
+        return (*self.colors, *nouns)
 
 
 def load_catalog(folder: Path) -> SpriteCatalog:
-    """Read `catalog.json` and its sprites; raises DataError for a missing file or one whose hash differs."""
-    manifest = folder / "catalog.json"
-    if not manifest.is_file():
-        raise DataError(
-            f"{manifest}: not found; expected the sprite manifest. Set source.sprites to the folder that holds it."
-        )
+    """Read `catalog.json`, its sprites and `labels.json`.
+
+    Raises:
+        DataError: a file is missing, a sprite's hash differs, or the labels speak of nouns without sprites.
+    """
     sprites: dict[str, list[Sprite]] = {}
-    splits: dict[str, str] = {}
-    for row in json.loads(manifest.read_text(encoding="utf-8")):
+    for row in _read(folder / "catalog.json"):
         path = folder / row["file"]
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
-            raise DataError(f"{path}: missing, or its sha256 differs from {manifest}. Restore the file from git.")
+            raise DataError(f"{path}: missing, or its sha256 differs from catalog.json. Restore the file from git.")
         with open_image(path) as image:
-            sprites.setdefault(row["desc"], []).append(Sprite(row["file"], row["desc"], image.convert("RGBA")))
-        splits[row["desc"]] = row["split"]
-    return SpriteCatalog(
-        sprites={desc: tuple(group) for desc, group in sprites.items()},
-        seen=tuple(desc for desc, split in splits.items() if split == "train"),
-        held_out=tuple(desc for desc, split in splits.items() if split == "held_out"),
-    )
+            sprites.setdefault(row["noun"], []).append(Sprite(row["file"], row["noun"], image.convert("RGBA")))
+    declared = _read(folder / "labels.json")
+    colors: dict[str, Color] = {name: (r, g, b) for name, (r, g, b) in declared["colors"].items()}
+    labels = tuple(label for row in declared["nouns"] for label in labels_of(row, tuple(colors)))
+    if bare := sorted({label.noun for label in labels} - sprites.keys()):
+        raise DataError(
+            f"{folder / 'labels.json'}: no sprite of {', '.join(bare)} in catalog.json. Restore both files."
+        )
+    return SpriteCatalog({noun: tuple(group) for noun, group in sprites.items()}, colors, labels)
+
+
+def labels_of(row: Mapping[str, Any], colors: Sequence[str]) -> list[Label]:
+    """The labels of one noun: in each color, and plain where it may be."""
+    noun, use = row["noun"], row["use"]
+    if use == "colored":
+        tier_of: dict[str, Split] = {c: "strict" for c in row["strict"]} | {c: "phrase" for c in row["phrase"]}
+        plain = [Label(noun, None, "train")] if row["plain"] else []
+        return [*plain, *(Label(noun, color, tier_of.get(color, "train")) for color in colors)]
+    tier: Split = "plain_only" if use == "plain_only" else "never"
+    return [Label(noun, None, "train" if use == "plain_only" else tier), *(Label(noun, c, tier) for c in colors)]
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path}: not found. Set source.sprites to the folder that holds the sprites and their labels.")
+    return json.loads(path.read_text(encoding="utf-8"))

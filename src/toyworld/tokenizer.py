@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from coordexp.text.codecs import CODECS, END_OF_TURN, Role, TextObject
-from coordexp.text.prompts import TASKS
+from coordexp.text.prompts import FORMAT_SUFFIXES, TASKS, WORDINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,6 +46,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+MOST_TOKENS = 4096
 # Single digits, then letters with an optional leading space, then runs of anything else: as Qwen2's rule, shortened.
 SPLIT_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
@@ -63,8 +64,12 @@ def scaffold_pieces() -> list[str]:
     return sorted(pieces, key=lambda piece: (-len(piece), piece))
 
 
-def build_tiny_tokenizer(descs: Sequence[str], merges: int = 256) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on the prompts and names; deterministic for the same `descs`."""
+def build_tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Train the tokenizer until each word, and each word of the prompts, is one token, also after a space.
+
+    A phrase begins an answer without a space, because the scaffold before it holds the quote: so both forms are used,
+    and pretraining trains both. Deterministic for the same `words`.
+    """
     from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
     core = Tokenizer(models.BPE())
@@ -76,12 +81,13 @@ def build_tiny_tokenizer(descs: Sequence[str], merges: int = 256) -> PreTrainedT
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + merges,
+        vocab_size=MOST_TOKENS,  # never reached: it ends where nothing is left to merge
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [*descs, *(f", {desc}" for desc in descs), *TASKS.values(), "user\n", "assistant\n"]
+    questions = [*TASKS.values(), *FORMAT_SUFFIXES.values(), *(wordings[0] for wordings in WORDINGS.values())]
+    corpus = [*words, *(f" {word}" for word in words), *questions, "user\n", "assistant\n"]
     core.train_from_iterator(corpus * 4, trainer)
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
     core.add_tokens([AddedToken(piece, normalized=False) for piece in scaffold_pieces()])

@@ -45,8 +45,7 @@ ELSEWHERE = {
 ELSEWHERE_OF = {
     # data sets on disk, not scenes
     "convert": {"seed"} | {f"records.{key}" for key in (
-        "bad_images", "crop", "crowd", "flip", "listed_names", "negative_rate", "over_max", "overlap", "scale_jitter",
-        "truncated",
+        "bad_images", "crop", "crowd", "flip", "over_max", "overlap", "scale_jitter", "truncated",
     )},
     "stage2": {"rollout.batch_images", "rollout.engine"},  # fresh rollouts
     "coco-eval": {"eval.semantic_floor", "eval.semantic_margin"},  # mapping: semantic

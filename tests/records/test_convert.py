@@ -15,8 +15,8 @@ from coordexp.errors import ConfigError, DataError
 from coordexp.records.convert import Converted, convert_datasets
 from coordexp.records.images import read_record_rgb
 from coordexp.records.manifest import read_manifest, write_manifest
-from coordexp.records.mixing import split_dev
-from coordexp.records.schema import Record, parse_record
+from coordexp.records.mixing import SetNames, split_dev, with_prompt
+from coordexp.records.schema import ObjectRecord, Record, parse_record
 from records_folders import annotation, coco_set, converted, edit, picture, records_config, write_split
 
 
@@ -319,6 +319,66 @@ def test_listed_prompts_mix_present_and_absent_names(coco, tmp_path):
     assert all(
         p["names"] == sorted(["person", "traffic light", "cat", "red mug"]) for p in prompts(result.splits["val"])
     )
+
+
+def test_mixed_prompts_ask_in_the_stated_fractions_and_val_has_probes(coco, tmp_path):
+    sets = {"coco": coco_set(coco, prompt="mixed", weight=60.0)}
+    fractions = {"mixed_listed": 0.5, "mixed_phrase": 0.2, "negative_rate": 0.25, "wordings": 1}
+    splits = convert(tmp_path, sets, **fractions).splits
+    asked = [r.metadata.get("prompt", {"kind": "open"}) for r in splits["train"]]
+    for kind, fraction in (("open", 0.3), ("listed", 0.5), ("phrase", 0.2)):
+        assert sum(p["kind"] == kind for p in asked) / len(asked) == pytest.approx(fraction, abs=0.1)
+    assert all("prompt" not in r.metadata for r in splits["dev"])
+    own = [r for r in splits["val"] if "probe" not in r.metadata]
+    assert all("prompt" not in r.metadata for r in own)
+    assert len({r.metadata["image_id"] for r in splits["val"]}) == len(splits["val"])
+    for probe in (r for r in splits["val"] if "probe" in r.metadata):
+        names, there = set(probe.metadata["prompt"]["names"]), present(probe)
+        match probe.metadata["probe"]:
+            case "list":
+                assert names & there
+            case "one":
+                assert len(names) == 1
+                assert names <= there
+            case "easy" | "hard":
+                assert not names & there
+    assert {r.metadata["probe"] for r in splits["val"] if "probe" in r.metadata} >= {"list", "one", "easy"}
+
+
+def asked_of(present_names, names, trained=None, **policies):
+    """The prompts of many records that show these names, in training."""
+    objects = tuple(ObjectRecord(name, (0.0, 0.0, 9.0, 9.0)) for name in present_names)
+    set_names = SetNames.of(names, trained or names)
+    config = records_config(wordings=1, mixed_listed=1.0, **policies)
+    records = [Record(f"{i}.jpg", 64, 64, objects, metadata={"image_id": i}) for i in range(200)]
+    return [with_prompt(r, "mixed", set_names, config, 3, True).metadata["prompt"]["names"] for r in records]
+
+
+def test_similar_names_are_asked_for_as_often_as_told():
+    names = ["red cat", "red dog", "blue cat", *(f"green {n}" for n in ("hat", "bus", "cup", "pen", "jar", "box"))]
+    policies = {"listed_names": 4, "listed_present": 1.0}
+    shares = {}
+    for hard in (0.0, 1.0):
+        absent = [n for asked in asked_of(["red cat"], names, listed_hard=hard, **policies) for n in asked]
+        absent = [n for n in absent if n != "red cat"]
+        shares[hard] = sum("red" in n or "cat" in n for n in absent) / len(absent)
+    assert shares[1.0] > 0.75 > 0.4 > shares[0.0]
+
+
+def test_some_of_what_is_there_is_left_out_of_lists():
+    there = ["red cat", "blue dog", "green cow", "pink pig"]
+    lists = asked_of(there, [*there, "tan hat"], listed_names=5, listed_present=0.5)
+    kept = [len(set(asked) & set(there)) for asked in lists]
+    assert all(kept)
+    assert sum(kept) / len(kept) == pytest.approx(2, abs=0.3)
+
+
+def test_training_reads_no_name_that_is_held_out_and_is_never_told_that_a_red_cat_is_no_cat():
+    names = ["cat", "red cat", "red dog", "blue dog"]
+    for hard in (0.0, 1.0):
+        lists = asked_of(["red cat"], names, ["cat", "red cat", "blue dog"], listed_hard=hard, negative_rate=0.5)
+        asked = {name for one in lists for name in one}
+        assert asked == {"red cat", "blue dog"}
 
 
 def test_too_many_names_for_a_closed_prompt(coco, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
+from coordexp.records.mixing import SetNames, probes
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training import target_entropy_nats
@@ -81,11 +82,14 @@ def build_run(
     paths = inputs.run.paths
     catalog = load_catalog(REPOSITORY / "data" / "sprites")
     source = composed_source()
-    records = [change(_record(paths.raw, source, catalog, index)) for index in range(images)]
-    categories = [
-        Category(number, name, "held_out" if name in catalog.held_out else "train")
-        for number, name in enumerate(catalog.descs, 1)
+    own = [change(_record(paths.raw, source, catalog, index)) for index in range(images)]
+    names = SetNames.of((i.name for i in catalog.labels), (i.name for i in catalog.tiers["train"]))
+    config = inputs.run.profile.records
+    asked = [_only_asked(probe) for record in own for probe in probes(record, names, config, seed=5)]
+    records = [
+        replace(record, metadata={**record.metadata, "image_id": n}) for n, record in enumerate([*own, *asked], 1)
     ]
+    categories = [Category(number, label.name, label.tier) for number, label in enumerate(catalog.labels, 1)]
     write_json(inputs.categories, [{"id": c.id, "name": c.name, "split": c.split} for c in categories])
     write_records(paths.records / "val.jsonl", records)
     for n, name in enumerate(CHECKPOINTS):
@@ -113,7 +117,12 @@ def _record(raw: Path, source: ScenesConfig, catalog: SpriteCatalog, index: int)
     Image.fromarray(scene.pixels).save(raw / name, quality=92)
     height, width = scene.pixels.shape[:2]
     objects = tuple(ObjectRecord(o.desc, tuple(float(v) for v in o.bbox_xyxy_px)) for o in scene.objects)
-    return Record(name, width, height, objects)
+    return Record(name, width, height, objects, metadata={"image_id": index + 1})
+
+
+def _only_asked(record: Record) -> Record:
+    names = record.metadata["prompt"]["names"]
+    return replace(record, objects=tuple(o for o in record.objects if o.desc in names))
 
 
 def _predict(records: list[Record], catalog: SpriteCatalog, checkpoint: str, seed: int) -> list[ImageResult]:
@@ -128,21 +137,22 @@ def _answer(
     image_id: int, record: Record, catalog: SpriteCatalog, quality: Quality, rng: np.random.Generator, checkpoint: str
 ) -> ImageResult:
     found: list[tuple[str, np.ndarray, float]] = []
-    for obj in record.objects or (ObjectRecord(catalog.seen[0], (8.0, 8.0, 40.0, 40.0)),):
+    seen = [label.name for label in catalog.tiers["train"]]
+    for obj in record.objects or (ObjectRecord(seen[0], (8.0, 8.0, 40.0, 40.0)),):
         if rng.random() < quality.missed:
             continue
         box = np.array(obj.bbox_xyxy_px)
         side = np.tile(box[2:] - box[:2], 2)
         for _ in range(1 + (rng.random() < quality.repeated) * int(rng.integers(1, 4))):
             noise = rng.normal(0, quality.spread, 4)
-            name = catalog.seen[rng.integers(len(catalog.seen))] if rng.random() < quality.misnamed else obj.desc
+            name = seen[rng.integers(len(seen))] if rng.random() < quality.misnamed else obj.desc
             found.append(
                 (name, box + noise * side * (0.2 if found and found[-1][0] == name else 1), -np.abs(noise).mean() * 8)
             )
         if rng.random() < quality.invented:
             corner = rng.uniform(0, 0.6, 2) * (record.width, record.height)
             extra = np.concatenate([corner, corner + rng.uniform(12, 50, 2)])
-            found.append((catalog.seen[rng.integers(len(catalog.seen))], extra, -2.5))
+            found.append((seen[rng.integers(len(seen))], extra, -2.5))
     pred = tuple(
         _prediction(name, box, float(np.exp(score + rng.normal(0, 0.25) - 0.2)), record) for name, box, score in found
     )
@@ -159,6 +169,8 @@ def _answer(
         finish_reason="stop",
         n_generated_tokens=20 * len(pred),
         identity={"model": checkpoint, "prompt": "digits" if checkpoint == "base" else "coord", "decode": "greedy"},
+        probe=(probe := record.metadata.get("probe", "")),
+        asked=tuple(record.metadata["prompt"]["names"]) if probe else (),
     )
 
 

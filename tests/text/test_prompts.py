@@ -9,6 +9,7 @@ from annotated_types import Le
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
 from coordexp.text.prompts import (
+    FORMAT_SUFFIXES,
     IMAGE_TOKEN,
     TASKS,
     WORDINGS,
@@ -31,6 +32,11 @@ def test_a_prompt_is_one_user_turn_with_one_image(task):
     assert TOKENIZER.decode(ids.tolist()) == (
         f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{TASKS[task]}<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(("task", "suffix"), FORMAT_SUFFIXES.items())
+def test_other_formats_are_asked_for_behind_the_question(task, suffix):
+    assert TASKS["detect"] + suffix in TOKENIZER.decode(prompt_ids(TOKENIZER, task).tolist())
 
 
 def test_the_default_task_is_detection():

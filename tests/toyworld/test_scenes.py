@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import colorsys
 import filecmp
 import json
 import shutil
+from collections import Counter
 from itertools import combinations
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
+from coordexp.records.categories import Split
 from coordexp.records.convert import convert_datasets, convert_file
 from coordexp.records.images import MANIFEST, read_record_rgb
 from coordexp.records.manifest import IMAGES, write_manifest
@@ -22,7 +26,7 @@ from toyworld import coco_folder, composer
 from toyworld.backgrounds import photos
 from toyworld.coco_folder import as_datasets, write_coco_folder
 from toyworld.composer import MAX_IOU, MIN_VISIBLE, compose_scene
-from toyworld.sprites import load_catalog
+from toyworld.sprites import DARKEST, LIGHTEST, LUMA, load_catalog
 
 PLACES = [(split, index) for split in ("train", "val") for index in range(20)]
 
@@ -111,15 +115,59 @@ def test_seed_split_and_index_all_count(scenes):
     assert all(compose_scene(SCENES, catalog(), *other).pixels.tobytes() != first for other in others)
 
 
-def test_held_out_names_are_in_val_only(scenes):
-    held_out = set(catalog().held_out)
-    seen = {
-        split: {o.desc for key, s in scenes.items() if key[0] == split for o in s.objects} for split in ("train", "val")
-    }
-    assert held_out
-    assert not seen["train"] & held_out
-    assert seen["val"] & held_out
-    assert seen["val"] - held_out
+def tiers_in(scenes) -> set[str]:
+    tier_of = {label.name: label.tier for label in catalog().labels}
+    return {tier_of[o.desc] for scene in scenes for o in scene.objects}
+
+
+def test_labels_that_are_held_out_are_in_val_only(scenes):
+    assert tiers_in(scene for key, scene in scenes.items() if key[0] == "train") == {"train"}
+    assert tiers_in(scene for key, scene in scenes.items() if key[0] == "val") == set(get_args(Split)) - {"held_out"}
+
+
+def test_pretraining_draws_the_phrase_tier_and_no_other_one_that_is_held_out():
+    found = [compose_scene(SCENES, catalog(), 3, "train", index, unwritten=0.5) for index in range(40)]
+    assert tiers_in(found) == {"train", "phrase"}
+    assert tiers_in(compose_scene(SCENES, catalog(), 3, "val", i, unwritten=0.5) for i in range(10)) != {"train"}
+
+
+def test_no_noun_is_plain_and_tinted_in_one_scene(scenes):
+    for scene in scenes.values():
+        words = [o.desc.split() for o in scene.objects]
+        assert not {w[0] for w in words if len(w) == 1} & {w[1] for w in words if len(w) == 2}
+
+
+def test_the_held_out_pairs_are_a_latin_square():
+    """Each colored noun lacks one color in each tier, and each color is lacked equally often: a quarter in all."""
+    pairs = [label for label in catalog().labels if label.color and label.tier in ("train", "strict", "phrase")]
+    nouns = {label.noun for label in pairs}
+    assert len(pairs) == len(nouns) * len(catalog().colors)
+    assert len(nouns) >= 36
+    for tier in ("strict", "phrase"):
+        of_tier = [label for label in pairs if label.tier == tier]
+        assert Counter(label.noun for label in of_tier) == dict.fromkeys(nouns, 1)
+        assert set(Counter(label.color for label in of_tier).values()) == {len(nouns) // len(catalog().colors)}
+    assert sum(label.tier != "train" for label in pairs) / len(pairs) == 0.25
+
+
+def test_the_words_of_every_tier_but_never_are_trained():
+    words = set(catalog().words)
+    known = {tier: [words.issuperset(label.name.split()) for label in of] for tier, of in catalog().tiers.items()}
+    assert {tier for tier, hits in known.items() if all(hits)} == {"train", "strict", "phrase", "plain_only"}
+    assert not any(known["never"])
+
+
+def test_a_tint_keeps_the_order_of_light_and_dark_and_gives_one_hue():
+    for sprite in (group[0] for group in list(catalog().sprites.values())[::5]):
+        plain = sprite.render(40, False)
+        for name, color in catalog().colors.items():
+            pixels = sprite.render(40, False, color)
+            np.testing.assert_array_equal(pixels[..., 3], plain[..., 3])
+            light, before = pixels[..., :3] @ LUMA, plain[..., :3] @ LUMA
+            np.testing.assert_allclose(light, 255 * DARKEST + (LIGHTEST - DARKEST) * before, atol=0.5)
+            hues = {colorsys.rgb_to_hsv(*rgb)[0] for rgb in pixels[..., :3].reshape(-1, 3).tolist()}
+            wanted = colorsys.rgb_to_hsv(*color)[0]
+            assert max(min(abs(h - wanted), 1 - abs(h - wanted)) for h in hues) < 0.02, name
 
 
 def test_train_and_val_share_no_background_pixels():
@@ -151,7 +199,7 @@ def test_the_folder_reads_back_as_the_scenes(folder, scenes):
         result = convert_file("coco", annotations, folder / split, split)
         assert result.drops()[split] == {}
         (declared,) = result.declared.values()
-        assert {c.name for c in declared if c.split == "held_out"} == set(catalog().held_out)
+        assert {(c.name, c.split) for c in declared} == {(label.name, label.tier) for label in catalog().labels}
         assert len(result.splits[split]) == count
         for index, record in enumerate(result.splits[split]):
             scene = scenes[split, index]
@@ -172,7 +220,8 @@ def test_a_composed_folder_goes_the_way_of_a_users(folder, tmp_path):
         assert all(read_record_rgb(raw, r.image).size == (r.width, r.height) for rs in splits.values() for r in rs)
         results.append((splits, (raw / MANIFEST).read_bytes(), (raw / IMAGES).read_bytes()))
     assert results[0] == results[1]
-    assert [r.image for r in results[0][0]["val"]] == [f"images/val/{i:06d}.jpg" for i in range(SCENES.val_images)]
+    own = [r for r in results[0][0]["val"] if "probe" not in r.metadata]
+    assert [r.image for r in own] == [f"images/val/{i:06d}.jpg" for i in range(SCENES.val_images)]
 
 
 def test_areas_are_those_of_the_boxes(folder):
@@ -187,11 +236,17 @@ def test_a_folder_without_manifest_is_named(tmp_path):
 
 def test_a_changed_sprite_is_named(tmp_path):
     first = json.loads((SPRITES / "catalog.json").read_text())[0]
+    one = {"colors": {"red": [225, 35, 35]}, "nouns": [{"noun": first["noun"], "use": "plain_only"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(one))
     (tmp_path / "catalog.json").write_text(json.dumps([first]))
     with pytest.raises(DataError, match="missing, or its sha256"):
         load_catalog(tmp_path)
     shutil.copy(SPRITES / first["file"], tmp_path)
-    assert load_catalog(tmp_path).descs == (first["desc"],)
+    labels = load_catalog(tmp_path).labels
+    assert [(label.name, label.tier) for label in labels] == [
+        (first["noun"], "train"),
+        (f"red {first['noun']}", "plain_only"),
+    ]
     with (tmp_path / first["file"]).open("ab") as sprite:
         sprite.write(b"x")
     with pytest.raises(DataError, match="sha256 differs"):

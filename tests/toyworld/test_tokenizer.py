@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from coordexp.text.prompts import question
 from helpers import catalog, new_tokenizer
 from toyworld.tokenizer import QWEN_SPECIAL_TOKENS, scaffold_pieces
 
@@ -42,10 +43,19 @@ def test_digits_are_single_tokens():
     assert [TOKENIZER.decode([i]) for i in encode("1000 407")] == ["1", "0", "0", "0", " ", "4", "0", "7"]
 
 
-def test_names_are_short():
-    lengths = [len(encode(desc)) for desc in catalog().descs]
-    assert max(lengths) <= 4
-    assert sum(lengths) / len(lengths) < 2
+def test_each_word_of_training_is_one_token_at_the_beginning_and_after_a_space():
+    assert all(len(encode(word)) == len(encode(f" {word}")) == 1 for word in catalog().words)
+    label = next(label for label in catalog().tiers["strict"])
+    assert [TOKENIZER.decode([i]) for i in encode(f"{label.name}, cow, {label.name}.")] == [
+        *(label.color, f" {label.noun}", ", ", "cow", ", ", label.color, f" {label.noun}", "."),
+    ]
+
+
+def test_the_words_of_the_questions_are_single_tokens():
+    listed = encode(question({"kind": "listed", "names": ["cow"]}))
+    assert [TOKENIZER.decode([i]) for i in listed] == [
+        *("Detect", " every", " object", " of", " these", " classes", ":", " cow", "."),
+    ]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

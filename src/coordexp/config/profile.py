@@ -17,7 +17,25 @@ AUTO_SPLIT = "auto"
 # It begins the image paths of the set's records.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
+# "coco.mAP >= 0.4": a metric and the least value that it should reach.
+Goal = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[A-Za-z0-9_]+ >= [0-9]+(\.[0-9]+)?$")]
+Goals = Annotated[tuple[Goal, ...], Field(strict=False, min_length=1)]
 LrFactor = Annotated[float, Field(gt=0, le=100)]
+
+
+class HeldOutConfig(Block):
+    """Fractions of val objects whose labels are held out, by how; the other objects have labels of training."""
+
+    strict: Fraction = Field(description="fraction of val objects with a label in no picture or text of any training")
+    phrase: Fraction = Field(description="fraction with a label that pretraining drew but never wrote")
+    plain_only: Fraction = Field(description="fraction with a colored noun that training knows plain only")
+    never: Fraction = Field(description="fraction with a noun in no picture or text of any training")
+
+    @model_validator(mode="after")
+    def _fractions_of_one_whole(self) -> HeldOutConfig:
+        if (total := sum(self.model_dump().values())) > 1:
+            raise ValueError(f"the fractions add up to {total:g}; expected at most 1.")
+        return self
 
 
 class ScenesConfig(Block):
@@ -37,7 +55,8 @@ class ScenesConfig(Block):
     )
     crowd_fraction: Fraction = Field(description="fraction of scenes with a row of neighbours of one name")
     distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
-    held_out_fraction: Fraction = Field(description="fraction of val objects whose name is never trained on")
+    plain_fraction: Fraction = Field(description="fraction of objects of training labels that are not tinted")
+    held_out: HeldOutConfig
     seed_offset: Count = Field(description="added to the seed of composition, so that profiles see other scenes")
 
     @model_validator(mode="after")
@@ -64,7 +83,9 @@ class DatasetConfig(Block):
     train_images: Text = Field(description="folder that file names of the training split start from")
     val_images: Text = Field(description="folder that file names of the val split start from")
     weight: float = Field(gt=0, le=100, description="how often each training record is used; a fraction takes a part")
-    prompt: Literal["open", "closed", "listed", "phrase"] = Field(description="what training prompts ask for")
+    prompt: Literal["open", "closed", "listed", "phrase", "mixed"] = Field(
+        description="what training prompts ask for; mixed is open, listed or phrase, and val has probes of all"
+    )
     boxes: BoxForm = Field(default="format", description="what the numbers of a box are, if not what the format says")
 
 
@@ -119,7 +140,15 @@ class RecordsConfig(Block):
         ge=1, le=4, description="wordings of each question that training draws from; dev and val use the first"
     )
     listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
-    negative_rate: Fraction = Field(description="prompt listed: fraction of prompts that name only what is absent")
+    listed_present: Fraction = Field(description="prompt listed: fraction of the names present that it lists")
+    listed_hard: Fraction = Field(
+        description="prompt listed: fraction of its absent names that share a word with a name present"
+    )
+    negative_rate: Fraction = Field(
+        description="prompts listed, mixed: fraction of those with names that name only absent ones"
+    )
+    mixed_listed: Fraction = Field(description="prompt mixed: fraction of training records that list names")
+    mixed_phrase: Fraction = Field(description="prompt mixed: fraction that give one name; the rest ask for everything")
     flip: Fraction = Field(description="fraction of training records that are mirrored, with left and right in words")
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
@@ -130,6 +159,12 @@ class RecordsConfig(Block):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="val: auto: fraction of the training pictures that become val"
     )
+
+    @model_validator(mode="after")
+    def _fractions_of_mixed(self) -> RecordsConfig:
+        if (total := self.mixed_listed + self.mixed_phrase) > 1:
+            raise ValueError(f"mixed_listed and mixed_phrase add up to {total:g}; expected at most 1.")
+        return self
 
 
 class FilePin(Block):
@@ -276,6 +311,7 @@ class ReportConfig(Block):
     """Size of the report."""
 
     gallery_images: PositiveCount = Field(description="pictures of ground truth beside prediction")
+    goals: Goals = Field(description="least values of metrics that the lower bound of the interval should reach")
 
 
 class LaunchConfig(Block):

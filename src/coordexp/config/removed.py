@@ -7,7 +7,7 @@ from typing import Any
 _BOX_WEIGHTS = "bbox_smoothl1_weight, bbox_ciou_weight, bbox_giou_weight, bbox_l1_weight, bbox_log_wh_weight"
 _SHARES = (  # of params.yaml, then of a profile
     *("anneal.sigma_share", "anneal.temperature_share", "stage2.curriculum_share", "source.smallest_share"),
-    *("source.largest_share", "source.small_share", "source.crowd_share", "source.held_out_share"),
+    *("source.largest_share", "source.small_share", "source.crowd_share"),
 )
 
 # Dotted key -> remedy. The longest key that fits is reported.
@@ -30,6 +30,10 @@ REMOVED = {
     "stage2_ab.channel_b": "Use stage2.passes and stage2.missed.",
     "stage2_ab.coord_ce_weight": "Use coord_ce_weight at the top level.",
     "eval.batch_images": "Use rollout.batch_images, which holds for evaluation too, as rollout.engine does.",
+    **dict.fromkeys(
+        ("source.held_out_fraction", "source.held_out_share"),
+        "Use the block source.held_out: strict, phrase, plain_only and never.",
+    ),
     **{key: f"Use {key.removesuffix('share')}fraction, of the same meaning." for key in _SHARES},
 }
 

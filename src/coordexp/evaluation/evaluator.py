@@ -43,8 +43,9 @@ from coordexp.evaluation.registry import PROTOCOL_KEYS, view
 from coordexp.evaluation.set_behaviour import Duplicates, find_duplicates, omission_by_gt_count, set_metrics
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, build_table, input_metrics
 from coordexp.evaluation.training_matching import rollout_metrics
+from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.gt_vs_pred import ImageResult, own_lines
 
 Areas = dict[str, dict[str, Any]]  # area -> metric -> value
 
@@ -59,7 +60,7 @@ class Evaluation:
         pr_curve: `recall` (101 points), `precision_50` and `precision_75` (means over categories).
         details: tables beside the metrics: `per_category`, `by_area`, `by_side_px`, `by_gt_count`, `reliability`,
             `scores` (the AP that each score would reach), `thresholds` (precision, recall and F1 by the least score
-            that counts), `worst_duplicates`, `coco_backend`.
+            that counts), `worst_duplicates`, `coco_backend`, and where there are probes `by_tier`.
         samples: metric -> its value in each bootstrap resample, shape (B,).
         table: the checked input.
         params: what all of this was computed under.
@@ -96,12 +97,14 @@ def evaluate(
         params: thresholds, mapping of descriptions and number of resamples.
         matching: the training-time matching of the `rollout` area.
         seed: of the resamples.
-        federated: LVIS's labels; with them there is also the area `lvis`.
+        federated: LVIS's labels; with them there is also the area `lvis`. Where results hold probes, there are
+            `vocabulary` and `vocabulary_blind`; all other areas are about the line of each image itself.
 
     Raises:
         ConfigError: descriptions are to be mapped by meaning, and the text encoder is not installed.
         DataError: the results break their contract (see table.py).
     """
+    lines, results = results, own_lines(results)
     table = build_table(results, categories, params)
     everything = Matched.of(table, params)
     duplicates = find_duplicates(table, min(params.duplicate_ious))
@@ -111,13 +114,7 @@ def evaluate(
     metrics: Areas = {
         "coco": _coco_metrics(table, coco),
         **{name: _subset_metrics(coco, rows) for name, rows in _subsets(table).items()},
-        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
-        "protocol": protocol_metrics(everything, positive),
-        "rollout": rollout_metrics(table, matching),
-        "parse": parse_metrics(results) | soundness_metrics(results, table),
-        "input": input_metrics(results, table),
-        "set": set_metrics(table, everything.by_iou, duplicates, params),
-        "guarded": nms_metrics(everything, after_nms, params),
+        **_areas(results, everything, positive, after_nms, duplicates, params, matching),
         "confidence": _confidence_metrics(scores) | lrp_metrics(table, everything.by_score) | best_threshold(curve),
         "errors": error_metrics(table, find_causes(table, everything.by_score)),
     }
@@ -129,12 +126,17 @@ def evaluate(
         check_federated(table, federated)
         metrics["lvis"] = lvis_ap(table, federated)
         samples |= _resample_lvis(everything, federated, weights_BI)
-    keys = (*view("intervals", params), *(view("lvis intervals", params) if federated else ()))
+    details = _details(everything, coco, duplicates, params) | {"scores": scores, "thresholds": curve}
+    if has_probes := len(lines) > len(results):
+        areas, resampled, details["by_tier"] = vocabulary_metrics(lines, categories, params, seed)
+        metrics, samples = metrics | areas, samples | resampled
+    shown = {"intervals": True, "lvis intervals": bool(federated), "vocabulary": has_probes}
+    keys = [key for name, is_shown in shown.items() if is_shown for key in view(name, params)]
     return Evaluation(
         metrics=metrics | {"interval": {key: _interval(metrics, samples, key) for key in keys}},
         per_image=per_image(results, table, everything.by_iou, duplicates, params),
         pr_curve=_pr_curve(coco),
-        details=_details(everything, coco, duplicates, params) | {"scores": scores, "thresholds": curve},
+        details=details,
         samples=samples,
         table=table,
         params=params,
@@ -142,8 +144,31 @@ def evaluate(
     )
 
 
+def _areas(
+    results: Sequence[ImageResult],
+    everything: Matched,
+    positive: Matched,
+    after_nms: Matched,
+    duplicates: Duplicates,
+    params: EvalParams,
+    matching: MatchingParams,
+) -> Areas:
+    """Areas that need neither COCO's evaluator nor other scores."""
+    table = everything.table
+    return {
+        "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
+        "protocol": protocol_metrics(everything, positive),
+        "rollout": rollout_metrics(table, matching),
+        "parse": parse_metrics(results) | soundness_metrics(results, table),
+        "input": input_metrics(results, table),
+        "set": set_metrics(table, everything.by_iou, duplicates, params),
+        "guarded": nms_metrics(everything, after_nms, params),
+    }
+
+
 def _interval(metrics: Areas, samples: Mapping[str, Floats], key: str) -> Any:
-    return interval(samples[key], _value(metrics, key), is_share=".gap_" not in key and key != MARGIN)
+    is_share = ".gap_" not in key and "_to_" not in key and key != MARGIN
+    return interval(samples[key], _value(metrics, key), is_share=is_share)
 
 
 def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:
@@ -171,7 +196,8 @@ def _value(metrics: Areas, key: str) -> float | None:
 
 
 def _subsets(table: DetectionTable) -> dict[str, list[int]]:
-    return {"known": table.index.rows("train"), "held_out": table.index.rows("held_out")}
+    known = table.index.rows("train")
+    return {"known": known, "held_out": sorted(set(range(len(table.index))) - set(known))}
 
 
 def _coco_metrics(table: DetectionTable, coco: CocoResult) -> dict[str, float | int | None]:

@@ -11,6 +11,7 @@ from typing import Literal
 from coordexp.config.schema import EvalParams
 from coordexp.evaluation.parse import LOOP_COPIES, drop_key
 from coordexp.evaluation.protocol import f1_thresholds, iou_key
+from coordexp.records.categories import Split
 from coordexp.text.parser import DROP_REASONS
 
 Better = Literal["higher", "lower", "neither"]
@@ -27,6 +28,15 @@ class MetricSpec:
     name: str = ""
 
 
+# Tiers of names: how much training knows of them (records.categories.Split), and those where an answer can be expected.
+TIERS: dict[str, Split] = {
+    **{"seen": "train", "strict": "strict", "phrase": "phrase"},
+    **{"plain_only": "plain_only", "never": "never"},
+}
+OPEN_TIERS = ("seen", "strict", "phrase")
+# What the lines of the vocabulary area were asked for.
+ASKED = {"everything": "asked for everything", "list": "asked with a list", "one": "asked with its name alone"}
+
 # What shows which metrics, in which order. `<lowest>` is the lowest duplicate threshold of the params, `<each>` every
 # threshold or drop reason in turn.
 VIEWS: dict[str, tuple[str, ...]] = {
@@ -40,6 +50,11 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("protocol.gap_full_50", "protocol.gap_full_95", "protocol.gap_full_mean"),
         *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
         "blind.margin_AP50",
+    ),
+    "vocabulary": (  # and a bootstrap interval each
+        *(f"vocabulary.{asked}_{tier}_AP50" for asked in ASKED for tier in TIERS),
+        *("vocabulary.list_strict_to_seen", *(f"vocabulary.list_{tier}_exact_rival" for tier in OPEN_TIERS)),
+        *("vocabulary.refused_easy", "vocabulary.refused_hard", "vocabulary.one_recall"),
     ),
     "lvis intervals": ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf"),
     "compared": (  # a paired difference and a verdict each; of all of them higher is better
@@ -317,8 +332,39 @@ _F1_SCOPES = (
 _F1_NAMES = {"full_50": "F1@.5", "full_95": "F1@.95", "full_mean": "F1@.5:.95", "loc_50": "F1@.5, boxes alone"}
 
 
-def metric_specs(params: EvalParams, *, lvis: bool = False) -> dict[str, MetricSpec]:
-    """All metrics under these params, by key; those of the `lvis` area only if asked for."""
+_OF_TIER = {
+    "seen": "names of training",
+    "strict": "names in no picture or text of any training",
+    "phrase": "names that pretraining drew but never wrote",
+    "plain_only": "names of whose words training knows the last one, plain (a control)",
+    "never": "names whose words training does not know (a control)",
+}
+_VOCABULARY = (
+    *(
+        MetricSpec(f"vocabulary.{asked}_{tier}_AP50", f"AP at IoU .50 of {names}, {how}")
+        for asked, how in ASKED.items()
+        for tier, names in _OF_TIER.items()
+    ),
+    MetricSpec("vocabulary.list_strict_to_seen", "list_strict_AP50 / list_seen_AP50", "ratio"),
+    *(
+        MetricSpec(
+            f"vocabulary.list_{tier}_exact_rival",
+            f"located objects with the right name, {_OF_TIER[tier]}, if their list has a rival of the same first word",
+        )
+        for tier in OPEN_TIERS
+    ),
+    MetricSpec(
+        "vocabulary.refused_easy", "empty answers to lists of absent names, none sharing a word with what is there"
+    ),
+    MetricSpec(
+        "vocabulary.refused_hard", "empty answers to lists of absent names, each sharing a word with what is there"
+    ),
+    MetricSpec("vocabulary.one_recall", "objects found under the one name asked for, IoU .50, controls left out"),
+)
+
+
+def metric_specs(params: EvalParams, *, lvis: bool = False, vocabulary: bool = False) -> dict[str, MetricSpec]:
+    """All metrics under these params, by key; those of the areas `lvis` and `vocabulary` only if asked for."""
     levels = [(iou_key(u), f"IoU {u:g}") for u in f1_thresholds(params)] + [("mean", "mean over IoU .50:.05:.95")]
     thresholds = [
         MetricSpec(
@@ -349,10 +395,23 @@ def metric_specs(params: EvalParams, *, lvis: bool = False) -> dict[str, MetricS
     ]
     guarded.append(MetricSpec("guarded.n_removed", "predictions that NMS removes", "predictions", "lower"))
     with_interval = [*view("intervals", params), *(view("lvis intervals", params) if lvis else ())]
+    with_interval += view("vocabulary", params) if vocabulary else ()
     intervals = [
         MetricSpec(f"interval.{key}", f"95 % bootstrap interval over images of {key}", "[low, high]", "neither")
         for key in with_interval
     ]
     every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
-    every += [*of_set, *guarded, *_CONFIDENCE, *_BLIND, *_ERRORS, *intervals]
+    blind = [
+        replace(spec, key=spec.key.replace(".", "_blind."), meaning=f"{spec.meaning}; of answers dealt to other images")
+        for spec in _VOCABULARY
+    ]
+    every += [
+        *of_set,
+        *guarded,
+        *_CONFIDENCE,
+        *_BLIND,
+        *_ERRORS,
+        *([*_VOCABULARY, *blind] if vocabulary else ()),
+        *intervals,
+    ]
     return {spec.key: spec for spec in every}

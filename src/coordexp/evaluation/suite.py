@@ -32,7 +32,8 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     categories = read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
-    federated = federated_of(records, categories)
+    own = [record for record in records if "probe" not in record.metadata]
+    federated = federated_of(own, categories)
     evaluations: dict[str, Evaluation] = {}
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
@@ -44,7 +45,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
         write_json(folder / "pr_curve.json", rounded(evaluation.pr_curve))
         write_json(folder / "details.json", rounded(evaluation.details))
         evaluations[name] = evaluation
-    write_json(paths.run("eval") / "upper_bound.json", rounded(codec_upper_bound(records)))
+    write_json(paths.run("eval") / "upper_bound.json", rounded(codec_upper_bound(own)))
     metrics: dict[str, Any] = {name: {"eval": rounded(e.metrics)} for name, e in evaluations.items()}
     metrics["comparison"] = {
         key: rounded(compare(evaluations[new], evaluations[old])) for key, (new, old) in COMPARISONS.items()

@@ -27,7 +27,7 @@ from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
 from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
 from coordexp.records.categories import Category, read_categories
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import own_lines, read_results
 from coordexp.records.prediction_log import read_rows
 from coordexp.reporting.markdown import number, table
 from coordexp.text.prompts import question
@@ -125,7 +125,9 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
     metrics = PUBLISHED.read_json(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / GT_VS_PRED
     categories = read_categories(run.paths.records / "categories.json")
-    rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
+    rows = (
+        (r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in own_lines(read_results(predictions))
+    )
     results, unmapped = coco_results(rows, categories)
     form = load_format(source)
     _copy_checkpoint(source, out, form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from coordexp.packing.pixels import PixelSpec, resized_size
 from coordexp.packing.samples import Sample, SampleWriter, text_objects
 from coordexp.records.schema import ObjectRecord, Record
 from coordexp.text.codecs import AnswerCodec, AnswerEncoder, EncodedAnswer, Role, Segment
-from coordexp.text.prompts import asked_names, prompt_ids, question, question_ids
+from coordexp.text.prompts import FORMAT_SUFFIXES, asked_names, prompt_ids, question, question_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class SamplePreparer:
         A record that asks for some names only (`metadata.prompt`) has only those as annotations.
         """
         width, height = resized_size(record.width, record.height, self._pixels)
-        prompt = record.metadata.get("prompt") if task == "detect" else None
+        prompt = record.metadata.get("prompt") if task in FORMAT_SUFFIXES else None
         asked = asked_names(prompt)
         objects = [o for o in record.objects if asked is None or o.desc in asked]
         kept = [o for o in objects if not o.metadata.get("iscrowd")]
@@ -73,7 +74,7 @@ class SamplePreparer:
             resized_width=width,
             resized_height=height,
             n_image_tokens=self._pixels.tokens(width, height),
-            prompt_ids=self._prompt_ids(task) if prompt is None else self._question_ids(question(prompt)),
+            prompt_ids=self._prompt_ids(task, prompt),
             answer_ids=answer.ids,
             answer_roles=answer.roles,
             answer_objects=answer.object_index,
@@ -81,9 +82,13 @@ class SamplePreparer:
             boxes_xyxy_px=as_boxes([o.bbox_xyxy_px for o in ordered]).astype(np.float32),
             iscrowd=tuple(bool(o.metadata.get("iscrowd")) for o in ordered),
             areas_px2=() if all(area is None for area in areas_px2) else areas_px2,
+            probe=(probe := record.metadata.get("probe", "")),
+            asked=tuple(prompt["names"]) if probe and prompt else (),
         )
 
-    def _prompt_ids(self, task: str) -> NDArray[np.int32]:
+    def _prompt_ids(self, task: str, prompt: dict[str, Any] | None) -> NDArray[np.int32]:
+        if prompt is not None:
+            return self._question_ids(question(prompt) + FORMAT_SUFFIXES[task])
         if task not in self._prompts:
             self._prompts[task] = prompt_ids(self._tokenizer, task)
         return self._prompts[task]

@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
         ("descs", pa.list_(pa.string())),
         ("boxes_xyxy_px", pa.list_(pa.float32())),
         ("iscrowd", pa.list_(pa.bool_())),
+        ("probe", pa.string()),
+        ("asked", pa.list_(pa.string())),
     ]
 )
 # Only in files that have annotated areas: most sources give none. 64 bits, because an area decides between bands.
@@ -43,6 +45,8 @@ class Sample:
 
     Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4) are float pixels of the original image; the model sees
     the resized one. `areas_px2` are the annotated areas (masks), None where only the box's is known; empty if all are.
+    A `probe` is a further question about an image that has its own sample already (`records.mixing`): which one, and
+    the names that it lists.
     """
 
     image_id: int
@@ -60,6 +64,8 @@ class Sample:
     boxes_xyxy_px: NDArray[np.float32]
     iscrowd: tuple[bool, ...]
     areas_px2: tuple[float | None, ...] = ()
+    probe: str = ""
+    asked: tuple[str, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -138,7 +144,13 @@ class SampleStore(Sequence[Sample]):
             boxes_xyxy_px=_array(row["boxes_xyxy_px"], np.float32).reshape(-1, 4),
             iscrowd=tuple(row["iscrowd"].as_py()),
             areas_px2=tuple(row[AREA_COLUMN.name].as_py()) if AREA_COLUMN.name in row else (),
+            probe=row["probe"].as_py(),
+            asked=tuple(row["asked"].as_py()),
         )
+
+    def images(self) -> list[str]:
+        """The image of every sample, without building the samples."""
+        return self._columns["image"].to_pylist()
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of every sample (prompt with image, plus answer), without building the samples."""

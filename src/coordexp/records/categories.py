@@ -1,4 +1,8 @@
-"""The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out"}, ...].
+"""The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out" | ...}, ...].
+
+`split` is `train` for names that training holds. The others are held out, and may say how (open-vocabulary tiers):
+`strict` names are in no picture and no text of any training, `phrase` names were drawn in pretraining but never
+written, of `plain_only` names training knows one word (the head without its attribute), of `never` names not even that.
 
 LVIS also says how frequent a category is in its training images: "r" in at most 10, "c" in at most 100, else "f".
 """
@@ -9,20 +13,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from coordexp.errors import DataError
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.descriptions import normalise_desc
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "strict", "phrase", "plain_only", "never"]
 Frequency = Literal["r", "c", "f"]
 CATEGORIES = Gate("a categories.json, as `convert` writes it", DataError, "Convert again, or name another file.")
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One class of the data set; `held_out` classes are never seen in training, None: nobody said."""
+    """One class of the data set; all splits but `train` are held out of training, None: nobody said."""
 
     id: int
     name: str
@@ -37,6 +41,12 @@ class Category:
         row |= {"split": self.split} if self.split else {}
         row |= {"frequency": self.frequency} if self.frequency else {}
         return row | ({"aliases": list(self.aliases)} if self.aliases else {})
+
+
+def as_split(value: object) -> Split | None:
+    """The split of this name; None if there is none."""
+    splits: tuple[Split, ...] = get_args(Split)
+    return next((split for split in splits if split == value), None)
 
 
 def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:
@@ -69,10 +79,11 @@ def _category(row: object, where: str) -> Category:
     frequency = row.get("frequency") if isinstance(row, dict) else None
     if frequency in (None, "r", "c", "f"):
         match row:
-            case {"id": int(id_), "name": str(name), "split": "train" | "held_out" as split} if name.strip():
-                return Category(id_, name, split, frequency)
+            case {"id": int(id_), "name": str(name), "split": str(split)} if name.strip() and as_split(split):
+                return Category(id_, name, as_split(split), frequency)
             case {"id": int(id_), "name": str(name), **rest} if name.strip() and "split" not in rest:
                 return Category(id_, name, None, frequency)
     raise DataError(
-        f"{where} is {shown(row)}, expected an integer id, a name, split 'train' or 'held_out', frequency r, c or f."
+        f"{where} is {shown(row)}, expected an integer id, a name, split {', '.join(get_args(Split))}, "
+        "frequency r, c or f."
     )

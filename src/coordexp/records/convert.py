@@ -10,7 +10,7 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -19,7 +19,7 @@ from pathlib import Path
 from coordexp.config.formats import BoxForm, Format
 from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.categories import Category
+from coordexp.records.categories import Category, Split
 from coordexp.records.images import ImageFacts
 from coordexp.records.losses import (
     NOTHING_LOST,
@@ -41,7 +41,16 @@ from coordexp.records.manifest import (
     own_splits,
     read_manifest,
 )
-from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
+from coordexp.records.mixing import (
+    SetNames,
+    overlap,
+    probes,
+    repeat_by_weight,
+    split_dev,
+    with_prompt,
+    with_unique_ids,
+    with_views,
+)
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import INCOMPLETE, to_records
 from coordexp.records.schema import Record, write_records
@@ -52,8 +61,9 @@ from coordexp.records.twins import join_same_pictures
 # What `coordexp convert` does with the unusual; its options change `crowd` and `max_lost`.
 FILE_POLICIES = RecordsConfig(
     dev_images=1, crowd="ignore", truncated="keep", min_side_px=1.0, min_inside=0.0, polygons="drop", max_objects=0,
-    over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, negative_rate=0.0, flip=0.0,
-    crop=0.0, scale_jitter=0.0, overlap="error", same_picture="file",
+    over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, listed_present=1.0,
+    listed_hard=0.0, negative_rate=0.0, mixed_listed=0.0, mixed_phrase=0.0, flip=0.0, crop=0.0, scale_jitter=0.0,
+    overlap="error", same_picture="file",
 )  # fmt: skip
 SAMPLE_IMAGES = "images"  # in a sample, a link to the root of the set
 
@@ -94,8 +104,12 @@ class Converted:
         trained = {o.desc for r in self.splits["train"] for o in r.objects}
         found = {o.desc for r in self.splits["val"] for o in r.objects}
         declared = [c for categories in self.declared.values() for c in categories]
-        says_so = any(c.split == "held_out" for c in declared)
-        trained |= {c.name for c in declared if says_so and c.split == "train"}
+        marked: dict[str, Split] = {c.name: c.split for c in declared if c.split not in (None, "train")}
+        trained |= {c.name for c in declared if marked and c.split == "train"}
+
+        def split_of(name: str) -> Split:
+            return "train" if name in trained else marked.get(name, "held_out")
+
         others = sorted(found - {c.name for c in declared})
         if len(self.declared) == 1 and declared:
             first = max(c.id for c in declared) + 1
@@ -103,10 +117,7 @@ class Converted:
         else:
             names = sorted({c.name for c in declared}.union(others))
             numbered = [Category(i, name) for i, name in enumerate(names, 1)]
-        return [
-            replace(c, split="train" if c.name in trained else "held_out", aliases=self._aliases(c.name))
-            for c in numbered
-        ]
+        return [replace(c, split=split_of(c.name), aliases=self._aliases(c.name)) for c in numbered]
 
     def _aliases(self, name: str) -> tuple[str, ...]:
         return tuple(sorted(found for found, written in self.spelling.items() if written == name != found))
@@ -212,12 +223,25 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
     result.splits = {}
     for split, records in splits.items():
-        of_set = ((r, r.image.partition("/")[0]) for r in records)
-        result.splits[split] = RecordStore(
-            with_prompt(r, sets[name].prompt, names[name], config, seed, split == "train") for r, name in of_set
-        )
+        asked = (r for record in records for r in _asked(record, split, sets, names, config, seed))
+        result.splits[split] = RecordStore(asked)
     refuse_empty(result.splits)
     return result
+
+
+def _asked(
+    record: Record,
+    split: str,
+    sets: Mapping[str, DatasetConfig],
+    names: Mapping[str, SetNames],
+    config: RecordsConfig,
+    seed: int,
+) -> list[Record]:
+    """The record with its prompt, and the probes of its image."""
+    name = record.image.partition("/")[0]
+    kind = sets[name].prompt
+    asked = with_prompt(record, kind, names[name], config, seed, split == "train")
+    return [asked, *(probes(record, names[name], config, seed) if split == "val" and kind == "mixed" else ())]
 
 
 def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str, ImageFacts]) -> dict[str, Reading]:
@@ -246,9 +270,11 @@ def _of(records: Iterable[Record], name: str) -> Iterator[Record]:
     return (r for r in records if r.image.startswith(f"{name}/"))
 
 
-def _names(declared: Iterable[Category], records: Iterable[Record]) -> list[str]:
-    """The names that a set annotates: the declared ones, or those that occur."""
-    return [c.name for c in declared] or sorted({o.desc for r in records for o in r.objects})
+def _names(declared: Sequence[Category], records: Iterable[Record]) -> SetNames:
+    """The names that a set annotates (the declared ones, or those that occur), and those of training."""
+    if not declared:
+        return SetNames.of(names := sorted({o.desc for r in records for o in r.objects}), names)
+    return SetNames.of([c.name for c in declared], [c.name for c in declared if c.split == "train"])
 
 
 def convert_file(

@@ -114,10 +114,14 @@ class ImageResult:
     finish_reason: str = "stop"  # end token; or "length": token budget
     n_generated_tokens: Count = 0
     identity: dict[str, str] = field(default_factory=dict)  # short hashes: model, prompt, decode
+    probe: str = ""  # a further question about an image that has its own line (`records.mixing`); "": its own line
+    asked: tuple[str, ...] = ()  # the names that a probe lists
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value; inverse of `read_results`."""
         row = asdict(self)
+        if not self.probe:
+            del row["probe"], row["asked"]
         for obj in row["gt"]:
             if obj["area_px2"] is None:
                 del obj["area_px2"]
@@ -147,6 +151,11 @@ def read_results(path: Path) -> Iterator[ImageResult]:
         yield result
     if not seen:
         raise DataError(f"{path}: no predictions in the file; expected one JSON line per image.")
+
+
+def own_lines(results: Iterable[ImageResult]) -> list[ImageResult]:
+    """Without the probes: one line an image."""
+    return [result for result in results if not result.probe]
 
 
 def write_results(path: Path, results: Iterable[ImageResult]) -> int:

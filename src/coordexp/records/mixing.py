@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordexp.config.profile import RecordsConfig
@@ -98,45 +98,123 @@ def _hashed_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
-def with_prompt(
-    record: Record, kind: str, names: Sequence[str], config: RecordsConfig, seed: int, training: bool
-) -> Record:
+@dataclass(frozen=True, slots=True)
+class SetNames:
+    """The names that a set annotates, all of them and those that training may read, and which names hold a word."""
+
+    every: tuple[str, ...]
+    trained: tuple[str, ...]
+    by_word: Mapping[str, frozenset[str]]
+    readable: tuple[str, ...]  # those of `every` whose words all occur in `trained`
+
+    @classmethod
+    def of(cls, every: Iterable[str], trained: Iterable[str]) -> SetNames:
+        """Index the names by their words."""
+        every, trained = tuple(every), tuple(trained)
+        by_word: defaultdict[str, set[str]] = defaultdict(set)
+        for name in every:
+            for word in name.split():
+                by_word[word].add(name)
+        known = {word for name in trained for word in name.split()}
+        readable = tuple(name for name in every if known.issuperset(name.split()))
+        return cls(every, trained, {word: frozenset(names) for word, names in by_word.items()}, readable)
+
+    def sharing(self, present: Iterable[str]) -> frozenset[str]:
+        """Names that share a word with one of these: the hard ones to tell from what is there."""
+        words = {word for name in present for word in name.split()}
+        return frozenset().union(*(self.by_word.get(word, ()) for word in words))
+
+
+def with_prompt(record: Record, kind: str, names: SetNames, config: RecordsConfig, seed: int, training: bool) -> Record:
     """The record with `metadata.prompt`, which `text.prompts` puts into words.
 
-    Training prompts have one of the first `wordings`; a listed one names what is there and up to `listed_names` in all,
-    the others drawn from what is known to be absent, and in `negative_rate` of the cases nothing that is there. Dev and
-    val always use the first wording, and name everything that may be judged: the whole list, or, where that is too
-    long, the names that the image was searched for; they are open where nothing is known to be absent.
+    Training prompts have one of the first `wordings`; a listed one names `listed_present` of what is there and up to
+    `listed_names` in all, the others drawn from what is known to be absent, and in `negative_rate` of the cases nothing
+    that is there. Dev and val always use the first wording, and name everything that may be judged: the whole list, or,
+    where that is too long, the names that the image was searched for; they are open where nothing is known to be
+    absent. A mixed set asks dev and val for everything.
 
     Args:
         record: the record.
-        kind: what the prompts of its set ask for: open, closed, listed or phrase.
-        names: every name that the set annotates.
+        kind: what the prompts of its set ask for: open, closed, listed, phrase or mixed.
+        names: the names of the set.
         config: the policies.
         seed: of the choices.
         training: whether the record is trained on.
     """
     rng = _choice(record, seed, "prompt")
     style = rng.randrange(config.wordings) if training else 0
-    prompt: dict[str, Any] = {"kind": kind, "style": style}
-    if kind == "phrase":
-        there = (o.desc for o in record.objects if not o.metadata.get("iscrowd"))
-        prompt["names"] = [record.metadata.get("phrase") or next(there, "")]
-    elif kind == "closed":
-        prompt["names"] = _closed(names)
-    elif kind == "listed":
-        present, absent = _present_and_absent(record, names)
-        if training:
-            prompt["names"] = _listed(present, absent, config, rng)
-        elif len(names) <= MAX_CLOSED_NAMES and "absent" not in record.metadata:
-            prompt["names"] = sorted(names)
-        else:
-            prompt["names"] = sorted({*present, *absent}) if absent else []
-        if not prompt["names"]:
-            prompt = {"kind": "open", "style": style}
+    if kind == "mixed":
+        kind, asked = _mixed(record, names, config, rng) if training else ("open", [])
+    else:
+        asked = _asked_names(record, kind, names, config, rng, training)
+    kind = kind if asked else "open"
+    prompt: dict[str, Any] = {"kind": kind, "style": style} | ({"names": asked} if kind != "open" else {})
     if prompt == {"kind": "open", "style": 0}:
         return record
     return _with(record, prompt=prompt)
+
+
+def _asked_names(
+    record: Record, kind: str, names: SetNames, config: RecordsConfig, rng: random.Random, training: bool
+) -> list[str]:
+    """What the prompt of a set of one kind names."""
+    if kind == "phrase":
+        there = (o.desc for o in record.objects if not o.metadata.get("iscrowd"))
+        return [record.metadata.get("phrase") or next(there, "")]
+    if kind == "closed":
+        return _closed(names.every)
+    if kind == "open":
+        return []
+    present, absent = _present_and_absent(record, names.trained if training else names.every)
+    if training:
+        return _listed(present, absent, names, config, rng)
+    if len(names.every) <= MAX_CLOSED_NAMES and "absent" not in record.metadata:
+        return sorted(names.every)
+    return sorted({*present, *absent}) if absent else []
+
+
+def _mixed(record: Record, names: SetNames, config: RecordsConfig, rng: random.Random) -> tuple[str, list[str]]:
+    """The kind of a training prompt, and what it names."""
+    at = rng.random()
+    if at >= config.mixed_listed + config.mixed_phrase:
+        return "open", []
+    present, absent = _present_and_absent(record, names.trained)
+    if at < config.mixed_listed:
+        return "listed", _listed(present, absent, names, config, rng)
+    if rng.random() < config.negative_rate:
+        return "phrase", _absent_names(1, present, absent, names, config, rng)
+    return ("phrase", [rng.choice(present)]) if present else ("open", [])
+
+
+# What a probe asks for: a list of names present and absent, one name that is present, names of which none is present
+# and none shares a word with one that is, or of which each does. `PROBES` are the kinds, in this order.
+PROBES = ("list", "one", "easy", "hard")
+
+
+def probes(record: Record, names: SetNames, config: RecordsConfig, seed: int) -> list[Record]:
+    """Further questions about the image of a val record, each a record of its own; none where there is none to ask.
+
+    Absent names are such whose words training has read.
+    """
+    present, absent = _present_and_absent(record, names.readable)
+    similar = names.sharing(present)
+    found = []
+    for probe in PROBES:
+        rng = _choice(record, seed, f"probe/{probe}")
+        asked: list[str] = []
+        if probe == "list" and present:
+            asked = _listed(present, absent, names, config.model_copy(update={"negative_rate": 0.0}), rng)
+        elif probe == "one" and present:
+            asked = [rng.choice(present)]
+        elif probe in ("easy", "hard"):
+            pool = [name for name in absent if (name in similar) == (probe == "hard")]
+            asked = rng.sample(pool, rng.randint(1, min(len(pool), config.listed_names))) if pool else []
+        if asked:
+            prompt = {"kind": "phrase" if probe == "one" else "listed", "style": 0, "names": asked}
+            number = _hashed_id(f"{record.metadata['image_id']}#{probe}")
+            found.append(_with(record, image_id=number, prompt=prompt, probe=probe))
+    return found
 
 
 def _closed(names: Sequence[str]) -> list[str]:
@@ -149,23 +227,43 @@ def _closed(names: Sequence[str]) -> list[str]:
 
 
 def _present_and_absent(record: Record, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names that are there, and names known not to be. A crowd's or difficult object's name is neither."""
+    """Names that are there, and names known not to be. A crowd's or difficult object's name is neither.
+
+    Nor is a name that part of the name of an object says already: where a red cat is, nobody can say that no cat is.
+    """
     annotated = {o.desc for o in record.objects}
     present = sorted({o.desc for o in record.objects if not o.metadata.get("iscrowd")})
-    known_absent = record.metadata.get("absent", names)
-    excluded = annotated | set(record.metadata.get("not_exhaustive", ()))
-    return present, sorted(set(known_absent) - excluded)
+    known_absent = set(record.metadata.get("absent", names))
+    words = [set(name.split()) for name in annotated]
+    implied = {part for of_name in words for part in of_name} & known_absent
+    excluded = annotated | implied | set(record.metadata.get("not_exhaustive", ()))
+    return present, sorted(known_absent - excluded)
 
 
-def _listed(present: list[str], absent: list[str], config: RecordsConfig, rng: random.Random) -> list[str]:
-    if absent and (not present or rng.random() < config.negative_rate):
-        asked = rng.sample(absent, rng.randint(1, min(len(absent), config.listed_names)))
-    else:
-        asked = rng.sample(present, min(len(present), config.listed_names))
-        room = min(len(absent), config.listed_names - len(asked))
-        asked += rng.sample(absent, rng.randint(0, room))
+def _listed(
+    present: list[str], absent: list[str], names: SetNames, config: RecordsConfig, rng: random.Random
+) -> list[str]:
+    """Names of a list: some that are there, unless it is a negative one, and some that are not."""
+    asked: list[str] = []
+    if present and not (absent and rng.random() < config.negative_rate):
+        asked = [name for name in present if rng.random() < config.listed_present] or [rng.choice(present)]
+        asked = rng.sample(asked, min(len(asked), config.listed_names))
+    room = min(len(absent), config.listed_names - len(asked))
+    asked += _absent_names(rng.randint(0 if asked else min(1, room), room), present, absent, names, config, rng)
     rng.shuffle(asked)
     return asked
+
+
+def _absent_names(
+    count: int, present: list[str], absent: list[str], names: SetNames, config: RecordsConfig, rng: random.Random
+) -> list[str]:
+    """So many absent names, `listed_hard` of them similar to what is there, as far as there are such."""
+    similar = sorted(names.sharing(present).intersection(absent)) if config.listed_hard else []
+    n_similar = min(len(similar), sum(rng.random() < config.listed_hard for _ in range(count)))
+    asked = rng.sample(similar, n_similar)
+    taken = set(asked)
+    others = [name for name in absent if name not in taken]
+    return asked + rng.sample(others, min(len(others), count - n_similar))
 
 
 def _choice(record: Record, seed: int, purpose: str) -> random.Random:

@@ -21,7 +21,7 @@ from coordexp.evaluation.registry import metric_specs
 from coordexp.infra.foreign import Gate
 from coordexp.infra.logs import read_log, read_rows
 from coordexp.records.categories import Category, read_categories
-from coordexp.records.gt_vs_pred import ImageResult, read_results
+from coordexp.records.gt_vs_pred import ImageResult, own_lines, read_results
 
 Json = dict[str, Any]
 Metrics: TypeAlias = pd.DataFrame  # "area.metric" by checkpoint; intervals under "interval.area.metric"
@@ -217,7 +217,7 @@ def _comparison(metrics: Json, name: str, path: Path) -> dict[str, Json | None]:
 
 
 def _results(path: Path) -> list[ImageResult]:
-    return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
+    return sorted(own_lines(read_results(_existing(path, "coco-eval"))), key=lambda result: result.image_id)
 
 
 def _dev_rows(path: Path) -> list[Json] | None:

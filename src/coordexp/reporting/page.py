@@ -26,7 +26,7 @@ from coordexp.evaluation.protocol import STANDARD, iou_key
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult, Prediction, read_results
+from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines, read_results
 from coordexp.records.images import read_record_rgb
 from coordexp.reporting.inputs import Json
 from coordexp.reporting.outcomes import Outcomes, judge
@@ -64,7 +64,7 @@ def write_page(
     if not 1 <= len(files) <= MAX_RUNS:
         raise DataError(f"found {len(files)} prediction files, expected one or two of them.")
     page = page or PageSettings()
-    results = {label: list(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
+    results = {label: own_lines(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
     data = page_data(results, categories, params, page.images)
     for row in data["images"]:
         row["src"] = _inline(image_root, row["image"], page)

@@ -114,6 +114,11 @@ _AREAS = {
     "lvis": "Only with LVIS labels: a run on one `lvis` set, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
     "known": "The part of COCO AP that belongs to names seen in training.",
     "held_out": "The part of COCO AP that belongs to names that no training split holds.",
+    "vocabulary": (
+        "Only with probes (prompt `mixed`): COCO AP by how names are held out (`records/categories.py`) and by what "
+        "was asked, answers beside rivals, and refusals (`evaluation/vocabulary.py`)."
+    ),
+    "vocabulary_blind": "The same numbers of the same answers dealt to other images: what is reached without looking.",
     "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
     "protocol": "Only classes that the image shows, beside the full vocabulary, and the gap (`evaluation/matched.py`).",
     "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
@@ -211,7 +216,7 @@ def _families(stages: Sequence[str], plans: Iterable[str]) -> list[str]:
 def metrics_markdown() -> str:
     """The page of all metrics and logged diagnostics; thresholds in names are those of params.yaml."""
     by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
-    for spec in metric_specs(STANDARD, lvis=True).values():
+    for spec in metric_specs(STANDARD, lvis=True, vocabulary=True).values():
         by_area[spec.key.split(".")[0]].append(spec)
     logged = {**MEANINGS, "coord_tokens": "number of those slots"}
     diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]

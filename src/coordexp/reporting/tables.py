@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.errors import ConfigError, closest
 from coordexp.evaluation.confidence import CONSTANT, PERFECT
 from coordexp.evaluation.registry import PROTOCOL_KEYS, after_nms, metric_specs, view
 from coordexp.reporting.inputs import Json, Metrics, ReportData, bounds_of, metric, required
@@ -23,7 +24,7 @@ def metrics_table(data: ReportData, name: str) -> str:
 
     A reason for which the parser dropped nothing has no row.
     """
-    specs, rows = metric_specs(data.settings), []
+    specs, rows = metric_specs(data.settings, vocabulary=True), []
     for key in view(name, data.settings):
         spec = specs[key]
         if key.startswith("parse.dropped_") and not data.metrics.loc[key].any() and key != "parse.dropped_total":
@@ -31,6 +32,43 @@ def metrics_table(data: ReportData, name: str) -> str:
         unit = "" if spec.unit == "0..1" else f" ({spec.unit})"
         rows.append([f"`{key}`{_ARROWS[spec.better]}", escape(spec.meaning) + unit, *_cells(data.metrics, key)])
     return table(["metric", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
+
+
+def goals_table(data: ReportData) -> str:
+    """Each goal of the profile beside what the trained checkpoints reach; empty if there are none.
+
+    Raises:
+        ConfigError: a goal is about a metric that this evaluation does not have.
+    """
+    names = [name for name in CHECKPOINTS if name != "base"]
+    rows = []
+    for goal in data.run.profile.report.goals:
+        key, _, least = goal.partition(" >= ")
+        if key not in data.metrics.index:
+            raise ConfigError(
+                f"report.goals: {goal!r}: this run has no metric {key}.{closest(key, data.metrics.index)}"
+            )
+        reached = [(bounds_of(data.metrics, n, key) or [metric(data.metrics, n, key)])[0] for n in names]
+        signs = ["?" if low is None else "✔" if low >= float(least) else "✘" for low in reached]
+        cells = [f"{sign} {_cell(data.metrics, n, key)}" for sign, n in zip(signs, names, strict=True)]
+        blind = key.replace(".", "_blind.", 1)
+        by_chance = number(metric(data.metrics, "stage2", blind)) if blind in data.metrics.index else MISSING
+        rows.append([f"`{key}`", least, *cells, by_chance])
+    header = ["goal", "at least", *names, "stage2, blind"]
+    return table(header, rows, "l" + "r" * (len(header) - 1)) if rows else ""
+
+
+def tier_table(data: ReportData) -> str:
+    """What became of the objects of each tier by what was asked; empty without probes."""
+    if "by_tier" not in data.details[CHECKPOINTS[-1]]:
+        return ""
+    keys = ("located", "first_word", "last_word", "exact")
+    rows = [
+        [first["asked"], first["tier"], str(first["n_gt"])]
+        + [" / ".join(number(row[key]) for key in keys) for row in (first, *others)]
+        for first, *others in zip(*_detail(data.details, "by_tier"), strict=True)
+    ]
+    return table(["asked", "names", "objects", *CHECKPOINTS], rows, "llr" + "r" * len(CHECKPOINTS))
 
 
 def _cells(metrics: Metrics, key: str) -> list[str]:

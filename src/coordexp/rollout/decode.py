@@ -45,6 +45,8 @@ class AnswerReader:
             finish_reason=generation.finish_reason,
             n_generated_tokens=len(generation.ids),
             identity=self.identity,
+            probe=sample.probe,
+            asked=sample.asked,
         )
         return Decoded(result, None if self.codec == "digits" else rescored.coord_probs_N4K)
 

@@ -151,8 +151,10 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path, draws: int = 
     """
     form = asked_format(run, folder)
     store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
-    n_images = min(run.profile.eval.images or len(store), len(store))
-    samples = [store[i] for i in range(n_images) for _ in range(draws)]
+    images = store.images()
+    chosen = set(list(dict.fromkeys(images))[: run.profile.eval.images or None])
+    asked = [i for i, image in enumerate(images) if image in chosen]  # probes with their image
+    samples = [store[i] for i in asked for _ in range(draws)]
     identity = decode_identity(folder, samples[0], request)
     batch_images = run.profile.rollout.batch_images
     generations, checkpoint, seconds = generate_answers(
@@ -168,7 +170,7 @@ def decode_val(run: RunConfig, name: str, folder: Path, out: Path, draws: int = 
         "codec": form.codec,
         "identity": identity,
         "settings": request.params.model_dump(exclude=READOUT_KEYS),
-        "images": len(samples),
+        "images": len(chosen),
         "tokens": sum(answer.result.n_generated_tokens for answer in decoded),
     }
     for draw in range(draws):

@@ -21,12 +21,11 @@ TASKS: dict[str, str] = {
     "detect": "Detect every object.",
     "name": "Name every object.",
     "count": "How many objects are there?",
+    "nouns": "Detect every object. Nouns only.",
+    "colors": "Detect every object. Colors only.",
 }
-# Other formats of the `detect` answer (text.codecs.NUMBER_FORMATS), asked for in pretraining the base model only.
-FORMAT_TASKS: dict[str, str] = {
-    "detect_quoted": "Detect every object. Quote numbers.",
-    "detect_tags": "Detect every object. Use tags.",
-}
+# Other formats of an answer of detection (text.codecs.NUMBER_FORMATS), asked for in pretraining the base model only.
+FORMAT_SUFFIXES: dict[str, str] = {"detect": "", "detect_quoted": " Quote numbers.", "detect_tags": " Use tags."}
 # Wordings of the questions that records carry in `metadata.prompt`; the first of each is that of dev and val. `closed`
 # gives a data set's whole list of names, `listed` some of them, present or not.
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -55,7 +54,7 @@ _PLACE = "coordexp question"
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: str = "detect") -> NDArray[np.int32]:
     """Token ids of the prompt up to where the answer starts, with one image placeholder."""
-    text = _rendered(tokenizer, (TASKS | FORMAT_TASKS)[task])
+    text = _rendered(tokenizer, TASKS.get(task) or TASKS["detect"] + FORMAT_SUFFIXES[task])
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 

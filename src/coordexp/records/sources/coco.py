@@ -21,7 +21,7 @@ from pycocotools import mask
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box
-from coordexp.records.categories import Category
+from coordexp.records.categories import Category, as_split
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
     ImageNames,
@@ -328,7 +328,8 @@ class _Loading:
 def _category(number: int, row: dict[str, Any], parents: set[Any]) -> Category:
     parent = row.get("supercategory")
     is_root = parent in ("none", "", None) and row["name"] in parents
-    return Category(number, row["name"], "held_out" if parent == "held_out" else "train", is_root=is_root)
+    # A file may mark names that training must not know, by how they are held out.
+    return Category(number, row["name"], as_split(parent) or "train", is_root=is_root)
 
 
 def as_id(value: Any) -> int | str | None:

@@ -50,6 +50,8 @@ def _check_metadata(metadata: dict[str, Any], where: str) -> None:
             raise DataError(f"{where}.{key} is {metadata[key]!r:.40}, expected a list of names; or leave it out.")
     if "phrase" in metadata and not _are_names([metadata["phrase"]]):
         raise DataError(f"{where}.phrase is {metadata['phrase']!r:.40}, expected text; or leave it out.")
+    if "probe" in metadata:  # it would count apart from all other records
+        raise DataError(f"{where}.probe is set, but only `convert` marks probes. Remove the key, or the line.")
     if "prompt" in metadata and not _is_prompt(metadata["prompt"]):
         raise DataError(
             f"{where}.prompt is {metadata['prompt']!r:.60}, expected a kind (open, closed, listed, phrase) with names, "

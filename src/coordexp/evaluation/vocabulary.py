@@ -1,0 +1,187 @@
+"""What names held out of training are worth, by how they are held out and by what was asked; and what is refused.
+
+The `vocabulary` area of the metrics, of results that hold probes (`records.mixing.PROBES`). AP is taken apart by what
+was asked: everything (the line of the image itself), a list of names, one name. Each part is judged against the objects
+that were asked for. `vocabulary_blind` holds the same numbers of the same answers dealt to other images: what answers
+of this kind are worth that never saw their picture.
+
+Legend: I images, G annotated objects, P predictions, M located objects, K categories, B resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from coordexp.config.schema import EvalParams
+from coordexp.evaluation.average_precision import mean_ap, unweighted_ap
+from coordexp.evaluation.bootstrap import resample_weights, resampled_ap
+from coordexp.evaluation.matched import Matched
+from coordexp.evaluation.registry import ASKED, OPEN_TIERS, TIERS
+from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, build_table
+from coordexp.geometry.bins import box_scale
+from coordexp.geometry.boxes import as_boxes
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import ImageResult
+
+Values = dict[str, float | None]
+PROBE_OF = {"everything": "", "list": "list", "one": "one"}
+REFUSED = ("easy", "hard")
+_LOCATED_IOU = 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """The lines that were asked one kind of question, matched; `weights_BI` are of its images."""
+
+    lines: Sequence[ImageResult]  # by image id, as the table
+    matched: Matched
+    weights_BI: Ints
+
+    @property
+    def table(self) -> DetectionTable:
+        return self.matched.table
+
+    def rows(self, tier: str) -> list[int]:
+        return self.table.index.rows(TIERS[tier])
+
+    def tier_G(self, tier: str) -> Bools:
+        return np.isin(self.table.gt_category_G, self.rows(tier)) & ~self.table.gt_crowd_G
+
+
+def vocabulary_metrics(
+    results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams, seed: int
+) -> tuple[dict[str, Values], dict[str, Floats], list[dict[str, Any]]]:
+    """Areas `vocabulary` and `vocabulary_blind`, the resamples (B,) of the former, and the table `by_tier`."""
+    parts = _parts(results, categories, params, seed)
+    values, samples = _metrics(results, parts, params, seed)
+    blind = [line for probe in sorted({r.probe for r in results}) for line in dealt(results, probe)]
+    once = params.model_copy(update={"bootstrap_resamples": 1})
+    blind_values, _ = _metrics(blind, _parts(blind, categories, once, seed), once, seed)
+    areas = {"vocabulary": values, "vocabulary_blind": blind_values}
+    return areas, {f"vocabulary.{key}": s for key, s in samples.items()}, _by_tier(parts)
+
+
+def dealt(results: Sequence[ImageResult], probe: str) -> list[ImageResult]:
+    """Each line of one kind with the predictions of the line before it, boxes at the same place of the picture."""
+    lines = sorted((r for r in results if r.probe == probe), key=lambda r: r.image_id)
+    return [_with_answer(line, other) for line, other in zip(lines, [*lines[-1:], *lines[:-1]], strict=True)]
+
+
+def _with_answer(line: ImageResult, other: ImageResult) -> ImageResult:
+    boxes_N4 = as_boxes([p.bbox_xyxy_px for p in other.pred]) / box_scale(other.width, other.height)
+    moved_N4 = (boxes_N4 * box_scale(line.width, line.height)).tolist()
+    pred = [replace(p, bbox_xyxy_px=(x1, y1, x2, y2)) for p, (x1, y1, x2, y2) in zip(other.pred, moved_N4, strict=True)]
+    return replace(line, pred=tuple(pred), parse=other.parse)
+
+
+def _parts(
+    results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams, seed: int
+) -> dict[str, _Part]:
+    found = {}
+    for asked in ASKED:
+        lines = sorted((r for r in results if r.probe == PROBE_OF[asked]), key=lambda r: r.image_id)
+        if lines:
+            matched = Matched.of(build_table(lines, categories, params), params)
+            found[asked] = _Part(lines, matched, resample_weights(len(lines), params.bootstrap_resamples, seed))
+    return found
+
+
+def _metrics(
+    results: Sequence[ImageResult], parts: Mapping[str, _Part], params: EvalParams, seed: int
+) -> tuple[Values, dict[str, Floats]]:
+    none = np.full(params.bootstrap_resamples, np.nan)
+    values: Values = {}
+    samples: dict[str, Floats] = {}
+    for asked in ASKED:
+        part = parts.get(asked)
+        ap_KT = None if part is None else unweighted_ap(part.matched.by_score, part.table.n_images)
+        resampled = {} if part is None else resampled_ap(
+            part.matched.by_score, part.weights_BI, {tier: part.rows(tier) for tier in TIERS}
+        )  # fmt: skip
+        for tier in TIERS:
+            key = f"{asked}_{tier}_AP50"
+            rows = [] if part is None else part.rows(tier)
+            values[key] = mean_ap(ap_KT[rows, :1]) if ap_KT is not None and rows else None
+            samples[key] = resampled.get(f"{tier}.AP50", none)
+    values["list_strict_to_seen"] = _ratio(values["list_strict_AP50"], values["list_seen_AP50"])
+    seen_B = samples["list_seen_AP50"]
+    samples["list_strict_to_seen"] = np.divide(
+        samples["list_strict_AP50"], seen_B, out=np.full_like(seen_B, np.nan), where=seen_B > 0
+    )
+    for tier in OPEN_TIERS:
+        key = f"list_{tier}_exact_rival"
+        values[key], samples[key] = _exact(parts["list"], tier, none) if "list" in parts else (None, none)
+    values["one_recall"], samples["one_recall"] = _recall(parts["one"]) if "one" in parts else (None, none)
+    for probe in REFUSED:
+        empty_I = np.array([r.parse.ok and not r.pred for r in results if r.probe == probe], dtype=np.float64)
+        values[f"refused_{probe}"] = float(empty_I.mean()) if len(empty_I) else None
+        weights_BI = resample_weights(len(empty_I), params.bootstrap_resamples, seed) if len(empty_I) else None
+        samples[f"refused_{probe}"] = none if weights_BI is None else weights_BI @ empty_I / len(empty_I)
+    return values, samples
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _exact(part: _Part, tier: str, none: Floats) -> tuple[float | None, Floats]:
+    """Of the located objects of a tier that have a rival in their list: the fraction with the right name."""
+    matches = part.matched.by_iou
+    rival_G = _has_rival(part) & part.tier_G(tier)
+    judged_M = matches.at(_LOCATED_IOU) & rival_G[matches.gt_M]
+    return _fraction(part, matches.image_M[judged_M], matches.image_M[judged_M & matches.same_name_M])
+
+
+def _recall(part: _Part) -> tuple[float | None, Floats]:
+    """Of the objects asked for by one name, those of the controls left out: the fraction found under that name."""
+    matches = part.matched.by_iou
+    wanted_G = np.any([part.tier_G(tier) for tier in OPEN_TIERS], axis=0)
+    found_M = matches.at(_LOCATED_IOU) & matches.same_name_M & wanted_G[matches.gt_M]
+    return _fraction(part, part.table.gt_image_G[wanted_G], matches.image_M[found_M])
+
+
+def _fraction(part: _Part, whole_N: Ints, hits_N: Ints) -> tuple[float | None, Floats]:
+    """Hits over all, from the image of each of both, and in each resample."""
+    whole_I, hits_I = (np.bincount(n, minlength=part.table.n_images) for n in (whole_N, hits_N))
+    whole_B, hits_B = part.weights_BI @ whole_I, part.weights_BI @ hits_I
+    samples = np.divide(hits_B, whole_B, out=np.full(len(whole_B), np.nan), where=whole_B > 0)
+    return (float(hits_I.sum() / whole_I.sum()) if whole_I.any() else None), samples
+
+
+def _has_rival(part: _Part) -> Bools:
+    """Whether the list that an object was asked with holds another name that begins with the same word, shape (G,)."""
+    table, rival = part.table, []
+    for image, category in zip(table.gt_image_G.tolist(), table.gt_category_G.tolist(), strict=True):
+        name = table.index.categories[category].name
+        first = name.split()[0]
+        others = (other.split() for other in part.lines[image].asked if other != name)
+        rival.append(" " in name and any(len(words) > 1 and words[0] == first for words in others))
+    return np.array(rival, dtype=bool)
+
+
+def _by_tier(parts: Mapping[str, _Part]) -> list[dict[str, Any]]:
+    """For each question and tier: objects, the fraction located, and of those whose first, last and all words agree."""
+    rows = []
+    for asked, part in parts.items():
+        matches = part.matched.by_iou
+        names = [category.name.split() for category in part.table.index.categories]
+        answers = [pred.desc.split() or [""] for line in part.lines for pred in line.pred]
+        for tier in TIERS:
+            tier_G = part.tier_G(tier)
+            located = np.flatnonzero(matches.at(_LOCATED_IOU) & tier_G[matches.gt_M])
+            pairs = [(names[part.table.gt_category_G[matches.gt_M[m]]], answers[matches.pred_M[m]]) for m in located]
+            n_gt, n_located = int(tier_G.sum()), len(located)
+            agree: dict[str, list[bool]] = {
+                "first_word": [truth[0] == found[0] for truth, found in pairs],
+                "last_word": [truth[-1] == found[-1] for truth, found in pairs],
+                "exact": matches.same_name_M[located].tolist(),
+            }
+            rows.append(
+                {"asked": asked, "tier": tier, "n_gt": n_gt, "located": n_located / n_gt if n_gt else None}
+                | {key: float(np.mean(hits)) if n_located else None for key, hits in agree.items()}
+            )
+    return rows

@@ -1,0 +1,116 @@
+"""Names by how they are held out and what was asked: each number against an answer of which it is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from coordexp.evaluation.registry import metric_specs, view
+from coordexp.evaluation.vocabulary import dealt
+from coordexp.records.categories import Category
+from coordexp.records.gt_vs_pred import ParseReport, own_lines
+from evaluation.builders import box, image, pred, run
+
+NAMES = {"red cat": "train", "red dog": "strict", "blue cat": "phrase", "red cow": "plain_only", "red owl": "never"}
+CATEGORIES = [Category(n, name, split) for n, (name, split) in enumerate(NAMES.items(), 1)]
+OBJECTS = [(name, box(n, 0)) for n, name in enumerate(NAMES)]
+TIER_OF = dict(zip(NAMES, ("seen", "strict", "phrase", "plain_only", "never"), strict=True))
+
+
+def lines(image_id: int, answered: dict[str, str] | None = None) -> list:
+    """The line of an image with one object of each tier, and its probes; `answered` renames what is predicted."""
+    renamed = answered or {}
+
+    def answer(asked: list[str]) -> list:
+        return [pred(renamed.get(name, name), at) for name, at in OBJECTS if name in asked]
+
+    def probe(number: int, kind: str, asked: list[str], there: list[str]):
+        gt = [o for o in OBJECTS if o[0] in there]
+        return replace(image(10 * image_id + number, gt, answer(there)), probe=kind, asked=tuple(asked))
+
+    everything = list(NAMES)
+    return [
+        image(10 * image_id, OBJECTS, answer(everything)),
+        probe(1, "list", [*everything, "blue owl"], everything),
+        probe(2, "one", ["red dog"], ["red dog"]),
+        probe(3, "easy", ["green hat"], []),
+        probe(4, "hard", ["red hat"], []),
+    ]
+
+
+def evaluated(*answers: dict[str, str]):
+    found = [line for n, renamed in enumerate(answers, 1) for line in lines(n, renamed)]
+    return run(found, CATEGORIES), found
+
+
+def test_right_answers_are_right_everywhere():
+    evaluation, _ = evaluated({}, {})
+    values = evaluation.metrics["vocabulary"]
+    for asked in ("everything", "list"):
+        assert [values[f"{asked}_{tier}_AP50"] for tier in TIER_OF.values()] == [pytest.approx(1)] * 5
+    assert values["one_strict_AP50"] == pytest.approx(1)
+    assert values["one_seen_AP50"] is None  # nobody asked for one
+    assert (values["one_recall"], values["refused_easy"], values["refused_hard"]) == (1, 1, 1)
+    assert values["list_strict_to_seen"] == pytest.approx(1)
+    assert evaluation.metrics["interval"]["vocabulary.list_strict_AP50"] == [pytest.approx(1)] * 2
+
+
+def test_a_tier_that_falls_back_to_a_seen_name_loses_its_own_ap_and_its_exactness():
+    evaluation, _ = evaluated({"red dog": "red cat"}, {"red dog": "red cat"})
+    values = evaluation.metrics["vocabulary"]
+    assert values["list_strict_AP50"] == 0
+    assert values["list_phrase_AP50"] == pytest.approx(1)
+    assert values["list_seen_AP50"] < 1  # two red cats for one
+    assert (values["list_strict_exact_rival"], values["list_seen_exact_rival"]) == (0, 1)
+    assert values["one_recall"] == 0
+    rows = {(row["asked"], row["tier"]): row for row in evaluation.details["by_tier"]}
+    strict = rows["list", "strict"]
+    assert (strict["located"], strict["first_word"], strict["last_word"], strict["exact"]) == (1, 1, 0, 0)
+
+
+def test_a_name_without_a_rival_in_its_list_is_not_judged_for_it():
+    _, found = evaluated({}, {})
+    alone = [replace(r, asked=("red dog",)) if r.probe == "list" else r for r in found]
+    assert run(alone, CATEGORIES).metrics["vocabulary"]["list_strict_exact_rival"] is None
+
+
+@pytest.mark.parametrize(
+    ("preds", "parse", "expected"),
+    [
+        ([], None, 1.0),
+        ([pred("red cat", box(0, 0))], None, 0.0),
+        ([], ParseReport(container_found=False, n_valid=0, truncated=True), 0.0),
+    ],
+)
+def test_only_an_answer_that_says_nothing_is_there_is_a_refusal(preds, parse, expected):
+    _, found = evaluated({}, {})
+    changed = [replace(image(r.image_id, [], preds, parse), probe="hard") if r.probe == "hard" else r for r in found]
+    assert run(changed, CATEGORIES).metrics["vocabulary"]["refused_hard"] == expected
+
+
+def test_all_other_areas_are_about_the_lines_of_the_images_themselves():
+    evaluation, found = evaluated({}, {"red dog": "red cat"})
+    alone = run(own_lines(found), CATEGORIES)
+    assert "vocabulary" not in alone.metrics
+    probed = {area: values for area, values in evaluation.metrics.items() if "vocabulary" not in area}
+    kept = {key: v for key, v in probed["interval"].items() if "vocabulary" not in key}
+    assert probed | {"interval": kept} == alone.metrics
+    assert evaluation.per_image == alone.per_image
+
+
+def test_dealt_answers_are_those_of_the_line_before_at_the_same_place_of_the_picture():
+    first, second = (image(n, [], [pred("red cat", box(n, 0))], size=(400 * n, 400)) for n in (1, 2))
+    ((of_second,), (of_first,)) = [r.pred for r in dealt([second, first], "")]
+    x1, y1, x2, y2 = box(2, 0)
+    assert of_second.bbox_xyxy_px == (x1 / 2, y1, x2 / 2, y2)
+    x1, y1, x2, y2 = box(1, 0)
+    assert of_first.bbox_xyxy_px == pytest.approx((2 * x1, y1, 2 * x2, y2))
+
+
+def test_every_number_is_declared():
+    evaluation, _ = evaluated({}, {})
+    specs = metric_specs(evaluation.params, vocabulary=True)
+    found = {f"{area}.{key}" for area in ("vocabulary", "vocabulary_blind") for key in evaluation.metrics[area]}
+    assert found == {key for key in specs if key.startswith("vocabulary")}
+    assert set(view("vocabulary", evaluation.params)) == {key for key in found if key.startswith("vocabulary.")}
