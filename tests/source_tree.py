@@ -18,7 +18,7 @@ BASE = ROOT / "pipelines" / "base"
 LAYERS = (
     "errors", "infra", "config", "inputs", "stage", "geometry", "records", "drawing", "text", "packing", "models",
     "losses", "matching", "rollout", "training", "evaluation", "doctor", "reporting", "export", "experiments",
-    "detector", "prediction", "cli",
+    "detections", "detector", "prediction", "cli",
 )  # fmt: skip
 
 

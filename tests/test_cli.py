@@ -166,11 +166,13 @@ class FakeDetector:
         self.source = AnswerSource("weights", {"max_new_tokens": 512})
         self.asked: list[str] = []
 
-    def identity(self) -> AnswerSource:
-        return self.source
+    takes_labels = True
 
-    def attempt(self, images: Iterable[Path]) -> Iterator[Any]:
-        from coordexp.detector import Detections
+    def identity(self, find: Sequence[str] = (), phrase: str = "") -> AnswerSource:
+        return replace(self.source, settings=self.source.settings | {"question": [*find, phrase]})
+
+    def attempt(self, images: Iterable[Path], *, find: Sequence[str] = (), phrase: str = "") -> Iterator[Any]:
+        from coordexp.detections import Detections
 
         for image in images:
             self.asked.append(image.name)

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from coordexp.detector import Detections, Detector, class_ids
-from coordexp.errors import CheckpointError, CoordExpError, DataError
+from coordexp.detections import Detections, class_ids
+from coordexp.detector import Detector
+from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint
@@ -33,7 +34,7 @@ from coordexp.records.images import inspect_image
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.hf_engine import GROUP_BATCHES
 from coordexp.text.codecs import AnswerEncoder, get_codec
-from coordexp.text.prompts import TASKS, question
+from coordexp.text.prompts import TASKS, question, question_text
 from helpers import MAX_PIXELS, NOTHING_HELD_OUT, SCENES, catalog, save_model
 from toyworld.composer import compose_scene
 from toyworld.model import build_tiny
@@ -247,7 +248,7 @@ def test_the_package_gives_the_detector_and_loads_it_on_use(repository: Path) ->
     )
     environment = {"PYTHONPATH": str(repository / "src")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["coordexp.detector", "coordexp.detector", "False"]
+    assert done.stdout.split() == ["coordexp.detector", "coordexp.detections", "False"]
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -307,6 +308,48 @@ def test_the_checkpoint_says_how_it_is_asked_and_read(folder: Path, tmp_path: Pa
     assert TASKS["detect"] in everything
 
 
+def test_labels_are_asked_for_where_lists_were_trained(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    picture = np.full((100, 120, 3), 90, np.uint8)
+    detector = Detector.from_checkpoint(saying(folder, tmp_path / "lists", prompts=["open", "listed"], names=["cat"]))
+    found = detector.predict(picture, find=[DESCS[0], "zebra"])
+    assert found.descs == DESCS[:1], "what nobody asked for is left out"
+    words = question_text(detector._checkpoint.tokenizer, engine.samples[-1].prompt_ids)
+    assert words == question({"kind": "listed", "names": [DESCS[0], "zebra"]})
+    assert detector.takes_labels
+    assert detector.identity(find=["a"]) != detector.identity(find=["b"]) != detector.identity()
+    everything = Detector.from_checkpoint(folder)
+    assert not everything.takes_labels
+    assert everything.predict(picture, find=["zebra"]).descs == ()
+    assert question_text(everything._checkpoint.tokenizer, engine.samples[-1].prompt_ids) == TASKS["detect"]
+
+
+def test_a_phrase_is_a_question_of_its_own(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    picture = np.full((100, 120, 3), 90, np.uint8)
+    detector = Detector.from_checkpoint(saying(folder, tmp_path / "phrases", prompts=["open", "phrase"]))
+    assert detector.predict(picture, phrase="the left one").descs == DESCS
+    words = question_text(detector._checkpoint.tokenizer, engine.samples[-1].prompt_ids)
+    assert words == question({"kind": "phrase", "names": ["the left one"]})
+    with pytest.raises(ConfigError, match="ask one of them"):
+        detector.predict(picture, phrase="the left one", find=["cat"])
+    with pytest.raises(ConfigError, match="was trained on prompts open"):
+        Detector.from_checkpoint(folder).predict(picture, phrase="the left one")
+
+
+def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def snapshot(name: str, **_: object) -> str:
+        fetched.append(name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert Detector.from_pretrained("somebody/detector").takes_labels is False
+    assert fetched == ["somebody/detector"]
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="somebody/detector: no such folder, and not to be had from the Hub"):
+        Detector.from_pretrained("somebody/detector")
+
+
 def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, engine: ScriptedEngine) -> None:
     tokenizer = build_tiny_tokenizer(DESCS)
     save_model(tmp_path, build_tiny(tokenizer, seed=3), tokenizer)
@@ -331,6 +374,35 @@ def test_only_the_wanted_names_are_kept() -> None:
     nothing = two_found().named([])
     assert len(nothing) == 0
     assert nothing.boxes_xyxy_px.shape == (0, 4)
+
+
+def test_parts_of_an_answer(scene: Path) -> None:
+    found = replace(two_found(), picture=scene)
+    assert [(one.desc, one.score) for one in found] == list(zip(DESCS, (0.5, 0.25), strict=True))
+    assert found[0].descs == found[:1].descs == found[[0]].descs == found[found.scores > 0.3].descs == DESCS[:1]
+    assert found[::-1].sorted().descs == DESCS
+    assert found.above(0.25).descs == DESCS
+    assert found.above(0.6).descs == ()
+    assert found[:0].boxes_xyxy_px.shape == (0, 4)
+    assert found[1].raw_text == found.raw_text
+    [first, second] = found.to_coco(7, {DESCS[0].upper(): 3, DESCS[1]: 9})
+    x1, y1, x2, y2 = BOXES_XYXY_PX[0].tolist()
+    assert first == {"image_id": 7, "category_id": 3, "bbox": pytest.approx([x1, y1, x2 - x1, y2 - y1]), "score": 0.5}
+    assert second["category_id"] == 9
+    with pytest.raises(DataError, match="category_ids lack"):
+        found.to_coco(7, {DESCS[0]: 3})
+
+
+def test_an_answer_draws_itself(scene: Path, tmp_path: Path) -> None:
+    found = replace(two_found(), picture=scene)
+    with Image.open(scene) as plain:
+        assert found.draw().size[0] >= plain.width
+        assert found.draw().tobytes() != plain.convert("RGB").tobytes()
+    found.save(tmp_path / "drawn.png")
+    assert (found._repr_png_() or b"").startswith(b"\x89PNG")
+    assert two_found()._repr_png_() is None
+    with pytest.raises(DataError, match="does not know its picture"):
+        two_found().draw()
 
 
 def test_json_form() -> None:

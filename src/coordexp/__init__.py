@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coordexp.detector import Detections, Detector
+    from coordexp.detections import Detections
+    from coordexp.detector import Detector
 
 from coordexp.infra.threads import bound_spinning, let_segments_grow
 
@@ -26,4 +27,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("coordexp.detector"), name)
+    return getattr(import_module(f"coordexp.{name.lower()}"), name)

@@ -1,4 +1,5 @@
-"""The commands: init, doctor, convert, predict, evaluate, compare, run, runs, ab, report, monitor, export, serve.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | monitor | export |
+serve`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -23,7 +24,6 @@ from coordexp.errors import (
     EXIT_USAGE,
     CoordExpError,
     Interrupted,
-    PictureError,
     TrainingError,
 )
 from coordexp.experiments.command import ab, monitor, run, runs
@@ -104,7 +104,10 @@ def predict(
         Path | None, typer.Option(help="Draw the boxes: a picture file for one image, otherwise a folder.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each image.")] = False,
-    classes: Annotated[str | None, typer.Option(help='Keep only these names, such as "cat,red mug".')] = None,
+    find: Annotated[str | None, typer.Option(help='Look for these labels, such as "cat,red mug".')] = None,
+    phrase: Annotated[str | None, typer.Option(help='Look for what a phrase means, "the cup left of it".')] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of an object that is shown.")] = 0.0,
+    classes: Annotated[str | None, typer.Option(help="Show only these labels, whatever was asked.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
     out: Annotated[
         Path | None,
@@ -134,34 +137,27 @@ def predict(
     paths = expand_images(images)
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
-    names = [name.strip() for name in classes.split(",") if name.strip()] if classes else []
+    names, asked_names = _labels(classes), _labels(find)
     detector = _load_detector(
         checkpoint, servers=server or (), device=device, processes=processes, max_new_tokens=max_new_tokens
     )
     from coordexp import prediction  # loads torch: only now, after the allocator was tuned
 
-    seen: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    skipped: list[Path] = []
-    for path, found in _progress(prediction.answers(detector, paths, log, on_error == "skip"), len(paths), "predict"):
-        if isinstance(found, PictureError):
-            skipped.append(path)
-            prediction.show_failure(path, found, as_json)
-            continue
-        seen.update(found.descs)
-        shown = found.named(names) if names else found
-        print(prediction.json_line(path, shown) if as_json else prediction.listing(path, shown))
-        prediction.note_answer(path, found, max_new_tokens)
-        if path in targets:
-            prediction.draw(path, shown, targets[path])
-        if coco:
-            rows.append({"image": str(path)} | shown.to_json())
-    prediction.note_absent(names, seen)
+    asked = prediction.Asked(tuple(asked_names), phrase or "")
+    prediction.note_question(detector, asked)
+    view = prediction.View(names or asked_names, threshold, as_json, max_new_tokens, targets, keeps_rows=bool(coco))
+    answers = prediction.answers(detector, paths, log, on_error == "skip", asked)
+    found = prediction.show(_progress(answers, len(paths), "predict"), view)
     if coco:
-        write_json(coco, coco_predictions(rows))
-    if skipped:
-        prediction.note_skipped(skipped, len(paths))
+        write_json(coco, coco_predictions(found.rows))
+    if found.skipped:
+        prediction.note_skipped(found.skipped, len(paths))
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _labels(listed: str | None) -> list[str]:
+    """The labels of an option, which commas part."""
+    return [name.strip() for name in listed.split(",") if name.strip()] if listed else []
 
 
 def _load_detector(checkpoint: Path, **options: Any) -> Detector:

@@ -10,30 +10,27 @@ The model writes text; boxes come from the strict parser and scores from its own
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from coordexp.errors import DataError, PictureError
-from coordexp.geometry.boxes import Boxes, as_boxes
+from coordexp.detections import Detections, Picture, describe, detections_of, open_picture
+from coordexp.errors import CheckpointError, DataError, PictureError
 from coordexp.infra.device import AUTO
 from coordexp.infra.prefetch import ahead
 from coordexp.infra.provenance import answer_files, fingerprint
 from coordexp.models.loading import ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
-from coordexp.records.descriptions import normalise_desc
-from coordexp.records.gt_vs_pred import ImageResult, ParseReport
-from coordexp.records.images import read_rgb, to_rgb
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal, greedy
@@ -47,115 +44,15 @@ from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 from coordexp.text.codecs import get_codec
 from coordexp.text.prompts import question
 
-Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+Prompt = dict[str, Any] | None  # as `metadata.prompt` of a record
+_Staged = tuple[Picture, Sample | PictureError]  # as it was given, and as it is asked about
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_NEW_TOKENS = 512
 BATCH_IMAGES = 16
 SERVER_TIMEOUT_SECONDS = 300.0
 SERVER_TRIES = 4
 REQUESTS_PER_SERVER = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Detections:
-    """What was found in one picture, N objects in the order in which the model named them.
-
-    Attributes:
-        boxes_xyxy_px: (N, 4) float64, pixels of the picture as given (turned upright if its EXIF data say so).
-        descs: N names, free text.
-        scores: (N,) in [0, 1], higher is surer: the IoU that the model expects of the box, times the geometric mean of
-            the probabilities of its name's tokens ("quality" in rollout/confidence.py). A model that writes digits has
-            no distribution over bins: there, the geometric mean of the coordinates' probabilities.
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
-        raw_text: the model's whole answer.
-        parse: what the strict parser kept and dropped of it.
-    """
-
-    boxes_xyxy_px: Boxes
-    descs: tuple[str, ...]
-    scores: NDArray[np.float64]
-    width: int
-    height: int
-    raw_text: str
-    parse: ParseReport
-
-    def __len__(self) -> int:
-        """Number of objects."""
-        return len(self.descs)
-
-    def named(self, names: Iterable[str]) -> Detections:
-        """Only the objects of these names; case, '_' and parentheses do not count. The answer stays whole."""
-        wanted = {normalise_desc(name) for name in names}
-        keep = [i for i, desc in enumerate(self.descs) if normalise_desc(desc) in wanted]
-        descs = tuple(self.descs[i] for i in keep)
-        return replace(self, boxes_xyxy_px=self.boxes_xyxy_px[keep], descs=descs, scores=self.scores[keep])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON value: `width`, `height`, `objects` (`desc`, `bbox_xyxy_px`, `score`), `parse`, `raw_text`."""
-        rows = zip(self.descs, self.boxes_xyxy_px.tolist(), self.scores.tolist(), strict=True)
-        objects = [{"desc": desc, "bbox_xyxy_px": box, "score": score} for desc, box, score in rows]
-        size = {"width": self.width, "height": self.height}
-        return size | {"objects": objects, "parse": asdict(self.parse), "raw_text": self.raw_text}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Detections:
-        """The inverse of `to_json`; keys of other kinds do not matter.
-
-        Raises:
-            DataError: something of it is missing or of another type.
-        """
-        try:
-            objects = row["objects"]
-            return cls(
-                boxes_xyxy_px=as_boxes([obj["bbox_xyxy_px"] for obj in objects]),
-                descs=tuple(str(obj["desc"]) for obj in objects),
-                scores=np.array([obj["score"] for obj in objects], dtype=np.float64),
-                width=int(row["width"]),
-                height=int(row["height"]),
-                raw_text=str(row["raw_text"]),
-                parse=ParseReport(**row["parse"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"no answer as `Detections.to_json` writes it ({error!r}).") from error
-
-    def to_supervision(self, class_names: Sequence[str] | None = None) -> Any:
-        """The same objects as `supervision.Detections`, with the names in `data["class_name"]`.
-
-        Args:
-            class_names: `class_id` is the place in this list; case, '_' and parentheses do not count. Give the same
-                list for all pictures of a metric. None: the place among the names of this answer, sorted.
-
-        Raises:
-            ImportError: that package is not installed.
-            DataError: the list holds a name twice, or lacks one of the answer.
-        """
-        try:
-            import supervision
-        except ImportError as error:
-            raise ImportError("to_supervision() needs the package supervision: pip install supervision") from error
-        return supervision.Detections(
-            xyxy=self.boxes_xyxy_px.astype(np.float32),
-            confidence=self.scores.astype(np.float32),
-            class_id=class_ids(self.descs, class_names),
-            data={"class_name": np.array(self.descs, dtype=str)},
-        )
-
-
-def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) -> NDArray[np.int64]:
-    """(N,) place of each name in `class_names`, which `Detections.to_supervision` explains; raises DataError."""
-    names = [normalise_desc(name) for name in (sorted(set(descs)) if class_names is None else class_names)]
-    if class_names is None:
-        names = list(dict.fromkeys(names))
-    elif repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"class_names holds {', '.join(repeated)} more than once; expected each name once.")
-    place = {name: number for number, name in enumerate(names)}
-    if unknown := sorted({desc for desc in descs if normalise_desc(desc) not in place}):
-        raise DataError(
-            f"class_names lacks {', '.join(unknown[:5])} ({len(unknown)} of the names found); expected every name of "
-            "the answer. Add them, or keep only the others: found.named(class_names)."
-        )
-    return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
 
 
 def _pool(servers: Sequence[str], folder: Path) -> ServerPool:
@@ -204,7 +101,8 @@ class Detector:
         processor files of transformers and in coordexp.json.
 
         Args:
-            folder: a Hugging Face checkpoint, as the training stages write it, or a base model (it answers in digits).
+            folder: a Hugging Face checkpoint, as the training stages write it, or a base model (it answers in digits);
+                or the id of one on the Hub, "user/name", which is fetched if it is not in the cache.
             max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
             batch_images: pictures decoded together, which bounds the memory.
             servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
@@ -216,7 +114,7 @@ class Detector:
             CheckpointError: the folder is no usable checkpoint.
             ConfigError: there is no such device.
         """
-        path, devices = Path(folder), decode_devices(processes, device)
+        path, devices = _local(folder), decode_devices(processes, device)
         form = load_format(path)
         if not servers and len(devices) > 1:
             workers = WorkerEngine(path, form, Path(), batch_images, devices)
@@ -228,47 +126,66 @@ class Detector:
     from_pretrained = from_checkpoint
 
     @overload
-    def predict(self, images: Picture) -> Detections: ...  # type: ignore[overload-overlap]  # a str is one file name
+    def predict(  # type: ignore[overload-overlap]  # a str is one file name
+        self, images: Picture, *, find: Sequence[str] = (), phrase: str = "", threshold: float = 0.0
+    ) -> Detections: ...
 
     @overload
-    def predict(self, images: Iterable[Picture]) -> list[Detections]: ...
+    def predict(
+        self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = "", threshold: float = 0.0
+    ) -> list[Detections]: ...
 
-    def predict(self, images: Picture | Iterable[Picture]) -> Detections | list[Detections]:
+    def predict(
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        find: Sequence[str] = (),
+        phrase: str = "",
+        threshold: float = 0.0,
+    ) -> Detections | list[Detections]:
         """Detect the objects of one picture, or of each of several.
 
         Args:
             images: a file name, a PIL image, or an RGB array (H, W, 3) of uint8: the answer is one `Detections`. Or any
                 number of them in a list (or another iterable): the answer is a list. Pictures are read as in training:
                 upright by their EXIF orientation, 16-bit grey scaled, transparency on white.
+            find: labels to look for, in the prompt if the checkpoint was trained on lists of labels; the answer holds
+                no others. Empty: what the checkpoint was trained to be asked.
+            phrase: look for what a phrase means instead, of a checkpoint that was trained on phrases.
+            threshold: least score of an object.
 
         Raises:
+            ConfigError: the checkpoint cannot be asked this.
             DataError: naming the picture that cannot be read, or is no picture.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            return next(self.stream([images]))
+            return next(self.stream([images], find=find, phrase=phrase)).above(threshold)
         if not isinstance(images, Iterable):
-            raise DataError(f"{_describe(images)}: expected a file name, a PIL image, an RGB array, or a list of them.")
-        return list(self.stream(images))
+            raise DataError(f"{describe(images)}: expected a file name, a PIL image, an RGB array, or a list of them.")
+        return [found.above(threshold) for found in self.stream(images, find=find, phrase=phrase)]
 
-    def stream(self, images: Iterable[Picture]) -> Iterator[Detections]:
+    def stream(self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = "") -> Iterator[Detections]:
         """The answers to any number of pictures, in order, as they are ready; each picture as of `predict`.
 
         Pictures are taken and read in a thread, while those before them are answered: a few more than are answered at a
         time. What a picture raises, comes after the answers to those before it.
         """
-        with closing(self.attempt(images)) as answers:
+        with closing(self.attempt(images, find=find, phrase=phrase)) as answers:
             for found in answers:
                 if isinstance(found, PictureError):
                     raise found
-                yield found
+                yield found.named(find) if find else found
 
-    def attempt(self, images: Iterable[Picture]) -> Generator[Detections | PictureError, None, None]:
-        """As `stream`; a picture that cannot be read has its error in the answer's place."""
+    def attempt(
+        self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = ""
+    ) -> Generator[Detections | PictureError, None, None]:
+        """As `stream`, whole answers; a picture that cannot be read has its error in the answer's place."""
+        prompt = self._checkpoint.detection.prompt_for(find, phrase)
         # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
         # sees: upright, losslessly, and already at its size.
         with TemporaryDirectory(prefix="coordexp-") as name:
-            folder, asked = Path(name), deque[list[Sample | PictureError]]()
-            with closing(ahead(self._parts(images, folder, asked))) as parts:
+            folder, asked = Path(name), deque[list[_Staged]]()
+            with closing(ahead(self._parts(images, prompt, folder, asked))) as parts:
                 for generations in self._answers(parts, folder):
                     yield from self._given(asked.popleft(), generations, folder)
             while asked:  # what comes after the last picture that could be read
@@ -279,31 +196,36 @@ class Detector:
         if self._engine:
             self._engine.close()
 
-    def identity(self) -> AnswerSource:
+    @property
+    def takes_labels(self) -> bool:
+        """Whether labels that are looked for stand in the prompt: the checkpoint was trained on lists of them."""
+        return bool({"listed", "closed"} & set(self._checkpoint.detection.prompts))
+
+    def identity(self, find: Sequence[str] = (), phrase: str = "") -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
-        asked = question(self._checkpoint.detection.prompt or {"kind": "open"})
+        asked = question(self._checkpoint.detection.prompt_for(find, phrase) or {"kind": "open"})
         settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
 
     def _parts(
-        self, images: Iterable[Picture], folder: Path, asked: deque[list[Sample | PictureError]]
+        self, images: Iterable[Picture], prompt: Prompt, folder: Path, asked: deque[list[_Staged]]
     ) -> Iterator[list[Sample]]:
         """Samples that are answered together, written to `folder`: few at first, so that answers come soon.
 
         `asked` gets the same parts with the errors of pictures that cannot be read in their places.
         """
-        numbered, staged = enumerate(images), list[Sample | PictureError]()
+        numbered, staged = enumerate(images), list[_Staged]()
         for part in count():
             # Servers take many pictures at a time, and each part waits for its slowest.
             wanted = (4 * self._n_servers or min(2**part, GROUP_BATCHES)) * self._batch_images
             before, fault = len(staged), None
             try:
                 for number, image in islice(numbered, wanted):
-                    staged.append(self._attempt(image, folder, number))
+                    staged.append((image, self._attempt(image, prompt, folder, number)))
             except (DataError, OSError) as error:
                 fault = error
             ended = len(staged) < before + wanted
-            samples = [one for one in staged if isinstance(one, Sample)]
+            samples = [one for _, one in staged if isinstance(one, Sample)]
             if samples or (ended and staged):
                 asked.append(staged)
                 staged = []
@@ -314,20 +236,20 @@ class Detector:
             if ended:
                 return
 
-    def _attempt(self, image: Picture, folder: Path, index: int) -> Sample | PictureError:
+    def _attempt(self, image: Picture, prompt: Prompt, folder: Path, index: int) -> Sample | PictureError:
         try:
-            return self._stage(image, folder, index)
+            return self._stage(image, prompt, folder, index)
         except PictureError as error:
             return error
 
     def _given(
-        self, staged: Sequence[Sample | PictureError], generations: Sequence[Generation], folder: Path
+        self, staged: Sequence[_Staged], generations: Sequence[Generation], folder: Path
     ) -> Iterator[Detections | PictureError]:
         """The answers of one part, errors in their places; the pictures on disk go."""
-        samples = [one for one in staged if isinstance(one, Sample)]
+        samples = [one for _, one in staged if isinstance(one, Sample)]
         found = iter(self._read(samples, generations, folder) if samples else ())
-        for one in staged:
-            yield next(found) if isinstance(one, Sample) else one
+        for image, one in staged:
+            yield replace(next(found), picture=image) if isinstance(one, Sample) else one
         for sample in samples:
             (folder / sample.image).unlink()
 
@@ -342,56 +264,31 @@ class Detector:
 
     def _read(self, samples: Sequence[Sample], generations: Sequence[Generation], folder: Path) -> Iterator[Detections]:
         answers = read_answers(self._checkpoint, self._reader, samples, generations, folder, self._batch_images)
-        return (_detections(scored(answer, self._request.params)) for answer in answers)
+        return (detections_of(scored(answer, self._request.params)) for answer in answers)
 
-    def _stage(self, image: Picture, folder: Path, index: int) -> Sample:
+    def _stage(self, image: Picture, prompt: Prompt, folder: Path, index: int) -> Sample:
         picture, name = open_picture(image), f"{index}.png"
-        prompt = self._checkpoint.detection.prompt
         metadata = {"image_id": index} | ({"prompt": prompt} if prompt else {})
         record = Record(name, picture.width, picture.height, objects=(), metadata=metadata)
         try:
             sample = self._preparer.prepare(record)
         except DataError as error:
-            raise PictureError(f"{_describe(image)}: {error}") from error
+            raise PictureError(f"{describe(image)}: {error}") from error
         resized = picture.resize((sample.resized_width, sample.resized_height), Image.Resampling.BICUBIC)
         resized.save(folder / name, compress_level=1)
         return sample
 
 
-def open_picture(image: Picture) -> Image.Image:
-    """A picture of any accepted kind as an upright RGB image: what training makes of the same file.
+def _local(folder: str | os.PathLike[str]) -> Path:
+    """The folder, or that of a model of the Hub in the cache; raises CheckpointError if it cannot be fetched."""
+    path, name = Path(folder), str(folder)
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    Raises:
-        PictureError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
-        DataError: it is none of these kinds.
-    """
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise PictureError(f"{_describe(image)}: expected an RGB array of shape (H, W, 3) and type uint8.")
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if not isinstance(image, str | os.PathLike):
-        raise DataError(f"{_describe(image)}: expected a file name, a PIL image, or an RGB array.")
-    return read_rgb(image)
-
-
-def _describe(image: object) -> str:
-    if isinstance(image, np.ndarray):
-        return f"array of shape {image.shape} and type {image.dtype}"
-    if isinstance(image, Image.Image):
-        return "PIL image"
-    return str(image) if isinstance(image, str | os.PathLike) else f"picture of type {type(image).__name__}"
-
-
-def _detections(result: ImageResult) -> Detections:
-    assert result.parse is not None  # the model answers in text
-    return Detections(
-        boxes_xyxy_px=as_boxes([p.bbox_xyxy_px for p in result.pred]),
-        descs=tuple(p.desc for p in result.pred),
-        scores=np.array([p.score for p in result.pred], dtype=np.float64),
-        width=result.width,
-        height=result.height,
-        raw_text=result.raw_text,
-        parse=result.parse,
-    )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt"]))
+    except (OSError, ValueError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such folder, and not to be had from the Hub ({reason}).") from error

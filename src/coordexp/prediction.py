@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coordexp.detector import Detections, Detector, open_picture
+from coordexp.detections import Detections, open_picture
+from coordexp.detector import Detector
 from coordexp.errors import DataError, PictureError
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.images import image_sha256
@@ -21,21 +23,32 @@ SHOWN_NAMES = 20
 Answers = Iterator[tuple[Path, Detections | PictureError]]
 
 
-def answers(detector: Detector, paths: Sequence[Path], log: PredictionLog | None, skip: bool = False) -> Answers:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is looked for: labels, or what a phrase means; nothing is what the checkpoint was trained to be asked."""
+
+    find: tuple[str, ...] = ()
+    phrase: str = ""
+
+
+def answers(
+    detector: Detector, paths: Sequence[Path], log: PredictionLog | None, skip: bool = False, asked: Asked | None = None
+) -> Answers:
     """Each picture's answer, in order: from the log if it still holds, otherwise a new one, which is added to it.
 
     With `skip`, a picture that cannot be read has its error in the answer's place, also in the log, which asks it again
     next time; otherwise PictureError is raised, when the pictures before it have been answered.
     """
+    asked = asked or Asked()
     if log is None:
-        yield from ((path, found) for path, _, found in _asked(detector, paths, hashed=False, skip=skip))
+        yield from ((path, found) for path, _, found in _asked(detector, paths, asked, hashed=False, skip=skip))
         return
-    source = detector.identity()
+    source = detector.identity(asked.find, asked.phrase)
     known = [path for path in paths if str(path) in log]
     stale = {path: why for path in known if (why := log.change(str(path), source, _content(path)))}
-    kept = {path: _from_log(log, path) for path in known if path not in stale}
+    kept = {path: replace(_from_log(log, path), picture=path) for path in known if path not in stale}
     _note_reuse(log, len(paths), len(kept), Counter(stale.values()))
-    fresh = _asked(detector, [path for path in paths if path not in kept], hashed=True, skip=skip)
+    fresh = _asked(detector, [path for path in paths if path not in kept], asked, hashed=True, skip=skip)
     for path in paths:
         if path in kept:
             yield path, kept[path]
@@ -55,7 +68,7 @@ def _from_log(log: PredictionLog, path: Path) -> Detections:
 
 
 def _asked(
-    detector: Detector, paths: Sequence[Path], hashed: bool, skip: bool
+    detector: Detector, paths: Sequence[Path], asked: Asked, hashed: bool, skip: bool
 ) -> Iterator[tuple[Path, str, Detections | PictureError]]:
     """New answers; with the sha256 of the file if `hashed`."""
     hashes = deque[str]()
@@ -66,7 +79,7 @@ def _asked(
             hashes.append(_content(path) if hashed else "")
             yield path
 
-    with closing(detector.attempt(taken())) as answers_in_order:
+    with closing(detector.attempt(taken(), find=asked.find, phrase=asked.phrase)) as answers_in_order:
         for path, found in zip(paths, answers_in_order, strict=True):
             if isinstance(found, PictureError) and not skip:
                 raise PictureError(f"{found} To go on with the other pictures: --on-error skip.") from found
@@ -130,6 +143,52 @@ def note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
     if dropped := found.parse.dropped:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
         _note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What of the answers is shown: labels (none is all) at a least score, as JSON or to be read, and drawn where."""
+
+    names: Sequence[str]
+    threshold: float
+    as_json: bool
+    max_new_tokens: int
+    targets: Mapping[Path, Path]
+    keeps_rows: bool = False  # what was shown is needed afterwards, too
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What was shown, as JSON values, and the pictures that could not be read."""
+
+    rows: list[dict[str, Any]]
+    skipped: list[Path]
+
+
+def show(found_in: Iterable[tuple[Path, Detections | PictureError]], view: View) -> Shown:
+    """Print and draw the answers as they come, and say at the end which labels nothing had."""
+    shown, seen = Shown([], []), set[str]()
+    for path, found in found_in:
+        if isinstance(found, PictureError):
+            shown.skipped.append(path)
+            show_failure(path, found, view.as_json)
+            continue
+        seen.update(found.descs)
+        kept = (found.named(view.names) if view.names else found).above(view.threshold)
+        print(json_line(path, kept) if view.as_json else listing(path, kept))
+        note_answer(path, found, view.max_new_tokens)
+        if path in view.targets:
+            draw(path, kept, view.targets[path])
+        if view.keeps_rows:
+            shown.rows.append({"image": str(path)} | kept.to_json())
+    note_absent(view.names, seen)
+    return shown
+
+
+def note_question(detector: Detector, asked: Asked) -> None:
+    """Say where the labels that are looked for cannot be in the prompt."""
+    if asked.find and not detector.takes_labels:
+        _note("note: this checkpoint was not trained on lists of labels: asked for everything, others are left out.")
 
 
 def note_absent(names: Sequence[str], seen: set[str]) -> None:

@@ -148,7 +148,7 @@ def class_of(file: Path, name: str) -> ast.ClassDef:
 
 def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    detector, detections = (class_of(PACKAGE / "detector.py", name) for name in ("Detector", "Detections"))
+    detector, detections = (class_of(PACKAGE / f"{n.lower()}.py", n) for n in ("Detector", "Detections"))
     methods = {node.name: node for node in detector.body if isinstance(node, ast.FunctionDef)}
     heading = re.search(r"^## `Detector.from_checkpoint\(folder, \*, (.+)\)`$", page, flags=re.MULTILINE)[1]
     assert [part.split("=")[0] for part in heading.split(", ")] == [
@@ -164,7 +164,7 @@ def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_pages_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    commands = set(syntax_doc(PACKAGE / "cli.py").split("`coordexp ")[1].split("`")[0].split(" | "))
+    commands = set(re.split(r"\s*\|\s*", syntax_doc(PACKAGE / "cli.py").split("`coordexp ")[1].split("`")[0]))
     assert set(re.findall(r"`coordexp ([a-z]+)", text)) <= commands  # those in fences run: tests/graph/test_commands.py
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets

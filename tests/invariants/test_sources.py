@@ -13,7 +13,7 @@ from source_tree import ROOT, modules, syntax
 MODULE_LINES, ENTRY_LINES, FUNCTION_LINES = 450, 80, 60
 
 # Modules that a user's files and arguments enter by.
-ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detector", "coordexp.records.", "coordexp.infra.provenance",
+ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detect", "coordexp.records.", "coordexp.infra.provenance",
              "coordexp.stage", "coordexp.models.loading",
              "coordexp.rollout.vllm_client", "coordexp.rollout.opening")  # fmt: skip
 # Values that come from a file or a command line under these names, wherever they are tested.
@@ -22,8 +22,9 @@ BROAD = {"Exception", "BaseException"}
 # Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
 WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
-# The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own.
-TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server"}
+# The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own; the Hub is asked for
+# a model that is named by its id there, and given one by `export --push`.
+TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector", "coordexp.export.publish"}
 CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 # torch's unpickler raises its error class, and is only ever asked for tensors.
 ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}

@@ -17,6 +17,7 @@ from coordexp.text.prompts import (
     prompt_ids,
     question,
     question_ids,
+    question_text,
 )
 from helpers import new_tokenizer
 
@@ -69,6 +70,14 @@ def test_questions_in_words():
 def test_questions_that_cannot_be_asked(prompt, message):
     with pytest.raises(DataError, match=message):
         question(prompt)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*TASKS.values(), "Detect every object of these classes: café, 赤い mug.", " two  spaces ", "a\nline <|im_end|>"],
+)
+def test_a_server_is_given_the_words_of_the_prompt(words):
+    assert question_text(TOKENIZER, question_ids(TOKENIZER, words)) == words
 
 
 def test_what_an_answer_may_hold():

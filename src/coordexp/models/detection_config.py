@@ -5,7 +5,7 @@ A model without this file and without coordinate tokens is a base model: asked f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from coordexp.config.block import Text
 from coordexp.config.schema import BoxRule, ScoreName, TextParams
-from coordexp.errors import CheckpointError
+from coordexp.errors import CheckpointError, ConfigError
 from coordexp.infra.foreign import first_fault
 from coordexp.infra.provenance import write_json
 from coordexp.models.folder import CHECKPOINT
@@ -57,8 +57,31 @@ class DetectionConfig(TextParams):
             return None
         return {"kind": kinds[0], "names": list(self.names)}
 
+    def prompt_for(self, find: Sequence[str] = (), phrase: str = "") -> dict[str, Any] | None:
+        """The `metadata.prompt` of who asks for these labels, for what a phrase means, or for nothing in particular.
 
-BASE = DetectionConfig(version=1, codec="digits", object_order="top_left")
+        A checkpoint that never met lists of labels is asked for everything: who asks keeps what was looked for.
+
+        Raises:
+            ConfigError: both are asked for, or a phrase of a checkpoint that no phrase was asked of.
+        """
+        if find and phrase:
+            raise ConfigError("find and phrase are two questions; ask one of them.")
+        if phrase and "phrase" not in self.prompts:
+            raise ConfigError(
+                f"phrase is {phrase!r}, but this checkpoint was trained on prompts {', '.join(self.prompts)}. Ask for "
+                "labels with find, or train with `prompt: phrase` (docs/data.md)."
+            )
+        if phrase:
+            return {"kind": "phrase", "names": [phrase]}
+        if not find:
+            return self.prompt
+        kinds = [kind for kind in ("listed", "closed") if kind in self.prompts]
+        return {"kind": kinds[0], "names": list(find)} if kinds else None
+
+
+# A pretrained model follows questions in words: it is asked for labels and phrases, too.
+BASE = DetectionConfig(version=1, prompts=("listed", "open", "phrase"), codec="digits", object_order="top_left")
 
 
 def write_detection_config(folder: Path, config: DetectionConfig) -> None:

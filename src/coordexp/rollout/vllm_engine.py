@@ -28,7 +28,7 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal, answer_s
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_reply import Expected, read_completion
 from coordexp.text.codecs import END_OF_TURN
-from coordexp.text.prompts import IMAGE_TOKEN, TASKS
+from coordexp.text.prompts import IMAGE_TOKEN, question_text
 from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class VllmEngine:
     def _one(self, index: int, sample: Sample, key: str, request: DecodeRequest, common: dict[str, Any]) -> Generation:
         content = [
             {"type": "image_url", "image_url": {"url": self._data_url(sample)}},
-            {"type": "text", "text": TASKS["detect"]},
+            {"type": "text", "text": question_text(self._tokenizer, sample.prompt_ids)},
         ]
         # A seed per picture: what is sampled depends neither on the server nor on what else it is doing.
         seed = stream_seed(request.seed, "decode/request", sample.image_id)

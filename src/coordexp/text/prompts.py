@@ -89,7 +89,19 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.in
 
     The words stand between two special tokens, so encoding them on their own changes no other token.
     """
+    before, after = _around(tokenizer)
+    ids = [*before, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *after]
+    return np.array(ids, np.int32)
+
+
+def question_text(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> str:
+    """The words of a prompt that `prompt_ids` or `question_ids` made, for a server that renders them itself."""
+    before, after = _around(tokenizer)
+    words = ids.tolist()[len(before) : len(ids) - len(after)]
+    return str(tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt before its words and after them."""
     before, after = _rendered(tokenizer, _PLACE).split(_PLACE)
-    ids = tokenizer.encode(before, add_special_tokens=False)
-    ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return np.array(ids + tokenizer.encode(after, add_special_tokens=False), np.int32)
+    return tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(after, add_special_tokens=False)
