@@ -39,6 +39,7 @@ from coordexp.records.convert import FILE_POLICIES, Converted, convert_file
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.records.mixing import SetNames, probes, repeat_by_weight, with_prompt, with_views
 from coordexp.records.schema import Record
+from coordexp.records.store import RecordStore
 from coordexp.rollout.engine import DecodeRequest, greedy
 from coordexp.rollout.stages import make_reader
 from coordexp.text.codecs import NUMBER_FORMATS, Role, get_codec
@@ -243,8 +244,7 @@ def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[
 def convert_base(split: str, coco_folder: Path) -> Converted:
     """The records of one split of a composed folder, images named as below it."""
     found = convert_file("coco", coco_folder / ANNOTATIONS.format(split=split), coco_folder / split, split)
-    records = [replace(record, image=f"{split}/{record.image}") for record in found.splits[split]]
-    found.splits[split] = records
+    found.splits[split] = RecordStore(replace(r, image=f"{split}/{r.image}") for r in found.splits[split])
     return found
 
 
@@ -273,7 +273,7 @@ def prepare_base_samples(
     found = convert_base("train", coco_folder)
     names = set_names(next(iter(found.declared.values())))
     config = records_config(phase["prompts"])
-    records = with_views(repeat_by_weight(found.splits["train"], phase["draws"], seed), config, seed)
+    records = list(with_views(repeat_by_weight(found.splits["train"], phase["draws"], seed), config, seed))
     fractions = phase["task_fractions"]
     tasks = np.random.default_rng([seed, 7]).choice(
         [*fractions, "detect"], size=len(records), p=[*fractions.values(), 1.0 - sum(fractions.values())]
