@@ -34,7 +34,7 @@ from coordexp.reporting.inputs import Json
 from coordexp.reporting.outcomes import Outcomes, judge
 
 MAX_RUNS = 6
-TOTALS = ("coco.mAP", "coco.AP50", "f1.full_50", "f1.precision_50", "f1.recall_50")
+TOTALS = ("coco.mAP", "coco.AP50", "f1.full_50")
 _DATA = "/*DATA*/"
 
 
