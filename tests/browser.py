@@ -59,11 +59,19 @@ class Browser:
         self._up.close()
         self._profile.cleanup()
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until it is there."""
-        self._call("Page.navigate", url=path.resolve().as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+    def open(self, path: Path, fragment: str = "") -> None:
+        """Load a file anew, at a fragment such as "#id=3", and wait until it is there."""
+        self._navigate("about:blank")  # another fragment of the page that is there would not load it
+        self._navigate(path.resolve().as_uri() + fragment)
+
+    def _navigate(self, address: str) -> None:
+        loaded = self._loads()
+        self._call("Page.navigate", url=address)
+        while self._loads() == loaded:
             self._receive()
+
+    def _loads(self) -> int:
+        return sum(event.get("method") == "Page.loadEventFired" for event in self.events)
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression; a script error fails the test."""

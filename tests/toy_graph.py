@@ -45,9 +45,10 @@ def write_stage(stage, words):
             folder.mkdir(parents=True)
             rows = []
             for i in range(1, 4):
-                off = i * weight * 20 + seed + worse
-                pred = Prediction("cat", (10 + off, 10, 50 + off, 50), (0, 0, 0, 0), score=0.9)
-                gt = (GroundTruth("cat", (10.0, 10.0, 50.0, 50.0)),)
+                off = i * weight * 4 + seed + worse
+                x, y = ((5.0, 20.0), (25.0, 55.0), (55.0, 5.0))[i % 3]  # no place that a blind answer could guess
+                pred = Prediction("cat", (x + off, y, x + 40 + off, y + 40), (0, 0, 0, 0), score=0.9)
+                gt = (GroundTruth("cat", (x, y, x + 40, y + 40)),)
                 rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
             write_results(folder / "gt_vs_pred.jsonl", rows)
         Path("reports/tiny").mkdir(parents=True, exist_ok=True)

@@ -71,16 +71,16 @@ def with_box(values: str) -> str:
     ("text", "words"),
     [
         ("", "no predictions in the file"),
-        (LINE + "\n" + LINE.replace('"image_id": 1', '"image_id": 2')[:-20], "jsonl:2: the last line is cut"),
-        ("{}\n", "jsonl:1: not a gt_vs_pred line"),
+        (LINE + "\n" + LINE.replace('"image_id": 1', '"image_id": 2')[:-20], "jsonl:2: not valid JSON"),
+        ("{}\n", "jsonl:1: image_id is missing"),
         ("not json\n", "jsonl:1: not valid JSON"),
         (LINE + "\n" + LINE + "\n", "image id 1 appears twice"),
-        (with_box("[NaN, 0, 1, 1]"), "expected four finite pixels"),
-        (with_box("[0, 0, Infinity, 1]"), "expected four finite pixels"),
+        (with_box("[NaN, 0, 1, 1]"), "NaN is no number"),
+        (with_box("[0, 0, Infinity, 1]"), "Infinity is no number"),
         (with_box("[5, 0, 4, 1]"), "x2 >= x1 and y2 >= y1"),
         (with_box("[0, 5, 1, 4]"), "x2 >= x1 and y2 >= y1"),
-        (with_box("[0, 5, 1]"), "expected four finite pixels"),
-        (LINE.replace('"iscrowd"', '"area_px2": -1, "iscrowd"') + "\n", "jsonl:1: gt[0]: area_px2 is -1"),
+        (with_box("[0, 5, 1]"), "pred[0].bbox_xyxy_px[3] is missing"),
+        (LINE.replace('"iscrowd"', '"area_px2": -1, "iscrowd"') + "\n", "jsonl:1: gt[0].area_px2 is -1"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(tmp_path, text: str, words: str):

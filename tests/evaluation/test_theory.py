@@ -47,6 +47,8 @@ def test_no_predictions():
         "perfect_ranking_mAP": 0,
         "constant_score_mAP": 0,
         "headroom_mAP": 0,
+        "best_f1_50": None,
+        "best_threshold_50": None,
         **{"lrp": 1, "lrp_loc": None, "lrp_fp": 0, "lrp_fn": 1},
     }
     assert metrics["set"]["omission_rate"] == metrics["parse"]["empty_rate"] == 1

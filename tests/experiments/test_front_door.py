@@ -111,7 +111,7 @@ def test_values_that_are_there_run_nothing(toy: Toy, call: Call) -> None:
         ("compare main nothing", "'nothing': no file, no revision that git knows, and no experiment."),
         ("compare main mian", "Did you mean 'main'?"),
         ("compare main HEAD", "are one revision"),
-        ("compare main params.yaml", "Expected two gt_vs_pred.jsonl, or two revisions"),
+        ("compare main params.yaml", "Expected files of predictions, or two revisions"),
         ("compare main HEAD~1", "cannot be read"),
     ],
 )

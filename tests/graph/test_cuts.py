@@ -52,10 +52,12 @@ CHANGES: dict[str, Any] = {
     "matching.gate_threshold": 0.2,
     "decode.max_new_tokens": 60, "decode.temperature": 0.5, "decode.top_p": 0.5, "decode.repetition_penalty": 1.5,
     "decode.score": "mix", "decode.box": "argmax", "decode.box_top_k": 4, "decode.grammar": "closed",
-    "decode.corners": "any", "decode.duplicate_iou": 0.3,
+    "decode.corners": "any", "decode.duplicate_iou": 0.3, "decode.beams": 2,
     "eval.bootstrap_resamples": 200, "eval.f1_ious": [0.25, 0.5], "eval.duplicate_ious": [0.5, 0.9],
     "eval.mapping": "exact", "eval.semantic_floor": 0.6, "eval.semantic_margin": 0.1,
 }  # fmt: skip
+# What a value needs beside it.
+BESIDE = {"decode.beams": {"decode.temperature": 0.0, "decode.top_p": 1.0}}
 QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.gate_threshold", "stage2.eos_weight", "gate_weight")
 # Stages that run to the same bytes here: the key has nothing to act on in eight pictures and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
@@ -88,7 +90,7 @@ def test_what_a_key_runs_comes_out_different(
     changed = baseline.copy(tmp_path / "changed")
     monkeypatch.chdir(changed.root)
     monkeypatch.setenv("DVC_ROOT", str(changed.root))
-    changed.set({key: CHANGES[key]})
+    changed.set({key: CHANGES[key], **BESIDE.get(key, {})})
     ran = changed.repro()
     same = {stage for stage, differs in ran.items() if not differs}
     # Its budget, the tokens of stage 2, may change by less than the pack that it would train on besides.

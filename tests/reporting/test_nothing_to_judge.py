@@ -12,7 +12,7 @@ import pytest
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import ImageResult, ParseReport
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.records.schema import Record
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.page import write_page
@@ -68,8 +68,8 @@ def test_everything_is_written_and_nothing_is_perfect(change: Change, answered: 
         assert not [row for row in shown if "1.0000" in row]
     metrics = json.loads(inputs.metrics.read_text(encoding="utf-8"))
     assert all(metrics[name]["eval"]["f1"]["precision_50"] != 1 for name in CHECKPOINTS)
-    files = [inputs.evaluations / name / "gt_vs_pred.jsonl" for name in ("stage1", "stage2")]
-    assert write_page(files, read_categories(inputs.categories), inputs.image_root, tmp_path / "page.html")
+    runs = {n: list(read_results(inputs.evaluations / n / "gt_vs_pred.jsonl")) for n in ("stage1", "stage2")}
+    assert write_page(runs, read_categories(inputs.categories), inputs.image_root, tmp_path / "page.html")
 
 
 def looping(checkpoint: str, results: list[ImageResult]) -> list[ImageResult]:

@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from browser import Browser, find_browser
+from coordexp import cli
 from coordexp.errors import DataError
-from coordexp.evaluation.protocol import STANDARD
+from coordexp.evaluation.evaluator import evaluate
+from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
-from coordexp.reporting.page import PageSettings, page_data, write_page
+from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
+from coordexp.reporting.page import TOTALS, PageSettings, page_data, write_page
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 BOX, OFF, FAR = (10.0, 10.0, 50.0, 50.0), (11.0, 10.0, 51.0, 50.0), (60.0, 5.0, 90.0, 30.0)
@@ -56,13 +58,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for n in range(1, 6):
         Image.new("RGB", (100, 80), (40 * n, 90, 120)).save(folder / "images" / f"{n}.png")
-    files = []
-    for label, results in runs().items():
-        (folder / label).mkdir()
-        write_results(folder / label / "gt_vs_pred.jsonl", results)
-        files.append(folder / label / "gt_vs_pred.jsonl")
     records = [{"stage": "stage2", "git": {"commit": "abc123", "dirty": True}, "wall_seconds": 61.4}, {"stage": EVIL}]
-    write_page(files, CATEGORIES, folder, folder / "page.html", records=records)
+    write_page(runs(), CATEGORIES, folder, folder / "page.html", records=records)
     return folder / "page.html"
 
 
@@ -126,19 +123,45 @@ class TestWithoutABrowser:
         assert "innerHTML" not in elements.scripts[1]
 
     def test_wrong_input_is_refused(self, page: Path, tmp_path: Path) -> None:
-        file = page.parent / "one" / "gt_vs_pred.jsonl"
-        with pytest.raises(DataError, match="one or two"):
-            write_page([file] * 3, CATEGORIES, page.parent, tmp_path / "x.html")
+        one = runs()["one"]
+        with pytest.raises(DataError, match="one to 6"):
+            write_page({str(n): one for n in range(7)}, CATEGORIES, page.parent, tmp_path / "x.html")
         with pytest.raises(DataError, match=r"1\.png: no such file.* --images"):
-            write_page([file], CATEGORIES, tmp_path, tmp_path / "x.html")
-        (tmp_path / "few").mkdir()
-        write_results(tmp_path / "few" / "gt_vs_pred.jsonl", runs()["one"][:2])
+            write_page({"one": one}, CATEGORIES, tmp_path, tmp_path / "x.html")
         with pytest.raises(DataError, match="different images"):
-            write_page([file, tmp_path / "few" / "gt_vs_pred.jsonl"], CATEGORIES, page.parent, tmp_path / "x.html")
+            write_page({"one": one, "few": one[:2]}, CATEGORIES, page.parent, tmp_path / "x.html")
+
+    def test_totals_are_those_of_the_evaluator(self) -> None:
+        data = page_data(runs(), CATEGORIES, STANDARD, limit=10)
+        found = evaluate(runs()["one"], CATEGORIES, STANDARD, STANDARD_MATCHING, STANDARD_SEED)
+        for key, (_, value, low, high) in zip(TOTALS, data["totals"][0], strict=True):
+            assert [value, low, high] == [round(v, 3) for v in (found.value(key), *found.metrics["interval"][key])]
+
+    def test_detectors_of_others_are_browsed_by_the_command(self, page: Path, tmp_path: Path) -> None:
+        first = runs()["one"]
+        images = [{"id": r.image_id, "file_name": r.image, "width": 100, "height": 80} for r in first]
+        rows = [
+            {"image_id": r.image_id, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 900}
+            for r in first for g in r.gt if g.desc == "cat"
+        ]  # fmt: skip
+        categories = [{"id": 1, "name": "cat"}]
+        (tmp_path / "t.json").write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
+        for name in ("yolo", "rex", "ours"):
+            (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "score": 0.5} for row in rows]))
+        named = [str(tmp_path / f"{name}.json") for name in ("yolo", "rex", "ours")]
+        with pytest.raises(SystemExit) as done:
+            cli.main(["report", "--html", str(tmp_path / "p.html"), "--truth", str(tmp_path / "t.json"),
+                      "--images", str(page.parent), "--predictions", *named])  # fmt: skip
+        assert done.value.code == 0
+        text = (tmp_path / "p.html").read_text(encoding="utf-8")
+        data = json.loads(Elements(text).scripts[0])
+        assert data["labels"] == ["yolo", "rex", "ours"]
+        assert [totals[0][1] for totals in data["totals"]] == [1.0, 1.0, 1.0]
 
     def test_pictures_are_no_larger_than_asked_for(self, page: Path, tmp_path: Path) -> None:
-        file = page.parent / "one" / "gt_vs_pred.jsonl"
-        small = write_page([file], CATEGORIES, page.parent, tmp_path / "x.html", page=PageSettings(2, 16))
+        small = write_page(
+            {"one": runs()["one"]}, CATEGORIES, page.parent, tmp_path / "x.html", page=PageSettings(2, 16)
+        )
         assert small < page.stat().st_size
         assert small < 30_000
 
@@ -188,6 +211,36 @@ class TestInABrowser:
         browser.screenshot(tmp_path / "page.png")
         with Image.open(tmp_path / "page.png") as shot:
             assert shot.size == (1400, 900)
+
+    def test_a_score_and_a_size_are_chosen_and_the_address_says_so(self, browser: Browser, page: Path) -> None:
+        boxes = "document.querySelectorAll('figure.run')[0].querySelectorAll('svg rect[data-n]').length"
+        browser.evaluate("document.querySelector('#images tr[data-id=\"2\"]').click()")
+        assert browser.evaluate(boxes) == 2
+        slide = "{ const s = document.getElementById('score'); s.value = '0.6'; s.dispatchEvent(new Event('input')); }"
+        browser.evaluate(slide)
+        assert browser.evaluate(boxes) == 0
+        assert "2 below the score" in browser.evaluate("document.querySelector('figure.run figcaption').textContent")
+        change = "s.dispatchEvent(new Event('change'))"
+        browser.evaluate(f"{{ const s = document.getElementById('size'); s.value = 'small objects'; {change}; }}")
+        rows = "[...document.querySelectorAll('#images tbody tr')].map(r => Number(r.dataset.id))"
+        assert sorted(browser.evaluate(rows)) == [4, 5]
+        assert browser.evaluate("location.hash") == "#size=small+objects&score=0.6&id=4"
+        browser.open(page, "#failure=duplicates&score=0.1&id=2")
+        assert browser.evaluate(rows) == [2]
+        assert browser.evaluate("document.getElementById('least').textContent") == "0.10"
+        browser.open(page, "#failure=nothing&id=99&score=7&name=%3Cb%3E")
+        assert len(browser.evaluate(rows)) == 5
+
+    @pytest.mark.parametrize("width", [700, 1400])
+    def test_nothing_is_cut_at_this_width(self, page: Path, width: int, tmp_path: Path) -> None:
+        with Browser(str(find_browser()), width=width) as browser:
+            browser.open(page)
+            browser.evaluate("document.querySelector('figure.run details').open = true")
+            parts = "[...document.querySelectorAll('figure, .panels, #right')]"
+            assert browser.evaluate(f"{parts}.filter(e => e.scrollWidth > e.clientWidth + 1).length") == 0
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert "0." in browser.evaluate("document.getElementById('totals').textContent")
+            browser.screenshot(tmp_path / f"{width}.png")
 
     def test_no_request_no_error_and_a_name_stays_text(self, browser: Browser) -> None:
         browser.evaluate("document.querySelector('#images tr[data-id=\"5\"]').click()")

@@ -201,7 +201,7 @@ class BadInput:
 
 BAD_INPUT = (
     BadInput("file without a line", "error: no predictions in the file", "there is nothing to evaluate"),
-    BadInput("truncated last line", "error: the last line is cut", "images would be missing without a trace"),
+    BadInput("truncated last line", "error: not valid JSON, by line", "images would be missing without a trace"),
     BadInput("line that is no JSON, or lacks a key", "error, by file and line", "the file was edited or mixed up"),
     BadInput("image twice", "error: image id appears twice", "it would weigh double"),
     BadInput("image that the annotations do not hold", "error: image id is not in the annotations", "wrong split"),

@@ -230,9 +230,11 @@ def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], i
     if len(evaluations) == 2:
         _show_changed(others[0], first, images)
     if plot:
+        from coordexp.evaluation.foreign.predictions import labels_of
         from coordexp.reporting.forest import write_forest
 
-        write_forest(plot, dict(zip(_short_names(files)[1:], effects, strict=True)), _short_names(files)[0], keys)
+        reference, *names = labels_of(files)
+        write_forest(plot, dict(zip(names, effects, strict=True)), reference, keys)
         print(f"differences drawn: {plot}")
 
 
@@ -253,15 +255,6 @@ def _show_changed(b: Evaluation, a: Evaluation, images: int) -> None:
             for row in changed
         ]
         _print_table(shown, ["image", "A", "B", "B - A"])
-
-
-def _short_names(files: Sequence[Path]) -> list[str]:
-    """The end of each path that tells the files apart."""
-    for depth in range(1, max(len(file.parts) for file in files) + 1):
-        names = ["/".join(file.with_suffix("").parts[-depth:]) for file in files]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{file} ({n})" for n, file in enumerate(files, 1)]
 
 
 def _number(value: float | None) -> str:

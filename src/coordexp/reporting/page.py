@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,16 +22,19 @@ from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError
 from coordexp.evaluation.details import per_image
 from coordexp.evaluation.error_causes import Cause
-from coordexp.evaluation.protocol import STANDARD, iou_key
+from coordexp.evaluation.evaluator import evaluate
+from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED, iou_key
+from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines, read_results
+from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines
 from coordexp.records.images import read_record_rgb
 from coordexp.reporting.inputs import Json
 from coordexp.reporting.outcomes import Outcomes, judge
 
-MAX_RUNS = 2
+MAX_RUNS = 6
+TOTALS = ("coco.mAP", "coco.AP50", "f1.full_50")
 _DATA = "/*DATA*/"
 
 
@@ -45,7 +48,7 @@ class PageSettings:
 
 
 def write_page(
-    files: Sequence[Path],
+    results: Mapping[str, Sequence[ImageResult]],
     categories: Sequence[Category],
     image_root: Path,
     out: Path,
@@ -53,18 +56,18 @@ def write_page(
     page: PageSettings | None = None,
     records: Sequence[Json] = (),
 ) -> int:
-    """Write the page of one or two gt_vs_pred files of the same images; returns its size in bytes.
+    """Write the page of up to MAX_RUNS runs, by their labels, on the same images; returns its size in bytes.
 
     With more images than `page.images` those with the lowest F1 of the first run are kept, and the page says so.
     `records` are the run records of the stages: commit, time and machine.
 
     Raises:
-        DataError: no file or more than two, files of different images, or an image that is not there.
+        DataError: no run or too many, runs on different images, or an image that is not there.
     """
-    if not 1 <= len(files) <= MAX_RUNS:
-        raise DataError(f"found {len(files)} prediction files, expected one or two of them.")
+    if not 1 <= len(results) <= MAX_RUNS:
+        raise DataError(f"found {len(results)} files of predictions, expected one to {MAX_RUNS}.")
     page = page or PageSettings()
-    results = {label: own_lines(read_results(file)) for label, file in zip(_labels(files), files, strict=True)}
+    results = {label: own_lines(rows) for label, rows in results.items()}
     data = page_data(results, categories, params, page.images)
     for row in data["images"]:
         row["src"] = _inline(image_root, row["image"], page)
@@ -82,9 +85,9 @@ def render_page(data: dict[str, Any]) -> str:
 
 
 def page_data(
-    results: dict[str, list[ImageResult]], categories: Sequence[Category], params: EvalParams, limit: int
+    results: Mapping[str, Sequence[ImageResult]], categories: Sequence[Category], params: EvalParams, limit: int
 ) -> dict[str, Any]:
-    """Everything the page shows but the pictures: labels, names, and a row for each image with its boxes."""
+    """Everything the page shows but the pictures: labels, totals, names, and a row for each image with its boxes."""
     outcomes = {label: judge(rows, categories, params) for label, rows in results.items()}
     labels = list(results)
     ids = {label: tuple(r.image_id for r in outcome.results) for label, outcome in outcomes.items()}
@@ -95,7 +98,24 @@ def page_data(
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
     names = sorted({g.desc for rows in results.values() for r in rows for g in r.gt})
     images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
-    return {"labels": labels, "names": names, "n_all": len(ids[labels[0]]), "images": images, "provenance": []}
+    totals = [_totals(results[label], categories, params) for label in labels]
+    shown = {"labels": labels, "totals": totals, "names": names, "n_all": len(ids[labels[0]]), "images": images}
+    return shown | {"provenance": []}
+
+
+def _totals(results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams) -> list[list[Any]]:
+    """Name, value and 95 % interval of what sums up a run, over all of its images; None where it is undefined."""
+    found, specs = evaluate(results, categories, params, STANDARD_MATCHING, STANDARD_SEED), metric_specs(params)
+    rows = []
+    for key in TOTALS:
+        interval = found.metrics["interval"][key]
+        rows.append(
+            [
+                specs[key].name,
+                *(None if v is None else round(v, 3) for v in (found.value(key), *(interval or (None, None)))),
+            ]
+        )
+    return rows
 
 
 def _rows(outcome: Outcomes, params: EvalParams) -> dict[int, dict[str, Any]]:
@@ -164,16 +184,6 @@ def _provenance(record: Json) -> list[str]:
 
 def _tenths(box: Sequence[float]) -> list[float]:
     return [round(v, 1) for v in box]
-
-
-def _labels(files: Sequence[Path]) -> list[str]:
-    """The folder of each file (a checkpoint's name), with as much of the path as tells two apart."""
-    paths = [file.resolve() for file in files]
-    for depth in range(1, max(len(path.parts) for path in paths)):
-        labels = ["/".join(path.parent.parts[-depth:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{file} ({n})" for n, file in enumerate(files, 1)]
 
 
 def _inline(image_root: Path, name: str, page: PageSettings) -> str:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from coordexp.config.paths import GT_VS_PRED
 from coordexp.errors import DataError
 from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
 from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box
@@ -322,3 +323,16 @@ def read_labels(path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise DataError(f'{path}: expected a JSON object of labels, such as {{"person": "human"}}.')
     return value
+
+
+def labels_of(files: Sequence[Path]) -> list[str]:
+    """A short name for each file: its stem, or the folder of a run's own file, with what tells it from the others."""
+    parts = [
+        file.resolve().parent.parts if file.name == GT_VS_PRED else file.resolve().with_suffix("").parts
+        for file in files
+    ]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{file} ({n})" for n, file in enumerate(files, 1)]
