@@ -251,11 +251,11 @@ def check_result(result: ImageResult) -> None:
         assert gt.area_px2 is None or (type(gt.area_px2) is float and gt.area_px2 >= 0)
     for pred in result.pred:
         assert pred.score is None or type(pred.score) is float
-        assert [type(b) for b in pred.bins] == [int] * 4
+        assert pred.bins is None or [type(b) for b in pred.bins] == [int] * 4
         for four in (pred.coord_logprobs, pred.coord_sd_bins):
             assert four is None or [type(v) for v in four] == [float] * 4
         assert all(type(v) is float for v in pred.scores.values())
-    assert all(type(n) is int and n >= 0 for n in result.parse.dropped.values())
+    assert result.parse is None or all(type(n) is int and n >= 0 for n in result.parse.dropped.values())
 
 
 LINE = {

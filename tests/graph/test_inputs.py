@@ -133,7 +133,8 @@ def test_an_edit_reaches_the_stages_that_import_the_module(root: Path, module: s
 
 
 def test_nothing_is_imported_in_a_way_that_the_hash_does_not_see() -> None:
-    allowed = {"coordexp", "coordexp.evaluation.categories"}  # what the package loads on demand; is a library there
+    # What the package loads on demand; is a library there.
+    allowed = {"coordexp", "coordexp.evaluation.categories", "coordexp.losses.vocabulary_terms"}
     for name, file in Modules.below(ROOT / "src").files.items():
         if name not in allowed:
             assert not re.search(r"import_module|__import__|importlib\.util", file.read_text()), name

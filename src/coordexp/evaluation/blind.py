@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from coordexp.evaluation.average_precision import CategoryMatches, match_categories, weighted_ap
+from coordexp.evaluation.bootstrap import mean_of_present
 from coordexp.evaluation.f1 import match_greedily, micro_f1
 from coordexp.evaluation.table import DetectionTable, Floats, Ints, image_slices
 from coordexp.infra.random_streams import generator
@@ -112,10 +113,7 @@ def _ap50(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> tuple[float
     """AP at IoU .50 over the categories that have objects, and the same in each resample, (B,)."""
     first = [replace(m, tp_TD=m.tp_TD[:1], ignored_TD=m.ignored_TD[:1]) for m in matches_K]
     ones = np.ones((1, weights_BI.shape[1]), dtype=weights_BI.dtype)
-    ap_KB = weighted_ap(first, np.concatenate([ones, weights_BI]))[:, 0]
-    present_KB = ~np.isnan(ap_KB)
-    n_B = present_KB.sum(axis=0)
-    mean_B = np.divide(np.where(present_KB, ap_KB, 0).sum(axis=0), n_B, out=np.full(n_B.shape, np.nan), where=n_B > 0)
+    mean_B = mean_of_present(weighted_ap(first, np.concatenate([ones, weights_BI]))[:, 0])
     return (None if np.isnan(mean_B[0]) else float(mean_B[0])), mean_B[1:]
 
 

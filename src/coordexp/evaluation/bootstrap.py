@@ -55,14 +55,14 @@ def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[
     ap_KTB = weighted_ap(matches_K, weights_BI)
     samples: dict[str, Floats] = {}
     for name, members in rows.items():
-        ap_TB = _nanmean(ap_KTB[members])
+        ap_TB = mean_of_present(ap_KTB[members])
         samples[f"{name}.mAP"] = ap_TB.mean(axis=0)
         samples[f"{name}.AP50"] = ap_TB[0]
         samples[f"{name}.AP75"] = ap_TB[5]
     return samples
 
 
-def _nanmean(ap_KTB: Floats) -> Floats:
+def mean_of_present(ap_KTB: Floats) -> Floats:
     """Mean over the first axis without its NaNs; NaN where nothing is left, without numpy's warning."""
     present = ~np.isnan(ap_KTB)
     n = present.sum(axis=0)

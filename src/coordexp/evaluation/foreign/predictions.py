@@ -24,8 +24,7 @@ from typing import Any, Literal, get_args
 from coordexp.config.paths import GT_VS_PRED
 from coordexp.errors import DataError
 from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
-from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box
-from coordexp.geometry.boxes import Box
+from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box, xyxy_box
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
 
@@ -267,17 +266,6 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             PREDICTIONS.refuse(where, f"holds {shown(row)}, not a JSON object")
         yield where, row
-
-
-def xyxy_box(values: Any, where: str) -> Box:
-    """Float pixels xyxy; raises DataError unless they are four finite numbers in order."""
-    try:
-        x1, y1, x2, y2 = (float(v) for v in values)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: box {values!r}, expected [x1, y1, x2, y2] in pixels.") from error
-    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
-        raise DataError(f"{where}: box {values!r}, expected finite pixels with x2 >= x1 and y2 >= y1.")
-    return x1, y1, x2, y2
 
 
 def _score(row: Mapping[str, Any], where: str) -> float:

@@ -7,7 +7,7 @@ compared with other people's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from coordexp.geometry.boxes import Box
 from coordexp.infra.foreign import Gate
 from coordexp.records.categories import Category
 from coordexp.records.convert import convert_file
-from coordexp.records.gt_vs_pred import GroundTruth, read_results
+from coordexp.records.gt_vs_pred import LARGEST_PX, GroundTruth, read_results
 from coordexp.records.schema import Record, checked_area_px2, checked_flag, read_records
 
 ANNOTATIONS = Gate("annotations of a data set", DataError, "Name those of the predicted images.", max_bytes=1 << 32)
@@ -185,14 +185,18 @@ def xywh_box(value: Any, where: str) -> Box:
         x, y, w, h = (float(v) for v in value)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: bbox {value!r}, expected [x, y, width, height] in pixels.") from error
-    return _box([x, y, x + w, y + h], where)
+    return xyxy_box((x, y, x + w, y + h), where)
 
 
-def _box(values: Iterable[Any], where: str) -> Box:
-    x1, y1, x2, y2 = (float(v) for v in values)
-    inside = all(abs(v) < 1e9 for v in (x1, y1, x2, y2))  # False for NaN and infinity, too
+def xyxy_box(values: Any, where: str) -> Box:
+    """Float pixels xyxy; raises DataError unless they are four finite numbers in order, none beyond LARGEST_PX."""
+    try:
+        x1, y1, x2, y2 = (float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: box {values!r}, expected [x1, y1, x2, y2] in pixels.") from error
+    inside = all(abs(v) < LARGEST_PX for v in (x1, y1, x2, y2))  # False for NaN and infinity, too
     if not inside or x2 < x1 or y2 < y1:
-        raise DataError(f"{where}: box {[x1, y1, x2, y2]}, expected finite pixels with x2 >= x1 and y2 >= y1.")
+        raise DataError(f"{where}: box {values!r}, expected finite pixels with x2 >= x1 and y2 >= y1.")
     return x1, y1, x2, y2
 
 
