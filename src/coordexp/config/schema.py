@@ -134,7 +134,10 @@ class MatchingParams(Block):
 
     lambda_l1: Weight = Field(description="cost factor of the L1 distance of boxes in [0, 1] units")
     lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
-    lambda_sem: Weight = Field(description="cost factor of the distance of two names: 1 - shared words / all words")
+    lambda_sem: Weight = Field(description="cost factor of the distance of two names")
+    semantic: Literal["encoder", "lexical"] = Field(
+        description="distance of two names: 1 - cosine of a frozen text encoder, or 1 - shared words / all words"
+    )
     gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
     gate_threshold: Fraction = Field(
         description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair"

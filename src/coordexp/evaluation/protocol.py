@@ -21,7 +21,9 @@ STANDARD = EvalParams(
     semantic_floor=0.5,
     semantic_margin=0.05,
 )
-STANDARD_MATCHING = MatchingParams(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.3)
+STANDARD_MATCHING = MatchingParams(
+    lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, semantic="lexical", gate="iou", gate_threshold=0.3
+)
 STANDARD_SEED = 17
 
 

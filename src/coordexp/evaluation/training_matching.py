@@ -8,9 +8,10 @@ from __future__ import annotations
 from coordexp.config.schema import MatchingParams
 from coordexp.evaluation.table import DetectionTable, image_slices
 from coordexp.geometry.bins import box_scale
-from coordexp.matching.matcher import match_images, name_distance
+from coordexp.matching.matcher import match_images
 from coordexp.matching.summary import MatchCounts
 from coordexp.records.descriptions import normalise_desc
+from coordexp.text.meaning import name_distance
 
 
 def rollout_metrics(table: DetectionTable, matching: MatchingParams) -> dict[str, float | None]:
@@ -25,7 +26,8 @@ def rollout_metrics(table: DetectionTable, matching: MatchingParams) -> dict[str
         is_object_G = ~table.gt_crowd_G[in_gt]
         if matching.lambda_sem > 0:
             predicted = [pred_names[i] for i in table.pred_name_P[in_pred]]
-            distances.append(name_distance(predicted, [gt_names[i] for i in table.gt_category_G[in_gt][is_object_G]]))
+            annotated = [gt_names[i] for i in table.gt_category_G[in_gt][is_object_G]]
+            distances.append(name_distance(predicted, annotated, matching.semantic))
         pred.append(table.pred_boxes_P4[in_pred] / scale)
         gt.append(table.gt_boxes_G4[in_gt][is_object_G] / scale)
     results = match_images(pred, gt, matching, distances or None)

@@ -25,7 +25,6 @@ from coordexp.config.schema import MatchingParams
 from coordexp.errors import ConfigError
 from coordexp.geometry.boxes import Boxes, as_boxes, paired_iou_giou
 from coordexp.matching.pair_rows import Ints, PairRows, place_within, starts
-from coordexp.records.descriptions import normalise_desc
 
 # Equal costs (duplicates, symmetric neighbours) go to the earlier prediction and the earlier object. Order decides only
 # between costs closer than this, a millionth of a bin.
@@ -128,7 +127,7 @@ def pair_cost(
         if semantic_R is None:
             raise ConfigError(
                 f"matching.lambda_sem is {params.lambda_sem}, but this matching computes no description distances; "
-                "set it to 0, or give the distances (name_distance)."
+                "set it to 0, or give the distances (text.meaning.name_distance)."
             )
         assert semantic_R.shape == cost_R.shape, (semantic_R.shape, cost_R.shape)
         cost_R += params.lambda_sem * semantic_R
@@ -169,22 +168,6 @@ def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.b
 def paired_l1(pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> NDArray[np.float64]:
     """Mean absolute difference of the four corner coordinates, shape (R,), in [0, 1] for boxes in [0, 1]."""
     return np.abs(pred_boxes_R4 - gt_boxes_R4).sum(axis=-1) / 4
-
-
-def name_distance(pred_descs: Sequence[str], gt_descs: Sequence[str]) -> NDArray[np.float64]:
-    """Fraction of words that only one of two names has, (N, M) in [0, 1]: 0 for equal names, 1 for no common word.
-
-    One minus the Jaccard index of the words of the normalised names: "black cat" is 0.5 from "cat", 1 from "dog".
-    """
-    words_N = [set(normalise_desc(desc).split()) for desc in pred_descs]
-    words_M = [set(normalise_desc(desc).split()) for desc in gt_descs]
-    distances = [[_distance(a, b) for b in words_M] for a in words_N]
-    return np.array(distances, np.float64).reshape(len(words_N), len(words_M))
-
-
-def _distance(a: set[str], b: set[str]) -> float:
-    either = len(a | b)
-    return 1.0 - len(a & b) / either if either else 0.0
 
 
 def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:

@@ -20,11 +20,12 @@ from coordexp.errors import DataError
 from coordexp.geometry.bins import box_scale, decode_norm
 from coordexp.infra.files import replacing
 from coordexp.infra.foreign import Gate, shown
-from coordexp.matching.matcher import match_images, name_distance
+from coordexp.matching.matcher import match_images
 from coordexp.matching.summary import MatchCounts, rounded_ratio
 from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.rollout.engine import Generation
+from coordexp.text.meaning import name_distance
 from coordexp.text.parser import ParsedAnswer
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def match_rollouts(rollouts: Sequence[Rollout], samples: Sequence[Sample], match
         pred.append(decode_norm([o.bins for o in rollout.objects]))
         gt.append(sample.boxes_xyxy_px[keep].astype(np.float64) / box_scale(sample.width, sample.height))
         if matching.lambda_sem > 0:
-            distances.append(name_distance([o.desc for o in rollout.objects], [sample.descs[i] for i in keep]))
+            names = [o.desc for o in rollout.objects], [sample.descs[i] for i in keep]
+            distances.append(name_distance(*names, matching.semantic))
     found = match_images(pred, gt, matching, distances or None)
     return [
         replace(

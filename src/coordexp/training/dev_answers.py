@@ -37,7 +37,9 @@ from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
 from coordexp.records.images import read_record_rgb
 from coordexp.training.duplicates import same_object
 
-PAIRING = MatchingParams(lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, gate="iou", gate_threshold=0.5)
+PAIRING = MatchingParams(
+    lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, semantic="lexical", gate="iou", gate_threshold=0.5
+)
 DRAWN_IMAGES = 6
 _PANEL_PX = 320
 _COLUMNS = 2
