@@ -5,7 +5,7 @@ from __future__ import annotations
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.run import RunConfig
 from coordexp.models.pins import pinned_folder
-from coordexp.rollout.stages import decode_val, record_rate
+from coordexp.rollout.stages import decode_split, record_rate
 from coordexp.stage import LOG, stage_main
 
 
@@ -13,7 +13,7 @@ def run(context: RunConfig, name: str) -> None:
     """Decode, re-score and parse; boxes and scores are read from it by the evaluation."""
     is_base = name == "base"
     folder = pinned_folder(context.profile.model, context.params.profile) if is_base else context.paths.run(name)
-    done = decode_val(context, name, folder, context.paths.decoded(name))
+    done = decode_split(context, name, folder, context.paths.decoded(name))
     record_rate(context, f"decode@{name}", done["images"], done["generate_seconds"])
     LOG.info("decode of %s: %d images, %d tokens", name, done["images"], done["tokens"])
 

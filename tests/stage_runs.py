@@ -28,7 +28,7 @@ def add_rollouts(space: Workspace, world: World) -> None:
     """Put rollouts, one of which does not parse, and stage 2's compute on file."""
     checkpoint = load_checkpoint(space.paths.run("stage1"))
     put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
-    space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+    space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000, "rollout_tokens": 3000}')
 
 
 @pytest.fixture

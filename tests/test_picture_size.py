@@ -28,7 +28,7 @@ from coordexp.packing.samples import Sample
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.rollout import stages
 from coordexp.rollout.scoring import read_decoded, scored
-from coordexp.rollout.stages import decode_val
+from coordexp.rollout.stages import decode_split
 from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
 from coordexp.text.vocabulary import CoordVocabulary
@@ -124,7 +124,7 @@ def test_detector_predict_and_evaluation_give_the_same_boxes(
     (told,) = map(json.loads, capsys.readouterr().out.splitlines()[-1:])
     assert told["raw_text"] == found.raw_text
     assert told["objects"] == found.to_json()["objects"]
-    decode_val(run, "stage1", trained, run.paths.decoded("stage1"))
+    decode_split(run, "stage1", trained, run.paths.decoded("stage1"))
     (judged,) = (scored(answer, run.params.decode) for answer in read_decoded(run.paths.decoded("stage1")))
     assert (judged.raw_text, [p.desc for p in judged.pred]) == (found.raw_text, list(found.descs))
     np.testing.assert_allclose([p.bbox_xyxy_px for p in judged.pred], found.boxes_xyxy_px, atol=1e-4)
@@ -138,7 +138,7 @@ def test_the_base_model_is_asked_about_pictures_of_the_size_of_the_profile(
     given: list[Any] = []
     generate = stages.generate_answers
     monkeypatch.setattr(stages, "generate_answers", lambda *a: given.append(a[1]) or generate(*a))
-    decode_val(run, "base", model_folder(run.profile.model.path), run.paths.decoded("base"))
+    decode_split(run, "base", model_folder(run.profile.model.path), run.paths.decoded("base"))
     (form,) = given
     assert (form.codec, form.pixels.min_pixels, form.pixels.max_pixels) == ("digits", *LIMITS)
 

@@ -25,6 +25,7 @@ ALIVE = {
     "stage1.coord_ce_weight": 0.1, "stage1.text_gate_weight": 0.1,
     "stage2.n_softctx_iter": 2, "stage2.coord_decode_mode": "top_k", "stage2.a1_coord_weight": 0.5,
     "stage2.over_generation": "truncate", "stage2.duplicate_unlikelihood_weight": 0.1, "stage2.refresh_steps": 2,
+    "stage2.refresh_samples": 2, "stage2.reordered_ce_weight": 0.1,
     "stage2.passes": "one", "stage2.curriculum_fraction": 1.0,
     "matching.gate_threshold": 0.01,
     "decode.temperature": 0.8, "decode.top_p": 0.95, "decode.grammar": "any", "decode.corners": "valid",
@@ -44,11 +45,13 @@ CHANGES: dict[str, Any] = {
     "stage2.seed": 1, "stage2.b_ratio": 0.25, "stage2.n_softctx_iter": 3, "stage2.softctx_grad_mode": "em_detach",
     "stage2.coord_ctx_embed_mode": "expectation", "stage2.coord_decode_mode": "median", "stage2.top_k": 4,
     "stage2.a1_coord_weight": 1.0, "stage2.text_ce_weight": 0.5, "stage2.eos_weight": 2.0,
-    "stage2.close_weight": 2.0, "stage2.passes": "two", "stage2.missed": "sorted", "stage2.extras": "drop",
+    "stage2.reordered_ce_weight": 0.5, "stage2.passes": "two", "stage2.missed": "sorted", "stage2.extras": "drop",
     "stage2.over_generation": "keep", "stage2.over_close_weight": 2.0, "stage2.duplicate_unlikelihood_weight": 1.0,
-    "stage2.refresh_steps": 3, "stage2.curriculum_fraction": 0.5, "stage2.gate_from": 0.9,
+    "stage2.refresh_steps": 3, "stage2.refresh_samples": 3, "stage2.refresh_temperature": 1.5,
+    "control.budget": "tokens", "stage2.curriculum_fraction": 0.5, "stage2.gate_from": 0.9,
     "stage2.lambda_sem_from": 1.0,
     "matching.lambda_l1": 0.0, "matching.lambda_iou": 0.0, "matching.lambda_sem": 1.0, "matching.gate": "l1",
+    "matching.semantic": "lexical",
     "matching.gate_threshold": 0.2,
     "decode.max_new_tokens": 60, "decode.temperature": 0.5, "decode.top_p": 0.5, "decode.repetition_penalty": 1.5,
     "decode.score": "mix", "decode.box": "argmax", "decode.box_top_k": 4, "decode.grammar": "closed",
@@ -57,7 +60,11 @@ CHANGES: dict[str, Any] = {
     "eval.mapping": "exact", "eval.semantic_floor": 0.6, "eval.semantic_margin": 0.1,
 }  # fmt: skip
 # What a value needs beside it.
-BESIDE = {"decode.beams": {"decode.temperature": 0.0, "decode.top_p": 1.0}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "decode.beams": {"decode.temperature": 0.0, "decode.top_p": 1.0},
+    "stage2.reordered_ce_weight": {"stage2.passes": "two"},
+    "matching.semantic": {"matching.lambda_sem": 1.0},
+}
 QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.gate_threshold", "stage2.eos_weight", "gate_weight")
 # Stages that run to the same bytes here: the key has nothing to act on in eight pictures and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}

@@ -24,7 +24,7 @@ from loss_reference import coord_slots, coord_sums
 
 FIRST_ID, VOCAB = 5, 1012
 BLOCKS = (Params, Stage2Params)
-NOT_TERMS = {"a1_coord_weight", "eos_weight", "close_weight", "over_close_weight"}  # factors on terms
+NOT_TERMS = {"a1_coord_weight", "eos_weight", "over_close_weight"}  # factors on terms
 COUNTS = {"text": 4.0, "inner_text": 3.0, "coord": 8.0, "box": 2.0, "unlikely": 1.0}
 
 

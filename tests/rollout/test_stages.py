@@ -18,14 +18,21 @@ from coordexp.rollout import stages
 from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Generation
 from coordexp.rollout.records import read_generations
 from coordexp.rollout.scoring import DISTRIBUTIONS, Decoded, read_decoded, read_summary, scored
-from coordexp.rollout.stages import decode_kept, decode_request, decode_val, make_reader, predict_samples, run_rollouts
+from coordexp.rollout.stages import (
+    decode_kept,
+    decode_request,
+    decode_split,
+    make_reader,
+    predict_samples,
+    run_rollouts,
+)
 from helpers import Workspace, new_tokenizer, save_model
 from toyworld.model import build_tiny
 
 
 def decode(space: Workspace, name: str = "stage1", folder: Path | None = None) -> dict[str, Any]:
     """Decode a checkpoint on val; returns the summary on file."""
-    decode_val(space, name, folder or space.paths.run("stage1"), space.paths.decoded(name))
+    decode_split(space, name, folder or space.paths.run("stage1"), space.paths.decoded(name))
     return read_summary(space.paths.decoded(name))
 
 

@@ -177,33 +177,49 @@ def test_the_order_of_the_annotations_does_not_matter(checkpoint, params):
                 np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
 
 
+@pytest.mark.parametrize("codec", ["json", "tags"])
 @pytest.mark.parametrize("params", [TWO, ONE])
 @pytest.mark.parametrize("objects", [(DOG, EXTRA, CAT), (DOG, EXTRA, CAT, CAT)], ids=["three", "four"])
-def test_the_weights_of_stopping(checkpoint, params, objects):
-    """The closing brackets and the end token each have their own; both weigh more where too much was said."""
+def test_the_weight_of_stopping_is_that_of_the_token_that_decides(checkpoint, codec, params, objects):
+    """Under json the one that closes the list, under tags the end of turn; heavier where too much was said."""
 
     def weights(**changes) -> np.ndarray:
-        return segments_of(checkpoint, "json", changed(params, **changes), objects)[-1].text_weights
+        return segments_of(checkpoint, codec, changed(params, **changes), objects)[-1].text_weights
 
     plain, over = weights(), len(objects) > 3
-    assert plain[-2:].tolist() == [1, 1]
-    for changes, close in (
-        ({"eos_weight": 4.0}, [1, 4]),
-        ({"close_weight": 3.0}, [3, 1]),
-        ({"eos_weight": 0.0, "close_weight": 0.0}, [0, 0]),
-        ({"eos_weight": 4.0, "close_weight": 3.0, "over_close_weight": 2.0}, [6, 8] if over else [3, 4]),
+    place = -2 if codec == "json" else -1
+    assert plain[place] == 1
+    for changes, weight in (
+        ({"eos_weight": 4.0}, 4),
+        ({"eos_weight": 0.0}, 0),
+        ({"eos_weight": 4.0, "over_close_weight": 2.0}, 8 if over else 4),
     ):
         found = weights(**changes)
-        assert found[-2:].tolist() == close
-        np.testing.assert_array_equal(found[:-2], plain[:-2])
+        assert found[place] == weight
+        np.testing.assert_array_equal(np.delete(found, place), np.delete(plain, place))
 
 
-def test_the_end_token_of_tags_has_no_brackets_before_it(checkpoint):
-    plain, heavy = (
-        segments_of(checkpoint, "tags", changed(TWO, eos_weight=w, close_weight=9.0))[-1].text_weights for w in (1, 5)
-    )
-    assert (plain[-1], heavy[-1]) == (1, 5)
-    np.testing.assert_array_equal(plain[:-1], heavy[:-1])
+@pytest.mark.parametrize("codec", ["json", "tags", "digits"])
+def test_an_answer_stops_where_it_parts_from_a_longer_one(checkpoint, codec):
+    made = encoder(checkpoint, codec)
+    for objects in ((), (DOG,), (DOG, EXTRA)):
+        answer, longer = made.encode(objects), made.encode((*objects, CAT))
+        parts = int(np.flatnonzero(answer.ids != longer.ids[: len(answer.ids)])[0])
+        assert made.stop_position(answer) == parts
+        assert answer.roles[parts] == Role.CLOSE
+
+
+def test_all_coordinates_of_the_reordered_annotation_are_supervised_as_tokens_on_demand(checkpoint):
+    for objects in ((DOG, EXTRA, CAT), ()):
+        plain, asked = (
+            segments_of(checkpoint, "json", changed(TWO, reordered_ce_weight=w), objects) for w in (0.0, 0.5)
+        )
+        places = np.flatnonzero(asked[1].answer_roles == Role.COORD)
+        assert asked[1].reordered_tokens.tolist() == places.tolist()
+        assert len(places) == 4 * len(TRUTH)
+        assert not any(len(segment.reordered_tokens) for segment in (*plain, asked[0]))
+    (one,) = segments_of(checkpoint, "json", changed(ONE, reordered_ce_weight=0.5))
+    assert not len(one.reordered_tokens)
 
 
 def names_in(checkpoint, segment: Segment) -> list[str]:

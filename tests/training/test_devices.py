@@ -90,7 +90,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
 
 
 def decode(space: Workspace) -> object:
-    return stages.decode_val(space, "stage1", space.paths.run("stage1"), space.paths.decoded("stage1"))
+    return stages.decode_split(space, "stage1", space.paths.run("stage1"), space.paths.decoded("stage1"))
 
 
 def predict(space: Workspace) -> object:

@@ -13,7 +13,7 @@ from coordexp.evaluation.evaluator import evaluate
 from coordexp.packing.collator import teacher_segment
 from coordexp.records.categories import Category
 from coordexp.rollout.scoring import read_decoded, scored
-from coordexp.rollout.stages import decode_val, run_rollouts
+from coordexp.rollout.stages import decode_split, run_rollouts
 from coordexp.text.codecs import Role
 from coordexp.training.stage1 import train_stage1
 from coordexp.training.stage2 import train_stage2
@@ -49,7 +49,7 @@ def test_the_graph_runs_on_text_alone(digits):
     run_rollouts(digits)
     train_stage2(digits)
     assert {row["channel"] for row in rows(digits, "stage2")} == {"A"}
-    decode_val(digits, "stage2", digits.paths.run("stage2"), digits.paths.decoded("stage2"))
+    decode_split(digits, "stage2", digits.paths.run("stage2"), digits.paths.decoded("stage2"))
     results = [scored(answer, digits.params.decode) for answer in read_decoded(digits.paths.decoded("stage2"))]
     assert len(results) == 6
     names = sorted({gt.desc for result in results for gt in result.gt})

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from coordexp.errors import CheckpointError, ConfigError
+from coordexp.geometry.bins import encode_boxes
 from coordexp.models.adapters import apply_tuning
 from coordexp.models.loading import load_checkpoint
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.hf_engine import HfEngine
+from coordexp.text.codecs import TextObject
 from coordexp.training import rollout_pool
 from coordexp.training.rollout_pool import Refresh, Refresher, RolloutPool, plan_refreshes
 from coordexp.training.stage2 import train_stage2
@@ -80,6 +82,57 @@ def test_fresh_rollouts_replace_those_on_file_from_their_step_on(world, checkpoi
     pool.refresh(9)
     assert [images for images, _ in engine.asked] == [[100, 102], [100]]
     assert len({seed for _, seed in engine.asked} | {REQUEST.seed}) == 3
+
+
+class Guesser:
+    """Answers with nothing where it is greedy; else in turn with the first annotated object, all, and the first."""
+
+    def __init__(self, checkpoint, world) -> None:
+        self.encoder = world.encoder(checkpoint)
+        self.asked: list[tuple[float, int]] = []
+
+    def generate(self, samples, request):
+        self.asked.append((request.params.temperature, len(samples)))
+        answers = []
+        for i, sample in enumerate(samples):
+            n_objects = 0 if request.params.temperature == 0 else None if i % 3 == 1 else 1
+            objects = objects_of(sample)[:n_objects]
+            answers.append(Generation(self.encoder.encode(objects).ids, "stop"))
+        return answers
+
+
+def objects_of(sample) -> list[TextObject]:
+    keep = [i for i, crowd in enumerate(sample.iscrowd) if not crowd]
+    bins = encode_boxes(sample.boxes_xyxy_px[keep], sample.width, sample.height)
+    return [TextObject(sample.descs[i], tuple(row)) for i, row in zip(keep, bins.tolist(), strict=True)]
+
+
+def test_of_several_answers_the_one_that_matches_best_is_kept_and_all_are_paid_for(
+    world, checkpoint, on_file, tmp_path
+):
+    engine, items = Guesser(checkpoint, world), (0, 1)
+    sampled = replace(REQUEST, params=changed(REQUEST.params, temperature=0.7))
+
+    def pool() -> RolloutPool:
+        return RolloutPool(
+            on_file, lambda _: MATCHING,
+            Refresher([Refresh(2, items)], lambda: engine, answer_reader(checkpoint).parse, REQUEST, world.store,
+                      10**6, tmp_path, torch.nn.Identity(), sampled, 3, lambda _: MATCHING),
+        )  # fmt: skip
+
+    made = pool()
+    made.refresh(2)
+    samples = [world.store[i] for i in items]
+    found, logs = made.at(2, samples)
+    assert engine.asked == [(0.0, 2), (0.7, 6)]
+    for sample in samples:
+        n_true = len(sample.descs) - sum(sample.iscrowd)
+        assert len(found[sample.image_id].objects) == len(found[sample.image_id].pairs) == n_true
+    kept = sum(len(found[sample.image_id].ids) for sample in samples)
+    assert logs["rollout/generated_tokens"] > kept + 2 * 3 * len(samples)  # the others are paid for, too
+    again = pool()
+    again.refresh(2)
+    assert again.at(2, samples) == (found, logs)
 
 
 def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_file, tmp_path):

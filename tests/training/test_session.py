@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from coordexp.errors import BusyError, CheckpointError, Interrupted
 from coordexp.infra.files import only_process
 from coordexp.infra.logs import BIN_ERROR
+from coordexp.infra.provenance import read_run_record
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
@@ -25,7 +26,7 @@ from coordexp.training import session as session_module
 from coordexp.training import stage1, stage2
 from coordexp.training.loop import Task
 from coordexp.training.session import EvalCallback, Session, summarise_log, write_curve
-from coordexp.training.stage1 import read_compute, train_control, train_stage1
+from coordexp.training.stage1 import control_tokens, read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
 from coordexp.training.step import TeacherTask
@@ -97,7 +98,9 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
     out = space.paths.run("stage2")
     expected_weights, expected_rows = weights(out), log_rows(out)
     assert len(asked) == 1
-    assert read_compute(space.paths) == {name: summary[name] for name in ("steps", "tokens")}
+    bill, fresh = read_compute(space.paths), summary["refresh_prompt_tokens"] + summary["refresh_generated_tokens"]
+    assert bill["rollout_tokens"] == on_file_tokens(space) + fresh
+    assert bill["tokens"] == summary["tokens"]
     assert 0 < summary["refresh_generated_tokens"] <= 12 * asked[0]
     stop_in_step(2)
     with pytest.raises(Interrupted, match="after step 3 of 4"):
@@ -255,17 +258,35 @@ def test_stage_2_runs_both_channels_and_tells_the_control_what_it_took(ready):
     rows = log_rows(ready.paths.run("stage2"))
     assert [row["channel"] for row in rows] == ["A", "B", "A", "B"]
     compute = read_compute(ready.paths)
-    assert compute == {"steps": STEPS, "tokens": sum(row["tokens"] for row in rows)}
+    taken = {"tokens": sum(row["tokens"] for row in rows), "rollout_tokens": on_file_tokens(ready)}
+    assert compute == {"steps": STEPS, **taken}
+    assert read_run_record(ready.paths.run_record("stage2")).items() >= compute.items()
     assert summary["tokens"] == compute["tokens"]
 
 
-def test_the_control_takes_stage_2s_steps_and_tokens(ready):
+def on_file_tokens(space: Workspace) -> int:
+    """What the rollouts on file read and wrote."""
+    lines = (json.loads(line) for line in space.paths.rollouts.read_text().splitlines())
+    written = {row["image_id"]: len(row["ids"]) for row in lines}
+    store = SampleStore(space.paths.norm1000 / "train.parquet")
+    samples = [store[i] for i in range(len(store))]
+    return sum(s.prompt_length + written[s.image_id] for s in samples if s.image_id in written)
+
+
+def test_a_token_that_is_only_read_or_written_is_a_third_of_one_that_is_trained_on():
+    taken = {"steps": 4, "tokens": 2000, "rollout_tokens": 300}
+    assert (control_tokens(taken, "compute"), control_tokens(taken, "tokens")) == (2100, 2000)
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [("tokens", 2000), ("compute", 3000)])
+def test_the_control_takes_stage_2s_steps_and_its_compute_or_tokens(ready, budget, tokens):
+    ready = ready.set(control__budget=budget)
     summary = train(ready, "stage1-control")
     packs = read_packs(ready.paths.packed / "plan.parquet")
     lengths = SampleStore(ready.paths.norm1000 / "train.parquet").lengths()
     largest = max(int(lengths[pack].sum()) for pack in packs)
     assert summary["steps"] == STEPS
-    assert 2000 <= summary["tokens"] <= 2000 + largest
+    assert tokens <= summary["tokens"] <= tokens + largest
     optim = json.loads((ready.paths.run("stage1-control") / "run_metadata.json").read_text())["settings"]["optim"]
     assert optim["lr"] == ready.profile.stage2.lr
 

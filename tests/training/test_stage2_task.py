@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_plan_keeps_to_the_schedule_and_to_what_was_rolled_out():
     assert all(len(step.items) == 4 for step in plan)
     assert plan == plan_steps(40, [3, 8, 30], 4, 50, 0.3, 1)
     assert plan != plan_steps(40, [3, 8, 30], 4, 50, 0.3, 2)
+
+
+def test_fresh_rollouts_are_of_images_that_had_none():
+    plan = plan_steps(40, [3, 8, 30], samples_per_step=4, steps=50, b_ratio=0.5, seed=1, refresh_steps=10)
+    before, after = ([{*s.items} for s in part if s.channel == "B"] for part in (plan[:10], plan[10:]))
+    assert set().union(*before) == {3, 8, 30}
+    assert set().union(*after) == {*range(40)} - {3, 8, 30}
+    assert sum(map(len, after[:9])) == len(set().union(*after[:9]))  # each once before any comes again
+    plain = plan_steps(40, [3, 8, 30], 4, 50, 0.5, 1)
+    assert [s for s in plan if s.channel == "A"] == [s for s in plain if s.channel == "A"]
+    everywhere = plan_steps(4, [0, 1, 2, 3], 4, 20, 1.0, 1, refresh_steps=10)
+    assert {i for s in everywhere[10:] for i in s.items} == {0, 1, 2, 3}  # no image is left without
 
 
 def test_another_ratio_does_not_shuffle_the_samples_of_a_channel():
@@ -221,7 +234,7 @@ def test_one_forward_takes_no_anchor(world, checkpoint, rollouts):
 def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, rollouts):
     """Every option of channel B at once; the second object of each rollout is found twice."""
     settings = changed(
-        TWO, duplicate_unlikelihood_weight=0.5, over_generation="truncate", close_weight=3.0, over_close_weight=2.0
+        TWO, duplicate_unlikelihood_weight=0.5, over_generation="truncate", eos_weight=3.0, over_close_weight=2.0
     )
     weights = ALL_WEIGHTS | {"duplicate_unlikelihood": 0.5}
     plan = [StepPlan("B", ALL)]
@@ -232,6 +245,28 @@ def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, r
     assert float(packed.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-5)
     ours, theirs = gradient(checkpoint, packed.loss), gradient(checkpoint, alone.loss)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_the_reordered_annotation_costs_the_cross_entropy_of_its_coordinates(world, checkpoint, rollouts):
+    """By hand: coordinates taken for text make text_ce the mean over both, so theirs follows from the two means."""
+    plan, settings = StepPlan("B", ALL), changed(TWO, reordered_ce_weight=0.5)
+    made = run(stage2(world, checkpoint, rollouts, [plan], settings, weights=ALL_WEIGHTS | {"reordered_ce": 0.5}))
+    plain = run(stage2(world, checkpoint, rollouts, [plan]))
+    assert float(made.loss.detach()) == pytest.approx(float(plain.loss.detach()) + 0.5 * made.logs["raw/reordered_ce"], rel=1e-5)
+    segments, _ = plan_segments(plan, 0, world.source(checkpoint), rollouts, world.encoder(checkpoint), settings)
+    as_text = []
+    for segment in segments:
+        weights = segment.text_weights.copy()
+        weights[segment.reordered_tokens] = 1
+        as_text.append(replace(segment, text_weights=weights, reordered_tokens=segment.reordered_tokens[:0]))
+    n_text, n_coord = step_counts(segments)["text"], step_counts(segments)["reordered"]
+    assert n_coord > 0
+    criterion = criterion_of(checkpoint, {"text_ce": 1.0, "gate": 1.0})
+    both = logs_of(micro_batch(checkpoint.model, criterion, world.collator(checkpoint)(as_text), step_counts(as_text)))
+    total = both["raw/text_ce"] * (n_text + n_coord)
+    assert made.logs["raw/reordered_ce"] == pytest.approx(
+        (total - made.logs["raw/text_ce"] * n_text) / n_coord, rel=1e-4
+    )
 
 
 def test_every_box_term_is_logged_and_the_weighted_ones_train(world, checkpoint, rollouts):

@@ -15,8 +15,8 @@ COMPARISONS = {
     "stage1_vs_base": ("stage1", "base"),
 }
 
-# In the folder of each trained checkpoint.
-RUN_METADATA, TRAIN_LOG = "run_metadata.json", "train_log.jsonl"
+# In the folder of each trained checkpoint; KEPT_STEPS holds checkpoints of earlier steps, `step_000050` and so on.
+RUN_METADATA, TRAIN_LOG, KEPT_STEPS = "run_metadata.json", "train_log.jsonl", "kept"
 # In the folder of each evaluated checkpoint: its judged answers, and how they were made.
 GT_VS_PRED, DECODE_SUMMARY = "gt_vs_pred.jsonl", "decode.json"
 

@@ -299,6 +299,9 @@ class MonitorConfig(Block):
     every_steps: Count = Field(description="optimizer steps between two evaluations, and one at the end; 0 is never")
     images: int = Field(ge=1, le=512, description="images of dev, the same ones every time")
     batch_images: PositiveCount = Field(description="images decoded together")
+    keep_every_steps: Count = Field(
+        default=0, description="optimizer steps between two checkpoints that stay, in `kept/` of the last; 0 is never"
+    )
 
 
 class EvalConfig(Block):

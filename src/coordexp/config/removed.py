@@ -29,6 +29,10 @@ REMOVED = {
     "stage2_ab.schedule": "Use stage2.b_ratio.",
     "stage2_ab.channel_b": "Use stage2.passes and stage2.missed.",
     "stage2_ab.coord_ce_weight": "Use coord_ce_weight at the top level.",
+    "stage2.close_weight": (
+        "Use stage2.eos_weight: it weighs the token by which an answer stops, which closes the list under json and is "
+        "the end of turn under tags."
+    ),
     "eval.batch_images": "Use rollout.batch_images, which holds for evaluation too, as rollout.engine does.",
     **dict.fromkeys(
         ("source.held_out_fraction", "source.held_out_share"),

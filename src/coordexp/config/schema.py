@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from coordexp.config.block import Block, Count, Fraction, IouList, Text, Weight
+from coordexp.config.block import Block, Count, Fraction, IouList, PositiveCount, Text, Weight
 from coordexp.infra.random_streams import repetition_seed
 
 # A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
@@ -103,8 +103,12 @@ class Stage2Params(Block):
         description="factor on the coordinate objective of the first forward, if channel A has several"
     )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
-    eos_weight: Weight = Field(description="channel B: factor on the cross-entropy of the end-of-turn token")
-    close_weight: Weight = Field(description="channel B: factor on the cross-entropy of the closing brackets")
+    reordered_ce_weight: Weight = Field(
+        description="channel B, passes two: cross-entropy of all coordinate tokens of the reordered annotation"
+    )
+    eos_weight: Weight = Field(
+        description="channel B: factor on the cross-entropy of the token by which an answer stops, whatever the codec"
+    )
     passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
     missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
     extras: Literal["context", "drop"] = Field(
@@ -114,19 +118,33 @@ class Stage2Params(Block):
         description="channel B, too many predictions: add missed objects, or end after the matched"
     )
     over_close_weight: Weight = Field(
-        description="channel B, too many predictions: further factor on brackets and end of turn"
+        description="channel B, too many predictions: further factor on the token by which the answer stops"
     )
     duplicate_unlikelihood_weight: Weight = Field(
         description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
     )
     refresh_steps: Count = Field(
-        description="channel B: steps between fresh rollouts by the weights in training; 0 is never"
+        description="channel B: steps between fresh rollouts, of further images by the weights in training; 0 is never"
+    )
+    refresh_samples: PositiveCount = Field(
+        description="answers to each image of a fresh set, of which the one that matches best is trained on"
+    )
+    refresh_temperature: float = Field(
+        gt=0, le=5, description="sampling temperature of those answers but the first, which is as decode says"
     )
     curriculum_fraction: Fraction = Field(
         description="channel B: fraction of the steps over which gate and lambda_sem go to those of matching"
     )
     gate_from: Fraction = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
+
+
+class ControlParams(Block):
+    """The control that continues stage 1 beside stage 2."""
+
+    budget: Literal["compute", "tokens"] = Field(
+        description="what it gets: the compute of stage 2 with all rollouts, or as many training tokens"
+    )
 
 
 class MatchingParams(Block):
@@ -250,6 +268,7 @@ class Params(CoordWeights):
     text: TextParams
     stage1: Stage1Params
     stage2: Stage2Params
+    control: ControlParams
     matching: MatchingParams
     decode: DecodeParams
     eval: EvalParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from coordexp.errors import DataError
 from coordexp.evaluation.bootstrap import resample_weights
 from coordexp.evaluation.effect import LEVEL, Effect, effect
 from coordexp.evaluation.evaluator import Evaluation
+from coordexp.evaluation.measures import MEASURES, Statistic
 from coordexp.evaluation.registry import view
-from coordexp.evaluation.table import Floats
+from coordexp.evaluation.table import Floats, Ints
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
@@ -41,22 +43,55 @@ def paired_effect(
     """
     for evaluation in (*ours, *theirs):
         _check_pairable(evaluation, theirs[0])
-    pairs = list(zip(ours, theirs, strict=True))
-    values = [(a.value(key), b.value(key)) for a, b in pairs]
-    deltas = [a - b for a, b in values if a is not None and b is not None]
-    if len(deltas) < len(pairs):
+    return reading_effect([reading(e, key) for e in ours], [reading(e, key) for e in theirs], level)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One number of one run, and the same number in each bootstrap resample of the images, (B,)."""
+
+    value: float
+    samples_B: Floats
+
+
+def reading(evaluation: Evaluation, key: str) -> Reading | None:
+    """A metric or measure; None if it is undefined there.
+
+    Raises:
+        KeyError: the evaluation knows neither a metric nor a measure of that name.
+    """
+    if key in MEASURES:
+        return _measured(evaluation, MEASURES[key].statistic(evaluation.table))
+    value = evaluation.value(key)
+    if value is None:
         return None
-    return effect(np.array(deltas), np.stack([_samples(a, key) - _samples(b, key) for a, b in pairs]), level)
-
-
-def _samples(evaluation: Evaluation, key: str) -> Floats:
-    """A metric in each resample, (B,); one that is not kept is the mean of its per-image values."""
     if key in evaluation.samples:
-        return evaluation.samples[key]
-    name = key.partition(".")[2]
+        return Reading(value, evaluation.samples[key])
+    name = key.partition(".")[2]  # one whose resamples are not kept is the mean of its per-image values
     values_I = np.array([row[name] for row in evaluation.per_image], np.float64)
-    weights_BI = resample_weights(len(values_I), evaluation.params.bootstrap_resamples, evaluation.seed)
-    return weights_BI @ values_I / len(values_I)
+    return Reading(value, _weights(evaluation) @ values_I / len(values_I))
+
+
+def _measured(evaluation: Evaluation, statistic: Statistic) -> Reading | None:
+    value = float(statistic(np.ones((1, evaluation.table.n_images)))[0])
+    return None if np.isnan(value) else Reading(value, statistic(_weights(evaluation)))
+
+
+def _weights(evaluation: Evaluation) -> Ints:
+    return resample_weights(evaluation.table.n_images, evaluation.params.bootstrap_resamples, evaluation.seed)
+
+
+def reading_effect(
+    ours: Sequence[Reading | None], theirs: Sequence[Reading | None] | float, level: float = LEVEL
+) -> Effect | None:
+    """The effect of readings beside others, seed by seed in the same order and resample, or beside a number."""
+    others = [Reading(theirs, np.zeros(1) + theirs)] * len(ours) if isinstance(theirs, float | int) else theirs
+    pairs = [(a, b) for a, b in zip(ours, others, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(ours):
+        return None
+    return effect(
+        np.array([a.value - b.value for a, b in pairs]), np.stack([a.samples_B - b.samples_B for a, b in pairs]), level
+    )
 
 
 def _check_pairable(a: Evaluation, b: Evaluation) -> None:

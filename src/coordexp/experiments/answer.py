@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.study import METRICS, PRIMARY, TRAINED
+from coordexp.config.question import METRICS, PRIMARY, TRAINED
 from coordexp.errors import CoordExpError, DataError
 from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.evaluator import rounded
@@ -59,7 +59,10 @@ def answer(repository: Repository, new: Experiment, old: Experiment, checkpoint:
 def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint: str) -> Answer:
     draws, params = repository.params(old.revision), repository.params(new.revision)
     found = differences(repository, new, old)
-    ours, theirs = (evaluate_revision(repository, one.revision, checkpoint, draws) for one in (new, old))
+    ours, theirs = (
+        evaluate_revision(repository, one.revision, checkpoint, judged, draws)
+        for one, judged in ((new, params), (old, draws))
+    )
     note = ""
     try:
         effect = effect_row(new.name, old.name, {new.name: ours}, {old.name: theirs})

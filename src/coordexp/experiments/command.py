@@ -1,20 +1,22 @@
-"""`coordexp run`, `runs`, `compare` of revisions, `ab`, and `monitor`: experiments over the stage graph."""
+"""`coordexp run`, `runs`, `compare` of revisions, `ab`, `answer`, and `monitor`: experiments over the stage graph."""
 
 from __future__ import annotations
 
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coordexp.errors import ConfigError, Interrupted, closest
+from coordexp.errors import BusyError, ConfigError, CoordExpError, Interrupted, closest
 
 if TYPE_CHECKING:
+    from coordexp.config.question import Question
+    from coordexp.config.run import RunConfig
     from coordexp.experiments.answer import Answer
     from coordexp.experiments.dependencies import Present, Step
     from coordexp.experiments.runs import Experiment, Repository
@@ -50,16 +52,17 @@ def run(
 
 
 def _run(repository: Repository, overrides: Sequence[str], name: str | None, checkpoint: str, dry: bool) -> None:
-    from coordexp.config.paths import ProfilePaths
+    from coordexp.config.paths import GT_VS_PRED, ProfilePaths
     from coordexp.experiments.answer import answer
     from coordexp.experiments.dependencies import ParameterFiles
-    from coordexp.experiments.sides import categories_path, predictions_path
+    from coordexp.experiments.sides import answers_path, categories_path
 
     start = repository.commit()
     chosen = _chosen(name, [a.rpartition(":")[2] for a in overrides] or [f"as-committed-{start.revision[:7]}"])
     profile = ParameterFiles.of(repository.root).profile_name
     paths = ProfilePaths(profile)
-    present = repository.present(profile, (predictions_path(paths, checkpoint), categories_path(paths)))
+    judged = (paths.evaluation(checkpoint) / GT_VS_PRED).as_posix()  # no experiment is complete without
+    present = repository.present(profile, (answers_path(paths, checkpoint), judged, categories_path(paths)))
     present.told(overrides)  # refuses wrong values before anything runs
     baseline, _ = repository.find([], present, [start])
     found, _ = repository.find(overrides, present, [start]) if overrides else (baseline, "")
@@ -210,37 +213,104 @@ def ab(
         list[str] | None,
         typer.Option("-S", "--set-param", metavar="KEY=V[,V...]", help="Values to try; all combinations."),
     ] = None,
-    study: Annotated[str | None, typer.Option(help="A study of configs/studies/, in place of -S.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="Of the study, only these arms and their baselines.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: 3]")] = None,
-    name: Annotated[str | None, typer.Option(help="Of report and experiments  [default: from -S or --study]")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=50, help="Repetitions of every arm.")] = 3,
+    name: Annotated[str | None, typer.Option(help="Of report and experiments  [default: from -S]")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Print the runs and their estimated cost, and stop.")] = False,
 ) -> None:
     """Is one setting better than another, or is it noise?
 
     Runs every arm as DVC experiments, one at a time, and writes reports/ab/<name>.md: paired differences over images
-    and seeds, verdicts on arms and claims, costs and curves. Interrupted, run it again: what is done is not done again.
+    and seeds, verdicts, costs and curves. Interrupted, run it again: what is done is not done again. A question that is
+    written down is `coordexp answer`.
     """
-    from coordexp.config.study import load_study
     from coordexp.experiments.compare import forecast, prepare, run_study
     from coordexp.experiments.plan import grid_study
-    from coordexp.experiments.report import verdict_sentence
+    from coordexp.experiments.report import verdict_sentence, write_report
+    from coordexp.infra.provenance import write_json
 
-    if bool(assignments) == bool(study) or (arm and not study):
-        raise ConfigError("ab: expected either -S KEY=V,V or --study NAME, and --arm only with --study.")
-    chosen = _chosen(name, [study] if study else assignments or [])
-    asked = load_study(study).only(arm or []) if study else grid_study(assignments or [], f"A/B test {chosen}")
-    asked = asked.model_copy(update={"seeds": seeds or asked.seeds})
+    if not assignments:
+        raise ConfigError("ab: expected -S KEY=V,V; a question that is written down is `coordexp answer`.")
+    chosen = _chosen(name, assignments)
+    asked = grid_study(assignments, f"A/B test {chosen}").model_copy(update={"seeds": seeds})
+    folder = Path("reports") / "ab"
+
+    def told(numbers: Mapping[str, Any], runs: Any) -> None:
+        write_json(folder / f"{chosen}.json", numbers)
+        write_report(numbers, {arm: [run.log for run in found] for arm, found in runs.items()}, folder)
+
     with _experiments() as repository:
         if dry:
             print("\n".join(forecast(repository, prepare(repository, asked))))
             return
-        numbers = run_study(repository, asked, chosen)
+        numbers = run_study(repository, asked, chosen, told)
     for row in numbers["effects"]:
         print(verdict_sentence(row, numbers))
-    for claim in numbers["claims"]:
-        print(f"{claim['text']}: {claim['judgement']}")
-    print(f"report: {Path('reports') / 'ab' / f'{chosen}.md'}")
+    print(f"report: {folder / f'{chosen}.md'}")
+
+
+def answer(
+    questions: Annotated[list[str] | None, typer.Argument(metavar="ID ...", help="Of configs/questions/.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All questions of the profile.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Print the questions and their answers, and stop.")] = False,
+    arm: Annotated[list[str] | None, typer.Option(help="Of one question, only these arms and their baselines.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: as the question says]")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Name in configs/  [default: as the question says, or params.yaml]")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", "--dry", help="Print the runs and their estimated cost, and stop.")
+    ] = False,
+) -> None:
+    """Answer questions that are written down with their arms and rules.
+
+    Runs what is missing as DVC experiments, one at a time, and writes reports/answers/<id>.md after each seed. What
+    other questions ran is not run again. Interrupted, run it again. With --all, a question that fails is named at the
+    end.
+    """
+    from coordexp.experiments.questions import choose_questions, question_lines
+
+    if listed:
+        print("\n".join(question_lines(Path(), profile or "")))
+        return
+    chosen = choose_questions(Path(), questions or [], every, arm or [], seeds, profile or "")
+    with _experiments() as repository:
+        if dry:
+            _forecast(repository, chosen)
+        else:
+            _answer(repository, chosen)
+
+
+def _forecast(repository: Repository, chosen: Mapping[str, Question]) -> None:
+    from coordexp.experiments.compare import Forecast, prepare
+
+    found = Forecast(repository)
+    for name, question in chosen.items():
+        before = len(found.lines)
+        found.add(prepare(repository, question))
+        print("\n".join([f"{name}: {question.question}", *(f"  {line}" for line in found.lines[before:])]), flush=True)
+    print(found.summary())
+
+
+def _answer(repository: Repository, chosen: Mapping[str, Question]) -> None:
+    from coordexp.experiments.questions import answer_question
+
+    failed: list[str] = []
+    for name, question in chosen.items():
+        try:
+            page, sentence = answer_question(repository, question, name)
+        except (Interrupted, BusyError):
+            raise
+        except CoordExpError as error:
+            if len(chosen) == 1:
+                raise
+            repository.say(f"{name}: {error}")
+            failed.append(name)
+            continue
+        print(f"{name}: {sentence}\n  {page}", flush=True)
+    if failed:
+        raise ConfigError(f"{len(failed)} of {len(chosen)} questions have no answer, see above: {', '.join(failed)}.")
 
 
 def monitor(
@@ -251,13 +321,18 @@ def monitor(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write  [default: runs/monitor/<profile>/<stage>]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Evaluate the present state and stop.")] = False,
+    kept: Annotated[
+        bool, typer.Option("--kept", help="Of a finished run: every checkpoint that it kept, on all of dev.")
+    ] = False,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two checks for a new state.")] = 5.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate every state that a training run saves, on the dev images that it is evaluated on itself, with mAP.
 
-    A process of its own at low priority; training does not know of it. Ends when the run ends.
+    A process of its own at low priority; training does not know of it. Ends when the run ends. With --kept, of a run
+    with `monitor.keep_every_steps`: the full evaluation by step, and the worst images through all steps, into
+    reports/<profile>/trajectory/<stage>.md.
     """
     import os
 
@@ -270,8 +345,11 @@ def monitor(
         raise ConfigError(f"stage {stage!r}: expected {', '.join(STAGES)}.{closest(stage, STAGES)}")
     run = RunConfig.read(Path("params.yaml"), profile)
     folder = out or Path("runs") / "monitor" / run.params.profile / stage
-    state = find_state(Path(), stage)
     os.nice(10)
+    if kept:
+        _evaluate_kept(run, stage, folder)
+        return
+    state = find_state(Path(), stage)
     events = Events(folder / "tensorboard") if tensorboard else None
     callback = open_monitor(run, stage, images, folder, device)
     start = start_hash(start_folder(run, stage))
@@ -285,3 +363,15 @@ def monitor(
     if events:
         events.follow(run.paths.run(stage))  # what was added after the last glance, if the run has ended
     print(f"curve: {callback.curve}")
+
+
+def _evaluate_kept(run: RunConfig, stage: str, folder: Path) -> None:
+    from coordexp.config.paths import TRAIN_LOG
+    from coordexp.experiments.trajectory import evaluate_steps
+    from coordexp.infra.logs import read_log
+    from coordexp.reporting.trajectory import write_trajectory
+
+    points = evaluate_steps(run, stage, folder / "kept", lambda line: print(line, file=sys.stderr, flush=True))
+    log = read_log(run.paths.run(stage) / TRAIN_LOG)
+    evaluated = {point.step: (point.results, point.evaluation) for point in points}
+    print(f"trajectory: {write_trajectory(run, stage, evaluated, log)}")

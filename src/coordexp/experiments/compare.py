@@ -1,41 +1,44 @@
-"""A study from arms to verdicts: run what is missing, evaluate every run on the same images, judge arms and claims.
+"""A question from arms to verdicts: run what is missing, evaluate every run on the same images, judge arms and claims.
 
-    plan_study -> Plan -> run_arm -> Run -> judge -> Numbers -> report
+    plan_study -> Plan -> run_arm -> Run -> judge -> Numbers -> pages
 
-`run_study` writes `reports/ab/<name>.json` (every number), `<name>.md` (made from it) and `<name>.png`, anew after each
-seed that is complete.
+`run_study` hands over all numbers anew after each seed that is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG, ProfilePaths
-from coordexp.config.study import METRICS, TRAINED, Claim, Study
+from coordexp.config.question import METRICS, TRAINED, Claim, Question
+from coordexp.evaluation.comparison import Reading, reading, reading_effect
 from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, rounded
 from coordexp.evaluation.registry import view
 from coordexp.experiments.dependencies import Present
 from coordexp.experiments.plan import Plan, plan_study
 from coordexp.experiments.progress import total
-from coordexp.experiments.report import PANELS, write_report
+from coordexp.experiments.readings import READINGS, RunFiles
+from coordexp.experiments.report import PANELS
 from coordexp.experiments.runs import Experiment, Repository
 from coordexp.experiments.sides import (
+    answers_path,
     categories_path,
+    compute_path,
     effect_row,
     evaluate_revision,
     faults,
     has,
-    predictions_path,
+    rollout_tokens,
     side_effect,
     tokens_trained,
 )
 from coordexp.infra.logs import ends, read_log
-from coordexp.infra.provenance import write_json
+from coordexp.training.stage1 import control_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,28 +49,37 @@ class Run:
     evaluations: Mapping[str, Evaluation]  # by checkpoint
     log: pd.DataFrame  # of the checkpoint of the arm
     seconds: float | None  # of the training, where it was measured
-    tokens: int
+    tokens: int  # that it trained on
+    compute: int  # the same, and what rollouts read and wrote, in tokens of training
+    readings: Mapping[tuple[str, str], Reading | None] = field(default_factory=dict)  # by checkpoint and key
 
 
 Runs = Mapping[str, Sequence[Run]]  # by arm, one run a seed
+# Beside the metrics: what is wrong with answers, and what training says of its coordinates.
+CHECKED = ("rollout.f1", "parse.parse_rate", "parse.dropped_total", "parse.truncated_rate", "input.zero_area_boxes")
+DIAGNOSTICS = (
+    *("coord_diag/p_gt_mean", "coord_diag/acc_top5", "coord_diag/coord_vocab_mass_mean", "raw/gate"),
+    "coord_diag/expected_bin_abs_err_p90",
+)
+Told = Callable[[Mapping[str, Any], Mapping[str, Sequence[Run]]], None]  # what gets the numbers after each seed
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A study that can run: all that could stop it was checked."""
+    """A question that can run: all that could stop it was checked."""
 
     plan: Plan
     start: Experiment  # the commit
     presents: Mapping[str, Present]  # by arm
 
     def first(self, repository: Repository, arm: str, seed: int) -> list[Experiment]:
-        """The experiments of the same arm and seed in other tests, which are tried first."""
+        """What is tried first: experiments of the same arm and seed in other tests, and the commit itself."""
         slug = self.plan.slug(arm, seed)
-        return repository.experiments(f"ab-*-{slug}", f"ab-*-{slug}-[0-9]*")
+        return [*repository.experiments(f"ab-*-{slug}", f"ab-*-{slug}-[0-9]*"), self.start]
 
 
-def prepare(repository: Repository, study: Study) -> Prepared:
-    """Check a study; raises ConfigError: it is wrong, or the workspace is not committed, or no stage makes a file."""
+def prepare(repository: Repository, study: Question) -> Prepared:
+    """Check a question; raises ConfigError: it is wrong, the workspace is not committed, no stage makes a file."""
     plan = plan_study(study, repository.root)
     start = repository.commit()
     reads = {arm: _read(plan, arm) for arm in study.arms}
@@ -75,53 +87,69 @@ def prepare(repository: Repository, study: Study) -> Prepared:
     return Prepared(plan, start, {arm: presents[read] for arm, read in reads.items()})
 
 
+@dataclass(slots=True)
+class Forecast:
+    """Runs that questions need: which are there, and what the others would cost by stages measured before."""
+
+    repository: Repository
+    lines: list[str] = field(default_factory=list)
+    costs: list[float | None] = field(default_factory=list)
+    runs: int = 0
+    _ran: set[str] = field(default_factory=set)  # a stage with the same inputs is run once
+
+    def add(self, prepared: Prepared) -> None:
+        """The runs of one question more."""
+        plan, study = prepared.plan, prepared.plan.study
+        head, measured = self.repository.past(prepared.start.revision), self.repository.estimates(plan.profile)
+        for seed in range(study.seeds):
+            for arm in study.arms:
+                overrides, present = plan.overrides(arm, seed), prepared.presents[arm]
+                found, _ = self.repository.find(overrides, present, prepared.first(self.repository, arm, seed))
+                steps: list[str] = []
+                for step in present.steps(head, overrides) if not found else []:
+                    key = f"{step.stage} {present.told_stage(step.stage, overrides) if step.reason else overrides}"
+                    if step.stage in present.plans and key not in self._ran:
+                        self._ran.add(key)
+                        steps.append(step.stage)
+                self.costs += [measured.get(stage) for stage in steps]
+                self.runs += 1
+                shown = f"there already, as {found.name}" if found else ", ".join(steps) or "from the cache"
+                self.lines.append(f"{arm}, seed {seed}: {shown}")
+
+    def summary(self) -> str:
+        """How many runs, and how long they take."""
+        return f"{self.runs} runs; at most {total(self.costs)} of work, by the last measured time of each stage"
+
+
 def forecast(repository: Repository, prepared: Prepared) -> list[str]:
-    """The runs of a study, which of them are there, and what the others would cost by stages measured before."""
-    plan, study = prepared.plan, prepared.plan.study
-    head, measured = repository.past(prepared.start.revision), repository.estimates(plan.profile)
-    ran: set[str] = set()  # a stage with the same inputs is run once
-    lines: list[str] = []
-    costs: list[float | None] = []
-    for seed in range(study.seeds):
-        for arm in study.arms:
-            overrides, present = plan.overrides(arm, seed), prepared.presents[arm]
-            found, _ = repository.find(overrides, present, prepared.first(repository, arm, seed))
-            steps: list[str] = []
-            for step in present.steps(head, overrides) if not found else []:
-                key = f"{step.stage} {present.told_stage(step.stage, overrides) if step.reason else overrides}"
-                if step.stage in present.plans and key not in ran:
-                    ran.add(key)
-                    steps.append(step.stage)
-            costs += [measured.get(stage) for stage in steps]
-            shown = f"there already, as {found.name}" if found else ", ".join(steps) or "from the cache"
-            lines.append(f"{arm}, seed {seed}: {shown}")
-    return [*lines, f"{len(lines)} runs; at most {total(costs)} of work, by the last measured time of each stage"]
+    """The runs of one question, and what they would cost."""
+    found = Forecast(repository)
+    found.add(prepared)
+    return [*found.lines, found.summary()]
 
 
-def run_study(repository: Repository, study: Study, name: str) -> dict[str, Any]:
-    """Run what is missing, seed by seed, and return all numbers, as they are written to `reports/ab/<name>.json`.
+def run_study(repository: Repository, study: Question, name: str, told: Told) -> dict[str, Any]:
+    """Run what is missing, seed by seed, and return all numbers, which `told` gets after each seed with the runs.
 
     Raises:
-        ConfigError: the study is wrong, the workspace is not committed, or repetitions would all be alike.
+        ConfigError: the question is wrong, the workspace is not committed, or repetitions would all be alike.
         Interrupted: stopped; the same call goes on.
         CoordExpError: a stage of an experiment failed.
     """
     prepared = prepare(repository, study)
     for line in forecast(repository, prepared):
         repository.say(line)
-    about = {"name": name, "title": study.title, "commit": prepared.start.revision, "profile": prepared.plan.profile}
+    about = study.model_dump(include={"question", "source", "budget", "note"})
+    about |= {"name": name, "commit": prepared.start.revision, "profile": prepared.plan.profile}
     runs: dict[str, list[Run]] = {arm: [] for arm in study.arms}
     numbers: dict[str, Any] = {}
-    folder = repository.root / "reports" / "ab"
     for seed in range(study.seeds):
         for arm in study.arms:
             done = sum(map(len, runs.values()))
             repository.say(f"run {done + 1} of {study.seeds * len(study.arms)}: {arm}, seed {seed}")
             runs[arm].append(run_arm(repository, prepared, arm, seed, name))
         numbers = about | {"seed_keys": list(prepared.plan.seed_keys)} | judge(study, runs)
-        write_json(folder / f"{name}.json", numbers)
-        logs = {arm: [run.log for run in found] for arm, found in runs.items()}
-        write_report(numbers, logs, folder)
+        told(numbers, runs)
     return numbers
 
 
@@ -135,19 +163,28 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
         prepared.first(repository, arm, seed),
         present.targets,
     )
-    revision, checkpoint = experiment.revision, plan.study.arms[arm].checkpoint
+    revision, checkpoint, params = experiment.revision, plan.study.arms[arm].checkpoint, plan.params[arm]
     stages, measured = plan.trained(checkpoint), repository.seconds(experiment.revision)
     draws = repository.params(prepared.start.revision)
+    tokens = sum(tokens_trained(repository, revision, plan.profile, stage) for stage in stages)
+    bill = {"tokens": tokens, "rollout_tokens": 0}
+    if "stage2" in stages:
+        bill["rollout_tokens"] = rollout_tokens(repository, revision, plan.profile)
+    files = RunFiles(repository, revision, params, plan.profiles[arm], draws)
     return Run(
         experiment=experiment.name,
-        evaluations={of: evaluate_revision(repository, revision, of, draws) for of in _checkpoints(plan.study, arm)},
+        evaluations={
+            of: evaluate_revision(repository, revision, of, params, draws) for of in plan.study.checkpoints(arm)
+        },
         log=read_log(repository.fetch(revision, _log(plan, arm))),
         seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
-        tokens=sum(tokens_trained(repository, revision, plan.profile, stage) for stage in stages),
+        tokens=tokens,
+        compute=control_tokens(bill, "compute"),
+        readings={(of, key): READINGS[key].read(files, of) for of, key in _run_keys(plan.study, arm)},
     )
 
 
-def judge(study: Study, runs: Runs) -> dict[str, Any]:
+def judge(study: Question, runs: Runs) -> dict[str, Any]:
     """The effect of every arm beside its baseline, at a level that holds for all arms, and what it says of claims."""
     compared = [name for name, arm in study.arms.items() if arm.baseline]
     level = LEVEL / max(1, len(compared))
@@ -182,35 +219,61 @@ def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any]) -> str
     return "confirmed" if lo > 0 else "refuted" if hi < 0 else "not shown"
 
 
-def _judged_claim(study: Study, runs: Runs, name: str, claim: Claim) -> dict[str, Any]:
-    ours, theirs = _side(study, runs, claim.arm, ""), _side(study, runs, claim.arm, claim.baseline)
-    found = side_effect(ours, theirs, claim.metric)
+def _judged_claim(study: Question, runs: Runs, name: str, claim: Claim) -> dict[str, Any]:
+    ours = _side(study, runs, claim.arm, "")
+    theirs = _side(study, runs, claim.arm, claim.baseline) if claim.baseline else {}
+    values = [_readings(study, runs, claim.arm, baseline, claim.metric) for baseline in ("", claim.baseline)]
+    found = reading_effect(values[0], values[1] if claim.baseline else claim.than)
+    if claim.baseline and claim.metric not in READINGS:
+        found = side_effect(ours, theirs, claim.metric)  # refuses sides that are not of the same images
     row = {"claim": name, **claim.model_dump(), **(asdict(found) if found else {})}
+    row["values"] = [_mean(side) for side in values[: 2 if claim.baseline else 1]]
     return row | {"judgement": judged(claim, found, faults(ours | theirs))}
 
 
-def _side(study: Study, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
+def _mean(values: Sequence[Reading | None]) -> float | None:
+    known = [one.value for one in values if one is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _readings(study: Question, runs: Runs, arm: str, baseline: str, key: str) -> list[Reading | None]:
+    """A number of an arm, or of its baseline, seed by seed."""
+    name, checkpoint = _named(study, arm, baseline)
+    if key in READINGS:
+        return [run.readings[checkpoint, key] for run in runs[name]]
+    evaluations = [run.evaluations[checkpoint] for run in runs[name]]
+    return [reading(evaluation, key) if has(evaluation, key) else None for evaluation in evaluations]
+
+
+def _side(study: Question, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
     """The evaluations of an arm, or of its baseline, seed by seed."""
-    name = arm if baseline in (*TRAINED, "") else baseline
-    checkpoint = baseline if baseline in TRAINED else study.arms[name].checkpoint
+    name, checkpoint = _named(study, arm, baseline)
     return {f"{run.experiment} {checkpoint}": run.evaluations[checkpoint] for run in runs[name]}
 
 
-def _row(study: Study, arm: str, seed: int, run: Run) -> dict[str, Any]:
+def _named(study: Question, arm: str, baseline: str) -> tuple[str, str]:
+    """The arm whose runs hold one side of a comparison, and the checkpoint of them."""
+    name = arm if baseline in (*TRAINED, "") else baseline
+    return name, baseline if baseline in TRAINED else study.arms[name].checkpoint
+
+
+def _run_keys(study: Question, arm: str) -> list[tuple[str, str]]:
+    """What is read of the runs of an arm beside their answers: checkpoint and key."""
+    sides = [(c, side) for c in study.claims.values() if c.metric in READINGS for side in {"", c.baseline}]
+    found = [(*_named(study, claim.arm, side), claim.metric) for claim, side in sides]
+    return [*dict.fromkeys((checkpoint, key) for name, checkpoint, key in found if name == arm)]
+
+
+def _row(study: Question, arm: str, seed: int, run: Run) -> dict[str, Any]:
     """The values of one run as a row of a frame: metrics, the end of its training, and what the training cost."""
     checkpoint = study.arms[arm].checkpoint
     evaluation = run.evaluations[checkpoint]
-    keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params)))
-    tenths = {column: ends(run.log, column) for column in PANELS}
+    keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params), *CHECKED))
+    tenths = {column: ends(run.log, column) for column in (*PANELS, *DIAGNOSTICS)}
     row = {"arm": arm, "seed": seed, "experiment": run.experiment, "seconds": run.seconds, "tokens": run.tokens}
+    row["compute"] = run.compute
     row |= {key: evaluation.value(key) for key in keys if has(evaluation, key)}
     return row | {column: None if found is None else found[1] for column, found in tenths.items()}
-
-
-def _checkpoints(study: Study, arm: str) -> list[str]:
-    """The checkpoints of an arm's runs that the study evaluates."""
-    baselines = [study.arms[arm].baseline, *(claim.baseline for claim in study.claims.values() if claim.arm == arm)]
-    return [name for name in TRAINED if name in (study.arms[arm].checkpoint, *baselines)]
 
 
 def _log(plan: Plan, arm: str) -> str:
@@ -220,6 +283,9 @@ def _log(plan: Plan, arm: str) -> str:
 def _read(plan: Plan, arm: str) -> tuple[str, ...]:
     """The outputs of the graph that the comparison reads of a run. Nothing else is read later."""
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
-    predictions = [predictions_path(paths, name) for name in _checkpoints(plan.study, arm)]
-    metadata = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in plan.trained(checkpoint)]
-    return (*predictions, categories_path(paths), _log(plan, arm), *metadata)
+    answers = [answers_path(paths, name) for name in plan.study.checkpoints(arm)]
+    stages = plan.trained(checkpoint)
+    taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in stages]
+    taken += [compute_path(paths)] if "stage2" in stages else []
+    more = [path for of, key in _run_keys(plan.study, arm) for path in READINGS[key].paths(paths, of)]
+    return (*answers, categories_path(paths), _log(plan, arm), *taken, *dict.fromkeys(more))

@@ -44,6 +44,11 @@ class Past:
     inputs: Mapping[str, Inputs]  # by the stem of the file
     inputs_md5: Mapping[str, str]  # by the path of the file
 
+    def made(self, path: str) -> str:
+        """The hash of an output, in DVC's terms; the empty string where no stage made it."""
+        outs = (by_path(entry, "outs") for entry in self.lock.values())
+        return next((str(found[path].get("md5")) for found in outs if path in found), "")
+
     def torn(self, stages: Collection[str]) -> str:
         """What one of these stages read and is no longer so in the same revision; the empty string if nothing."""
         made = {item["path"]: item for entry in self.lock.values() for item in entry.get("outs", [])}
@@ -99,18 +104,29 @@ class ParameterFiles:
     params: Mapping[str, Any]
     profile: Mapping[str, Any]
     profile_file: str
+    is_other: bool = False  # another profile than the one that params.yaml names
 
     @classmethod
-    def of(cls, root: Path) -> ParameterFiles:
-        """Read both files of a repository; raises ConfigError."""
+    def of(cls, root: Path, profile: str = "") -> ParameterFiles:
+        """Read both files of a repository, of the profile that params.yaml names, or of another; raises ConfigError."""
         params = read_yaml(root / PARAMS_FILE)
-        file = PROFILE_FILE.replace("${profile}", str(params.get("profile")))
-        return cls(root, params, profile_tree(root / file), file)
+        committed = str(params.get("profile"))
+        chosen = profile or committed
+        file = PROFILE_FILE.replace("${profile}", chosen)
+        return cls(root, params | {"profile": chosen}, profile_tree(root / file), file, chosen != committed)
 
     @property
     def profile_name(self) -> str:
-        """The profile that params.yaml names."""
+        """The profile that experiments run."""
         return str(self.params["profile"])
+
+    def differs(self, target: str, text: str) -> bool:
+        """Whether `-S [FILE:]KEY=VALUE` sets another value than the files do."""
+        file, _, key = target.rpartition(":")
+        node: Any = self.profile if file == self.profile_file else self.params
+        for part in key.lstrip("+").split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return bool(node != parse_value(text))
 
     def under(self, settings: Iterable[tuple[str, str]], name: str) -> tuple[Params, Profile]:
         """Parameters and profile as `-S [FILE:]KEY=VALUE`, given as pairs of target and text, would leave them.
@@ -167,7 +183,7 @@ class Present:
         deps = {dep for plan in plans.values() for dep in plan.deps}
         given = tuple(sorted(dep for dep in deps if not any(overlap(dep, out) for out in outs)))
         lock = read_yaml(root / "dvc.lock")["stages"] if (root / "dvc.lock").is_file() else {}
-        table, files = StageTable.of(root), ParameterFiles.of(root)
+        table, files = StageTable.of(root), ParameterFiles.of(root, profile)
         return cls(graph, plans, tuple(read), given, ids_of(given), lock, table, files)
 
     @property

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coordexp.config.question import TRAINED
 from coordexp.config.run import RunConfig
-from coordexp.config.study import TRAINED
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.infra.device import AUTO

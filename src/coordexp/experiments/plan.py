@@ -1,6 +1,6 @@
-"""What a study runs: the values of every arm as `dvc exp run -S` takes them, and the seeds that repeat it.
+"""What a question runs: the values of every arm as `dvc exp run -S` takes them, and the seeds that repeat it.
 
-A study is a file of configs/studies/, or the combinations of `coordexp ab -S key=value,value`.
+A question is a file of configs/questions/, or the combinations of `coordexp ab -S key=value,value`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from coordexp.config.presets import overrides, read_preset
-from coordexp.config.study import Arm, Study, Trained
+from coordexp.config.loading import read_yaml
+from coordexp.config.presets import leaves, overrides, read_preset
+from coordexp.config.profile import Profile
+from coordexp.config.question import Arm, Question, Trained
+from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
 from coordexp.experiments.dependencies import ParameterFiles
 from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
@@ -29,9 +32,11 @@ Settings = Mapping[str, str]  # target of `-S` -> text of the value
 class Plan:
     """Arms with their values, and the parameters that tell repetitions of one arm apart."""
 
-    study: Study
+    study: Question
     profile: str
     settings: Mapping[str, Settings]  # by arm
+    params: Mapping[str, Params]  # by arm: how its answers are read and judged
+    profiles: Mapping[str, Profile]  # by arm
     seed_keys: tuple[str, ...]  # of params.yaml; empty where nothing is trained again
 
     def overrides(self, arm: str, seed: int) -> list[str]:
@@ -49,7 +54,7 @@ class Plan:
         return tuple(stages) if self.seed_keys else ()
 
 
-def grid_study(assignments: Sequence[str], title: str) -> Study:
+def grid_study(assignments: Sequence[str], title: str) -> Question:
     """All combinations of `key=value,value`, compared with the first; a single one with the parameters as they are.
 
     Raises:
@@ -69,31 +74,34 @@ def grid_study(assignments: Sequence[str], title: str) -> Study:
         name: Arm(changes=changes, baseline=names[0] if n else "")
         for n, (name, changes) in enumerate(zip(names, found, strict=True))
     }
-    return Study(title=title, arms=arms)
+    return Question(question=title, arms=arms)
 
 
-def plan_study(study: Study, root: Path) -> Plan:
-    """The plan of a study in the repository at `root`.
+def plan_study(study: Question, root: Path) -> Plan:
+    """The plan of a question in the repository at `root`.
 
-    Repetitions vary `stage2.seed`, and `stage1.seed` too if a key of any arm reaches stage 1 or the data: so an
-    experiment on stage 2 takes its stage 1 from the cache, and arms are paired by the same seeds.
+    Repetitions vary `stage2.seed`, and `stage1.seed` too if a value of any arm is not the committed one and reaches
+    stage 1 or the data: so an experiment on stage 2 takes its stage 1 from the cache, and arms are paired by the same
+    seeds.
 
     Raises:
         ConfigError: an unknown key or preset, a value out of range, or repetitions that would all be alike.
     """
-    files = ParameterFiles.of(root)
-    profile = str(files.params["profile"])
-    settings = {name: _settings(arm, profile, root) for name, arm in study.arms.items()}
-    for name, values in settings.items():  # as the stages will, so that a wrong value stops before the first arm trains
-        files.under(values.items(), name)
-    keys = {key for values in settings.values() for key in values}
+    files = ParameterFiles.of(root, study.profile)
+    settings = {name: _settings(arm, files) for name, arm in study.arms.items()}
+    # As the stages will read them, so that a wrong value stops before the first arm trains.
+    checked = {name: files.under(values.items(), name) for name, values in settings.items()}
+    params, profiles = ({name: both[i] for name, both in checked.items()} for i in (0, 1))
+    keys = {key for values in settings.values() for key, text in values.items() if files.differs(key, text)}
     touched = {stage.stage for stage in declarations(root) for key in keys if stage.reads(*_place(key))}
+    if not keys and study.budget != "decoding":  # all arms are as committed: it is their training that is repeated
+        touched = {arm.checkpoint for arm in study.arms.values()}
     repeated = seed_keys(touched)
     if not repeated and study.seeds > 1:
         raise ConfigError(f"--seeds {study.seeds}: no stage trains again for {', '.join(sorted(keys))}; use --seeds 1.")
-    if clash := set(repeated) & keys:
+    if clash := set(repeated) & {key for values in settings.values() for key in values}:
         raise ConfigError(f"-S {min(clash)}: repetitions set this key themselves; use --seeds.")
-    return Plan(study, profile, settings, repeated)
+    return Plan(study, files.profile_name, settings, params, profiles, repeated)
 
 
 def seed_keys(stages: Collection[str]) -> tuple[str, ...]:
@@ -113,16 +121,25 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
     return key.strip(), listed
 
 
-def _settings(arm: Arm, profile: str, root: Path) -> Settings:
+def _settings(arm: Arm, files: ParameterFiles) -> Settings:
     """The values of an arm, its presets first; a later value of a key replaces an earlier one."""
-    stated = [change for name in arm.presets for change in overrides(read_preset(name, root))[1::2]]
+    stated = [change for name in arm.presets for change in overrides(read_preset(name, files.root))[1::2]]
     pairs = [change.partition("=") for change in (*stated, *arm.changes)]
     if wrong := [change for change in arm.changes if not change.partition("=")[2]]:
         raise ConfigError(f"changes: found {wrong[0]!r}, expected KEY=VALUE.")
-    return {key.replace("${profile}", profile): text for key, _, text in pairs}
+    chosen = {"profile": files.profile_name} if files.is_other else {}
+    return chosen | {_target(key, files): text for key, _, text in pairs}
+
+
+def _target(key: str, files: ParameterFiles) -> str:
+    """What `-S` is told to set: Hydra wants a plus before a key that a profile inherits."""
+    target = key.replace("${profile}", files.profile_name)
+    file, _, name = target.rpartition(":")
+    inherited = file == files.profile_file and name not in dict(leaves(read_yaml(files.root / file)))
+    return f"{file}:+{name}" if inherited and not name.startswith("+") else target
 
 
 def _place(target: str) -> tuple[str, str]:
     """The file, as stages name it, and the key of what `-S` sets."""
     file, colon, key = target.rpartition(":")
-    return (PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE), key
+    return (PROFILE_FILE if colon and file != PARAMS_FILE else PARAMS_FILE), key.lstrip("+")

@@ -1,4 +1,4 @@
-"""The report of a study: verdicts first, then claims, effects, values and cost, values by seed, curves overlaid."""
+"""All numbers of a question: verdicts first, then claims, effects, values and cost, by seed, curves overlaid."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from coordexp.config.study import METRICS, PRIMARY
+from coordexp.config.question import METRICS, PRIMARY
 from coordexp.evaluation.effect import Verdict
 from coordexp.infra.files import write_text
 from coordexp.infra.logs import logged, smoothed
-from coordexp.reporting.markdown import MISSING, escape, number, signed, table
+from coordexp.reporting.markdown import MISSING, escape, number, table
+from coordexp.reporting.questions import ALIKE, measured
 from coordexp.reporting.style import figure_style, new_figure, save_figure
 
 # Okabe and Ito 2008, the first arm in grey.
@@ -24,7 +25,6 @@ PANELS = {
     "coord_diag/expected_bin_mae": "mean error of E[k] (bins)",
     "raw/text_ce": "text CE, unweighted (nats)",
 }
-UNLIKE_TOKENS = 0.1  # more of a difference in tokens is said beside a verdict
 RULE = (
     f"Fixed before any number was seen: `{PRIMARY}` decides. An arm is **better** or **worse** than its baseline when "
     "the interval of its paired difference, over images and training seeds, excludes 0; otherwise there is **no "
@@ -37,6 +37,7 @@ CLAIM_RULE = (
     "that nothing changes), **refuted** if it lies on the other (or outside of the margin), and otherwise **not "
     "shown**. Each claim stands alone: of 20 about nothing, one is expected to look like something."
 )
+COSTS = ("seconds", "tokens", "compute")
 Numbers = Mapping[str, Any]
 
 
@@ -59,7 +60,7 @@ def report_markdown(numbers: Numbers) -> str:
     n_arms = len(numbers["effects"])
     claims = ["## Claims", CLAIM_RULE, _claims_table(numbers["claims"])] if numbers["claims"] else []
     parts = [
-        f"# {escape(numbers['title'])}",
+        f"# {escape(numbers['question'])}",
         "\n".join(f"- {verdict_sentence(row, numbers)}" for row in numbers["effects"]),
         _what_ran(numbers),
         RULE.format(arms="all arms" if n_arms > 1 else "the one arm"),
@@ -70,9 +71,12 @@ def report_markdown(numbers: Numbers) -> str:
         "the second.",
         _context_table(numbers),
         "## Values and cost",
-        _arms_table(numbers),
+        _arms_table(numbers, False),
+        "Means over seeds. Diagnostics of training are means over its last tenth:",
+        _arms_table(numbers, True),
         "Seconds and tokens are those of the training that the arms change, for one seed; seconds are measured "
-        "when it runs, so a stage from the cache has none. Diagnostics of training are means over its last tenth.",
+        "when it runs, so a stage from the cache has none. Compute is the tokens that were trained on, and a third for "
+        "each token that rollouts read or wrote.",
         f"![Losses by arm]({numbers['name']}.png)",
         "Thin: one seed. Thick: their mean, smoothed over a twentieth of the steps. Losses are unweighted, so that "
         "arms with different weights can be compared.",
@@ -109,11 +113,7 @@ def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
     if row["baseline"] not in tokens or not tokens[row["baseline"]]:
         return ""
     ratio = tokens[row["arm"]] / tokens[row["baseline"]]
-    return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > UNLIKE_TOKENS else ""
-
-
-def measured(found: Numbers) -> str:
-    return f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]" if "delta" in found else MISSING
+    return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > ALIKE else ""
 
 
 def _what_ran(numbers: Numbers) -> str:
@@ -132,7 +132,7 @@ def _claims_table(claims: Sequence[Numbers]) -> str:
     rows = [
         [
             *(escape(claim[key]) for key in ("text", "source")),
-            f"`{claim['arm']}` - `{claim['baseline']}`",
+            f"`{claim['arm']}` - " + (f"`{claim['baseline']}`" if claim["baseline"] else f"{claim['than']:g}"),
             claim["expected"] + (f" (±{claim['margin']:g})" if claim["margin"] else ""),
             f"`{claim['metric']}` {measured(claim)}",
             f"**{claim['judgement']}**",
@@ -158,17 +158,22 @@ def _context_table(numbers: Numbers) -> str:
     return table(["context, 95 % intervals", *(f"`{key}`" for key in keys)], rows)
 
 
-def _arms_table(numbers: Numbers) -> str:
-    """Means over seeds; one that is undefined for a seed has none."""
+def _arms_table(numbers: Numbers, of_training: bool) -> str:
+    """Means over seeds, of answers or of training; one that is undefined for a seed has none."""
     frame = pd.DataFrame(numbers["runs"]).drop(columns=["experiment", "seed"])
     means = frame.groupby("arm", sort=False).agg(lambda column: pd.to_numeric(column).mean(skipna=False))
-    means = means[[*(name for name in means if name not in ("seconds", "tokens")), "seconds", "tokens"]]
-    digits = {"seconds": 0, "tokens": 0}
-    rows = [[f"`{arm}`", *(_cell(k, v, digits.get(k, 4)) for k, v in row.items())] for arm, row in means.iterrows()]
-    return table(["arm, mean over seeds", *(f"`{key}`" if key not in digits else key for key in means)], rows)
+    logged_columns = [name for name in means if "/" in name]
+    chosen = [*logged_columns, *COSTS] if of_training else [n for n in means if n not in (*logged_columns, *COSTS)]
+    rows = [
+        [f"`{arm}`", *(_cell(k, v) for k, v in row.items())]
+        for arm, row in means[[name for name in chosen if name in means]].iterrows()
+    ]
+    heads = [f"`{key}`" if key not in COSTS else key for key in chosen if key in means]
+    return table(["arm, mean over seeds", *heads], rows)
 
 
-def _cell(key: str, value: float, digits: int) -> str:
+def _cell(key: str, value: float) -> str:
+    digits = 0 if key in COSTS else 4
     if pd.isna(value):
         return "not measured" if key == "seconds" else MISSING
     return f"{value:,.{digits}f}"

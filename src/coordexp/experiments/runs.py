@@ -206,7 +206,9 @@ class Repository:
                 )
             return self.root / path
         target = self.root / KEPT / revision / path
-        if target.exists():
+        # A folder is there, too, where something in it was fetched alone.
+        is_whole = self.root / KEPT / revision / "whole" / path.replace("/", "%2F")
+        if target.is_file() or (target.is_dir() and is_whole.is_file()):
             return target
         new = target.with_name(f".{target.name}.{os.getpid()}.part")
         remove(new)
@@ -220,6 +222,10 @@ class Repository:
                 "If it is on a remote, `dvc pull` (of a commit) or `dvc exp pull` fetches it. If the cache lost it "
                 "(dvc gc), run the revision again."
             )
+        if new.is_dir():
+            remove(target)
+            is_whole.parent.mkdir(parents=True, exist_ok=True)
+            is_whole.touch()
         new.replace(target)
         return target
 

@@ -1,7 +1,8 @@
 """Sides of a comparison, each one evaluated run or several, and what their paired difference amounts to.
 
-A side maps "experiment checkpoint" to its evaluation, seed by seed in the same order as the other side. Predictions,
-categories and parameters are those of the run's own revision, never of the workspace.
+A side maps "experiment checkpoint" to its evaluation, seed by seed in the same order as the other side. Answers,
+categories and what training took are those of the run's own revision, never of the workspace. Answers are stored as
+they were decoded, so any readout and any rule of evaluation is applied to them here, without the graph.
 """
 
 from __future__ import annotations
@@ -9,27 +10,35 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from coordexp.config.paths import GT_VS_PRED, RUN_METADATA, ProfilePaths
-from coordexp.config.schema import Params
-from coordexp.config.study import METRICS, PRIMARY
+from coordexp.config.paths import RUN_METADATA, ProfilePaths
+from coordexp.config.question import METRICS, PRIMARY
+from coordexp.config.schema import DecodeParams, Params
 from coordexp.errors import DataError
 from coordexp.evaluation.blind import MARGIN, learned_nothing
 from coordexp.evaluation.comparison import paired_effect
 from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, evaluate
+from coordexp.evaluation.measures import MEASURES
 from coordexp.evaluation.parse import faults_of
-from coordexp.experiments.runs import Repository
+from coordexp.experiments.runs import KEPT, WORKSPACE, Repository
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.files import remove
+from coordexp.infra.provenance import fingerprint
 from coordexp.records.categories import read_categories
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import ImageResult, read_results, write_results
+from coordexp.rollout import scoring
+from coordexp.rollout.engine import READOUT_KEYS
+from coordexp.rollout.scoring import DISTRIBUTIONS, read_decoded, read_summary, scored
 
 Side = Mapping[str, Evaluation]
 
 
-def predictions_path(paths: ProfilePaths, checkpoint: str) -> str:
-    """The judged predictions of a checkpoint on val, an output of the graph."""
-    return (paths.evaluation(checkpoint) / GT_VS_PRED).as_posix()
+def answers_path(paths: ProfilePaths, checkpoint: str) -> str:
+    """The answers of a checkpoint on val, with their distributions, an output of the graph."""
+    return paths.decoded(checkpoint).as_posix()
 
 
 def categories_path(paths: ProfilePaths) -> str:
@@ -37,16 +46,46 @@ def categories_path(paths: ProfilePaths) -> str:
     return (paths.records / "categories.json").as_posix()
 
 
-def evaluate_revision(repository: Repository, revision: str, checkpoint: str, draws: Params) -> Evaluation:
-    """A checkpoint of a revision, judged as the revision itself judges; `draws` says which resamples, for all sides.
+def compute_path(paths: ProfilePaths) -> str:
+    """What stage 2 took, an output of the graph."""
+    return paths.run("stage2-compute.json").as_posix()
+
+
+def read_answers(
+    repository: Repository, revision: str, paths: ProfilePaths, checkpoint: str, decode: DecodeParams
+) -> list[ImageResult]:
+    """The answers of a checkpoint on val under a readout. They are kept as read, and their distributions let go of.
 
     Raises:
-        ConfigError: the parameters of the revision are none of this version.
+        DataError: they cannot be had.
+    """
+    path = answers_path(paths, checkpoint)
+    folder = repository.fetch(revision, path)
+    if revision == WORKSPACE:
+        return [scored(answer, decode) for answer in read_decoded(folder)]
+    readout = {"decode": decode.model_dump(include=READOUT_KEYS), "code": code_hash(scoring.__name__)}
+    kept = repository.root / KEPT / revision / "scored" / f"{checkpoint}-{fingerprint(readout, [])}.jsonl"
+    if not kept.is_file():
+        was_read = read_summary(folder)["codec"] != "digits" and not (folder / DISTRIBUTIONS).is_file()
+        if was_read:  # under another readout
+            remove(folder)
+            folder = repository.fetch(revision, path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_results(kept, (scored(answer, decode) for answer in read_decoded(folder)))
+        (folder / DISTRIBUTIONS).unlink(missing_ok=True)  # gigabytes, over many runs
+    return list(read_results(kept))
+
+
+def evaluate_revision(
+    repository: Repository, revision: str, checkpoint: str, params: Params, draws: Params
+) -> Evaluation:
+    """A checkpoint of a revision on val, read and judged by `params`; `draws` says which resamples, for all sides.
+
+    Raises:
         DataError: its files cannot be had.
     """
-    params = repository.params(revision)
     paths = ProfilePaths(params.profile)
-    results = list(read_results(repository.fetch(revision, predictions_path(paths, checkpoint))))
+    results = read_answers(repository, revision, paths, checkpoint, params.decode)
     categories = read_categories(repository.fetch(revision, categories_path(paths)))
     judged = params.eval.model_copy(update={"bootstrap_resamples": draws.eval.bootstrap_resamples})
     return evaluate(results, categories, judged, params.matching, draws.seed)
@@ -55,10 +94,20 @@ def evaluate_revision(repository: Repository, revision: str, checkpoint: str, dr
 def tokens_trained(repository: Repository, revision: str, profile: str, stage: str) -> int:
     """What a training stage trained on; raises DataError if its record cannot be had."""
     path = repository.fetch(revision, (ProfilePaths(profile).run(stage) / RUN_METADATA).as_posix())
+    return _number(path, "tokens", "Train the stage again.")
+
+
+def rollout_tokens(repository: Repository, revision: str, profile: str) -> int:
+    """What the rollouts of stage 2 read and wrote; raises DataError as `tokens_trained`."""
+    path = repository.fetch(revision, compute_path(ProfilePaths(profile)))
+    return _number(path, "rollout_tokens", "Run stage 2 again.")
+
+
+def _number(path: Path, name: str, remedy: str) -> int:
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
+        return int(json.loads(path.read_text(encoding="utf-8"))[name])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected a JSON object with `tokens`. Train the stage again.") from error
+        raise DataError(f"{path}: expected a JSON object with `{name}`. {remedy}") from error
 
 
 def effect_row(arm: str, baseline: str, ours: Side, theirs: Side, level: float = LEVEL) -> dict[str, Any]:
@@ -87,7 +136,7 @@ def side_effect(ours: Side, theirs: Side, key: str, level: float = LEVEL) -> Eff
 def has(evaluation: Evaluation, key: str) -> bool:
     """Whether a metric was evaluated: `eval` may ask for other thresholds of duplicates."""
     area, metric = key.split(".")
-    return metric in evaluation.metrics[area]
+    return key in MEASURES or metric in evaluation.metrics.get(area, {})
 
 
 def _blind(sides: Side) -> dict[str, list[str]]:

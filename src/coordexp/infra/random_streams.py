@@ -38,6 +38,7 @@ STREAMS = {
     "evaluation/resamples": Stream("images of each bootstrap resample"),
     "evaluation/dealt": Stream("to which image each answer is dealt, of the blind control", mixed=(1001,)),
     "gallery/images": Stream("pictures of the gallery beside the telling ones"),
+    "probe/order": Stream("order in which a model is told its own objects; index: image id", mixed=(1003,)),
     "model/coordinate-rows": Stream("directions along which `coord_init: ordinal` orders the new rows"),
     "decode/answer": Stream("tokens sampled in memory; index: image id", stride=_FAR),
     "decode/request": Stream("tokens that a server samples; index: image id", stride=_FAR, modulus=_SEEDS_31),
@@ -52,6 +53,7 @@ STREAMS = {
     "stage1-control/order": Stream("packs of each step; index: epoch", added=2),
     "stage2/order-a": Stream("samples of the steps of channel A; index: epoch", added=1),
     "stage2/order-b": Stream("samples of the steps of channel B; index: epoch", added=2),
+    "stage2/order-fresh": Stream("samples of channel B that fresh rollouts are made of; index: epoch", mixed=(1002,)),
 }
 # Streams that meet under one seed, as (name, index): numpy takes [seed] for [seed, 0]. What one of them draws is of
 # another kind or from another set than what the other one does, and other numbers would change every committed result.

@@ -32,7 +32,8 @@ from coordexp.config.block import Block
 # Where a term is taken, and so what its sum is divided by:
 #   text        supervised text slots, each times its weight        inner_text  the same without the close, unweighted
 #   coord       coordinate slots        box  boxes        unlikely  slots with a token to push down
-Place = Literal["text", "inner_text", "coord", "box", "unlikely"]
+#   reordered   slots of coordinate tokens of the reordered annotation (channel B)
+Place = Literal["text", "inner_text", "coord", "box", "unlikely", "reordered"]
 OF_VOCABULARY = frozenset({"token_log_odds_N", "text_log_odds_N"})
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 

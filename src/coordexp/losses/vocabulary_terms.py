@@ -60,6 +60,12 @@ def text_gate(text_log_odds_N: Tensor) -> Tensor:
     return (-F.logsigmoid(text_log_odds_N)).clamp(max=MAX_PENALTY)
 
 
+@term("reordered_ce", "reordered")
+def reordered_cross_entropy(token_log_odds_N: Tensor) -> Tensor:
+    """(N,) -log P of a coordinate token over the whole vocabulary: ordinary cross-entropy, no soft target."""
+    return cross_entropy(token_log_odds_N)
+
+
 @term("duplicate_unlikelihood", "unlikely")
 def unlikelihood(token_log_odds_N: Tensor) -> Tensor:
     """(N,) -log max(1 - P, 1e-6) with P of the unwanted token (Welleck et al. 2020, arXiv:1908.04319, eq. 1).

@@ -4,7 +4,7 @@ A *slot* is the position whose logits predict a token: the token at flat positio
 Slots are listed per loss family, so the head runs on supervised positions only and no label tensor is shifted later.
 
 Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, U slots of tokens to push down,
-P patches, I images.
+O slots of the coordinate tokens of a reordered annotation, P patches, I images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Segment:
 
     Per answer token (length A): `text_weights` (0 = no text loss). `box_tokens` (G, 4) are the answer positions of the
     coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins. `unlikely_tokens` (U,) are the
-    answer positions of tokens to push down.
+    answer positions of tokens to push down, `reordered_tokens` (O,) of coordinate tokens that are supervised as tokens.
     """
 
     sample: Sample
@@ -45,6 +45,7 @@ class Segment:
     box_tokens: NDArray[np.int64]
     box_targets: NDArray[np.float32]
     unlikely_tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    reordered_tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def length(self) -> int:
@@ -88,6 +89,8 @@ class PackedBatch:
     coord_targets: Tensor  # (N,) float32 bins
     unlikely_slots: Tensor  # (U,) int64
     unlikely_ids: Tensor  # (U,) int64 token ids
+    reordered_slots: Tensor  # (O,) int64
+    reordered_ids: Tensor  # (O,) int64 token ids
     segments: tuple[int, ...]  # lengths, one row after another; the padding of a row is a segment, too
     pictures: tuple[int, ...]  # patches of each
     n_segments: int
@@ -274,5 +277,7 @@ def _slot_tensors(segments: Sequence[Segment], answer_starts: Sequence[int]) -> 
         "coord_targets": [s.box_targets.reshape(-1).astype(np.float32) for s in segments],
         "unlikely_slots": [s.unlikely_tokens + at for s, at in zip(segments, before, strict=True)],
         "unlikely_ids": [s.answer_ids[s.unlikely_tokens].astype(np.int64) for s in segments],
+        "reordered_slots": [s.reordered_tokens + at for s, at in zip(segments, before, strict=True)],
+        "reordered_ids": [s.answer_ids[s.reordered_tokens].astype(np.int64) for s in segments],
     }
     return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}

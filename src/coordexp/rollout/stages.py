@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -142,17 +142,21 @@ def record_rate(run: RunConfig, stage: str, n_images: int, seconds: float) -> No
     add_to_run_record(run.paths.run_record(stage), facts)
 
 
-def decode_val(run: RunConfig, name: str, folder: Path, out: Path, draws: int = 1) -> dict[str, Any]:
-    """Write to `out` the answers of one checkpoint on val, with the distributions that scores need.
+def decode_split(
+    run: RunConfig, name: str, folder: Path, out: Path, draws: int = 1, split: Literal["val", "dev"] = "val"
+) -> dict[str, Any]:
+    """Write to `out` the answers of one checkpoint on a split, with the distributions that scores need.
 
     Several `draws` for each image, at a temperature above 0, are those of several seeds, and go into `out`/0, /1, ...
+    Of val there are as many images as `eval.images` says.
 
     Returns the summary that is written beside them, and under `generate_seconds` how long generating took.
     """
     form = asked_format(run, folder)
-    store, request = SampleStore(run.paths.norm1000 / "val.parquet"), decode_request(run, form.codec)
+    store, request = SampleStore(run.paths.norm1000 / f"{split}.parquet"), decode_request(run, form.codec)
     images = store.images()
-    chosen = set(list(dict.fromkeys(images))[: run.profile.eval.images or None])
+    most = run.profile.eval.images if split == "val" else 0
+    chosen = set(list(dict.fromkeys(images))[: most or None])
     asked = [i for i, image in enumerate(images) if image in chosen]  # probes with their image
     samples = [store[i] for i in asked for _ in range(draws)]
     identity = decode_identity(folder, samples[0], request)
@@ -189,7 +193,7 @@ def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[Im
     key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
     kept = resume_folder("decoded", key)
     if not (kept / "done.json").is_file():
-        write_json(kept / "done.json", decode_val(run, name, folder, kept, draws))
+        write_json(kept / "done.json", decode_split(run, name, folder, kept, draws))
     summary = json.loads((kept / "done.json").read_text(encoding="utf-8"))
     folders = [kept / str(draw) for draw in range(draws)] if draws > 1 else [kept]
     return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary

@@ -234,6 +234,22 @@ class AnswerEncoder:
         places = tuple(np.flatnonzero(encoded.roles == Role.COORD).tolist())
         return _Block(encoded.ids.tolist(), encoded.roles.tobytes(), places) if len(places) == 4 else None
 
+    def stop_position(self, answer: EncodedAnswer) -> int:
+        """The token of a complete answer by which it stops: the first that differs from those of a further object."""
+        n_objects = int(answer.object_index.max(initial=-1)) + 1
+        start = int(np.flatnonzero(answer.roles == Role.CLOSE)[0])
+        further = self._openings[min(n_objects, 1)]
+        close = answer.ids[start : start + len(further)]
+        differs = np.flatnonzero(close != further[: len(close)])
+        return start + (int(differs[0]) if len(differs) else len(close))
+
+    @cached_property
+    def _openings(self) -> list[NDArray[np.int32]]:
+        """Tokens before the name of a first object, and of a later one."""
+        two = self.codec.segments([TextObject("", (0, 0, 0, 0))] * 2)
+        struct = [[s for s in two if s.object_index == i and s.role is Role.STRUCT][:1] for i in (0, 1)]
+        return [self.encode_segments(segments, end=False).ids for segments in struct]
+
     @cached_property
     def _coord_ids(self) -> list[int]:
         known = self._tokenizer.get_vocab()

@@ -5,7 +5,7 @@ Two passes (`passes: two`):
     completion    GT reordered: matched objects at the rank of their prediction, missed ones appended (or sorted in),
                   extras dropped; text is supervised everywhere, coordinates of the missed objects only
 so each ground-truth object gets its geometry exactly once: in the model's own context if it was found, else in the
-completion.
+completion. With `reordered_ce_weight` all coordinate tokens of the completion get their cross-entropy besides.
 
 One pass (`passes: one`): the valid predictions re-serialised as context, then the missed objects. Unmatched predictions
 are context only: with incomplete labels, many of them are real.
@@ -107,10 +107,9 @@ def marks_duplicates(params: Stage2Params) -> bool:
     return params.duplicate_unlikelihood_weight > 0
 
 
-def close_weights(params: Stage2Params, over_generated: bool) -> tuple[float, float]:
-    """Weight of the closing scaffold and of the end-of-turn token; other ones where there are too many objects."""
-    factor = params.over_close_weight if over_generated else 1.0
-    return factor * params.close_weight, factor * params.eos_weight
+def stop_weight(params: Stage2Params, over_generated: bool) -> float:
+    """Weight of the token by which an answer stops; another one where there are too many objects."""
+    return params.eos_weight * (params.over_close_weight if over_generated else 1.0)
 
 
 def is_over_generated(rollout: Rollout, n_true: int) -> bool:
@@ -145,13 +144,16 @@ def _completion(
     matched = {j for _, j in rollout.pairs}
     rows = [rank for rank, j in enumerate(order) if j not in matched]
     weights = np.isin(answer.roles, (Role.STRUCT, Role.DESC, Role.CLOSE)).astype(np.float32)
+    weights[encoder.stop_position(answer)] = stop_weight(params, over_generated)
+    coordinates_M4 = coordinate_positions(answer.roles)
     return Segment(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(weights, answer.roles, *close_weights(params, over_generated)),
-        box_tokens=coordinate_positions(answer.roles)[rows].reshape(-1, 4),
+        text_weights=weights,
+        box_tokens=coordinates_M4[rows].reshape(-1, 4),
         box_targets=truth.targets_M4[[order[r] for r in rows]].reshape(-1, 4),
+        reordered_tokens=coordinates_M4.reshape(-1) if params.reordered_ce_weight else _NO_TOKENS,
     )
 
 
@@ -173,13 +175,14 @@ def _clean_prefix(
     answer = encoder.encode([e.text for e in entries])
     repeated = set(duplicate_ranks(rollout)) if marks_duplicates(params) else set()
     duplicates = [rank for rank, e in enumerate(entries) if e.prediction in repeated]
-    weights = close_weights(params, is_over_generated(rollout, n_true))
+    weights = _prefix_weights(entries, answer)
+    weights[encoder.stop_position(answer)] = stop_weight(params, is_over_generated(rollout, n_true))
     supervised = [(rank, e.truth) for rank, e in enumerate(entries) if e.truth is not None]
     return Segment(
         sample=sample,
         answer_ids=answer.ids,
         answer_roles=answer.roles,
-        text_weights=_close_weighted(_prefix_weights(entries, answer), answer.roles, *weights),
+        text_weights=weights,
         box_tokens=coordinate_positions(answer.roles)[[r for r, _ in supervised]].reshape(-1, 4),
         box_targets=truth.targets_M4[[j for _, j in supervised]].reshape(-1, 4),
         unlikely_tokens=divergence_positions(answer, duplicates),
@@ -198,12 +201,3 @@ def _prefix_weights(entries: Sequence[_Entry], answer: EncodedAnswer) -> NDArray
 
 def _order_by_bins(objects: Sequence[TextObject]) -> NDArray[np.int64]:
     return reading_order(np.array([o.bins for o in objects], np.float64).reshape(-1, 4))
-
-
-def _close_weighted(
-    weights: NDArray[np.float32], roles: NDArray[np.uint8], close_weight: float, eos_weight: float
-) -> NDArray[np.float32]:
-    """Scale the close of a complete answer, whose last token is the end of the turn."""
-    scaled = np.where(roles == Role.CLOSE, weights * np.float32(close_weight), weights)
-    scaled[-1] = weights[-1] * eos_weight
-    return scaled.astype(np.float32)

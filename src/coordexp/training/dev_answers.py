@@ -104,10 +104,11 @@ def duplicate_pairs(result: ImageResult) -> int:
 
 def draw_answers(answers: Sequence[Judged], image_root: Path, title: str) -> Image.Image:
     """The first few images, annotated beside predicted; `title` stands over the predictions."""
-    return grid([_tile(answer, image_root, title) for answer in answers[:DRAWN_IMAGES]], _COLUMNS)
+    return grid([answer_tile(answer, image_root, title) for answer in answers[:DRAWN_IMAGES]], _COLUMNS)
 
 
-def _tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
+def answer_tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
+    """One image, annotated beside predicted; `title` stands over the predictions."""
     image = read_record_rgb(image_root, answer.result.image)
     shrink = min(1.0, _PANEL_PX / max(image.size))
     if shrink < 1:

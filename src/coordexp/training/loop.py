@@ -71,6 +71,23 @@ class Callback:
         """So many steps are done, and no gradient is held."""
 
 
+@dataclass(frozen=True, slots=True)
+class Callbacks(Callback):
+    """Several callbacks, one after another."""
+
+    each: tuple[Callback, ...]
+
+    def on_train_begin(self, done_steps: int) -> None:
+        """Tell all of them."""
+        for callback in self.each:
+            callback.on_train_begin(done_steps)
+
+    def on_step_end(self, done_steps: int) -> None:
+        """Tell all of them."""
+        for callback in self.each:
+            callback.on_step_end(done_steps)
+
+
 NO_CALLBACK = Callback()
 
 

@@ -1,8 +1,9 @@
 """The rollouts that channel B trains on: those on file, and fresh ones every so many steps, matched anew in each step.
 
 A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
-moment, for the images of that window alone. It is written to the resume folder before it is used: a resumed run reads
-it, and goes on exactly as if it had not been interrupted. Of several processes each answers some of the images.
+moment, for the images of that window alone. Of several answers to an image the one that matches best is kept. The set
+is written to the resume folder before it is used: a resumed run reads it, and goes on exactly as if it had not been
+interrupted. Of several processes each answers some of the images.
 
 The model in training generates itself; or servers do, which are given its weights as a checkpoint. That is the way for
 weights that are sharded, too: vLLM's own transfers (NCCL, CUDA IPC) would need vLLM in the interpreter that trains.
@@ -10,6 +11,8 @@ weights that are sharded, too: vLLM's own transfers (NCCL, CUDA IPC) would need 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +27,6 @@ from coordexp.errors import CheckpointError
 from coordexp.infra.files import remove, write_text
 from coordexp.infra.provenance import file_sha256
 from coordexp.infra.random_streams import stream_seed
-from coordexp.models.adapters import merged_weights
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation
@@ -32,9 +34,9 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
-from coordexp.training.distributed import any_process, from_main, is_sharded, shared_out, world
+from coordexp.training.distributed import any_process, from_main, shared_out, world
 from coordexp.training.schedule import ramp
-from coordexp.training.sharding import whole_weights
+from coordexp.training.sharding import plain_weights
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engin
     if run.profile.rollout.engine == "hf":
         return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images)
     model = checkpoint.model
-    weights = whole_weights(model) if is_sharded(model) else merged_weights(model) if world().is_main else None
+    weights = plain_weights(model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the allocator holds back is the servers' for now
     return ServedEngine(run, checkpoint, weights, folder)
@@ -119,8 +121,16 @@ class Refresher:
         vocabulary_size: int,
         folder: Path,
         model: nn.Module,
+        further: DecodeRequest | None = None,
+        n_further: int = 0,
+        matching: MatchSchedule | None = None,
     ) -> None:
-        """`model` is the one whose forwards show that the engine gets on."""
+        """`model` is the one whose forwards show that the engine gets on.
+
+        Beside the answer to `request`, `n_further` to the request `further` are asked for, and the one is kept that
+        matches best.
+        """
+        assert not n_further or (further and matching), "several answers need a request and a matching"
         self._refreshes = refreshes
         self._engine_of_now = engine_of_now
         self._parse = parse
@@ -129,7 +139,9 @@ class Refresher:
         self._vocabulary_size = vocabulary_size
         self._folder = folder
         self._model = model
-        self._loaded: tuple[Refresh, dict[int, Rollout]] | None = None
+        self._further = (further,) * n_further if further else ()
+        self._matching = matching
+        self._loaded: tuple[Refresh, dict[int, Rollout], dict[str, float]] | None = None
 
     @property
     def steps(self) -> frozenset[int]:
@@ -141,8 +153,8 @@ class Refresher:
         refresh = self._current(step)
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
             return
-        generations = self._kept(refresh, step) or self._generate(refresh)
-        self._loaded = refresh, {i: parsed_rollout(i, g, self._parse(g)) for i, g in generations.items()}
+        generations, compute = self._kept(refresh, step) or self._generate(refresh)
+        self._loaded = refresh, {i: self._rollout(i, g) for i, g in generations.items()}, compute
 
     def at(self, step: int) -> tuple[dict[int, Rollout], dict[str, float]] | None:
         """The loaded set of a step by image, and what generating it took if it is made for this step.
@@ -153,60 +165,102 @@ class Refresher:
         if refresh is None:
             return None
         assert self._loaded, f"step {step}: its rollouts are not loaded"
-        loaded, rollouts = self._loaded
+        loaded, rollouts, compute = self._loaded
         assert loaded == refresh, f"step {step}: the rollouts of step {loaded.step} are loaded"
-        return rollouts, self._compute(refresh, rollouts) if refresh.step == step else {}
+        return rollouts, compute if refresh.step == step else {}
+
+    def _rollout(self, image_id: int, generation: Generation) -> Rollout:
+        return parsed_rollout(image_id, generation, self._parse(generation))
 
     def _current(self, step: int) -> Refresh | None:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
     def _files(self, refresh: Refresh) -> tuple[Path, Path]:
-        """A set, and its sha256, which is written last."""
+        """A set, and its seal, which is written last: the hash of the set, and what all answers took, with its own."""
         path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        return path, path.with_suffix(".sha256")
+        return path, path.with_suffix(".seal")
 
-    def _kept(self, refresh: Refresh, step: int) -> dict[int, Generation]:
-        """The set that an interrupted run left; nothing if it left none and the weights are those to generate with.
+    def _kept(self, refresh: Refresh, step: int) -> tuple[dict[int, Generation], dict[str, float]] | None:
+        """The set that an interrupted run left; None if it left none and the weights are those to generate with.
 
         Raises:
             CheckpointError: the set is damaged, or gone.
         """
         path, seal = self._files(refresh)
         if step == refresh.step and not any_process(world().is_main and seal.is_file()):
-            return {}
-        if not path.is_file() or not seal.is_file() or seal.read_bytes() != file_sha256(path).encode():
+            return None
+        head, _, rest = seal.read_bytes().partition(b"\n") if seal.is_file() else (b"", b"", b"")
+        if not path.is_file() or head != _sealed(path, rest):
             raise CheckpointError(
                 f"{path}: does not have the sha256 in {seal.name}. Expected the fresh rollouts that the "
                 f"interrupted run wrote; delete {self._folder} to start this stage at step 0."
             )
-        return read_generations(path, self._vocabulary_size)
+        return read_generations(path, self._vocabulary_size), json.loads(rest)
 
-    def _generate(self, refresh: Refresh) -> dict[int, Generation]:
+    def _generate(self, refresh: Refresh) -> tuple[dict[int, Generation], dict[str, float]]:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
-        request = replace(self._request, seed=seed, keep_probs=False)
+        first = replace(self._request, seed=seed, keep_probs=False)
+        # Each sample as often as answers of one kind are wanted: they get seeds of their own.
+        asked = [(first, 1)]
+        if self._further:
+            asked.append((replace(self._further[0], seed=seed, keep_probs=False), len(self._further)))
         with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
             what = f"fresh rollouts of step {refresh.step}"
             engine = self._engine_of_now()
+
+            def answer(own: Sequence[Sample]) -> list[list[Generation]]:
+                found: list[list[Generation]] = [[] for _ in own]
+                for request, times in asked:
+                    made = engine.generate([sample for sample in own for _ in range(times)], request)
+                    for i, generation in enumerate(made):
+                        found[i // times].append(generation)
+                return found
+
             if isinstance(engine, ServedEngine):
-                generations = from_main(what, lambda: engine.generate(samples, request))
+                answers = from_main(what, lambda: answer(samples))
             else:
-                generations = shared_out(what, samples, lambda own: engine.generate(own, request), self._model)
-        by_image = {s.image_id: g for s, g in zip(samples, generations, strict=True)}
+                answers = shared_out(what, samples, answer, self._model)
+        by_image = {s.image_id: g for s, g in zip(samples, self._best(samples, answers, refresh.step), strict=True)}
+        compute: dict[str, float] = {
+            "rollout/prompt_tokens": sum(sample.prompt_length for sample in samples),
+            "rollout/generated_tokens": sum(len(g.ids) for answered in answers for g in answered),
+        }
         if world().is_main:
             path, seal = self._files(refresh)
             write_generations(path, by_image)
-            write_text(seal, file_sha256(path))
-        return by_image
+            rest = json.dumps(compute).encode()
+            write_text(seal, f"{_sealed(path, rest).decode()}\n{rest.decode()}")
+        return by_image, compute
 
-    def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
-        """Tokens read and written, from the set itself, so that a resumed run logs the same."""
-        return {
-            "rollout/prompt_tokens": sum(self._store[i].prompt_length for i in refresh.items),
-            "rollout/generated_tokens": sum(len(rollout.ids) for rollout in rollouts.values()),
-        }
+    def _best(self, samples: Sequence[Sample], answers: Sequence[Sequence[Generation]], step: int) -> list[Generation]:
+        """Of the answers to each image the one with the highest F1 in matching, then IoU; of equals the first."""
+        if self._matching is None or not self._further:
+            return [answered[0] for answered in answers]
+        matching = self._matching(step)
+        flat = [(s, g) for s, answered in zip(samples, answers, strict=True) for g in answered]
+        rollouts = [self._rollout(sample.image_id, generation) for sample, generation in flat]
+        found = iter(match_rollouts(rollouts, [sample for sample, _ in flat], matching))
+        best = []
+        for sample, answered in zip(samples, answers, strict=True):
+            n_true = len(sample.descs) - sum(sample.iscrowd)
+            merits = [_merit(next(found), n_true) for _ in answered]
+            best.append(answered[merits.index(max(merits))])
+        return best
+
+
+def _merit(rollout: Rollout, n_true: int) -> tuple[float, float]:
+    """F1 of a matched rollout, and the mean IoU of its pairs; an empty answer to an image without objects is right."""
+    total = len(rollout.objects) + n_true
+    f1 = 2 * len(rollout.pairs) / total if total else 1.0
+    return f1, sum(rollout.pair_ious) / max(1, len(rollout.pairs))
+
+
+def _sealed(path: Path, rest: bytes) -> bytes:
+    """The first line of a seal: hashes of the set, and of what follows in the seal."""
+    return f"{file_sha256(path)} {hashlib.sha256(rest).hexdigest()}".encode()
 
 
 class RolloutPool:

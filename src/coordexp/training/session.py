@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coordexp.config.paths import RUN_METADATA, TRAIN_LOG
+from coordexp.config.paths import KEPT_STEPS, RUN_METADATA, TRAIN_LOG
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
 from coordexp.infra.code_hash import code_hash
@@ -34,8 +34,8 @@ from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
-from coordexp.training.loop import Task, train
-from coordexp.training.sharding import shard_model, whole_weights, will_shard
+from coordexp.training.loop import Callback, Callbacks, Task, train
+from coordexp.training.sharding import plain_weights, shard_model, whole_weights, will_shard
 
 log = logging.getLogger(__name__)
 START = "start"
@@ -85,6 +85,33 @@ def start_files(folder: Path) -> dict[str, Path]:
     return {START: files[0]} if len(files) == 1 else {f"{START}/{path.name}": path for path in files}
 
 
+@dataclass(frozen=True, slots=True)
+class Keeper(Callback):
+    """Keeps the checkpoint after every `every_steps`-th step but the last, complete: it loads as the last one does."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    every_steps: int  # 0 is never
+    steps: int
+
+    def on_train_begin(self, done_steps: int) -> None:
+        """Forget checkpoints of steps that will run again."""
+        for path in self.folder.glob("step_*") if world().is_main else ():
+            if int(path.name.removeprefix("step_")) > done_steps:
+                shutil.rmtree(path)
+
+    def on_step_end(self, done_steps: int) -> None:
+        """Keep the checkpoint if this step is due."""
+        if not self.every_steps or done_steps % self.every_steps or done_steps == self.steps:
+            return
+        weights = plain_weights(self.checkpoint.model)
+        if world().is_main:
+            temporary = self.folder / "new"
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_checkpoint(temporary, self.checkpoint, weights)
+            replace_folder(temporary, self.folder / f"step_{done_steps:06d}")
+
+
 def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
@@ -103,9 +130,11 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     if shards:
         shard_model(checkpoint.model, session.optim.precision)
     callback.folder = state
+    keeper = Keeper(checkpoint, state / KEPT_STEPS, profile.monitor.keep_every_steps, session.optim.steps)
     steps = partial(
         train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
-        save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=callback,
+        save_every_seconds=profile.launch.save_every_seconds, start=session.start(),
+        callback=Callbacks((callback, keeper)),
     )  # fmt: skip
     if not world().is_main:
         steps()
@@ -134,13 +163,16 @@ def _finish(
     save_checkpoint(temporary, checkpoint, weights)
     write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
     callback.copy_to(temporary)
+    if (state / KEPT_STEPS).is_dir():
+        shutil.copytree(state / KEPT_STEPS, temporary / KEPT_STEPS)
     summary = summarise_log(log_path)
     metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
     write_json(temporary / RUN_METADATA, metadata | {"files": checkpoint_hashes(temporary)})
     warn_of_collapse(log_path)
     replace_folder(temporary, out)
     seconds = summed_seconds(log_path) | {"monitor_seconds": callback.seconds()}
-    add_to_run_record(session.run.paths.run_record(session.stage), seconds)
+    taken = {name: summary[name] for name in ("tokens", *(f"refresh_{name}" for name in GENERATION_TOKENS))}
+    add_to_run_record(session.run.paths.run_record(session.stage), seconds | taken)
     shutil.rmtree(state)
     return summary
 

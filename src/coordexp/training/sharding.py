@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Muon
 from transformers import Qwen3VLForConditionalGeneration
 
-from coordexp.training.distributed import COMPUTE, Made, world
+from coordexp.models.adapters import merged_weights
+from coordexp.training.distributed import COMPUTE, Made, is_sharded, world
 from coordexp.training.state_files import Rows
 
 
@@ -67,6 +68,16 @@ def _mesh() -> DeviceMesh:
     return init_device_mesh(
         world().device.type, (world().size // local, local), mesh_dim_names=("nodes", "processes of a node")
     )
+
+
+def plain_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] | None:
+    """What of a model in training a checkpoint holds by name, where the model itself does not hold it as plain weights.
+
+    A collective call; what the main process gets counts.
+    """
+    if is_sharded(model):
+        return whole_weights(model)
+    return merged_weights(model) if world().is_main else None
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

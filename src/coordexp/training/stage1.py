@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig
@@ -25,6 +25,7 @@ from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.step import Criterion, TeacherTask
 
+FORWARD_COST = 1 / 3  # of a token's forward, beside forward and backward
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
@@ -41,15 +42,12 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
 
 
 def train_control(run: RunConfig) -> dict[str, Any]:
-    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, and as many tokens as that trained on.
-
-    What stage 2 spent on generating is not in this budget; the metadata of its checkpoint says how much that was.
-    """
+    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, for its compute or its tokens."""
     start = run.paths.run("stage1")
     checkpoint = load_for_training(start, run.profile.launch.sharding, run.profile.stage2.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
     lengths = SampleStore(run.paths.norm1000 / "train.parquet").lengths()
-    budget = read_compute(run.paths)["tokens"]
+    budget = control_tokens(read_compute(run.paths), run.params.control.budget)
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
     chosen = packs_for_budget(
         pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed, "stage1-control/order"
@@ -92,5 +90,11 @@ def _teach(
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:
-    """Steps and tokens of stage 2's training forwards, which the control is given."""
+    """What stage 2 took: steps, tokens of its training forwards, and tokens that its rollouts read and wrote."""
     return json.loads(paths.run("stage2-compute.json").read_text(encoding="utf-8"))
+
+
+def control_tokens(compute: Mapping[str, int], budget: Literal["compute", "tokens"]) -> int:
+    """The training tokens of the control for what stage 2 took; one that is only read or written costs a forward."""
+    rollouts = compute["rollout_tokens"] if budget == "compute" else 0
+    return compute["tokens"] + round(FORWARD_COST * rollouts)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
-from coordexp.infra.provenance import image_inputs, write_json
+from coordexp.infra.provenance import add_to_run_record, image_inputs, write_json
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleSource, SampleStore
@@ -23,8 +24,15 @@ from coordexp.training.builders import (
 )
 from coordexp.training.distributed import world
 from coordexp.training.eval_callback import make_eval_callback
-from coordexp.training.rollout_pool import Refresher, RolloutPool, engine_of_now, match_schedule, plan_refreshes
-from coordexp.training.session import Session, run_session, start_files
+from coordexp.training.rollout_pool import (
+    MatchSchedule,
+    Refresher,
+    RolloutPool,
+    engine_of_now,
+    match_schedule,
+    plan_refreshes,
+)
+from coordexp.training.session import GENERATION_TOKENS, Session, run_session, start_files
 from coordexp.training.stage2_task import Stage2Task, StepPlan, plan_steps
 from coordexp.training.step import Criterion
 
@@ -32,8 +40,7 @@ from coordexp.training.step import Criterion
 def train_stage2(run: RunConfig) -> dict[str, Any]:
     """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took.
 
-    The compute is in tokens of training forwards, which the control is given too. What fresh rollouts read and wrote it
-    is not given: that stands in the checkpoint's metadata alone, so that other answers do not run the control again.
+    The bill is in tokens: of training forwards, and of what all rollouts, those on file among them, read and wrote.
     """
     _check_refresh(run)
     session = _session(run)
@@ -49,14 +56,16 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         optim.steps,
         run.params.stage2.b_ratio,
         run.params.stage2_seed,
+        run.params.stage2.refresh_steps,
     )
     encoder = make_encoder(checkpoint)
-    refresher = _refresher(run, session, checkpoint, store, plan)
+    matching = match_schedule(run.params, optim.steps)
+    refresher = _refresher(run, session, checkpoint, store, plan, matching)
     task = Stage2Task(
         checkpoint.model,
         Criterion.stage2(run.params, first_coord_id(checkpoint), optim.steps),
         SampleSource(store, encoder, run.params.text.object_order, run.params.stage2_seed),
-        RolloutPool(rollouts, match_schedule(run.params, optim.steps), refresher),
+        RolloutPool(rollouts, matching, refresher),
         encoder,
         checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens),
         plan,
@@ -66,7 +75,11 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)
     summary = run_session(session, checkpoint, task, callback)
     if world().is_main:
-        write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in ("steps", "tokens")})
+        on_file = sum(store[i].prompt_length + len(rollouts[store[i].image_id].ids) for i in rolled_out)
+        fresh = sum(summary[f"refresh_{name}"] for name in GENERATION_TOKENS)
+        bill = {"steps": summary["steps"], "tokens": summary["tokens"], "rollout_tokens": on_file + fresh}
+        write_json(run.paths.run("stage2-compute.json"), bill)
+        add_to_run_record(run.paths.run_record("stage2"), bill)
     return summary
 
 
@@ -122,19 +135,25 @@ def _refresher(
     checkpoint: Checkpoint,
     store: SampleStore,
     plan: list[StepPlan],
+    matching: MatchSchedule,
 ) -> Refresher | None:
     """What makes fresh rollouts; None if they are off."""
     if run.params.stage2.refresh_steps == 0:
         return None
-    folder = session.state_folder()
+    folder, stage2 = session.state_folder(), run.params.stage2
+    request = decode_request(run, checkpoint.codec)
+    sampled = request.params.model_copy(update={"temperature": stage2.refresh_temperature, "beams": 1})
     of_channel_b = {step: p.items for step, p in enumerate(plan) if p.channel == "B"}
     return Refresher(
-        plan_refreshes(of_channel_b, run.params.stage2.refresh_steps),
+        plan_refreshes(of_channel_b, stage2.refresh_steps),
         partial(engine_of_now, run, checkpoint, folder),
         make_reader(checkpoint).parse,
-        decode_request(run, checkpoint.codec),
+        request,
         store,
         len(input_table(checkpoint.model).weight),
         folder,
         checkpoint.model.model,
+        replace(request, params=sampled),
+        stage2.refresh_samples - 1,
+        matching,
     )

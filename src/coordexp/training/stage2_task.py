@@ -30,17 +30,33 @@ class StepPlan:
 
 
 def plan_steps(
-    n_samples: int, rolled_out: Sequence[int], samples_per_step: int, steps: int, b_ratio: float, seed: int
+    n_samples: int,
+    rolled_out: Sequence[int],
+    samples_per_step: int,
+    steps: int,
+    b_ratio: float,
+    seed: int,
+    refresh_steps: int = 0,
 ) -> list[StepPlan]:
-    """Channel and samples of every step: A draws from the whole split, B from the samples that have a rollout."""
-    for_a = iter(step_items(n_samples, samples_per_step, steps, seed, "stage2/order-a"))
-    for_b = iter(step_items(len(rolled_out), samples_per_step, steps, seed, "stage2/order-b") if rolled_out else [])
+    """Channel and samples of every step: A draws from the whole split, B from the samples that have a rollout.
+
+    From `refresh_steps` on (0: never) B draws from the samples that have none, as long as there are any: their answers
+    are made by then, and repeating the others would measure how well they are remembered.
+    """
+    unseen = sorted({*range(n_samples)} - {*rolled_out}) if refresh_steps else []
+
+    def drawn(samples: Sequence[int], stream: str) -> Iterator[tuple[int, ...]]:
+        listed = step_items(len(samples), samples_per_step, steps, seed, stream) if samples else []
+        return (tuple(samples[i] for i in items) for items in listed)
+
+    for_a, for_b = drawn(range(n_samples), "stage2/order-a"), drawn(rolled_out, "stage2/order-b")
+    for_fresh = drawn(unseen, "stage2/order-fresh")
     plan = []
     for step in range(steps):
-        if is_channel_b(step, b_ratio):
-            plan.append(StepPlan("B", tuple(rolled_out[i] for i in next(for_b))))
+        if not is_channel_b(step, b_ratio):
+            plan.append(StepPlan("A", next(for_a)))
         else:
-            plan.append(StepPlan("A", tuple(next(for_a))))
+            plan.append(StepPlan("B", next(for_fresh if unseen and step >= refresh_steps else for_b)))
     return plan
 
 

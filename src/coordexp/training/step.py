@@ -186,6 +186,7 @@ def step_counts(segments: Sequence[Segment]) -> Counts:
         "coord": 4 * boxes,
         "box": boxes,
         "unlikely": sum(len(s.unlikely_tokens) for s in segments),
+        "reordered": sum(len(s.reordered_tokens) for s in segments),
     }
 
 
@@ -292,8 +293,14 @@ def _vocabulary_sums(
         asked += [
             (text_hidden, batch.text_slots, batch.text_targets, t, places) for t, places in by_temperature.items()
         ]
-        ones = torch.ones_like(batch.unlikely_ids, dtype=torch.float32)
-        asked.append((text_hidden, batch.unlikely_slots, batch.unlikely_ids, 1.0, {"unlikely": ones}))
+        marked: list[tuple[Place, Tensor, Tensor]] = [
+            ("unlikely", batch.unlikely_slots, batch.unlikely_ids),
+            ("reordered", batch.reordered_slots, batch.reordered_ids),
+        ]
+        asked += [
+            (text_hidden, slots, token_ids, 1.0, {place: torch.ones_like(token_ids, dtype=torch.float32)})
+            for place, slots, token_ids in marked
+        ]
     hidden: list[Tensor] = []
     ids: list[Tensor] = []
     weights: list[dict[str, Tensor]] = []

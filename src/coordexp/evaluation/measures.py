@@ -1,0 +1,149 @@
+"""Measures that questions ask for beside the metrics: each is a function of how often every image counts.
+
+So a bootstrap resample, a list of such counts, needs no matching again, and any measure has a paired interval. They are
+of one set of predictions and of nothing else, so stored answers are enough.
+
+Legend: I images, B resamples, M matched pairs, S = 4 M coordinates of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from coordexp.evaluation.f1 import match_greedily
+from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints
+from coordexp.geometry.bins import NUM_BINS
+from coordexp.geometry.boxes import paired_iou_giou
+
+Statistic = Callable[[Floats | Ints], Floats]  # how often each image counts (B, I) -> value (B,), NaN where undefined
+LEAST_IOU = 0.1  # of a pair of a prediction and an object, names ignored: what is farther off is missed, not misplaced
+CROWDED = 10  # objects of an image
+NEAR_BINS = 0.1  # of a boundary between two bins, and of a bin's centre
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One measure; `better` is the side on which a higher value is."""
+
+    meaning: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    statistic: Callable[[DetectionTable], Statistic]
+
+
+def ratio(numerator_I: Floats | Ints, denominator_I: Floats | Ints) -> Statistic:
+    """Sum over sum, images weighted."""
+
+    def statistic(weights_BI: Floats | Ints) -> Floats:
+        weights = np.asarray(weights_BI, np.float64)
+        top, bottom = weights @ numerator_I, weights @ denominator_I
+        return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom > 0)
+
+    return statistic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairs:
+    """Predictions matched one to one with the objects that they overlap most."""
+
+    image_M: Ints
+    iou_M: Floats
+    giou_M: Floats
+    pred_bins_M4: Floats
+    true_bins_M4: Floats
+    n_images: int
+
+    @classmethod
+    def of(cls, table: DetectionTable) -> _Pairs:
+        found = match_greedily(table, LEAST_IOU)
+        pred_M4, gt_M4 = table.pred_boxes_P4[found.pred_M], table.gt_boxes_G4[found.gt_M]
+        scale_M4 = NUM_BINS / np.tile(table.sizes_wh_I2[found.image_M], (1, 2))
+        iou_M, giou_M = paired_iou_giou(pred_M4, gt_M4)
+        return cls(found.image_M, iou_M, giou_M, pred_M4 * scale_M4, gt_M4 * scale_M4, table.n_images)
+
+    def mean(self, values_M: Floats | Bools) -> Statistic:
+        """Mean over pairs."""
+        n_I = np.bincount(self.image_M, minlength=self.n_images)
+        return ratio(np.bincount(self.image_M, weights=values_M, minlength=self.n_images), n_I)
+
+
+def matched_ious(table: DetectionTable) -> Floats:
+    """IoU of each matched pair, for pictures of their distribution, (M,)."""
+    return _Pairs.of(table).iou_M
+
+
+def _iou(table: DetectionTable, above: float | None = None) -> Statistic:
+    pairs = _Pairs.of(table)
+    return pairs.mean(pairs.iou_M if above is None else pairs.iou_M >= above)
+
+
+def _giou_loss(table: DetectionTable) -> Statistic:
+    pairs = _Pairs.of(table)
+    return pairs.mean(1 - pairs.giou_M)
+
+
+def _bin_error(table: DetectionTable) -> Statistic:
+    pairs = _Pairs.of(table)
+    return pairs.mean(np.abs(pairs.pred_bins_M4 - pairs.true_bins_M4).mean(axis=1))
+
+
+def _boundary_excess(table: DetectionTable) -> Statistic:
+    """What the error of coordinates near a boundary between bins has over that of coordinates near a bin's centre."""
+    pairs = _Pairs.of(table)
+    image_S = np.repeat(pairs.image_M, 4)
+    error_S = np.abs(pairs.pred_bins_M4 - pairs.true_bins_M4).reshape(-1)
+    from_centre_S = np.abs(pairs.true_bins_M4 - np.round(pairs.true_bins_M4)).reshape(-1)
+    sides = []
+    for chosen_S in (from_centre_S > 0.5 - NEAR_BINS, from_centre_S < NEAR_BINS):
+        n_I = np.bincount(image_S[chosen_S], minlength=table.n_images)
+        sides.append(ratio(np.bincount(image_S[chosen_S], error_S[chosen_S], minlength=table.n_images), n_I))
+    near, central = sides
+    return lambda weights_BI: near(weights_BI) - central(weights_BI)
+
+
+def _crowded_recall(table: DetectionTable) -> Statistic:
+    found_I = match_greedily(table, 0.5).counts(0.5, "full")[:, 0]
+    crowded_I = table.n_gt_I >= CROWDED
+    return ratio(found_I * crowded_I, table.n_gt_I * crowded_I)
+
+
+def _count_error(table: DetectionTable) -> Statistic:
+    return ratio(np.abs(table.n_pred_I - table.n_gt_I), np.ones(table.n_images))
+
+
+def _stops(table: DetectionTable, early: bool) -> Statistic:
+    excess_I = table.n_pred_I - table.n_gt_I
+    return ratio(excess_I < 0 if early else excess_I > 0, np.ones(table.n_images))
+
+
+MEASURES = {
+    "geometry.iou": Measure("mean IoU of matched boxes, names ignored", "0..1", "higher", _iou),
+    **{
+        f"geometry.iou_{round(100 * u)}": Measure(
+            f"fraction of matched boxes with IoU >= {u:g}", "0..1", "higher", partial(_iou, above=u)
+        )
+        for u in (0.75, 0.9)
+    },
+    "geometry.giou_loss": Measure("mean 1 - GIoU of matched boxes", "0..2", "lower", _giou_loss),
+    "geometry.bin_error": Measure("mean error of the coordinates of matched boxes", "bins", "lower", _bin_error),
+    "geometry.boundary_excess": Measure(
+        f"error of coordinates within {NEAR_BINS:g} bin of a boundary between bins, minus within {NEAR_BINS:g} of a "
+        "centre",
+        "bins", "lower", _boundary_excess,
+    ),
+    "set.crowded_recall": Measure(
+        f"recall, names included, IoU .50, of images with {CROWDED} objects or more", "0..1", "higher", _crowded_recall
+    ),
+    "set.count_error_abs": Measure("|predictions - objects|, mean over images", "objects", "lower", _count_error),
+    "set.stops_early": Measure(
+        "images with fewer predictions than objects", "0..1", "lower", partial(_stops, early=True)
+    ),
+    "set.stops_late": Measure(
+        "images with more predictions than objects", "0..1", "lower", partial(_stops, early=False)
+    ),
+}  # fmt: skip

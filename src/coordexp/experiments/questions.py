@@ -1,0 +1,71 @@
+"""The questions of configs/questions/: which are asked, and each one from its file to its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.question import UNASKED, Question, load_question, question_names
+from coordexp.errors import ConfigError
+from coordexp.experiments.compare import run_study
+from coordexp.experiments.dependencies import ParameterFiles
+from coordexp.experiments.report import write_report
+from coordexp.experiments.runs import Repository
+from coordexp.infra.provenance import write_json
+from coordexp.reporting.questions import ANSWERS, answer_sentence, answered_questions, write_answer
+
+
+def choose_questions(
+    root: Path, names: Sequence[str], every: bool, arms: Sequence[str], seeds: int | None, profile: str
+) -> dict[str, Question]:
+    """The questions asked for by name, or all of the profile, with their arms, repetitions and profile as asked.
+
+    Raises:
+        ConfigError: no such question or arm, or names together with all.
+    """
+    if bool(names) == every or (arms and len(names) != 1):
+        raise ConfigError("answer: expected IDs or --all, and --arm with one ID. `coordexp answer --list` names them.")
+    asked = {name: load_question(name, root) for name in names or question_names(root)}
+    if every:
+        own = profile or ParameterFiles.of(root).profile_name
+        asked = {name: question for name, question in asked.items() if question.profile in ("", own)}
+    changes: dict[str, Any] = {"profile": profile} if profile else {}
+    changes |= {"seeds": seeds} if seeds else {}
+    return {name: _changed(question.only(arms), changes) for name, question in asked.items()}
+
+
+def _changed(question: Question, changes: Mapping[str, Any]) -> Question:
+    """What trains nothing is not repeated, whatever is asked."""
+    repeated = {**changes, "seeds": 1} if question.budget == "decoding" else changes
+    return question.model_copy(update=dict(repeated))
+
+
+def question_lines(root: Path, profile: str) -> list[str]:
+    """Every question with its answer, if there is one; and why some parameters have none."""
+    answers = {row.name: row for row in answered_questions(root)}
+    lines = []
+    for name in question_names(root):
+        question = load_question(name, root)
+        on = f" (profile {question.profile})" if question.profile not in ("", profile) else ""
+        lines.append(f"{name}: {question.question}{on}")
+        lines.append(f"  {answers[name].answer}  {answers[name].page}" if name in answers else "  not answered yet")
+    return [*lines, "", "Not asked:", *(f"  {key}: {why}" for key, why in UNASKED.items())]
+
+
+def answer_question(repository: Repository, question: Question, name: str) -> tuple[Path, str]:
+    """Run what is missing and write the pages, anew after each seed; returns the page and the answer in a sentence.
+
+    Raises:
+        ConfigError, Interrupted, CoordExpError: as `run_study`.
+    """
+    folder = repository.root / ANSWERS
+
+    def told(numbers: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
+        write_json(folder / f"{name}.json", numbers)
+        logs = {arm: [run.log for run in found] for arm, found in runs.items()}
+        write_report(numbers, logs, folder / "details")
+        write_answer(numbers, repository.root)
+
+    numbers = run_study(repository, question, name, told)
+    return ANSWERS / f"{name}.md", answer_sentence(numbers)

@@ -1,0 +1,268 @@
+"""What is read of a run beside its answers on val: numbers that need its checkpoint, its kept steps, or its probes.
+
+Each is one number of one checkpoint and the same number in every resample of the images, as any metric is, so that one
+rule of verdicts serves all. What a model has to be asked for is kept beside the files of the revision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from coordexp.config.paths import KEPT_STEPS, ProfilePaths
+from coordexp.config.profile import Profile
+from coordexp.config.run import RunConfig
+from coordexp.config.schema import Params
+from coordexp.errors import DataError
+from coordexp.evaluation.bootstrap import resample_weights
+from coordexp.evaluation.comparison import Reading
+from coordexp.evaluation.f1 import greedy_pairs
+from coordexp.evaluation.measures import Statistic, ratio
+from coordexp.experiments.runs import KEPT, WORKSPACE, Repository
+from coordexp.experiments.sides import categories_path, read_answers
+from coordexp.experiments.trajectory import evaluate_steps
+from coordexp.geometry.bins import decode_norm
+from coordexp.geometry.boxes import pairwise_iou
+from coordexp.infra.code_hash import code_hash
+from coordexp.infra.logs import read_rows
+from coordexp.infra.provenance import fingerprint, write_json
+from coordexp.infra.random_streams import generator
+from coordexp.models.loading import load_format
+from coordexp.packing.samples import Sample, SampleStore
+from coordexp.records.descriptions import normalise_desc
+from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines
+from coordexp.rollout.engine import Generation
+from coordexp.rollout.opening import generate_answers
+from coordexp.rollout.stages import decode_request, make_reader
+from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
+
+CONTEXT_ROWS = "context_errors.jsonl"  # of the eval callback: coordinate errors by context, one line an image
+SAME_IOU = 0.5  # from which two answers have an object of one name in common
+FEWEST_OBJECTS = 3  # of an answer that has two to put in another order and one to go on with
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """A run: its revision, what it was told, and `draws`, which says what resamples are drawn."""
+
+    repository: Repository
+    revision: str
+    params: Params
+    profile: Profile
+    draws: Params
+
+    @property
+    def paths(self) -> ProfilePaths:
+        """Places in the graph."""
+        return ProfilePaths(self.params.profile)
+
+    @property
+    def root(self) -> Path:
+        """Where files of the revision lie, at their places in the graph."""
+        root = self.repository.root
+        return root if self.revision == WORKSPACE else root / KEPT / self.revision
+
+    def fetch(self, path: Path) -> Path:
+        """A file or folder of the graph; raises DataError."""
+        return self.repository.fetch(self.revision, path.as_posix())
+
+    def config(self) -> RunConfig:
+        """The run as the stages see it, pictures included, with the files that were fetched."""
+        place = self.paths.raw
+        if not (self.root / place).exists():
+            ours, theirs = (self.repository.past(r).made(place.as_posix()) for r in (WORKSPACE, self.revision))
+            if ours and ours == theirs and (self.repository.root / place).is_dir():
+                (self.root / place).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / place).symlink_to((self.repository.root / place).resolve())
+            else:
+                self.fetch(place)
+        paths = ProfilePaths(self.params.profile, self.root)
+        return RunConfig(params=self.params, profile=self.profile, paths=paths)
+
+    def reading(self, statistic: Statistic, n_images: int) -> Reading | None:
+        """The number that a statistic of images is, with its resamples."""
+        weights_BI = resample_weights(n_images, self.draws.eval.bootstrap_resamples, self.draws.seed)
+        value = float(statistic(np.ones((1, n_images)))[0])
+        return None if np.isnan(value) else Reading(value, statistic(weights_BI))
+
+
+@dataclass(frozen=True, slots=True)
+class RunReading:
+    """One kind of number; `paths` are the outputs of the graph that it needs."""
+
+    meaning: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    paths: Callable[[ProfilePaths, str], Sequence[str]]
+    read: Callable[[RunFiles, str], Reading | None]
+
+
+# How far coordinates are off under the model's own context, beside the annotated one.
+
+
+def _context_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+    return [(paths.run(checkpoint) / CONTEXT_ROWS).as_posix()]
+
+
+def _context_drift(files: RunFiles, checkpoint: str) -> Reading | None:
+    """Error of the last forward of channel A minus that of the first, in bins, over objects of dev after the last step.
+
+    The first reads the annotated coordinates, each later one what the one before it said: the same slots of the same
+    images under the same weights.
+    """
+    rows = read_rows(files.fetch(files.paths.run(checkpoint) / CONTEXT_ROWS), {"A1"})
+    last = [row for row in rows if row["step"] == max(other["step"] for other in rows)]
+    names = sorted(name for name in last[0] if name[:1] == "A" and name[1:].isdigit())
+    if len(names) < 2:
+        return None
+    sums_IC = np.array([[sum(row[name]) for name in (names[0], names[-1])] for row in last], np.float64).reshape(-1, 2)
+    n_I = np.array([len(row["A1"]) for row in last])
+    return files.reading(ratio(sums_IC[:, 1] - sums_IC[:, 0], n_I), len(last))
+
+
+# Whether F1 and mAP rise together while a stage trains.
+
+
+def _step_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+    return [paths.run(checkpoint).as_posix(), (paths.norm1000 / "dev.parquet").as_posix(), categories_path(paths)]
+
+
+def _f1_with_map(files: RunFiles, checkpoint: str) -> Reading | None:
+    """Correlation of F1 and mAP on dev over the kept steps of a stage."""
+    for path in _step_paths(files.paths, checkpoint):
+        files.fetch(Path(path))
+    run = files.config()
+    if not (run.paths.run(checkpoint) / KEPT_STEPS).is_dir():
+        raise DataError(f"{run.paths.run(checkpoint)}: holds no checkpoints of earlier steps; set keep_every_steps.")
+    points = evaluate_steps(run, checkpoint, files.root / "steps" / checkpoint, files.repository.say, files.draws)
+    pairs = ("f1.full_50", "coco.mAP")
+    values = [[point.evaluation.value(key) for key in pairs] for point in points]
+    known = [[0.0 if v is None else v for v in row] for row in values]
+    samples_SBK = np.stack([np.stack([point.evaluation.samples[key] for key in pairs], -1) for point in points])
+    value = _correlation(np.array(known)[:, None])
+    return None if np.isnan(value[0]) else Reading(float(value[0]), _correlation(samples_SBK))
+
+
+def _correlation(values_SB2: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of two values over S steps, (B,); NaN where one of them never changes."""
+    centred = values_SB2 - values_SB2.mean(axis=0)
+    product_B = (centred[..., 0] * centred[..., 1]).sum(axis=0)
+    norm_B = np.sqrt((centred**2).sum(axis=0).prod(axis=-1))
+    return np.divide(product_B, norm_B, out=np.full_like(product_B, np.nan), where=norm_B > 0)
+
+
+# Whether the rest of an answer depends on the order in which its beginning was said.
+
+
+def _order_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+    return [paths.run(checkpoint).as_posix(), (paths.norm1000 / "val.parquet").as_posix()]
+
+
+def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
+    """F1 of what a model goes on to say after its own objects in another order, beside what it said.
+
+    The first half of each answer, two objects at least, is permuted and given as the beginning of the answer. In the
+    order of the answer itself, greedy decoding would repeat the rest: agreement 1. Crowded images count as much as
+    their objects are many.
+    """
+    for path in _order_paths(files.paths, checkpoint):
+        files.fetch(Path(path))
+    results = own_lines(read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode))
+    told = {"decode": files.params.decode.model_dump(), "seed": files.draws.seed, "code": code_hash(__name__)}
+    name = f"order-{checkpoint}-{fingerprint(told, [])}.json"
+    kept = files.repository.root / KEPT / files.revision / "probes" / name
+    if not kept.is_file():
+        write_json(kept, _permuted_rests(files.config(), checkpoint, results, files.draws.seed))
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    rows = [found.get(str(result.image_id), (0, 0)) for result in sorted(results, key=lambda r: r.image_id)]
+    common_I, said_I = np.array(rows, np.float64).T
+    return files.reading(ratio(2 * common_I, said_I), len(rows))
+
+
+def _permuted_rests(
+    run: RunConfig, checkpoint: str, results: Sequence[ImageResult], seed: int
+) -> Mapping[str, tuple[int, int]]:
+    """By image id: objects that both rests have in common, and objects of both rests; of images with enough objects."""
+    folder = run.paths.run(checkpoint)
+    form = load_format(folder)
+    if form.codec == "digits":
+        raise DataError(f"{folder}: answers in digits, expected coordinate tokens; ask this of json or tags.")
+    encoder = AnswerEncoder(form.tokenizer, get_codec(form.codec))
+    store = SampleStore(run.paths.norm1000 / "val.parquet")
+    samples = {sample.image_id: sample for sample in (store[i] for i in range(len(store))) if not sample.probe}
+    asked = [result for result in results if len(result.pred) >= FEWEST_OBJECTS]
+    begun = [_begun(samples[result.image_id], result, encoder, seed) for result in asked]
+    # The grammar counts from the beginning of an answer, servers from the end of a question: neither goes on with one.
+    plain = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
+    request = decode_request(run, form.codec)
+    request = replace(request, params=request.params.model_copy(update=plain), keep_probs=False)
+    profile = run.profile.model_copy(update={"rollout": run.profile.rollout.model_copy(update={"engine": "hf"})})
+    made, _, _ = generate_answers(
+        profile, form, folder, run.paths.raw, profile.rollout.batch_images, [sample for sample, _ in begun], request
+    )
+    reader = make_reader(form)
+    rows = {}
+    for result, (_, beginning), rest in zip(asked, begun, made, strict=True):
+        whole = reader.parse(Generation(np.concatenate([beginning, rest.ids]), rest.finish_reason))
+        n_begun = _n_begun(result)
+        before = [(p.desc, _bins(p)) for p in result.pred[n_begun:]]
+        after = [(o.desc, o.bins) for o in whole.objects[n_begun:]]
+        rows[str(result.image_id)] = (_in_common(before, after), len(before) + len(after))
+    return rows
+
+
+def _n_begun(result: ImageResult) -> int:
+    return max(2, len(result.pred) // 2)
+
+
+def _begun(sample: Sample, result: ImageResult, encoder: AnswerEncoder, seed: int) -> tuple[Sample, Any]:
+    """The sample with the first half of its answer, permuted, at the end of its prompt; and the tokens of that half."""
+    objects = [TextObject(p.desc, _bins(p)) for p in result.pred[: _n_begun(result)]]
+    order = generator(seed, "probe/order", result.image_id).permutation(len(objects))
+    if (np.diff(order) > 0).all():
+        order = order[::-1]  # the order of the answer itself says nothing
+    answer = encoder.encode([objects[i] for i in order])
+    end = int(np.flatnonzero(answer.roles == Role.COORD)[-1]) + 1
+    ids = answer.ids[:end]
+    return replace(sample, prompt_ids=np.concatenate([sample.prompt_ids, ids])), ids
+
+
+def _bins(prediction: Prediction) -> tuple[int, int, int, int]:
+    if prediction.bins is None:
+        raise DataError("predictions without bins: this is about answers in coordinate tokens. Decode them here.")
+    return prediction.bins
+
+
+_Named = Sequence[tuple[str, tuple[int, int, int, int]]]
+
+
+def _in_common(before: _Named, after: _Named) -> int:
+    """Pairs of one name whose boxes overlap enough, each object once."""
+    if not before or not after:
+        return 0
+    iou = pairwise_iou(*(decode_norm([bins for _, bins in side]) for side in (before, after)))
+    names = [[normalise_desc(desc) for desc, _ in side] for side in (before, after)]
+    same = np.array([[a == b for b in names[1]] for a in names[0]])
+    return len(greedy_pairs(np.where(same, iou, 0.0), SAME_IOU)[0])
+
+
+READINGS = {
+    "context.drift": RunReading(
+        "error of coordinates on dev in the last forward of channel A minus the first, after the last step",
+        "bins", "lower", _context_paths, _context_drift,
+    ),
+    "trajectory.f1_with_map": RunReading(
+        "correlation of F1 and mAP on dev over the kept steps of the stage", "-1..1", "neither", _step_paths,
+        _f1_with_map,
+    ),
+    "order.agreement": RunReading(
+        "F1 of what a model says after the first half of its own answer in another order, beside what it said; IoU "
+        f"{SAME_IOU:g}, names included",
+        "0..1", "higher", _order_paths, _order_agreement,
+    ),
+}  # fmt: skip

@@ -1,0 +1,191 @@
+"""The short page of an answered question, and which questions are answered: `reports/answers/`.
+
+<id>.md    the answer in words, its rule, what was measured, what it cost; made from
+<id>.json  every number
+<id>.png   the intervals that the rule reads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from coordexp.errors import DataError
+from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate
+from coordexp.reporting.markdown import MISSING, escape, number, signed, table
+from coordexp.reporting.style import INK, figure_style, new_figure, save_figure
+
+ANSWERS = Path("reports/answers")
+KEPT_NUMBERS = Gate("what `coordexp answer` writes", DataError, "Ask the question again.")
+ALIKE = 0.1  # budgets that differ by a larger fraction are said
+# What the interval of a claim shows -> the short answer to it.
+SHORT = {"confirmed": "yes", "refuted": "no"}
+_BUDGETS = {
+    "tokens": ("tokens", "training tokens"),
+    "compute": ("compute", "compute: training tokens, and a third for each token that rollouts read or wrote"),
+}
+_SIGNS = {"higher": ">", "lower": "<"}
+Numbers = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answered question; `answer` is a sentence, `page` a path from the repository."""
+
+    name: str
+    question: str
+    answer: str
+    profile: str
+    page: Path
+
+
+def answered_questions(root: Path = Path()) -> list[Answered]:
+    """The questions that `reports/answers/` answers, by name; raises DataError where a file of numbers is damaged."""
+    found = []
+    for path in sorted((root / ANSWERS).glob("*.json")):
+        numbers = KEPT_NUMBERS.read_object(path)
+        try:
+            row = Answered(
+                numbers["name"], numbers["question"], answer_sentence(numbers), numbers["profile"],
+                ANSWERS / f"{path.stem}.md",
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            KEPT_NUMBERS.refuse(str(path), f"no answer: {error!r}", error)
+        found.append(row)
+    return found
+
+
+def write_answer(numbers: Numbers, root: Path) -> Path:
+    """Write page and picture of a question from its numbers; returns the path of the page."""
+    draw_claims(numbers["claims"], root / ANSWERS / f"{numbers['name']}.png")
+    path = root / ANSWERS / f"{numbers['name']}.md"
+    write_text(path, answer_markdown(numbers))
+    return path
+
+
+def answer_sentence(numbers: Numbers) -> str:
+    """What the first claim says of the question."""
+    return claim_sentence(numbers["claims"][0]) if numbers["claims"] else "measured, without a rule"
+
+
+def claim_sentence(claim: Numbers) -> str:
+    """The answer of one claim in words."""
+    match claim["judgement"]:
+        case "confirmed":
+            return claim["yes"] or f"Yes: {claim['text']}."
+        case "refuted":
+            return claim["no"] or f"No, it is not so that {claim['text']}."
+        case "not shown":
+            return claim["open"] or f"Not shown: {claim['text']}."
+        case other:
+            return f"Not answered ({other}): {claim['text']}."
+
+
+def answer_markdown(numbers: Numbers) -> str:
+    """The whole page; every number in it is one of `numbers`."""
+    lines = [f"# {escape(numbers['question'])}"]
+    lines += [f"**{escape(claim_sentence(claim))}**" for claim in numbers["claims"][:1]]
+    rows = [
+        [escape(claim["text"]), rule_words(claim), _values(claim), measured(claim), _short(claim)]
+        for claim in numbers["claims"]
+    ]
+    header = ["claim", "rule, fixed before", "measured", "difference, 95 % interval", "answer"]
+    lines += [table(header, rows, "llrrl")] if rows else []
+    lines += [
+        f"Asked by: {escape(numbers['source'])}. {_what_ran(numbers)} {_budget(numbers)}".strip(),
+        f"{_cost(numbers)} `coordexp answer {numbers['name']}` makes this page and runs what is missing; all numbers: "
+        f"[details/{numbers['name']}.md](details/{numbers['name']}.md).",
+    ]
+    lines += [escape(numbers["note"])] if numbers["note"] else []
+    return "\n\n".join([*lines, f"![Intervals of the claims]({numbers['name']}.png)"]) + "\n"
+
+
+def rule_words(claim: Numbers) -> str:
+    """The rule of a claim in short: what must lie on which side."""
+    ours, metric = f"`{claim['arm']}`", f"`{claim['metric']}`"
+    if claim["expected"] == "same":
+        theirs = f"`{claim['baseline']}`" if claim["baseline"] else f"{claim['than']:g}"
+        return f"{metric} of {ours} within {claim['margin']:g} of {theirs}"
+    sign = _SIGNS[claim["expected"]]
+    return f"{metric}: {ours} {sign} " + (f"`{claim['baseline']}`" if claim["baseline"] else f"{claim['than']:g}")
+
+
+def measured(found: Numbers) -> str:
+    """A difference with its interval."""
+    return f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]" if "delta" in found else MISSING
+
+
+def _short(claim: Numbers) -> str:
+    return f"**{SHORT.get(claim['judgement'], claim['judgement'])}**"
+
+
+def _values(claim: Numbers) -> str:
+    return " / ".join(number(value) for value in claim["values"])
+
+
+def _what_ran(numbers: Numbers) -> str:
+    seeds = f"{numbers['seeds']} seeds" if numbers["seeds"] > 1 else "one seed"
+    text = (
+        f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, {numbers['n_images']} val images, {seeds}."
+    )
+    if numbers["seeds"] == 1 and numbers["seed_keys"]:
+        text += " With one seed the interval knows nothing of training noise."
+    return text
+
+
+def _budget(numbers: Numbers) -> str:
+    """What both sides got alike, and where that is not so."""
+    if numbers["budget"] not in _BUDGETS:
+        return "Nothing is trained for it." if numbers["budget"] == "decoding" else ""
+    column, words = _BUDGETS[numbers["budget"]]
+    means = pd.DataFrame(numbers["runs"]).groupby("arm")[column].mean()
+    pairs = {(claim["arm"], claim["baseline"]) for claim in numbers["claims"]}
+    unlike = [
+        f"`{arm}` took {means[arm] / means[baseline]:.2f} times that of `{baseline}`"
+        for arm, baseline in sorted(pairs)
+        if baseline in means and means[baseline] and abs(means[arm] / means[baseline] - 1) > ALIKE
+    ]
+    return f"Alike: {words}" + (f"; but {', '.join(unlike)}." if unlike else ".")
+
+
+def _cost(numbers: Numbers) -> str:
+    runs = {run["experiment"]: run["seconds"] for run in numbers["runs"]}
+    known = [seconds for seconds in runs.values() if seconds is not None]
+    if not known:
+        return f"{len(runs)} runs, all of them there or from the cache."
+    return f"{len(runs)} runs, of which {len(known)} trained here for {sum(known) / 60:.0f} minutes."
+
+
+def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
+    """The interval of every claim beside what it is compared with, one panel a metric; nothing without a claim."""
+    shown = [claim for claim in claims if "delta" in claim]
+    if not shown:
+        path.unlink(missing_ok=True)
+        return
+    by_metric: dict[str, list[Numbers]] = {}
+    for claim in shown:
+        by_metric.setdefault(claim["metric"], []).append(claim)
+    heights = [0.5 + 0.28 * len(group) for group in by_metric.values()]
+    with figure_style():
+        figure = new_figure(8.0, 0.6 + sum(heights))
+        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (metric, group) in zip(panels, by_metric.items(), strict=True):
+            delta, lo, hi = (np.array([claim[name] for claim in group]) for name in ("delta", "lo", "hi"))
+            rows = np.arange(len(group))
+            ax.errorbar(delta, rows, xerr=[np.maximum(0, delta - lo), np.maximum(0, hi - delta)],
+                        color="#0072B2", marker="o", markersize=4, linestyle="", elinewidth=1.6)  # fmt: skip
+            for row, claim in zip(rows, group, strict=True):
+                ax.axvspan(-claim["margin"], claim["margin"], color="#BBBBBB", alpha=0.3 if claim["margin"] else 0.0)
+                ax.annotate(SHORT.get(claim["judgement"], claim["judgement"]), (1.01, row), fontsize=8, va="center",
+                            xycoords=("axes fraction", "data"))  # fmt: skip
+            ax.axvline(0, color=INK, linewidth=0.8)
+            ax.set_yticks(rows, [f"{c['arm']} - {c['baseline'] or format(c['than'], 'g')}" for c in group])
+            ax.set_ylim(len(group) - 0.5, -0.5)
+            ax.set_xlabel(f"{metric}, 95 % interval")
+        save_figure(figure, path)
