@@ -106,8 +106,8 @@ base: env  ## pretrain the embedded base model again (one to two hours) and put 
 preset: env  ## run the graph under a named recipe of configs/presets: make preset PRESET=mixture
 	dvc exp run $$(PYTHONPATH=src python -m coordexp.config.presets $(PRESET))
 
-ablation: env  ## train and compare the recipes of the objective, into reports/ab/objective.md (hours; resumable; ARGS="--seeds 1 --arm pure_ce")
-	PYTHONPATH=src python -m coordexp.cli ab --study objective $(ARGS)
+ablation: env  ## train and compare the recipes of the objective, into reports/answers/objective.md (hours; resumable; ARGS="--seeds 1 --arm pure_ce")
+	PYTHONPATH=src python -m coordexp.cli answer objective $(ARGS)
 
 experiments: env  ## the experiments of all commits: what changed, difference of mAP, verdict, cost (ARGS="--all")
 	PYTHONPATH=src python -m coordexp.cli runs $(ARGS)

@@ -20,7 +20,7 @@ from coordexp.config.loading import read_yaml
 
 SCRIPT = '''
 """Write the outputs of one stage: three images with boxes that are off by what the parameters say."""
-import json, os, time
+import json, os, shutil, time
 from pathlib import Path
 from ruamel.yaml import YAML
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
@@ -39,18 +39,26 @@ def write_stage(stage, words):
         folder = Path("data/tiny/records")
         folder.mkdir(parents=True)
         (folder / "categories.json").write_text(json.dumps([{"id": 1, "name": "cat", "split": "train"}]))
+    elif stage.startswith("decode@"):
+        checkpoint = stage.removeprefix("decode@")
+        folder = Path("runs/tiny/decode") / checkpoint
+        folder.mkdir(parents=True)
+        rows = []
+        for i in range(1, 4):
+            off = i * weight * 4 + seed + {"stage1": 6, "stage1-control": 3, "stage2": 0}[checkpoint]
+            x, y = ((5.0, 20.0), (25.0, 55.0), (55.0, 5.0))[i % 3]  # no place that a blind answer could guess
+            box = (x + off, y, x + 40 + off, y + 40)
+            bins = tuple(round(5 * edge) for edge in box)
+            pred = Prediction("cat", box, bins, (0.0, 0.0, 0.0, 0.0), 0.0)
+            gt = (GroundTruth("cat", (x, y, x + 40, y + 40)),)
+            rows.append(ImageResult(i, f"{i}.jpg", 200, 200, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
+        write_results(folder / "answers.jsonl", rows)
+        (folder / "decode.json").write_text(json.dumps({"codec": "digits"}))
     elif stage == "coco-eval":
-        for checkpoint, worse in (("stage1", 6), ("stage1-control", 3), ("stage2", 0)):
+        for checkpoint in ("stage1", "stage1-control", "stage2"):
             folder = Path("runs/tiny/eval") / checkpoint
             folder.mkdir(parents=True)
-            rows = []
-            for i in range(1, 4):
-                off = i * weight * 4 + seed + worse
-                x, y = ((5.0, 20.0), (25.0, 55.0), (55.0, 5.0))[i % 3]  # no place that a blind answer could guess
-                pred = Prediction("cat", (x + off, y, x + 40 + off, y + 40), (0, 0, 0, 0), score=0.9)
-                gt = (GroundTruth("cat", (x, y, x + 40, y + 40)),)
-                rows.append(ImageResult(i, f"{i}.jpg", 99, 99, gt, (pred,), "", ParseReport(True, 1), "stop", 1))
-            write_results(folder / "gt_vs_pred.jsonl", rows)
+            shutil.copy(Path("runs/tiny/decode") / checkpoint / "answers.jsonl", folder / "gt_vs_pred.jsonl")
         Path("reports/tiny").mkdir(parents=True, exist_ok=True)
         Path("reports/tiny/headline.json").write_text(json.dumps({"weight": weight}))
     elif stage == "report":
@@ -65,19 +73,27 @@ def write_stage(stage, words):
         changed = weight if stage == "stage2" else ""
         (folder / "model.safetensors").write_text(f"{stage} {params['sigma']} {changed} {seed}")
         (folder / "run_metadata.json").write_text(json.dumps({"tokens": 10}))
+        if stage == "stage2":
+            Path("runs/tiny/stage2-compute.json").write_text(json.dumps({"tokens": 10, "rollout_tokens": 6}))
         rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
         (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''
 
 ENTRY = """\
+import sys
+
 from toy import write_stage
 
 if __name__ == "__main__":
     from {room}.words import WORDS  # where it is called, as stages may
 
-    write_stage("{stage}", WORDS)
+    item = [f"@{{key}}" for key in sys.argv[1:] if key.startswith("stage")]
+    write_stage("".join(["{stage}", *item]), WORDS)
 """
-ROOMS = {"convert": "records", "stage1": "training", "stage2": "training", "coco-eval": "judging", "report": "telling"}
+ROOMS = {
+    **{"convert": "records", "stage1": "training", "stage2": "training", "decode": "answering"},
+    **{"coco-eval": "judging", "report": "telling"},
+}
 
 TABLE = """\
 convert:
@@ -88,6 +104,8 @@ stage1:
 stage2:
   params: [softce_weight, stage2]
   profile: [model, stage2]
+decode:
+  params: [seed]
 coco-eval:
   params: [eval]
 report:
@@ -129,11 +147,26 @@ stages:
       - runs/${{profile}}/stage1
     outs:
       - runs/${{profile}}/stage2
+      - runs/${{profile}}/stage2-compute.json
+  decode:
+    foreach:
+      stage1: runs/${{profile}}/stage1
+      stage1-control: runs/${{profile}}/stage2
+      stage2: runs/${{profile}}/stage2
+    do:
+      cmd: {python} -m pipelines.decode ${{key}} --profile ${{profile}}
+      deps:
+        - inputs/${{profile}}/decode.json
+        - ${{item}}
+      outs:
+        - runs/${{profile}}/decode/${{key}}
   coco-eval:
     cmd: {python} -m pipelines.coco_eval --profile ${{profile}}
     deps:
       - inputs/${{profile}}/coco-eval.json
-      - runs/${{profile}}/stage2
+      - runs/${{profile}}/decode/stage1
+      - runs/${{profile}}/decode/stage1-control
+      - runs/${{profile}}/decode/stage2
       - data/${{profile}}/records
     outs:
       - runs/${{profile}}/eval

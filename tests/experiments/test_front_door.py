@@ -57,15 +57,16 @@ def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None
     values = ("run", "-S", "softce_weight=0.2")
     plan = call(*values, "--dry").out
     stages = [line.split()[0] for line in plan.splitlines() if line.startswith("  ")]
-    assert stages == ["stage2", "coco-eval", "report", "at"]
+    assert stages == ["stage2", "decode@stage1-control", "decode@stage2", "coco-eval", "report", "at"]
     assert "softce_weight changed; cost unknown" in plan
     assert (toy.ran(), status(toy)) == ([], [])
 
     done = call(*values)
     assert done.code == 0, done.err
-    assert toy.ran() == ["stage2 0.2 0", "coco-eval 0.2 0"]
+    ran = ["stage2", "decode@stage1-control", "decode@stage2", "coco-eval"]
+    assert toy.ran() == [f"{stage} 0.2 0" for stage in ran]
     told = [line.split(", ")[0].removeprefix("softce_weight-0.2: ") for line in done.err.splitlines()]
-    assert told == ["softce_weight=0.2", "check", "stage2", "coco-eval", "report", "judged against main"]
+    assert told == ["softce_weight=0.2", "check", *ran, "report", "judged against main"]
     assert "`softce_weight-0.2` against `main`: **better**: `coco.mAP` +" in done.out
     assert "changed: softce_weight 1.0 -> 0.2" in done.out
     assert status(toy) == ["?? reports/experiments/"]
@@ -178,14 +179,16 @@ def test_without_results_the_commit_runs_first(toy: Toy, call: Call, tmp_path: P
     plan = call("run", "-S", "softce_weight=0.2", "--dry").out
     assert "main has no results that can be had: it runs first" in plan
     assert [line.split()[0] for line in plan.partition("experiment  ")[2].splitlines() if "  " in line[:2]] == [
-        "stage2", "coco-eval", "report", "at"
+        "stage2", "decode@stage1-control", "decode@stage2", "coco-eval", "report", "at"
     ]  # fmt: skip
     assert call("run", "-S", "softce_weight=0.2").code == 0
     ran = toy.ran()
     assert [line.split()[0] for line in ran].count("stage1") == 1
     assert {line for line in ran if line.startswith("stage2")} == {"stage2 1.0 0", "stage2 0.2 0"}
     assert call("run", "-S", "softce_weight=0.4").code == 0
-    assert toy.ran() == ["stage2 0.4 0", "coco-eval 0.4 0"]
+    assert toy.ran() == [
+        f"{stage} 0.4 0" for stage in ("stage2", "decode@stage1-control", "decode@stage2", "coco-eval")
+    ]
 
 
 def test_other_images_are_no_comparison(toy: Toy, call: Call) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordexp.config.loading import load_block
-from coordexp.config.study import Claim, Study, load_study
+from coordexp.config.loading import load_block, load_params
+from coordexp.config.presets import leaves
+from coordexp.config.question import UNASKED, Arm, Claim, Question, load_question, question_names
 from coordexp.errors import ConfigError
 from coordexp.evaluation.effect import Effect
+from coordexp.evaluation.measures import MEASURES
+from coordexp.evaluation.registry import metric_specs
 from coordexp.experiments.compare import judged
 from coordexp.experiments.plan import AS_COMMITTED, Plan, grid_study, plan_study
+from coordexp.experiments.readings import READINGS
 
 MakePlan = Callable[..., Plan]
 
@@ -88,7 +93,7 @@ def test_wrong_assignments_are_refused(plan: MakePlan, assignments: list[str], w
 
 
 def test_slugs_are_safe_names_that_tell_arms_apart(repository: Path) -> None:
-    found = plan_study(load_study("objective", repository), repository)
+    found = plan_study(load_question("objective", repository), repository)
     settings = [repr(values) for values in found.settings.values()]
     slugs = [found.slug(arm, 0) for arm in found.study.arms]
     assert len(set(slugs)) == len(slugs) > len(set(settings))  # control and default are one run
@@ -99,7 +104,7 @@ def test_slugs_are_safe_names_that_tell_arms_apart(repository: Path) -> None:
 
 
 def test_the_arms_of_the_objective_differ_from_the_recipe_in_what_they_are_named_after(repository: Path) -> None:
-    found = plan_study(load_study("objective", repository), repository)
+    found = plan_study(load_question("objective", repository), repository)
     recipe = found.settings["seed_recipe"]
     for name, keys in {
         **{"minus_w1": {"stage1.w1_weight"}, "minus_gate": {"stage1.gate_weight"}, "two_bin": {"target"}},
@@ -111,7 +116,7 @@ def test_the_arms_of_the_objective_differ_from_the_recipe_in_what_they_are_named
 
 
 def test_choosing_arms_brings_their_baselines_and_claims(repository: Path) -> None:
-    study = load_study("objective", repository)
+    study = load_question("objective", repository)
     chosen = study.only(["pure_ce"])
     assert list(chosen.arms) == ["seed_recipe", "pure_ce"]
     assert list(chosen.claims) == ["recipe_loses_to_ce"]
@@ -132,16 +137,17 @@ CLAIM = {"text": "t", "source": "s", "arm": "a", "baseline": "stage1", "expected
         ({"arms": {"a": {"change": ["x=1"]}}}, "arms.a.change: unknown key"),
         ({"arms": {"a": {"checkpoint": "base"}}}, "arms.a.checkpoint: found 'base'"),
         ({"claims": {"c": CLAIM | {"arm": "stage1"}}}, "claims.c.arm: no arm 'stage1'"),
-        ({"claims": {"c": CLAIM | {"metric": "coco.AP"}}}, "claims.c.metric: found 'coco.AP'"),
+        ({"claims": {"c": CLAIM | {"than": 0.5}}}, "than is 0.5, but there is a baseline"),
+        ({"budget": "steps"}, "budget: found 'steps'"),
         ({"claims": {"c": CLAIM | {"margin": 0.0}}}, "margin is 0, expected above 0"),
         ({"seeds": 0}, "seeds: found 0"),
     ],
 )
-def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_a_wrong_question_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(str({"title": "t", "arms": {"a": {}}, "claims": {"c": CLAIM}} | changes))
+    path.write_text(str({"question": "t", "arms": {"a": {}}, "claims": {"c": CLAIM}} | changes))
     with pytest.raises(ConfigError, match=words):
-        load_block(path, Study)
+        load_block(path, Question)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +167,58 @@ def test_a_claim_is_judged_by_its_interval(expected: Any, above: str, across: st
     assert judged(claim, within, {}) == ("confirmed" if expected == "same" else "not shown")
     assert judged(claim, within, {"run": ["loops"]}) == "not judged"
     assert judged(claim, None, {}) == "not defined"
+
+
+def test_every_question_can_be_planned_and_every_parameter_is_asked_about_or_has_a_reason(repository: Path) -> None:
+    params = load_params(repository / "params.yaml")
+    known = {*metric_specs(params.eval), *MEASURES, *READINGS}
+    set_by_some: set[str] = set()
+    for name in question_names(repository):
+        question = load_question(name, repository)
+        assert {claim.metric for claim in question.claims.values()} <= known, name
+        assert question.claims or name == "objective", name
+        if question.profile:  # of a world of its own
+            changes = [change.partition("=")[0] for arm in question.arms.values() for change in arm.changes]
+            set_by_some.update(changes)
+            continue
+        found = plan_study(question, repository)
+        set_by_some.update(key for values in found.settings.values() for key in values)
+        trained = question.budget != "decoding"
+        assert bool(found.seed_keys) == trained or question.seeds == 1, name
+    keys = {key for key, _ in leaves(params.model_dump())}
+    assert keys - set_by_some == {*UNASKED}
+    assert not set_by_some & UNASKED.keys()
+
+
+def test_an_unknown_metric_is_named_before_anything_runs(repository: Path) -> None:
+    claim = Claim(text="t", source="s", arm="a", metric="geometry.iuo", expected="higher")
+    question = Question(question="?", arms={"a": Arm()}, claims={"c": claim})
+    with pytest.raises(ConfigError, match=r"claims.c.metric: found 'geometry.iuo'.*Did you mean 'geometry.iou'"):
+        plan_study(question, repository)
+
+
+def test_an_arm_that_says_what_is_committed_repeats_what_trains_its_checkpoint(repository: Path) -> None:
+    committed = load_params(repository / "params.yaml").w1_weight
+    for checkpoint, seeds in (("stage2", ("stage2.seed",)), ("stage1", ("stage1.seed", "stage2.seed"))):
+        arms = {"a": Arm(checkpoint=checkpoint), "b": Arm(changes=(f"w1_weight={committed}",), checkpoint=checkpoint)}
+        assert plan_study(Question(question="?", arms=arms), repository).seed_keys == seeds
+
+
+def test_another_profile_is_told_to_every_arm_and_its_inherited_keys_get_a_plus(
+    repository: Path, tmp_path: Path
+) -> None:
+    for name in ("params.yaml", "pipelines/inputs.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(repository / name, tmp_path / name)
+    shutil.copytree(repository / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "heir.yaml").write_text("extends: smoke\nstage2:\n  lr: 0.5\n")
+    changes = ("configs/${profile}.yaml:stage2.steps=50", "configs/${profile}.yaml:stage2.lr=0.25", "sigma=1.5")
+    question = Question(question="?", profile="heir", arms={"a": Arm(changes=changes)})
+    found = plan_study(question, tmp_path)
+    assert found.overrides("a", 2) == [
+        "profile=heir", "configs/heir.yaml:+stage2.steps=50", "configs/heir.yaml:stage2.lr=0.25", "sigma=1.5",
+        "stage1.seed=2", "stage2.seed=2",
+    ]  # fmt: skip
+    assert (found.profile, found.params["a"].profile, found.profiles["a"].stage2.steps) == ("heir", "heir", 50)
+    with pytest.raises(ConfigError, match="within one profile"):
+        plan_study(question.model_copy(update={"arms": {"a": Arm(changes=("profile=tiny",))}}), tmp_path)

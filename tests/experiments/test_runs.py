@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 
 from coordexp.config.loading import read_yaml
-from coordexp.config.study import load_study
+from coordexp.config.question import load_question
 from coordexp.errors import ConfigError, DataError, TrainingError
+from coordexp.experiments.cache import copy_cached
 from coordexp.experiments.compare import forecast, prepare, run_study
 from coordexp.experiments.plan import grid_study
+from coordexp.experiments.questions import answer_question
 from coordexp.experiments.runs import Repository
+from coordexp.reporting.questions import answered_questions
 from toy_graph import Toy, copied_toy
 
 pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
@@ -31,7 +35,7 @@ def ab(toy: Toy, assignments: list[str], seeds: int = 1, name: str = "x") -> dic
     SAID.clear()
     toy.ran()
     study = grid_study(assignments, "toy").model_copy(update={"seeds": seeds})
-    return run_study(Repository(toy.root, SAID.append), study, name)
+    return run_study(Repository(toy.root, SAID.append), study, name, lambda _numbers, _runs: None)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +65,13 @@ def toy(finished: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.Mo
 
 
 def test_a_killed_test_goes_on_where_it_was(toy: Toy) -> None:
-    assert toy.ran() == ["stage2 0.2 0", "coco-eval 0.2 0"]  # stage 1 is the commit's, arm 0.1 was finished
+    assert toy.ran() == ["stage2 0.2 0", "decode@stage2 0.2 0"]  # stage 1 is the commit's, arm 0.1 was finished
     assert len(Repository(toy.root, print).experiments("ab-x-*")) == 2
 
 
 def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
     first = ab(toy, GRID)
-    toy.commit("the report of the test itself")
+    toy.write("README.md", "read by no stage")
     toy.write("src/telling/words.py", 'WORDS = "of no stage that the test reads"\n')
     toy.write("toy.py", (toy.root / "toy.py").read_text() + "# a comment\n")
     assert ab(toy, GRID) == first | {"commit": toy.succeed("git", "rev-parse", "HEAD").strip()}
@@ -84,9 +88,9 @@ def test_a_dry_run_tells_what_is_there_and_what_the_rest_would_cost(toy: Toy) ->
     lines = forecast(repository, prepare(repository, study))
     assert lines[0].startswith("softce_weight=0.2, seed 0: there already, as ab-x-softce-weight-0.2")
     assert lines[1:4] == [
-        "softce_weight=0.4, seed 0: stage2, coco-eval",
-        "softce_weight=0.2, seed 1: stage2, coco-eval",
-        "softce_weight=0.4, seed 1: stage2, coco-eval",
+        "softce_weight=0.4, seed 0: stage2, decode@stage2",
+        "softce_weight=0.2, seed 1: stage2, decode@stage2",
+        "softce_weight=0.4, seed 1: stage2, decode@stage2",
     ]
     assert lines[4].startswith("4 runs; at most ")
     assert "never measured" not in lines[4]
@@ -114,10 +118,11 @@ def stage1_trained_again(toy: Toy) -> None:
     [
         (edit("src/training/words.py", "first", "second"), "the code of stage stage1"),
         (edit("src/training/words.py", "WORDS", "# a comment\nWORDS"), ""),
-        (edit("src/judging/words.py", "first", "second"), "the code of stage coco-eval"),
+        (edit("src/answering/words.py", "first", "second"), "the code of stage decode@stage2"),
+        (edit("src/judging/words.py", "first", "second"), ""),
         (edit("src/telling/words.py", "first", "second"), ""),
         (edit("dvc.yaml", "-m pipelines.stage2", "-m  pipelines.stage2"), "the command of stage stage2"),
-        (edit("dvc.yaml", "/stage2\n      - data", "/stage2\n      - README.md\n      - data"), "README.md"),
+        (edit("dvc.yaml", "/decode.json\n", "/decode.json\n        - README.md\n"), "README.md"),
         (edit("pipelines/inputs.yaml", "sigma, ", ""), "sigma of stage stage1"),
         (edit("params.yaml", "sigma: 2.0", "sigma: 2.5"), "sigma of stage stage1"),
         (edit("params.yaml", "softce_weight: 1.0", "softce_weight: 9.0"), ""),  # both arms set it
@@ -131,7 +136,7 @@ def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy],
     (toy.root / "README.md").write_text("text\n")
     change(toy)
     repository = Repository(toy.root, print)
-    read = ["runs/tiny/eval/stage2", "runs/tiny/stage2/train_log.jsonl", "data/tiny/records/categories.json"]
+    read = ["runs/tiny/decode/stage2", "runs/tiny/stage2/train_log.jsonl", "data/tiny/records/categories.json"]
     present = repository.present("tiny", read)
     [found] = repository.experiments("ab-x-*0.2*-s0")
     past = repository.past(found.revision, present)
@@ -139,13 +144,14 @@ def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy],
     assert present.change(past, ["softce_weight=0.2", "stage2.seed=1"]) != ""
 
 
-def test_a_changed_evaluation_evaluates_again_and_trains_nothing(toy: Toy) -> None:
-    toy.write("src/judging/words.py", 'WORDS = "judged in another way"\n')
+def test_changed_decoding_decodes_again_and_trains_nothing(toy: Toy) -> None:
+    toy.write("src/judging/words.py", 'WORDS = "judged in another way"\n')  # by who compares, not by the graph
+    toy.write("src/answering/words.py", 'WORDS = "answered in another way"\n')
     (toy.root / "dvc.lock").write_text((toy.root / "dvc.lock").read_text() + "\n")  # as a run of the graph may leave it
     (toy.root / "reports" / "tiny" / "progress.md").write_text("as a run of the graph may leave it")
     ab(toy, GRID)
-    assert toy.ran() == ["coco-eval 0.1 0", "coco-eval 0.2 0"]
-    assert any("(again: the code of stage coco-eval changed)" in line for line in SAID)
+    assert toy.ran() == ["decode@stage2 0.1 0", "decode@stage2 0.2 0"]
+    assert any("(again: the code of stage decode@stage2 changed)" in line for line in SAID)
     (toy.root / "params.yaml").write_text((toy.root / "params.yaml").read_text() + "\n")
     with pytest.raises(ConfigError, match=r"(?s)params\.yaml.*commit first.*git restore"):
         ab(toy, GRID)
@@ -164,8 +170,8 @@ def test_in_a_fresh_clone_everything_comes_with_the_run(toy: Toy, tmp_path: Path
     assert fresh.ran() == []
 
 
-STUDY = """\
-title: A toy study
+QUESTION = """\
+question: Is less nearer?
 seeds: 2
 arms:
   default: {}
@@ -174,35 +180,71 @@ arms:
     changes: [softce_weight=0.1, "configs/${profile}.yaml:stage2.steps=50"]
     baseline: stage1-control
 claims:
-  nearer: {text: less is nearer, source: the toy, arm: near, baseline: default, expected: higher}
+  nearer:
+    {text: less is nearer, source: the toy, arm: near, baseline: default, expected: higher, "yes": Less is nearer.}
+  tight: {text: boxes overlap by half, source: the toy, arm: near, metric: geometry.iou, than: 0.5, expected: higher}
 """
 
 
-def test_a_study_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> None:
-    """The default comes from the cache; an arm that says the same in other words comes with it."""
+def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> None:
+    """The default comes from the commit; an arm that says the same in other words comes with it."""
 
     def run(text: str) -> dict[str, Any]:
-        toy.write("configs/studies/toy.yaml", text)
+        toy.write("configs/questions/toy.yaml", text)
         SAID.clear()
         toy.ran()
-        return run_study(Repository(toy.root, SAID.append), load_study("toy", toy.root), "toy")
+        found = answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root), "toy")
+        assert found == (Path("reports/answers/toy.md"), "Less is nearer.")
+        return json.loads((toy.root / "reports" / "answers" / "toy.json").read_text())
 
-    numbers = run(STUDY)
+    numbers = run(QUESTION)
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 1.0 1", "stage2 0.1 0", "stage2 0.1 1"}
     assert any("seed-recipe" in line and "there already, as ab-toy-default" in line for line in SAID)
     by_arm = {row["arm"]: row["metrics"]["coco.mAP"] for row in numbers["effects"]}
     assert by_arm["seed_recipe"]["verdict"] == "the same in every resample and seed"
-    [claim] = numbers["claims"]
-    assert claim["judgement"] == "confirmed"
+    claim, value = numbers["claims"]
+    assert (claim["judgement"], value["judgement"]) == ("confirmed", "confirmed")
     assert claim["delta"] > by_arm["near"]["delta"] > 0  # its own control is farther off than the default
-    page = (toy.root / "reports" / "ab" / "toy.md").read_text()
-    assert page.index("less is nearer") < page.index("## Effects")
+    assert value["delta"] == pytest.approx(value["values"][0] - 0.5, abs=2e-4)
+    assert {(run["tokens"], run["compute"]) for run in numbers["runs"]} == {(10, 12)}
+    details = (toy.root / "reports" / "answers" / "details" / "toy.md").read_text()
+    assert details.index("less is nearer") < details.index("## Effects")
+    page = (toy.root / "reports" / "answers" / "toy.md").read_text()
+    assert page.startswith("# Is less nearer?\n\n**Less is nearer.**\n")
+    assert "| less is nearer | `coco.mAP`: `near` > `default` |" in page
+    assert len(page.splitlines()) <= 20
+    [row] = answered_questions(toy.root)
+    assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
+    assert (toy.root / row.page).with_suffix(".png").is_file()
 
-    arm = "  far: {changes: [softce_weight=0.8], checkpoint: stage1, baseline: default}\nclaims"
-    more = run(STUDY.replace("claims", arm, 1))
+    arm = "  far: {changes: [softce_weight=0.8], baseline: default}\nclaims"
+    more = run(QUESTION.replace("claims", arm, 1))
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.8 0", "stage2 0.8 1"}
     old = [run for run in more["runs"] if run["arm"] != "far"]
     assert old == numbers["runs"]
+
+
+def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: Toy, tmp_path: Path) -> None:
+    lock = read_yaml(toy.root / "dvc.lock")["stages"]
+    paths = ["runs/tiny/stage2", "runs/tiny/stage2/train_log.jsonl", "runs/tiny/stage2-compute.json"]
+    for n, path in enumerate(paths):
+        assert copy_cached(toy.root, lock, path, tmp_path / f"copy{n}")
+        toy.succeed("dvc", "get", ".", path, "--rev", "HEAD", "--out", str(tmp_path / f"get{n}"))
+        copied, got = ({f.relative_to(top): f.read_bytes() for f in sorted([top, *top.rglob("*")]) if f.is_file()}
+                       for top in (tmp_path / f"copy{n}", tmp_path / f"get{n}"))  # fmt: skip
+        assert copied == got
+    for path in ("runs/tiny/nothing", "reports/tiny/headline.json", "runs/tiny/stage2/nothing"):
+        assert not copy_cached(toy.root, lock, path, tmp_path / "nothing")
+    repository, revision = Repository(toy.root, print), toy.succeed("git", "rev-parse", "HEAD").strip()
+    log = repository.fetch(revision, paths[1])
+    weights = repository.fetch(revision, paths[0]) / "model.safetensors"  # its folder was there before, with the log
+    assert weights.is_file()
+    assert log.is_file()
+    for cached in (toy.root / ".dvc" / "cache" / "files" / "md5").rglob("*"):
+        if cached.is_file() and cached.read_bytes() == weights.read_bytes():
+            cached.unlink()
+    assert not copy_cached(toy.root, lock, paths[0], tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_what_git_and_dvc_say_is_in_the_message(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

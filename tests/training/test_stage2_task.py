@@ -252,7 +252,8 @@ def test_the_reordered_annotation_costs_the_cross_entropy_of_its_coordinates(wor
     plan, settings = StepPlan("B", ALL), changed(TWO, reordered_ce_weight=0.5)
     made = run(stage2(world, checkpoint, rollouts, [plan], settings, weights=ALL_WEIGHTS | {"reordered_ce": 0.5}))
     plain = run(stage2(world, checkpoint, rollouts, [plan]))
-    assert float(made.loss.detach()) == pytest.approx(float(plain.loss.detach()) + 0.5 * made.logs["raw/reordered_ce"], rel=1e-5)
+    added = 0.5 * made.logs["raw/reordered_ce"]
+    assert float(made.loss.detach()) == pytest.approx(float(plain.loss.detach()) + added, rel=1e-5)
     segments, _ = plan_segments(plan, 0, world.source(checkpoint), rollouts, world.encoder(checkpoint), settings)
     as_text = []
     for segment in segments:

@@ -83,7 +83,7 @@ def images_to_decode(run: RunConfig, train_records: int, val_records: int) -> De
     fresh_steps = max(0, profile.stage2.steps - stage2.refresh_steps) if stage2.refresh_steps else 0
     return Decoded(
         rollouts=min(profile.rollout.images, train_records),
-        fresh=round(fresh_steps * stage2.b_ratio * profile.stage2.samples_per_step),
+        fresh=round(fresh_steps * stage2.b_ratio * profile.stage2.samples_per_step) * stage2.refresh_samples,
         evaluation=len(CHECKPOINTS) * min(profile.eval.images or val_records, val_records),
         callback=profile.monitor.images * _evaluations(profile),
     )

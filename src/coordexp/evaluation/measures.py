@@ -118,7 +118,8 @@ def _count_error(table: DetectionTable) -> Statistic:
 
 def _stops(table: DetectionTable, early: bool) -> Statistic:
     excess_I = table.n_pred_I - table.n_gt_I
-    return ratio(excess_I < 0 if early else excess_I > 0, np.ones(table.n_images))
+    stops_I = excess_I < 0 if early else excess_I > 0
+    return ratio(stops_I.astype(np.float64), np.ones(table.n_images))
 
 
 MEASURES = {

@@ -17,8 +17,12 @@ from coordexp.config.presets import leaves, overrides, read_preset
 from coordexp.config.profile import Profile
 from coordexp.config.question import Arm, Question, Trained
 from coordexp.config.schema import Params
-from coordexp.errors import ConfigError
+from coordexp.errors import ConfigError, closest
+from coordexp.evaluation.measures import MEASURES
+from coordexp.evaluation.protocol import STANDARD
+from coordexp.evaluation.registry import metric_specs
 from coordexp.experiments.dependencies import ParameterFiles
+from coordexp.experiments.readings import READINGS
 from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 
 AS_COMMITTED = "as in params.yaml"
@@ -87,6 +91,7 @@ def plan_study(study: Question, root: Path) -> Plan:
     Raises:
         ConfigError: an unknown key or preset, a value out of range, or repetitions that would all be alike.
     """
+    _check_metrics(study)
     files = ParameterFiles.of(root, study.profile)
     settings = {name: _settings(arm, files) for name, arm in study.arms.items()}
     # As the stages will read them, so that a wrong value stops before the first arm trains.
@@ -102,6 +107,17 @@ def plan_study(study: Question, root: Path) -> Plan:
     if clash := set(repeated) & {key for values in settings.values() for key in values}:
         raise ConfigError(f"-S {min(clash)}: repetitions set this key themselves; use --seeds.")
     return Plan(study, files.profile_name, settings, params, profiles, repeated)
+
+
+def _check_metrics(study: Question) -> None:
+    """Raise ConfigError if a claim is about a number that nothing reads."""
+    known = [*metric_specs(STANDARD), *MEASURES, *READINGS]
+    for name, claim in study.claims.items():
+        if claim.metric not in known:
+            raise ConfigError(
+                f"claims.{name}.metric: found {claim.metric!r}, expected a metric of docs/metrics.md, or one of "
+                f"{', '.join((*MEASURES, *READINGS))}.{closest(claim.metric, known)}"
+            )
 
 
 def seed_keys(stages: Collection[str]) -> tuple[str, ...]:

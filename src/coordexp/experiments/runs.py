@@ -34,6 +34,7 @@ from coordexp.errors import (
     TrainingError,
     closest,
 )
+from coordexp.experiments.cache import copy_cached
 from coordexp.experiments.dependencies import INPUTS, Past, Present, by_path
 from coordexp.experiments.progress import Ended, Progress, stream
 from coordexp.infra.files import only_process, remove
@@ -159,7 +160,7 @@ class Repository:
             change = present.change(self.past(found.revision, present), overrides)
             if not change and self._has(found, present.read):
                 return found, ""
-            changed = change if found.revision in revisions else changed
+            changed = change if found.revision in revisions and found.start else changed  # a commit is no former arm
         return None, changed
 
     def experiment(
@@ -213,6 +214,16 @@ class Repository:
         new = target.with_name(f".{target.name}.{os.getpid()}.part")
         remove(new)
         _make_folder(target.parent)
+        if not copy_cached(self.root, self.past(revision).lock, path, new):
+            self._get(revision, path, new)
+        if new.is_dir():
+            remove(target)
+            is_whole.parent.mkdir(parents=True, exist_ok=True)
+            is_whole.touch()
+        new.replace(target)
+        return target
+
+    def _get(self, revision: str, path: str, new: Path) -> None:
         done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
         if done.returncode or not new.exists():
             remove(new)
@@ -222,12 +233,6 @@ class Repository:
                 "If it is on a remote, `dvc pull` (of a commit) or `dvc exp pull` fetches it. If the cache lost it "
                 "(dvc gc), run the revision again."
             )
-        if new.is_dir():
-            remove(target)
-            is_whole.parent.mkdir(parents=True, exist_ok=True)
-            is_whole.touch()
-        new.replace(target)
-        return target
 
     def _has(self, found: Experiment, paths: Sequence[str]) -> bool:
         """Whether the files of a revision can be had; says which cannot."""
