@@ -14,7 +14,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 
-from coordexp.config.paths import KEPT_STEPS
+from coordexp.config.paths import KEPT_STEPS, ProfilePaths
 from coordexp.errors import DataError
 from coordexp.experiments import readings
 from coordexp.experiments.readings import READINGS, RunFiles, _begun, _correlation, _in_common
@@ -133,7 +133,7 @@ def test_the_correlation_over_steps_is_pearsons():
 
 
 def test_drift_is_read_from_the_last_evaluation_of_the_eval_callback(tmp_path, trained: Workspace):
-    paths = replace(trained.paths, root=tmp_path)
+    paths = ProfilePaths(trained.params.profile, tmp_path)
     rows = [
         {"step": 50, "image_id": 1, "A1": [9.0], "A2": [1.0], "own": [None]},
         {"step": 100, "image_id": 1, "A1": [1.0, 3.0], "A2": [2.0, 6.0], "own": [None, 1.0]},
