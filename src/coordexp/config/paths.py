@@ -16,7 +16,7 @@ COMPARISONS = {
 }
 
 # In the folder of each trained checkpoint.
-RUN_METADATA, TRAIN_LOG = "run_metadata.json", "train_log.jsonl"
+RUN_METADATA, TRAIN_LOG, CONTEXT_ROWS = "run_metadata.json", "train_log.jsonl", "context_errors.jsonl"
 # In the folder of each evaluated checkpoint: its judged answers, and how they were made.
 GT_VS_PRED, DECODE_SUMMARY = "gt_vs_pred.jsonl", "decode.json"
 

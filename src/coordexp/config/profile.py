@@ -326,10 +326,12 @@ class Stage2Config(OptimConfig):
 
 
 class MonitorConfig(Block):
-    """The eval callback of training: a fixed few images of dev, decoded, counted and drawn."""
+    """The eval callback of training: a fixed few images of dev, decoded, counted, drawn and read teacher-forced."""
 
     every_steps: Count = Field(description="optimizer steps between two evaluations, and one at the end; 0 is never")
-    images: int = Field(ge=1, le=512, description="images of dev, the same ones every time")
+    images: int = Field(
+        ge=1, le=512, description="images of dev, the same ones every time: answered, and read by context"
+    )
     batch_images: PositiveCount = Field(description="images decoded together")
 
 
