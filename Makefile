@@ -32,7 +32,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
+.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base trees real clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -135,6 +135,12 @@ gpu-check:  ## check a machine with a GPU, into OUT within DEADLINE seconds (ARG
 
 check-profile: env  ## try PROFILE=... on 16 images of its data with a shrunken model, and print the plan of the run
 	PYTHONPATH=src python -m pipelines.check_profile --profile $(PROFILE)
+
+trees: env  ## fetch annotated aerial photos (21 MB) and cut them into tiles, for the profile trees (docs/real_data.md)
+	PYTHONPATH=src python -m pipelines.fetch trees
+
+real: env  ## fetch COCO val2017 (1.1 GB, resumes), for the profile coco-val2017 (docs/real_data.md)
+	PYTHONPATH=src python -m pipelines.fetch coco-val2017
 
 clean-resume:  ## forget interrupted runs: the next one starts at step 0
 	rm -rf .resume

@@ -15,12 +15,18 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Write one JSONL for each split, the categories, and every annotation that was dropped with its reason."""
+    """Write one JSONL for each split, the categories, and every annotation that was dropped with its reason.
+
+    What `records.missing` leaves out of training goes to `left_out.jsonl`, for whoever judges what training made of it.
+    """
     out = context.paths.records
     converted = convert_datasets(context.paths.raw, context.profile.records, context.params.seed)
     for name, records in converted.splits.items():
         write_records(out / f"{name}.jsonl", records)
         LOG.info("%s: %d records, %d objects", name, len(records), sum(len(r.objects) for r in records))
+    if context.profile.records.missing:
+        write_records(out / "left_out.jsonl", converted.left_out)
+        LOG.info("left out: %d objects of train", sum(len(r.objects) for r in converted.left_out))
     write_json(out / "categories.json", [c.to_json() for c in converted.categories()])
     write_json(out / "sets.json", converted.sets())
     write_json(out / "drops.json", converted.drops())

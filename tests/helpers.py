@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from coordexp.config.block import Block
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
-from coordexp.config.profile import HeldOutConfig, OptimConfig, Profile, RolloutConfig, ScenesConfig
+from coordexp.config.profile import HeldOutConfig, OptimConfig, Profile, RolloutConfig, RowsConfig, ScenesConfig
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.detection_config import BASE, DetectionConfig
@@ -59,11 +59,15 @@ SCENES = ScenesConfig(
     seed_offset=0,
     min_side_px=64,
     max_side_px=128,
+    min_objects=1,
     max_objects=5,
+    count_decay=0.8,
+    max_iou=0.35,
     smallest_fraction=0.2,
     largest_fraction=0.5,
     small_fraction=0.1,
     crowd_fraction=0.3,
+    rows=RowsConfig(most=1, objects=6, smallest_fraction=0.14, largest_fraction=0.26, closest=0.75, farthest=1.1),
     distractors=2,
     plain_fraction=0.2,
     held_out=HeldOutConfig(strict=0.2, phrase=0.1, plain_only=0.1, never=0.1),

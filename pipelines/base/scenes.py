@@ -13,13 +13,23 @@ from toyworld.coco_folder import write_coco_folder
 HOME = Path("pipelines/base")
 DEV_SEED_OFFSET = 100
 DEV_HELD_OUT = {"strict": 0.3, "phrase": 0.25, "plain_only": 0.03, "never": 0.03}
+COMMON = {
+    "plain_fraction": 0.15,
+    "min_objects": 1,
+    "count_decay": 0.8,
+    "max_iou": 0.35,
+    "rows": {
+        **{"most": 1, "objects": 6, "closest": 0.75, "farthest": 1.1},
+        **{"smallest_fraction": 0.14, "largest_fraction": 0.26},
+    },
+}
 NOTHING_HELD_OUT = dict.fromkeys(DEV_HELD_OUT, 0.0)
 
 
 def main() -> None:
     """One COCO folder per curriculum phase, and `dev`."""
     params = YAML(typ="safe").load(HOME / "params.yaml")
-    common = {"kind": "scenes", "sprites": params["sprites"], "plain_fraction": 0.15}
+    common = {"kind": "scenes", "sprites": params["sprites"]} | COMMON
     for i, (phase, options) in enumerate(params["phases"].items()):
         keys = common | {"val_images": 1, "held_out": NOTHING_HELD_OUT, "seed_offset": i} | options["scenes"]
         source = ScenesConfig.model_validate(keys)

@@ -2,7 +2,7 @@
 
 Rules of the ground truth, stated once:
 * a box is the full (amodal) extent of the sprite, which always lies inside the image;
-* a placement is refused if it leaves any object less than `MIN_VISIBLE` of its pixels, or two boxes above `MAX_IOU`;
+* a placement is refused if it leaves any object less than `MIN_VISIBLE` of its pixels, or two boxes above `max_iou`;
 * objects are listed in reading order (y1, x1);
 * a noun is never both plain and tinted in one scene: whether "cat" means a red cat too is left open.
 """
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coordexp.config.profile import ScenesConfig
+from coordexp.config.profile import RowsConfig, ScenesConfig
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
 from toyworld.backgrounds import add_distractors, make_background
 from toyworld.sprites import Label, SpriteCatalog
 
 SIDE_STEP_PX = 32
 MIN_VISIBLE = 0.6
-MAX_IOU = 0.35
 PLACEMENT_TRIES = 12
 SPLIT_CODES = {"train": 0, "val": 1}
 LABEL_TRIES = 8
@@ -48,8 +47,9 @@ class Scene:
 class _Canvas:
     """Pixels under construction, plus what is visible of each object placed so far."""
 
-    def __init__(self, pixels: NDArray[np.float32]) -> None:
+    def __init__(self, pixels: NDArray[np.float32], max_iou: float) -> None:
         self.pixels = pixels
+        self.max_iou = max_iou
         self.visible: list[NDArray[np.bool_]] = []
         self.full_pixels: list[int] = []
         self.objects: list[PlacedObject] = []
@@ -59,7 +59,7 @@ class _Canvas:
         h, w = sprite.shape[:2]
         box = (left, top, left + w, top + h)
         boxes = as_boxes([o.bbox_xyxy_px for o in self.objects])
-        if self.objects and pairwise_iou(as_boxes([box]), boxes).max() > MAX_IOU:
+        if self.objects and pairwise_iou(as_boxes([box]), boxes).max() > self.max_iou:
             return False
         opaque = np.zeros(self.pixels.shape[:2], dtype=bool)
         opaque[top : top + h, left : left + w] = sprite[..., 3] > 0.5
@@ -87,12 +87,14 @@ def compose_scene(
     rng = np.random.default_rng([seed, SPLIT_CODES[split], index])
     is_val = split == "val"
     width, height = (_draw_side(rng, source) for _ in range(2))
-    canvas = _Canvas(make_background(rng, width, height, is_val))
+    canvas = _Canvas(make_background(rng, width, height, is_val), source.max_iou)
     add_distractors(rng, canvas.pixels, int(rng.integers(source.distractors + 1)), is_val)
     labels = _Labels(rng, source, catalog, is_val, not is_val and unwritten > 0 and rng.random() < unwritten)
-    wanted = _draw_count(rng, source.max_objects)
-    if rng.random() < source.crowd_fraction and wanted > 1:
-        _place_crowd(rng, labels, canvas, min(wanted, 6))
+    wanted = _draw_count(rng, source)
+    for _ in range(source.rows.most):
+        left = wanted - len(canvas.objects)
+        if rng.random() < source.crowd_fraction and left > 1:
+            _place_row(rng, source.rows, labels, canvas, min(left, source.rows.objects))
     while wanted > len(canvas.objects):
         side = _draw_size(rng, source, min(width, height))
         if not _place_anywhere(rng, labels, canvas, side):
@@ -109,10 +111,10 @@ def _draw_side(rng: np.random.Generator, source: ScenesConfig) -> int:
     return int(rng.choice(sides, p=weights / weights.sum()))
 
 
-def _draw_count(rng: np.random.Generator, max_objects: int) -> int:
-    """1..max_objects with a falling tail (about 3.8 on average for 12)."""
-    counts = np.arange(1, max_objects + 1)
-    weights = 0.8**counts
+def _draw_count(rng: np.random.Generator, source: ScenesConfig) -> int:
+    """min_objects..max_objects with a falling tail (about 3.8 on average for 1..12 and a decay of 0.8)."""
+    counts = np.arange(source.min_objects, source.max_objects + 1)
+    weights = source.count_decay**counts
     return int(rng.choice(counts, p=weights / weights.sum()))
 
 
@@ -180,11 +182,11 @@ def _place_anywhere(rng: np.random.Generator, labels: _Labels, canvas: _Canvas, 
     return False
 
 
-def _place_crowd(rng: np.random.Generator, labels: _Labels, canvas: _Canvas, count: int) -> None:
-    """Put up to `count` objects of one label side by side: where repeated boxes are born."""
+def _place_row(rng: np.random.Generator, rows: RowsConfig, labels: _Labels, canvas: _Canvas, count: int) -> None:
+    """Put up to `count` objects of one label side by side."""
     height, width = canvas.pixels.shape[:2]
     label = labels.draw()
-    side = int(min(width, height) * rng.uniform(0.14, 0.26))
+    side = int(min(width, height) * rng.uniform(rows.smallest_fraction, rows.largest_fraction))
     left, top = rng.uniform(0, 0.35 * width), rng.uniform(0, height - side)
     for _ in range(count):
         pixels = labels.render(label, max(8, round(side * rng.uniform(0.85, 1.15))))
@@ -193,4 +195,4 @@ def _place_crowd(rng: np.random.Generator, labels: _Labels, canvas: _Canvas, cou
         if left + w > width:
             break
         canvas.try_place(pixels, int(left), y, label.name)
-        left += w * rng.uniform(0.75, 1.1)
+        left += w * rng.uniform(rows.closest, rows.farthest)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from coordexp.training.prefetch import Prefetcher
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
@@ -24,6 +23,7 @@ from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.device import training_plan
 from coordexp.infra.files import write_text
+from coordexp.infra.prefetch import Prefetcher
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
 from coordexp.models.detection_config import BASE

@@ -177,12 +177,9 @@ def test_every_question_can_be_planned_and_every_parameter_is_asked_about_or_has
         question = load_question(name, repository)
         assert {claim.metric for claim in question.claims.values()} <= known, name
         assert question.claims or name == "objective", name
-        if question.profile:  # of a world of its own
-            changes = [change.partition("=")[0] for arm in question.arms.values() for change in arm.changes]
-            set_by_some.update(changes)
-            continue
         found = plan_study(question, repository)
-        set_by_some.update(key for values in found.settings.values() for key in values)
+        common = {change.partition("=")[0] for change in question.changes} | {"profile"}
+        set_by_some.update(key for values in found.settings.values() for key in values if key not in common)
         trained = question.budget != "decoding"
         assert bool(found.seed_keys) == trained or question.seeds == 1, name
     keys = {key for key, _ in leaves(params.model_dump())}

@@ -21,7 +21,7 @@ from coordexp.experiments.compare import forecast, prepare, run_study
 from coordexp.experiments.plan import grid_study
 from coordexp.experiments.questions import answer_question
 from coordexp.experiments.runs import Repository
-from coordexp.reporting.questions import answered_questions
+from coordexp.reporting.questions import stored_answers
 from toy_graph import Toy, copied_toy
 
 pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
@@ -213,7 +213,7 @@ def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> Non
     assert page.startswith("# Is less nearer?\n\n**Less is nearer.**\n")
     assert "| less is nearer | `coco.mAP`: `near` > `default` |" in page
     assert len(page.splitlines()) <= 20
-    [row] = answered_questions(toy.root)
+    [row] = stored_answers(toy.root)
     assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
     assert (toy.root / row.page).with_suffix(".png").is_file()
 

@@ -171,7 +171,7 @@ def test_folders_are_where_the_library_looks(profile: str) -> None:
 def test_small_reports_are_kept_by_git_and_the_rest_by_dvc(profile: str) -> None:
     for name, node in graph(profile).items():
         small = {out for out in node.outs if out.startswith(("inputs/", "reports/"))}
-        behind = {f"reports/{profile}/{part}" for part in ("details.md", "figures", "gallery")}  # page one
+        behind = {f"reports/{profile}/{part}" for part in ("details", "figures", "gallery")}  # page one
         assert node.uncached == small - behind, name
 
 

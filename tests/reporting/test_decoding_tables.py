@@ -13,7 +13,7 @@ def test_rows_differences_and_missing_values() -> None:
     tables = {"constraints": rows, "boxes": rows, "scores": rows, "best_of_k": rows, "oracle_k": oracle}
     page = decoding_markdown({"stage1": tables})
     assert page.count("| grammar |") == 4
-    assert "+0.0500 | [0.0100, 0.0900]" in page
+    assert "| +0.05 [+0.01, +0.09] |" in page
     assert "900.0000" in page
     assert "any of 8 samples 0.7500" in page
     assert "n/a" in page

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from coordexp.evaluation.effect import Verdict
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.figures_coordinates import RULES, bin_errors, choose_strips
-from coordexp.reporting.figures_evaluation import pr_curves, write_evaluation_figures
+from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
+from coordexp.reporting.forest import write_forest
 from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.outcomes import Outcomes, judge
 from reporting.synthetic import changed
@@ -38,8 +41,7 @@ def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, 
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-    assert len(list(tmp_path.iterdir())) == 5
-    assert pr_curves(data.pr_curves, height_in=3).axes
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_experiment_with_another_weight_has_two_floors(inputs: ReportInputs, tmp_path: Path) -> None:
@@ -85,3 +87,32 @@ def test_strips_follow_their_rules_and_show_a_box_once() -> None:
 
 def test_no_distribution_on_file_gives_no_strip() -> None:
     assert choose_strips(outcome(3, distributions=False)) == []
+
+
+def test_an_edge_on_the_border_is_narrowest_only_where_there_is_no_other() -> None:
+    """All widths are 1 but those of x1; y1 = 10 of 100 px is bin 100, far from a border; one image touches it."""
+    inner = outcome(3, distributions=True)
+    touching = dataclasses.replace(inner.results[0], gt=(GroundTruth("cat", (20.0, 0.0, 120.0, 90.0)),), image_id=9)
+    touching = dataclasses.replace(touching, pred=(dataclasses.replace(
+        touching.pred[0], bbox_xyxy_px=(20.0, 0.0, 120.0, 90.0), coord_sd_bins=(9.0, 0.1, 9.0, 9.0)),))  # fmt: skip
+    both = judge([*inner.results, touching], [Category(1, "cat")])
+    [narrowest] = [s for s in choose_strips(both, per_rule=1) if s.rule == "narrowest"]
+    assert narrowest.sd_bins == 1.0
+
+
+class Found(NamedTuple):
+    delta: float
+    lo: float
+    hi: float
+    verdict: Verdict = Verdict.NO_DIFFERENCE
+
+
+def test_a_forest_has_a_row_for_each_difference_and_none_for_what_never_differs(tmp_path: Path) -> None:
+    some, none = Found(0.1, -0.1, 0.3), Found(0.0, 0.0, 0.0, Verdict.IDENTICAL)
+    keys = ("coco.mAP", "coco.AP50", "f1.full_50")
+    heights = []
+    for found in ({}, {"coco.mAP": some}, {"coco.mAP": some, "coco.AP50": none}, dict.fromkeys(keys, some)):
+        write_forest(tmp_path / "forest.png", {"B - A": found, "C - A": {"coco.mAP": None}}, keys)
+        with Image.open(tmp_path / "forest.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] == heights[1] == heights[2] < heights[3]

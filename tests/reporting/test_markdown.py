@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from coordexp.reporting.markdown import escape, flatten, number, percent, signed, table
+from coordexp.reporting.markdown import decimals, escape, flatten, number, percent, signed, table, with_interval
 
 
 def rendered_cells(markdown: str) -> list[str]:
@@ -59,3 +60,28 @@ def test_numbers() -> None:
 def test_flatten_names_every_leaf() -> None:
     tree = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}], "f": {}}
     assert flatten(tree) == [("a.b", 1), ("a.c", "1, 2"), ("d[0].e", None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "sign", "shown"),
+    [
+        (0.3856, (0.3644, 0.4081), False, "0.386 [0.364, 0.408]"),  # half-width .022: two digits
+        (0.6404, (0.5904, 0.6904), False, "0.64 [0.59, 0.69]"),  # .050: one
+        (0.0040, (-0.0073, 0.0153), True, "+0.004 [-0.007, +0.015]"),
+        (0.0219, (0.0002, 0.0403), True, "+0.0219 [+0.0002, +0.0403]"),  # the sign of a bound is seen
+        (21.64, (19.1, 24.2), False, "21.6 [19.1, 24.2]"),
+        (216.4, (116.0, 316.0), False, "216 [116, 316]"),
+        (1.0, (1.0, 1.0), False, "1.0000 [1.0000, 1.0000]"),
+        (0.25, None, False, "0.2500"),
+        (None, None, False, "n/a"),
+    ],
+)
+def test_an_interval_says_how_many_digits_are_shown(value: Any, bounds: Any, sign: bool, shown: str) -> None:
+    assert with_interval(value, bounds, sign=sign) == shown
+
+
+@given(st.floats(-1, 1), st.floats(1e-3, 1))
+def test_digits_shown_are_off_by_less_than_a_sixth_of_the_half_width(low: float, half_width: float) -> None:
+    digits = decimals((low, low + 2 * half_width))
+    assert 0 <= digits <= 4
+    assert 0.5 * 10**-digits <= half_width / 6 or digits == 4

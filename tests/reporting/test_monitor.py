@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
+from coordexp.reporting.answers import last_reading
 from coordexp.reporting.inputs import TRAINED, ReportInputs, load_report_data
 from coordexp.reporting.monitor import monitor_sentence, monitor_table, write_monitor_figure
 from reporting.test_report import rows_of
@@ -62,12 +66,39 @@ def test_the_sentence_says_how_little_one_evaluation_proves(inputs: ReportInputs
 
 
 @pytest.mark.parametrize(("left", "words"), [(None, "left no `monitor.jsonl`"), ([], "`monitor.every_steps`")])
-def test_without_evaluations_the_report_says_why(left: list | None, words: str, tmp_path: Path) -> None:
+def test_without_evaluations_the_report_says_why(
+    inputs: ReportInputs, left: list | None, words: str, tmp_path: Path
+) -> None:
     rows = dict.fromkeys(TRAINED, left)
     assert words in monitor_sentence(rows)
     assert monitor_table(rows) == ""
-    write_monitor_figure(rows, tmp_path / "monitor.png")
+    data = dataclasses.replace(load_report_data(inputs), dev_rows=rows)
+    write_monitor_figure(data, tmp_path / "monitor.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_readings_that_a_run_did_not_leave_leave_their_panels_out(inputs: ReportInputs, tmp_path: Path) -> None:
+    data = load_report_data(inputs)
+    widths = []
+    for contexts in (data.contexts, dict.fromkeys(TRAINED)):
+        write_monitor_figure(dataclasses.replace(data, contexts=contexts), tmp_path / "monitor.png")
+        with Image.open(tmp_path / "monitor.png") as picture:
+            widths.append(picture.width)
+    assert widths[0] > widths[1]
+
+
+def test_means_by_context_have_an_interval_over_images(inputs: ReportInputs, text: str) -> None:
+    data = load_report_data(inputs)
+    rows = rows_of(text, "read after")
+    assert [row[:2] for row in rows] == [[s, str(r["step"])] for s in TRAINED for r in data.dev_rows[s] or ()]
+    [last] = [row for row in rows if row[0] == "stage2"][-1:]
+    assert last[2:4] == ["16", "48"]
+    errors = [error for row in list(last_reading(data, "stage2").values()) for error in row["A1"]]
+    mean, low, high = (float(n) for n in re.findall(r"[\d.]+", last[4]))
+    assert mean == pytest.approx(np.mean(errors), abs=0.05)
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * np.std(errors) / len(errors) ** 0.5, rel=0.5)
+    assert last[6] == "32"  # of the 48 objects, those in own answers
 
 
 def test_a_broken_file_of_rows_is_named(inputs: ReportInputs, tmp_path: Path) -> None:

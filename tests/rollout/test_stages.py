@@ -103,7 +103,7 @@ def test_decoding_stores_answers_that_any_readout_scores(workspace):
     for changes in ({}, {"decode__box": "argmax", "decode__score": "mix"}, {"decode__box": "top_k"}):
         changed = space.set(**changes)
         request, reader = decode_request(changed, "json"), make_reader(checkpoint)
-        direct = predict_samples(checkpoint, reader, list(store), space.paths.raw, request, batch)
+        direct = [r for r, _ in predict_samples(checkpoint, reader, list(store), space.paths.raw, request, batch)]
         stored = [scored(answer, changed.params.decode) for answer in decoded(space)]
         assert [replace(r, identity={}) for r in stored] == direct
     assert sum(len(r.pred) for r in direct) > 0

@@ -25,7 +25,7 @@ from records_folders import records_config
 from toyworld import coco_folder, composer
 from toyworld.backgrounds import photos
 from toyworld.coco_folder import as_datasets, write_coco_folder
-from toyworld.composer import MAX_IOU, MIN_VISIBLE, compose_scene
+from toyworld.composer import MIN_VISIBLE, compose_scene
 from toyworld.sprites import DARKEST, LIGHTEST, LUMA, load_catalog
 
 PLACES = [(split, index) for split in ("train", "val") for index in range(20)]
@@ -55,7 +55,7 @@ def test_sides_are_multiples_of_32_in_range(scenes):
 def test_no_two_boxes_overlap_above_the_limit(scenes):
     for scene in scenes.values():
         for a, b in combinations([o.bbox_xyxy_px for o in scene.objects], 2):
-            assert pairwise_iou(as_boxes([a]), as_boxes([b])).item() <= MAX_IOU
+            assert pairwise_iou(as_boxes([a]), as_boxes([b])).item() <= SCENES.max_iou
 
 
 def test_every_object_shows_most_of_its_pixels(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from coordexp.config.paths import CONTEXT_ROWS
 from coordexp.errors import Interrupted
 from coordexp.infra.provenance import read_run_record
 from coordexp.models.loading import load_checkpoint
@@ -54,7 +55,7 @@ def test_training_computes_the_same_with_and_without_the_callback(ready: Workspa
     out, curve = ready.paths.run(stage), ready.paths.curve(f"{stage}-monitor")
     STAGES[stage](every(ready, 0))
     undisturbed_weights, losses = load_file(out / "model.safetensors"), rows(out, "train_log.jsonl")
-    assert rows(out, "monitor.jsonl") == []
+    assert rows(out, "monitor.jsonl") == rows(out, CONTEXT_ROWS) == []
     assert curve.read_text() == "\t".join(["step", *CURVE_COLUMNS]) + "\n"
 
     STAGES[stage](every(ready, 1))
@@ -107,6 +108,8 @@ def test_a_resumed_run_has_every_evaluation_once(ready: Workspace, monkeypatch: 
     train_stage1(space)
     out, curve = space.paths.run("stage1"), space.paths.curve("stage1-monitor")
     straight, drawn = rows(out, "monitor.jsonl"), curve.read_text()
+    contexts = (out / CONTEXT_ROWS).read_bytes()
+    assert len(contexts.splitlines()) == 4 * space.profile.monitor.images
     original = TeacherTask.micro_batches
 
     def micro_batches(self, step):
@@ -123,6 +126,7 @@ def test_a_resumed_run_has_every_evaluation_once(ready: Workspace, monkeypatch: 
     train_stage1(space)
     assert rows(out, "monitor.jsonl") == straight
     assert curve.read_text() == drawn
+    assert (out / CONTEXT_ROWS).read_bytes() == contexts
     assert sorted(p.stem for p in (out / "monitor").iterdir()) == [f"step_00000{n}" for n in (1, 2, 3, 4)]
 
 
@@ -135,6 +139,7 @@ def test_evaluations_after_the_saved_state_are_forgotten(ready: Workspace) -> No
     assert [row["step"] for row in callback.rows()] == [2, 4, 6]
     callback.on_train_begin(4)
     assert [row["step"] for row in callback.rows()] == [2, 4]
+    assert {row["step"] for row in rows(callback.folder, CONTEXT_ROWS)} == {2, 4}
     assert callback.seconds() == pytest.approx(sum(row["seconds"] for row in callback.rows()), abs=0.06)
     assert [line.split("\t")[0] for line in callback.curve.read_text().splitlines()] == ["step", "2", "4"]
     left = sorted(path.name for path in callback.folder.glob("monitor*/*"))

@@ -15,7 +15,7 @@ from coordexp.geometry.bins import NUM_BINS
 from coordexp.models.forward import hidden_states, slot_logits
 from coordexp.packing.collator import teacher_segment
 from coordexp.training import soft_context
-from coordexp.training.soft_context import context_embeddings, self_context
+from coordexp.training.soft_context import context_embeddings, self_contexts
 from coordexp.training.step import term_sums
 from helpers import criterion_of, new_checkpoint
 
@@ -37,7 +37,8 @@ def forwards(checkpoint, batch, n_forwards=2, mode="expectation", grad_mode="unr
     """Hidden states of the first and of the last forward."""
     criterion = criterion_of(checkpoint, stage2__coord_ctx_embed_mode=mode, stage2__softctx_grad_mode=grad_mode)
     first = soft_context.hidden_states(checkpoint.model, batch)
-    return first, self_context(checkpoint.model, batch, first, criterion.params, criterion.first_coord_id, n_forwards)
+    later = self_contexts(checkpoint.model, batch, first, criterion.params, criterion.first_coord_id, n_forwards)
+    return first, [first, *later][-1]
 
 
 def random_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,8 @@ COMPARISONS = {
 }
 
 # In the folder of each trained checkpoint; KEPT_STEPS holds checkpoints of earlier steps, `step_000050` and so on.
-RUN_METADATA, TRAIN_LOG, KEPT_STEPS = "run_metadata.json", "train_log.jsonl", "kept"
+RUN_METADATA, TRAIN_LOG, CONTEXT_ROWS = "run_metadata.json", "train_log.jsonl", "context_errors.jsonl"
+KEPT_STEPS = "kept"
 # In the folder of each evaluated checkpoint: its judged answers, and how they were made.
 GT_VS_PRED, DECODE_SUMMARY = "gt_vs_pred.jsonl", "decode.json"
 

@@ -19,7 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
 # "coco.mAP >= 0.4": a metric and the least value that it should reach.
 Goal = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[A-Za-z0-9_]+ >= [0-9]+(\.[0-9]+)?$")]
-Goals = Annotated[tuple[Goal, ...], Field(strict=False, min_length=1)]
+Goals = Annotated[tuple[Goal, ...], Field(strict=False)]
 LrFactor = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -38,6 +38,26 @@ class HeldOutConfig(Block):
         return self
 
 
+class RowsConfig(Block):
+    """Rows of neighbours of one label, the one beside the other: where repeated boxes are born."""
+
+    most: Count = Field(description="most rows in one scene; each is there with the chance crowd_fraction")
+    objects: int = Field(ge=2, le=40, description="most objects in one row")
+    smallest_fraction: ObjectSide = Field(description="least mean size in a row, of the image's shorter side")
+    largest_fraction: ObjectSide = Field(description="greatest mean size in a row")
+    closest: Annotated[float, Field(gt=0, le=2)] = Field(
+        description="least distance from one object to the next, in widths; below 1 they overlap"
+    )
+    farthest: Annotated[float, Field(gt=0, le=2)] = Field(description="greatest distance, in widths")
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> RowsConfig:
+        for low, high in (("smallest_fraction", "largest_fraction"), ("closest", "farthest")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} is above {high} {getattr(self, high)}; swap them.")
+        return self
+
+
 class ScenesConfig(Block):
     """Source data: scenes composed of sprites on photo crops, written as a COCO folder."""
 
@@ -47,13 +67,19 @@ class ScenesConfig(Block):
     val_images: PositiveCount = Field(description="images of the val split")
     min_side_px: Side = Field(description="shortest image side")
     max_side_px: Side = Field(description="longest image side")
+    min_objects: int = Field(ge=1, le=100, description="fewest objects in one scene, as long as there is room")
     max_objects: int = Field(ge=1, le=100, description="most objects in one scene")
+    count_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="how much less likely each further object is, as a factor; 1 makes all counts alike"
+    )
+    max_iou: Fraction = Field(description="highest IoU of two boxes of one scene")
     smallest_fraction: ObjectSide = Field(description="shortest ordinary object, of the image's shorter side")
     largest_fraction: ObjectSide = Field(description="longest object, of the image's shorter side")
     small_fraction: Fraction = Field(
         description="fraction of objects below smallest_fraction, down to two thirds of it"
     )
-    crowd_fraction: Fraction = Field(description="fraction of scenes with a row of neighbours of one name")
+    crowd_fraction: Fraction = Field(description="chance of each row of neighbours of one label")
+    rows: RowsConfig
     distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
     plain_fraction: Fraction = Field(description="fraction of objects of training labels that are not tinted")
     held_out: HeldOutConfig
@@ -63,6 +89,8 @@ class ScenesConfig(Block):
     def _sizes_are_ordered(self) -> ScenesConfig:
         if self.min_side_px > self.max_side_px:
             raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}; swap them.")
+        if self.min_objects > self.max_objects:
+            raise ValueError(f"min_objects {self.min_objects} is above max_objects {self.max_objects}; swap them.")
         if self.smallest_fraction > self.largest_fraction:
             raise ValueError(
                 f"smallest_fraction {self.smallest_fraction} is above largest_fraction {self.largest_fraction}; swap."
@@ -149,6 +177,10 @@ class RecordsConfig(Block):
     )
     mixed_listed: Fraction = Field(description="prompt mixed: fraction of training records that list names")
     mixed_phrase: Fraction = Field(description="prompt mixed: fraction that give one name; the rest ask for everything")
+    missing: Fraction = Field(
+        default=0.0,
+        description="fraction of the objects of training records that is left out, to study incomplete annotation",
+    )
     flip: Fraction = Field(description="fraction of training records that are mirrored, with left and right in words")
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
@@ -294,10 +326,12 @@ class Stage2Config(OptimConfig):
 
 
 class MonitorConfig(Block):
-    """The eval callback of training: a fixed few images of dev, decoded, counted and drawn."""
+    """The eval callback of training: a fixed few images of dev, decoded, counted, drawn and read teacher-forced."""
 
     every_steps: Count = Field(description="optimizer steps between two evaluations, and one at the end; 0 is never")
-    images: int = Field(ge=1, le=512, description="images of dev, the same ones every time")
+    images: int = Field(
+        ge=1, le=512, description="images of dev, the same ones every time: answered, and read by context"
+    )
     batch_images: PositiveCount = Field(description="images decoded together")
     keep_every_steps: Count = Field(
         default=0, description="optimizer steps between two checkpoints that stay, in `kept/` of the last; 0 is never"

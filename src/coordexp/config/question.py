@@ -92,6 +92,7 @@ class Question(Block):
     )
     seeds: PositiveCount = Field(default=3, description="repetitions of every arm")
     note: str = Field(default="", description="what the answer does not show")
+    changes: Texts = Field(default=(), description="KEY=VALUE of all arms, before their own")
     arms: dict[str, Arm] = Field(description="name -> arm")
     claims: dict[str, Claim] = Field(default_factory=dict, description="name -> claim; the first is the answer's")
 

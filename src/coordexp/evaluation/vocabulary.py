@@ -117,8 +117,8 @@ def _metrics(
         values[key], samples[key] = _exact(parts["list"], tier, none) if "list" in parts else (None, none)
     values["one_recall"], samples["one_recall"] = _recall(parts["one"]) if "one" in parts else (None, none)
     for probe in REFUSED:
-        asked = [r for r in results if r.probe == probe]
-        empty_I = np.array([not r.pred and (r.parse is None or r.parse.ok) for r in asked], dtype=np.float64)
+        absent = [r for r in results if r.probe == probe]
+        empty_I = np.array([not r.pred and (r.parse is None or r.parse.ok) for r in absent], dtype=np.float64)
         values[f"refused_{probe}"] = float(empty_I.mean()) if len(empty_I) else None
         weights_BI = resample_weights(len(empty_I), params.bootstrap_resamples, seed) if len(empty_I) else None
         samples[f"refused_{probe}"] = none if weights_BI is None else weights_BI @ empty_I / len(empty_I)

@@ -234,7 +234,8 @@ def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], i
         from coordexp.reporting.forest import write_forest
 
         reference, *names = labels_of(files)
-        write_forest(plot, dict(zip(names, effects, strict=True)), reference, keys)
+        panels = {f"{name} - {reference}": found for name, found in zip(names, effects, strict=True)}
+        write_forest(plot, panels, keys)
         print(f"differences drawn: {plot}")
 
 

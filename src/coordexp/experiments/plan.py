@@ -93,7 +93,7 @@ def plan_study(study: Question, root: Path) -> Plan:
     """
     _check_metrics(study)
     files = ParameterFiles.of(root, study.profile)
-    settings = {name: _settings(arm, files) for name, arm in study.arms.items()}
+    settings = {name: _settings(study.changes, arm, files) for name, arm in study.arms.items()}
     # As the stages will read them, so that a wrong value stops before the first arm trains.
     checked = {name: files.under(values.items(), name) for name, values in settings.items()}
     params, profiles = ({name: both[i] for name, both in checked.items()} for i in (0, 1))
@@ -137,11 +137,11 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
     return key.strip(), listed
 
 
-def _settings(arm: Arm, files: ParameterFiles) -> Settings:
-    """The values of an arm, its presets first; a later value of a key replaces an earlier one."""
+def _settings(common: Sequence[str], arm: Arm, files: ParameterFiles) -> Settings:
+    """The values of an arm, presets before changes; a later value of a key replaces an earlier one."""
     stated = [change for name in arm.presets for change in overrides(read_preset(name, files.root))[1::2]]
-    pairs = [change.partition("=") for change in (*stated, *arm.changes)]
-    if wrong := [change for change in arm.changes if not change.partition("=")[2]]:
+    pairs = [change.partition("=") for change in (*common, *stated, *arm.changes)]
+    if wrong := [change for change in (*common, *arm.changes) if not change.partition("=")[2]]:
         raise ConfigError(f"changes: found {wrong[0]!r}, expected KEY=VALUE.")
     chosen = {"profile": files.profile_name} if files.is_other else {}
     return chosen | {_target(key, files): text for key, _, text in pairs}

@@ -13,7 +13,7 @@ from coordexp.experiments.dependencies import ParameterFiles
 from coordexp.experiments.report import write_report
 from coordexp.experiments.runs import Repository
 from coordexp.infra.provenance import write_json
-from coordexp.reporting.questions import ANSWERS, answer_sentence, answered_questions, write_answer
+from coordexp.reporting.questions import ANSWERS, answer_sentence, stored_answers, write_answer
 
 
 def choose_questions(
@@ -43,7 +43,7 @@ def _changed(question: Question, changes: Mapping[str, Any]) -> Question:
 
 def question_lines(root: Path, profile: str) -> list[str]:
     """Every question with its answer, if there is one; and why some parameters have none."""
-    answers = {row.name: row for row in answered_questions(root)}
+    answers = {row.name: row for row in stored_answers(root)}
     lines = []
     for name in question_names(root):
         question = load_question(name, root)

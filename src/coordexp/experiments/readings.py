@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coordexp.config.paths import KEPT_STEPS, ProfilePaths
+from coordexp.config.paths import CONTEXT_ROWS, KEPT_STEPS, ProfilePaths
 from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
@@ -41,7 +41,6 @@ from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 
-CONTEXT_ROWS = "context_errors.jsonl"  # of the eval callback: coordinate errors by context, one line an image
 SAME_IOU = 0.5  # from which two answers have an object of one name in common
 FEWEST_OBJECTS = 3  # of an answer that has two to put in another order and one to go on with
 

@@ -72,5 +72,6 @@ def ends(log: pd.DataFrame, column: str) -> tuple[float, float] | None:
 
 
 def smoothed(values: pd.Series, window: int) -> pd.Series:
-    """Centred moving mean; at the ends the window shrinks, so that the length stays and nothing is invented."""
-    return values.rolling(2 * (window // 2) + 1, center=True, min_periods=1).mean()
+    """Centred moving mean without lone spikes; at the ends the window shrinks, so that the length stays."""
+    without_spikes = values.rolling(3, center=True, min_periods=1).median()
+    return without_spikes.rolling(2 * (window // 2) + 1, center=True, min_periods=1).mean()

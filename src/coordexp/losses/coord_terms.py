@@ -230,7 +230,7 @@ def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
     log_p_t_N1 = log_p_NK.gather(-1, t_N1)
     best_other_N = log_p_NK.scatter(-1, t_N1, -torch.inf).amax(-1)
     bins_K = torch.arange(NUM_BINS, dtype=p_NK.dtype, device=p_NK.device)
-    abs_err_N = ((p_NK * bins_K).sum(-1) - slots.target_bins_N.to(p_NK)).abs()
+    abs_err_N = expected_bin_errors(slots)
     values = {
         "p_gt_mean": log_p_t_N1[:, 0].exp(),
         "acc_top5": ((log_p_NK > log_p_t_N1).sum(-1) < TOP_BINS).to(p_NK),
@@ -246,6 +246,12 @@ def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
         slots=torch.tensor(float(len(abs_err_N)), dtype=torch.float64),
         abs_err_cells_H=torch.bincount(cells_N, minlength=NUM_CELLS).double().cpu(),
     )
+
+
+def expected_bin_errors(slots: CoordSlots) -> Tensor:
+    """(N,) |E[k] - y| in bins."""
+    bins_K = torch.arange(NUM_BINS, dtype=slots.p_NK.dtype, device=slots.p_NK.device)
+    return ((slots.p_NK * bins_K).sum(-1) - slots.target_bins_N.to(slots.p_NK)).abs()
 
 
 def histogram_quantile(cells_H: Tensor, quantile: float) -> float:

@@ -33,7 +33,7 @@ def augment(record: Record, config: RecordsConfig, rng: random.Random) -> Record
         raise DataError(f"image {record.image!r} is named like a view of an image; rename the file.")
     crop, flip, scale = rng.random() < config.crop, rng.random() < config.flip, rng.uniform(-1, 1) * config.scale_jitter
     box = _random_crop(record, rng) if crop and "phrase" not in record.metadata else None
-    out = _cropped(record, box) if box else record
+    out = cropped(record, box) if box else record
     if flip:
         out = _flipped(out)
     out = replace(out, image=record.image + View(box, flip).suffix())
@@ -47,7 +47,8 @@ def _random_crop(record: Record, rng: random.Random) -> tuple[int, int, int, int
     return None if box == (0, 0, record.width, record.height) else box
 
 
-def _cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
+def cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
+    """The part of a record in a crop (x1, y1, x2, y2 in pixels); an object of which too little is seen is ignored."""
     left, top, right, bottom = crop
     objects = []
     for obj in record.objects:

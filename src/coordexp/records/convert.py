@@ -50,6 +50,7 @@ from coordexp.records.mixing import (
     with_prompt,
     with_unique_ids,
     with_views,
+    without_some,
 )
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import INCOMPLETE, to_records
@@ -86,6 +87,7 @@ class Converted:
     problems: dict[str, list[Problem]]
     notes: list[str]  # names that were changed
     spelling: dict[str, str] = field(default_factory=dict)  # a name as a source has it -> as it is written
+    left_out: RecordStore = field(default_factory=RecordStore)  # objects of training records that `missing` left out
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Counts of what was lost by split and reason."""
@@ -218,7 +220,8 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
     train = _without_overlap(result, content, config)
     names = {name: _names(result.declared[name], _of(chain(train, val), name)) for name in sets}
     is_single = len(sets) == 1
-    train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
+    complete, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
+    train, result.left_out = without_some(complete, config.missing, seed)
     weighted = (r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed))
     splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
     result.splits = {}

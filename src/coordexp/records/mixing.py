@@ -52,6 +52,23 @@ def split_dev(
     )
 
 
+def without_some(records: RecordStore, fraction: float, seed: int) -> tuple[RecordStore, RecordStore]:
+    """Records without a fraction of their objects, and records of those alone: what annotators did not annotate.
+
+    Each object is chosen by itself; ignore regions stay. Both have the ids of the record, in the frame of its file.
+    """
+    if not fraction:
+        return records, RecordStore()
+    kept, lost = RecordStore(), RecordStore()
+    for record in records:
+        rng = _choice(record, seed, "missing")
+        gone = [rng.random() < fraction and not o.metadata.get("iscrowd") for o in record.objects]
+        kept.append(replace(record, objects=tuple(o for o, g in zip(record.objects, gone, strict=True) if not g)))
+        if any(gone):
+            lost.append(replace(record, objects=tuple(o for o, g in zip(record.objects, gone, strict=True) if g)))
+    return kept, lost
+
+
 def overlap(train: Iterable[Record], val: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
     """Training image -> the val image with the same content, for every one there is."""
     of_val = {content[r.image]: r.image for r in val}

@@ -1,39 +1,60 @@
 """Answers to the questions that every run is asked, and the experiments that follow from them; all by rule.
 
-A rule reads metrics and logs, never a person's mind: the same numbers always give the same sentence. What is said of a
-checkpoint rests on images that it was not trained on, with an interval; where there is none, it is "not shown".
+A rule reads metrics and held-out readings, never a person's mind: the same numbers always give the same sentence. What
+is said of a checkpoint rests on images that it was not trained on, with an interval; where that does not carry an
+answer, it is "not shown". A training log answers nothing: its images, and the weights they meet, change from step to
+step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from coordexp.config.paths import COMPARISONS
-from coordexp.evaluation.bootstrap import resample_weights
-from coordexp.evaluation.effect import LEVEL, Verdict, effect
+from coordexp.evaluation.bootstrap import interval, resample_weights
+from coordexp.evaluation.effect import Verdict, effect
 from coordexp.evaluation.protocol import iou_key
-from coordexp.reporting.inputs import TRAINED, ReportData, bounds_of, metric
-from coordexp.reporting.markdown import interval, number, percent, table
-from coordexp.reporting.training import of_channel, w1_fraction
+from coordexp.evaluation.table import Floats, Ints
+from coordexp.reporting.inputs import TRAINED, Json, ReportData, bounds_of, metric
+from coordexp.reporting.markdown import MISSING, number, percent, table, with_interval
+from coordexp.reporting.training import w1_fraction
 from coordexp.reporting.verdicts import Difference, checkpoint_faults, compared, difference_from, verdict_of
 
 W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
 HEADROOM_WORTH = 0.03  # mAP that a better ranking could gain, from which a score is worth a study
 RANKABLE_MAP = 0.1  # under a perfect ranking; below it a small headroom says nothing about the score
 PARSE_WORTH = 0.99
+OWN, FIRST = "own", "A1"
+NOT_SHOWN = "not shown"
+UNDEFINED = ("not defined on this data", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A standing question, its answer in a few words, and what that rests on."""
+
+    question: str
+    answer: str
+    evidence: str
+
+    @property
+    def shown(self) -> bool:
+        """Whether the data carry an answer."""
+        return self.answer not in (NOT_SHOWN, UNDEFINED[0], "not judged")
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """One experiment: why, by which rule, and the command."""
+    """One experiment: why, by which rule, the command, and what will be known after it that is not known now."""
 
     because: str
     rule: str
     command: str
+    learn: str
 
 
 def improved_and_flat(data: ReportData) -> list[str]:
@@ -59,19 +80,25 @@ _MOVES = {
 }
 
 
-def standing_answers(data: ReportData) -> str:
-    """The standing questions with answer and evidence, as a table; only what the data carry is answered."""
-    rows = [
-        ["Does stage 2 beat the control?", *_beats_control(data)],
-        ["Does W1 matter?", *_w1_matters(data)],
-        [
-            "Does the self-context (A2) drift from the ground-truth context (A1)?",
-            *drift_answer(of_channel(data.logs["stage2"], "A"), data.run.params.stage2.n_softctx_iter),
-        ],
-        ["Do duplicates grow?", *_duplicates(data)],
-        ["Does the score rank well?", *_ranking(data)],
-    ]
-    return table(["question", "answer", "evidence"], rows, "lll")
+def standing_answers(data: ReportData) -> list[Answer]:
+    """The standing questions; only what held-out data carry is answered."""
+    questions: dict[str, Callable[[ReportData], tuple[str, str]]] = {
+        "Does stage 2 beat the control?": _beats_control,
+        "Does the self-context (A2) drift from the annotated context (A1)?": _drift,
+        "Is stage 2 farther off in its own answers than in annotated ones?": _exposure,
+        "Does stage 2 see better in its own answers than the control?": _own_answers,
+        "Does stage 2 forget coordinates that stage 1 knew?": _forgets_coordinates,
+        "Does stage 2 forget text that stage 1 knew?": _forgets_text,
+        "Does W1 matter?": _w1_matters,
+        "Do duplicates grow?": _duplicates,
+        "Does the score rank well?": _ranking,
+    }
+    return [Answer(question, *rule(data)) for question, rule in questions.items()]
+
+
+def answers_table(answers: Sequence[Answer]) -> str:
+    """Question, answer and evidence."""
+    return table(["question", "answer", "evidence"], [[a.question, f"**{a.answer}**", a.evidence] for a in answers])
 
 
 def _main(data: ReportData) -> Difference | None:
@@ -81,63 +108,168 @@ def _main(data: ReportData) -> Difference | None:
 def _beats_control(data: ReportData) -> tuple[str, str]:
     found = _main(data)
     if found is None:
-        return "not defined on this data", ""
+        return UNDEFINED
     words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is worse", Verdict.NOT_JUDGED: "not judged"}
-    answer = words.get(found.verdict, "not shown")
-    return f"**{answer}**", f"mAP {found}{_reach(found)}"
+    return words.get(found.verdict, NOT_SHOWN), f"mAP {found}{_reach(found)}"
 
 
 def _reach(found: Difference) -> str:
-    return f"; could show {number(found.half_width)}" if found.verdict == Verdict.NO_DIFFERENCE else ""
+    return f"; could show {found.reach}" if found.verdict == Verdict.NO_DIFFERENCE else ""
+
+
+# Held-out readings: what the eval callback read of the same dev images at the end of each stage.
+
+
+def last_reading(data: ReportData, stage: str) -> dict[int, Json]:
+    """The rows of a stage's last evaluation by image; empty if it left none."""
+    rows = data.contexts[stage] or ()
+    last = max((row["step"] for row in rows), default=None)
+    return {row["image_id"]: row for row in rows if row["step"] == last}
+
+
+def _reading_weights(data: ReportData, n_images: int) -> Ints:
+    return resample_weights(n_images, data.run.params.eval.bootstrap_resamples, data.run.params.seed)
+
+
+def _ratio(sums_I: Floats, counts_I: Floats, weights_BI: Ints) -> tuple[float | None, Floats]:
+    """Sum over sum, of the images and of each resample (B,), NaN over nothing."""
+    sums_B, counts_B = weights_BI @ sums_I, weights_BI @ counts_I
+    resampled = np.divide(sums_B, counts_B, out=np.full(len(sums_B), np.nan), where=counts_B > 0)
+    return float(sums_I.sum() / counts_I.sum()) if counts_I.sum() else None, resampled
+
+
+def reading_mean(data: ReportData, rows: Sequence[Json], context: str) -> tuple[float | None, list[float] | None]:
+    """Mean error in bins over the objects of some rows in one context, with its interval over images."""
+    known = [[e for e in row.get(context, ()) if e is not None] for row in rows]
+    sums_I, counts_I = (np.array([f(k) for k in known], np.float64) for f in (sum, len))
+    mean, resampled = _ratio(sums_I, counts_I, _reading_weights(data, len(rows)))
+    return mean, interval(resampled, mean, is_share=False)
+
+
+def reading_difference(data: ReportData, new: tuple[str, str], old: tuple[str, str]) -> Difference | None:
+    """Mean error in bins of (stage, context) minus another, over the objects known in both; `better` is farther off.
+
+    Paired by object, resampled by image with the seed and number of the evaluation; None where nothing is in both.
+    """
+    (new_stage, new_context), (old_stage, old_context) = new, old
+    new_rows, old_rows = last_reading(data, new_stage), last_reading(data, old_stage)
+    differences = [
+        [
+            a - b
+            for a, b in zip(new_rows[i].get(new_context, ()), old_rows[i].get(old_context, ()), strict=False)
+            if a is not None and b is not None
+        ]
+        for i in sorted(new_rows.keys() & old_rows.keys())
+    ]
+    return _difference(data, [sum(d) for d in differences], [len(d) for d in differences])
+
+
+def text_difference(data: ReportData) -> Difference | None:
+    """Nats a token of annotated text, stage 2 minus stage 1, on the same images; `better` is more of them."""
+    new, old = (last_reading(data, stage) for stage in ("stage2", "stage1"))
+    shared = sorted(new.keys() & old.keys())
+    return _difference(
+        data, [new[i]["text_ce"] - old[i]["text_ce"] for i in shared], [new[i]["text_tokens"] for i in shared]
+    )
+
+
+def _difference(data: ReportData, sums_I: Sequence[float], counts_I: Sequence[float]) -> Difference | None:
+    if not sum(counts_I):
+        return None
+    weights_BI = _reading_weights(data, len(sums_I))
+    delta, resampled = _ratio(np.array(sums_I, np.float64), np.array(counts_I, np.float64), weights_BI)
+    found = effect(np.array([delta]), resampled[np.newaxis])
+    return difference_from(None if found is None else asdict(found))
+
+
+def _read(data: ReportData, new: tuple[str, str], old: tuple[str, str], farther: str, nearer: str) -> tuple[str, str]:
+    """The answer that a difference of errors gives, and what it rests on."""
+    found = reading_difference(data, new, old)
+    if found is None:
+        return NOT_SHOWN, _no_reading(data, (new, old))
+    words = {Verdict.BETTER: farther, Verdict.WORSE: nearer}
+    images = len(last_reading(data, new[0]))
+    named = " - ".join(f"{stage} {context}" for stage, context in (new, old))
+    evidence = f"bins off on {images} dev images, {named}, objects in both: {found}{_reach(found)}"
+    return words.get(found.verdict, NOT_SHOWN), evidence
+
+
+def _no_reading(data: ReportData, asked: Sequence[tuple[str, str]]) -> str:
+    without = [stage for stage in dict.fromkeys(stage for stage, _ in asked) if not last_reading(data, stage)]
+    if without:
+        return f"no dev image was read at the end of {', '.join(without)} (`monitor.every_steps`)"
+    return "no object was read in both contexts"
+
+
+def _drift(data: ReportData) -> tuple[str, str]:
+    n_forwards = data.run.params.stage2.n_softctx_iter
+    if n_forwards == 1:
+        return "none to measure", "n_softctx_iter is 1: channel A is one forward, in the annotated context"
+    return _read(data, ("stage2", f"A{n_forwards}"), ("stage2", FIRST), "yes", "no, A2 is nearer")
+
+
+def _exposure(data: ReportData) -> tuple[str, str]:
+    return _read(data, ("stage2", OWN), ("stage2", FIRST), "yes", "no, it is nearer")
+
+
+def _own_answers(data: ReportData) -> tuple[str, str]:
+    return _read(data, ("stage2", OWN), ("stage1-control", OWN), "no, it is farther off", "yes")
+
+
+def _forgets_coordinates(data: ReportData) -> tuple[str, str]:
+    return _read(data, ("stage2", FIRST), ("stage1", FIRST), "yes", "no, it is nearer")
+
+
+def _forgets_text(data: ReportData) -> tuple[str, str]:
+    found = text_difference(data)
+    if found is None:
+        return NOT_SHOWN, _no_reading(data, (("stage2", FIRST), ("stage1", FIRST)))
+    words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is likelier"}
+    return words.get(found.verdict, NOT_SHOWN), f"nats a token of annotated text, stage2 - stage1: {found}"
+
+
+def readings_table(data: ReportData) -> str:
+    """Mean error by context with its interval, a row for each stage and evaluation; empty if there was none."""
+    by_step = {
+        (stage, step): [row for row in data.contexts[stage] or () if row["step"] == step]
+        for stage in TRAINED
+        for step in sorted({row["step"] for row in data.contexts[stage] or ()})
+    }
+    names = dict.fromkeys(key for rows in by_step.values() for key, value in rows[0].items() if isinstance(value, list))
+    rows = [
+        [
+            *(stage, str(step), str(len(found)), str(sum(len(row[FIRST]) for row in found))),
+            *(with_interval(*reading_mean(data, found, name)) for name in names),
+            str(sum(e is not None for row in found for e in row[OWN])),
+            _nats(found),
+        ]
+        for (stage, step), found in by_step.items()
+    ]
+    header = ["read after", "step", "images", "objects", *names, "objects in its own answers", "text, nats a token"]
+    return table(header, rows) if rows else ""
+
+
+def _nats(rows: Sequence[Mapping[str, float]]) -> str:
+    n_tokens = sum(row["text_tokens"] for row in rows)
+    return f"{sum(row['text_ce'] for row in rows) / n_tokens:.3f}" if n_tokens else MISSING
+
+
+# Questions that the evaluation on val answers.
 
 
 def _w1_matters(data: ReportData) -> tuple[str, str]:
     """A share of the loss is no effect on boxes, so it answers nothing beyond whether there is a term at all."""
     params, share = data.run.params, w1_fraction(data.logs["stage2"])
     if share is None:
-        return "**not in this run**", f"w1_weight {params.w1_weight:g}, softce_weight {params.softce_weight:g}"
+        return "not in this run", f"w1_weight {params.w1_weight:g}, softce_weight {params.softce_weight:g}"
     evidence = f"{percent(share)} of softCE + W1 at the end of stage 2, w1_weight {params.w1_weight:g}"
-    return "**not shown**", f"{evidence}; only an A/B test over the weight tells"
-
-
-def context_drift(log: pd.DataFrame) -> pd.DataFrame:
-    """Mean error of E[k] in bins at `first` (A1) and `last` (A2), of the steps of channel A that log both contexts.
-
-    A1 reads the annotated coordinates, the last forward its own: on the same slots, so the difference is paired and
-    needs no other model or data.
-    """
-    columns = {"coord_diag_a1/expected_bin_mae": "first", "coord_diag/expected_bin_mae": "last"}
-    return log.reindex(columns=list(columns)).rename(columns=columns).dropna()
-
-
-def drift_answer(log: pd.DataFrame, n_forwards: int) -> tuple[str, str]:
-    """Answer and evidence on the drift of A2 from A1; the steps hold equally many samples and count alike."""
-    if n_forwards == 1:
-        return "**none to measure**", "n_softctx_iter is 1: channel A is one forward, in the ground-truth context"
-    both = context_drift(log)
-    if both.empty:
-        return "**not shown**", "no step logs the first forward beside the last"
-    errors = f"error of E[k] {both['first'].mean():.1f} bins at A1, {both['last'].mean():.1f} at A2"
-    n, more = len(both), both["last"] - both["first"]
-    if n == 1:
-        return "**not shown**", f"{errors}, in one step"
-    delta, half_width = more.mean(), student.ppf(1 - LEVEL / 2, n - 1) * more.sem()
-    lo, hi = delta - half_width, delta + half_width
-    answer = "yes" if lo > 0 else "no, A2 is nearer" if hi < 0 else "not shown"
-    bounds = f"{delta:+.1f} [{lo:+.1f}, {hi:+.1f}]"
-    return f"**{answer}**", f"{errors}, paired {bounds} (95 % t interval over {n} training steps)"
+    return NOT_SHOWN, f"{evidence}; only an A/B test over the weight tells"
 
 
 def more_duplicates(data: ReportData) -> Difference | None:
-    """Duplicate pairs per image, stage 2 minus the control, paired over the images; here `better` means more of them.
-
-    Resampled as the metrics are, with the seed and number of resamples of the evaluation.
-    """
+    """Duplicate pairs per image, stage 2 minus the control, paired over the images; `better` means more of them."""
     more_I = (_pairs_I(data, "stage2") - _pairs_I(data, "stage1-control")).to_numpy(np.float64)
-    params = data.run.params
-    weights_BI = resample_weights(len(more_I), params.eval.bootstrap_resamples, params.seed)
-    found = effect(np.array([more_I.mean()]), (weights_BI @ more_I / len(more_I))[np.newaxis])
-    return difference_from(None if found is None else asdict(found))
+    return _difference(data, more_I.tolist(), np.ones(len(more_I)).tolist())
 
 
 def _pairs_I(data: ReportData, checkpoint: str) -> pd.Series:
@@ -148,10 +280,10 @@ def _pairs_I(data: ReportData, checkpoint: str) -> pd.Series:
 def _duplicates(data: ReportData) -> tuple[str, str]:
     found = more_duplicates(data)
     if found is None:
-        return "not defined on this data", ""
-    answer = {Verdict.BETTER: "yes", Verdict.WORSE: "no, they shrink"}.get(found.verdict, "not shown")
+        return UNDEFINED
     means = ", ".join(f"{name} {number(float(_pairs_I(data, name).mean()))}" for name in TRAINED)
-    return f"**{answer}**", f"pairs per image: {means}; stage2 - stage1-control {found}{_reach(found)}"
+    answer = {Verdict.BETTER: "yes", Verdict.WORSE: "no, they shrink"}.get(found.verdict, NOT_SHOWN)
+    return answer, f"pairs per image: {means}; stage2 - stage1-control {found}{_reach(found)}"
 
 
 def _ranking(data: ReportData) -> tuple[str, str]:
@@ -159,16 +291,19 @@ def _ranking(data: ReportData) -> tuple[str, str]:
     headroom = metric(data.metrics, "stage2", "confidence.headroom_mAP")
     bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if headroom is None or bounds is None:
-        return "not defined on this data", ""
+        return UNDEFINED
     perfect = metric(data.metrics, "stage2", "confidence.perfect_ranking_mAP")
-    evidence = f"a perfect ranking of the same boxes would add {number(headroom)} {interval(bounds)} mAP"
+    evidence = f"a perfect ranking of the same boxes would add {with_interval(headroom, bounds)} mAP"
     if checkpoint_faults(data.metrics, "stage2"):
-        return "**not judged**", evidence
+        return "not judged", evidence
     if bounds[0] >= HEADROOM_WORTH:
-        return "**could be better**", evidence
+        return "could be better", evidence
     if perfect < RANKABLE_MAP:
-        return "**not shown**", f"{evidence}, and reach {number(perfect)}: there is too little to rank"
-    return ("**yes**" if bounds[1] < HEADROOM_WORTH else "**not shown**"), f"{evidence}; worth it: {HEADROOM_WORTH:g}"
+        return NOT_SHOWN, f"{evidence}, and reach {number(perfect)}: there is too little to rank"
+    return ("yes" if bounds[1] < HEADROOM_WORTH else NOT_SHOWN), f"{evidence}; worth it: {HEADROOM_WORTH:g}"
+
+
+# Experiments.
 
 
 def suggestions(data: ReportData) -> list[Suggestion]:
@@ -177,7 +312,14 @@ def suggestions(data: ReportData) -> list[Suggestion]:
         *_on_the_difference(_main(data)),
         *_on_the_objective(data),
         *_on_the_answers(data),
+        *_on_the_contexts(data),
     ]
+
+
+def _seeds_reach(found: Difference, seeds: int) -> str:
+    """What so many seeds would know; training noise adds to it, as far as it differs from that of images."""
+    after = f"{found.half_width / seeds**0.5:.1g}"
+    return f"the difference within ±{after} at best, now ±{found.reach}, and how far seeds differ"
 
 
 def _on_the_difference(found: Difference | None) -> list[Suggestion]:
@@ -185,11 +327,11 @@ def _on_the_difference(found: Difference | None) -> list[Suggestion]:
         return []
     if found.verdict == Verdict.WORSE:
         rule, because = "stage 2 is worse than the control", f"mAP {found} against the control, with one seed"
-        return [Suggestion(because, rule, "coordexp ab -S stage2.b_ratio=0.0,0.25,0.5 --seeds 3")]
-    because = f"differences below {number(found.half_width)} mAP are invisible to one seed and this many images"
-    return [
-        Suggestion(because, "no difference to the control shown", "coordexp ab -S stage2.b_ratio=0.0,0.5 --seeds 5")
-    ]
+        command = "coordexp ab -S stage2.b_ratio=0.0,0.25,0.5 --seeds 3"
+        return [Suggestion(because, rule, command, f"whether own rollouts are what costs: {_seeds_reach(found, 3)}")]
+    because = f"mAP differences below {found.reach} are invisible to one seed and this many images"
+    command = "coordexp ab -S stage2.b_ratio=0.0,0.5 --seeds 5"
+    return [Suggestion(because, "no difference to the control shown", command, _seeds_reach(found, 5))]
 
 
 def _on_the_objective(data: ReportData) -> list[Suggestion]:
@@ -198,7 +340,8 @@ def _on_the_objective(data: ReportData) -> list[Suggestion]:
         return []
     heavier = [f"{data.run.params.w1_weight * factor:g}" for factor in (1, 10, 100)]
     command = f"coordexp ab -S w1_weight={','.join(heavier)} --seeds 3"
-    return [Suggestion(f"W1 is {percent(share)} of softCE + W1", f"share below {percent(W1_INERT)}", command)]
+    learn = f"the first effect of W1 on boxes; at {percent(share)} of the loss this run could have none"
+    return [Suggestion(f"W1 is {percent(share)} of softCE + W1", f"share below {percent(W1_INERT)}", command, learn)]
 
 
 def _on_the_answers(data: ReportData) -> list[Suggestion]:
@@ -206,22 +349,42 @@ def _on_the_answers(data: ReportData) -> list[Suggestion]:
     duplicates = more_duplicates(data)
     if duplicates is not None and duplicates.verdict == Verdict.BETTER:
         because = f"{duplicates} duplicate pairs per image against the control"
-        made.append(Suggestion(because, "duplicates grow", "coordexp ab -S stage2.missed=append,sorted --seeds 3"))
+        command = "coordexp ab -S stage2.missed=append,sorted --seeds 3"
+        learn = f"whether appended objects are said twice: {_seeds_reach(duplicates, 3)}"
+        made.append(Suggestion(because, "duplicates grow", command, learn))
     bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if bounds is not None and bounds[0] >= HEADROOM_WORTH:
-        because = f"a perfect ranking would add {interval(bounds)} mAP"
-        made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "make decoding-study"))
+        headroom = with_interval(metric(data.metrics, "stage2", "confidence.headroom_mAP"), bounds)
+        because, learn = f"a perfect ranking would add {headroom} mAP", "how much of it a score on file already gains"
+        made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "make decoding-study", learn))
     rate = metric(data.metrics, "stage2", "parse.parse_rate")
     if rate < PARSE_WORTH and data.run.params.decode.grammar == "none":
         because = f"{percent(1 - rate)} of the answers do not parse whole"
         command = "coordexp ab -S decode.grammar=none,any --seeds 1"
-        made.append(Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command))
+        learn = f"what a grammar wins back, at most those {percent(1 - rate)}"
+        made.append(Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command, learn))
     return made
 
 
-def suggestions_table(found: list[Suggestion]) -> str:
-    """The suggestions as a table; says so where no rule fired."""
+def _on_the_contexts(data: ReportData) -> list[Suggestion]:
+    made = []
+    forgotten = reading_difference(data, ("stage2", FIRST), ("stage1", FIRST))
+    if forgotten is not None and forgotten.verdict == Verdict.BETTER:
+        because = f"{forgotten} bins on held-out objects against stage 1, in the annotated context"
+        command = "coordexp ab -S softce_weight=1.0,2.0 --seeds 3"
+        learn = f"whether more weight on coordinates keeps them: {_seeds_reach(forgotten, 3)}"
+        made.append(Suggestion(because, "coordinates are forgotten", command, learn))
+    if data.run.params.stage2.n_softctx_iter == 1:
+        command = "coordexp ab -S stage2.n_softctx_iter=1,2 --seeds 3"
+        learn = "how far A2 drifts from A1, and whether training on it gains mAP"
+        made.append(Suggestion("channel A is one forward", "no self-context in this run", command, learn))
+    return made
+
+
+def suggestions_table(found: Sequence[Suggestion], *, rules: bool = False) -> str:
+    """The suggestions as a table, with the rule of each if asked for; says so where none fired."""
     if not found:
         return "No rule asks for an experiment."
-    rows = [[s.because, s.rule, f"`{s.command}`"] for s in found]
-    return table(["because", "rule", "experiment"], rows, "lll")
+    rows = [[s.because, f"`{s.command}`", s.learn, *[s.rule] * rules] for s in found]
+    header = ["because", "experiment", "what is known after it", *["rule"] * rules]
+    return table(header, rows, "l" * len(header))

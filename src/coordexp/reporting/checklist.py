@@ -14,7 +14,7 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.effect import Verdict
 from coordexp.infra.logs import ends
 from coordexp.reporting.inputs import TRAINED, ReportData, metric, required
-from coordexp.reporting.markdown import interval, number, percent, signed, table
+from coordexp.reporting.markdown import number, percent, table
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
 from coordexp.reporting.training import target_entropy_nats
 from coordexp.reporting.verdicts import compared
@@ -191,6 +191,5 @@ def _compared(data: ReportData, claim: str, comparison: str, key: str, allowed: 
     if difference is None:
         return Check(claim, None, "not defined on this data")
     verdict = difference.verdict
-    bounds = interval((difference.lo, difference.hi))
     passed = None if verdict == Verdict.NOT_JUDGED else verdict in allowed
-    return Check(claim, passed, f"{signed(difference.delta)} {bounds}: {verdict.value}")
+    return Check(claim, passed, f"{difference}: {verdict.value}")

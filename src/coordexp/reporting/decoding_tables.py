@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coordexp.reporting.markdown import interval, number, signed, table
+from coordexp.reporting.markdown import number, table, with_interval
 
 _COLUMNS = {
     "constraints": ("coco.mAP", "f1.full_50", "set.dup_pairs_90", "parse.parse_rate", "tokens_per_second"),
@@ -66,15 +66,13 @@ def decoding_section(
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    header = ["", *(column.rpartition(".")[2] for column in columns), "difference of mAP", "interval"]
-    return table(header, [[row["name"], *(number(row.get(column)) for column in columns), *_gain(row)] for row in rows])
+    header = ["", *(column.rpartition(".")[2] for column in columns), "difference of mAP"]
+    return table(header, [[row["name"], *(number(row.get(column)) for column in columns), _gain(row)] for row in rows])
 
 
-def _gain(row: Mapping[str, Any]) -> list[str]:
-    difference = row.get("difference", {}).get("coco.mAP")
-    if difference is None:
-        return ["", ""]
-    return [signed(difference["delta"]), interval([difference["lo"], difference["hi"]])]
+def _gain(row: Mapping[str, Any]) -> str:
+    found = row.get("difference", {}).get("coco.mAP")
+    return "" if found is None else with_interval(found["delta"], [found["lo"], found["hi"]], sign=True)
 
 
 def _oracle(found: Mapping[str, Any]) -> str:

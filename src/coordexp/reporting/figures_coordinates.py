@@ -91,16 +91,21 @@ def _bin_errors(outcomes: Mapping[str, Outcomes]) -> Figure:
     return figure
 
 
+def _at_border(strip: Strip) -> bool:
+    return not _MARGIN_BINS < strip.true_bin < NUM_BINS - _MARGIN_BINS
+
+
 def choose_strips(outcome: Outcomes, per_rule: int = STRIPS_PER_RULE) -> list[Strip]:
     """Slots of matched pairs by rule: widest distribution, largest error, narrowest, and those around the median width.
 
-    One slot per pair at most, so that one bad box does not fill the figure; empty where no distribution is on file.
+    An edge on the border of the picture is known without looking, so it is narrowest only where there is no other. One
+    slot per pair at most, so that one bad box does not fill the figure; empty where no distribution is on file.
     """
     everything = _all_strips(outcome)
     orders = {
         "widest": sorted(everything, key=lambda s: -s.sd_bins),
         "largest error": sorted(everything, key=lambda s: -abs(s.emitted_bin - s.true_bin)),
-        "narrowest": sorted(everything, key=lambda s: s.sd_bins),
+        "narrowest": sorted(everything, key=lambda s: (_at_border(s), s.sd_bins)),
     }
     middle = float(np.median([s.sd_bins for s in everything])) if everything else 0.0
     orders["in between"] = sorted(everything, key=lambda s: abs(s.sd_bins - middle))

@@ -1,4 +1,4 @@
-"""Figures of the evaluation: precision and recall, localisation, scores, what is missed, and what is mistaken."""
+"""Figures of the evaluation: precision and recall, scores, and what is missed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ from coordexp.evaluation.set_behaviour import GT_COUNT_BUCKETS
 from coordexp.evaluation.table import Bools, Floats, Ints
 from coordexp.matching.summary import wilson
 from coordexp.reporting.inputs import Json, Metrics, ReportData, metric
-from coordexp.reporting.outcomes import LOWEST_IOU, MATCH_IOU, Outcomes
+from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
 
 SIDE_EDGES_PX = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
-CONFUSED_NAMES = 12
 
 
 def write_evaluation_figures(data: ReportData, outcomes: Mapping[str, Outcomes], folder: Path) -> None:
-    """Write iou_histogram, scores, recall, confusion and confidence as PNG."""
+    """Write precision_recall, scores, recall and confidence as PNG."""
     with figure_style():
-        save_figure(_iou_histogram(outcomes), folder / "iou_histogram.png")
+        save_figure(_pr_curves(data.pr_curves), folder / "precision_recall.png")
         save_figure(_scores(outcomes), folder / "scores.png")
         save_figure(_recall(outcomes), folder / "recall.png")
-        save_figure(_confusion(outcomes["stage2"]), folder / "confusion.png")
         save_figure(_confidence(data.details, data.metrics), folder / "confidence.png")
 
 
-def pr_curves(curves: Mapping[str, Json], height_in: float) -> Figure:
+def _pr_curves(curves: Mapping[str, Json]) -> Figure:
     """Precision over recall of every checkpoint at IoU .50 and .75."""
-    figure = new_figure(9.2, height_in)
+    figure = new_figure(9.2, 3.2)
     for ax, at in zip(figure.subplots(1, 2, sharey=True), ("50", "75"), strict=True):
         for name, curve in curves.items():
             precision, look = curve[f"precision_{at}"], LOOKS[name]
@@ -52,26 +50,6 @@ def pr_curves(curves: Mapping[str, Json], height_in: float) -> Figure:
 def _legend(ax: Axes) -> None:
     if ax.get_legend_handles_labels()[1]:
         ax.legend()
-
-
-def _iou_histogram(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Matched boxes per 100 objects by IoU: areas are recalls, so checkpoints compare directly."""
-    figure = new_figure(7.2, 3.6)
-    ax = figure.subplots()
-    edges = np.linspace(LOWEST_IOU, 1.0, 29)
-    for name, outcome in outcomes.items():
-        look = LOOKS[name]
-        n_objects = max(1, int(outcome.table.n_gt_I.sum()))
-        counts, _ = np.histogram(outcome.matches.iou_M, bins=edges)
-        matched = outcome.matches.iou_M[outcome.matches.at(MATCH_IOU)]
-        label = f"{name}: mean {matched.mean():.3f} above .5" if len(matched) else f"{name}: none above .5"
-        ax.stairs(100 * counts / n_objects, edges, color=look.colour, linestyle=look.line, linewidth=1.8,
-                  label=label)  # fmt: skip
-    ax.axvline(MATCH_IOU, color=INK, linewidth=0.8, linestyle=":")
-    ax.set(xlim=(LOWEST_IOU, 1), xlabel="IoU of a matched pair (names ignored)", ylabel="pairs per 100 objects")
-    ax.set_title("How well located boxes sit")
-    ax.legend(loc="upper left", frameon=True, framealpha=1.0, edgecolor="none")  # the line at .5 runs behind it
-    return figure
 
 
 def _scores(outcomes: Mapping[str, Outcomes]) -> Figure:
@@ -153,35 +131,6 @@ def _recall_panel(
                     marker=look.marker, markersize=4, linewidth=1.2, elinewidth=0.8, label=name)  # fmt: skip
     ax.set_xticks(range(len(present)), [f"{labels[b]}\n({n})" for b, n in zip(present, numbers, strict=True)])
     ax.grid(visible=False, axis="x")
-
-
-def _confusion(outcome: Outcomes) -> Figure:
-    """Annotated against predicted names, for the names with most mistakes on located objects."""
-    confusions, right = outcome.confusions(), outcome.named_right()
-    involved: dict[str, int] = {}
-    for (truth, predicted), n in sorted(confusions.items()):
-        involved[truth] = involved.get(truth, 0) + n
-        involved[predicted] = involved.get(predicted, 0) + n
-    names = sorted(involved, key=lambda name: (-involved[name], name))[:CONFUSED_NAMES]
-    counts = np.array([[right[a] if a == b else confusions[a, b] for b in names] for a in names], dtype=float)
-    counts = counts.reshape(len(names), len(names))
-    figure = new_figure(6.4, 5.2)
-    ax = figure.subplots()
-    ax.grid(visible=False)
-    figure.suptitle(f"stage2: the {len(names)} names with most mistakes, located objects (IoU ≥ .5)", fontsize=10)
-    if not names:
-        ax.text(0.5, 0.5, "no located object has a wrong name", ha="center", transform=ax.transAxes)
-        ax.set_axis_off()
-        return figure
-    wrong = np.where(np.eye(len(names), dtype=bool), np.nan, counts)
-    ax.imshow(wrong, cmap="Oranges", vmin=0, vmax=2 * max(1.0, np.nanmax(wrong)))  # pale enough for dark numbers
-    for row, column in np.argwhere(counts > 0):
-        ax.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=8,
-                color=GREEN if row == column else INK)  # fmt: skip
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    ax.set_yticks(range(len(names)), names)
-    ax.set(xlabel="predicted name", ylabel="annotated name")
-    return figure
 
 
 def _confidence(details: Mapping[str, Json], metrics: Metrics) -> Figure:

@@ -1,41 +1,94 @@
-"""The forest plot of `coordexp compare`: paired differences to one reference, with their intervals."""
+"""The forest plot: paired differences with their intervals, a panel for each comparison, a row for each metric.
+
+Panels have scales of their own, because comparisons differ in size by an order of magnitude. The numbers stand beside
+their marks; colour and marker say the verdict.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from coordexp.evaluation.effect import Effect
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from coordexp.evaluation.effect import Verdict
+from coordexp.reporting.markdown import with_interval
 from coordexp.reporting.style import INK, figure_style, new_figure, save_figure
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # told apart by the color blind, too
-_MARKERS = ("o", "s", "D", "^", "v", "P")
+NAMES = {
+    **{"coco.mAP": "mAP", "coco.AP50": "AP50", "coco.AP75": "AP75"},
+    **{"f1.full_50": "F1, boxes and names", "f1.loc_50": "F1, boxes alone"},
+    **{"known.mAP": "mAP, names seen in training", "held_out.mAP": "mAP, names held out"},
+}
+_LOOKS = {Verdict.BETTER: ("#0072B2", "^"), Verdict.WORSE: ("#D55E00", "v")}  # told apart by the color blind, too
+_PLAIN = (INK, "o")
+_ROW_IN, _PANEL_IN = 0.21, 0.55  # inches of a row, and of a panel around its rows
 
 
-def write_forest(
-    path: Path, sides: Mapping[str, Mapping[str, Effect | None]], reference: str, keys: Sequence[str]
-) -> None:
-    """Draw the differences side - reference of each metric as PNG, one row per metric, one mark per side."""
+class Estimate(Protocol):
+    """A paired difference with its 95 % interval."""
+
+    @property
+    def delta(self) -> float: ...
+    @property
+    def lo(self) -> float: ...
+    @property
+    def hi(self) -> float: ...
+    @property
+    def verdict(self) -> Verdict: ...
+
+
+Panels = Mapping[str, Mapping[str, Estimate | None]]  # title -> metric -> difference, None where it is undefined
+
+
+def write_forest(path: Path, panels: Panels, keys: Sequence[str], colours: int = 256) -> None:
+    """Draw the differences of these metrics as PNG, one panel below the other.
+
+    Undefined ones, and those that are the same in every resample, are left out.
+    """
     with figure_style():
-        _draw(path, sides, reference, keys)
+        save_figure(_forest(panels, keys), path, colours)
 
 
-def _draw(path: Path, sides: Mapping[str, Mapping[str, Effect | None]], reference: str, keys: Sequence[str]) -> None:
-    shown = [key for key in keys if any(effects.get(key) for effects in sides.values())]
-    figure = new_figure(8.0, 1.4 + 0.16 * max(1, len(shown)) * (1 + len(sides)))
-    ax = figure.subplots()
-    for n, (name, effects) in enumerate(sides.items()):
-        offset = (n - (len(sides) - 1) / 2) * 0.7 / max(1, len(sides))
-        found = [(row + offset, effect) for row, key in enumerate(shown) if (effect := effects.get(key)) is not None]
-        ax.errorbar(
-            [effect.delta for _, effect in found], [y for y, _ in found],
-            xerr=[[max(0.0, e.delta - e.lo) for _, e in found], [max(0.0, e.hi - e.delta) for _, e in found]],
-            color=_COLORS[n % len(_COLORS)], marker=_MARKERS[n % len(_MARKERS)], markersize=4, linestyle="",
-            elinewidth=1.4, label=name,
-        )  # fmt: skip
-    ax.axvline(0, color=INK, linewidth=0.8)
-    ax.set_yticks(range(len(shown)), shown)
-    ax.set_ylim(len(shown) - 0.5, -0.5)
-    ax.set_xlabel(f"difference to {reference}, 95 % interval (paired over images)")
-    figure.legend(loc="outside lower center", ncols=min(3, len(sides)))
-    save_figure(figure, path)
+def _forest(panels: Panels, keys: Sequence[str]) -> Figure:
+    known = {
+        title: {key: found for key in keys if (found := differences.get(key)) is not None and found.lo < found.hi}
+        for title, differences in panels.items()
+    }
+    heights = [_PANEL_IN + _ROW_IN * max(1, len(rows)) for rows in known.values()]
+    figure = new_figure(8.4, sum(heights) + 0.35)
+    axes = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (title, rows) in zip(axes, known.items(), strict=True):
+        ax.set_title(title, loc="left", fontweight="bold")
+        _panel(ax, rows)
+    axes[-1].set_xlabel("difference, 95 % interval (paired over images); ▲ better, ▼ worse, ● no difference shown")
+    return figure
+
+
+def _panel(ax: Axes, rows: Mapping[str, Estimate]) -> None:
+    for y, found in enumerate(rows.values()):
+        colour, marker = _LOOKS.get(found.verdict, _PLAIN)
+        ax.plot([found.lo, found.hi], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        ax.plot(found.delta, y, color=colour, marker=marker, markersize=5.5)
+    ax.axvline(0, color=INK, linewidth=0.9)
+    ax.margins(x=0.06)
+    ax.set_yticks(range(len(rows)), [NAMES.get(key, key) for key in rows])
+    ax.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    ax.grid(visible=False, axis="y")
+    numbers = ax.secondary_yaxis("right")
+    shown = [with_interval(found.delta, (found.lo, found.hi), sign=True) for found in rows.values()]
+    numbers.set_yticks(range(len(rows)), shown)
+    for ticks in (ax.yaxis, numbers.yaxis):
+        ticks.set_tick_params(length=0)
+    numbers.spines["right"].set_visible(False)
+    if not rows:
+        ax.text(
+            0.5,
+            0.5,
+            "nothing differs, or nothing is defined on this data",
+            ha="center",
+            va="center",
+            transform=ax.transAxes,
+        )

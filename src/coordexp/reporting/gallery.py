@@ -36,7 +36,8 @@ _SIGNS = {
     Cause.DUPLICATE: DUPLICATE_SIGN,
 }
 SHOWN, BEFORE = "stage2", "stage1"
-RULES = ("most duplicates", "most misses", "biggest change", "random")
+CHANGE = "biggest change"
+RULES = ("most duplicates", "most misses", CHANGE, "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Budget:
 
 
 GALLERY = Budget(80_000, ((512, None), (512, 128), (400, 64), (320, 32), (256, 24)), palette=False)
-EXAMPLE = Budget(18_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16)), palette=True)
+EXAMPLE = Budget(17_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16)), palette=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: in
     scores = {
         "most duplicates": shown[dup_key],
         "most misses": shown["fn_50"],
-        "biggest change": (n_errors(shown) - n_errors(before)).abs(),
+        CHANGE: (n_errors(shown) - n_errors(before)).abs(),
     }
     chosen: dict[int, str] = {}
     for rule, score in scores.items():
@@ -121,24 +122,29 @@ def write_gallery(
     """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     for pick, name in zip(picks, image_names(picks, outcomes, image_root), strict=True):
-        shown = (BEFORE, SHOWN) if pick.rule == "biggest change" else (SHOWN,)
+        shown = (BEFORE, SHOWN) if pick.rule == CHANGE else (SHOWN,)
         runs = {run: outcomes[run] for run in shown}
         data = _small_picture(read_record_rgb(image_root, name), pick.image_id, runs, GALLERY)
         write_bytes(folder / pick.file_name, data)
 
 
 def write_example(pick: GalleryPick, outcomes: Mapping[str, Outcomes], image_root: Path, path: Path) -> None:
-    """Annotation beside the answer of SHOWN, small enough for git."""
+    """Annotation beside the answer of SHOWN, or of a change the answer BEFORE beside it; small enough for git."""
     image = read_record_rgb(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image)
-    write_bytes(path, _small_picture(image, pick.image_id, {SHOWN: outcomes[SHOWN]}, EXAMPLE))
+    is_change = pick.rule == CHANGE
+    shown = (BEFORE, SHOWN) if is_change else (SHOWN,)
+    runs = {run: outcomes[run] for run in shown}
+    write_bytes(path, _small_picture(image, pick.image_id, runs, EXAMPLE, annotated=not is_change))
 
 
-def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], budget: Budget) -> bytes:
+def _small_picture(
+    image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], budget: Budget, annotated: bool = True
+) -> bytes:
     """PNG within the budget, or its last quality: photos lose colours, then size, until it fits; boxes stay sharp."""
     data = b""
     for panel_px, colours in budget.qualities:
         out = io.BytesIO()
-        picture = _picture(image, image_id, outcomes, panel_px, colours)
+        picture = _picture(image, image_id, outcomes, panel_px, colours, annotated)
         if budget.palette and colours is not None:
             picture = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         picture.save(out, "PNG", optimize=True)
@@ -149,7 +155,12 @@ def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcom
 
 
 def _picture(
-    image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], panel_px: int, colours: int | None
+    image: Image.Image,
+    image_id: int,
+    outcomes: dict[str, Outcomes],
+    panel_px: int,
+    colours: int | None,
+    annotated: bool,
 ) -> Image.Image:
     """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
     shrink = min(1.0, panel_px / max(image.size))
@@ -159,7 +170,7 @@ def _picture(
     if colours is not None:
         image = image.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
     last = list(outcomes)[-1]
-    panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))]
+    panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))] if annotated else []
     panels += [(f"predicted, {name}", _prediction_panel(image, image_id, o, shrink)) for name, o in outcomes.items()]
     return side_by_side(panels)
 

@@ -65,6 +65,7 @@ _PLANS = (
     _Plan("coco-qwen3vl-4b", "4b", 490, 190, 5000, ("step-lora", "4b, as committed")),
     _Plan("coco-qwen3vl-8b", "8b", 490, 190, 5000, ("step-lora", "8b, as committed")),
     _Plan("lvis-qwen3vl-4b", "4b", 650, 340, 19_809, ("step-lora", "4b, as committed")),
+    _Plan("coco-val2017", "2b", 490, 190, 500, _CHECKED_2B),
 )
 # Of one forward of decoding, launch-bound up to a batch of 64; a guess.
 LAUNCH_SECONDS_A_LAYER = 0.035 / 28

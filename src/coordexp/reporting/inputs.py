@@ -13,7 +13,15 @@ from typing import Any, TypeAlias, cast
 
 import pandas as pd
 
-from coordexp.config.paths import CHECKPOINTS, COMPARISONS, DECODE_SUMMARY, GT_VS_PRED, RUN_METADATA, TRAIN_LOG
+from coordexp.config.paths import (
+    CHECKPOINTS,
+    COMPARISONS,
+    CONTEXT_ROWS,
+    DECODE_SUMMARY,
+    GT_VS_PRED,
+    RUN_METADATA,
+    TRAIN_LOG,
+)
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
@@ -30,6 +38,7 @@ EVALUATION_KEYS = frozenset(
     {"images", "objects", "predictions", "right", "false", "missed", "precision", "recall", "f1"}
     | {"f1_boxes", "dup_pairs_90", "parse_rate", "truncated"}
 )
+CONTEXT_KEYS = frozenset({"image_id", "text_ce", "text_tokens", "A1", "own"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,8 @@ class ReportInputs:
     """The run that a report is about, and where its files lie.
 
     `evaluations` holds a folder per checkpoint (gt_vs_pred.jsonl, per_image.json, pr_curve.json, details.json,
-    decode.json), `runs` one per training stage (train_log.jsonl, monitor.jsonl, run_metadata.json). Image paths of the
-    records are relative to `image_root`.
+    decode.json), `runs` one per training stage (train_log.jsonl, monitor.jsonl, context_errors.jsonl,
+    run_metadata.json). Image paths of the records are relative to `image_root`.
     """
 
     run: RunConfig
@@ -98,6 +107,7 @@ class ReportData:
     decodes: dict[str, Json]
     logs: dict[str, pd.DataFrame]
     dev_rows: dict[str, list[Json] | None]  # what the eval callback found; None if the run left no file of it
+    contexts: dict[str, list[Json] | None]  # its errors of coordinates by context, one row an image and evaluation
     metadata: dict[str, Json]
     rollout: Json
     packing: Json
@@ -130,7 +140,8 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
         decodes={name: read_json(folder / DECODE_SUMMARY, "coco-eval") for name, folder in folders.items()},
         logs={name: read_log(_existing(inputs.runs / name / TRAIN_LOG, name)) for name in TRAINED},
-        dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
+        dev_rows={name: _rows(inputs.runs / name / "monitor.jsonl", EVALUATION_KEYS) for name in TRAINED},
+        contexts={name: _rows(inputs.runs / name / CONTEXT_ROWS, CONTEXT_KEYS) for name in TRAINED},
         metadata={name: read_json(inputs.runs / name / RUN_METADATA, name) for name in TRAINED},
         rollout=read_json(inputs.rollout_summary, "stage2"),
         packing=read_json(inputs.packing_stats, "pack"),
@@ -220,8 +231,8 @@ def _results(path: Path) -> list[ImageResult]:
     return sorted(own_lines(read_results(_existing(path, "coco-eval"))), key=lambda result: result.image_id)
 
 
-def _dev_rows(path: Path) -> list[Json] | None:
-    return read_rows(path, EVALUATION_KEYS) if path.is_file() else None
+def _rows(path: Path, keys: frozenset[str]) -> list[Json] | None:
+    return read_rows(path, keys) if path.is_file() else None
 
 
 def _per_image(path: Path) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 Align = Literal["l", "r"]
 MISSING = "n/a"
+MOST_DECIMALS = 4  # of metrics.json
 _RULES = {"l": ":---", "r": "---:"}
 # What GitHub reads as markup inside a line; `<`, `>` and `&` become entities before.
 _MARKUP = re.compile(r"([\\`*_\[\]|~$])")
@@ -32,6 +34,30 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def decimals(bounds: Sequence[float]) -> int:
+    """Digits after the point that an interval carries: its half-width has two digits if they are below 36, else one.
+
+    The rule of the Particle Data Group. A bound beside 0 gets more, so that its sign is seen; none has more than four.
+    """
+    half_width = (bounds[1] - bounds[0]) / 2
+    if half_width <= 0:
+        return MOST_DECIMALS
+    exponent = math.floor(math.log10(half_width))
+    leading = half_width / 10**exponent
+    digits = (1 if leading < 3.55 else 0) - exponent
+    while digits < MOST_DECIMALS and any(bound and not round(bound, max(0, digits)) for bound in bounds):
+        digits += 1
+    return min(max(digits, 0), MOST_DECIMALS)
+
+
+def with_interval(value: float | None, bounds: Sequence[float] | None, *, sign: bool = False) -> str:
+    """A number and its interval in brackets, in as many digits as that carries; without an interval `number`."""
+    if value is None or bounds is None:
+        return signed(value) if sign and value is not None else number(value)
+    shown = f"{'+' if sign else ''}.{decimals(bounds)}f"
+    return f"{value:{shown}} [{bounds[0]:{shown}}, {bounds[1]:{shown}}]"
+
+
 def signed(value: float | int) -> str:
     """A difference with its sign."""
     return f"{value:+.4f}" if isinstance(value, float) else f"{value:+d}"
@@ -47,11 +73,6 @@ def percent(value: float) -> str:
     if 0 < abs(value) < 0.0005:
         return "under 0.1 %"
     return f"{100 * value:.0f} %" if abs(value) >= 0.0995 else f"{100 * value:.1f} %"
-
-
-def interval(bounds: Sequence[float] | None) -> str:
-    """[low, high] with four digits, or nothing."""
-    return "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:

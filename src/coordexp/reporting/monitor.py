@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.schema import EvalParams
 from coordexp.evaluation.protocol import iou_key
-from coordexp.reporting.inputs import TRAINED, Json, Metrics, metric
+from coordexp.matching.summary import MatchCounts
+from coordexp.reporting.answers import FIRST, OWN, reading_mean
+from coordexp.reporting.inputs import TRAINED, Json, Metrics, ReportData, metric
 from coordexp.reporting.markdown import number, table
-from coordexp.reporting.style import GREEN, INK, LOOKS, RED, figure_style, new_figure, save_figure
+from coordexp.reporting.style import FAINT, LOOKS, figure_style, new_figure, save_figure
 
 DevRows = Mapping[str, Sequence[Json] | None]  # by training stage; None if the run left no monitor.jsonl
-_DRAWN_COUNTS = (("right", GREEN, "-"), ("false", RED, "--"), ("missed", "#E69F00", ":"))
-_SHOWN = ("stage1", "stage1-control", "stage2")
 _COUNTS = ("predictions", "right", "false", "missed")
+_BESIDE = 0.008  # of the axis: the control stands to the right of stage 2, not under it
+Point = tuple[int, float, float, float]  # step, value, and its interval
 
 
 def checkpoint_counts_table(metrics: Metrics, params: EvalParams) -> str:
@@ -61,60 +65,57 @@ def monitor_sentence(dev_rows: DevRows) -> str:
     )
 
 
-def write_monitor_figure(dev_rows: DevRows, path: Path) -> None:
-    """F1, precision and recall, and counts by step; nothing is written if no step was evaluated."""
-    rows = {name: list(dev_rows[name] or ()) for name in _SHOWN}
-    if any(rows.values()):
+def write_monitor_figure(data: ReportData, path: Path) -> None:
+    """F1 and errors of coordinates by step with their intervals; nothing is written if no step was evaluated."""
+    if any(data.dev_rows.values()):
         with figure_style():
-            save_figure(_monitor_figure(rows), path)
+            save_figure(_monitor_figure(data), path)
 
 
-def _monitor_figure(rows: Mapping[str, list[Json]]) -> Figure:
-    figure = new_figure(9.6, 3.2)
-    axes = list(figure.subplots(1, 3))
-    # Stage 2 and the control go on from the last step of stage 1: one axis for the whole training.
-    seam = rows["stage1"][-1]["step"] if rows["stage1"] else 0
-    for name in _SHOWN:
-        continued = name != "stage1" and rows["stage1"]
-        points = ([rows["stage1"][-1] | {"step": 0}] if continued else []) + rows[name]
-        steps = [row["step"] + (seam if name != "stage1" else 0) for row in points]
-        look = LOOKS[name]
-        for ax, key in ((axes[0], "f1"), (axes[1], "precision"), (axes[1], "recall")):
-            ax.plot(
-                steps,
-                [math.nan if row[key] is None else row[key] for row in points],  # undefined: a gap
-                color=look.colour,
-                linestyle=":" if key == "recall" else look.line,
-                marker=look.marker,
-                markersize=4,
-                markerfacecolor="white" if key == "recall" else look.colour,
-                label=name if key == "f1" else None,
-            )
-        if name != "stage1-control":
-            for key, colour, line in _DRAWN_COUNTS:
-                label = key if name == "stage1" else None
-                axes[2].plot(steps, [row[key] for row in points], color=colour, linestyle=line, label=label)
-    _finish(axes, seam, rows)
+def _monitor_figure(data: ReportData) -> Figure:
+    """All on the same dev images; stage 2 and the control go on from the last step of stage 1."""
+    panels: dict[str, Callable[[str], list[Point]]] = {
+        "F1 of boxes and names": lambda stage: _f1_points(data.dev_rows[stage] or ()),
+        "bins off, annotated context (A1)": lambda stage: _error_points(data, stage, FIRST),
+        "bins off, own answers": lambda stage: _error_points(data, stage, OWN),
+    }
+    points = {title: {stage: points_of(stage) for stage in TRAINED} for title, points_of in panels.items()}
+    points = {title: found for title, found in points.items() if any(found.values())} or {"nothing to judge": {}}
+    figure = new_figure(3.3 * max(2, len(points)) + 0.5, 3.4)
+    lengths = {name: len(log) for name, log in data.logs.items()}
+    seam = lengths["stage1"]
+    end = seam + max(length for name, length in lengths.items() if name != "stage1")
+    axes = figure.subplots(1, len(points), squeeze=False)[0]
+    for ax, (title, by_stage) in zip(axes, points.items(), strict=True):
+        for stage, found in by_stage.items():
+            start = 0 if stage == "stage1" else seam
+            _draw(ax, found, start + (_BESIDE * end if stage == "stage1-control" else 0.0), stage)
+        ax.axvline(seam, color=FAINT, linewidth=0.8, linestyle="--")
+        ax.set(title=title, xlabel="optimizer step", xlim=(0, 1.03 * end))
+        ax.set_ylim(0, 1 if title.startswith("F1") else None)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
-def _finish(axes: Sequence[Axes], seam: int, rows: Mapping[str, list[Json]]) -> None:
-    shown = next(found[0] for found in rows.values() if found)
-    titles = ("F1 of boxes and names", "precision (filled), recall (hollow)", "objects, of stage 1 and stage 2")
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title)
-        ax.set_xlabel("optimizer step")
-        ax.set_ylim(bottom=0)
-        if seam:
-            ax.axvline(seam, color=INK, linewidth=0.8, linestyle=":")
-    for ax in axes[:2]:
-        ax.set_ylim(0, 1)
-    axes[0].set_ylabel(f"on {shown['images']} dev images")
-    axes[2].set_ylim(0, 1.05 * max(axes[2].get_ylim()[1], shown["objects"]))
-    axes[2].axhline(shown["objects"], color=INK, linewidth=0.8)
-    axes[2].annotate(
-        "annotated", (0.02, shown["objects"]), (0, -3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", va="top", fontsize=8,
-    )  # fmt: skip
-    axes[0].legend(loc="lower right")
-    axes[2].legend()
+def _f1_points(rows: Sequence[Json]) -> list[Point]:
+    bounds = [MatchCounts(row["predictions"], row["objects"], row["right"]).intervals["f1"] for row in rows]
+    return [(row["step"], row["f1"], *bound) for row, bound in zip(rows, bounds, strict=True) if bound]
+
+
+def _error_points(data: ReportData, stage: str, context: str) -> list[Point]:
+    points: list[Point] = []
+    for step, rows in groupby(data.contexts[stage] or (), lambda row: row["step"]):
+        mean, bounds = reading_mean(data, list(rows), context)
+        if mean is not None and bounds is not None:
+            points.append((step, mean, bounds[0], bounds[1]))
+    return points
+
+
+def _draw(ax: Axes, points: Sequence[Point], start: float, stage: str) -> None:
+    if points:
+        look = LOOKS[stage]
+        steps, values, low, high = np.array(points, dtype=float).T
+        ax.errorbar(steps + start, values, yerr=np.maximum(0, [values - low, high - values]), color=look.colour,
+                    linestyle=look.line, marker=look.marker, markersize=4, elinewidth=1, label=stage)  # fmt: skip

@@ -45,7 +45,7 @@ class Answered:
     page: Path
 
 
-def answered_questions(root: Path = Path()) -> list[Answered]:
+def stored_answers(root: Path = Path()) -> list[Answered]:
     """The questions that `reports/answers/` answers, by name; raises DataError where a file of numbers is damaged."""
     found = []
     for path in sorted((root / ANSWERS).glob("*.json")):

@@ -38,7 +38,7 @@ from coordexp.inputs import (
 )
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
 from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
-from coordexp.reporting.markdown import interval, number, table
+from coordexp.reporting.markdown import number, table, with_interval
 from coordexp.reporting.training import MEANINGS
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
@@ -107,7 +107,13 @@ their batches (a sum over processes); their sums stand in `runs/<profile>/<stage
 `monitor.jsonl` beside it holds one object for every call of the eval callback (`monitor.every_steps`), over the same
 few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
 `precision`, `recall`, `f1`, `f1_boxes` (names ignored), `matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`,
-`tokens_mean`. The pairing is that of training, not the evaluator's."""
+`tokens_mean`. The pairing is that of training, not the evaluator's.
+
+`context_errors.jsonl` holds one object for every image of every such call, read by the weights of that step in a
+forward of its own (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
+annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, in the
+annotated context `A1`, in the soft self-context `A2` and on where channel A has several forwards, and in the model's
+own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -260,8 +266,8 @@ def results_table(profile: str, root: Path) -> str | None:
     keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
     rows = []
     for name in CHECKPOINTS:
-        first, *others = (number(metric(metrics, name, key)) for key in keys)
-        rows.append([name, f"{first} {interval(bounds_of(metrics, name, keys[0]))}".rstrip(), *others])
+        first, *others = (metric(metrics, name, key) for key in keys)
+        rows.append([name, with_interval(first, bounds_of(metrics, name, keys[0])), *map(number, others)])
     return table(["val", *(specs[key].name for key in keys)], rows)
 
 

@@ -2,9 +2,9 @@
 
     build_report(ReportInputs.of(run), Path("reports/tiny"))
 
-progress.md is page one, whole in git with the few small files of pictures/. All numbers and pictures behind it are in
-details.md, figures/ and gallery/, which DVC keeps. Nothing holds a time or place of its own: the same inputs give the
-same bytes.
+progress.md is the decision note, whole in git with the few small files of pictures/. All numbers and pictures behind
+it are in details/ (a page for each subject), figures/ and gallery/, which DVC keeps. Nothing holds a time or place of
+its own: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,29 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from coordexp.config.paths import CHECKPOINTS, COMPARISONS
-from coordexp.evaluation.effect import Verdict
 from coordexp.evaluation.protocol import iou_key
 from coordexp.infra.files import write_text
 from coordexp.reporting import provenance, tables
-from coordexp.reporting.answers import improved_and_flat, standing_answers, suggestions, suggestions_table
+from coordexp.reporting.answers import (
+    answers_table,
+    improved_and_flat,
+    readings_table,
+    standing_answers,
+    suggestions,
+    suggestions_table,
+)
 from coordexp.reporting.checklist import checklist_table, run_checks
+from coordexp.reporting.decision import (
+    EXAMPLES,
+    answered_questions,
+    checks_line,
+    decision,
+    error_budget,
+    examples,
+    main_table,
+    standing_lines,
+    write_pictures,
+)
 from coordexp.reporting.decoding_tables import decoding_section
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
@@ -38,7 +55,7 @@ from coordexp.reporting.gallery import (
     write_gallery,
 )
 from coordexp.reporting.inputs import Baseline, ReportData, ReportInputs, load_report_data, metric, required
-from coordexp.reporting.markdown import escape, number, percent
+from coordexp.reporting.markdown import escape, number, percent, table
 from coordexp.reporting.monitor import (
     checkpoint_counts_table,
     monitor_sentence,
@@ -46,7 +63,6 @@ from coordexp.reporting.monitor import (
     write_monitor_figure,
 )
 from coordexp.reporting.outcomes import Outcomes, judge
-from coordexp.reporting.pictures import EXAMPLES, examples, write_pictures
 from coordexp.reporting.training import (
     channels,
     counters_table,
@@ -57,22 +73,19 @@ from coordexp.reporting.training import (
 )
 from coordexp.reporting.verdicts import (
     RULE,
-    compared,
     comparison_table,
     explain,
     explanation_table,
-    verdict_of,
-    warnings,
 )
 
-SUBJECTS = {"stage1": "Stage 1", "stage2": "Stage 2", "stage1-control": "the control", "base": "the base model"}
-PAGE, DETAILS = "progress.md", "details.md"
-FOLDERS = ("pictures", "figures", "gallery")
-_HEADLINES = ("stage2_vs_stage1", "stage2_vs_control", "stage1_vs_base")
+PAGE, DETAILS = "progress.md", "details"
+FOLDERS = ("pictures", DETAILS, "figures", "gallery")
+SUBJECTS = ("answers", "boxes", "checks", "comparisons", "decoding", "gallery", "run", "sets", "training", "vocabulary")
+SUGGESTED = 3  # experiments on page one
 
 
 def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
-    """Write progress.md with pictures/, details.md with figures/ and gallery/; returns the path of progress.md.
+    """Write progress.md with pictures/, details/ with figures/ and gallery/; returns the path of progress.md.
 
     Raises:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
@@ -85,17 +98,18 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     context = _context(inputs, data, outcomes, picks, strips, dup_key)
-    texts = {name: _render(name, context) for name in (PAGE, DETAILS)}
+    context |= {"questions": answered_questions(out_dir.parent / "answers")}
+    texts = {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
     for folder in FOLDERS:  # no picture of an older report stays
         shutil.rmtree(out_dir / folder, ignore_errors=True)
     write_training_figures(data.logs, params, out_dir / "figures")
-    write_monitor_figure(data.dev_rows, out_dir / "figures" / "monitor.png")
+    write_monitor_figure(data, out_dir / "figures" / "monitor.png")
     write_evaluation_figures(data, outcomes, out_dir / "figures")
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     write_pictures(data, outcomes, picks, inputs.image_root, out_dir / "pictures")
-    for name in (DETAILS, PAGE):  # after their pictures: what they show is there
-        write_text(out_dir / name, texts[name])
+    for name, text in texts.items():  # after their pictures: what they show is there
+        write_text(out_dir / name, text)
     return out_dir / PAGE
 
 
@@ -116,24 +130,21 @@ def _context(
     strips: list[Strip],
     dup_key: str,
 ) -> dict[str, Any]:
-    checks = run_checks(data, outcomes)
+    checks, answers, asked = run_checks(data, outcomes), standing_answers(data), suggestions(data)
     return {
         **_summary(data, inputs.baseline),
         **_scores(data, outcomes),
         **_behind_the_scores(data),
         "has_strips": bool(strips),
         "gallery": _gallery(data, picks, dup_key),
-        "examples": [
-            {
-                "path": f"pictures/{EXAMPLES[rule]}",
-                "id": pick.image_id,
-                "rule": rule,
-                "caption": _caption(data, pick, dup_key),
-            }
-            for rule, pick in examples(picks).items()
-        ],
-        "failed_checks": [check.claim for check in checks if check.passed is False],
+        "n_gallery": len(picks),
+        "examples": _examples(data, picks, dup_key),
+        "checks_line": checks_line(checks),
         "checklist": checklist_table(checks),
+        "standing_lines": standing_lines(answers),
+        "answers": answers_table(answers),
+        "suggestions": suggestions_table(asked[:SUGGESTED]),
+        "all_suggestions": suggestions_table(asked, rules=True),
     }
 
 
@@ -141,13 +152,13 @@ def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
     """What the first page says."""
     return {
         "profile": data.run.params.profile,
-        "headlines": [*warnings(data.metrics), *(headline(data, name) for name in _HEADLINES)],
+        "decision": decision(data),
         "rule": RULE,
+        "main_table": main_table(data),
+        "error_budget": error_budget(data),
         "what_ran": provenance.what_ran(data),
         "experiment": provenance.experiment_line(baseline, data.run.params.model_dump()) if baseline else "",
         "improved": improved_and_flat(data),
-        "answers": standing_answers(data),
-        "suggestions": suggestions_table(suggestions(data)),
     }
 
 
@@ -161,6 +172,7 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
         "checkpoint_counts": checkpoint_counts_table(metrics, settings),
         "monitor_sentence": monitor_sentence(data.dev_rows),
         "monitor_table": monitor_table(data.dev_rows),
+        "readings_table": readings_table(data),
         "resamples": settings.bootstrap_resamples,
         "goals_table": tables.goals_table(data),
         "vocabulary_table": tables.metrics_table(data, "vocabulary") if tables.tier_table(data) else "",
@@ -212,28 +224,6 @@ def _behind_the_scores(data: ReportData) -> dict[str, Any]:
     }
 
 
-def headline(data: ReportData, comparison: str) -> str:
-    """One comparison in plain words, with the numbers it rests on."""
-    new, old = COMPARISONS[comparison]
-    differences = compared(data, comparison)
-    difference, of_f1 = differences["coco.mAP"], verdict_of(differences["f1.full_50"])
-    values = " against ".join(number(metric(data.metrics, name, "coco.mAP")) for name in (new, old))
-    if difference is None:
-        return f"{SUBJECTS[new]} against {SUBJECTS[old].lower()}: mAP is not defined on this data ({values})."
-    match difference.verdict:
-        case Verdict.NO_DIFFERENCE:
-            claim = f"**No difference shown** between {SUBJECTS[new].lower()} and {SUBJECTS[old].lower()}"
-            reach = ""
-            if difference.half_width > 0:
-                reach = f"; these images could show differences from about {number(difference.half_width)}"
-        case Verdict.NOT_JUDGED:
-            claim, reach = f"{SUBJECTS[new]} against {SUBJECTS[old].lower()} is **not judged**", ""
-        case verdict:
-            claim, reach = f"{SUBJECTS[new]} is **{verdict.value}** than {SUBJECTS[old].lower()}", ""
-    of_boxes_and_names = "" if of_f1 == Verdict.NOT_JUDGED else f" F1 of boxes and names: {of_f1.value}."
-    return f"{claim}: mAP {values}, difference {difference}{reach}.{of_boxes_and_names}"
-
-
 def _training(data: ReportData) -> list[dict[str, str]]:
     """Title, sentence and table of each training stage; stage 2 by channel."""
     parts = [
@@ -275,7 +265,7 @@ def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[d
             "rule": rule,
             "pictures": [
                 {
-                    "path": f"gallery/{pick.file_name}",
+                    "path": f"../gallery/{pick.file_name}",
                     "id": pick.image_id,
                     "caption": _caption(data, pick, dup_key),
                 }
@@ -285,6 +275,18 @@ def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[d
         }
         for rule in RULES
     ]
+
+
+def _examples(data: ReportData, picks: list[GalleryPick], dup_key: str) -> str:
+    """The pictures of page one under their rules, two beside each other; a rule that chose none says so."""
+    chosen = examples(picks)
+    cells = []
+    for rule, file in EXAMPLES.items():
+        said = "no image of this kind"
+        if pick := chosen.get(rule):
+            said = f"{_caption(data, pick, dup_key)}<br>![image {pick.image_id}](pictures/{file})"
+        cells.append(f"**{rule.capitalize()}**: {said}")
+    return table(["", ""], [cells[:2], cells[2:]], "ll")
 
 
 def _caption(data: ReportData, pick: GalleryPick, dup_key: str) -> str:

@@ -12,7 +12,7 @@ from coordexp.errors import ConfigError, closest
 from coordexp.evaluation.confidence import CONSTANT, PERFECT
 from coordexp.evaluation.registry import PROTOCOL_KEYS, after_nms, metric_specs, view
 from coordexp.reporting.inputs import Json, Metrics, ReportData, bounds_of, metric, required
-from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, table
+from coordexp.reporting.markdown import MISSING, escape, flatten, number, percent, table, with_interval
 from coordexp.reporting.outcomes import Outcomes
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
@@ -22,16 +22,23 @@ _CONFUSED_ROWS = 8
 def metrics_table(data: ReportData, name: str) -> str:
     """The metrics of a view as rows, checkpoints as columns, with the 95 % interval where there is one.
 
-    A reason for which the parser dropped nothing has no row.
+    A reason for which the parser dropped nothing has no row. What the evaluation did not measure, because the data set
+    has no such names or asks no such question, is named below.
     """
     specs, rows = metric_specs(data.settings, vocabulary=True), []
+    optional = name == "vocabulary"
+    missing = [key for key in view(name, data.settings) if optional and key not in data.metrics.index]
     for key in view(name, data.settings):
+        if key in missing:
+            continue
         spec = specs[key]
         if key.startswith("parse.dropped_") and not data.metrics.loc[key].any() and key != "parse.dropped_total":
             continue
         unit = "" if spec.unit == "0..1" else f" ({spec.unit})"
         rows.append([f"`{key}`{_ARROWS[spec.better]}", escape(spec.meaning) + unit, *_cells(data.metrics, key)])
-    return table(["metric", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
+    text = table(["metric", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
+    unmeasured = ", ".join(f"`{key}`" for key in missing)
+    return text + (f"\n\nNot measured on this data: {unmeasured}." if missing else "")
 
 
 def goals_table(data: ReportData) -> str:
@@ -41,9 +48,12 @@ def goals_table(data: ReportData) -> str:
         ConfigError: a goal is about a metric that this evaluation does not have.
     """
     names = [name for name in CHECKPOINTS if name != "base"]
-    rows = []
+    known, rows = metric_specs(data.settings, vocabulary=True), []
     for goal in data.run.profile.report.goals:
         key, _, least = goal.partition(" >= ")
+        if key in known and key not in data.metrics.index:
+            rows.append([f"`{key}`", least, *["? not measured"] * len(names), MISSING])
+            continue
         if key not in data.metrics.index:
             raise ConfigError(
                 f"report.goals: {goal!r}: this run has no metric {key}.{closest(key, data.metrics.index)}"
@@ -76,8 +86,7 @@ def _cells(metrics: Metrics, key: str) -> list[str]:
 
 
 def _cell(metrics: Metrics, checkpoint: str, key: str) -> str:
-    bounds = bounds_of(metrics, checkpoint, key)
-    return f"{number(metric(metrics, checkpoint, key))} {interval(bounds)}".rstrip()
+    return with_interval(metric(metrics, checkpoint, key), bounds_of(metrics, checkpoint, key))
 
 
 def protocol_table(data: ReportData) -> str:

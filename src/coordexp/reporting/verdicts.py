@@ -19,7 +19,7 @@ from coordexp.evaluation.effect import Verdict, verdict_of_interval
 from coordexp.evaluation.parse import FAULTS, MOST_FAULTY, faults_of
 from coordexp.matching.summary import f1_from_counts
 from coordexp.reporting.inputs import Metrics, ReportData, bounds_of, metric
-from coordexp.reporting.markdown import MISSING, number, signed, table
+from coordexp.reporting.markdown import MISSING, decimals, signed, table, with_interval
 
 RULE = (
     "A difference is called **better** or **worse** when its 95 % interval (paired bootstrap over images) excludes 0, "
@@ -48,12 +48,12 @@ class Difference:
         return verdict_of_interval(self.lo, self.hi) if self.judged else Verdict.NOT_JUDGED
 
     @property
-    def bounds(self) -> str:
-        """The interval, signed, in brackets."""
-        return f"[{signed(self.lo)}, {signed(self.hi)}]"
+    def reach(self) -> str:
+        """The half-width, in the digits of the interval."""
+        return f"{self.half_width:.{decimals((self.lo, self.hi))}f}"
 
     def __str__(self) -> str:
-        return f"{signed(self.delta)} {self.bounds}"
+        return with_interval(self.delta, (self.lo, self.hi), sign=True)
 
 
 def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> Difference | None:
@@ -109,12 +109,12 @@ def comparison_table(data: ReportData) -> str:
     rows = []
     for name, (new, old) in COMPARISONS.items():
         for key, found in compared(data, name).items():
-            cells = [MISSING] * 4
+            cells = [MISSING] * 3
             if found is not None:
-                cells = [signed(found.delta), found.bounds, number(found.p_superior), number(found.half_width)]
+                cells = [str(found), f"{found.p_superior:.2f}", found.reach]
             rows.append([f"{new} - {old}", f"`{key}`", *cells, verdict_of(found).value])
-    header = ["difference", "metric", "delta", "95 % interval", "P(superior)", "could show", "verdict"]
-    return table(header, rows, "llrrrrl")
+    header = ["difference", "metric", "delta, 95 % interval", "P(superior)", "could show", "verdict"]
+    return table(header, rows, "llrrrl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,11 +77,12 @@ def predict_samples(
     image_root: Path,
     request: DecodeRequest,
     batch_images: int,
-) -> list[ImageResult]:
+) -> list[tuple[ImageResult, Generation]]:
     """Generate, parse and score with the model in memory; results in the order of the samples."""
     generations = HfEngine(checkpoint, image_root, batch_images).generate(samples, request)
     decoded = read_answers(checkpoint, reader, samples, generations, image_root, batch_images)
-    return [scored(answer, request.params) for answer in decoded]
+    results = [scored(answer, request.params) for answer in decoded]
+    return list(zip(results, generations, strict=True))
 
 
 def read_answers(

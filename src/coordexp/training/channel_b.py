@@ -55,8 +55,9 @@ def channel_b_segments(sample: Sample, rollout: Rollout, encoder: AnswerEncoder,
         return [teacher_segment(sample)]
     truth = _truth(sample)
     if params.passes == "two":
+        unlikely = _diverging_tokens(rollout, encoder) if marks_duplicates(params) else _NO_TOKENS
         return [
-            _self_context(sample, rollout, truth, encoder, params),
+            self_context_segment(sample, rollout, unlikely),
             _completion(sample, rollout, truth, encoder, params),
         ]
     return [_clean_prefix(sample, rollout, truth, encoder, params)]
@@ -70,10 +71,8 @@ def _truth(sample: Sample) -> _Truth:
     return _Truth(objects, target_bins(boxes, sample.width, sample.height).astype(np.float32), boxes)
 
 
-def _self_context(
-    sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, params: Stage2Params
-) -> Segment:
-    """The rollout as it was generated; no text loss, boxes of accepted matches against their ground truth."""
+def self_context_segment(sample: Sample, rollout: Rollout, unlikely: NDArray[np.int64] = _NO_TOKENS) -> Segment:
+    """The rollout as it was generated; no text loss, the box of each accepted match, in the order of its `pairs`."""
     ids = np.array(rollout.ids, np.int32)
     positions = [rollout.objects[i].coord_positions for i, _ in rollout.pairs]
     return Segment(
@@ -82,8 +81,8 @@ def _self_context(
         answer_roles=np.full(len(ids), Role.STRUCT, np.uint8),
         text_weights=np.zeros(len(ids), np.float32),
         box_tokens=np.array(positions, np.int64).reshape(-1, 4),
-        box_targets=truth.targets_M4[[j for _, j in rollout.pairs]].reshape(-1, 4),
-        unlikely_tokens=_diverging_tokens(rollout, encoder) if marks_duplicates(params) else _NO_TOKENS,
+        box_targets=_truth(sample).targets_M4[[j for _, j in rollout.pairs]].reshape(-1, 4),
+        unlikely_tokens=unlikely,
     )
 
 

@@ -6,11 +6,12 @@ that a step reads is written. In training its files lie beside the resume state,
 and go into the checkpoint folder at the end:
 
     monitor.jsonl                       one line an evaluation: step, counts, ratios, seconds
+    context_errors.jsonl                one line an image and evaluation: errors of coordinates by context
     monitor/step_000050.jpg             annotated beside predicted, some of the images
     monitor_answers/step_000050.jsonl   all answers (gt_vs_pred), for `coordexp report --html`
 
-The curve of `dvc plots` is written anew each time. Of several processes each answers some of the images, and the main
-one counts and draws all of them.
+The curve of `dvc plots` is written anew each time. Of several processes each answers some batches of images, the same
+ones however many there are, and the main one counts and draws all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from coordexp.config.paths import CONTEXT_ROWS
 from coordexp.config.run import RunConfig
 from coordexp.infra.files import write_bytes, write_text
 from coordexp.infra.logs import read_rows, without_clock
@@ -42,6 +45,7 @@ from coordexp.records.gt_vs_pred import ImageResult, write_results
 from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, greedy
 from coordexp.rollout.stages import make_reader, predict_samples
+from coordexp.training.context_errors import ContextErrors, ErrorRow, mean_errors
 from coordexp.training.dev_answers import count_answers, draw_answers, judge_answer
 from coordexp.training.distributed import shared_out, world
 from coordexp.training.loop import Callback
@@ -66,6 +70,7 @@ class EvalCallback(Callback):
     """Evaluates after every `every_steps`-th step and after the last one; never by itself, if that is 0.
 
     `measure` adds MEASURED to the counts, in rows and curve; training, which lies below evaluation, adds nothing.
+    `contexts` reads the same images under several contexts; a model without coordinate tokens has none.
     `folder` is where everything is kept while a run lasts.
     """
 
@@ -79,6 +84,7 @@ class EvalCallback(Callback):
     steps: int
     curve: Path
     folder: Path = Path()
+    contexts: ContextErrors | None = None
     measure: Measure = lambda _results: {}
 
     def on_train_begin(self, done_steps: int) -> None:
@@ -88,6 +94,7 @@ class EvalCallback(Callback):
         kept = [row for row in self.rows() if row["step"] <= done_steps]
         self._write(kept)
         steps = {row["step"] for row in kept}
+        self._write_contexts(row for row in self._context_rows() if row["step"] in steps)
         for path in [*(self.folder / PICTURES).glob("step_*"), *(self.folder / ANSWERS).glob("step_*")]:
             if int(path.stem.removeprefix("step_")) not in steps:
                 path.unlink()
@@ -104,15 +111,14 @@ class EvalCallback(Callback):
         """
         started = time.monotonic()
 
-        def answer(samples: Sequence[Sample]) -> list[ImageResult]:
-            return predict_samples(
-                self.checkpoint, self.reader, samples, self.image_root, self.request, self.batch_images
-            )
-
+        # Batches are cut here, not by process: answers can depend on what is decoded beside them.
+        size = self.batch_images
+        batches = [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
         with undisturbed(self.checkpoint.model):
-            results = shared_out(f"eval after step {step}", self.samples, answer, self.checkpoint.model.model)
+            answered = shared_out(f"eval after step {step}", batches, self._answer, self.checkpoint.model.model)
         if not world().is_main:
             return {}
+        results, contexts = zip(*chain(*answered), strict=True)
         answers = [judge_answer(result) for result in results]
         write_results(self.folder / ANSWERS / f"step_{step:06d}.jsonl", results)
         picture = io.BytesIO()
@@ -122,13 +128,31 @@ class EvalCallback(Callback):
         row["seconds"] = round(time.monotonic() - started, 3)
         others = [other for other in self.rows() if other["step"] != step]
         self._write(sorted([*others, row], key=lambda r: r["step"]))
+        read = [{"step": step, **found} for found in contexts if found is not None]
+        kept = [other for other in self._context_rows() if other["step"] != step]
+        self._write_contexts(sorted([*kept, *read], key=lambda r: r["step"]))
         log.info(
             "eval on %d dev images after step %d: F1 %s, precision %s, recall %s, %d duplicate pairs, %d cut; %.1f s",
             *(row[name] for name in ("images", "step")),
             *(ratio_text(row[name]) for name in ("f1", "precision", "recall")),
             *(row[name] for name in ("dup_pairs_90", "truncated", "seconds")),
         )
+        if read:
+            shown = ", ".join(f"{name} {error:.1f}" for name, error in mean_errors(read).items())
+            log.info("coordinates off on dev after step %d, bins by context: %s", step, shown or "no object")
         return row
+
+    def _answer(self, batches: Sequence[Sequence[Sample]]) -> list[list[tuple[ImageResult, ErrorRow | None]]]:
+        """The answer to each image of each batch, and what it says under several contexts."""
+
+        def read(samples: Sequence[Sample]) -> Iterator[tuple[ImageResult, ErrorRow | None]]:
+            predicted = predict_samples(
+                self.checkpoint, self.reader, samples, self.image_root, self.request, self.batch_images
+            )
+            for sample, (result, generation) in zip(samples, predicted, strict=True):
+                yield result, self.contexts.row(sample, generation) if self.contexts else None
+
+        return [list(read(samples)) for samples in batches]
 
     def rows(self) -> list[dict[str, Any]]:
         """The evaluations so far, by step."""
@@ -142,9 +166,18 @@ class EvalCallback(Callback):
     def copy_to(self, folder: Path) -> None:
         """Copy everything but the seconds into the folder of the finished checkpoint."""
         write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in without_clock(self.rows())))
+        shutil.copyfile(self.folder / CONTEXT_ROWS, folder / CONTEXT_ROWS)
         for name in (PICTURES, ANSWERS):
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name)
+
+    def _context_rows(self) -> list[ErrorRow]:
+        path = self.folder / CONTEXT_ROWS
+        return read_rows(path) if path.is_file() else []
+
+    def _write_contexts(self, rows: Iterable[ErrorRow]) -> None:
+        if self.contexts:
+            write_text(self.folder / CONTEXT_ROWS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows in the folder, and the curve where `dvc plots` looks: with intervals, without what never repeats.
@@ -189,9 +222,11 @@ def make_eval_callback(
     order = generator(run.params.seed, "monitor/images").permutation(len(store))
     samples = [store[int(i)] for i in np.sort(order[: images or run.profile.monitor.images])]
     decode = greedy(_LONGEST * max(len(sample.answer_ids) for sample in samples), "argmax", "coord_logprob")
+    reader = make_reader(checkpoint)
     return EvalCallback(
         checkpoint=checkpoint,
-        reader=make_reader(checkpoint),
+        reader=reader,
+        contexts=ContextErrors.of(run, stage, checkpoint, reader),
         samples=samples,
         request=DecodeRequest(params=decode, codec=checkpoint.codec, seed=0),
         image_root=run.paths.raw,

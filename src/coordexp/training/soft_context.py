@@ -12,6 +12,8 @@ Shapes: N coordinate slots, K bins, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -28,26 +30,27 @@ def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: f
     return read(mode, (slice_logits_NK.float() / temperature).softmax(-1), table_KD.float())
 
 
-def self_context(
+def self_contexts(
     model: Qwen3VLForConditionalGeneration,
     batch: PackedBatch,
     first: Tensor,
     params: Params,
     first_coord_id: int,
     n_forwards: int,
-) -> Tensor:
-    """Hidden states (B * T, D) of the last of `n_forwards`, given those of the first."""
-    stage2, last = params.stage2, first
+) -> Iterator[Tensor]:
+    """Hidden states (B * T, D) of the second to the last of `n_forwards`, given those of the first."""
+    last = first
     coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
     span = slice(first_coord_id, first_coord_id + NUM_BINS)
     for _ in range(n_forwards - 1):
         table_KD = coordinate_rows(input_table(model), span)
         slice_logits_NK = slot_logits(model, last, batch.coord_slots)[:, span]
-        slot_embeds_ND = context_embeddings(slice_logits_NK, table_KD, params.temperature, stage2.coord_ctx_embed_mode)
-        if stage2.softctx_grad_mode == "em_detach":
+        mode = params.stage2.coord_ctx_embed_mode
+        slot_embeds_ND = context_embeddings(slice_logits_NK, table_KD, params.temperature, mode)
+        if params.stage2.softctx_grad_mode == "em_detach":
             slot_embeds_ND = slot_embeds_ND.detach()
         embeds_BTD = input_table(model)(batch.input_ids)
         flat = embeds_BTD.flatten(0, 1)
         flat = flat.index_copy(0, coord_tokens_N, slot_embeds_ND.to(flat.dtype))
         last = hidden_states(model, batch, flat.view_as(embeds_BTD))
-    return last
+        yield last

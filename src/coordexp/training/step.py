@@ -47,7 +47,7 @@ from coordexp.text.codecs import Role
 from coordexp.training.distributed import Row, in_forward
 from coordexp.training.loop import MicroBatch
 from coordexp.training.schedule import ramp
-from coordexp.training.soft_context import self_context
+from coordexp.training.soft_context import self_contexts
 
 Counts = Mapping[Place, float]
 TEXT = "text_ce"
@@ -211,8 +211,8 @@ def forward(
 ) -> tuple[dict[str, Tensor], Row]:
     """The weighted terms of one batch by name, and its log row."""
     first = last = hidden_states(model, batch)
-    if n_forwards > 1:
-        last = self_context(model, batch, first, criterion.params, criterion.first_coord_id, n_forwards)
+    for later in self_contexts(model, batch, first, criterion.params, criterion.first_coord_id, n_forwards):
+        last = later
     sums, slots = term_sums(model, criterion, batch, first, last, counts)
     weighted, logs = weigh(sums, criterion.weights, counts)
     logs |= {"tokens": batch.n_tokens * n_forwards, "samples": batch.n_segments, "coord_diag": slot_diagnostics(slots)}

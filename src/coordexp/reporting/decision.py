@@ -1,0 +1,196 @@
+"""Page one: the decision that a run supports by a rule fixed beforehand, the numbers it rests on, and its pictures.
+
+The pictures are the few that git holds, small and under names that stay, because every experiment commits them anew;
+all others are in DVC's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from coordexp.config.paths import CHECKPOINTS, COMPARISONS
+from coordexp.evaluation.effect import Verdict
+from coordexp.reporting.answers import Answer
+from coordexp.reporting.checklist import Check
+from coordexp.reporting.forest import NAMES, write_forest
+from coordexp.reporting.gallery import RULES, GalleryPick, write_example
+from coordexp.reporting.inputs import TRAINED, ReportData, bounds_of, metric
+from coordexp.reporting.markdown import MISSING, decimals, escape, number, table, with_interval
+from coordexp.reporting.outcomes import Outcomes
+from coordexp.reporting.verdicts import checkpoint_faults, compared, nothing_learned, verdict_of, warnings
+
+MAX_FILES, MAX_BYTES = 8, 90_000  # of the pictures
+MAX_LINES = 80
+DIFFERENCES = "differences.png"
+EXAMPLES = {  # rule of the gallery -> its first image
+    "random": "random.png",
+    "most misses": "most_missed.png",
+    "most duplicates": "most_duplicates.png",
+    "biggest change": "biggest_change.png",
+}
+_COLOURS = 8  # of the forest plot: lines and text need few
+_ROWS = {
+    "coco.mAP": "mAP",
+    "coco.AP75": "AP75",
+    "f1.full_50": "F1 of boxes and names, IoU .50",
+    "held_out.mAP": "mAP of names that training never showed",
+    "blind.margin_AP50": "AP50 above the best blind answer",
+}
+_SUBJECTS = {"stage1": "stage 1", "stage2": "stage 2", "stage1-control": "the control", "base": "the base model"}
+
+
+def decision(data: ReportData) -> list[str]:
+    """What outranks every number, what to do, and the three comparisons that it rests on, one sentence each."""
+    return [*warnings(data.metrics), _decided(data), *(headline(data, name) for name in COMPARISONS)]
+
+
+def _decided(data: ReportData) -> str:
+    """What to take into use, by the verdicts on mAP."""
+    if all(nothing_learned(data.metrics, name) for name in TRAINED):
+        return "**Nothing was learned**, so there is nothing to decide: mend the data or the training first."
+    learned = verdict_of(compared(data, "stage1_vs_base")["coco.mAP"])
+    if learned == Verdict.UNDEFINED:
+        return "**No decision**: mAP is not defined on this data."
+    if unsound := [name for name in ("stage1", "stage2") if checkpoint_faults(data.metrics, name)]:
+        return f"**No decision**: answers of {' and '.join(unsound)} are not judged; they have to end and parse first."
+    if learned not in (Verdict.BETTER, Verdict.NOT_JUDGED):
+        return (
+            "**Nothing was learned**: stage 1 is not shown to be better than the base model. Train it before stage 2."
+        )
+    over_control, over_stage1 = (
+        verdict_of(compared(data, name)["coco.mAP"]) for name in ("stage2_vs_control", "stage2_vs_stage1")
+    )
+    return _CHOICES.get((over_control, over_stage1), "**No decision**: a side of a comparison is not judged.")
+
+
+_B, _W, _N = Verdict.BETTER, Verdict.WORSE, Verdict.NO_DIFFERENCE
+_CHOICES = {  # stage 2 against the control, and against stage 1
+    (_B, _B): "**Take stage 2**: it beats stage 1, and the control of equal compute.",
+    (_B, _N): "**Keep stage 1**: stage 2 beats the control of equal compute, but is not shown to beat stage 1.",
+    (_B, _W): "**Keep stage 1**: stage 2 loses less than the control, but it loses.",
+    (_N, _B): "**Train on; stage 2 is not shown to be why**: it beats stage 1, but not the control of equal compute.",
+    (_N, _N): "**Keep stage 1**: stage 2 is not shown to beat it, nor the control of equal compute.",
+    (_N, _W): "**Keep stage 1**: stage 2 is worse, and no better than the control of equal compute.",
+    (_W, _B): "**Continue stage 1 instead of stage 2**: the control of equal compute gains more.",
+    (_W, _N): "**Continue stage 1 instead of stage 2**: the control of equal compute is better, stage 2 gains nothing.",
+    (_W, _W): "**Drop stage 2**: it is worse than stage 1 and than the control of equal compute.",
+}
+
+
+def headline(data: ReportData, comparison: str) -> str:
+    """One comparison in plain words, with the numbers it rests on."""
+    new, old = COMPARISONS[comparison]
+    subject, other = _SUBJECTS[new].capitalize(), _SUBJECTS[old]
+    differences = compared(data, comparison)
+    found, of_f1 = differences["coco.mAP"], verdict_of(differences["f1.full_50"])
+    values = " against ".join(_rounded(data, name, "coco.mAP") for name in (new, old))
+    if found is None:
+        return f"{subject} against {other}: mAP is not defined on this data ({values})."
+    match found.verdict:
+        case Verdict.NO_DIFFERENCE:
+            claim = f"**No difference shown** between {subject.lower()} and {other}"
+        case Verdict.NOT_JUDGED:
+            claim = f"{subject} against {other} is **not judged**"
+        case verdict:
+            claim = f"{subject} is **{verdict.value}** than {other}"
+    shows = found.verdict == Verdict.NO_DIFFERENCE and found.half_width > 0
+    reach = f"; these images could show about {found.reach}" if shows else ""
+    of_boxes_and_names = "" if of_f1 == Verdict.NOT_JUDGED else f" F1 of boxes and names: {of_f1.value}."
+    return f"{claim}: mAP {values}, difference {found}{reach}.{of_boxes_and_names}"
+
+
+def _rounded(data: ReportData, checkpoint: str, key: str) -> str:
+    """The value alone, in the digits of its interval."""
+    value, bounds = metric(data.metrics, checkpoint, key), bounds_of(data.metrics, checkpoint, key)
+    return number(value) if value is None or bounds is None else f"{value:.{decimals(bounds)}f}"
+
+
+def main_table(data: ReportData) -> str:
+    """Five metrics of every checkpoint with their intervals."""
+    rows = [
+        [
+            words,
+            *(
+                with_interval(metric(data.metrics, name, key), bounds_of(data.metrics, name, key))
+                for name in CHECKPOINTS
+            ),
+        ]
+        for key, words in _ROWS.items()
+    ]
+    return table(["on val, ↑", *CHECKPOINTS], rows)
+
+
+def error_budget(data: ReportData) -> str:
+    """What AP50 would gain if an oracle mended one cause alone, dearest for stage 2 first; digits are those of AP50."""
+    ordered = sorted(_CAUSES, key=lambda name: -(metric(data.metrics, "stage2", f"errors.{name}_cost") or 0.0))
+    rows = [
+        [
+            _CAUSES[name],
+            *(_cost(data, checkpoint, name) for checkpoint in TRAINED),
+            number(metric(data.metrics, "stage2", f"errors.{name}")),
+        ]
+        for name in ordered
+    ]
+    return table(["what stands between AP50 and 1", *TRAINED, "of stage2"], rows)
+
+
+_CAUSES = {
+    "classification": "right place, wrong name",
+    "localization": "right name, badly placed",
+    "both": "badly placed and wrong name",
+    "duplicate": "an object found twice",
+    "background": "nothing is there",
+    "missed": "objects that no box finds",
+}
+
+
+def _cost(data: ReportData, checkpoint: str, cause: str) -> str:
+    value = metric(data.metrics, checkpoint, f"errors.{cause}_cost")
+    bounds = bounds_of(data.metrics, checkpoint, "coco.AP50")
+    return MISSING if value is None else f"{value:.{decimals(bounds) if bounds else 2}f}"
+
+
+def standing_lines(answers: Sequence[Answer]) -> list[str]:
+    """The standing questions in two lines: what is shown, and what is not."""
+    shown = [f"{a.question} **{a.answer}**" for a in answers if a.shown]
+    others = [a.question.rstrip("?") for a in answers if not a.shown]
+    lines = [f"Shown: {' · '.join(shown)}."] if shown else []
+    return lines + ([f"Not shown: {' · '.join(others)}."] if others else [])
+
+
+def checks_line(checks: Sequence[Check]) -> str:
+    """How many checks hold, and which do not."""
+    failed = [check.claim for check in checks if check.passed is False]
+    untold = [check.claim for check in checks if check.passed is None]
+    parts = [f"{sum(check.passed is True for check in checks)} of {len(checks)} checks hold"]
+    parts += [f"**{len(failed)} failed**: {'; '.join(failed)}"] if failed else []
+    parts += [f"{len(untold)} cannot be told from the files: {'; '.join(untold)}"] if untold else []
+    return "; ".join(parts)
+
+
+def answered_questions(folder: Path) -> str:
+    """Links to the pages of `coordexp answer`, as seen from the report, by their titles; empty without any."""
+    pages = sorted(folder.glob("*.md")) if folder.is_dir() else []
+    return " · ".join(f"[{escape(_title(page))}](../{folder.name}/{page.name})" for page in pages)
+
+
+def _title(page: Path) -> str:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ").strip() for line in lines if line.startswith("# ")), page.stem)
+
+
+def examples(picks: Sequence[GalleryPick]) -> dict[str, GalleryPick]:
+    """The first pick of each rule that page one shows."""
+    assert set(EXAMPLES) == set(RULES)
+    return {rule: pick for rule in EXAMPLES for pick in reversed(picks) if pick.rule == rule}
+
+
+def write_pictures(
+    data: ReportData, outcomes: Mapping[str, Outcomes], picks: Sequence[GalleryPick], image_root: Path, folder: Path
+) -> None:
+    """Draw all pictures of page one into `folder`."""
+    panels = {f"{new} - {old}": compared(data, name) for name, (new, old) in COMPARISONS.items()}
+    write_forest(folder / DIFFERENCES, panels, list(NAMES), _COLOURS)
+    for pick in examples(picks).values():
+        write_example(pick, outcomes, image_root, folder / EXAMPLES[pick.rule])

@@ -1,0 +1,162 @@
+"""Files come whole and right, also over connections that break, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from coordexp.errors import DataError
+from coordexp.infra import download
+from coordexp.infra.download import RemoteFile, fetch
+
+CONTENT = bytes(range(256)) * 2000
+
+
+@dataclass
+class Server:
+    """Serves CONTENT, but ends its first connections after so many bytes; keeps the ranges that it was asked for."""
+
+    url: str = ""
+    content: bytes = CONTENT
+    cuts: list[int] = field(default_factory=list)
+    status: int = 200  # of the next replies, where not all is well
+    knows_ranges: bool = True
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    described = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            described.asked.append(self.headers.get("Range", ""))
+            if described.status != 200:
+                self.send_error(described.status)
+                return
+            start = int((described.asked[-1] or "bytes=0-")[6:-1]) if described.knows_ranges else 0
+            rest = described.content[start:]
+            self.send_response(206 if start else 200)
+            if start:
+                size = len(described.content)
+                self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.send_header("Content-Length", str(len(rest)))
+            self.end_headers()
+            self.wfile.write(rest[: described.cuts.pop(0)] if described.cuts else rest)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    described.url = f"http://127.0.0.1:{http.server_port}/file.zip"
+    Thread(target=http.serve_forever, daemon=True).start()
+    yield described
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
+
+
+def remote(url: str) -> RemoteFile:
+    return RemoteFile("file.zip", url, len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_broken_connection_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+    server.cuts = [100_000, 50_000]
+    said: list[str] = []
+    path = fetch(remote(server.url), tmp_path, said.append)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == ["", "bytes=100000-", "bytes=150000-"]
+    assert len(said) == 2
+    assert names(tmp_path) == ["file.zip"]
+    assert fetch(remote(server.url), tmp_path, silent) == path
+    assert len(server.asked) == 3  # what is there is not fetched again
+
+
+def test_another_process_goes_on_where_the_last_one_was_killed(server: Server, tmp_path: Path) -> None:
+    (tmp_path / ".file.zip.part").write_bytes(CONTENT[:1000])
+    assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
+    assert server.asked == ["bytes=1000-"]
+
+
+def test_a_server_without_ranges_sends_all_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / ".file.zip.part").write_bytes(b"older")
+    server.knows_ranges = False
+    assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT + b"more", b"<html>sign in</html>"])
+def test_another_file_is_refused_and_not_kept(server: Server, tmp_path: Path, content: bytes) -> None:
+    server.content = content
+    with pytest.raises(DataError, match=r"expected 512,000 bytes|cannot be fetched: the connection ended too soon"):
+        fetch(remote(server.url), tmp_path, silent)
+    assert not (tmp_path / "file.zip").exists()
+    server.content = CONTENT
+    if len(content) >= len(CONTENT):
+        assert names(tmp_path) == []
+        assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
+
+
+def test_another_file_in_its_place_is_named_and_left(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.zip").write_bytes(b"of the user")
+    with pytest.raises(DataError, match=r"file\.zip is a file of 11 bytes .* expected 512,000 bytes .*Remove it"):
+        fetch(remote(server.url), tmp_path, silent)
+    assert (tmp_path / "file.zip").read_bytes() == b"of the user"
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (503, download.TRIES)])
+def test_only_what_may_pass_is_tried_again(server: Server, tmp_path: Path, status: int, tries: int) -> None:
+    server.status = status
+    with pytest.raises(DataError, match="cannot be fetched"):
+        fetch(remote(server.url), tmp_path, silent)
+    assert len(server.asked) == tries
+
+
+def test_without_network_the_message_says_what_to_put_where(tmp_path: Path) -> None:
+    """A name that no resolver knows (RFC 2606); where something answers all the same, it is not the file."""
+    file = remote("http://pictures.invalid/file.zip")
+    with pytest.raises(DataError) as raised:
+        fetch(file, tmp_path, silent)
+    for part in ("http://pictures.invalid/file.zip", file.sha256, str(tmp_path), "network"):
+        assert part in str(raised.value)
+
+
+def test_no_room_is_said_before_anything_is_fetched(server: Server, tmp_path: Path) -> None:
+    huge = replace(remote(server.url), bytes=1 << 60)
+    with pytest.raises(DataError, match="Make room"):
+        fetch(huge, tmp_path, silent)
+    assert server.asked == []
+
+
+def test_a_wheel_comes_by_pip_or_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip without an index is a machine without network; a folder of wheels is an index."""
+    wheel = tmp_path / "index" / "photos-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(CONTENT)
+    file = replace(remote("pip:photos==1.0"), name=wheel.name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DataError, match=r"pip:photos==1.0: cannot be fetched: pip says .*SHA-256"):
+        fetch(file, tmp_path / "downloads", silent)
+    assert names(tmp_path / "downloads") == []
+    (tmp_path / "downloads" / wheel.name).write_bytes(CONTENT)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # pip is not asked
+    assert fetch(file, tmp_path / "downloads", silent).read_bytes() == CONTENT
