@@ -32,7 +32,7 @@ NOT_RUN = {
     r"make (trees|real)|.*profile[ =](trees|coco-val2017).*|.*runs/trees/.*|.*osbs.*": "a network; test_public_sets.py",
     r"make (demo|test)|make env": "minutes: builds the environment; the clone is what `dvc repro` left",
     r"git clone .*|cd .*|source .*": "the clone is there, and on the path",
-    r"coordexp ab (?!.*--dry).*": "trains for minutes to hours; tests/graph/test_smoke.py runs one",
+    r"coordexp (ab|answer) (?!.*--(dry|list)).*": "trains for minutes to hours; tests/graph/test_smoke.py runs one",
     r"coordexp monitor .*|ls \.resume/.*|.* runs/monitor/.*": "watches a run in progress; tests/experiments",
     r"coordexp convert .*": "a data set of the user; tests/records",
     r"coordexp init .*|coordexp doctor --profile mine .*|.*profile=mine": "photos of a user; tests/doctor",
