@@ -121,6 +121,47 @@ def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone, re
     assert (report / "softce.md").read_bytes() == before
 
 
+QUESTION = """\
+question: What does the smoke profile say?
+seeds: 1
+arms:
+  as_committed: {}
+  argmax: {changes: [decode.box=argmax], baseline: as_committed}
+claims:
+  together: {text: F1 and mAP rise together, source: a test, arm: as_committed, metric: trajectory.f1_with_map,
+             expected: higher}
+  robust: {text: order does not matter, source: a test, arm: as_committed, metric: order.agreement, than: 0.9,
+           expected: higher}
+  drift: {text: the second forward drifts, source: a test, arm: as_committed, metric: context.drift, expected: higher}
+  tight: {text: boxes overlap, source: a test, arm: argmax, baseline: as_committed, metric: geometry.iou,
+          expected: lower}
+"""
+
+
+def test_a_question_about_what_ran_trains_nothing(clone: Clone, reproduced: str) -> None:
+    """Steps that were kept and the checkpoint itself are asked in this process; the page says what is not judged."""
+    clone.succeed("git", "checkout", "--quiet", "--force", "main")
+    (clone.root / "configs" / "questions" / "smoke.yaml").write_text(QUESTION)
+    clone.commit("a question")
+    command = ("env", "PYTHONPATH=src", "python", "-m", "coordexp.cli", "answer", "smoke")
+    assert "as_committed, seed 0: there already, as main" in clone.succeed(*command, "--dry-run")
+    output = clone.succeed(*command)
+    assert "stage2: step" not in output
+    numbers = json.loads((clone.root / "reports" / "answers" / "smoke.json").read_text())
+    assert {run["experiment"] for run in numbers["runs"]} == {"main"}
+    by_name = {claim["claim"]: claim for claim in numbers["claims"]}
+    assert "delta" not in by_name["drift"]  # one forward has no second
+    assert by_name["tight"]["values"][0] is not None or by_name["tight"]["judgement"] == "not defined"
+    page = (clone.root / "reports" / "answers" / "smoke.md").read_text()
+    assert page.startswith("# What does the smoke profile say?")
+    assert clone.succeed(*command).count("there already") == 2 * 2
+    assert "smoke: What does the smoke profile say?" in clone.succeed(*command[:-1], "--list")
+    kept = clone.succeed(*command[:-2], "monitor", "stage2", "--kept")
+    assert "reports/smoke/trajectory/stage2.md" in kept
+    assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
+    clone.succeed("git", "reset", "--quiet", "--hard", "HEAD~1")
+
+
 @pytest.fixture(scope="module")
 def shared(clone: Clone, reproduced: str, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A clone on another machine: git from a bare repository, data from a DVC remote, no cache of its own."""
