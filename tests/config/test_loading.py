@@ -193,7 +193,7 @@ def test_a_key_in_the_wrong_place_names_the_right_one(block: type[Block], key: s
 
 def test_unknown_keys_list_the_valid_ones() -> None:
     message = error_of(Params, {"matching.zzz": 1, "qqq": 1})
-    assert "(valid keys of matching: lambda_l1, lambda_iou, lambda_sem, gate, gate_threshold)" in message
+    assert "(valid keys of matching: lambda_l1, lambda_iou, lambda_sem, semantic, gate, gate_threshold)" in message
     assert "(valid keys at the top level: softce_weight, " in message
 
 

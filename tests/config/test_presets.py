@@ -12,6 +12,7 @@ from coordexp.config.loading import read_yaml
 from coordexp.config.presets import overrides, preset_names, read_preset, with_changes
 from coordexp.config.schema import CoordSupervision, Params
 from coordexp.errors import ConfigError
+from coordexp.losses import TERMS
 
 COORD_KEYS = tuple(CoordSupervision.model_fields)
 
@@ -24,7 +25,7 @@ def applied(name: str) -> Params:
 
 
 def test_the_recipes_are_there():
-    assert NAMES == ["mixture", "pure_ce", "raw_digits", "seed"]
+    assert NAMES == ["mixture", "note_a_only", "pure_ce", "raw_digits", "seed"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,7 +38,7 @@ def test_every_key_is_one_of_the_parameter_file_and_reaches_the_parameters(name)
         assert found == value, key
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "raw_digits"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("raw_digits", "note_a_only")])
 def test_both_stages_have_the_weights_of_the_recipe(name):
     """No weight of a recipe is left to what params.yaml happens to say."""
     changes = read_preset(name, ROOT)
@@ -56,6 +57,13 @@ def test_raw_digits_train_text_alone():
     assert params.text.codec == "digits"
     assert not any(getattr(weights, term) for weights in (params, params.stage1) for term in COORD_KEYS)
     assert params.stage2.b_ratio == 0
+
+
+def test_the_note_is_of_stage_2_alone():
+    params, stated = applied("note_a_only"), read_preset("note_a_only", ROOT)
+    assert not any(key.startswith("stage1.") for key in stated)
+    assert {f"{key}_weight" for key in TERMS if TERMS[key].place in ("coord", "box")} <= stated.keys()
+    assert (params.stage2.b_ratio, params.stage2.n_softctx_iter, params.softce_weight) == (0, 2, 0.1)
 
 
 def test_overrides_by_hand():

@@ -179,7 +179,7 @@ class RecordsConfig(Block):
     mixed_phrase: Fraction = Field(description="prompt mixed: fraction that give one name; the rest ask for everything")
     missing: Fraction = Field(
         default=0.0,
-        description="fraction of the objects of training records that is left out, to study incomplete annotation",
+        description="fraction of the objects of training records left out, to study incomplete annotation",
     )
     flip: Fraction = Field(description="fraction of training records that are mirrored, with left and right in words")
     crop: Fraction = Field(description="fraction of training records that are cropped")
@@ -334,7 +334,7 @@ class MonitorConfig(Block):
     )
     batch_images: PositiveCount = Field(description="images decoded together")
     keep_every_steps: Count = Field(
-        default=0, description="optimizer steps between two checkpoints that stay, in `kept/` of the last; 0 is never"
+        default=0, description="optimizer steps between two checkpoints that stay; 0 is never"
     )
 
 

@@ -104,10 +104,10 @@ class Stage2Params(Block):
     )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
     reordered_ce_weight: Weight = Field(
-        description="channel B, passes two: cross-entropy of all coordinate tokens of the reordered annotation"
+        description="channel B, passes two: cross-entropy of coordinates of the reordered annotation"
     )
     eos_weight: Weight = Field(
-        description="channel B: factor on the cross-entropy of the token by which an answer stops, whatever the codec"
+        description="channel B: factor on the cross-entropy of the token by which an answer stops"
     )
     passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
     missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
@@ -118,16 +118,16 @@ class Stage2Params(Block):
         description="channel B, too many predictions: add missed objects, or end after the matched"
     )
     over_close_weight: Weight = Field(
-        description="channel B, too many predictions: further factor on the token by which the answer stops"
+        description="channel B, too many predictions: further factor on the token by which it stops"
     )
     duplicate_unlikelihood_weight: Weight = Field(
         description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
     )
     refresh_steps: Count = Field(
-        description="channel B: steps between fresh rollouts, of further images by the weights in training; 0 is never"
+        description="channel B: steps between fresh rollouts of further images; 0 is never"
     )
     refresh_samples: PositiveCount = Field(
-        description="answers to each image of a fresh set, of which the one that matches best is trained on"
+        description="answers to an image of a fresh set; the best matched one is trained on"
     )
     refresh_temperature: float = Field(
         gt=0, le=5, description="sampling temperature of those answers but the first, which is as decode says"
@@ -143,7 +143,7 @@ class ControlParams(Block):
     """The control that continues stage 1 beside stage 2."""
 
     budget: Literal["compute", "tokens"] = Field(
-        description="what it gets: the compute of stage 2 with all rollouts, or as many training tokens"
+        description="what it gets: the compute of stage 2 with all rollouts, or its training tokens"
     )
 
 
@@ -154,7 +154,7 @@ class MatchingParams(Block):
     lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
     lambda_sem: Weight = Field(description="cost factor of the distance of two names")
     semantic: Literal["encoder", "lexical"] = Field(
-        description="distance of two names: 1 - cosine of a frozen text encoder, or 1 - shared words / all words"
+        description="distance of two names: 1 - cosine of a text encoder, or 1 - shared / all words"
     )
     gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
     gate_threshold: Fraction = Field(

@@ -59,7 +59,7 @@ value out of range stop the first stage, `check`, before anything is run or remo
 in full.
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
 of a profile: both files have blocks `stage1` and `stage2`, of different keys. `make preset PRESET=mixture` runs a named
-recipe of `configs/presets/` (`mixture`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
+recipe of `configs/presets/` (`mixture`, `note_a_only`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
 [concepts.md](concepts.md).
 
 A profile may hold only what differs from another one, which it names: `extends: coco-qwen3vl-4b`, or `base/qwen3vl` for
