@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -262,18 +262,23 @@ class Repository:
         given = present.given if present else ()
         key = " ".join((revision, *given))
         if key not in self._pasts:
-            names = self._names(revision, f"{INPUTS}/", "dvc.lock")
-            where = f"dvc.lock of {revision[:12]}"
-            lock = parse_yaml(self.text(revision, "dvc.lock"), where) if "dvc.lock" in names else {}
-            texts = {path: self.text(revision, path) for path in names if path.endswith(".json")}
-            read = {path for entry in lock.get("stages", {}).values() for path in by_path(entry, "deps")}
-            self._pasts[key] = Past(
-                lock=lock.get("stages", {}),
-                ids=self._ids(revision, given),
-                inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
-                inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
-            )
+            alone = self._pasts.get(revision) or self._past(revision)  # its lock file takes long to read
+            self._pasts[revision] = alone
+            self._pasts[key] = replace(alone, ids=self._ids(revision, given))
         return self._pasts[key]
+
+    def _past(self, revision: str) -> Past:
+        names = self._names(revision, f"{INPUTS}/", "dvc.lock")
+        where = f"dvc.lock of {revision[:12]}"
+        lock = parse_yaml(self.text(revision, "dvc.lock"), where) if "dvc.lock" in names else {}
+        texts = {path: self.text(revision, path) for path in names if path.endswith(".json")}
+        read = {path for entry in lock.get("stages", {}).values() for path in by_path(entry, "deps")}
+        return Past(
+            lock=lock.get("stages", {}),
+            ids={},
+            inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
+            inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
+        )
 
     def seconds(self, revision: str) -> dict[str, float]:
         """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
