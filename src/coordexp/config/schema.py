@@ -123,9 +123,7 @@ class Stage2Params(Block):
     duplicate_unlikelihood_weight: Weight = Field(
         description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
     )
-    refresh_steps: Count = Field(
-        description="channel B: steps between fresh rollouts of further images; 0 is never"
-    )
+    refresh_steps: Count = Field(description="channel B: steps between fresh rollouts of further images; 0 is never")
     refresh_samples: PositiveCount = Field(
         description="answers to an image of a fresh set; the best matched one is trained on"
     )

@@ -95,7 +95,7 @@ class Forecast:
     lines: list[str] = field(default_factory=list)
     costs: list[float | None] = field(default_factory=list)
     runs: int = 0
-    _ran: set[str] = field(default_factory=set)  # a stage with the same inputs is run once
+    _ran: set[str] = field(default_factory=set)  # a stage with the same inputs and the same before it is run once
 
     def add(self, prepared: Prepared) -> None:
         """The runs of one question more."""
@@ -107,8 +107,7 @@ class Forecast:
                 found, _ = self.repository.find(overrides, present, prepared.first(self.repository, arm, seed))
                 steps: list[str] = []
                 for step in present.steps(head, overrides) if not found else []:
-                    key = f"{step.stage} {present.told_stage(step.stage, overrides) if step.reason else overrides}"
-                    if step.stage in present.plans and key not in self._ran:
+                    if step.stage in present.plans and (key := present.lineage(step.stage, overrides)) not in self._ran:
                         self._ran.add(key)
                         steps.append(step.stage)
                 self.costs += [measured.get(stage) for stage in steps]

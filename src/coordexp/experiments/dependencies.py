@@ -203,6 +203,11 @@ class Present:
         file = self.graph[stage].inputs
         return self.told(overrides).get(file.stem, {}) if file else {}
 
+    def lineage(self, stage: str, overrides: Sequence[str]) -> str:
+        """What a stage and all before it would be told: alike, they come out alike."""
+        leading = _leading_to(self.graph, self.graph[stage].outs)
+        return repr([(name, self.told_stage(name, overrides)) for name in leading])
+
     def change(self, past: Past, overrides: Sequence[str]) -> str:
         """What is not as the experiment had it, were it run now with these overrides; the empty string if nothing."""
         for path in self.given:
