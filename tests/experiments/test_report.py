@@ -48,7 +48,7 @@ def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) ->
 def test_the_verdict_comes_first_and_says_what_could_have_been_shown(verdict: str) -> None:
     tree = numbers(0.012, -0.001, 0.025, verdict)
     sentence = verdict_sentence(tree["effects"][0], tree)
-    assert sentence.startswith(f"`w=2` against `w=1`: **{verdict}**: `coco.mAP` +0.0120 [-0.0010, +0.0250]")
+    assert sentence.startswith(f"`w=2` against `w=1`: **{verdict}**: `coco.mAP` +0.012 [-0.001, +0.025]")
     assert ("smallest effect it could have shown is 0.0217" in sentence) == verdict.startswith("no difference")
     assert sentence in report_markdown(tree).splitlines()[2]
 

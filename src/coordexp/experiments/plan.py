@@ -96,7 +96,8 @@ def plan_study(study: Question, root: Path) -> Plan:
     settings = {name: _settings(study.changes, arm, files) for name, arm in study.arms.items()}
     # As the stages will read them, so that a wrong value stops before the first arm trains.
     checked = {name: files.under(values.items(), name) for name, values in settings.items()}
-    params, profiles = ({name: both[i] for name, both in checked.items()} for i in (0, 1))
+    params = {name: values for name, (values, _) in checked.items()}
+    profiles = {name: values for name, (_, values) in checked.items()}
     keys = {key for values in settings.values() for key, text in values.items() if files.differs(key, text)}
     touched = {stage.stage for stage in declarations(root) for key in keys if stage.reads(*_place(key))}
     if not keys and study.budget != "decoding":  # all arms are as committed: it is their training that is repeated

@@ -18,7 +18,7 @@ import pandas as pd
 from coordexp.errors import DataError
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
-from coordexp.reporting.markdown import MISSING, escape, number, signed, table
+from coordexp.reporting.markdown import MISSING, escape, number, table, with_interval
 from coordexp.reporting.style import INK, figure_style, new_figure, save_figure
 
 ANSWERS = Path("reports/answers")
@@ -103,7 +103,9 @@ def answer_markdown(numbers: Numbers) -> str:
         f"[details/{numbers['name']}.md](details/{numbers['name']}.md).",
     ]
     lines += [escape(numbers["note"])] if numbers["note"] else []
-    return "\n\n".join([*lines, f"![Intervals of the claims]({numbers['name']}.png)"]) + "\n"
+    if any("delta" in claim for claim in numbers["claims"]):
+        lines.append(f"![Intervals of the claims]({numbers['name']}.png)")
+    return "\n\n".join(lines) + "\n"
 
 
 def rule_words(claim: Numbers) -> str:
@@ -117,8 +119,8 @@ def rule_words(claim: Numbers) -> str:
 
 
 def measured(found: Numbers) -> str:
-    """A difference with its interval."""
-    return f"{signed(found['delta'])} [{signed(found['lo'])}, {signed(found['hi'])}]" if "delta" in found else MISSING
+    """A difference with its interval, in the digits that this carries."""
+    return with_interval(found["delta"], (found["lo"], found["hi"]), sign=True) if "delta" in found else MISSING
 
 
 def _short(claim: Numbers) -> str:
@@ -156,10 +158,11 @@ def _budget(numbers: Numbers) -> str:
 
 def _cost(numbers: Numbers) -> str:
     runs = {run["experiment"]: run["seconds"] for run in numbers["runs"]}
-    known = [seconds for seconds in runs.values() if seconds is not None]
+    known = [seconds for seconds in runs.values() if seconds]
+    words = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     if not known:
-        return f"{len(runs)} runs, all of them there or from the cache."
-    return f"{len(runs)} runs, of which {len(known)} trained here for {sum(known) / 60:.0f} minutes."
+        return f"{words}, there already or from the cache."
+    return f"{words}; {len(known)} of them trained here, for {sum(known) / 60:.0f} minutes."
 
 
 def draw_claims(claims: Sequence[Numbers], path: Path) -> None:

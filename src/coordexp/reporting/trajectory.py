@@ -29,7 +29,7 @@ from coordexp.infra.files import write_bytes, write_text
 from coordexp.infra.logs import logged
 from coordexp.infra.provenance import write_json
 from coordexp.records.gt_vs_pred import ImageResult, own_lines
-from coordexp.reporting.markdown import escape, interval, number, table
+from coordexp.reporting.markdown import escape, number, table, with_interval
 from coordexp.reporting.style import GREEN, RED, figure_style, new_figure, save_figure
 from coordexp.training.dev_answers import answer_tile, judge_answer
 
@@ -152,8 +152,7 @@ def trajectory_markdown(numbers: Mapping[str, Any]) -> str:
 
 def _steps_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], with_bounds: bool = False) -> str:
     def cell(row: Mapping[str, Any], key: str) -> str:
-        bounds = row["interval"].get(key) if with_bounds else None
-        return f"{number(row[key])} {interval(bounds)}".strip()
+        return with_interval(row[key], row["interval"].get(key) if with_bounds else None)
 
     header = ["step", *(f"`{key.partition('.')[2]}`" for key in keys)]
     return table(header, [[str(row["step"]), *(cell(row, key) for key in keys)] for row in rows], "r" * len(header))
@@ -185,7 +184,7 @@ def _draw_scores(steps: Sequence[int], evaluations: Sequence[Evaluation], path: 
         left.set(title="scores on dev, 95 % intervals over images", xlabel="optimizer step", ylim=(0, None))
         for key, colour, line in (("f1.tp_50", GREEN, "-"), ("f1.fp_50", RED, "--"), ("f1.fn_50", "#E69F00", ":")):
             label = {"tp": "right", "fp": "false", "fn": "missed"}[key[3:5]]
-            right.plot(steps, [e.value(key) for e in evaluations], line, color=colour, label=label)  # type: ignore[arg-type]
+            right.plot(steps, [e.value(key) for e in evaluations], line, color=colour, label=label)
         right.set(title="objects and predictions, IoU .50", xlabel="optimizer step", ylim=(0, None))
         for ax in (left, right):
             ax.legend()
