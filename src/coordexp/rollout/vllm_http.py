@@ -13,6 +13,7 @@ import time
 import urllib.parse
 from dataclasses import dataclass, field, replace
 
+KEY_VARIABLE = "VLLM_API_KEY"  # as vLLM calls it: the key of a server, and of URLs that hold none
 MAX_REPLY_BYTES = 8 << 20  # thousands of token ids with their text are below 1 MB
 _CHUNK_BYTES = 1 << 16
 _EXCERPT_CHARACTERS = 300
@@ -47,8 +48,12 @@ class Reply:
     location: str
 
 
-def parse_address(url: str) -> Address:
-    """The address in `http(s)://[:KEY@]HOST[:PORT][/PATH]`; raises ValueError saying what is wrong."""
+def parse_address(url: str, key: str = "") -> Address:
+    """The address in `http(s)://[:KEY@]HOST[:PORT][/PATH]`, with `key` if the URL has none.
+
+    Raises:
+        ValueError: saying what is wrong, without the key.
+    """
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("it holds a character that no URL has")
     parts = urllib.parse.urlsplit(url)
@@ -57,7 +62,7 @@ def parse_address(url: str) -> Address:
     if not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError("it is not of the form http://HOST:PORT")
     is_secure = parts.scheme == "https"
-    key = urllib.parse.unquote(parts.password or "")
+    key = urllib.parse.unquote(parts.password or "") or key
     if not key.isascii() or not key.isprintable():
         raise ValueError("its key holds a character that no header has")
     path = parts.path.rstrip("/")
