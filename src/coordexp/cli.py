@@ -29,6 +29,7 @@ from coordexp.errors import (
 from coordexp.experiments.command import ab, monitor, run, runs
 from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
+from coordexp.infra.printable import printable_output, raw_stderr
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import report
 
@@ -58,7 +59,12 @@ app.command()(monitor)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console entry: runs one command and exits."""
+    """The console entry: runs one command and exits; what it prints is printable, whatever names are in it."""
+    with printable_output():
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     try:
         app(args=argv, prog_name="coordexp")
     except Interrupted as error:
@@ -334,7 +340,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         from rich.progress import Progress
 
         # rich sends stdout through its own console, here stderr: right only where both are the terminal.
-        with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        with Progress(console=Console(file=raw_stderr()), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
             yield from bar.track(items, total=total, description=what)
         return
     for done, item in enumerate(items, 1):

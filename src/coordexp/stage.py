@@ -29,6 +29,7 @@ from coordexp.errors import (
     TrainingError,
 )
 from coordexp.infra import DEVICE_VARIABLE
+from coordexp.infra.printable import printable_output
 from coordexp.infra.provenance import add_to_run_record, run_facts
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
@@ -98,8 +99,14 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
     A stage that exists once for each of `names` gets the name as its second argument.
 
     Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
-    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback.
+    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback. What is
+    printed is printable, whatever names are in it.
     """
+    with printable_output():
+        return _stage_main(run, argv, names)
+
+
+def _stage_main(run: Callable[..., None], argv: Sequence[str] | None, names: Sequence[str]) -> int:
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)

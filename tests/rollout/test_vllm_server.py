@@ -259,7 +259,7 @@ def test_a_server_that_ignores_sigterm_is_ended(tmp_path: Path, monkeypatch: pyt
     [
         ("print('no CUDA device'); raise SystemExit(3)", r"exited with code 3, .*\n.*no CUDA device"),
         ("import os; print('gone', flush=True); os.kill(os.getpid(), 9)", r"exited with code 137, .*\ngone"),
-        ("print('\\x1b[31mred'); raise SystemExit(3)", r"\\x1b\[31mred"),
+        ("print('\\x1b[31mred'); raise SystemExit(3)", r"\\u001b\[31mred"),
     ],
 )
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, body: str, words: str) -> None:

@@ -27,6 +27,7 @@ from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_S
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
+from coordexp.infra.printable import printable_tree
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
 from coordexp.records.images import read_record_rgb
@@ -76,10 +77,10 @@ def write_page(
 
 
 def render_page(data: dict[str, Any]) -> str:
-    """The page around its data; `<` is escaped, so that no text can end the script element."""
+    """The page around its data, every text of it printable; `<` is escaped, so that none can end the script element."""
     template = resources.files("coordexp.reporting").joinpath("templates", "page.html").read_text(encoding="utf-8")
     assert template.count(_DATA) == 1
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(printable_tree(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return template.replace(_DATA, text.replace("<", "\\u003c"))
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coordexp.errors import ConfigError, ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.rollout.vllm_command import Weights
-from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, Reply, ServerFault, excerpt, exchange, parse_address
+from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, Reply, ServerFault, exchange, parse_address
 
 log = logging.getLogger(__name__)
 

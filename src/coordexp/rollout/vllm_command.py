@@ -19,9 +19,10 @@ from coordexp.config.profile import RolloutConfig
 from coordexp.config.schema import DecodeParams
 from coordexp.config.serving import ServeConfig
 from coordexp.errors import ConfigError, ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.infra.provenance import fingerprint, weight_files
 from coordexp.packing.pixels import PixelSpec
-from coordexp.rollout.vllm_http import KEY_VARIABLE, excerpt
+from coordexp.rollout.vllm_http import KEY_VARIABLE
 
 PROMPT_ROOM = 256  # tokens of a prompt beside its image
 # Tokens that must repeat before what followed them is drafted. One: what follows a coordinate never stood there before.

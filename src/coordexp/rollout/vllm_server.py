@@ -21,9 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coordexp.errors import ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.rollout.vllm_client import HEALTH_SECONDS
 from coordexp.rollout.vllm_command import ServerCommand
-from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, ServerFault, excerpt, exchange, parse_address
+from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, ServerFault, exchange, parse_address
 
 log = logging.getLogger(__name__)
 
