@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from coordexp.config.profile import ScenesConfig
 from coordexp.config.run import RunConfig
+from coordexp.infra.workers import worker_count
 from coordexp.records.manifest import write_manifest
 from coordexp.stage import LOG, stage_main
 from toyworld.coco_folder import as_datasets, write_coco_folder
@@ -13,7 +12,7 @@ from toyworld.coco_folder import as_datasets, write_coco_folder
 
 def run(context: RunConfig) -> None:
     """Write `data/<profile>/raw`: a manifest of images that stay where they are; shards of composed ones beside it."""
-    raw, source, workers = context.paths.raw, context.profile.source, os.cpu_count() or 1
+    raw, source, workers = context.paths.raw, context.profile.source, worker_count()
     if isinstance(source, ScenesConfig):
         write_coco_folder(raw / "images", source, context.params.seed, workers)
         source = as_datasets(raw / "images")

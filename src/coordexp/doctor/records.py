@@ -139,7 +139,8 @@ def _examine_names(result: Examination, read: Mapping[str, list[RecordSet]], exa
 
 
 def _examine_overlap(result: Examination, content: Mapping[str, str], config: RecordsConfig, examples: int) -> None:
-    shared = overlap(result.records["train"], result.records["val"], content)
+    train, val = ((r.image for r in result.records[split]) for split in SPLITS)
+    shared = overlap(train, val, content)
     if shared:
         shown = tuple(f"{a} is {b}" for a, b in sorted(shared.items())[:examples])
         stops = config.overlap == "error"

@@ -51,9 +51,8 @@ def excessive_losses(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     lost = [p for p in found.problems if p.reason not in HARMLESS]
     images = [p for p in lost if _costs_an_image(p)]
     objects = [p for p in lost if not _costs_an_image(p)]
-    kept = sum("lost" not in o.metadata for r in found.records for o in r.objects)
     checks = (
-        _over_limit("too_many_lost", "annotations", objects, kept, config, found.frames.cause()),
+        _over_limit("too_many_lost", "annotations", objects, found.kept, config, found.frames.cause()),
         _over_limit("too_many_images_lost", "images", images, len(found.records), config, ""),
     )
     excesses = [excess for excess in checks if excess]

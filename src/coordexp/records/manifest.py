@@ -11,6 +11,7 @@ Records name an image `<set>/<path below the set's root>`; `record_source` leads
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,8 @@ from coordexp.records.sources import (
     voc,
     yolo,
 )
-from coordexp.records.sources.base import Reader, Reading, SplitFiles
-from coordexp.records.sources.files import annotation_files
+from coordexp.records.sources.base import Parsed, Reader, Reading, SourceImage, SplitFiles
+from coordexp.records.sources.files import GLOB, annotation_files, is_readable
 
 READERS: dict[str, Reader] = {
     "coco": coco.read,
@@ -59,6 +60,14 @@ READERS: dict[str, Reader] = {
     "hub": hub.read,
     "conversations": conversations.read,
     "jsonl": jsonl.read,
+}
+# Of the formats whose annotations lie in more files than the key of a split names.
+READ_FROM: dict[str, Callable[[SplitFiles], list[Path]]] = {
+    "open_images": tables.open_images_read_from,
+    "refcoco": refcoco.read_from,
+    "visual_genome": visual_genome.read_from,
+    "yolo": yolo.read_from,
+    "voc": voc.read_from,
 }
 IMAGES = "images.parquet"
 ANNOTATION_SUFFIXES = (".json", ".xml", ".parquet")  # of files that a folder or a glob of annotations means
@@ -80,7 +89,7 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
     for name, config in sets.items():
         dataset = located(name, config)
         readings = (open_split(dataset, split, polygons=False) for split in own_splits(dataset))
-        names = {str(image.file_name) for reading in readings if reading for image in reading.images}
+        names = set().union(*(reading.image_names(workers) for reading in readings if reading))
         facts[name] = inspect_all(Path(dataset.root), names, decode, workers)
         root = _relative_to(folder, Path(dataset.root))
         keys = config.model_dump(exclude_defaults=True) | {"root": str(root)}
@@ -136,9 +145,15 @@ def of_split(
     if dataset.val != AUTO_SPLIT:
         return reading
     chosen = _chosen_for_val(facts, val_fraction)
-    images = (i for i in reading.images if (content_of(i.file_name, facts) in chosen) == (split == "val"))
-    # What the annotation file as a whole has lost is counted once.
-    return replace(reading, images=images, problems=reading.problems if split == "train" else [])
+
+    def parse(entry: Any) -> Parsed:
+        found = reading.parse(entry)
+        if isinstance(found, SourceImage):
+            return found if (content_of(found.file_name, facts) in chosen) == (split == "val") else None
+        return found if split == "train" else None
+
+    # What the annotations as a whole have lost is counted once.
+    return replace(reading, parse=parse, problems=reading.problems if split == "train" else [])
 
 
 def content_of(name: object, facts: Mapping[str, ImageFacts]) -> str:
@@ -190,12 +205,16 @@ def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, A
 
 
 def _annotation_hash(dataset: DatasetConfig, split: str) -> str:
-    """Hash of the annotation file, or over all files where the key means several; empty if there is none."""
-    path = split_files(dataset, split).path
-    if path.is_file():
-        return file_hash(path)
-    found = annotation_files(path, ANNOTATION_SUFFIXES)
-    named = "".join(f"{p.relative_to(dataset.root)}:{file_hash(p)};" for p in found if p.exists())
+    """Hash of the annotation file, or over all files that hold annotations of the split; empty if there is none."""
+    files = split_files(dataset, split)
+    if not files.path.exists() and not GLOB.search(files.path.name):
+        return ""
+    more = READ_FROM.get(dataset.format)
+    found = more(files) if more else annotation_files(files.path, ANNOTATION_SUFFIXES)
+    there = sorted({path for path in found if is_readable(path)})
+    if there == [files.path]:
+        return file_hash(files.path)
+    named = "".join(f"{os.path.relpath(path, dataset.root)}:{file_hash(path)};" for path in there)
     return hashlib.sha256(named.encode()).hexdigest() if named else ""
 
 

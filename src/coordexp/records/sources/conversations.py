@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from coordexp.errors import DataError
@@ -44,24 +45,24 @@ def read(files: SplitFiles) -> Reading:
         found = f"has the keys {shown(list(first[1]), 80)}" if first else "holds none"
         raise DataError(f"{files.path}: its first entry {found}; expected {LAYOUT}.")
 
-    def images() -> Iterator[SourceImage]:
-        names = ImageNames(files)
-        for key, row in (first, *rows):
-            pictures = _pictures(row)
-            if len(pictures) != 1:
-                problems.append(Problem("record_invalid", str(files.path), key, f"{len(pictures)} images, expected 1"))
-                continue
-            yield SourceImage(
-                file_name=names.find(pictures[0]),
-                key=key,
-                image_id=None,
-                width=row.get("width"),
-                height=row.get("height"),
-                objects=tuple(_objects(row)),
-                file=str(files.path),
-            )
+    names = ImageNames(files)
 
-    return Reading(images(), (), problems)
+    def parse(entry: tuple[str, dict[str, Any]]) -> SourceImage | Problem:
+        key, row = entry
+        pictures = _pictures(row)
+        if len(pictures) != 1:
+            return Problem("record_invalid", str(files.path), key, f"{len(pictures)} images, expected 1")
+        return SourceImage(
+            file_name=names.find(pictures[0]),
+            key=key,
+            image_id=None,
+            width=row.get("width"),
+            height=row.get("height"),
+            objects=tuple(_objects(row)),
+            file=str(files.path),
+        )
+
+    return Reading(chain([first], rows), (), problems, parse)
 
 
 def _rows(files: SplitFiles, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,6 @@ from coordexp.records.categories import Category
 from coordexp.records.embedded import picture_column
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
-    Problem,
     Reading,
     SourceImage,
     SourceObject,
@@ -43,7 +43,6 @@ def read(files: SplitFiles) -> Reading:
     paths = annotation_files(files.path, (".parquet",))
     if not paths:
         raise DataError(f"{files.path}: not found; expected {LAYOUT}.")
-    problems: list[Problem] = []
     layouts = {}
     for path in paths:
         with opened_parquet(path, LAYOUT) as table:
@@ -51,25 +50,28 @@ def read(files: SplitFiles) -> Reading:
     names = next((names for *_, names in layouts.values() if names), [])
     categories = tuple(Category(number, name) for number, name in enumerate(names))
 
-    def images() -> Iterator[SourceImage]:
-        for path, (objects, columns, _) in layouts.items():
-            place = path.relative_to(files.root).as_posix()
+    def entries() -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        for path, (_, columns, _) in layouts.items():
             number = 0
             with opened_parquet(path, LAYOUT) as table:
                 for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the pictures
                     for row in batch.to_pylist():
-                        yield SourceImage(
-                            file_name=f"{place}/{number}",
-                            key=f"row {number}",
-                            image_id=None,
-                            width=row.get("width"),
-                            height=row.get("height"),
-                            objects=tuple(_objects(row.get(objects), names)),
-                            file=str(path),
-                        )
+                        yield path, number, row
                         number += 1
 
-    return Reading(images(), categories, problems)
+    def parse(entry: tuple[Path, int, dict[str, Any]]) -> SourceImage:
+        path, number, row = entry
+        return SourceImage(
+            file_name=f"{path.relative_to(files.root).as_posix()}/{number}",
+            key=f"row {number}",
+            image_id=None,
+            width=row.get("width"),
+            height=row.get("height"),
+            objects=tuple(_objects(row.get(layouts[path][0]), names)),
+            file=str(path),
+        )
+
+    return Reading(entries(), categories, [], parse)
 
 
 def _layout(schema: pa.Schema, where: str) -> tuple[str, list[str], list[str]]:

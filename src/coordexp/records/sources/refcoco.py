@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
@@ -27,6 +28,7 @@ from coordexp.records.sources.base import (
 from coordexp.records.sources.coco import annotated_box, as_id, load_instances
 from coordexp.records.sources.files import opened_parquet, read_json, refuse_pickle, shown
 
+INSTANCES = "instances.json"
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
 # A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
 _OF_ANNOTATION = re.compile(r"(COCO_[a-z]+\d{4}_\d{12})_\d+(\.jpg)$")
@@ -41,6 +43,11 @@ def read(files: SplitFiles) -> Reading:
     if isinstance(source, list):
         return _read_refs(files, source)
     return _read_mdetr(files)
+
+
+def read_from(files: SplitFiles) -> list[Path]:
+    """The refs, and the annotations that they may mean."""
+    return [files.path, files.path.parent / INSTANCES]
 
 
 def plain_name(name: object) -> object:
@@ -67,7 +74,7 @@ def _question(
 
 
 def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
-    instances = load_instances(files.path.parent / "instances.json")
+    instances = load_instances(files.path.parent / INSTANCES)
     by_annotation = {as_id(row.get("id")): (image, row) for image, rows in instances.by_image() for _, row in rows}
     problems: list[Problem] = []
 
