@@ -32,17 +32,21 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
+.PHONY: help env locks demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: $(STAMP)  ## make .venv from requirements.lock (once)
 
-$(STAMP): requirements.lock pyproject.toml
+# Each file that pip takes must have a hash of the lock, which names all of them; torch, whose file the index decides, has none.
+BY_HASH := install -qq --no-deps --require-hashes
+
+$(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip install -qq --no-compile -r requirements.lock
+	@$(VENV)/bin/python -m pip $(BY_HASH) --no-compile -r requirements.lock
+	@$(VENV)/bin/python -m pip install -qq --no-compile -r requirements-torch.lock
 	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
 	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
@@ -50,8 +54,17 @@ $(STAMP): requirements.lock pyproject.toml
 
 # --no-deps: what they need is in requirements.lock, and the text encoder asks for a library that only downloads.
 $(DEV_STAMP): $(STAMP) requirements-dev.lock
-	@$(VENV)/bin/python -m pip install -qq --no-deps -r requirements-dev.lock
+	@$(VENV)/bin/python -m pip $(BY_HASH) -r requirements-dev.lock
 	@touch $@
+
+LOCKS := requirements.lock requirements-dev.lock requirements-vllm.lock
+locks:  ## look up the hashes of the versions that the locks name; needs uv (CONTRIBUTING.md, "Dependencies")
+	for lock in $(LOCKS); do \
+		sed -nE 's/^([^#= ]+==[^ ]+).*/\1/p' $$lock > $$lock.in && \
+		uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 $$lock.in \
+			| sed -E ':a;/\\$$/N;s/ *\\\n *(--hash)/ \1/;ta' > $$lock.hashed && \
+		{ grep '^#' $$lock; cat $$lock.hashed; } > $$lock.new && mv $$lock.new $$lock; rm -f $$lock.in $$lock.hashed; \
+	done
 
 demo: env  ## run the whole graph of the profile in params.yaml, then say where to look
 	dvc repro
@@ -69,11 +82,12 @@ vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server: CUD
 	@echo "$(VLLM_VENV) holds the $(VLLM_BUILD) build of vLLM ($(VLLM_LOCK))"
 
 # CPU: --no-deps, because vLLM also asks for torchaudio and torchcodec, which break transformers beside a CPU torch.
-$(VLLM_STAMP): $(VLLM_LOCK)
+$(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq $(if $(filter cpu,$(VLLM_BUILD)),--no-deps )-r $(VLLM_LOCK)
+	@$(VLLM_VENV)/bin/python -m pip $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install -qq) -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -r requirements-torch.lock)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers

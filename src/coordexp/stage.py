@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -176,6 +177,8 @@ def _context(args: argparse.Namespace, stage: str) -> RunConfig:
         refuse_stale(context, args.params.parent, stage)
     tune_allocator(LOG)
     set_threads(context.profile.launch.threads, LOG)
+    if shutil.which("git") is None:
+        LOG.warning("git is not installed: the record of this run will not say from which commit it is.")
     return context
 
 

@@ -125,16 +125,17 @@ def run_facts(stage: str, wall_seconds: float, cpu_seconds: float) -> dict[str, 
     }
 
 
+def git(*arguments: str) -> str | None:
+    """What git prints, without the white space around it; None if it fails, or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files differ from it, other than what the stages write; null outside a checkout."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git here
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
