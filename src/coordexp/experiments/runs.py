@@ -9,7 +9,6 @@ taken from DVC's cache once, and kept under `runs/revisions/<revision>/` at the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -37,10 +36,13 @@ from coordexp.errors import (
 from coordexp.experiments.dependencies import INPUTS, Past, Present, by_path
 from coordexp.experiments.progress import Ended, Progress, stream
 from coordexp.infra.files import only_process, remove
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import WRITTEN_BY_STAGES, write_json
+from coordexp.inputs import INPUTS as INPUT_FILES
 from coordexp.inputs import PARAMS_FILE
 
 SHOWN_LINES = 15
+RUN_RECORD = Gate("the record of a run", DataError, "Delete it: only how long its stages took is lost.")
 KEPT = Path("runs/revisions")  # files by revision, and how long its stages took
 WORKSPACE = "workspace"  # in place of a revision
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -259,7 +261,11 @@ class Repository:
             self._pasts[key] = Past(
                 lock=lock.get("stages", {}),
                 ids=self._ids(revision, given),
-                inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
+                inputs={
+                    Path(path).stem: INPUT_FILES.parse_json(text, f"{path} of {revision[:12]}")
+                    for path, text in texts.items()
+                    if path in read
+                },
                 inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
             )
         return self._pasts[key]
@@ -267,7 +273,7 @@ class Repository:
     def seconds(self, revision: str) -> dict[str, float]:
         """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
         file = self.root / KEPT / revision / "seconds.json"
-        return json.loads(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else {}
+        return RUN_RECORD.read_object(file).get("stages", {}) if file.is_file() else {}
 
     def estimates(self, profile: str) -> dict[str, float]:
         """Seconds by stage of the last run that was measured, in the workspace or as an experiment."""
@@ -275,11 +281,11 @@ class Repository:
         files = [*runs.parent.glob(runs.name), *(self.root / KEPT).glob("*/seconds.json")]
         found: dict[str, float] = {}
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            if "wall_seconds" in tree:
+            tree = RUN_RECORD.read_object(file)
+            if tree.keys() >= {"stage", "wall_seconds"}:
                 found[tree["stage"]] = tree["wall_seconds"]
             elif tree.get("profile") == profile:
-                found |= tree["stages"]
+                found |= tree.get("stages", {})
         return found
 
     def short_name(self, revision: str) -> str:

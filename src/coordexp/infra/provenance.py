@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.infra.files import repository_root, write_text
+from coordexp.infra.foreign import strict_json
 
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
 WRITTEN_BY_STAGES = ("dvc.lock", "inputs", "reports")
@@ -106,7 +107,7 @@ def add_to_run_record(path: Path, facts: Mapping[str, Any]) -> None:
 def read_run_record(path: Path) -> dict[str, Any]:
     """The record of a run; empty where the stage did not run here, or left something else there."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -22,6 +22,7 @@ from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
 from coordexp.errors import CheckpointError
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import strict_json
 from coordexp.infra.provenance import answer_files, file_sha256, repository_root, weight_files
 
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
@@ -133,7 +134,7 @@ class _Digests:
 
     def _read(self) -> dict[str, Any]:
         try:
-            known = json.loads(self._memory.read_text(encoding="utf-8"))
+            known = strict_json(self._memory.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none yet, or a broken one: hash again
             return {}
         return known if isinstance(known, dict) else {}

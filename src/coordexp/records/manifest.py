@@ -218,6 +218,10 @@ def _annotation_hash(dataset: DatasetConfig, split: str) -> str:
     return hashlib.sha256(named.encode()).hexdigest() if named else ""
 
 
+def _has_more(dataset: DatasetConfig, path: Path) -> bool:
+    return dataset.format in READ_FROM or not path.is_file()
+
+
 def _table(facts: Facts) -> pa.Table:
     rows = [{"set": name} | asdict(f) for name, by_name in facts.items() for f in by_name.values()]
     kinds = {int: pa.int64(), str: pa.string(), "int": pa.int64(), "str": pa.string()}
@@ -242,8 +246,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
         for split, digest in row["annotation_hashes"].items():
             path, found = split_files(sets[name], split).path, _annotation_hash(sets[name], split)
             if found != digest:
+                what = f"{path}, or a file with annotations that belongs to it" if _has_more(sets[name], path) else path
                 raise DataError(
-                    f"{path}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
+                    f"{what}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
     facts: Facts = {name: {} for name in sets}

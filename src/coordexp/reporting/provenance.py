@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
+from coordexp.config.loading import parse_yaml, read_yaml
 from coordexp.config.paths import CHECKPOINTS, DECODE_SUMMARY, ProfilePaths
 from coordexp.config.schema import Params
 from coordexp.infra.provenance import git
@@ -97,9 +96,9 @@ def experiment_baseline(profile: str) -> Baseline | None:
     if not revision or (params := git("show", f"{revision}:params.yaml")) is None:
         return None
     config = f"configs/{profile}.yaml"
-    yaml = YAML(typ="safe")
-    settings = yaml.load(params) | {config: yaml.load(git("show", f"{revision}:{config}") or "{}")}
-    now = {config: yaml.load(Path(config))}
+    then = parse_yaml(git("show", f"{revision}:{config}") or "{}", f"{config} of {revision[:12]}")
+    settings = parse_yaml(params, f"params.yaml of {revision[:12]}") | {config: then}
+    now = {config: read_yaml(Path(config))}
     return Baseline(revision, os.environ.get(NAME_VARIABLE, ""), settings, now)
 
 

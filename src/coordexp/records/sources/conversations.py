@@ -144,8 +144,8 @@ def _objects(row: dict[str, Any]) -> Iterator[SourceObject]:
     listed = row.get("objects")
     if isinstance(listed, str):  # ms-swift once had it as text
         try:
-            listed = json.loads(listed)
-        except (ValueError, RecursionError):
+            listed = parse_json(listed.encode(errors="surrogatepass"), "objects", LAYOUT)
+        except DataError:
             yield SourceObject(None, None, "objects", found=shown(row["objects"]))
             return
     if listed:

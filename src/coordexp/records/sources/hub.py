@@ -7,7 +7,6 @@ corners`: the Hub has both forms.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from coordexp.records.sources.base import (
     as_whole,
     corners_of_xywh,
 )
-from coordexp.records.sources.files import annotation_files, opened_parquet, shown
+from coordexp.records.sources.files import annotation_files, opened_parquet, parse_json, shown
 
 LAYOUT = "parquet files of the Hugging Face Hub with the columns image and objects"
 OBJECTS = ("objects", "annotations", "detections")
@@ -86,8 +85,9 @@ def _layout(schema: pa.Schema, where: str) -> tuple[str, list[str], list[str]]:
 def category_names(schema: pa.Schema, objects: str) -> list[str]:
     """Names of numbered categories, as the library `datasets` leaves them in the schema; empty without them."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][objects]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "its metadata", LAYOUT)
+        found = described["info"]["features"][objects]
+    except (DataError, KeyError, TypeError):
         return []
     pending: list[tuple[str, Any]] = [("", found)]
     while pending:

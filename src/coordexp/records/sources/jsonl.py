@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from coordexp.errors import DataError
+from coordexp.infra.foreign import check_text
 from coordexp.records.schema import ObjectRecord, Record, parse_record
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, SplitFiles
-from coordexp.records.sources.files import MAX_LINE_BYTES, opened
+from coordexp.records.sources.files import MAX_LINE_BYTES, opened, parse_json
 
 LAYOUT = "records, one JSON object a line"
 
@@ -25,12 +25,12 @@ def read(files: SplitFiles) -> Reading:
         with opened(path, LAYOUT) as handle:
             for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line, f"line {number}", "a record")
                     if b"\\ud" in line.lower():
-                        json.dumps(row, ensure_ascii=False).encode()  # half characters are in no text; ValueError
+                        check_text(row)
                     record = parse_record(row, f"line {number}")
                     _check_metadata(record.metadata, f"line {number}: metadata")
-                except (DataError, ValueError, RecursionError) as error:
+                except (DataError, ValueError) as error:
                     problems.append(Problem("record_invalid", str(path), f"line {number}", str(error)))
                     continue
                 image_id = _image_id(record)
