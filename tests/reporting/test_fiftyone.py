@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from coordexp import cli
+from coordexp.errors import ConfigError
 from coordexp.evaluation.protocol import STANDARD
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
@@ -19,6 +20,10 @@ from coordexp.reporting.fiftyone_app import browse_answers, field_names
 
 CAT, OFF = (10.0, 20.0, 60.0, 60.0), (70.0, 5.0, 90.0, 30.0)
 CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
+
+
+class NoDatabase(ValueError):
+    """As FiftyOne's own, of an installation without MongoDB."""
 
 
 class Fake(ModuleType):
@@ -30,6 +35,7 @@ class Fake(ModuleType):
         self.launched: list[Any] = []
         self.deleted: list[str] = []
         self.info: dict[str, Any] = {}
+        self.core = SimpleNamespace(config=SimpleNamespace(FiftyOneConfigError=NoDatabase))
 
     def list_datasets(self) -> list[str]:
         return ["mine"]
@@ -80,9 +86,11 @@ def test_samples_have_the_fields_of_the_page(fake: Fake, picture: Path) -> None:
     browse_answers(runs, CATEGORIES, picture.parent, STANDARD, 10, "new", 5151)
     (sample,) = fake.samples
     assert sample["filepath"] == str(picture)
-    assert sample["annotation"] == [{"label": "cat", "bounding_box": [0.1, 0.25, 0.5, 0.5], "iscrowd": False}]
+    about = {"iscrowd": False, "found_by": ["stage2"]}
+    assert sample["annotation"] == [{"label": "cat", "bounding_box": [0.1, 0.25, 0.5, 0.5], **about}]
     first, second = sample["stage2"][0], sample["stage1_control"][0]
     assert (first["cause"], second["cause"], second["label"]) == ("right", "classification", "dog")
+    assert (second["belongs_to"], sample["stage2"][1].get("belongs_to")) == ("cat", None)
     assert (first["confidence"], first["bins"], first["logprob"]) == (0.75, [100, 250, 600, 750], [-1.0] * 4)
     counts = {name: sample[f"stage1_control_{name}"] for name in ("f1", "false", "missed", "duplicate_pairs", "parses")}
     assert counts == {"f1": 0.0, "false": 2, "missed": 1, "duplicate_pairs": 0, "parses": True}
@@ -104,6 +112,17 @@ def test_runs_become_fields_with_names_of_their_own() -> None:
     assert field_names(["stage2", "stage1-control", "stage1 control", "filepath", "7b", "+"]) == [
         "stage2", "stage1_control", "stage1_control_3", "run_filepath", "run_7b", "run",
     ]  # fmt: skip
+
+
+def test_an_installation_without_its_database_is_no_bug(
+    fake: Fake, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> list[str]:
+        raise NoDatabase("MongoDB could not be installed")
+
+    monkeypatch.setattr(fake, "list_datasets", refuse)
+    with pytest.raises(ConfigError, match="cannot reach its database: MongoDB"):
+        browse_answers({"one": answered("cat")}, CATEGORIES, picture.parent, STANDARD, 10, "new", 5151)
 
 
 @pytest.mark.parametrize(

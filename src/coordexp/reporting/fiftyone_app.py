@@ -39,11 +39,15 @@ def browse_answers(
     Pictures that are no files of their own are written to a temporary folder meanwhile.
 
     Raises:
-        ConfigError: FiftyOne is not installed, or has a data set of this name.
+        ConfigError: FiftyOne or its database is not installed, or it has a data set of this name.
         DataError: runs on different images, or an image that is not there.
     """
     fiftyone = _fiftyone()
-    if name in fiftyone.list_datasets():
+    try:
+        taken = name in fiftyone.list_datasets()
+    except fiftyone.core.config.FiftyOneConfigError as error:
+        raise ConfigError(f"FiftyOne cannot reach its database: {str(error).strip()}") from error
+    if taken:
         raise ConfigError(f"--name {name}: FiftyOne has a data set of this name. Choose another, or delete that one.")
     data = page_data(results, categories, params, limit)
     with TemporaryDirectory(prefix="coordexp-") as folder:
@@ -83,16 +87,25 @@ def _picture(image_root: Path, image: str, image_id: int, folder: Path) -> str:
 def _sample(fiftyone: ModuleType, file: str, row: Mapping[str, Any], labels: Sequence[str]) -> Any:
     sample = fiftyone.Sample(filepath=file)
     sample["image_id"] = row["id"]
-    sample[TRUTH] = fiftyone.Detections(detections=[_object(fiftyone, g, row, iscrowd=g["crowd"]) for g in row["gt"]])
-    for field, run in zip(field_names(labels), row["runs"], strict=True):
-        found = [
-            _object(fiftyone, p, row, confidence=p["score"], **{key: p[key] for key in ABOUT if key in p})
-            for p in run["pred"]
-        ]
-        sample[field] = fiftyone.Detections(detections=found)
+    runs = dict(zip(field_names(labels), row["runs"], strict=True))
+    found = {field: {p["object"] for p in run["pred"] if p["cause"] == "right"} for field, run in runs.items()}
+    objects = [
+        _object(fiftyone, g, row, iscrowd=g["crowd"], found_by=[field for field in runs if n in found[field]])
+        for n, g in enumerate(row["gt"])
+    ]
+    sample[TRUTH] = fiftyone.Detections(detections=objects)
+    for field, run in runs.items():
+        sample[field] = fiftyone.Detections(detections=[_prediction(fiftyone, p, row) for p in run["pred"]])
         for key, words in COUNTS.items():
             sample[f"{field}_{words}"] = run[key]
     return sample
+
+
+def _prediction(fiftyone: ModuleType, pred: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+    about = {key: pred[key] for key in ABOUT if key in pred}
+    if pred["object"] is not None:
+        about["belongs_to"] = row["gt"][pred["object"]]["desc"]
+    return _object(fiftyone, pred, row, confidence=pred["score"], **about)
 
 
 def _object(fiftyone: ModuleType, box: Mapping[str, Any], row: Mapping[str, Any], **about: Any) -> Any:
