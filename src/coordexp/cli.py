@@ -1,5 +1,5 @@
-"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | monitor | export |
-serve`.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | browse | monitor |
+export | serve`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -31,7 +31,7 @@ from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
 from coordexp.infra.printable import printable_output, raw_stderr
 from coordexp.records.image_files import expand_images, picture_targets
-from coordexp.reporting.command import report
+from coordexp.reporting.command import browse, report
 
 if TYPE_CHECKING:
     from coordexp.detector import Detector
@@ -55,6 +55,7 @@ app.command()(run)
 app.command()(runs)
 app.command()(ab)
 app.command()(report)
+app.command()(browse)
 app.command()(monitor)
 
 

@@ -201,6 +201,11 @@ class Detector:
         """Whether labels that are looked for stand in the prompt: the checkpoint was trained on lists of them."""
         return bool({"listed", "closed"} & set(self._checkpoint.detection.prompts))
 
+    @property
+    def takes_phrases(self) -> bool:
+        """Whether it can be asked what a phrase means: the checkpoint was trained on phrases."""
+        return "phrase" in self._checkpoint.detection.prompts
+
     def identity(self, find: Sequence[str] = (), phrase: str = "") -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
         asked = question(self._checkpoint.detection.prompt_for(find, phrase) or {"kind": "open"})

@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pycocotools.coco import COCO
@@ -18,11 +18,10 @@ from pycocotools.cocoeval import COCOeval
 from coordexp.errors import DataError
 from coordexp.evaluation.coco import STAT_NAMES
 from coordexp.evaluation.evaluator import evaluate
-from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
-from coordexp.evaluation.foreign.predictions import FORMS, Form, read_labels, read_predictions
+from coordexp.evaluation.foreign.answers import Family, read_answer
+from coordexp.evaluation.foreign.predictions import Form, read_labels, read_predictions
 from coordexp.evaluation.foreign.truth import Truth, read_truth
 from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING
-from coordexp.experiments import judge
 from coordexp.records.gt_vs_pred import write_results
 
 PARAMS = STANDARD.model_copy(update={"bootstrap_resamples": 50})
@@ -247,8 +246,3 @@ def test_a_broken_truth_is_named(change: Row, words: str, folder: Path) -> None:
     (folder / "truth.json").write_text(json.dumps(source | change))
     with pytest.raises(DataError, match=words):
         read_truth(folder / "truth.json")
-
-
-def test_the_command_offers_every_form() -> None:
-    assert judge.FORMS == FORMS
-    assert set(FAMILIES) == set(get_args(Family)) < set(FORMS)

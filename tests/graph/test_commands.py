@@ -36,6 +36,7 @@ NOT_RUN = {
     r"coordexp convert .*": "a data set of the user; tests/records",
     r"coordexp init .*|coordexp doctor --profile mine .*|.*profile=mine": "photos of a user; tests/doctor",
     r"coordexp (evaluate|compare) --truth .*": "detectors of others; tests/evaluation/test_foreign.py",
+    r"coordexp (report|browse) .*--truth .*": "detectors of others; tests/reporting",
     r"make gpu-check.*": "a GPU; CI runs it on the CPU, shrunken",
     r".*coco-qwen3vl-.*|.*datasets/coco.*|.* published .*": "COCO, a Qwen3-VL; test_production.py is smaller",
     r"sudo .*|.*pip (un)?install .*|.*(s3|ssh)://.*|dvc remote modify storage .*": "a network",

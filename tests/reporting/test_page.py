@@ -63,6 +63,28 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
+@pytest.fixture
+def foreign(page: Path, tmp_path: Path) -> list[str]:
+    """Options that name annotations, images and three files of other detectors, all of them right."""
+    first = runs()["one"]
+    images = [{"id": r.image_id, "file_name": r.image, "width": 100, "height": 80} for r in first]
+    rows = [
+        {"image_id": r.image_id, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 900}
+        for r in first for g in r.gt if g.desc == "cat"
+    ]  # fmt: skip
+    truth = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    found = [{"desc": "Katze", "bbox_xyxy_px": [10, 10, 50, 50], "score": 0.5}]
+    lines = [{"image": r.image, "objects": found} for r in first if any(g.desc == "cat" for g in r.gt)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("yolo", "rex"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "score": 0.5} for row in rows]))
+    (tmp_path / "labels.json").write_text('{"Katze": "cat"}')
+    files = [str(tmp_path / name) for name in ("yolo.json", "rex.json", "raw.jsonl")]
+    return ["--truth", str(tmp_path / "t.json"), "--labels", str(tmp_path / "labels.json"),
+            "--images", str(page.parent), "--predictions", *files]  # fmt: skip
+
+
 class Elements(HTMLParser):
     """Tags with their attributes, and the text of every script."""
 
@@ -137,26 +159,24 @@ class TestWithoutABrowser:
         for key, (_, value, low, high) in zip(TOTALS, data["totals"][0], strict=True):
             assert [value, low, high] == [round(v, 3) for v in (found.value(key), *found.metrics["interval"][key])]
 
-    def test_detectors_of_others_are_browsed_by_the_command(self, page: Path, tmp_path: Path) -> None:
-        first = runs()["one"]
-        images = [{"id": r.image_id, "file_name": r.image, "width": 100, "height": 80} for r in first]
-        rows = [
-            {"image_id": r.image_id, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 900}
-            for r in first for g in r.gt if g.desc == "cat"
-        ]  # fmt: skip
-        categories = [{"id": 1, "name": "cat"}]
-        (tmp_path / "t.json").write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
-        for name in ("yolo", "rex", "ours"):
-            (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "score": 0.5} for row in rows]))
-        named = [str(tmp_path / f"{name}.json") for name in ("yolo", "rex", "ours")]
+    def test_detectors_of_others_are_browsed_by_the_command(self, foreign: list[str], tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as done:
-            cli.main(["report", "--html", str(tmp_path / "p.html"), "--truth", str(tmp_path / "t.json"),
-                      "--images", str(page.parent), "--predictions", *named])  # fmt: skip
+            cli.main(["report", "--html", str(tmp_path / "p.html"), *foreign])
         assert done.value.code == 0
-        text = (tmp_path / "p.html").read_text(encoding="utf-8")
-        data = json.loads(Elements(text).scripts[0])
-        assert data["labels"] == ["yolo", "rex", "ours"]
+        data = json.loads(Elements((tmp_path / "p.html").read_text(encoding="utf-8")).scripts[0])
+        assert data["labels"] == ["yolo", "rex", "raw"]
         assert [totals[0][1] for totals in data["totals"]] == [1.0, 1.0, 1.0]
+
+    def test_what_is_half_said_is_refused(self, foreign: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+        truth = foreign.index("--truth")
+        for words, arguments in {
+            "together": foreign[:truth] + foreign[truth + 2 :],
+            "give --truth": ["--form", "qwen3-vl", "--images", foreign[foreign.index("--images") + 1], foreign[-1]],
+        }.items():
+            with pytest.raises(SystemExit) as done:
+                cli.main(["report", "--html", "p.html", *arguments])
+            assert done.value.code == 2
+            assert words in capfd.readouterr().err
 
     def test_pictures_are_no_larger_than_asked_for(self, page: Path, tmp_path: Path) -> None:
         small = write_page(

@@ -21,12 +21,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from coordexp.config.formats import Family
 from coordexp.geometry.boxes import Box
 from coordexp.records.gt_vs_pred import ParseReport
 
-Family = Literal["qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 

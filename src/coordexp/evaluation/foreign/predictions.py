@@ -19,20 +19,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from coordexp.config.formats import Family, Form
 from coordexp.config.paths import GT_VS_PRED
 from coordexp.errors import DataError
-from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
+from coordexp.evaluation.foreign.answers import FAMILIES, read_answer
 from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box, xyxy_box
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
 
-Form = Literal[
-    "coco", "lines", "gt_vs_pred", "yolo", "csv",
-    "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
-]  # fmt: skip
-FORMS: tuple[Form, ...] = get_args(Form)
 PREDICTIONS = Gate("predictions of a detector", DataError, "docs/judge.md lists the forms.", max_bytes=1 << 32)
 NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
 
@@ -62,7 +58,7 @@ def read_predictions(
     Args:
         path: what a detector wrote.
         truth: what it is judged against; an image without predictions is judged as left empty.
-        form: one of FORMS; None recognises all but the raw answers of a model.
+        form: one of these forms; None recognises all but the raw answers of a model.
         labels: their label -> ours, for those that differ.
 
     Raises:
