@@ -27,6 +27,7 @@ from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
 from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box, xyxy_box
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
+from coordexp.records.prediction_log import checked_row
 
 Form = Literal[
     "coco", "lines", "gt_vs_pred", "yolo", "csv",
@@ -265,7 +266,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in PREDICTIONS.json_lines(path):
         if not isinstance(row, dict):
             PREDICTIONS.refuse(where, f"holds {shown(row)}, not a JSON object")
-        yield where, row
+        yield where, checked_row(row, where)
 
 
 def _score(row: Mapping[str, Any], where: str) -> float:
