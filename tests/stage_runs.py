@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
+from coordexp.infra.artefacts import write_sealed
 from coordexp.models.loading import load_checkpoint
 from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, put_rollouts, teacher_rollouts
 
@@ -28,7 +29,7 @@ def add_rollouts(space: Workspace, world: World) -> None:
     """Put rollouts, one of which does not parse, and stage 2's compute on file."""
     checkpoint = load_checkpoint(space.paths.run("stage1"))
     put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
-    space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+    write_sealed(space.paths.run("stage2-compute.json"), {"steps": 4, "tokens": 2000})
 
 
 @pytest.fixture

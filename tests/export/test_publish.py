@@ -25,8 +25,9 @@ from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate, rounded
 from coordexp.export.publish import coco_results, export, publish, write_server_results
+from coordexp.infra.artefacts import damage, sealing
 from coordexp.infra.provenance import run_metadata, write_json
-from coordexp.models.loading import checkpoint_hashes, load_format, save_checkpoint
+from coordexp.models.loading import load_format, save_checkpoint
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
 from helpers import new_checkpoint
@@ -90,10 +91,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunC
     run = RunConfig.read(repository / "params.yaml", "smoke", tmp_path_factory.mktemp("finished"))
     paths, checkpoint = run.paths, new_checkpoint(codec="tags")
     folder = paths.run("stage2")
-    save_checkpoint(folder, checkpoint)
-    (folder / "train_log.jsonl").touch()
-    metadata = run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
-    write_json(folder / RUN_METADATA, metadata)
+    with sealing(folder):
+        save_checkpoint(folder, checkpoint)
+        (folder / "train_log.jsonl").touch()
+        write_json(folder / RUN_METADATA, run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2}))
     write_json(paths.records / "categories.json", [c.to_json() for c in CATEGORIES])
     nothing = ImageResult(
         image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
@@ -118,6 +119,7 @@ def test_an_export_is_a_copy_that_is_read_as_it_was_evaluated(finished: RunConfi
     assert exported.pixels == load_format(source).pixels
     assert (exported.codec, exported.detection.box, exported.detection.score) == ("tags", "argmax", "mix")
     assert not (tmp_path / "new" / "train_log.jsonl").exists()
+    assert list(damage(tmp_path / "new")) == []
     assert {path.stat().st_nlink for path in (tmp_path / "new").iterdir()} == {1}
 
 

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS, RUN_METADATA
 from coordexp.config.presets import changed_tree
+from coordexp.infra.artefacts import HASHES
 from coordexp.infra.files import remove
 from coordexp.records.images import image_roots
 from coordexp.stage import stage_main
@@ -27,7 +28,7 @@ from graph.test_graph import Node, graph
 
 PROFILE = "smoke"
 GIVEN = ("configs", "pipelines", "src")
-SAYS_HOW = (RUN_METADATA, "decode.json")  # hold the parameters themselves, whatever came of them
+SAYS_HOW = (RUN_METADATA, "decode.json", HASHES)  # hold the parameters themselves, or their hash, whatever came of them
 
 
 @dataclass(slots=True)

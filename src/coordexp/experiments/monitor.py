@@ -14,7 +14,7 @@ from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.config.study import TRAINED
-from coordexp.errors import CheckpointError, DataError
+from coordexp.errors import CheckpointError, DamagedArtefactError, DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.infra.device import AUTO
 from coordexp.models.adapters import apply_tuning
@@ -80,7 +80,8 @@ def follow(
     may be something new in the folder.
 
     Raises:
-        CheckpointError: no state is intact, or it is of a run that started from other weights.
+        DamagedArtefactError: no state is intact.
+        CheckpointError: it is of a run that started from other weights.
     """
     seen, done = -1.0, -1
     while True:
@@ -96,7 +97,7 @@ def follow(
                 continue
             state.check_start(start)
             state.load_weights(callback.checkpoint.model)
-        except (CheckpointError, FileNotFoundError):
+        except (CheckpointError, DamagedArtefactError, FileNotFoundError):
             if generations(state_folder) == saved:
                 raise
             continue  # the run went on, or ended, between looking and reading

@@ -21,11 +21,12 @@ from coordexp.config.profile import DatasetsConfig
 from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
+from coordexp.infra.artefacts import HASHES, sealing, verified
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
-from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
+from coordexp.models.loading import ModelFormat, load_format
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.prediction_log import read_rows
@@ -128,20 +129,20 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
     rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
     results, unmapped = coco_results(rows, categories)
     form = load_format(source)
-    _copy_checkpoint(source, out, form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT)))
-    write_json(out / RESULTS, results)
-    write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics, license_id)))
+    detection = form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT))
+    with sealing(out):
+        _copy_checkpoint(source, out, detection)
+        write_json(out / RESULTS, results)
+        write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics, license_id)))
     return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
 
 
 def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> None:
     """Copies, not links: DVC's cache holds the source, and whoever edits the export must not edit that."""
-    out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix != ".jsonl":  # logs of the training
-            shutil.copyfile(file, out / file.name)
+        if file.is_file() and file.suffix != ".jsonl" and file.name != HASHES:  # without logs of the training
+            shutil.copyfile(verified(file), out / file.name)
     write_detection_config(out, detection)
-    write_json(out / RUN_METADATA, PUBLISHED.read_json(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(

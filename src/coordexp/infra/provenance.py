@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from coordexp.infra.artefacts import file_sha256
 from coordexp.infra.files import repository_root, write_text
 from coordexp.infra.foreign import strict_json
 
@@ -43,12 +44,6 @@ ANSWER_FILES = (
 )
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def file_hash(path: Path) -> str:
     """First 16 hex digits of the sha256 of a file."""
     return file_sha256(path)[:16]
@@ -61,8 +56,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def answer_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that decide what it answers, by name: weights and what else loading reads."""
-    named = (folder / name for name in ANSWER_FILES)
-    return sorted([*weight_files(folder), *(path for path in named if path.is_file())], key=lambda path: path.name)
+    return sorted(path for path in folder.glob("*") if decides_answer(path.name) and path.is_file())
+
+
+def decides_answer(name: str) -> bool:
+    """Whether the file of a checkpoint folder decides what it answers."""
+    return name in ANSWER_FILES or (name.endswith(".safetensors") and not name.startswith("."))
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:

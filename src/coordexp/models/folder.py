@@ -138,12 +138,6 @@ class IndexFile(_Checked):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]
 
 
-class RunMetadata(_Checked):
-    """What is checked of run_metadata.json: the hashes of the files that training wrote."""
-
-    files: dict[Annotated[str, Field(pattern=r"^[^/\\\x00]+$")], str] = {}
-
-
 class faults_of:
     """Within the block, whatever is raised is a fault of the checkpoint folder, named with what was done there.
 

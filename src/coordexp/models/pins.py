@@ -21,9 +21,10 @@ from coordexp.config.loading import load_profile
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
 from coordexp.errors import CheckpointError
-from coordexp.infra.files import write_text
+from coordexp.infra.artefacts import file_sha256
+from coordexp.infra.files import repository_root, write_text
 from coordexp.infra.foreign import strict_json
-from coordexp.infra.provenance import answer_files, file_sha256, repository_root, weight_files
+from coordexp.infra.provenance import answer_files, weight_files
 
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
 _SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp

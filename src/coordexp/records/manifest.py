@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig
 from coordexp.errors import DataError
+from coordexp.infra.artefacts import verified
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import MANIFEST, ImageFacts, image_roots, inspect_image, manifest_of, unsafe_name
@@ -252,7 +253,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
     facts: Facts = {name: {} for name in sets}
-    for row in pq.read_table(folder / IMAGES).to_pylist():
+    for row in pq.read_table(verified(folder / IMAGES)).to_pylist():
         name = row.pop("set")
         facts[name][row["name"]] = ImageFacts(**row)
     return sets, facts

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coordexp.config.schema import DecodeParams
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.artefacts import sealed_row, unsealed_row
 from coordexp.infra.foreign import strict_json
 from coordexp.infra.random_streams import draw_seed
 from coordexp.packing.samples import Sample
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Question = tuple[str, int, int, bytes]  # name, width and height of a picture; prompt
 
-LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal
+LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal, whose lines hold their own hash beside them
 READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
 
 
@@ -224,7 +225,7 @@ class Journal:
         }
         with self._lock, self.path.open("a", encoding="utf-8") as out:
             # A cut line of an earlier run must not swallow this one.
-            out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(row) + "\n")
+            out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(sealed_row(row)) + "\n")
             out.flush()
             os.fsync(out.fileno())
 
@@ -259,8 +260,8 @@ def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
 
 def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
     """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
-    row = strict_json(line.decode())
-    if not isinstance(row, dict) or row.keys() != LINE_KEYS or not isinstance(row["key"], str):
+    row = unsealed_row(strict_json(line.decode()))
+    if row.keys() != LINE_KEYS or not isinstance(row["key"], str):
         raise ValueError(f"it is no object of {', '.join(sorted(LINE_KEYS))}")
     generation = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
     if row["probs"] is None:

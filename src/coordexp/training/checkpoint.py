@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from coordexp.errors import CheckpointError
+from coordexp.errors import CheckpointError, DamagedArtefactError
 from coordexp.infra.files import remove, replace_folder
 from coordexp.infra.random_streams import stream_seed
 from coordexp.training.distributed import Meeting, any_process, gather, world
@@ -32,8 +32,8 @@ from coordexp.training.state_files import (
     SavedState,
     generation_name,
     generations,
-    read_manifest,
-    write_manifest,
+    open_state,
+    publish_state,
     write_part,
 )
 
@@ -280,27 +280,27 @@ class StateSaver:
     def _write(
         self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: tuple[Meeting, ...]
     ) -> None:
-        """In the thread: every process its part, then the main one the manifest, which all wait for."""
+        """In the thread: every process its part, then the main one the hashes, which all wait for."""
         cpu_s = time.thread_time()
         temporary = self._folder / f".{generation_name(step)}.tmp"
         if not meetings:
             self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
         else:
-            parts, manifest = meetings
+            parts, hashes = meetings
             with parts:
                 parts.come(json.dumps(write_part(temporary, world().rank, held)))
             every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
-            with manifest:
+            with hashes:
                 if world().is_main:
                     self._publish(step, temporary, facts, every)
-                manifest.come()
-            manifest.wait([0])
+                hashes.come()
+            hashes.wait([0])
         self._cpu_s = time.thread_time() - cpu_s
 
     def _publish(self, step: int, temporary: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
-        """Give the folder its manifest and its name, and remove states that are no longer needed."""
+        """Give the folder its hashes and its name, and remove states that are no longer needed."""
         final = self._folder / generation_name(step)
-        write_manifest(temporary, facts, parts)
+        publish_state(temporary, facts, parts)
         replace_folder(temporary, final)
         self._good = [*(path for path in self._good if path != final), final][-KEPT:]
         for path in generations(self._folder):
@@ -330,39 +330,38 @@ def load_state(folder: Path, log_path: Path | None = None) -> ResumeState | None
     up to the state is verified as well.
 
     Raises:
-        CheckpointError: no state is intact; they were written whole, so the disk or another program changed them.
+        DamagedArtefactError: no state is intact; they were written whole, so the disk or another program changed them.
     """
     damage: list[str] = []
     for path in gather(generations(folder))[0]:
         found = _verified(path, log_path)
-        if any_process(isinstance(found, CheckpointError)):
-            damage.append(
-                str(found) if isinstance(found, CheckpointError) else f"{path}: damaged, says another process."
-            )
+        if any_process(isinstance(found, DamagedArtefactError)):
+            is_own = isinstance(found, DamagedArtefactError)
+            damage.append(str(found) if is_own else f"{path}: damaged, says another process.")
             continue
         if damage:
             log.warning("%s Going on from the state before, %s.", " ".join(damage), path.name)
         assert isinstance(found, ResumeState)
         return found
     if damage:
-        raise CheckpointError(
+        raise DamagedArtefactError(
             f"{' '.join(damage)} Expected what an interrupted run saved, and no other state is intact; delete {folder} "
             "to start this stage at step 0."
         )
     return None
 
 
-def _verified(folder: Path, log_path: Path | None) -> ResumeState | CheckpointError:
+def _verified(folder: Path, log_path: Path | None) -> ResumeState | DamagedArtefactError:
     """A state whose files are what was written, as far as this process looks at them; else what is wrong."""
     try:
-        saved = read_manifest(folder)
-        saved.verify(sorted(saved.parts)[world().rank :: world().size])
-        state = ResumeState(saved)
-    except CheckpointError as error:
+        saved = open_state(folder)
+        saved.verify(saved.parts[world().rank :: world().size])
+    except DamagedArtefactError as error:
         return error
+    state = ResumeState(saved)
     if log_path and world().is_main and log_end(log_path, state.log_end.log_bytes) != state.log_end:
         end = state.log_end.log_bytes
-        return CheckpointError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
+        return DamagedArtefactError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
     return state
 
 

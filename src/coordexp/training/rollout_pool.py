@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import MatchingParams, Params
-from coordexp.errors import CheckpointError
-from coordexp.infra.files import remove, write_text
-from coordexp.infra.provenance import file_sha256
+from coordexp.errors import DamagedArtefactError
+from coordexp.infra.artefacts import HASHES, damage, sealing
+from coordexp.infra.files import remove
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import merged_weights
 from coordexp.models.loading import Checkpoint, save_checkpoint
@@ -38,6 +38,7 @@ from coordexp.training.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
+ROLLOUTS = "rollouts.jsonl"
 MatchSchedule = Callable[[int], MatchingParams]
 
 
@@ -161,26 +162,25 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _files(self, refresh: Refresh) -> tuple[Path, Path]:
-        """A set, and its sha256, which is written last."""
-        path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        return path, path.with_suffix(".sha256")
+    def _place(self, refresh: Refresh) -> Path:
+        """The folder of a set."""
+        return self._folder / f"rollouts-{refresh.step}"
 
     def _kept(self, refresh: Refresh, step: int) -> dict[int, Generation]:
         """The set that an interrupted run left; nothing if it left none and the weights are those to generate with.
 
         Raises:
-            CheckpointError: the set is damaged, or gone.
+            DamagedArtefactError: the set is damaged, or gone.
         """
-        path, seal = self._files(refresh)
-        if step == refresh.step and not any_process(world().is_main and seal.is_file()):
+        place = self._place(refresh)
+        if step == refresh.step and not any_process(world().is_main and (place / HASHES).exists()):
             return {}
-        if not path.is_file() or not seal.is_file() or seal.read_bytes() != file_sha256(path).encode():
-            raise CheckpointError(
-                f"{path}: does not have the sha256 in {seal.name}. Expected the fresh rollouts that the "
-                f"interrupted run wrote; delete {self._folder} to start this stage at step 0."
+        for fault in damage(place):
+            raise DamagedArtefactError(
+                f"{fault} Expected the fresh rollouts that the interrupted run wrote; delete {self._folder} to start "
+                "this stage at step 0."
             )
-        return read_generations(path, self._vocabulary_size)
+        return read_generations(place / ROLLOUTS, self._vocabulary_size)
 
     def _generate(self, refresh: Refresh) -> dict[int, Generation]:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
@@ -196,9 +196,8 @@ class Refresher:
                 generations = shared_out(what, samples, lambda own: engine.generate(own, request), self._model)
         by_image = {s.image_id: g for s, g in zip(samples, generations, strict=True)}
         if world().is_main:
-            path, seal = self._files(refresh)
-            write_generations(path, by_image)
-            write_text(seal, file_sha256(path))
+            with sealing(self._place(refresh)) as folder:
+                write_generations(folder / ROLLOUTS, by_image)
         return by_image
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:

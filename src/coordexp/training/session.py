@@ -17,6 +17,7 @@ from torch import Tensor
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
+from coordexp.infra.artefacts import sealing
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.device import training_plan
 from coordexp.infra.files import only_process, replace_folder, write_text
@@ -31,7 +32,7 @@ from coordexp.infra.provenance import (
 )
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import apply_tuning, count_trainable
-from coordexp.models.loading import Checkpoint, checkpoint_hashes, save_checkpoint
+from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.training.distributed import is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import Task, train
@@ -131,12 +132,14 @@ def _finish(
     log_path, out = state / TRAIN_LOG, session.run.paths.run(session.stage)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint, weights)
-    write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
-    callback.copy_to(temporary)
     summary = summarise_log(log_path)
-    metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
-    write_json(temporary / RUN_METADATA, metadata | {"files": checkpoint_hashes(temporary)})
+    with sealing(temporary):
+        save_checkpoint(temporary, checkpoint, weights)
+        rows = without_clock(read_rows(log_path))
+        write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in rows))
+        callback.copy_to(temporary)
+        metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
+        write_json(temporary / RUN_METADATA, metadata)
     warn_of_collapse(log_path)
     replace_folder(temporary, out)
     seconds = summed_seconds(log_path) | {"monitor_seconds": callback.seconds()}

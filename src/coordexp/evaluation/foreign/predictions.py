@@ -28,6 +28,7 @@ from coordexp.evaluation.foreign.answers import FAMILIES, read_answer
 from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box, xyxy_box
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
+from coordexp.records.prediction_log import checked_row
 
 PREDICTIONS = Gate("predictions of a detector", DataError, "docs/judge.md lists the forms.", max_bytes=1 << 32)
 NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
@@ -261,7 +262,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in PREDICTIONS.json_lines(path):
         if not isinstance(row, dict):
             PREDICTIONS.refuse(where, f"holds {shown(row)}, not a JSON object")
-        yield where, row
+        yield where, checked_row(row, where)
 
 
 def _score(row: Mapping[str, Any], where: str) -> float:
