@@ -163,9 +163,13 @@ def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
         message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."
     elif form == "fractions":
         count, message = frames.boxes, f"{frames.boxes} boxes are smaller than a pixel."
-    else:
+    elif form and not frames.reach_out:
+        count, message = frames.boxes, f"all {frames.boxes} boxes lie in the upper left corner of their pictures."
+    elif frames.reach_out:
         count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
-    if not form or count <= allowed:
+    else:
+        return []
+    if count <= allowed:
         return []
     message = f"{_with_cause(message, frames.cause())} {_REMEDY}"
     return [Excess("boxes_misread", count, message, tuple(frames.examples))]
