@@ -23,6 +23,7 @@ EXAMPLES = 3
 SMALL_SIDE_PX = 900  # boxes in thousandths of the sides soon reach beyond it
 FEW = 10  # boxes that all lie inside their small pictures by chance, though they are thousandths
 LARGE_SIDE_PX = 1600  # of pictures in which thousandths that are read as pixels keep to a corner
+UNKNOWN = "another unit, or sizes of other files"
 _KEY = "source.sets.<name>.boxes"
 _WORDS: dict[BoxForm, str] = {
     "fractions": "fractions of the picture (0..1)",
@@ -78,14 +79,15 @@ class BoxFrames:
                 self.as_pixels_in_small += is_inside
         else:
             w, h = x2 - x1, y2 - y1
-            is_corners = x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
+            is_corners = obj.has_size and x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
             self.as_corners += is_corners
             self.beyond_as_corners += is_corners and is_beyond
             is_large = min(width, height) >= LARGE_SIDE_PX
             self.in_corner += is_large and x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
         self.as_fractions += units != 1 and x2 <= 2 and y2 <= 2  # corners read as width and height end before 2
-        self.as_percent += units == 1 and x1 >= 0 and y1 >= 0 and x2 <= 101 and y2 <= 101
-        self.as_thousandths += units != 1000 and x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
+        is_whole = x1 >= 0 and y1 >= 0 and x2 > 2 and y2 > 2
+        self.as_percent += units == 1 and is_whole and x2 <= 101 and y2 <= 101
+        self.as_thousandths += units != 1000 and is_whole and x2 <= 1001 and y2 <= 1001
 
     def merge(self, other: BoxFrames) -> None:
         """Add the counts of other boxes of the same split."""
@@ -104,7 +106,7 @@ class BoxFrames:
             return reading
         if not self.reach_out:
             return ""
-        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: another unit, or sizes of other files"
+        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: {UNKNOWN}"
 
     def other_reading(self) -> str:
         """Which other reading explains the boxes, in words, and the key that chooses it; empty if none does."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.box_frames import EXAMPLES
+from coordexp.records.box_frames import EXAMPLES, UNKNOWN
 from coordexp.records.policy import AREA_INVALID, INCOMPLETE, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
@@ -171,7 +171,7 @@ def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
         return []
     if count <= allowed:
         return []
-    message = f"{_with_cause(message, frames.cause())} {_REMEDY}"
+    message = f"{_with_cause(message, frames.other_reading() or UNKNOWN)} {_REMEDY}"
     return [Excess("boxes_misread", count, message, tuple(frames.examples))]
 
 
