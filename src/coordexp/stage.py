@@ -29,6 +29,7 @@ from coordexp.errors import (
     TrainingError,
 )
 from coordexp.infra import DEVICE_VARIABLE
+from coordexp.infra.progress import StdoutHandler
 from coordexp.infra.provenance import add_to_run_record, run_facts
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
@@ -101,7 +102,7 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
     interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback.
     """
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
     # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
     on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)

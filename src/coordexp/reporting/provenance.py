@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from coordexp.config.paths import CHECKPOINTS, DECODE_SUMMARY, ProfilePaths
 from coordexp.config.schema import Params
+from coordexp.infra import BASELINE_VARIABLE, EXPERIMENT_VARIABLE
 from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, read_json, required
 from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
 
@@ -87,13 +88,12 @@ def params_table(params: Params) -> str:
     return table(["parameter", "value"], rows, "ll")
 
 
-REVISION_VARIABLE, NAME_VARIABLE = "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME"
 _UNSEEN = object()
 
 
 def experiment_baseline(profile: str) -> Baseline | None:
     """The baseline of the experiment that this process runs in; None outside of an experiment."""
-    revision = os.environ.get(REVISION_VARIABLE, "")
+    revision = os.environ.get(BASELINE_VARIABLE, "")
     params = _tracked(revision, "params.yaml")
     if not revision or params is None:
         return None
@@ -101,7 +101,7 @@ def experiment_baseline(profile: str) -> Baseline | None:
     yaml = YAML(typ="safe")
     settings = yaml.load(params) | {config: yaml.load(_tracked(revision, config) or "{}")}
     now = {config: yaml.load(Path(config))}
-    return Baseline(revision, os.environ.get(NAME_VARIABLE, ""), settings, now)
+    return Baseline(revision, os.environ.get(EXPERIMENT_VARIABLE, ""), settings, now)
 
 
 def _tracked(revision: str, path: str) -> str | None:
