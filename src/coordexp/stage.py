@@ -31,6 +31,7 @@ from coordexp.errors import (
 )
 from coordexp.infra import DEVICE_VARIABLE
 from coordexp.infra.printable import printable_output
+from coordexp.infra.progress import StdoutHandler
 from coordexp.infra.provenance import add_to_run_record, run_facts
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
@@ -109,7 +110,7 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
 
 def _stage_main(run: Callable[..., None], argv: Sequence[str] | None, names: Sequence[str]) -> int:
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
     # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
     on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -65,15 +65,14 @@ def test_a_run_is_followed_to_its_end_and_does_not_notice(ready, tmp_path, monke
     interrupt_after(monkeypatch, ready, 1)
     state, out = find_state(tmp_path, "stage1"), tmp_path / "out"
     before = contents(state)
-    rows, polled = [], []
+    rows = []
     start = start_hash(start_folder(ready, "stage1"))
     callback = open_monitor(ready, "stage1", None, out)
-    for row in follow(callback, state, start, 0.01, lambda: polled.append(state.exists())):
+    for row in follow(callback, state, start, 0.01):
         rows.append(row)
         assert contents(state) == before
         train_stage1(ready)  # resumes, ends, and removes its state
     assert [row["step"] for row in rows] == [2]
-    assert polled == [True, False]
     assert (ready.paths.run("stage1") / "model.safetensors").read_bytes() == undisturbed
     header, line = (cells.split("\t") for cells in (out / "curve.tsv").read_text().splitlines())
     assert header == ["step", *CURVE_COLUMNS, "map", "map_50"]

@@ -41,6 +41,7 @@ NOT_RUN = {
     r".*coco-qwen3vl-.*|.*datasets/coco.*|.* published .*": "COCO, a Qwen3-VL; test_production.py is smaller",
     r"sudo .*|.*pip (un)?install .*|.*(s3|ssh)://.*|dvc remote modify storage .*": "a network",
     r".*(/where/|torchrun|accelerate).*|export .*|tensorboard .*": "servers and GPUs",
+    r"COORDEXP_TRACK=.*": "`make demo` again; tests/training/test_live.py",
     r"dvc exp (push|pull|apply) .*softer": "two machines; tests/graph/test_smoke.py lets an experiment travel",
     r"#!/bin/bash\n.*": "SLURM",
 }  # fmt: skip

@@ -252,7 +252,9 @@ def monitor(
     out: Annotated[Path | None, typer.Option(help="Folder to write  [default: runs/monitor/<profile>/<stage>]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Evaluate the present state and stop.")] = False,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two checks for a new state.")] = 5.0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also give the numbers to dvclive, tensorboard, trackio or wandb; repeat.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate every state that a training run saves, on the dev images that it is evaluated on itself, with mAP.
@@ -262,8 +264,8 @@ def monitor(
     import os
 
     from coordexp.config.run import RunConfig
-    from coordexp.experiments.events import Events
     from coordexp.experiments.monitor import STAGES, find_state, follow, open_monitor, start_folder
+    from coordexp.training.live import give_evaluation, open_trackers
     from coordexp.training.session import start_hash
 
     if stage not in STAGES:
@@ -272,16 +274,15 @@ def monitor(
     folder = out or Path("runs") / "monitor" / run.params.profile / stage
     state = find_state(Path(), stage)
     os.nice(10)
-    events = Events(folder / "tensorboard") if tensorboard else None
     callback = open_monitor(run, stage, images, folder, device)
     start = start_hash(start_folder(run, stage))
-    for row in follow(callback, state, start, poll, lambda: events.follow(state) if events else None):
-        if events:
-            events.follow(folder, "monitor")
+    trackers = open_trackers(track or [], folder, f"{run.params.profile}/{stage}-monitor")
+    for row in follow(callback, state, start, poll):
+        give_evaluation(trackers, "monitor", row, folder)
         shown = (f"{key} {'undefined' if value is None else f'{value:.4g}'}" for key, value in row.items())
         print("  ".join(shown), flush=True)
         if once:
             break
-    if events:
-        events.follow(run.paths.run(stage))  # what was added after the last glance, if the run has ended
+    for tracker in trackers:
+        tracker.close()
     print(f"curve: {callback.curve}")

@@ -7,7 +7,7 @@ The folder holds what the callback leaves in training (coordexp.training.eval_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,10 @@ def _is_of_control(folder: Path) -> bool:
     return folder.name.startswith("stage1-control-")
 
 
-def follow(
-    callback: EvalCallback,
-    state_folder: Path,
-    start: str,
-    poll_seconds: float,
-    on_poll: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, Any]]:
+def follow(callback: EvalCallback, state_folder: Path, start: str, poll_seconds: float) -> Iterator[dict[str, Any]]:
     """Evaluate every new state until the run ends and removes its folder; yields the row of each.
 
-    `start` identifies the weights that the model of the callback has (`start_hash`). `on_poll` is called whenever there
-    may be something new in the folder.
+    `start` identifies the weights that the model of the callback has (`start_hash`).
 
     Raises:
         DamagedArtefactError: no state is intact.
@@ -85,7 +78,6 @@ def follow(
     """
     seen, done = -1.0, -1
     while True:
-        on_poll()
         if not (saved := generations(state_folder)):
             return  # the run ended
         try:

@@ -17,6 +17,7 @@ from typing import Any
 from coordexp.config.loading import parse_yaml, read_yaml
 from coordexp.config.paths import CHECKPOINTS, DECODE_SUMMARY, ProfilePaths
 from coordexp.config.schema import Params
+from coordexp.infra import BASELINE_VARIABLE, EXPERIMENT_VARIABLE
 from coordexp.infra.provenance import git
 from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, read_json, required
 from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
@@ -86,20 +87,19 @@ def params_table(params: Params) -> str:
     return table(["parameter", "value"], rows, "ll")
 
 
-REVISION_VARIABLE, NAME_VARIABLE = "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME"
 _UNSEEN = object()
 
 
 def experiment_baseline(profile: str) -> Baseline | None:
     """The baseline of the experiment that this process runs in; None outside of an experiment."""
-    revision = os.environ.get(REVISION_VARIABLE, "")
+    revision = os.environ.get(BASELINE_VARIABLE, "")
     if not revision or (params := git("show", f"{revision}:params.yaml")) is None:
         return None
     config = f"configs/{profile}.yaml"
     then = parse_yaml(git("show", f"{revision}:{config}") or "{}", f"{config} of {revision[:12]}")
     settings = parse_yaml(params, f"params.yaml of {revision[:12]}") | {config: then}
     now = {config: read_yaml(Path(config))}
-    return Baseline(revision, os.environ.get(NAME_VARIABLE, ""), settings, now)
+    return Baseline(revision, os.environ.get(EXPERIMENT_VARIABLE, ""), settings, now)
 
 
 def settings_delta(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

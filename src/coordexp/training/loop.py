@@ -67,6 +67,9 @@ class Callback:
     def on_train_begin(self, done_steps: int) -> None:
         """So many steps are done: the run starts, or goes on."""
 
+    def on_log(self, row: LogRow) -> None:
+        """A step was logged: what the training log holds of it."""
+
     def on_step_end(self, done_steps: int) -> None:
         """So many steps are done, and no gradient is held."""
 
@@ -124,6 +127,7 @@ def train(
             row |= {"step": step, "lr": optim.lr * factor, "grad_norm": norm}
             row["time/step_s"] = seconds = time.monotonic() - started
             disk.log(row)
+            callback.on_log(row)
             if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
                 log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
             callback.on_step_end(step + 1)

@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.training.distributed import is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
+from coordexp.training.live import shown
 from coordexp.training.loop import Task, train
 from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
@@ -104,10 +104,14 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     if shards:
         shard_model(checkpoint.model, session.optim.precision)
     callback.folder = state
-    steps = partial(
-        train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
-        save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=callback,
-    )  # fmt: skip
+
+    def steps() -> None:
+        with shown(callback, session.run.params.profile, session.stage) as watched:
+            train(
+                checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
+                save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=watched,
+            )  # fmt: skip
+
     if not world().is_main:
         steps()
         if is_sharded(checkpoint.model):
