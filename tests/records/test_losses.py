@@ -267,7 +267,7 @@ def test_boxes_of_pictures_that_were_scaled_down_stop(coco: Path, tmp_path: Path
     """Nothing is lost, as each still begins inside, and no unit explains it."""
     change_each(coco, "train2017", lambda row: row.update(bbox=[30, 24, 36, 20] if row["id"] % 2 else [40, 5, 30, 45]))
     message = stops(tmp_path, {"coco": coco_set(coco)})
-    assert "coco/train: 24 of 24 boxes reach out of their pictures" in message
+    assert "coco/train: 12 of 24 boxes reach out of their pictures" in message
     assert "another unit, or sizes of other files" in message
 
 

@@ -43,6 +43,7 @@ class BoxFrames:
     as_corners: int = 0  # x, y, width, height would be corners inside the picture
     beyond_as_corners: int = 0  # those of them that reach out of it
     as_thousandths: int = 0
+    far: int = 0  # reach into the second half of a thousand, as a fifth of all thousandths surely do
     as_fractions: int = 0
     as_percent: int = 0
     as_pixels: int = 0  # in a format of fractions
@@ -87,6 +88,7 @@ class BoxFrames:
         self.as_fractions += units != 1 and x2 <= 2 and y2 <= 2  # corners read as width and height end before 2
         is_whole = x1 >= 0 and y1 >= 0 and x2 > 2 and y2 > 2
         self.as_percent += units == 1 and is_whole and x2 <= 101 and y2 <= 101
+        self.far += max(x2, y2) > 500
         self.as_thousandths += units != 1000 and is_whole and x2 <= 1001 and y2 <= 1001
 
     def merge(self, other: BoxFrames) -> None:
@@ -144,6 +146,7 @@ class BoxFrames:
         if self.reach_out:
             readings += [("pixels", self.as_pixels, enough), ("corners", self.as_corners, enough)]
             readings += [("mixed", self.beyond_as_corners, FITS * self.beyond), ("percent", self.as_percent, enough)]
-            readings += [("thousandths", self.as_thousandths, enough)]
+            if self.far >= FAR_OUT * self.boxes:
+                readings += [("thousandths", self.as_thousandths, enough)]
         readings += [("thousandths", self.in_corner, max(FEW, enough)), ("from_0", self.from_0, 1)]
         return next((form for form, explained, needed in readings if explained >= needed), "")
