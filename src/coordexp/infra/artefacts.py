@@ -127,7 +127,8 @@ def damage(folder: Path) -> Iterator[str]:
         return
     if hashes is None:
         yield f"{folder}: has no {HASHES}, which is written last."
-    for name in hashes.digests if hashes else ():
+        return
+    for name in hashes.digests:
         try:
             hashes.check(name)
         except DamagedArtefactError as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from coordexp.errors import ProcessError
+from coordexp.errors import Interrupted, ProcessError
 from coordexp.infra.device import choose_device
 from coordexp.infra.threads import usable_cores
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference, vocabulary_size
@@ -96,6 +96,10 @@ class WorkerEngine(GroupEngine):
                 "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
                 "the same command again, with fewer processes if memory was short."
             ) from error
+        except (KeyboardInterrupt, Interrupted):  # what is under way is not waited for: the journals have the rest
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         finally:
             for future in coming:
                 future.cancel()
@@ -120,7 +124,8 @@ _worker: _Worker | None = None  # in a worker process
 def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int) -> None:
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever asks ends the work
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all; whoever asks ends the work
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     device, path = places.get()
