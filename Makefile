@@ -98,8 +98,8 @@ test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
 smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
 
-test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare (half an hour; POINTS="0 19": at these)
-	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py
+test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare, change 2,000 bits of each artefact (half an hour; POINTS="0 19": at these)
+	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py tests/infra/test_artefacts.py
 
 test-cuts: $(DEV_STAMP)  ## change every key of params.yaml on the smoke profile: what runs again must come out different (ten minutes)
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) tests/graph/test_cuts.py

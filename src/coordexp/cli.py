@@ -1,5 +1,5 @@
-"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | browse | monitor |
-export | serve`.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | verify | report | browse |
+monitor | export | serve`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -26,7 +26,7 @@ from coordexp.errors import (
     Interrupted,
     TrainingError,
 )
-from coordexp.experiments.command import ab, monitor, run, runs
+from coordexp.experiments.command import ab, monitor, run, runs, verify
 from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
 from coordexp.infra.printable import printable_output
@@ -54,6 +54,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(run)
 app.command()(runs)
+app.command()(verify)
 app.command()(ab)
 app.command()(report)
 app.command()(browse)

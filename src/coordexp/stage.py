@@ -11,7 +11,6 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,8 @@ from coordexp.infra import DEVICE_VARIABLE
 from coordexp.infra.printable import printable_output
 from coordexp.infra.progress import StdoutHandler
 from coordexp.infra.provenance import add_to_run_record, run_facts
+from coordexp.infra.resume import mark, resume_root
+from coordexp.infra.signals import interrupted_by_signals
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
 
@@ -112,14 +113,13 @@ def _stage_main(run: Callable[..., None], argv: Sequence[str] | None, names: Seq
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
     logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
-    # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
-    on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
-    except Interrupted as error:
-        return _fail(f"interrupted: {error}", EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted: stopped by a signal; run the same command again.", EXIT_INTERRUPTED)
+        with interrupted_by_signals():
+            _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
+    except (Interrupted, KeyboardInterrupt) as error:
+        mark(resume_root())
+        why = str(error) or "stopped by a signal; run the same command again."
+        return _fail(f"interrupted: {why}", EXIT_INTERRUPTED)
     except TrainingError as error:
         return _fail(f"error: {error}", EXIT_BUG)
     except CoordExpError as error:
@@ -128,16 +128,20 @@ def _stage_main(run: Callable[..., None], argv: Sequence[str] | None, names: Seq
         if error.errno not in WRITE_FAULTS:
             raise
         return _fail(f"error: {_write_fault(error)}", EXIT_USAGE)
-    finally:
-        signal.signal(signal.SIGTERM, on_terminate)
     return EXIT_DONE
 
 
 def _write_fault(error: OSError) -> str:
     where = error.filename or "an output of this stage"
+    before = (
+        " DVC removed the outputs of before when it began this stage: `dvc checkout --force` brings back those that "
+        "dvc.lock names."
+        if "DVC_STAGE" in os.environ
+        else ""
+    )
     return (
-        f"{where}: cannot be written: {error.strerror}. Nothing was recorded, and what was there before is unharmed. "
-        "Make room, or make the folder writable, and run the same command again: it goes on from the last saved state."
+        f"{where}: cannot be written: {error.strerror}. No output was put into its place.{before} Make room, or make "
+        "the folder writable, and run the same command again: it goes on from the last saved state."
     )
 
 

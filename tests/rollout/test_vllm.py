@@ -161,7 +161,7 @@ def test_logprobs_agree_with_the_rescored_ones(
     journal = Journal(world.root / "spy" / "generations.jsonl")
     asked = VllmEngine(spy, loaded.tokenizer, world.root, 1, journal, vocabulary_size=vocabulary(loaded))
     generations = asked.generate(world.samples, GREEDY)
-    journal.remove()
+    journal.path.unlink()
     rescored = token_logprobs(loaded, world.collator(loaded), world.samples, generations, 8)
     for theirs, ours in zip(own, rescored, strict=True):
         np.testing.assert_allclose(theirs, ours, atol=1e-3)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coordexp.infra.artefacts import file_sha256
-from coordexp.infra.files import repository_root, write_text
+from coordexp.infra.files import write_text
 from coordexp.infra.foreign import strict_json
 
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
@@ -79,11 +79,6 @@ def image_inputs(raw: Path) -> dict[str, Path]:
     """The file of the raw stage that stands for every image, if it wrote one."""
     manifest = raw / "manifest.json"
     return {"images": manifest} if manifest.is_file() else {}
-
-
-def resume_folder(stage: str, key: str) -> Path:
-    """Folder of a resume state. It lies in the original repository, so that temporary experiment runs share it."""
-    return repository_root() / ".resume" / f"{stage}-{key}"
 
 
 def run_metadata(

@@ -22,9 +22,10 @@ from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
 from coordexp.errors import CheckpointError
 from coordexp.infra.artefacts import file_sha256
-from coordexp.infra.files import repository_root, write_text
+from coordexp.infra.files import write_text
 from coordexp.infra.foreign import strict_json
 from coordexp.infra.provenance import answer_files, weight_files
+from coordexp.infra.resume import resume_root
 
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
 _SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp
@@ -115,7 +116,7 @@ class _Digests:
     """sha256 of files. Those of big ones are remembered until size, times or inode change, as 16 GB take a minute."""
 
     def __init__(self) -> None:
-        self._memory = repository_root() / ".resume" / ".model-digests.json"
+        self._memory = resume_root() / ".model-digests.json"
 
     def of(self, path: Path) -> str:
         """All 64 hex digits."""

@@ -252,8 +252,13 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
                     f"{what}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
-    facts: Facts = {name: {} for name in sets}
+    return sets, {name: {} for name in sets} | read_facts(folder)
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of the images of a manifest by set and name, as the raw stage found them."""
+    facts: Facts = {}
     for row in pq.read_table(verified(folder / IMAGES)).to_pylist():
         name = row.pop("set")
-        facts[name][row["name"]] = ImageFacts(**row)
-    return sets, facts
+        facts.setdefault(name, {})[row["name"]] = ImageFacts(**row)
+    return facts

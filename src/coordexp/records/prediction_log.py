@@ -23,9 +23,7 @@ from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate, first_fault
 from coordexp.records.gt_vs_pred import OrderedBox, ParseReport, Size
 
-PREDICTIONS = Gate(
-    "a line that `predict --out` writes", DataError, "Delete the line, or choose another file."
-)
+PREDICTIONS = Gate("a line that `predict --out` writes", DataError, "Delete the line, or choose another file.")
 Row = dict[str, Any]
 
 

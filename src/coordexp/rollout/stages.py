@@ -15,8 +15,9 @@ from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
 from coordexp.infra.artefacts import sealing, write_sealed
 from coordexp.infra.code_hash import code_hash
-from coordexp.infra.provenance import add_to_run_record, answer_files, fingerprint, resume_folder
+from coordexp.infra.provenance import add_to_run_record, answer_files, fingerprint
 from coordexp.infra.random_streams import generator
+from coordexp.infra.resume import holding, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
@@ -187,8 +188,9 @@ def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[Im
     asked["code"] = code_hash(__name__)
     key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
     kept = resume_folder("decoded", key)
-    if not (kept / "done.json").is_file():
-        write_sealed(kept / "done.json", decode_val(run, name, folder, kept / "draws", draws))
+    with holding(kept, f"answers of {name}"):
+        if not (kept / "done.json").is_file():
+            write_sealed(kept / "done.json", decode_val(run, name, folder, kept / "draws", draws))
     summary = SUMMARY.read_sealed(kept / "done.json")
     folders = [kept / "draws" / str(draw) for draw in range(draws)] if draws > 1 else [kept / "draws"]
     return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary

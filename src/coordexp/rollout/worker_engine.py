@@ -7,6 +7,7 @@ them, so that the number of processes changes no byte. Each process keeps its fi
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from coordexp.errors import ProcessError
+from coordexp.errors import Interrupted, ProcessError
 from coordexp.infra.device import choose_device
 from coordexp.infra.threads import usable_cores
 from coordexp.infra.workers import begin_worker
@@ -94,6 +95,10 @@ class WorkerEngine(GroupEngine):
                 "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
                 "the same command again, with fewer processes if memory was short."
             ) from error
+        except (KeyboardInterrupt, Interrupted):  # what is under way is not waited for: the journals have the rest
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         finally:
             for future in coming:
                 future.cancel()
@@ -119,6 +124,7 @@ def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: t
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
     begin_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it reaches all; whoever asks ends the work
     torch.set_num_threads(threads)
     device, path = places.get()
     checkpoint = place_for_inference(folder, load_format(folder, *limits), device)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from coordexp.errors import CheckpointError, DamagedArtefactError
 from coordexp.infra.files import remove, replace_folder
 from coordexp.infra.random_streams import stream_seed
+from coordexp.infra.resume import mark
 from coordexp.training.distributed import Meeting, any_process, gather, world
 from coordexp.training.sharding import from_own_rows, held_rows, own_rows
 from coordexp.training.state_files import (
@@ -167,6 +168,15 @@ def _parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     return getattr(optimizer, "parts", (optimizer,))  # of Muon with AdamW
 
 
+def trained_sha256(model: nn.Module) -> str:
+    """Hash of what steps have made of a model that is not sharded; for the same start, of all of its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_trained(model).items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def seed_process(step: int) -> None:
     """Seed the generators of this process for going on at a step where none are saved; every process gets others.
 
@@ -283,25 +293,40 @@ class StateSaver:
         """In the thread: every process its part, then the main one the hashes, which all wait for."""
         cpu_s = time.thread_time()
         temporary = self._folder / f".{generation_name(step)}.tmp"
-        if not meetings:
-            self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
-        else:
-            parts, hashes = meetings
-            with parts:
-                parts.come(json.dumps(write_part(temporary, world().rank, held)))
-            every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
-            with hashes:
-                if world().is_main:
-                    self._publish(step, temporary, facts, every)
-                hashes.come()
-            hashes.wait([0])
+        try:
+            if not meetings:
+                self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
+            else:
+                self._write_together(step, temporary, held, facts, *meetings)
+        finally:
+            if world().is_main:
+                remove(temporary)  # half a state on a full disk is in the way
         self._cpu_s = time.thread_time() - cpu_s
+
+    def _write_together(
+        self,
+        step: int,
+        temporary: Path,
+        held: Mapping[str, Rows],
+        facts: Mapping[str, Any],
+        parts: Meeting,
+        hashes: Meeting,
+    ) -> None:
+        with parts:
+            parts.come(json.dumps(write_part(temporary, world().rank, held)))
+        every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
+        with hashes:
+            if world().is_main:
+                self._publish(step, temporary, facts, every)
+            hashes.come()
+        hashes.wait([0])
 
     def _publish(self, step: int, temporary: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
         """Give the folder its hashes and its name, and remove states that are no longer needed."""
         final = self._folder / generation_name(step)
         publish_state(temporary, facts, parts)
         replace_folder(temporary, final)
+        mark(self._folder)
         self._good = [*(path for path in self._good if path != final), final][-KEPT:]
         for path in generations(self._folder):
             if path not in self._good:

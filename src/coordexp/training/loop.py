@@ -6,10 +6,11 @@ gradient clipping, the resume state and the log. Every stage, and the pretrainin
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,17 +89,20 @@ def train(
     start: str = "",
     schedule: Schedule | None = None,
     callback: Callback = NO_CALLBACK,
+    lacking: Callable[[], OSError | None] = lambda: None,
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
     States are saved at most every `save_every_seconds`, and less often where they would take more than
     SAVING_FRACTION of the time. `start` identifies the weights that the model has now: frozen ones are not saved.
     `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is
-    called after every step, before a state is saved: what it keeps of a step is never behind the state.
+    called after every step, before a state is saved: what it keeps of a step is never behind the state. If after the
+    last step something is `lacking` to write the result, the state is saved, so that only that is left to do.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
         TrainingError: the loss or gradient of a step is not finite; what it trained on is kept in `state_folder`.
+        OSError: what is lacking, or keeps a state from the disk.
     """
     schedule = schedule or cosine_schedule(optim.steps, optim.warmup_steps)
     optimizer = build_optimizer(model, optim)
@@ -106,18 +110,20 @@ def train(
     resumed = _resumed(model, optimizer, state_folder, log_path, start)
     first = resumed.step if resumed else 0
     model.train()
-    callback.on_train_begin(first)
     with (
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
+        with disk.saved_if_interrupted(first, optim.steps, model, optimizer):
+            callback.on_train_begin(first)
         for step in range(first, optim.steps):
             started = time.monotonic()
             factor = schedule(step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             try:
-                row = _run_step(model, task, step, optim.precision)
+                with disk.saved_if_interrupted(step, optim.steps, model, optimizer):
+                    row = _run_step(model, task, step, optim.precision)
                 norm = _clipped_norm(model, optim.max_grad_norm)
             except TrainingError as error:
                 disk.save_alone(step, model, optimizer)
@@ -130,13 +136,18 @@ def train(
             callback.on_log(row)
             if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
                 log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
-            callback.on_step_end(step + 1)
+            with disk.saved_if_interrupted(step + 1, optim.steps, model, optimizer):
+                callback.on_step_end(step + 1)
             if any_process(stop.signal is not None) and step + 1 < optim.steps:
                 disk.save(step + 1, model, optimizer)
                 why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
                 raise Interrupted(f"stopped by {why} after step {step + 1} of {optim.steps}; run it again.")
             if any_process(disk.is_due()):
                 disk.save(step + 1, model, optimizer)
+        fault = lacking() if world().is_main else None
+        if any_process(fault is not None):
+            disk.save(optim.steps, model, optimizer)
+            raise fault or OSError(errno.ENOSPC, "another process found no room")
 
 
 def _resumed(

@@ -27,18 +27,20 @@ from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import merged_weights
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.rollout.engine import DecodeRequest, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
+from coordexp.training.checkpoint import trained_sha256
 from coordexp.training.distributed import any_process, from_main, is_sharded, shared_out, world
+from coordexp.training.recorder import stopping_at_once
 from coordexp.training.schedule import ramp
 from coordexp.training.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
-ROLLOUTS = "rollouts.jsonl"
+ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers"
 MatchSchedule = Callable[[int], MatchingParams]
 
 
@@ -99,7 +101,10 @@ class ServedEngine:
 def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engine:
     """What generates with the weights of this moment, where the profile says so; a collective call."""
     if run.profile.rollout.engine == "hf":
-        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images)
+        # Of an interrupted set, what these very weights have answered; steps that run again come to the same ones.
+        journal = Journal(folder / f"{ANSWERS}-{trained_sha256(checkpoint.model)[:12]}.jsonl")
+        own = journal.of_process(world().rank)
+        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images, own)
     model = checkpoint.model
     weights = whole_weights(model) if is_sharded(model) else merged_weights(model) if world().is_main else None
     if torch.cuda.is_available():
@@ -187,7 +192,8 @@ class Refresher:
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
         request = replace(self._request, seed=seed, keep_probs=False)
-        with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
+        # Whatever an engine draws, training goes on with its own numbers.
+        with torch.random.fork_rng(), stopping_at_once():
             what = f"fresh rollouts of step {refresh.step}"
             engine = self._engine_of_now()
             if isinstance(engine, ServedEngine):
@@ -198,6 +204,8 @@ class Refresher:
         if world().is_main:
             with sealing(self._place(refresh)) as folder:
                 write_generations(folder / ROLLOUTS, by_image)
+            for journal in self._folder.glob(f"{ANSWERS}-*.jsonl"):
+                remove(journal)
         return by_image
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:
