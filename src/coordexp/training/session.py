@@ -30,6 +30,7 @@ from coordexp.infra.provenance import (
     write_json,
 )
 from coordexp.infra.random_streams import stream_seed
+from coordexp.infra.threads import hold_threads
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import Checkpoint, checkpoint_hashes, save_checkpoint
 from coordexp.training.distributed import is_sharded, world
@@ -107,6 +108,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
         train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
         save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=callback,
     )  # fmt: skip
+    hold_threads(state, log, writes=world().is_main)
     if not world().is_main:
         steps()
         if is_sharded(checkpoint.model):
