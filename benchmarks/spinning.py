@@ -1,16 +1,17 @@
-"""What waiting threads cost a training step: a bounded spin beside unbounded and none, idle and beside other work.
+"""A training step on a crowded machine: beside other work, and a bounded spin of waiting threads beside other ways.
 
-    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,2]
+    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,library]
 
-Each contestant is stage 1's own loop (benchmarks.training_step) in a process of its own, because GNU OpenMP reads how
-threads wait when it is loaded. Ratios are within a round.
+Beside B busy processes, T threads on C cores have a fair share of C T / (T + B) of them: what a step takes longer than
+alone is compared with what that share would make it take. Each contestant is stage 1's own loop
+(benchmarks.training_step) in a process of its own, because GNU OpenMP reads how threads wait when it is loaded. Ratios
+are within a round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ WAYS = {
     "passive": {POLICY_NAME: "PASSIVE"},
     "one thread": {SPIN_NAME: SPIN_ROUNDS, COUNT_NAME: "1"},
 }
-IDLE_LIMIT = 1.05
+IDLE_LIMIT, SHARE_LIMIT = 1.05, 2.0
 _BUSY = "while True: sum(range(100000))"
 
 
@@ -43,6 +44,11 @@ def busy(count: int) -> Iterator[None]:
         for other in others:
             other.kill()
             other.wait()
+
+
+def fair_slowdown(busy_processes: int, cores: int) -> float:
+    """How much longer a step of as many threads as cores takes on its fair share of them than alone."""
+    return (cores + busy_processes) / cores
 
 
 def seconds_per_sample(way: str, arguments: argparse.Namespace) -> float:
@@ -62,14 +68,20 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         return missing
     if arguments.quick:
         arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1, "rounds": 1, "busy": "0"})
-    rows = []
-    for count in map(int, arguments.busy.split(",")):
+    rows, alone, ways = [], None, arguments.ways.split(",")
+    for count in sorted(map(int, arguments.busy.split(","))):
         with busy(count):
-            contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in WAYS}
+            contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in ways}
             found = [{way: run() for way, run in contestants.items()} for _ in range(arguments.rounds)]
-        times = harness.Times({way: [row[way] for row in found] for way in WAYS})
+        times = harness.Times({way: [row[way] for row in found] for way in ways})
         where = f"{count} busy processes on {machine()['cores']} cores" if count else "idle cores"
-        for way in list(WAYS)[1:]:
+        if count == 0:
+            alone = times.of("bounded")
+        elif alone:
+            slower = times.of("bounded") / alone / fair_slowdown(count, machine()["cores"])
+            target, met = f"<= {SHARE_LIMIT:g}", slower <= SHARE_LIMIT
+            rows.append(Row(f"crowded step: {where}", slower, "x", "the fair share of the cores", target, met))
+        for way in ways[1:]:
             ratio = times.ratio(way, "bounded")
             aimed = way == "library" and count == 0
             target, met = (f">= 1 / {IDLE_LIMIT}", ratio >= 1 / IDLE_LIMIT) if aimed else ("", None)
@@ -80,7 +92,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 def options(parser: argparse.ArgumentParser) -> None:
     """Which run, how much other work, how long."""
     tiny_run.options(parser)
-    parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
+    parser.add_argument("--busy", default="0,1,2,4", help="numbers of busy processes")
+    parser.add_argument("--ways", default=",".join(WAYS), help="how threads wait, `bounded` first")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from coordexp.infra.threads import bound_spinning
+
 VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
+bound_spinning()  # also for the processes that tests start
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
 

@@ -61,13 +61,9 @@ app.command()(browse)
 app.command()(monitor)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """The console entry: runs one command and exits; what it prints is printable, whatever names are in it."""
-    with printable_output():
-        _main(argv)
-
-
-def _main(argv: Sequence[str] | None) -> None:
     try:
         app(args=argv, prog_name="coordexp")
     except Interrupted as error:

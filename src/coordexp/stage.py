@@ -96,6 +96,7 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
+@printable_output()
 def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, names: Sequence[str] = ()) -> int:
     """Run one stage as a process, leave the record of the run, and return its exit code.
 
@@ -105,11 +106,6 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
     interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback. What is
     printed is printable, whatever names are in it.
     """
-    with printable_output():
-        return _stage_main(run, argv, names)
-
-
-def _stage_main(run: Callable[..., None], argv: Sequence[str] | None, names: Sequence[str]) -> int:
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
     logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from benchmarks.harness import Row, Times, run_child, side_by_side, unmeasured
 
 from benchmarks import __main__ as runner
-from benchmarks import harness
+from benchmarks import harness, spinning
+from coordexp.config.paths import ProfilePaths
 
 ROWS = [
     Row("fill", 0.99803, "", "7,228 packs", ">= 0.995", True),
@@ -87,3 +93,25 @@ def test_a_broken_benchmark_is_a_row_and_the_others_still_run(tmp_path, monkeypa
     assert stopped.value.code == 1
     assert "broke; see above" in shown
     assert "figure of packing_plan" in shown
+
+
+def test_a_crowded_step_is_compared_with_its_fair_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone 1 s, beside 2 and 6 processes 3 s: on two cores a fair share would make that 2 and 4."""
+    crowd: list[int] = []
+
+    @contextmanager
+    def busy(count: int) -> Iterator[None]:
+        crowd.append(count)
+        yield
+
+    monkeypatch.setattr(spinning, "busy", busy)
+    monkeypatch.setattr(spinning, "machine", lambda: {"cores": 2})
+    monkeypatch.setattr(spinning, "seconds_per_sample", lambda *_: 3.0 if crowd[-1] else 1.0)
+    monkeypatch.setattr(spinning.tiny_run, "open_run", lambda _: SimpleNamespace(paths=ProfilePaths("tiny", Path())))
+    monkeypatch.setattr(spinning.tiny_run, "absent", lambda *_: [])
+    asked = argparse.Namespace(quick=False, busy="6,0,2", ways="bounded", rounds=2)
+    found = {row.name: (row.value, row.met) for row in spinning.measure(asked)}
+    assert found == {
+        "crowded step: 2 busy processes on 2 cores": (1.5, True),
+        "crowded step: 6 busy processes on 2 cores": (0.75, True),
+    }

@@ -31,6 +31,7 @@ from coordexp.infra.provenance import (
 )
 from coordexp.infra.random_streams import stream_seed
 from coordexp.infra.resume import finish, holding, keep_within_budget, resume_folder, resume_root
+from coordexp.infra.threads import hold_threads
 from coordexp.models.adapters import apply_tuning, count_trainable
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.training.distributed import from_main, is_sharded, world
@@ -113,6 +114,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
     with ExitStack() as held:
         from_main(f"the state of {session.stage}", lambda: _hold(held, state, session.stage))
+        hold_threads(state, log, writes=world().is_main)
         with shown(callback, session.run.params.profile, session.stage) as watched:
             train(
                 checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
