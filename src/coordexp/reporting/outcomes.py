@@ -16,7 +16,7 @@ from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.error_causes import Cause, find_causes
 from coordexp.evaluation.f1 import GreedyMatches, match_greedily
 from coordexp.evaluation.protocol import STANDARD
-from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table, image_slices
+from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
@@ -39,12 +39,11 @@ class Outcomes:
     def of_image(self, image_id: int) -> tuple[ImageResult, slice, slice]:
         """The image's result and the rows of its predictions and objects."""
         image = int(np.searchsorted(self.table.image_ids_I, image_id))
-        n = self.table.n_images
-        return (
-            self.results[image],
-            image_slices(self.table.pred_image_P, n)[image],
-            image_slices(self.table.gt_image_G, n)[image],
+        preds, objects = (
+            slice(*np.searchsorted(column, (image, image + 1)).tolist())  # it rises: a table goes by image
+            for column in (self.table.pred_image_P, self.table.gt_image_G)
         )
+        return self.results[image], preds, objects
 
     def confusions(self) -> Counter[tuple[str, str]]:
         """(annotated name, predicted name) -> predictions of the wrong name on an object, IoU 0.5."""
