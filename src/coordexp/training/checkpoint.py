@@ -173,7 +173,7 @@ def trained_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(_trained(model).items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
