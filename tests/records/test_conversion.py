@@ -24,6 +24,7 @@ from records_folders import (
     LAYOUTS,
     LEAVES_OUT_EMPTY,
     NAMES,
+    QUESTIONS,
     Annotated,
     dataset,
     kept,
@@ -76,7 +77,7 @@ def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_fact
 
 
 def test_every_format_has_a_writer_here() -> None:
-    assert LAYOUTS.keys() | {"refcoco"} == READERS.keys()
+    assert LAYOUTS.keys() | QUESTIONS.keys() == READERS.keys()
 
 
 # The graph and the command line ---------------------------------------------------------------------------------------

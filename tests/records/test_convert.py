@@ -106,14 +106,8 @@ def test_changed_annotations_are_noticed(coco, tmp_path):
 def test_every_file_that_is_read_counts(fmt, tmp_path, monkeypatch):
     """Label files, lists, tables beside: what a reader opens is in the hash, and any change is noticed."""
     root = tmp_path / "set"
-    write_photos("coco" if fmt == "refcoco" else fmt, root, {"train": 4, "val": 2})
-    if fmt == "refcoco":
-        (root / "annotations/instances_train2017.json").rename(root / "instances.json")
-        refs = [{"ref_id": i, "ann_id": i, "split": "train", "sentences": ["a cat"]} for i in (1, 2)]
-        (root / "refs.json").write_text(json.dumps(refs))
-        config = coco_set(root).model_copy(update={"format": fmt, "train": "refs.json", "val": "auto"})
-    else:
-        config = dataset(fmt, root)
+    write_photos(fmt, root, {"train": 4, "val": 2})
+    config = dataset(fmt, root)
     if fmt == "open_images":
         (root / "train-annotations-human-imagelabels.csv").write_text("ImageID,Source,LabelName,Confidence\n")
     opened: set[Path] = set()

@@ -25,7 +25,7 @@ from coordexp.records.shards import find_source
 
 # float() would take "nan", "inf" and "1_0" as well.
 _PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
-_PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
+_PLAIN_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class SourceObject:
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
     side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
+    has_size: bool = False  # the file has x, y, width, height; else corners, a center or an outline
     counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
     problem: str = ""  # why it cannot be kept, where the reader knows that already
@@ -149,6 +150,8 @@ def _with_box(obj: SourceObject, form: BoxForm) -> SourceObject:
         return obj
     x1, y1, x2, y2 = obj.box_xyxy
     if form == "corners":  # the format's x, y, width, height have become x, y, x + width, y + height
+        if not obj.has_size:
+            return obj
         return replace(obj, box_xyxy=(x1, y1, x2 - x1, y2 - y1))
     return replace(obj, box_xyxy=(x1 + obj.counts_from, y1 + obj.counts_from, x2, y2), counts_from=0)
 

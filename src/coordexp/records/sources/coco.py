@@ -150,6 +150,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
         box_xyxy=box,
         key=key,
         iscrowd=iscrowd,
+        has_size=True,
         rings=polygon_rings(annotation.get("segmentation")),
         category_id=instances.numbers[category_id] if is_known and category_id is not None else None,
         problem="" if is_known else "unknown_category",

@@ -117,6 +117,7 @@ def _objects(value: Any, names: Sequence[str]) -> Iterator[SourceObject]:
             box_xyxy=corners_of_xywh(box),
             key=f"object {i}",
             iscrowd=as_flag(crowd),
+            has_size=True,
             category_id=number if is_numbered else None,
             found=f"bbox {shown(box)}, iscrowd {shown(crowd)}",
             area_px2=_first(row, AREAS),

@@ -58,8 +58,9 @@ def plain_name(name: object) -> object:
 
 
 def _question(
-    files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None)
-) -> SourceImage:
+    files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None),
+    has_size: bool = True,
+) -> SourceImage:  # fmt: skip
     """One expression about one image."""
     return SourceImage(
         file_name=files.image_name(plain_name(name)),
@@ -67,7 +68,7 @@ def _question(
         image_id=None,
         width=size[0],
         height=size[1],
-        objects=(SourceObject(phrase, box, "object"),),
+        objects=(SourceObject(phrase, box, "object", has_size=has_size),),
         file=str(files.path),
         metadata={"phrase": " ".join(phrase.split()) if isinstance(phrase, str) else ""},
     )
@@ -138,9 +139,8 @@ def _read_parquet(files: SplitFiles) -> Reading:
             for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
                 for row in batch.to_pylist():
                     for j, phrase in enumerate(_listed(row[columns[1]])):
-                        yield _question(
-                            files, row[columns[0]], phrase, box_of(row["bbox"]), f"row {number}, sentence {j}"
-                        )
+                        name, box, key = row[columns[0]], box_of(row["bbox"]), f"row {number}, sentence {j}"
+                        yield _question(files, name, phrase, box, key, has_size=box_of is corners_of_xywh)
                     number += 1
 
     return Reading(images(), (), [])

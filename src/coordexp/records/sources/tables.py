@@ -128,6 +128,7 @@ def _object(line: int, cells: Mapping[str, str]) -> SourceObject:
         box_xyxy=box,
         key=f"row {line}",
         iscrowd=flag,
+        has_size="x1" not in cells,
         truncated=as_flag(cells.get("truncated")) is True,
         found="" if box and flag is not None else shown(",".join(cells.values()), 80),
     )

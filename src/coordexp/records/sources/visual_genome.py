@@ -93,4 +93,4 @@ def _objects(entry: dict[str, Any]) -> Iterator[SourceObject]:
         number = fields.get("region_id", fields.get("object_id"))
         size = [fields.get("w", fields.get("width")), fields.get("h", fields.get("height"))]
         box = corners_of_xywh([fields.get("x"), fields.get("y"), *size])
-        yield SourceObject(desc, box, f"object {i if number is None else number}")
+        yield SourceObject(desc, box, f"object {i if number is None else number}", has_size=True)

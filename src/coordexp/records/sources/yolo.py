@@ -124,16 +124,17 @@ def _images_of(place: Path, root: Path) -> Iterator[str]:
 
 
 def _label(root: Path, name: str) -> Path:
-    """The label file of an image: below `labels`, or beside it."""
+    """The label file of an image: below `labels`, or beside it; its suffix may be in capitals."""
     usual, beside = root / label_path(name), root / PurePosixPath(name).with_suffix(".txt")
-    return usual if usual == beside or usual.exists() or not beside.exists() else beside
+    places = (place.with_suffix(suffix) for suffix in (".txt", ".TXT") for place in (usual, beside))
+    return next((place for place in places if place.exists()), usual)
 
 
 def _label_files(place: Path, root: Path) -> Iterator[Path]:
     """Every text file where labels of the images of a folder may lie."""
     image = (place.relative_to(root) / "image").as_posix()
     for folder in dict.fromkeys((place, (root / label_path(image)).parent)):
-        yield from (p for p in files_below(folder) if p.suffix == ".txt")
+        yield from (p for p in files_below(folder) if p.suffix.lower() == ".txt")
 
 
 def label_path(image_name: str) -> str:
