@@ -263,6 +263,14 @@ def test_two_conventions_in_one_file_stop(coco: Path, tmp_path: Path) -> None:
     assert "x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file" in message
 
 
+def test_doctor_notes_boxes_that_reach_out(coco: Path, tmp_path: Path) -> None:
+    change_each(coco, "train2017", lambda row: row.update(bbox=[40, 10, 40, 30]) if row["id"] == 1000 else None)
+    assert stops(tmp_path, {"coco": coco_set(coco)}) == ""
+    (noted,) = examine({"coco": coco_set(coco)}, records_config(), decode=False, workers=2).findings
+    assert (noted.reason, noted.count, noted.fate) == ("boxes_reach_out", 1, "noted")
+    assert noted.examples == ("annotation 1000: corners 40, 10, 80, 40, image 64 x 48 px",)
+
+
 def test_boxes_of_pictures_that_were_scaled_down_stop(coco: Path, tmp_path: Path) -> None:
     """Nothing is lost, as each still begins inside, and no unit explains it."""
     change_each(coco, "train2017", lambda row: row.update(bbox=[30, 24, 36, 20] if row["id"] % 2 else [40, 5, 30, 45]))

@@ -147,12 +147,13 @@ def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Proble
     if has_size and not (_is_side(image.width) and _is_side(image.height)):
         detail = f"{image.width!r} x {image.height!r} px"
         return Problem("image_size_invalid", image.file, image.key, detail)
-    if image.file_name not in facts:
+    try:
+        known = facts[image.file_name]
+    except KeyError as error:
         raise DataError(
             f"{image.file}: {image.key}: the picture {image.file_name} was not there, or not named, when the pictures "
             "were looked at. In the graph: dvc repro --force --single-item raw, then dvc repro."
-        )
-    known = facts[image.file_name]
+        ) from error
     if known.problem:
         return Problem(known.problem, image.file, image.key, f"{image.file_name}: {known.detail}")
     if has_size and (known.width, known.height) != (image.width, image.height):
