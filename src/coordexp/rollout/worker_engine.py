@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +29,7 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
 from coordexp.text.grammar import AnswerGrammar
 
+_SIGNAL_COMES_S = 0.2
 _WAITING = 2  # groups for each process that are under way or wait for it
 
 
@@ -91,6 +93,7 @@ class WorkerEngine(GroupEngine):
             while coming:
                 yield coming.popleft().result()
         except BrokenProcessPool as error:
+            time.sleep(_SIGNAL_COMES_S)  # if SIGTERM to all of them ended it, this process is interrupted by now
             raise ProcessError(
                 f"one of the {self._n} processes that decode {self._folder} ended before its work was done: killed, "
                 "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
@@ -124,8 +127,8 @@ _worker: _Worker | None = None  # in a worker process
 def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int) -> None:
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all; whoever asks ends the work
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever asks ends the work
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a pool ends the others when one has died
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     device, path = places.get()
