@@ -105,45 +105,59 @@ def train(
     optimizer = build_optimizer(model, optim)
     peaks = [group["lr"] for group in optimizer.param_groups]
     resumed = _resumed(model, optimizer, state_folder, log_path, start)
-    first = resumed.step if resumed else 0
+    done = first = resumed.step if resumed else 0
     model.train()
     with (
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
-        with disk.saved_if_interrupted(first, optim.steps, model, optimizer):
+        try:
             callback.on_train_begin(first)
-        for step in range(first, optim.steps):
-            started = time.monotonic()
-            factor = schedule(step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            try:
-                with disk.saved_if_interrupted(step, optim.steps, model, optimizer):
-                    row = _run_step(model, task, step, optim.precision)
-                norm = _clipped_norm(model, optim.max_grad_norm)
-            except TrainingError as error:
-                disk.save_alone(step, model, optimizer)
-                raise _kept_for_replay(error, task, step, state_folder) from error
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row |= {"step": step, "lr": optim.lr * factor, "grad_norm": norm}
-            row["time/step_s"] = seconds = time.monotonic() - started
-            disk.log(row)
-            if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
-                log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
-            with disk.saved_if_interrupted(step + 1, optim.steps, model, optimizer):
-                callback.on_step_end(step + 1)
-            if any_process(stop.signal is not None) and step + 1 < optim.steps:
-                disk.save(step + 1, model, optimizer)
-                why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
-                raise Interrupted(f"stopped by {why} after step {step + 1} of {optim.steps}; run it again.")
-            if any_process(disk.is_due()):
-                disk.save(step + 1, model, optimizer)
+            for step in range(first, optim.steps):
+                factor = schedule(step)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                _take_step(model, optimizer, task, optim, step, optim.lr * factor, disk, state_folder)
+                done = step + 1
+                callback.on_step_end(done)
+                if any_process(stop.signal is not None) and done < optim.steps:
+                    raise Interrupted(f"stopped by {f'signal {stop.signal}' if stop.signal else 'another process'}")
+                if any_process(disk.is_due()):
+                    disk.save(done, model, optimizer)
+        except Interrupted as error:
+            disk.save(done, model, optimizer)
+            raise Interrupted(f"{error} after step {done} of {optim.steps}; run it again.") from error
         fault = lacking() if world().is_main else None
         if any_process(fault is not None):
-            disk.save(optim.steps, model, optimizer)
+            disk.save(done, model, optimizer)
             raise fault or OSError(errno.ENOSPC, "another process found no room")
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    task: Task,
+    optim: OptimConfig,
+    step: int,
+    lr: float,
+    disk: Recorder,
+    state_folder: Path,
+) -> None:
+    """One optimizer step, and its row in the log; raises as `train`."""
+    started = time.monotonic()
+    try:
+        row = _run_step(model, task, step, optim.precision)
+        norm = _clipped_norm(model, optim.max_grad_norm)
+    except TrainingError as error:
+        disk.save_alone(step, model, optimizer)
+        raise _kept_for_replay(error, task, step, state_folder) from error
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    row |= {"step": step, "lr": lr, "grad_norm": norm}
+    row["time/step_s"] = seconds = time.monotonic() - started
+    disk.log(row)
+    if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
+        log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
 
 
 def _resumed(
