@@ -7,7 +7,7 @@ them, so that the number of processes changes no byte. Each process keeps its fi
 from __future__ import annotations
 
 import multiprocessing
-import signal
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,6 +27,7 @@ from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
 from coordexp.text.grammar import AnswerGrammar
 
+_SIGNAL_COMES_S = 0.2
 _WAITING = 2  # groups for each process that are under way or wait for it
 
 
@@ -90,6 +91,7 @@ class WorkerEngine(GroupEngine):
             while coming:
                 yield coming.popleft().result()
         except BrokenProcessPool as error:
+            time.sleep(_SIGNAL_COMES_S)  # if SIGTERM to all of them ended it, this process is interrupted by now
             raise ProcessError(
                 f"one of the {self._n} processes that decode {self._folder} ended before its work was done: killed, "
                 "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
@@ -124,7 +126,6 @@ def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: t
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
     begin_worker()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it reaches all; whoever asks ends the work
     torch.set_num_threads(threads)
     device, path = places.get()
     checkpoint = place_for_inference(folder, load_format(folder, *limits), device)

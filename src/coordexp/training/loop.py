@@ -117,25 +117,11 @@ def train(
         with disk.saved_if_interrupted(first, optim.steps, model, optimizer):
             callback.on_train_begin(first)
         for step in range(first, optim.steps):
-            started = time.monotonic()
             factor = schedule(step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            try:
-                with disk.saved_if_interrupted(step, optim.steps, model, optimizer):
-                    row = _run_step(model, task, step, optim.precision)
-                norm = _clipped_norm(model, optim.max_grad_norm)
-            except TrainingError as error:
-                disk.save_alone(step, model, optimizer)
-                raise _kept_for_replay(error, task, step, state_folder) from error
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row |= {"step": step, "lr": optim.lr * factor, "grad_norm": norm}
-            row["time/step_s"] = seconds = time.monotonic() - started
-            disk.log(row)
+            row = _take_step(model, optimizer, task, optim, step, optim.lr * factor, disk, state_folder)
             callback.on_log(row)
-            if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
-                log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
             with disk.saved_if_interrupted(step + 1, optim.steps, model, optimizer):
                 callback.on_step_end(step + 1)
             if any_process(stop.signal is not None) and step + 1 < optim.steps:
@@ -148,6 +134,35 @@ def train(
         if any_process(fault is not None):
             disk.save(optim.steps, model, optimizer)
             raise fault or OSError(errno.ENOSPC, "another process found no room")
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    task: Task,
+    optim: OptimConfig,
+    step: int,
+    lr: float,
+    disk: Recorder,
+    state_folder: Path,
+) -> dict[str, float]:
+    """One optimizer step, its row in the log; raises as `train`."""
+    started = time.monotonic()
+    try:
+        with disk.saved_if_interrupted(step, optim.steps, model, optimizer):
+            row = _run_step(model, task, step, optim.precision)
+        norm = _clipped_norm(model, optim.max_grad_norm)
+    except TrainingError as error:
+        disk.save_alone(step, model, optimizer)
+        raise _kept_for_replay(error, task, step, state_folder) from error
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    row |= {"step": step, "lr": lr, "grad_norm": norm}
+    row["time/step_s"] = seconds = time.monotonic() - started
+    disk.log(row)
+    if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
+        log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
+    return row
 
 
 def _resumed(
