@@ -35,8 +35,8 @@ from coordexp.inputs import stage_plans
 from fault_shim import FAULTS, KINDS, SIGNALS, Fault, Shim
 from workspaces import ANSWERING, PROFILE, REPOSITORY, content_hash, copy_workspace, new_workspace
 
-ENDS_WITHIN_S = 900.0
-OUTCOMES = ("unharmed", "named", "killed", "silent", "traceback", "hung", "lost")
+ENDS_WITHIN_S, GONE_WITHIN_S = 900.0, 10.0
+OUTCOMES = ("unharmed", "named", "killed", "silent", "traceback", "hung", "lingering", "lost")
 RIGHT = {"unharmed", "named", "killed"}
 MADE_BY = (
     "Made by `make test-faults`. Each stage of a small graph whose model answers met a fault at one of its operations "
@@ -49,6 +49,7 @@ MEANINGS = {
     "silent": "it ended well with other outputs",
     "traceback": "it ended in a traceback; run again, it made the right outputs",
     "hung": "it did not end",
+    "lingering": "processes that it started were still there after it",
     "lost": "run again, it failed or made other outputs",
 }
 
@@ -74,12 +75,13 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a run of a stage ended: exit code (negative: a signal, None: not at all), output, whether it met its fault,
-    and the operations that it made."""
+    the operations that it made, and how many processes were left of it."""
 
     code: int | None
     output: str
     met: bool
     places: list[tuple[str, str]]
+    left: int = 0
 
 
 class Lab:
@@ -126,7 +128,7 @@ class Lab:
         copy_workspace(self._before[stage], space)
         hit = self.run(space, stage, fault)
         outcome = self._judge(space, stage, hit, fault)
-        if outcome != "silent" and outcome != "hung":
+        if outcome in RIGHT or outcome == "traceback":
             again = self.run(space, stage)
             if again.code != 0 or self._content(space, stage) != self._made[stage] or litter(space):
                 outcome, hit = "lost", again
@@ -137,6 +139,8 @@ class Lab:
     def _judge(self, space: Path, stage: str, hit: Ended, fault: Fault) -> str:
         if hit.code is None:
             return "hung"
+        if hit.left:
+            return "lingering"
         if hit.code == 0:
             return "unharmed" if self._content(space, stage) == self._made[stage] else "silent"
         if hit.code == -SIGNALS.get(fault.what, 0) and hit.met:
@@ -157,13 +161,13 @@ class Lab:
         pid = os.fork()
         if pid == 0:
             _child(space, stage, fault, output, places)
-        code = _wait(pid)
+        code, left = _wait(pid), _end_session(pid)
         text = output.read_text(encoding="utf-8", errors="replace")
         met = (places.with_suffix(".met")).exists()
         known = json.loads(places.read_text()) if places.exists() else []
         for file in (output, places, places.with_suffix(".met")):
             file.unlink(missing_ok=True)
-        return Ended(code, text, met, [(kind, path) for kind, path in known])
+        return Ended(code, text, met, [(kind, path) for kind, path in known], left)
 
 
 def _child(space: Path, stage: str, fault: Fault | None, output: Path, places: Path) -> None:
@@ -213,6 +217,30 @@ def _wait(pid: int) -> int | None:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
+
+
+def _end_session(leader: int) -> int:
+    """How many processes of a session are still there after some time, which are ended then."""
+    ends_at = time.monotonic() + GONE_WITHIN_S
+    while left := _members(leader):
+        if time.monotonic() > ends_at:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            return len(left)
+        time.sleep(0.05)
+    return 0
+
+
+def _members(session: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
 
 
 def sources_hash() -> str:

@@ -91,6 +91,7 @@ TRACEBACK = "Traceback (most recent call last):\nOSError"
         ("ENOSPC", None, "", False, "hung"),
         ("SIGKILL", -9, "", False, "killed"),
         ("ENOSPC", -11, "", False, "traceback"),
+        ("SIGKILL", -9, "left", False, "lingering"),
     ],
 )
 @pytest.mark.parametrize("second", ["right", "fails", "other"])
@@ -103,14 +104,14 @@ def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
     lab._made, lab._before = {"pack": f"{out}=right"}, {"pack": tmp_path / "before"}
     lab.operations = {"pack": [("read", "a"), ("write", "b")]}
     (tmp_path / "before").mkdir()
-    ends = [Ended(code, output, True, []), Ended(2 if second == "fails" else 0, "", False, [])]
+    ends = [Ended(code, output, True, [], int(output == "left")), Ended(2 if second == "fails" else 0, "", False, [])]
     contents = iter(
         (["right" if is_right else "none"] if code == 0 else []) + ["other" if second == "other" else "right"]
     )
     monkeypatch.setattr(Lab, "run", lambda *_: ends.pop(0))
     monkeypatch.setattr(Lab, "_content", lambda *_: f"{out}={next(contents)}")
     found = lab.attempt("pack", Fault("write", 1, what))
-    expected = outcome if second == "right" or outcome in ("silent", "hung") else "lost"
+    expected = outcome if second == "right" or outcome in ("silent", "hung", "lingering") else "lost"
     assert (found.where, found.outcome) == ("b", expected)
 
 
@@ -126,8 +127,8 @@ def test_the_report_counts_places_and_names_what_went_wrong() -> None:
     right = Found("pack", "write", 1, "ENOSPC", "a", "named", "error: a")
     lost = Found("pack", "write", 2, "SIGKILL", "data/x|y", "lost", "error: @b")
     text = report([right, lost], {"pack": 5, "raw": 3})
-    assert "| pack | 5 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in text
-    assert "| all | 8 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| pack | 5 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| all | 8 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
     assert "- pack, write 2 (data/x\\|y), SIGKILL: lost: `error: @b`" in text
     assert "Nothing went wrong" in report([right], {"pack": 5})
     assert set(MEANINGS) == set(OUTCOMES)

@@ -7,9 +7,7 @@ them, so that the number of processes changes no byte. Each process keeps its fi
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +21,7 @@ import torch
 from coordexp.errors import ProcessError
 from coordexp.infra.device import choose_device
 from coordexp.infra.threads import usable_cores
+from coordexp.infra.workers import end_with_parent
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
@@ -121,18 +120,11 @@ def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: t
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever asks ends the work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     device, path = places.get()
     checkpoint = place_for_inference(folder, load_format(folder, *limits), device)
     _worker = _Worker(checkpoint, Journal(path) if path else None)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
 
 
 def _answer(group: Group, request: DecodeRequest) -> list[Generation]:
