@@ -36,13 +36,14 @@ from fault_shim import FAULTS, KINDS, SIGNALS, Fault, Shim
 from workspaces import ANSWERING, PROFILE, REPOSITORY, content_hash, copy_workspace, new_workspace
 
 ENDS_WITHIN_S, GONE_WITHIN_S = 900.0, 10.0
-OUTCOMES = ("unharmed", "named", "killed", "silent", "traceback", "hung", "lingering", "lost")
-RIGHT = {"unharmed", "named", "killed"}
+OUTCOMES = ("unmet", "unharmed", "named", "killed", "silent", "traceback", "hung", "lingering", "lost")
+RIGHT = {"unmet", "unharmed", "named", "killed"}
 MADE_BY = (
     "Made by `make test-faults`. Each stage of a small graph whose model answers met a fault at one of its operations "
     "on files, for each of these in turn ({}), and was then run again, as `dvc repro` would. Sources are no such files."
 )
 MEANINGS = {
+    "unmet": "there were fewer such operations this time: how often states are saved depends on the time",
     "unharmed": "the stage ended well, with the right outputs",
     "named": "it ended with one message and an exit code of its own; run again, it made the right outputs",
     "killed": "it was killed; run again, it made the right outputs",
@@ -74,12 +75,12 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run of a stage ended: exit code (negative: a signal, None: not at all), output, whether it met its fault,
-    the operations that it made, and how many processes were left of it."""
+    """How a run of a stage ended: exit code (negative: a signal, None: not at all), output, the file where it met its
+    fault, the operations that it made, and how many processes were left of it."""
 
     code: int | None
     output: str
-    met: bool
+    met: str
     places: list[tuple[str, str]]
     left: int = 0
 
@@ -127,12 +128,11 @@ class Lab:
         remove(space)
         copy_workspace(self._before[stage], space)
         hit = self.run(space, stage, fault)
-        outcome = self._judge(space, stage, hit, fault)
+        where, outcome = hit.met, self._judge(space, stage, hit, fault)
         if outcome in RIGHT or outcome == "traceback":
             again = self.run(space, stage)
             if again.code != 0 or self._content(space, stage) != self._made[stage] or litter(space):
                 outcome, hit = "lost", again
-        where = [path for kind, path in self.operations[stage] if kind == fault.kind][fault.number - 1]
         said = [line for line in hit.output.splitlines() if line.strip()]
         return Found(stage, fault.kind, fault.number, fault.what, where, outcome, said[-1][:200] if said else "")
 
@@ -141,6 +141,8 @@ class Lab:
             return "hung"
         if hit.left:
             return "lingering"
+        if hit.code == 0 and not hit.met:
+            return "unmet"
         if hit.code == 0:
             return "unharmed" if self._content(space, stage) == self._made[stage] else "silent"
         if hit.code == -SIGNALS.get(fault.what, 0) and hit.met:
@@ -163,9 +165,10 @@ class Lab:
             _child(space, stage, fault, output, places)
         code, left = _wait(pid), _end_session(pid)
         text = output.read_text(encoding="utf-8", errors="replace")
-        met = (places.with_suffix(".met")).exists()
+        mark = places.with_suffix(".met")
+        met = mark.read_text() if mark.exists() else ""
         known = json.loads(places.read_text()) if places.exists() else []
-        for file in (output, places, places.with_suffix(".met")):
+        for file in (output, places, mark):
             file.unlink(missing_ok=True)
         return Ended(code, text, met, [(kind, path) for kind, path in known], left)
 
@@ -182,10 +185,7 @@ def _child(space: Path, stage: str, fault: Fault | None, output: Path, places: P
             os.dup2(sink, stream)
         sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
         os.chdir(space)
-        met = os.open(places.parent, os.O_RDONLY)
-        mark = places.with_suffix(".met").name
-        fired = lambda: os.close(os.open(mark, os.O_WRONLY | os.O_CREAT, dir_fd=met))  # noqa: E731
-        shim = Shim(str(space.resolve()), fault, fired)
+        shim = Shim(str(space.resolve()), fault, places.with_suffix(".met").write_text)
         shim.install()
         entry, _, which = stage.partition("@")
         from coordexp.stage import stage_main

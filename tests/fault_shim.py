@@ -44,11 +44,11 @@ class Fault:
 
 @dataclass(slots=True)
 class Shim:
-    """Counts the operations on files below `root`; `fired` is called when the fault, if there is one, is met first."""
+    """Counts the operations on files below `root`; `fired` is told the file when the fault, if any, is met first."""
 
     root: str
     fault: Fault | None = None
-    fired: Callable[[], object] = lambda: None
+    fired: Callable[[str], object] = lambda _: None
     places: list[tuple[str, str]] = field(default_factory=list)  # kind and path below the root, in order
     _counts: Counter[str] = field(default_factory=Counter)
     _lock: Any = field(default_factory=threading.Lock)
@@ -66,12 +66,12 @@ class Shim:
         with self._lock:
             self._counts[kind] += 1
             number = self._counts[kind]
-            self.places.append((kind, os.path.relpath(path, self.root)))
+            self.places.append((kind, shown := os.path.relpath(path, self.root)))
         fault = self.fault
         if fault is None or fault.kind != kind or number < fault.number:
             return
         if number == fault.number:
-            self.fired()
+            self.fired(shown)
         elif fault.what not in LASTING:
             return
         if fault.what in SIGNALS:

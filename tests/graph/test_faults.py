@@ -43,7 +43,7 @@ def shim(tmp_path: Path, fault: Fault | None) -> Shim:
 def test_the_chosen_operation_fails_once_or_from_then_on(tmp_path: Path) -> None:
     for what, later in (("EIO", False), ("ENOSPC", True)):
         met: list[str] = []
-        one = Shim(str(tmp_path), Fault("write", 2, what), lambda: met.append("met"))  # noqa: B023
+        one = Shim(str(tmp_path), Fault("write", 2, what), met.append)
         failed = []
         for kind in ("write", "read", "write", "write"):
             try:
@@ -51,7 +51,7 @@ def test_the_chosen_operation_fails_once_or_from_then_on(tmp_path: Path) -> None
             except OSError:
                 failed.append(len(one.places))
         assert failed == ([3, 4] if later else [3])
-        assert met == ["met"]
+        assert met == ["a"]
 
 
 def test_a_signal_comes_at_the_chosen_operation(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ TRACEBACK = "Traceback (most recent call last):\nOSError"
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "output", "is_right", "outcome"),
+    ("what", "code", "output", "is_right", "outcome"),  # outputs of a run that ended well
     [
         ("ENOSPC", 2, NAMED, False, "named"),
         ("SIGINT", 75, "interrupted: stopped by a signal.", False, "named"),
@@ -92,27 +92,28 @@ TRACEBACK = "Traceback (most recent call last):\nOSError"
         ("SIGKILL", -9, "", False, "killed"),
         ("ENOSPC", -11, "", False, "traceback"),
         ("SIGKILL", -9, "left", False, "lingering"),
+        ("SIGKILL", 0, "", None, "unmet"),
     ],
 )
 @pytest.mark.parametrize("second", ["right", "fails", "other"])
 def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    what: str, code: int | None, output: str, is_right: bool, outcome: str, second: str,
+    what: str, code: int | None, output: str, is_right: bool | None, outcome: str, second: str,
 ) -> None:  # fmt: skip
     """With stages that only write a line."""
-    lab, out = Lab(tmp_path), "data/smoke/packed"
+    lab, out, met = Lab(tmp_path), "data/smoke/packed", "" if is_right is None else "b"
     lab._made, lab._before = {"pack": f"{out}=right"}, {"pack": tmp_path / "before"}
     lab.operations = {"pack": [("read", "a"), ("write", "b")]}
     (tmp_path / "before").mkdir()
-    ends = [Ended(code, output, True, [], int(output == "left")), Ended(2 if second == "fails" else 0, "", False, [])]
+    ends = [Ended(code, output, met, [], int(output == "left")), Ended(2 if second == "fails" else 0, "", "", [])]
     contents = iter(
-        (["right" if is_right else "none"] if code == 0 else []) + ["other" if second == "other" else "right"]
+        (["right" if is_right else "none"] if code == 0 and met else []) + ["other" if second == "other" else "right"]
     )
     monkeypatch.setattr(Lab, "run", lambda *_: ends.pop(0))
     monkeypatch.setattr(Lab, "_content", lambda *_: f"{out}={next(contents)}")
     found = lab.attempt("pack", Fault("write", 1, what))
     expected = outcome if second == "right" or outcome in ("silent", "hung", "lingering") else "lost"
-    assert (found.where, found.outcome) == ("b", expected)
+    assert (found.where, found.outcome) == (met, expected)
 
 
 def test_places_are_all_or_spread(tmp_path: Path) -> None:
@@ -127,8 +128,8 @@ def test_the_report_counts_places_and_names_what_went_wrong() -> None:
     right = Found("pack", "write", 1, "ENOSPC", "a", "named", "error: a")
     lost = Found("pack", "write", 2, "SIGKILL", "data/x|y", "lost", "error: @b")
     text = report([right, lost], {"pack": 5, "raw": 3})
-    assert "| pack | 5 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
-    assert "| all | 8 | 2 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| pack | 5 | 2 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| all | 8 | 2 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
     assert "- pack, write 2 (data/x\\|y), SIGKILL: lost: `error: @b`" in text
     assert "Nothing went wrong" in report([right], {"pack": 5})
     assert set(MEANINGS) == set(OUTCOMES)
