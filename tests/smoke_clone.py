@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS
+from workspaces import change_yaml
 
 STAGES = (
     *("check", "raw", "convert", "norm1000", "pack", "stage1"),
@@ -69,8 +72,8 @@ class Clone:
         self.succeed("git", "commit", "--quiet", "--message", message)
 
 
-def new_clone(repository: Path, root: Path, home: Path) -> Clone:
-    """The clone before its first run."""
+def new_clone(repository: Path, root: Path, home: Path, changes: Mapping[str, Any] | None = None) -> Clone:
+    """The clone before its first run, with some keys of the profile changed."""
     copy = Clone(root, home)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -87,6 +90,8 @@ def new_clone(repository: Path, root: Path, home: Path) -> Clone:
             shutil.copy2(source, target, follow_symlinks=False)
     params = copy.root / "params.yaml"
     params.write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params.read_text()))
+    if changes:
+        change_yaml(copy.root / "configs" / "smoke.yaml", changes)
     (copy.root / "dvc.lock").unlink(missing_ok=True)  # it names another profile's outputs
     copy.succeed("git", "init", "--quiet", "--initial-branch", "main")
     copy.commit("working tree")

@@ -1,4 +1,4 @@
-"""One clone in which the smoke profile ran undisturbed, for all tests of this folder."""
+"""One clone in which the smoke profile ran undisturbed, for all tests of this folder; its model answers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from smoke_clone import Clone, new_clone
+from workspaces import ANSWERING
 
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Clone:
     """The clone before its first run."""
-    return new_clone(repository, tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("home"))
+    return new_clone(repository, tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("home"), ANSWERING)
 
 
 @pytest.fixture(scope="session")

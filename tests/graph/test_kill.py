@@ -1,12 +1,14 @@
 """The graph under `kill`: whatever is stopped wherever, running `dvc repro` again ends in the undisturbed results.
 
 A campaign runs the smoke profile once and kills it at four places on the way. The default suite runs the first
-campaign, `make test-faults` all of them: 20 places, drawn from a seed. `make test-faults POINTS="16 19"` kills one run
-at the places of these numbers, counted from 0 over all campaigns.
+campaign, `make test-faults` all of them: 20 places, drawn from a seed, and in turn every signal to dvc alone, to the
+stage alone and to both. `make test-faults POINTS="16 19"` kills one run at the places of these numbers, counted from 0
+over all campaigns. What happens at each operation on files inside a stage is tests/fault_lab.py's.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from _pytest.mark import ParameterSet
 
 from coordexp.config.loading import read_yaml
 from smoke_clone import STAGES, Clone, new_clone
+from workspaces import ANSWERING
 
 CAMPAIGNS, POINTS = 5, 4
 LONG = ("stage1", "rollout", "stage2", "stage1-control", "decode@stage2")  # where a run spends its time
@@ -37,18 +41,21 @@ class Point:
     stage: str
     delay_s: float
     number: signal.Signals
-    target: str  # "group": dvc and the stage; "stage": the stage alone
+    target: str  # one of TARGETS
+
+
+TARGETS = ("group", "stage", "dvc")  # dvc and the stage, the stage alone, or dvc alone, whose stage then goes on
+WAYS = list(product((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), TARGETS))
 
 
 def campaign(seed: int) -> list[Point]:
     """The places of one campaign, in the order of the graph."""
     rng = random.Random(seed)
     stages = [*rng.sample(LONG, POINTS - 1), rng.choice([s for s in STAGES if s not in LONG])]
-    signals = [signal.SIGKILL, signal.SIGTERM] * (POINTS // 2)
-    rng.shuffle(signals)
+    ways = [WAYS[(seed * POINTS + place) % len(WAYS)] for place in range(POINTS)]
     return [
-        Point(stage, round(rng.uniform(0.0, 8.0 if stage in LONG else 3.0), 2), number, rng.choice(["group", "stage"]))
-        for stage, number in zip(sorted(stages, key=STAGES.index), signals, strict=True)
+        Point(stage, round(rng.uniform(0.0, 8.0 if stage in LONG else 3.0), 2), *way)
+        for stage, way in zip(sorted(stages, key=STAGES.index), ways, strict=True)
     ]
 
 
@@ -69,9 +76,7 @@ def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
     points = [point for seed in range(CAMPAIGNS) for point in campaign(seed)]
     assert len(points) == 20
     assert {p.stage for p in points} >= set(LONG)
-    assert {(p.number, p.target) for p in points} == {
-        (number, target) for number in (signal.SIGKILL, signal.SIGTERM) for target in ("group", "stage")
-    }
+    assert {(p.number, p.target) for p in points} == set(WAYS)
 
 
 @pytest.mark.slow
@@ -80,12 +85,14 @@ def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
     points: list[Point], clone: Clone, reproduced: str, repository: Path, tmp_path: Path
 ) -> None:
-    copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
+    copy = new_clone(repository, tmp_path / "clone", tmp_path / "home", ANSWERING)
     report = [kill_at(copy, point) for point in points]
     print(*report, sep="\n")
     copy.succeed("dvc", "repro")
     locks = [(c.root / "dvc.lock").read_bytes() for c in (clone, copy)]
     assert locks[0] == locks[1], f"other outputs after {report}"
+    summary = json.loads((copy.root / "runs" / "smoke" / "stage2-rollouts.json").read_text())
+    assert summary["f1"] > 0.5, "what is compared was learnt"
     assert not list(copy.root.rglob(".*.tmp")), "litter of a cut write"
     assert copy.run("dvc", "status", "--quiet").returncode == 0
 
@@ -117,6 +124,8 @@ def kill_at(copy: Clone, point: Point) -> str:
         with suppress(ProcessLookupError):  # it ended just before
             if point.target == "group":
                 os.killpg(process.pid, point.number)
+            if point.target == "dvc":
+                os.kill(process.pid, point.number)
             for victim in victims:
                 os.kill(victim, point.number)
         rest, _ = process.communicate()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from coordexp.errors import ConfigError, DataError, ProcessError
 from coordexp.infra import workers
 from coordexp.infra.threads import usable_cores
-from coordexp.infra.workers import WORKERS_VARIABLE, map_batches, worker_count
+from coordexp.infra.workers import WORKERS_VARIABLE, begin_worker, map_batches, worker_count
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +88,28 @@ def test_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(WORKERS_VARIABLE, wrong)
         with pytest.raises(ConfigError, match=f"{WORKERS_VARIABLE} is '{wrong}'"):
             worker_count()
+
+
+def _note(path: Path) -> None:
+    (path / str(os.getpid())).touch()
+    time.sleep(0.5)  # so that each of the workers gets one
+
+
+def test_workers_do_not_outlive_the_process_that_was_killed(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with ProcessPoolExecutor(3, initializer=begin_worker) as pool:
+            list(pool.map(_note, [tmp_path] * 3))
+            (tmp_path / "ready").touch()
+            time.sleep(600)
+    ends_at = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < ends_at
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    workers = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert len(workers) == 3
+    while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
+        assert time.monotonic() < ends_at, left
+        time.sleep(0.05)
