@@ -194,7 +194,15 @@ class Bar(Callback):
     """Moves a bar."""
 
     def __init__(self, at: Callable[[int], None]) -> None:
-        self.on_train_begin = self.on_step_end = at  # type: ignore[method-assign]
+        self._at = at
+
+    def on_train_begin(self, done_steps: int) -> None:
+        """See Callback."""
+        self._at(done_steps)
+
+    def on_step_end(self, done_steps: int) -> None:
+        """See Callback."""
+        self._at(done_steps)
 
 
 class Together(Callback):
