@@ -315,7 +315,7 @@ def _fetched(images: Picture | Iterable[Picture]) -> Picture | Iterable[Picture]
     """The same; of several those named by their URL are fetched when they are asked for."""
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
         return images
-    return (fetched_rgb(str(one)) if is_address(one) else one for one in images)
+    return (fetched_rgb(one) if is_address(one) else one for one in images)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:

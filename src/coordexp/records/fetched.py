@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TypeGuard
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -22,7 +23,7 @@ SILENT_SECONDS, ALL_SECONDS = 30.0, 300.0
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
-def is_address(image: object) -> bool:
+def is_address(image: object) -> TypeGuard[str]:
     """Whether a picture is named by an address of the network."""
     return isinstance(image, str) and bool(_ADDRESS.match(image))
 

@@ -96,7 +96,8 @@ def page_data(
     dup_key = f"dup_pairs_{iou_key(min(params.duplicate_ious))}"
     tables = {label: _rows(outcome, params) for label, outcome in outcomes.items()}
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
-    names = sorted({one.desc for rows in results.values() for r in rows for one in (*r.gt, *r.pred)})
+    everything = [r for rows in results.values() for r in rows]
+    names = sorted({g.desc for r in everything for g in r.gt} | {p.desc for r in everything for p in r.pred})
     images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
     totals = [_totals(results[label], categories, params) for label in labels]
     shown = {"labels": labels, "totals": totals, "names": names, "n_all": len(ids[labels[0]]), "images": images}
