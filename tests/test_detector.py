@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from coordexp.config.schema import TextParams
 from coordexp.detections import Detections, class_ids
 from coordexp.detector import Detector
-from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
+from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError, PictureError
 from coordexp.geometry.bins import encode_boxes
 from coordexp.models.detection_config import DetectionConfig, read_detection_config
 from coordexp.models.expand import add_coordinate_tokens
@@ -354,6 +354,22 @@ def test_a_mixture_of_prompts_takes_every_question(folder: Path, tmp_path: Path,
         detector.predict(picture, **keywords)
     words = [question_text(detector._checkpoint.tokenizer, sample.prompt_ids) for sample in engine.samples]
     assert words == [question({"kind": "listed", "names": ["zebra"]}), question(phrase), TASKS["detect"]]
+
+
+def test_a_folder_and_a_pattern_are_several_pictures_and_an_address_is_fetched_when_told(
+    folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector.from_checkpoint(folder)
+    for name in ("a.png", "b.png", "c[1].png"):
+        shutil.copy(scene, tmp_path / name)
+    assert [found.picture for found in detector.predict(tmp_path)] == sorted(tmp_path.iterdir())
+    assert len(detector.predict(f"{tmp_path}/[ab].png")) == 2
+    assert len(detector.predict(tmp_path / "c[1].png")) == len(DESCS)  # a file of this name: one answer, its objects
+    monkeypatch.setattr("coordexp.detector.fetched_rgb", lambda address: Image.open(scene).convert("RGB"))
+    assert detector.predict("https://example.org/a.png", fetch=True).draw().width > 0
+    assert len(detector.predict(["https://example.org/a.png", scene], fetch=True)) == 2
+    with pytest.raises(PictureError, match="unless told to"):
+        detector.predict("https://example.org/a.png")
 
 
 def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from coordexp.errors import (
     EXIT_INTERRUPTED,
     EXIT_SKIPPED,
     EXIT_USAGE,
+    ConfigError,
     CoordExpError,
     Interrupted,
     TrainingError,
@@ -103,7 +104,7 @@ def _options(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or globs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, globs, or URLs.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/tiny/stage2.")],
     save: Annotated[
         Path | None, typer.Option(help="Draw the boxes: a picture file for one image, otherwise a folder.")
@@ -128,6 +129,7 @@ def predict(
     processes: Annotated[
         int, typer.Option(min=0, help="Processes that answer, on the GPUs in turn; 0 is one for each GPU.")
     ] = 1,
+    fetch: Annotated[Path | None, typer.Option(help="Folder that images named by their URL are fetched into.")] = None,
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or say why and go on.")
     ] = "stop",
@@ -139,7 +141,7 @@ def predict(
     from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
-    paths = expand_images(images)
+    paths = _images(images, fetch)
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names, asked_names = _labels(classes), _labels(find)
@@ -158,6 +160,18 @@ def predict(
     if found.skipped:
         prediction.note_skipped(found.skipped, len(paths))
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _images(named: Sequence[str], fetch: Path | None) -> list[Path]:
+    """Files, folders and globs; the images at URLs in the folder that they are fetched into."""
+    from coordexp.records.fetched import fetched_files, is_address
+
+    addresses = [name for name in named if is_address(name)]
+    if addresses and not fetch:
+        raise ConfigError(f"{addresses[0]}: nothing is taken from the network unless told to: --fetch FOLDER.")
+    files = fetched_files(addresses, fetch) if fetch else []
+    others = [name for name in named if not is_address(name)]
+    return [*files, *(expand_images(others) if others or not files else ())]
 
 
 def _labels(listed: str | None) -> list[str]:

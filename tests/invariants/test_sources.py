@@ -21,10 +21,11 @@ FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profil
 BROAD = {"Exception", "BaseException"}
 # Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
 WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
-NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
+NETWORK = {"urllib", "http", "socket", "requests", "httpx", "httpx2", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own; the Hub is asked for
-# a model that is named by its id there, and given one by `export --push`.
-TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector", "coordexp.export.publish"}
+# a model that is named by its id there, and given one by `export --push`; `--fetch` fetches pictures.
+TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector", "coordexp.export.publish",
+           "coordexp.records.fetched"}  # fmt: skip
 CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 # torch's unpickler raises its error class, and is only ever asked for tensors.
 ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}

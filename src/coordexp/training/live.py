@@ -197,11 +197,11 @@ class Bar(Callback):
         self._at = at
 
     def on_train_begin(self, done_steps: int) -> None:
-        """Where a run that goes on begins."""
+        """See Callback."""
         self._at(done_steps)
 
     def on_step_end(self, done_steps: int) -> None:
-        """One further."""
+        """See Callback."""
         self._at(done_steps)
 
 

@@ -6,7 +6,7 @@
 | `lines` | `coordexp predict --out` or `--json`: `{"image", "objects": [{"desc", "bbox_xyxy_px", "score"}]}` |
 | `gt_vs_pred` | this project's own evaluation file |
 | `yolo` | a folder of `<image>.txt`, lines `class cx cy w h score` in fractions of the image |
-| `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score` |
+| `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score`; as JSON a list of such rows |
 | a family of `answers.py` | raw answers of a vision-language model: `{"image", "answer"}` |
 
 Images are found by id, path, file name or stem, labels by name or through a mapping.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,9 @@ def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
         files, names = {}, {category.id: category.name for category in truth.categories}
     if not isinstance(source, list):
         raise DataError(f"{path}: found a {type(source).__name__}, expected COCO results: a list of detections.")
+    if source and isinstance(source[0], dict) and "bbox" not in source[0] and set(_COLUMNS["x1"]) & source[0].keys():
+        placed = ((f"{path}: [{n}]", row if isinstance(row, dict) else {}) for n, row in enumerate(source))
+        return _of_rows(placed, list(source[0]), path, truth)
     answered: dict[int, Answered] = {}
     for n, row in enumerate(source):
         where = f"{path}: [{n}]"
@@ -211,7 +214,7 @@ def _yolo_prediction(line: str, truth: Truth, scale: tuple[int, ...], where: str
     return Prediction(truth.categories[int(label)].name, box, score=_score({"score": score}, where))
 
 
-_CSV_COLUMNS = {
+_COLUMNS = {
     "image": ("image", "file_name", "image_id", "filename"),
     "label": ("label", "desc", "class_name", "class"),
     "x1": ("x1", "x_min", "xmin"),
@@ -223,21 +226,26 @@ _CSV_COLUMNS = {
 
 
 def _of_csv(path: Path, truth: Truth) -> dict[int, Answered]:
-    answered: dict[int, Answered] = {}
     with path.open(newline="", encoding="utf-8-sig") as text:
         rows = csv.DictReader(text)
-        names = {
-            key: next((n for n in forms if n in (rows.fieldnames or [])), "") for key, forms in _CSV_COLUMNS.items()
-        }
-        if absent := [key for key, name in names.items() if not name]:
-            raise DataError(f"{path}: no column {absent[0]!r} in {rows.fieldnames}; expected {list(_CSV_COLUMNS)}.")
-        for number, row in enumerate(rows, 2):
-            where = f"{path}:{number}"
-            box = xyxy_box([row[names[key]] for key in ("x1", "y1", "x2", "y2")], where)
-            label, score = _label(row[names["label"]], where), _score({"score": row[names["score"]]}, where)
-            key = row[names["image"]]
-            image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
-            answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
+        numbered = ((f"{path}:{number}", row) for number, row in enumerate(rows, 2))
+        return _of_rows(numbered, list(rows.fieldnames or ()), path, truth)
+
+
+def _of_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Sequence[str], path: Path, truth: Truth
+) -> dict[int, Answered]:
+    """One prediction a row, each with its place for messages."""
+    answered: dict[int, Answered] = {}
+    names = {key: next((n for n in forms if n in columns), "") for key, forms in _COLUMNS.items()}
+    if absent := [key for key, name in names.items() if not name]:
+        raise DataError(f"{path}: no column {absent[0]!r} in {list(columns)}; expected {list(_COLUMNS)}.")
+    for where, row in rows:
+        box = xyxy_box([row.get(names[key]) for key in ("x1", "y1", "x2", "y2")], where)
+        label, score = _label(row.get(names["label"]), where), _score({"score": row.get(names["score"])}, where)
+        key = row.get(names["image"])
+        image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
+        answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
     return answered
 
 
