@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from benchmarks.harness import Row, Times, run_child, side_by_side, unmeasured
+from benchmarks.harness import Figure, OtherLoad, Row, Times, cpu_seconds, measured, run_child, side_by_side, unmeasured
 
 from benchmarks import __main__ as runner
 from benchmarks import harness
@@ -34,7 +35,7 @@ def test_numbers_of_numpy_are_numbers_of_the_file(tmp_path):
 def test_the_file_describes_the_machine_and_nobody(tmp_path):
     harness.save("plan", ROWS, tmp_path)
     described = json.loads((tmp_path / "plan.json").read_text())["machine"]
-    assert {"cores", "cpu", "memory_gib", "python", "torch"} <= described.keys() <= {*described, "gpu"}
+    assert {"cores", "cpu", "memory_gib", "python", "torch"} <= described.keys()
     assert str(tmp_path) not in json.dumps(described)
 
 
@@ -46,16 +47,51 @@ def test_the_table_shows_misses_and_what_could_not_be_measured():
 
 
 def test_a_ratio_is_the_median_of_rounds_in_which_both_ran():
-    times = Times({"slow": [4.0, 40.0, 9.0], "fast": [2.0, 10.0, 3.0]})
-    assert times.ratio("slow", "fast") == 3.0
-    assert times.of("slow") == 9.0
+    times = Times({"slow": [4.0, 40.0, 9.0], "fast": [2.0, 10.0, 3.0]}, {"slow": [4.0, 4.0, 4.0], "fast": [1.0] * 3})
+    assert times.ratio("slow", "fast").value == 3.0
+    assert times.ratio("slow", "fast").by_cpu.value == 4.0
+    assert times.of("slow").value == 9.0
+
+
+def test_a_row_says_median_spread_processor_time_and_whether_the_limit_holds():
+    seconds = Figure([2.0, 1.0, 6.0], [1.5, 0.5, 1.0])
+    row = measured("step", seconds, "s", at_most=1.5)
+    assert (row.value, row.low, row.high, row.cpu) == (2.0, 1.0, 6.0, 1.0)
+    assert (row.target, row.met) == ("<= 1.5 s", False)
+    assert measured("step", seconds.map(lambda s: 10 / s), "a second", at_least=50_000).target == ">= 50,000 a second"
+    once = measured("fill", 0.5, "", at_least=0.4)
+    assert (once.low, once.cpu, once.met) == (None, None, True)
+    assert "1 - 6" in harness.table([row])
+
+
+def test_time_asleep_is_no_processor_time():
+    times = side_by_side({"sleeps": lambda: time.sleep(0.2), "works": lambda: sum(range(3_000_000))}, 1, False)
+    assert times.of("sleeps").value >= 0.2
+    assert times.of("sleeps").by_cpu.value < 0.02
+    assert times.of("works").by_cpu.value > 0.02
+
+
+def test_work_of_others_is_what_the_machine_did_less_our_own(tmp_path, monkeypatch):
+    wall_own_machine = iter([(0.0, 0.0, 0.0), (1.0, 0.2, 1.5), (1.0, 0.2, 1.5), (3.0, 1.2, 2.9), (3.0, 1.2, 2.9)])
+    monkeypatch.setattr(harness, "_clocks", lambda: next(wall_own_machine))
+    load = OtherLoad(0.0)
+    assert (load.before, load.during) == (pytest.approx(1.3), pytest.approx(0.2))
+    harness.save("plan", ROWS, tmp_path, load)
+    described = json.loads((tmp_path / "plan.json").read_text())["machine"]["cores_of_others"]
+    assert described == {"before": pytest.approx(1.3), "during": pytest.approx(0.2)}
+
+
+def test_our_own_child_processes_are_no_work_of_others():
+    before = cpu_seconds()
+    run_child([sys.executable, "-c", "sum(range(10_000_000))"])
+    assert cpu_seconds() - before > 0.05
 
 
 def test_contestants_take_turns():
     order = []
     times = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=False)
     assert order == ["a", "b", "a", "b"]
-    assert len(times.seconds["a"]) == len(times.seconds["b"]) == 2
+    assert len(times.wall["a"]) == len(times.cpu["b"]) == 2
 
 
 def test_the_peak_memory_of_a_child_is_its_own():
@@ -87,3 +123,8 @@ def test_a_broken_benchmark_is_a_row_and_the_others_still_run(tmp_path, monkeypa
     assert stopped.value.code == 1
     assert "broke; see above" in shown
     assert "figure of packing_plan" in shown
+
+
+def test_every_benchmark_has_its_minutes_and_all_take_less_than_the_limit():
+    assert list(runner.MINUTES) == runner.scripts()
+    assert sum(runner.MINUTES.values()) < runner.LIMIT_MINUTES
