@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 TEST_WORKERS ?= 2
+SINCE ?= main
 VENV := .venv
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
@@ -34,7 +35,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env locks demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
+.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,8 +78,15 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "metrics   dvc metrics show"; \
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
-test: $(DEV_STAMP)  ## run the test-suite
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
+# Groups in the order of tests/conftest.py, which starts the long ones first.
+test: $(DEV_STAMP)  ## run the test-suite, and name its slowest twenty
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder --durations=20 -m "not vllm and not faults"
+
+quick: $(DEV_STAMP)  ## before a pull request, 90 seconds: lint, formatting, types, and the unit tests of what differs from main
+	@$(MAKE) --no-print-directory --output-sync=target -j2 checks changed-tests
+
+changed-tests: $(DEV_STAMP)  ## the unit tests of what differs from SINCE=main, nearest first, for a minute
+	OMP_NUM_THREADS=1 PYTHONPATH=src python tests/changed.py --since $(SINCE)
 
 vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server: CUDA build with a driver, else CPU (once; GBs)
 	@echo "$(VLLM_VENV) holds the $(VLLM_BUILD) build of vLLM ($(VLLM_LOCK))"
@@ -93,16 +101,17 @@ $(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
-	OMP_NUM_THREADS=1 pytest -m vllm tests/rollout
+	OMP_NUM_THREADS=1 pytest --durations=20 -m "vllm and not faults" tests/rollout
 
 smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
 
 # What one campaign found is kept: one that its BUDGET (seconds) cut goes on.
-test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill the graph at 20 places, into reports/faults.md (hours; BUDGET=600, FAULTS="--stages pack", POINTS="0 19")
+test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill the graph at 20 places, parse answers by the thousand, into reports/faults.md (hours; BUDGET=600, FAULTS="--stages pack", POINTS="0 19")
 	PYTHONPATH=src:.:tests OMP_NUM_THREADS=1 python -m fault_lab --results .resume/faults --report reports/faults.md \
 		$(if $(BUDGET),--budget $(BUDGET)) $(FAULTS)
 	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py tests/infra/test_artefacts.py
+	$(if $(POINTS),,OMP_NUM_THREADS=1 pytest -m faults tests/rollout tests/text)
 
 test-cuts: $(DEV_STAMP)  ## change every key of params.yaml on the smoke profile: what runs again must come out different (ten minutes)
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) tests/graph/test_cuts.py
@@ -144,7 +153,7 @@ $(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt
 	@$(VENV)/bin/python $(PIP) --python $(BENCH_VENV) install --no-deps -r benchmarks/requirements.txt
 	@touch $@
 
-bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (BENCH="startup ..." for some)
+bench: $(BENCH_STAMP)  ## measure speed, growth and memory side by side, 20 minutes (BENCH="startup ..." for some, BENCH=--help for their minutes)
 	PYTHONPATH=src $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
 # Not of `env`: it runs in whatever environment a GPU machine has, .venv if that is there.

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks.harness import Row, machine, run_child
+from benchmarks.harness import Figure, Row, machine, measured, run_child
 from benchmarks.training_step import WARM_STEPS
 
 from benchmarks import harness, tiny_run
@@ -51,14 +52,15 @@ def fair_slowdown(busy_processes: int, cores: int) -> float:
     return (cores + busy_processes) / cores
 
 
-def seconds_per_sample(way: str, arguments: argparse.Namespace) -> float:
-    """Of stage 1's loop, where threads wait in this way."""
+def seconds_per_sample(way: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Of stage 1's loop by wall and processors, where threads wait in this way."""
     own = ["-m", "benchmarks.training_step", "--child", "ours", "--profile", arguments.profile]
     command = [sys.executable, *own, "--root", str(arguments.root), "--steps", str(arguments.steps)]
     kept = [f"{name}={value}" for name, value in WAYS[way].items()]
     unset = [option for name in (SPIN_NAME, POLICY_NAME, COUNT_NAME) for option in ("-u", name)]
     output = run_child(["env", *unset, *kept, *command]).output
-    return json.loads(output.splitlines()[-1])["seconds_per_sample"]
+    found = json.loads(output.splitlines()[-1])
+    return found["seconds_per_sample"], found["cpu_per_sample"]
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -73,29 +75,30 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         with busy(count):
             contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in ways}
             found = [{way: run() for way, run in contestants.items()} for _ in range(arguments.rounds)]
-        times = harness.Times({way: [row[way] for row in found] for way in ways})
         where = f"{count} busy processes on {machine()['cores']} cores" if count else "idle cores"
+        bounded = Figure([turn["bounded"][0] for turn in found])
         if count == 0:
-            alone = times.of("bounded")
+            alone = bounded.value
         elif alone:
-            slower = times.of("bounded") / alone / fair_slowdown(count, machine()["cores"])
-            target, met = f"<= {SHARE_LIMIT:g}", slower <= SHARE_LIMIT
-            rows.append(Row(f"crowded step: {where}", slower, "x", "the fair share of the cores", target, met))
+            fair = alone * fair_slowdown(count, machine()["cores"])
+            slower = Figure([seconds / fair for seconds in bounded.rounds])
+            beside = "the fair share of the cores"
+            rows.append(measured(f"crowded step: {where}", slower, "x", beside, at_most=SHARE_LIMIT))
         for way in ways[1:]:
-            ratio = times.ratio(way, "bounded")
-            aimed = way == "library" and count == 0
-            target, met = (f">= 1 / {IDLE_LIMIT}", ratio >= 1 / IDLE_LIMIT) if aimed else ("", None)
-            rows.append(Row(f"waiting threads: {way}, {where}", ratio, "x", "the bounded spin, step time", target, met))
+            ratio = Figure(*([turn[way][clock] / turn["bounded"][clock] for turn in found] for clock in (0, 1)))
+            least = 1 / IDLE_LIMIT if way == "library" and count == 0 else None
+            name = f"waiting threads: {way}, {where}"
+            rows.append(measured(name, ratio, "x", "the bounded spin, step time", at_least=least))
     return rows
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Which run, how much other work, how long."""
     tiny_run.options(parser)
-    parser.add_argument("--busy", default="0,1,2,4", help="numbers of busy processes")
+    parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
     parser.add_argument("--ways", default=",".join(WAYS), help="how threads wait, `bounded` first")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ def add_rollouts(space: Workspace, world: World) -> None:
 
 
 @pytest.fixture
-def ready(workspace: Workspace, world: World) -> Workspace:
-    """A workspace in which each stage can run."""
+def ready(workspace: Workspace, world: World, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace in which each stage can run, each process forked from one that has imported torch."""
+    monkeypatch.setenv("PATH", f"{warm}{os.pathsep}{os.environ['PATH']}")
     add_rollouts(workspace, world)
     return workspace
 
@@ -47,7 +47,7 @@ def run_stage(
     optim: Mapping[str, Any] = EXACT,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     before: str = "",
-    starter: Sequence[str] = (sys.executable,),
+    starter: Sequence[str] = ("python",),
 ) -> tuple[int, str]:
     """Run the entry of a stage in the workspace; returns exit code and output.
 

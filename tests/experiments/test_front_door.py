@@ -16,8 +16,6 @@ from coordexp import cli
 from coordexp.experiments.runs import Repository
 from toy_graph import Toy, copied_toy
 
-pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
-
 
 class Done(NamedTuple):
     """How a command ended."""
