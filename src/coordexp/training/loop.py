@@ -145,7 +145,7 @@ def _take_step(
     lr: float,
     disk: Recorder,
     state_folder: Path,
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """One optimizer step, its row in the log; raises as `train`."""
     started = time.monotonic()
     try:
