@@ -23,7 +23,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = ("what", "value", "from - to", "by CPU", "unit", "beside", "target", "met")
@@ -177,6 +176,8 @@ def load(name: str, folder: Path = RESULTS) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
+    from tabulate import tabulate
+
     shown = {True: "yes", False: "NO", None: ""}
     cells = [
         [r.name, _number(r.value), _spread(r), _number(r.cpu, ""), r.unit, r.beside, r.target, shown[r.met]]

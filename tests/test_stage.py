@@ -21,7 +21,7 @@ from coordexp.config.loading import load_profile
 from coordexp.config.run import RunConfig
 from coordexp.errors import BusyError, CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from coordexp.infra.provenance import git_state
-from coordexp.reporting.provenance import REVISION_VARIABLE, experiment_baseline
+from coordexp.reporting.provenance import BASELINE_VARIABLE, experiment_baseline
 from coordexp.stage import stage_main, tune_allocator
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
@@ -90,7 +90,7 @@ def test_without_git_a_stage_says_so_first_and_goes_on(
     assert stage_main(lambda context: said.append(caplog.text), ["--params", str(params_file)]) == 0
     assert "git is not installed" in said[0]
     assert git_state() == {"commit": None, "dirty": None}
-    monkeypatch.setenv(REVISION_VARIABLE, "HEAD")
+    monkeypatch.setenv(BASELINE_VARIABLE, "HEAD")
     assert experiment_baseline("tiny") is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -12,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coordexp.errors import ConfigError
+from coordexp.errors import ConfigError, DamagedArtefactError
 from coordexp.infra.files import replacing
+from coordexp.infra.foreign import Gate
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # a program with its arguments, in the repository
 _folders: dict[Path, Path] = {}  # of repositories: asking DVC takes a second
+_LISTS = Gate("a list of files in DVC's cache", DamagedArtefactError, "Run the stage that wrote it again.", 1 << 30)
 _ENTRY = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
 
@@ -68,7 +69,7 @@ class DvcCache:
             return {path: md5}
         if not self.holds(md5):
             return None
-        return {f"{path}/{row['relpath']}": row["md5"] for row in json.loads(self.entry(md5).read_bytes())}
+        return {f"{path}/{row['relpath']}": row["md5"] for row in _LISTS.read_json(self.entry(md5))}
 
     def add(self, path: Path, md5: str) -> None:
         """Keep a copy of a good file."""

@@ -24,8 +24,9 @@ from typing import Any
 from coordexp.config.loading import read_yaml
 from coordexp.errors import CoordExpError, DamagedArtefactError
 from coordexp.experiments.dvc_cache import DvcCache, Run
-from coordexp.infra.artefacts import HASHES, damage, sealed_row, unsealed_row, verified
+from coordexp.infra.artefacts import HASHES, damage, sealed_row, verified
 from coordexp.infra.files import remove, write_text
+from coordexp.infra.foreign import Gate
 from coordexp.infra.resume import RESUME
 from coordexp.records.images import MANIFEST, image_roots, image_sha256, record_source
 from coordexp.records.manifest import IMAGES, read_facts
@@ -33,6 +34,7 @@ from coordexp.rollout.engine import journal_rows
 from coordexp.training.state_files import generations
 
 _TREES = ("data", "runs")
+_SEALED = Gate("a file with its hash in it", DamagedArtefactError, "Run the stage that writes it again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +153,8 @@ def _is_another_result(path: Path, changed: Iterable[str], name: str) -> bool:
     if (path / HASHES).is_file():
         return f"{name}/{HASHES}" in changed and not any(damage(path))
     try:
-        return path.is_file() and bool(unsealed_row(json.loads(path.read_bytes())))
-    except (OSError, ValueError):
+        return bool(_SEALED.read_sealed(path))
+    except DamagedArtefactError:
         return False
 
 

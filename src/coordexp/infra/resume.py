@@ -30,6 +30,7 @@ from typing import IO, Any
 
 from coordexp.errors import BusyError, Interrupted
 from coordexp.infra.files import remove, repository_root, write_text
+from coordexp.infra.foreign import Gate
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ POLL_S, SAID_EVERY_S = 1.0, 60.0
 BUDGET_VARIABLE, BUDGET_GB = "COORDEXP_RESUME_GB", 200.0  # of what nobody works in; beyond it the oldest goes
 DAY_S = 86400.0
 _GONE = ".gone"
+_LEASES = Gate("who holds a folder", BusyError, "")
 
 
 def resume_root() -> Path:
@@ -141,8 +143,8 @@ def holder(folder: Path) -> Lease | None:
         with (folder / LOCK).open("r+", encoding="utf-8") as handle:
             if _flock(handle, fcntl.LOCK_EX):
                 return None
-            return Lease(**json.loads(handle.read()))
-    except (OSError, ValueError, TypeError):
+        return Lease(**_LEASES.read_object(folder / LOCK))
+    except (OSError, BusyError, TypeError):
         return None
 
 

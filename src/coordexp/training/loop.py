@@ -108,28 +108,32 @@ def train(
     optimizer = build_optimizer(model, optim)
     peaks = [group["lr"] for group in optimizer.param_groups]
     resumed = _resumed(model, optimizer, state_folder, log_path, start)
-    first = resumed.step if resumed else 0
+    done = resumed.step if resumed else 0
+    stopped = False
     model.train()
     with (
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
-        with disk.saved_if_interrupted(first, optim.steps, model, optimizer):
-            callback.on_train_begin(first)
-        for step in range(first, optim.steps):
-            factor = schedule(step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            row = _take_step(model, optimizer, task, optim, step, optim.lr * factor, disk, state_folder)
-            callback.on_log(row)
-            with disk.saved_if_interrupted(step + 1, optim.steps, model, optimizer):
-                callback.on_step_end(step + 1)
-            if any_process(stop.signal is not None) and step + 1 < optim.steps:
-                disk.save(step + 1, model, optimizer)
-                why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
-                raise Interrupted(f"stopped by {why} after step {step + 1} of {optim.steps}; run it again.")
-            if any_process(disk.is_due()):
-                disk.save(step + 1, model, optimizer)
+        try:
+            callback.on_train_begin(done)
+            while done < optim.steps and not stopped:
+                factor = schedule(done)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                row = _take_step(model, optimizer, task, optim, done, optim.lr * factor, disk, state_folder)
+                done += 1
+                callback.on_log(row)
+                callback.on_step_end(done)
+                stopped = any_process(stop.signal is not None) and done < optim.steps
+                if any_process(disk.is_due()) or stopped:
+                    disk.save(done, model, optimizer)
+        except Interrupted as error:  # at once (`stopping_at_once`): the other processes may be anywhere
+            disk.save_alone(done, model, optimizer)
+            raise Interrupted(f"{error} after step {done} of {optim.steps}; run it again.") from error
+        if stopped:
+            why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
+            raise Interrupted(f"stopped by {why} after step {done} of {optim.steps}; run it again.")
         fault = lacking() if world().is_main else None
         if any_process(fault is not None):
             disk.save(optim.steps, model, optimizer)
@@ -149,8 +153,7 @@ def _take_step(
     """One optimizer step, its row in the log; raises as `train`."""
     started = time.monotonic()
     try:
-        with disk.saved_if_interrupted(step, optim.steps, model, optimizer):
-            row = _run_step(model, task, step, optim.precision)
+        row = _run_step(model, task, step, optim.precision)
         norm = _clipped_norm(model, optim.max_grad_norm)
     except TrainingError as error:
         disk.save_alone(step, model, optimizer)

@@ -132,15 +132,6 @@ class Recorder:
         if world().is_main and not is_sharded(model):
             self._states.save(step, model, optimizer, {0: generators()}, self._log_end(), alone=True)
 
-    @contextmanager
-    def saved_if_interrupted(self, done: int, steps: int, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-        """If the block is interrupted (`stopping_at_once`) after so many steps, save the state of that moment."""
-        try:
-            yield
-        except Interrupted as error:
-            self.save_alone(done, model, optimizer)
-            raise Interrupted(f"{error} after step {done} of {steps}; run it again.") from error
-
     def _log_end(self) -> LogEnd:
         """How far the log goes, and that far it is on the disk: a state must never be ahead of it."""
         if not self._log:
