@@ -23,6 +23,7 @@ SCRIPT = '''
 import json, os, shutil, time
 from pathlib import Path
 from ruamel.yaml import YAML
+from coordexp.infra.artefacts import write_sealed
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, write_results
 
 def write_stage(stage, words):
@@ -74,7 +75,7 @@ def write_stage(stage, words):
         (folder / "model.safetensors").write_text(f"{stage} {params['sigma']} {changed} {seed}")
         (folder / "run_metadata.json").write_text(json.dumps({"tokens": 10}))
         if stage == "stage2":
-            Path("runs/tiny/stage2-compute.json").write_text(json.dumps({"tokens": 10, "rollout_tokens": 6}))
+            write_sealed(Path("runs/tiny/stage2-compute.json"), {"tokens": 10, "rollout_tokens": 6})
         rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
         (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''

@@ -8,7 +8,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from coordexp.errors import Interrupted
-from coordexp.infra.provenance import add_to_run_record, fingerprint, resume_folder, run_facts
+from coordexp.infra.provenance import add_to_run_record, fingerprint, run_facts
+from coordexp.infra.resume import resume_folder
 from coordexp.stage import tune_allocator
 from toyworld.pretrain import pretrain
 

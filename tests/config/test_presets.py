@@ -12,7 +12,7 @@ from coordexp.config.loading import read_yaml
 from coordexp.config.presets import overrides, preset_names, read_preset, with_changes
 from coordexp.config.schema import CoordSupervision, Params
 from coordexp.errors import ConfigError
-from coordexp.losses import TERMS
+from coordexp.losses.terms import TERMS
 
 COORD_KEYS = tuple(CoordSupervision.model_fields)
 

@@ -30,7 +30,7 @@ def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) ->
     ]
     return {
         "name": "x",
-        "title": "A/B test x",
+        "question": "A/B test x",
         "profile": "tiny",
         "commit": "0123456789abcdef",
         "seeds": seeds,
@@ -85,7 +85,7 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
         logs[arm] = [read_log(log)] * 2
     text = write_report(tree, logs, tmp_path / "out").read_text(encoding="utf-8")
     html = MarkdownIt("commonmark").enable("table").render(text)
-    assert html.count("<table>") == 5
+    assert html.count("<table>") == 6
     assert "<p>|" not in html
     assert "more | is more</td>" in html
     assert "| `w=2` | 0.3200 | n/a | 102 | 6,000 |" in text  # F1 is undefined for one seed

@@ -16,15 +16,14 @@ import pytest
 from coordexp.config.loading import read_yaml
 from coordexp.config.question import load_question
 from coordexp.errors import ConfigError, DataError, TrainingError
-from coordexp.experiments.cache import copy_cached
 from coordexp.experiments.compare import forecast, prepare, run_study
+from coordexp.experiments.dvc_cache import DvcCache
 from coordexp.experiments.plan import grid_study
 from coordexp.experiments.questions import answer_question
 from coordexp.experiments.runs import Repository
 from coordexp.reporting.questions import stored_answers
 from toy_graph import Toy, copied_toy
 
-pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
 GRID = ["softce_weight=0.1,0.2"]
 
 
@@ -225,17 +224,21 @@ def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> Non
 
 
 def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: Toy, tmp_path: Path) -> None:
-    lock = read_yaml(toy.root / "dvc.lock")["stages"]
+    repository, revision = Repository(toy.root, print), toy.succeed("git", "rev-parse", "HEAD").strip()
+    cache, past = DvcCache.of(toy.root, repository.run), repository.past(revision)
+
+    def copies(path: str, target: Path) -> bool:
+        return any(cache.copy(path, out, target) for out in past.outs(path))
+
     paths = ["runs/tiny/stage2", "runs/tiny/stage2/train_log.jsonl", "runs/tiny/stage2-compute.json"]
     for n, path in enumerate(paths):
-        assert copy_cached(toy.root, lock, path, tmp_path / f"copy{n}")
+        assert copies(path, tmp_path / f"copy{n}")
         toy.succeed("dvc", "get", ".", path, "--rev", "HEAD", "--out", str(tmp_path / f"get{n}"))
         copied, got = ({f.relative_to(top): f.read_bytes() for f in sorted([top, *top.rglob("*")]) if f.is_file()}
                        for top in (tmp_path / f"copy{n}", tmp_path / f"get{n}"))  # fmt: skip
         assert copied == got
     for path in ("runs/tiny/nothing", "runs/tiny/stage2/nothing"):
-        assert not copy_cached(toy.root, lock, path, tmp_path / "nothing")
-    repository, revision = Repository(toy.root, print), toy.succeed("git", "rev-parse", "HEAD").strip()
+        assert not copies(path, tmp_path / "nothing")
     log = repository.fetch(revision, paths[1])
     weights = repository.fetch(revision, paths[0]) / "model.safetensors"  # its folder was there before, with the log
     assert weights.is_file()
@@ -243,7 +246,7 @@ def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: 
     for cached in (toy.root / ".dvc" / "cache" / "files" / "md5").rglob("*"):
         if cached.is_file() and cached.read_bytes() == weights.read_bytes():
             cached.unlink()
-    assert not copy_cached(toy.root, lock, paths[0], tmp_path / "nothing")
+    assert not copies(paths[0], tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 

@@ -107,9 +107,8 @@ def evaluate(
     lines, results = results, own_lines(results)
     table = build_table(results, categories, params)
     everything = Matched.of(table, params)
-    duplicates = find_duplicates(table, min(params.duplicate_ious))
+    coco, duplicates = coco_ap(table), find_duplicates(table, min(params.duplicate_ious))
     positive, after_nms = everything.annotated(params), everything.after_nms(duplicates, params)
-    coco = coco_ap(table)
     scores, curve = compare_scores(table, everything.pairs), threshold_curve(table, everything.by_score)
     metrics: Areas = {
         "coco": _coco_metrics(table, coco),

@@ -49,6 +49,11 @@ class Past:
         outs = (by_path(entry, "outs") for entry in self.lock.values())
         return next((str(found[path].get("md5")) for found in outs if path in found), "")
 
+    def outs(self, path: str) -> list[Mapping[str, Any]]:
+        """The outputs that are at a path, hold it, or lie below it, as the lock file has them."""
+        outs = (out for entry in self.lock.values() for out in entry.get("outs", []))
+        return [out for out in outs if overlap(out["path"], path)]
+
     def torn(self, stages: Collection[str]) -> str:
         """What one of these stages read and is no longer so in the same revision; the empty string if nothing."""
         made = {item["path"]: item for entry in self.lock.values() for item in entry.get("outs", [])}

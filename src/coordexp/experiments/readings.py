@@ -6,7 +6,6 @@ rule of verdicts serves all. What a model has to be asked for is kept beside the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,11 @@ from coordexp.experiments.sides import categories_path, read_answers
 from coordexp.experiments.trajectory import evaluate_steps
 from coordexp.geometry.bins import decode_norm
 from coordexp.geometry.boxes import pairwise_iou
+from coordexp.infra.artefacts import write_sealed
 from coordexp.infra.code_hash import code_hash
+from coordexp.infra.foreign import Gate
 from coordexp.infra.logs import read_rows
-from coordexp.infra.provenance import fingerprint, write_json
+from coordexp.infra.provenance import fingerprint
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import load_format
 from coordexp.packing.samples import Sample, SampleStore
@@ -42,6 +43,7 @@ from coordexp.rollout.stages import decode_request, make_reader
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 
 SAME_IOU = 0.5  # from which two answers have an object of one name in common
+PROBE = Gate("objects in common by image, as they were counted", DataError, "Delete it: it is asked again.")
 FEWEST_OBJECTS = 3  # of an answer that has two to put in another order and one to go on with
 
 
@@ -176,8 +178,8 @@ def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
     name = f"order-{checkpoint}-{fingerprint(told, [])}.json"
     kept = files.repository.root / KEPT / files.revision / "probes" / name
     if not kept.is_file():
-        write_json(kept, _permuted_rests(files.config(), checkpoint, results, files.draws.seed))
-    found = json.loads(kept.read_text(encoding="utf-8"))
+        write_sealed(kept, _permuted_rests(files.config(), checkpoint, results, files.draws.seed))
+    found = PROBE.read_sealed(kept)
     rows = [found.get(str(result.image_id), (0, 0)) for result in sorted(results, key=lambda r: r.image_id)]
     common_I, said_I = np.array(rows, np.float64).T
     return files.reading(ratio(2 * common_I, said_I), len(rows))

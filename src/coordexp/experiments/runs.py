@@ -9,7 +9,6 @@ taken from DVC's cache once, and kept under `runs/revisions/<revision>/` at the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -29,19 +28,24 @@ from coordexp.errors import (
     BusyError,
     ConfigError,
     CoordExpError,
+    DamagedArtefactError,
     DataError,
     Interrupted,
     TrainingError,
     closest,
 )
-from coordexp.experiments.cache import copy_cached
 from coordexp.experiments.dependencies import INPUTS, Past, Present, by_path
+from coordexp.experiments.dvc_cache import DvcCache
 from coordexp.experiments.progress import Ended, Progress, stream
-from coordexp.infra.files import only_process, remove
+from coordexp.infra.files import remove
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import WRITTEN_BY_STAGES, write_json
+from coordexp.infra.resume import RESUME, holding
+from coordexp.inputs import INPUTS as INPUT_FILES
 from coordexp.inputs import PARAMS_FILE
 
 SHOWN_LINES = 15
+RUN_RECORD = Gate("the record of a run", DataError, "Delete it: only how long its stages took is lost.")
 KEPT = Path("runs/revisions")  # files by revision, and how long its stages took
 WORKSPACE = "workspace"  # in place of a revision
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -76,7 +80,7 @@ class Repository:
         Raises:
             ConfigError: no git repository, or other tracked files differ from the commit.
         """
-        head = self._run("git", "rev-parse", "--verify", "HEAD")
+        head = self.run("git", "rev-parse", "--verify", "HEAD")
         if head.returncode:
             raise ConfigError(
                 f"{self.root.resolve()}: no git commit to start from. Run this in the repository.\n{_end(head.stderr)}"
@@ -90,24 +94,15 @@ class Repository:
                 "(git commit -am ...), or go back to the commit (git restore --staged --worktree . && dvc "
                 "checkout --force)."
             )
-        branch = self._run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
+        branch = self.run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
         revision = head.stdout.strip()
         return Experiment(branch or revision[:8], revision)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the experiments of this repository for this process; raises BusyError if another one runs some."""
-        folder = self.root / ".resume" / "experiments"
-        try:
-            with only_process(folder):
-                yield
-        except BusyError as error:
-            if str(folder) not in str(error):
-                raise
-            raise BusyError(
-                f"{folder}: another `coordexp run` or `coordexp ab` works in this repository. One runs at a time: "
-                "wait for it, or stop it with Ctrl-C and run this again."
-            ) from error
+        with holding(self.root / RESUME / "experiments", "coordexp run or ab", waits=False):
+            yield
 
     def resolve(self, name: str) -> Experiment:
         """A revision by its name: `workspace`, what git knows, or an experiment under any commit, the newest first.
@@ -214,8 +209,16 @@ class Repository:
         new = target.with_name(f".{target.name}.{os.getpid()}.part")
         remove(new)
         _make_folder(target.parent)
-        if not copy_cached(self.root, self.past(revision).lock, path, new):
+        cache = DvcCache.of(self.root, self.run)
+        outs = self.past(revision).outs(path)
+        if not (len(outs) == 1 and cache.copy(path, outs[0], new)):
             self._get(revision, path, new)
+        if damaged := next(filter(None, (cache.difference(new, path, out) for out in outs)), ""):
+            remove(new)
+            raise DamagedArtefactError(
+                f"{damaged} of {revision[:12]}: not the content that dvc.lock recorded; DVC's cache is damaged. "
+                "`coordexp verify --repair` removes what is; then `dvc pull` it, or run the revision again."
+            )
         if new.is_dir():
             remove(target)
             is_whole.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +227,7 @@ class Repository:
         return target
 
     def _get(self, revision: str, path: str, new: Path) -> None:
-        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
+        done = self.run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
         if done.returncode or not new.exists():
             remove(new)
             raise DataError(
@@ -276,14 +279,18 @@ class Repository:
         return Past(
             lock=lock.get("stages", {}),
             ids={},
-            inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
+            inputs={
+                Path(path).stem: INPUT_FILES.parse_json(text, f"{path} of {revision[:12]}")
+                for path, text in texts.items()
+                if path in read
+            },
             inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
         )
 
     def seconds(self, revision: str) -> dict[str, float]:
         """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
         file = self.root / KEPT / revision / "seconds.json"
-        return json.loads(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else {}
+        return RUN_RECORD.read_object(file).get("stages", {}) if file.is_file() else {}
 
     def estimates(self, profile: str) -> dict[str, float]:
         """Seconds by stage of the last run that was measured, in the workspace or as an experiment."""
@@ -291,11 +298,11 @@ class Repository:
         files = [*runs.parent.glob(runs.name), *(self.root / KEPT).glob("*/seconds.json")]
         found: dict[str, float] = {}
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            if "wall_seconds" in tree:
+            tree = RUN_RECORD.read_object(file)
+            if tree.keys() >= {"stage", "wall_seconds"}:
                 found[tree["stage"]] = tree["wall_seconds"]
             elif tree.get("profile") == profile:
-                found |= tree["stages"]
+                found |= tree.get("stages", {})
         return found
 
     def short_name(self, revision: str) -> str:
@@ -323,7 +330,7 @@ class Repository:
         raise _failure(name, ended, log)
 
     def _revision(self, name: str) -> str:
-        return self._run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
+        return self.run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
 
     def _names(self, revision: str, *paths: str) -> list[str]:
         """The files at these paths that git holds at a revision, or now in the workspace."""
@@ -338,12 +345,12 @@ class Repository:
         return {path: fields.split()[2] for fields, path in pairs}
 
     def _git(self, *arguments: str) -> str:
-        done = self._run("git", *arguments)
+        done = self.run("git", *arguments)
         if done.returncode:
             raise ConfigError(f"git {' '.join(arguments[:3])} ended with {done.returncode}:\n{_end(done.stderr)}")
         return done.stdout
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program that is installed beside this interpreter, or on the path."""
         return subprocess.run(
             command,

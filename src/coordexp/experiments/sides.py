@@ -7,7 +7,6 @@ they were decoded, so any readout and any rule of evaluation is applied to them 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,15 +23,19 @@ from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.measures import MEASURES
 from coordexp.evaluation.parse import faults_of
 from coordexp.experiments.runs import KEPT, WORKSPACE, Repository
+from coordexp.infra.artefacts import let_go
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import remove
+from coordexp.infra.foreign import Gate, shown
 from coordexp.infra.provenance import fingerprint
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results, write_results
 from coordexp.rollout import scoring
 from coordexp.rollout.engine import READOUT_KEYS
 from coordexp.rollout.scoring import DISTRIBUTIONS, read_decoded, read_summary, scored
+from coordexp.training.stage1 import COMPUTE
 
+TRAINED = Gate("a JSON object with `tokens`", DataError, "Train the stage again.")
 Side = Mapping[str, Evaluation]
 
 
@@ -72,7 +75,7 @@ def read_answers(
             folder = repository.fetch(revision, path)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_results(kept, (scored(answer, decode) for answer in read_decoded(folder)))
-        (folder / DISTRIBUTIONS).unlink(missing_ok=True)  # gigabytes, over many runs
+        let_go(folder / DISTRIBUTIONS)  # gigabytes, over many runs
     return list(read_results(kept))
 
 
@@ -94,20 +97,19 @@ def evaluate_revision(
 def tokens_trained(repository: Repository, revision: str, profile: str, stage: str) -> int:
     """What a training stage trained on; raises DataError if its record cannot be had."""
     path = repository.fetch(revision, (ProfilePaths(profile).run(stage) / RUN_METADATA).as_posix())
-    return _number(path, "tokens", "Train the stage again.")
+    return _number(TRAINED, path, TRAINED.read_object(path).get("tokens"), "tokens")
 
 
 def rollout_tokens(repository: Repository, revision: str, profile: str) -> int:
     """What the rollouts of stage 2 read and wrote; raises DataError as `tokens_trained`."""
     path = repository.fetch(revision, compute_path(ProfilePaths(profile)))
-    return _number(path, "rollout_tokens", "Run stage 2 again.")
+    return _number(COMPUTE, path, COMPUTE.read_sealed(path).get("rollout_tokens"), "rollout_tokens")
 
 
-def _number(path: Path, name: str, remedy: str) -> int:
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))[name])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected a JSON object with `{name}`. {remedy}") from error
+def _number(gate: Gate, path: Path, value: Any, name: str) -> int:
+    if type(value) is not int:
+        gate.refuse(str(path), f"{name} is {shown(value)}")
+    return value
 
 
 def effect_row(arm: str, baseline: str, ours: Side, theirs: Side, level: float = LEVEL) -> dict[str, Any]:

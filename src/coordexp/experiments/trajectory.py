@@ -6,7 +6,6 @@ goes on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +73,6 @@ def _holds(answers: Path, folder: Path, run: RunConfig) -> bool:
     """Whether a folder holds the answers of these weights to this request."""
     if not (answers / DECODE_SUMMARY).is_file():  # written last
         return False
-    found, asked = read_summary(answers), run.params.decode.model_dump(exclude=READOUT_KEYS)
-    same = json.loads(json.dumps(asked)) == found["settings"]
+    found, asked = read_summary(answers), run.params.decode.model_dump(mode="json", exclude=READOUT_KEYS)
+    same = asked == found["settings"]
     return same and found["identity"]["model"] == fingerprint({}, answer_files(folder))

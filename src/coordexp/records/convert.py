@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from heapq import nsmallest
 from pathlib import Path
 
 from coordexp.config.formats import BoxForm, Format
 from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
+from coordexp.infra.files import replacing
+from coordexp.infra.workers import worker_count
 from coordexp.records.categories import Category, Split
 from coordexp.records.images import ImageFacts
 from coordexp.records.losses import (
@@ -54,7 +56,7 @@ from coordexp.records.mixing import (
 )
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import INCOMPLETE, to_records
-from coordexp.records.schema import Record, write_records
+from coordexp.records.schema import Record, json_line, write_records
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFiles
 from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
@@ -88,6 +90,7 @@ class Converted:
     notes: list[str]  # names that were changed
     spelling: dict[str, str] = field(default_factory=dict)  # a name as a source has it -> as it is written
     left_out: RecordStore = field(default_factory=RecordStore)  # objects of training records that `missing` left out
+    workers: int = 1
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Counts of what was lost by split and reason."""
@@ -95,7 +98,7 @@ class Converted:
 
     def sets(self) -> dict[str, dict[str, int]]:
         """Counts of records by set and split."""
-        counts = {split: Counter(r.image.partition("/")[0] for r in rs) for split, rs in self.splits.items()}
+        counts = {split: Counter(i.partition("/")[0] for i in rs.images()) for split, rs in self.splits.items()}
         return {name: {split: counts[split][name] for split in self.splits} for name in self.declared}
 
     def categories(self) -> list[Category]:
@@ -103,8 +106,7 @@ class Converted:
 
         Held out is what training does not hold; a file that marks categories so itself is believed about the others.
         """
-        trained = {o.desc for r in self.splits["train"] for o in r.objects}
-        found = {o.desc for r in self.splits["val"] for o in r.objects}
+        trained, found = (_descs(self.splits[split], self.workers) for split in SPLITS)
         declared = [c for categories in self.declared.values() for c in categories]
         marked: dict[str, Split] = {c.name: c.split for c in declared if c.split not in (None, "train")}
         trained |= {c.name for c in declared if marked and c.split == "train"}
@@ -127,7 +129,7 @@ class Converted:
     def named(self) -> list[Category]:
         """Every declared name and every one that occurs; declared ones keep their ids."""
         declared = {c.name: c for categories in self.declared.values() for c in categories}
-        found = {o.desc for records in self.splits.values() for r in records for o in r.objects}
+        found = set().union(*(_descs(records, self.workers) for records in self.splits.values()))
         first = max((c.id for c in declared.values()), default=0) + 1
         others = (Category(number, name) for number, name in enumerate(sorted(found - declared.keys()), first))
         return [*declared.values(), *others]
@@ -159,8 +161,10 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int) -> Converted:
+def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int, workers: int = 1) -> Converted:
     """Convert every split of every set; images are named `<set>/<path below its root>`.
+
+    Several `workers`, processes that the images of each split are dealt to, give the same bytes as one.
 
     Raises:
         DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have one
@@ -168,7 +172,9 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     """
     found = {
         name: {
-            split: to_records(reading, a.facts, config, split, prefix=f"{name}/", prompt=a.prompt, seed=seed)
+            split: to_records(
+                reading, a.facts, config, split, prefix=f"{name}/", prompt=a.prompt, seed=seed, workers=workers
+            )
             for split, reading in a.readings.items()
         }
         for name, a in opened.items()
@@ -179,13 +185,14 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     refuse_losses(parts, config)
     settled = settle_names({name: list(splits.values()) for name, splits in found.items()})
     refuse_clashes(settled)
-    result = Converted({}, settled.categories, {}, settled.notes(), settled.spelling)
+    result = Converted({}, settled.categories, {}, settled.notes(), settled.spelling, workers=workers)
     content = {f"{name}/{f.name}": f.sha256 for name, a in opened.items() for f in a.facts.values()}
     conflicts: list[str] = []
     for split in SPLITS:
         parts_of = [splits[split] for splits in found.values() if split in splits]
-        records = RecordStore(respelled((r for part in parts_of for r in part.records), settled.spelling))
+        records = RecordStore()
         for part in parts_of:
+            records.extend(respelled(part.records, settled.spelling))
             part.records = RecordStore()
         joined = join_same_pictures(records, content, config.same_picture)
         result.splits[split] = joined.records
@@ -203,7 +210,7 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
 
 
 @_uncollected()
-def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
+def convert_datasets(raw: Path, config: RecordsConfig, seed: int, workers: int = 1) -> Converted:
     """The splits of a profile (train, dev, val) from the sets of its manifest.
 
     Raises:
@@ -214,37 +221,52 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
         name: OpenedSet(_readings(dataset, config, facts[name]), facts[name], dataset.prompt)
         for name, dataset in sets.items()
     }
-    result = convert_sets(opened, config, seed)
+    result = convert_sets(opened, config, seed, workers)
     content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
     val = result.splits["val"]
     train = _without_overlap(result, content, config)
-    names = {name: _names(result.declared[name], _of(chain(train, val), name)) for name in sets}
+    names = {name: _names(result.declared[name], (train, val), name) for name in sets}
     is_single = len(sets) == 1
     complete, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
     train, result.left_out = without_some(complete, config.missing, seed)
-    weighted = (r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed))
-    splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
-    result.splits = {}
-    for split, records in splits.items():
-        asked = (r for record in records for r in _asked(record, split, sets, names, config, seed))
-        result.splits[split] = RecordStore(asked)
+    result.splits = {"train": train, "dev": dev, "val": with_unique_ids(val, is_single)}
+    for split, records in result.splits.items():
+
+        def finished(batch: Iterable[Record], split: str = split) -> RecordStore:
+            return RecordStore(_finished(batch, split, sets, names, config, seed))
+
+        result.splits[split] = RecordStore()
+        for part in _by_set(records, sets).map_records(finished, workers):
+            result.splits[split].extend(part)
     refuse_empty(result.splits)
     return result
 
 
-def _asked(
-    record: Record,
-    split: str,
-    sets: Mapping[str, DatasetConfig],
-    names: Mapping[str, SetNames],
-    config: RecordsConfig,
-    seed: int,
-) -> list[Record]:
-    """The record with its prompt, and the probes of its image."""
-    name = record.image.partition("/")[0]
-    kind = sets[name].prompt
-    asked = with_prompt(record, kind, names[name], config, seed, split == "train")
-    return [asked, *(probes(record, names[name], config, seed) if split == "val" and kind == "mixed" else ())]
+def _by_set(records: RecordStore, sets: Iterable[str]) -> RecordStore:
+    """The records of the first set before those of the second, and so on."""
+    order = {name: number for number, name in enumerate(sets)}
+    found = [order[image.partition("/")[0]] for image in records.images()]
+    return records.taken(sorted(range(len(found)), key=found.__getitem__)) if len(order) > 1 else records
+
+
+def _finished(
+    records: Iterable[Record], split: str, sets: Mapping[str, DatasetConfig], names: Mapping[str, SetNames],
+    config: RecordsConfig, seed: int,
+) -> Iterator[Record]:  # fmt: skip
+    """The records of a split as they are written: repeated by the weight of their set, in a view, with their prompt.
+
+    Behind a record of val come the probes of its image.
+    """
+    for record in records:
+        name = record.image.partition("/")[0]
+        kind = sets[name].prompt
+        if split == "train":
+            copies = with_views(repeat_by_weight([record], sets[name].weight, seed), config, seed)
+            yield from (with_prompt(r, kind, names[name], config, seed, True) for r in copies)
+            continue
+        yield with_prompt(record, kind, names[name], config, seed, False)
+        if split == "val" and kind == "mixed":
+            yield from probes(record, names[name], config, seed)
 
 
 def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str, ImageFacts]) -> dict[str, Reading]:
@@ -258,7 +280,8 @@ def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str,
 
 def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> RecordStore:
     """The training records whose picture val does not hold; the others become problems."""
-    shared = overlap(result.splits["train"], result.splits["val"], content)
+    train = result.splits["train"]
+    shared = overlap(train.images(), result.splits["val"].images(), content)
     if shared and config.overlap == "error":
         pairs = "".join(f"\n  {a} is {b}" for a, b in sorted(shared.items())[:SHOWN])
         raise DataError(
@@ -266,18 +289,34 @@ def _without_overlap(result: Converted, content: Mapping[str, str], config: Reco
             "nothing. Remove them, or set records.overlap to drop_train."
         )
     result.problems["train"] += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
-    return RecordStore(r for r in result.splits["train"] if r.image not in shared) if shared else result.splits["train"]
+    return train.taken(i for i, image in enumerate(train.images()) if image not in shared) if shared else train
 
 
-def _of(records: Iterable[Record], name: str) -> Iterator[Record]:
-    return (r for r in records if r.image.startswith(f"{name}/"))
-
-
-def _names(declared: Sequence[Category], records: Iterable[Record]) -> SetNames:
+def _names(declared: Sequence[Category], splits: Iterable[Iterable[Record]], name: str) -> SetNames:
     """The names that a set annotates (the declared ones, or those that occur), and those of training."""
     if not declared:
-        return SetNames.of(names := sorted({o.desc for r in records for o in r.objects}), names)
+        of_set = (r for records in splits for r in records if r.image.startswith(f"{name}/"))
+        return SetNames.of(names := sorted({o.desc for r in of_set for o in r.objects}), names)
     return SetNames.of([c.name for c in declared], [c.name for c in declared if c.split == "train"])
+
+
+def _descs(records: RecordStore, workers: int) -> set[str]:
+    return set().union(*records.map_records(lambda batch: {o.desc for r in batch for o in r.objects}, workers))
+
+
+def write_split(path: Path, records: RecordStore, workers: int) -> int:
+    """Write the records of a split as `write_records` does; returns how many objects they hold."""
+
+    def lines(batch: Iterable[Record]) -> tuple[bytes, int]:
+        text = "".join(json_line(record) for record in batch)
+        return text.encode(), sum(len(r.objects) for r in batch)
+
+    n_objects = 0
+    with replacing(path) as temporary, temporary.open("wb") as out:
+        for content, count in records.map_records(lines, workers):
+            out.write(content)
+            n_objects += count
+    return n_objects
 
 
 def convert_file(
@@ -308,10 +347,11 @@ def convert_file(
     files = SplitFiles(
         root, annotations.absolute().relative_to(root).as_posix(), below, split, config.polygons == "keep"
     )
-    names = {str(image.file_name) for image in READERS[fmt](files).images}
-    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    workers = worker_count()
+    names = READERS[fmt](files).image_names(workers)
+    facts = inspect_all(root, names, decode=True, workers=workers, watch=watch)
     reading = READERS[fmt](files).with_boxes(boxes)
-    result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0)
+    result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0, workers=workers)
     prefix = f"{annotations.name}/" if below == "." else f"{annotations.name}/{below}/"
     result.splits = {split: RecordStore(replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split])}
     return result
@@ -338,8 +378,8 @@ def _sample_set(dataset: DatasetConfig, config: RecordsConfig, folder: Path, cou
     for split in own_splits(dataset):
         if not (reading := open_split(dataset, split, polygons=config.polygons == "keep")):
             continue
-        chosen, names = replace(reading, images=sorted(reading.images, key=_digest)[:count], problems=[]).loaded()
-        facts = inspect_all(root, names, decode=True, workers=4)
+        chosen = Reading(nsmallest(count, reading.images, key=_digest), reading.categories, [])
+        facts = inspect_all(root, chosen.image_names(workers=1), decode=True, workers=4)
         files[split] = f"{split}.jsonl"
         write_records(folder / files[split], to_records(chosen, facts, config, split).records)
     changes = {

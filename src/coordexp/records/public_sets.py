@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from coordexp.errors import DataError
 from coordexp.infra.download import RemoteFile, Say, fetch
-from coordexp.infra.files import only_process, replace_folder, write_bytes, write_text
+from coordexp.infra.files import replace_folder, write_bytes, write_text
+from coordexp.infra.resume import holding
 from coordexp.records.categories import Category
 from coordexp.records.convert import convert_file
 from coordexp.records.images import unsafe_name
@@ -46,7 +47,7 @@ def fetch_set(wanted: PublicSet, datasets: Path, say: Say) -> None:
     say(f"{datasets / wanted.folder}: {size:,.1f} MB, {size * 8 / 100:,.0f} s at 100 Mbit/s, unless they are there")
     say(f"terms: {wanted.terms}")
     files = {file.name: file for file in wanted.files}
-    with only_process(downloads):
+    with holding(downloads, "fetching data sets", waits=False):
         for line in wanted.build(lambda name: fetch(files[name], downloads, say), datasets / wanted.folder):
             say(line)
     say("next:")

@@ -144,7 +144,7 @@ def _small_picture(
     data = b""
     for panel_px, colours in budget.qualities:
         out = io.BytesIO()
-        picture = _picture(image, image_id, outcomes, panel_px, colours, annotated)
+        picture = draw_outcomes(image, image_id, outcomes, panel_px, colours, annotated)
         if budget.palette and colours is not None:
             picture = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         picture.save(out, "PNG", optimize=True)
@@ -154,13 +154,13 @@ def _small_picture(
     return data
 
 
-def _picture(
+def draw_outcomes(
     image: Image.Image,
     image_id: int,
-    outcomes: dict[str, Outcomes],
-    panel_px: int,
-    colours: int | None,
-    annotated: bool,
+    outcomes: Mapping[str, Outcomes],
+    panel_px: int = 512,
+    colours: int | None = None,
+    annotated: bool = True,
 ) -> Image.Image:
     """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
     shrink = min(1.0, panel_px / max(image.size))

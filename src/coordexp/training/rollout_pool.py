@@ -11,8 +11,6 @@ weights that are sharded, too: vLLM's own transfers (NCCL, CUDA IPC) would need 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,23 +21,29 @@ from torch import Tensor, nn
 
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import MatchingParams, Params
-from coordexp.errors import CheckpointError
-from coordexp.infra.files import remove, write_text
-from coordexp.infra.provenance import file_sha256
+from coordexp.errors import DamagedArtefactError, DataError
+from coordexp.infra.artefacts import HASHES, damage, sealing
+from coordexp.infra.files import remove
+from coordexp.infra.foreign import Gate
+from coordexp.infra.provenance import write_json
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.rollout.engine import DecodeRequest, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
+from coordexp.training.checkpoint import trained_sha256
 from coordexp.training.distributed import any_process, from_main, shared_out, world
+from coordexp.training.recorder import stopping_at_once
 from coordexp.training.schedule import ramp
 from coordexp.training.sharding import plain_weights
 
 log = logging.getLogger(__name__)
 
+ROLLOUTS, COMPUTE, ANSWERS = "rollouts.jsonl", "compute.json", "answers"
+BILL = Gate("what fresh rollouts took", DataError, "Delete the folder to start this stage at step 0.")
 MatchSchedule = Callable[[int], MatchingParams]
 
 
@@ -100,7 +104,10 @@ class ServedEngine:
 def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engine:
     """What generates with the weights of this moment, where the profile says so; a collective call."""
     if run.profile.rollout.engine == "hf":
-        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images)
+        # Of an interrupted set, what these very weights have answered; steps that run again come to the same ones.
+        journal = Journal(folder / f"{ANSWERS}-{trained_sha256(checkpoint.model)[:12]}.jsonl")
+        own = journal.of_process(world().rank)
+        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images, own)
     model = checkpoint.model
     weights = plain_weights(model)
     if torch.cuda.is_available():
@@ -176,27 +183,25 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _files(self, refresh: Refresh) -> tuple[Path, Path]:
-        """A set, and its seal, which is written last: the hash of the set, and what all answers took, with its own."""
-        path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        return path, path.with_suffix(".seal")
+    def _place(self, refresh: Refresh) -> Path:
+        """The folder of a set."""
+        return self._folder / f"rollouts-{refresh.step}"
 
     def _kept(self, refresh: Refresh, step: int) -> tuple[dict[int, Generation], dict[str, float]] | None:
         """The set that an interrupted run left; None if it left none and the weights are those to generate with.
 
         Raises:
-            CheckpointError: the set is damaged, or gone.
+            DamagedArtefactError: the set is damaged, or gone.
         """
-        path, seal = self._files(refresh)
-        if step == refresh.step and not any_process(world().is_main and seal.is_file()):
+        place = self._place(refresh)
+        if step == refresh.step and not any_process(world().is_main and (place / HASHES).exists()):
             return None
-        head, _, rest = seal.read_bytes().partition(b"\n") if seal.is_file() else (b"", b"", b"")
-        if not path.is_file() or head != _sealed(path, rest):
-            raise CheckpointError(
-                f"{path}: does not have the sha256 in {seal.name}. Expected the fresh rollouts that the "
-                f"interrupted run wrote; delete {self._folder} to start this stage at step 0."
+        for fault in damage(place):
+            raise DamagedArtefactError(
+                f"{fault} Expected the fresh rollouts that the interrupted run wrote; delete {self._folder} to start "
+                "this stage at step 0."
             )
-        return read_generations(path, self._vocabulary_size), json.loads(rest)
+        return read_generations(place / ROLLOUTS, self._vocabulary_size), BILL.read_object(place / COMPUTE)
 
     def _generate(self, refresh: Refresh) -> tuple[dict[int, Generation], dict[str, float]]:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
@@ -207,7 +212,8 @@ class Refresher:
         asked = [(first, 1)]
         if self._further:
             asked.append((replace(self._further[0], seed=seed, keep_probs=False), len(self._further)))
-        with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
+        # Whatever an engine draws, training goes on with its own numbers.
+        with torch.random.fork_rng(), stopping_at_once():
             what = f"fresh rollouts of step {refresh.step}"
             engine = self._engine_of_now()
 
@@ -229,10 +235,11 @@ class Refresher:
             "rollout/generated_tokens": sum(len(g.ids) for answered in answers for g in answered),
         }
         if world().is_main:
-            path, seal = self._files(refresh)
-            write_generations(path, by_image)
-            rest = json.dumps(compute).encode()
-            write_text(seal, f"{_sealed(path, rest).decode()}\n{rest.decode()}")
+            with sealing(self._place(refresh)) as folder:
+                write_generations(folder / ROLLOUTS, by_image)
+                write_json(folder / COMPUTE, compute)
+            for journal in self._folder.glob(f"{ANSWERS}-*.jsonl"):
+                remove(journal)
         return by_image, compute
 
     def _best(self, samples: Sequence[Sample], answers: Sequence[Sequence[Generation]], step: int) -> list[Generation]:
@@ -256,11 +263,6 @@ def _merit(rollout: Rollout, n_true: int) -> tuple[float, float]:
     total = len(rollout.objects) + n_true
     f1 = 2 * len(rollout.pairs) / total if total else 1.0
     return f1, sum(rollout.pair_ious) / max(1, len(rollout.pairs))
-
-
-def _sealed(path: Path, rest: bytes) -> bytes:
-    """The first line of a seal: hashes of the set, and of what follows in the seal."""
-    return f"{file_sha256(path)} {hashlib.sha256(rest).hexdigest()}".encode()
 
 
 class RolloutPool:

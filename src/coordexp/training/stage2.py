@@ -8,7 +8,8 @@ from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
-from coordexp.infra.provenance import add_to_run_record, image_inputs, write_json
+from coordexp.infra.artefacts import write_sealed
+from coordexp.infra.provenance import add_to_run_record, image_inputs
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleSource, SampleStore
@@ -78,7 +79,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
         on_file = sum(store[i].prompt_length + len(rollouts[store[i].image_id].ids) for i in rolled_out)
         fresh = sum(summary[f"refresh_{name}"] for name in GENERATION_TOKENS)
         bill = {"steps": summary["steps"], "tokens": summary["tokens"], "rollout_tokens": on_file + fresh}
-        write_json(run.paths.run("stage2-compute.json"), bill)
+        write_sealed(run.paths.run("stage2-compute.json"), bill)
         add_to_run_record(run.paths.run_record("stage2"), bill)
     return summary
 
@@ -108,7 +109,7 @@ def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore
     if world().is_main:
         matched = match_rollouts([rollouts[s.image_id] for s in samples], samples, run.params.matching)
         reports = [answers[s.image_id].report for s in samples]
-        write_json(run.paths.rollout_summary, rollout_summary(samples, matched, reports))
+        write_sealed(run.paths.rollout_summary, rollout_summary(samples, matched, reports))
     return rollouts
 
 
