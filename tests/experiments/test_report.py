@@ -88,10 +88,11 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
     assert html.count("<table>") == 6
     assert "<p>|" not in html
     assert "more | is more</td>" in html
-    assert "| `w=2` | 0.3200 | n/a | 102 | 6,000 |" in text  # F1 is undefined for one seed
+    assert "| `w=2` | 0.3200 | n/a |\n" in text  # F1 is undefined for one seed
+    assert "| `w=2` | 102 | 6,000 |\n" in text
     assert "1.20 times the tokens" in verdict_sentence(tree["effects"][0], tree)
     tree["runs"][0]["seconds"] = None  # of a run that came from the cache
-    assert "| `w=1` | 0.3200 | n/a | not measured | 5,000 |" in report_markdown(tree)
+    assert "| `w=1` | not measured | 5,000 |" in report_markdown(tree)
     with Image.open(tmp_path / "out" / "x.png") as picture:
         assert picture.width > picture.height
 
