@@ -222,6 +222,14 @@ def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> Non
     old = [run for run in more["runs"] if run["arm"] != "far"]
     assert old == numbers["runs"]
 
+    for edited, words in (
+        (QUESTION.replace('higher, "yes"', 'lower, "yes"'), r"claims\.nearer .*: expected 'higher', now 'lower'"),
+        (QUESTION[: QUESTION.index("  tight")], r"claims\.tight .*: it is gone"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(edited)
+    assert toy.ran() == []
+
 
 def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: Toy, tmp_path: Path) -> None:
     repository, revision = Repository(toy.root, print), toy.succeed("git", "rev-parse", "HEAD").strip()

@@ -295,7 +295,9 @@ def ab(
 def answer(
     questions: Annotated[list[str] | None, typer.Argument(metavar="ID ...", help="Of configs/questions/.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All questions of the profile.")] = False,
-    listed: Annotated[bool, typer.Option("--list", help="Print the questions and their answers, and stop.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Print the questions, their rules and answers, and stop.")
+    ] = False,
     arm: Annotated[list[str] | None, typer.Option(help="Of one question, only these arms and their baselines.")] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: as the question says]")
@@ -328,12 +330,14 @@ def answer(
 
 def _forecast(repository: Repository, chosen: Mapping[str, Question]) -> None:
     from coordexp.experiments.compare import Forecast, prepare
+    from coordexp.experiments.progress import total
 
     found = Forecast(repository)
     for name, question in chosen.items():
-        before = len(found.lines)
+        n_lines, n_costs = len(found.lines), len(found.costs)
         found.add(prepare(repository, question))
-        print("\n".join([f"{name}: {question.question}", *(f"  {line}" for line in found.lines[before:])]), flush=True)
+        cost = f"at most {total(found.costs[n_costs:])} more"
+        print("\n".join([f"{name}: {question.question} ({cost})", *(f"  {line}" for line in found.lines[n_lines:])]))
     print(found.summary())
 
 

@@ -6,14 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordexp.config.question import UNASKED, Question, load_question, question_names
+from coordexp.config.question import QUESTIONS, TRAINED, UNASKED, Question, load_question, question_names
 from coordexp.errors import ConfigError
+from coordexp.evaluation.evaluator import rounded
 from coordexp.experiments.compare import run_study
 from coordexp.experiments.dependencies import ParameterFiles
 from coordexp.experiments.report import write_report
 from coordexp.experiments.runs import Repository
 from coordexp.infra.provenance import write_json
-from coordexp.reporting.questions import ANSWERS, answer_sentence, stored_answers, write_answer
+from coordexp.reporting.questions import (
+    ANSWERS,
+    BUDGETS,
+    KEPT_NUMBERS,
+    answer_sentence,
+    rule_words,
+    stored_answers,
+    write_answer,
+)
+
+RULE = ("arm", "baseline", "metric", "expected", "than", "margin")
 
 
 def choose_questions(
@@ -42,13 +53,21 @@ def _changed(question: Question, changes: Mapping[str, Any]) -> Question:
 
 
 def question_lines(root: Path, profile: str) -> list[str]:
-    """Every question with its answer, if there is one; and why some parameters have none."""
+    """Every question with its arms, its budget, the rule that answers it, and its answer, if there is one.
+
+    At the end, why some parameters have no question.
+    """
     answers = {row.name: row for row in stored_answers(root)}
     lines = []
     for name in question_names(root):
         question = load_question(name, root)
         on = f" (profile {question.profile})" if question.profile not in ("", profile) else ""
         lines.append(f"{name}: {question.question}{on}")
+        times = f"{question.seeds} seeds" if question.seeds > 1 else "once"
+        lines.append(f"  arms: {', '.join(question.arms)}; {times}; {BUDGETS[question.budget]}")
+        rules = [rule_words(claim.model_dump()) for claim in question.claims.values()]
+        more = f", and {len(rules) - 1} more" if len(rules) > 1 else ""
+        lines.append(f"  rule: {rules[0]}{more}" if rules else "  no rule: measured")
         lines.append(f"  {answers[name].answer}  {answers[name].page}" if name in answers else "  not answered yet")
     return [*lines, "", "Not asked:", *(f"  {key}: {why}" for key, why in UNASKED.items())]
 
@@ -57,15 +76,39 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
     """Run what is missing and write the pages, anew after each seed; returns the page and the answer in a sentence.
 
     Raises:
-        ConfigError, Interrupted, CoordExpError: as `run_study`.
+        ConfigError, Interrupted, CoordExpError: as `run_study`; a rule changed after it was answered.
     """
-    folder = repository.root / ANSWERS
+    own, asked = (_profile(repository.root, one) for one in (load_question(name, repository.root), question))
+    place, tried = (ANSWERS, "") if asked == own else (ANSWERS / asked, f" --profile {asked}")
+    folder = repository.root / place
+    _check_rules(folder / f"{name}.json", question, name)
 
     def told(numbers: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
         write_json(folder / f"{name}.json", numbers)
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
         write_report(numbers, logs, folder / "details")
-        write_answer(numbers, repository.root)
+        write_answer(numbers, folder, f"coordexp answer {name}{tried}")
 
     numbers = run_study(repository, question, name, told)
-    return ANSWERS / f"{name}.md", answer_sentence(numbers)
+    return place / f"{name}.md", answer_sentence(numbers)
+
+
+def _profile(root: Path, question: Question) -> str:
+    return ParameterFiles.of(root, question.profile).profile_name
+
+
+def _check_rules(path: Path, question: Question, name: str) -> None:
+    """Raise ConfigError if a claim was judged by another rule before: by now its numbers are known."""
+    before = KEPT_NUMBERS.read_object(path) if path.is_file() else {}
+    sides = {*question.arms, *TRAINED, ""}
+    for old in before.get("claims", []):
+        key, claim = str(old.get("claim")), question.claims.get(str(old.get("claim")))
+        then = {part: old.get(part) for part in RULE}
+        now = rounded(claim.model_dump(include={*RULE})) if claim else None
+        if now != then and {then["arm"], then["baseline"]} <= sides:  # else left out by --arm
+            changed = [f"{p} {then[p]!r}, now {now[p]!r}" for p in RULE if now[p] != then[p]] if now else ["it is gone"]
+            raise ConfigError(
+                f"{QUESTIONS / name}.yaml: claims.{key} is not the rule that {path} was judged by: "
+                f"{'; '.join(changed)}. A rule is fixed before its numbers are seen: take the change back, or ask by "
+                "another name."
+            )

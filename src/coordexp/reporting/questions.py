@@ -3,6 +3,8 @@
 <id>.md    the answer in words, its rule, what was measured, what it cost; made from
 <id>.json  every number
 <id>.png   the intervals that the rule reads
+
+On another profile than its own a question is tried: the same files, in a folder named after that profile.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ KEPT_NUMBERS = Gate("what `coordexp answer` writes", DataError, "Ask the questio
 ALIKE = 0.1  # budgets that differ by a larger fraction are said
 # What the interval of a claim shows -> the short answer to it.
 SHORT = {"confirmed": "yes", "refuted": "no"}
-_BUDGETS = {
-    "tokens": ("tokens", "training tokens"),
-    "compute": ("compute", "compute: training tokens, and a third for each token that rollouts read or wrote"),
+BUDGETS = {
+    "tokens": "alike: training tokens",
+    "compute": "alike: compute, training tokens and a third for each token that rollouts read or wrote",
+    "decoding": "nothing is trained for it",
+    "none": "no budget",
 }
 _SIGNS = {"higher": ">", "lower": "<"}
 Numbers = Mapping[str, Any]
@@ -61,11 +65,11 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
     return found
 
 
-def write_answer(numbers: Numbers, root: Path) -> Path:
-    """Write page and picture of a question from its numbers; returns the path of the page."""
-    draw_claims(numbers["claims"], root / ANSWERS / f"{numbers['name']}.png")
-    path = root / ANSWERS / f"{numbers['name']}.md"
-    write_text(path, answer_markdown(numbers))
+def write_answer(numbers: Numbers, folder: Path, command: str) -> Path:
+    """Write page and picture of a question from its numbers; returns the path of the page, which names its command."""
+    draw_claims(numbers["claims"], folder / f"{numbers['name']}.png")
+    path = folder / f"{numbers['name']}.md"
+    write_text(path, answer_markdown(numbers, command))
     return path
 
 
@@ -87,7 +91,7 @@ def claim_sentence(claim: Numbers) -> str:
             return f"Not answered ({other}): {claim['text']}."
 
 
-def answer_markdown(numbers: Numbers) -> str:
+def answer_markdown(numbers: Numbers, command: str) -> str:
     """The whole page; every number in it is one of `numbers`."""
     lines = [f"# {escape(numbers['question'])}"]
     lines += [f"**{escape(claim_sentence(claim))}**" for claim in numbers["claims"][:1]]
@@ -99,7 +103,7 @@ def answer_markdown(numbers: Numbers) -> str:
     lines += [table(header, rows, "llrrl")] if rows else []
     lines += [
         f"Asked by: {escape(numbers['source'])}. {_what_ran(numbers)} {_budget(numbers)}".strip(),
-        f"{_cost(numbers)} `coordexp answer {numbers['name']}` makes this page and runs what is missing; all numbers: "
+        f"{_cost(numbers)} `{command}` makes this page and runs what is missing; all numbers: "
         f"[details/{numbers['name']}.md](details/{numbers['name']}.md).",
     ]
     lines += [escape(numbers["note"])] if numbers["note"] else []
@@ -143,17 +147,17 @@ def _what_ran(numbers: Numbers) -> str:
 
 def _budget(numbers: Numbers) -> str:
     """What both sides got alike, and where that is not so."""
-    if numbers["budget"] not in _BUDGETS:
-        return "Nothing is trained for it." if numbers["budget"] == "decoding" else ""
-    column, words = _BUDGETS[numbers["budget"]]
-    means = pd.DataFrame(numbers["runs"]).groupby("arm")[column].mean()
+    budget, words = numbers["budget"], BUDGETS[numbers["budget"]].capitalize()
+    if budget not in ("tokens", "compute"):
+        return f"{words}." if budget == "decoding" else ""
+    means = pd.DataFrame(numbers["runs"]).groupby("arm")[budget].mean()
     pairs = {(claim["arm"], claim["baseline"]) for claim in numbers["claims"]}
     unlike = [
         f"`{arm}` took {means[arm] / means[baseline]:.2f} times that of `{baseline}`"
         for arm, baseline in sorted(pairs)
         if baseline in means and means[baseline] and abs(means[arm] / means[baseline] - 1) > ALIKE
     ]
-    return f"Alike: {words}" + (f"; but {', '.join(unlike)}." if unlike else ".")
+    return words + (f"; but {', '.join(unlike)}." if unlike else ".")
 
 
 def _cost(numbers: Numbers) -> str:
