@@ -155,6 +155,7 @@ def test_a_question_about_what_ran_trains_nothing(clone: Clone) -> None:
     assert "smoke: What does the smoke profile say?" in clone.succeed(*command[:-1], "--list")
     kept = clone.succeed(*command[:-2], "monitor", "stage2", "--kept")
     assert "reports/smoke/trajectory/stage2.md" in kept
+    assert "0 files damaged" in clone.succeed(*command[:-2], "verify")  # also of what was let go of
     assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
 
 

@@ -22,7 +22,7 @@ import torch
 
 from coordexp.errors import CoordExpError, DamagedArtefactError
 from coordexp.infra import artefacts
-from coordexp.infra.artefacts import HASHES, damage, sealed_row, sealing, unsealed_row, verified, write_sealed
+from coordexp.infra.artefacts import HASHES, damage, let_go, sealed_row, sealing, unsealed_row, verified, write_sealed
 from coordexp.infra.logs import read_log
 from coordexp.infra.provenance import write_json
 from coordexp.models.loading import load_format, save_checkpoint
@@ -100,6 +100,17 @@ def test_a_folder_whose_writer_failed_has_no_list(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), sealing(tmp_path):
         (tmp_path / "nowhere" / "b").write_text("second")
     assert not (tmp_path / HASHES).exists()
+
+
+def test_what_was_let_go_of_is_not_missed_and_a_file_that_is_gone_is(tmp_path: Path) -> None:
+    with sealing(tmp_path) as folder:
+        for name in ("large", "small"):
+            (folder / name).write_text(name)
+    let_go(tmp_path / "large")
+    assert list(damage(tmp_path)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [HASHES, "small"]
+    (tmp_path / "small").unlink()
+    assert len(list(damage(tmp_path))) == 1
 
 
 def test_a_pipe_in_the_place_of_a_file_is_no_file(tmp_path: Path) -> None:
