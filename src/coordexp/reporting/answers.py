@@ -98,7 +98,8 @@ def standing_answers(data: ReportData) -> list[Answer]:
 
 def answers_table(answers: Sequence[Answer]) -> str:
     """Question, answer and evidence."""
-    return table(["question", "answer", "evidence"], [[a.question, f"**{a.answer}**", a.evidence] for a in answers])
+    rows = [[a.question, f"**{a.answer}**", a.evidence] for a in answers]
+    return table(["question", "answer", "evidence"], rows, "lll")
 
 
 def _main(data: ReportData) -> Difference | None:
