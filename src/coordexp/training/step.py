@@ -210,8 +210,9 @@ def forward(
 ) -> tuple[dict[str, Tensor], Row]:
     """The weighted terms of one batch by name, and its log row."""
     first = last = hidden_states(model, batch)
-    for later in self_contexts(model, batch, first, criterion.params, criterion.first_coord_id, n_forwards):
-        last = later
+    if n_forwards > 1:
+        for later in self_contexts(model, batch, first, criterion.params, criterion.first_coord_id, n_forwards):
+            last = later
     sums, slots = term_sums(model, criterion, batch, first, last, counts)
     weighted, logs = weigh(sums, criterion.weights, counts)
     logs |= {"tokens": batch.n_tokens * n_forwards, "samples": batch.n_segments, "coord_diag": slot_diagnostics(slots)}
