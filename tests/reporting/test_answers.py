@@ -92,7 +92,8 @@ def pairs(first: float, second: float, spread: float = 1.0, images: int = 12) ->
     [
         (2, pairs(20, 40), "**yes**", "stage2 A2 - stage2 A1, objects in both: +20."),
         (2, pairs(40, 20), "**no, A2 is nearer**", ": -20."),
-        (2, pairs(20, 20.1, spread=30), "**not shown**", "on 12 dev images"),
+        (2, pairs(20, 20.1, spread=30), "**not shown**", "12 dev images: bins off"),
+        (2, pairs(20, 40, images=7), "**not shown**", "7 dev images, fewer than the 8"),
         (2, [reading(100, 1, A1=[20.0, 20.0])], "**not shown**", "no object was read in both contexts"),
         (2, [], "**not shown**", "no dev image was read at the end of stage2"),
         (2, None, "**not shown**", "no dev image was read at the end of stage2"),

@@ -119,12 +119,13 @@ def test_links_lead_to_what_the_stage_writes_and_every_picture_is_shown(report: 
     assert sum(path.parent.name == "gallery" for path in present) == 8
     assert {path.name for path in report.parent.iterdir()} == {PAGE, *FOLDERS}
     assert sorted(details) == sorted((report.parent / DETAILS).iterdir())
-    assert {f"{DETAILS}/{name}.md" for name in SUBJECTS} <= set(re.findall(r"\(([^)#]+)[^)]*\)", report.read_text()))
+    assert {f"{DETAILS}/{name}.md" for name in SUBJECTS} <= set(re.findall(r"\]\(([^)#]+)", report.read_text()))
 
 
 def test_what_git_holds_is_small_and_keeps_its_names(report: Path) -> None:
     pictures = list((report.parent / "pictures").iterdir())
-    assert {path.name for path in pictures} == {DIFFERENCES, *EXAMPLES.values()}
+    assert DIFFERENCES in {path.name for path in pictures} <= {DIFFERENCES, *EXAMPLES.values()}
+    assert len(pictures) >= 4  # a rule may find no image of its kind
     assert len(pictures) <= MAX_FILES
     assert sum(path.stat().st_size for path in pictures) <= MAX_BYTES
     assert report.stat().st_size <= 10_000

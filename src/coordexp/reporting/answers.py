@@ -28,6 +28,7 @@ W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
 HEADROOM_WORTH = 0.03  # mAP that a better ranking could gain, from which a score is worth a study
 RANKABLE_MAP = 0.1  # under a perfect ranking; below it a small headroom says nothing about the score
 PARSE_WORTH = 0.99
+LEAST_IMAGES = 8  # with objects to compare; resamples of fewer are nearly all alike, whatever the truth
 OWN, FIRST = "own", "A1"
 NOT_SHOWN = "not shown"
 UNDEFINED = ("not defined on this data", "")
@@ -98,7 +99,8 @@ def standing_answers(data: ReportData) -> list[Answer]:
 
 def answers_table(answers: Sequence[Answer]) -> str:
     """Question, answer and evidence."""
-    return table(["question", "answer", "evidence"], [[a.question, f"**{a.answer}**", a.evidence] for a in answers])
+    rows = [[a.question, f"**{a.answer}**", a.evidence] for a in answers]
+    return table(["question", "answer", "evidence"], rows, "lll")
 
 
 def _main(data: ReportData) -> Difference | None:
@@ -187,11 +189,19 @@ def _read(data: ReportData, new: tuple[str, str], old: tuple[str, str], farther:
     found = reading_difference(data, new, old)
     if found is None:
         return NOT_SHOWN, _no_reading(data, (new, old))
-    words = {Verdict.BETTER: farther, Verdict.WORSE: nearer}
-    images = len(last_reading(data, new[0]))
     named = " - ".join(f"{stage} {context}" for stage, context in (new, old))
-    evidence = f"bins off on {images} dev images, {named}, objects in both: {found}{_reach(found)}"
-    return words.get(found.verdict, NOT_SHOWN), evidence
+    evidence = f"bins off, {named}, objects in both: {found}{_reach(found)}"
+    return _worded(data, new[0], found, {Verdict.BETTER: farther, Verdict.WORSE: nearer}, evidence)
+
+
+def _worded(
+    data: ReportData, stage: str, found: Difference, words: Mapping[Verdict, str], evidence: str
+) -> tuple[str, str]:
+    """The word for a difference of readings, unless there are too few images for any."""
+    images = len(last_reading(data, stage))
+    enough = images >= LEAST_IMAGES
+    few = "" if enough else f", fewer than the {LEAST_IMAGES} that carry an interval"
+    return (words.get(found.verdict, NOT_SHOWN) if enough else NOT_SHOWN), f"{images} dev images{few}: {evidence}"
 
 
 def _no_reading(data: ReportData, asked: Sequence[tuple[str, str]]) -> str:
@@ -225,7 +235,7 @@ def _forgets_text(data: ReportData) -> tuple[str, str]:
     if found is None:
         return NOT_SHOWN, _no_reading(data, (("stage2", FIRST), ("stage1", FIRST)))
     words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is likelier"}
-    return words.get(found.verdict, NOT_SHOWN), f"nats a token of annotated text, stage2 - stage1: {found}"
+    return _worded(data, "stage2", found, words, f"nats a token of annotated text, stage2 - stage1: {found}")
 
 
 def readings_table(data: ReportData) -> str:
@@ -307,7 +317,9 @@ def _ranking(data: ReportData) -> tuple[str, str]:
 
 
 def suggestions(data: ReportData) -> list[Suggestion]:
-    """Experiments that the numbers ask for, most decisive first."""
+    """Experiments that the numbers ask for, most decisive first; of unsound answers only how to make them sound."""
+    if checkpoint_faults(data.metrics, "stage2"):
+        return _on_parsing(data)
     return [
         *_on_the_difference(_main(data)),
         *_on_the_objective(data),
@@ -357,13 +369,17 @@ def _on_the_answers(data: ReportData) -> list[Suggestion]:
         headroom = with_interval(metric(data.metrics, "stage2", "confidence.headroom_mAP"), bounds)
         because, learn = f"a perfect ranking would add {headroom} mAP", "how much of it a score on file already gains"
         made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "make decoding-study", learn))
+    return made + _on_parsing(data)
+
+
+def _on_parsing(data: ReportData) -> list[Suggestion]:
     rate = metric(data.metrics, "stage2", "parse.parse_rate")
     if rate < PARSE_WORTH and data.run.params.decode.grammar == "none":
         because = f"{percent(1 - rate)} of the answers do not parse whole"
         command = "coordexp ab -S decode.grammar=none,any --seeds 1"
         learn = f"what a grammar wins back, at most those {percent(1 - rate)}"
-        made.append(Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command, learn))
-    return made
+        return [Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command, learn)]
+    return []
 
 
 def _on_the_contexts(data: ReportData) -> list[Suggestion]:

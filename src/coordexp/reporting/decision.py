@@ -20,7 +20,7 @@ from coordexp.reporting.markdown import MISSING, decimals, escape, number, table
 from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.verdicts import checkpoint_faults, compared, nothing_learned, verdict_of, warnings
 
-MAX_FILES, MAX_BYTES = 8, 90_000  # of the pictures
+MAX_FILES, MAX_BYTES = 8, 100_000  # of the pictures
 MAX_LINES = 80
 DIFFERENCES = "differences.png"
 EXAMPLES = {  # rule of the gallery -> its first image
@@ -41,8 +41,8 @@ _SUBJECTS = {"stage1": "stage 1", "stage2": "stage 2", "stage1-control": "the co
 
 
 def decision(data: ReportData) -> list[str]:
-    """What outranks every number, what to do, and the three comparisons that it rests on, one sentence each."""
-    return [*warnings(data.metrics), _decided(data), *(headline(data, name) for name in COMPARISONS)]
+    """What to do, what outranks every number, and the three comparisons that it rests on, one sentence each."""
+    return [_decided(data), *warnings(data.metrics), *(headline(data, name) for name in COMPARISONS)]
 
 
 def _decided(data: ReportData) -> str:

@@ -53,7 +53,9 @@ class Budget:
 
 
 GALLERY = Budget(80_000, ((512, None), (512, 128), (400, 64), (320, 32), (256, 24)), palette=False)
-EXAMPLE = Budget(17_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16)), palette=True)
+EXAMPLE = Budget(
+    17_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16), (128, 12)), palette=True
+)
 
 
 @dataclass(frozen=True, slots=True)
