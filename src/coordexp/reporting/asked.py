@@ -84,7 +84,7 @@ def _is_silent(result: ImageResult) -> bool:
 
 def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
     """Draw the answers side by side, small enough for git; nothing if none is right."""
-    panels = [(_title(kind.shown.asked), _panel(kind.shown, image_root)) for kind in asked if kind.shown]
+    panels = [(_title(kind.shown), _panel(kind.shown, image_root)) for kind in asked if kind.shown]
     if not panels:
         return
     out = io.BytesIO()
@@ -93,9 +93,9 @@ def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
     write_bytes(path, out.getvalue())
 
 
-def _title(names: Sequence[str]) -> str:
-    more = f" and {len(names) - TITLE_NAMES} more" if len(names) > TITLE_NAMES else ""
-    return f"asked for: {', '.join(names[:TITLE_NAMES])}{more}"
+def _title(result: ImageResult) -> str:
+    more = f" and {len(result.asked) - TITLE_NAMES} more" if len(result.asked) > TITLE_NAMES else ""
+    return f"asked for: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' (answer: none)'}"
 
 
 def _panel(result: ImageResult, image_root: Path) -> Image.Image:
