@@ -89,6 +89,26 @@ def test_only_an_answer_that_says_nothing_is_there_is_a_refusal(preds, parse, ex
     assert run(changed, CATEGORIES).metrics["vocabulary"]["refused_hard"] == expected
 
 
+def test_a_list_is_rejected_by_answers_less_sure_than_four_in_five_that_find_what_is_asked_for():
+    at = box(0, 0)
+
+    def probe(number: int, kind: str, name: str, log_probability: float | None):
+        preds = [] if log_probability is None else [replace(pred(name, at), desc_logprob=log_probability)]
+        gt = [(name, at)] if kind == "one" else []
+        return replace(image(number, gt, preds), probe=kind, asked=(name,))
+
+    found = [probe(n, "one", "red dog", -0.1 * n) for n in range(1, 10)]  # nine of ten, less and less sure
+    found += [probe(10, "one", "red dog", None)]
+    found += [probe(20 + n, "hard", "red cat", sure) for n, sure in enumerate((-0.05, -0.8, -0.81, -2.0, None))]
+    found += [image(n, [("red cat", at)], [pred("red cat", at)]) for n in range(30, 35)]
+    values = run(found, CATEGORIES).metrics["vocabulary"]
+    assert (values["one_recall"], values["refused_hard"]) == (pytest.approx(0.9), pytest.approx(0.2))
+    assert values["rejected_hard"] == pytest.approx(3 / 5)  # -0.8 is the eighth
+    assert values["rejected_easy"] is None
+    fewer = [replace(line, pred=()) if line.image_id in (1, 2) else line for line in found]
+    assert run(fewer, CATEGORIES).metrics["vocabulary"]["rejected_hard"] is None  # no confidence finds four in five
+
+
 def test_all_other_areas_are_about_the_lines_of_the_images_themselves():
     evaluation, found = evaluated({}, {"red dog": "red cat"})
     alone = run(own_lines(found), CATEGORIES)

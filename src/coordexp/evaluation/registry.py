@@ -54,7 +54,8 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "vocabulary": (  # and a bootstrap interval each
         *(f"vocabulary.{asked}_{tier}_AP50" for asked in ASKED for tier in TIERS),
         *("vocabulary.list_strict_to_seen", *(f"vocabulary.list_{tier}_exact_rival" for tier in OPEN_TIERS)),
-        *("vocabulary.refused_easy", "vocabulary.refused_hard", "vocabulary.one_recall"),
+        *(f"vocabulary.{key}_{probe}" for key in ("refused", "rejected") for probe in ("easy", "hard")),
+        "vocabulary.one_recall",
     ),
     "lvis intervals": ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf"),
     "compared": (  # a paired difference and a verdict each; of all of them higher is better
@@ -339,6 +340,10 @@ _OF_TIER = {
     "plain_only": "names of whose words training knows the last one, plain (a control)",
     "never": "names whose words training does not know (a control)",
 }
+_REFUSALS = {
+    "refused": "empty answers",
+    "rejected": "answers without a box as sure of its name as those that find 80 % of what is asked for by one name,",
+}
 _VOCABULARY = (
     *(
         MetricSpec(f"vocabulary.{asked}_{tier}_AP50", f"AP at IoU .50 of {names}, {how}")
@@ -353,11 +358,10 @@ _VOCABULARY = (
         )
         for tier in OPEN_TIERS
     ),
-    MetricSpec(
-        "vocabulary.refused_easy", "empty answers to lists of absent names, none sharing a word with what is there"
-    ),
-    MetricSpec(
-        "vocabulary.refused_hard", "empty answers to lists of absent names, each sharing a word with what is there"
+    *(
+        MetricSpec(f"vocabulary.{key}_{probe}", f"{what} to lists of absent names, {names} with what is there")
+        for key, what in _REFUSALS.items()
+        for probe, names in (("easy", "none sharing a word"), ("hard", "each sharing a word"))
     ),
     MetricSpec("vocabulary.one_recall", "objects found under the one name asked for, IoU .50, controls left out"),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, build
 from coordexp.geometry.bins import box_scale
 from coordexp.geometry.boxes import as_boxes
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.gt_vs_pred import ImageResult, Prediction
 
 Values = dict[str, float | None]
 PROBE_OF = {"everything": "", "list": "list", "one": "one"}
 REFUSED = ("easy", "hard")
+ANY = float(np.finfo(np.float64).min)  # a confidence that every box has
+REJECTED_AT = 0.8  # of the objects asked for by one name
 _LOCATED_IOU = 0.5
 
 
@@ -116,13 +119,51 @@ def _metrics(
         key = f"list_{tier}_exact_rival"
         values[key], samples[key] = _exact(parts["list"], tier, none) if "list" in parts else (None, none)
     values["one_recall"], samples["one_recall"] = _recall(parts["one"]) if "one" in parts else (None, none)
-    for probe in REFUSED:
+    least = {"refused": (ANY, np.full_like(none, ANY)), "rejected": (None, none)}
+    if "one" in parts:
+        least["rejected"] = _least_confidence(parts["one"])
+    for probe, (key, (at, at_B)) in product(REFUSED, least.items()):
         absent = [r for r in results if r.probe == probe]
-        empty_I = np.array([not r.pred and (r.parse is None or r.parse.ok) for r in absent], dtype=np.float64)
-        values[f"refused_{probe}"] = float(empty_I.mean()) if len(empty_I) else None
-        weights_BI = resample_weights(len(empty_I), params.bootstrap_resamples, seed) if len(empty_I) else None
-        samples[f"refused_{probe}"] = none if weights_BI is None else weights_BI @ empty_I / len(empty_I)
+        values[f"{key}_{probe}"], samples[f"{key}_{probe}"] = _silent(absent, at, at_B, seed)
     return values, samples
+
+
+def _silent(
+    absent: Sequence[ImageResult], least: float | None, least_B: Floats, seed: int
+) -> tuple[float | None, Floats]:
+    """The fraction of lists of absent names that are answered, but without a box of this confidence."""
+    if not absent or least is None:
+        return None, np.full_like(least_B, np.nan)
+    is_answer_I = np.array([r.parse is None or r.parse.ok for r in absent])
+    confidence_I = np.array([max(map(_confidence, r.pred), default=-np.inf) for r in absent])
+    weights_BI = resample_weights(len(absent), len(least_B), seed)
+    silent_B = (weights_BI * (is_answer_I & (confidence_I < least_B[:, None]))).sum(axis=1) / len(absent)
+    return float((is_answer_I & (confidence_I < least)).mean()), np.where(np.isnan(least_B), np.nan, silent_B)
+
+
+def _confidence(prediction: Prediction) -> float:
+    """How sure an answer is of a name: its log probability; of a detector that has none, its score."""
+    if prediction.desc_logprob is not None:
+        return prediction.desc_logprob
+    return -np.inf if prediction.score is None else prediction.score
+
+
+def _least_confidence(part: _Part) -> tuple[float | None, Floats]:
+    """The highest confidence at which REJECTED_AT of the objects asked for by one name are found, and of each resample.
+
+    None, or NaN, where fewer are found at all. As a false-positive rate at a fixed true-positive rate, it compares
+    models whatever their confidence means.
+    """
+    matches, wanted_G = part.matched.by_iou, np.any([part.tier_G(tier) for tier in OPEN_TIERS], axis=0)
+    confidence_P = np.array([_confidence(p) for line in part.lines for p in line.pred])
+    found = np.flatnonzero(matches.at(_LOCATED_IOU) & matches.same_name_M & wanted_G[matches.gt_M])
+    order = found[np.argsort(-confidence_P[matches.pred_M[found]], kind="stable")]
+    confidence_F, image_F = confidence_P[matches.pred_M[order]], matches.image_M[order]
+    whole_I = np.bincount(part.table.gt_image_G[wanted_G], minlength=part.table.n_images)
+    weights_BI = np.concatenate([np.ones((1, part.table.n_images), part.weights_BI.dtype), part.weights_BI])
+    enough_BF = weights_BI[:, image_F].cumsum(axis=1) >= REJECTED_AT * (weights_BI @ whole_I)[:, None]
+    least_B = np.array([confidence_F[enough.argmax()] if enough.any() else np.nan for enough in enough_BF])
+    return (None if np.isnan(least_B[0]) else float(least_B[0])), least_B[1:]
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -103,6 +103,7 @@ class ReportData:
     metrics: Metrics
     comparison: dict[str, dict[str, Json | None]]  # comparison -> metric -> delta, lo, hi, p_superior
     results: dict[str, list[ImageResult]]
+    probes: list[ImageResult]  # further questions, answered by the last checkpoint
     per_image: dict[str, pd.DataFrame]  # by image id
     pr_curves: dict[str, Json]
     details: dict[str, Json]
@@ -132,11 +133,13 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
     """
     metrics = read_json(inputs.metrics, "coco-eval")
     folders = {name: inputs.evaluations / name for name in CHECKPOINTS}
+    lines = {name: _lines(folder / GT_VS_PRED) for name, folder in folders.items()}
     return ReportData(
         run=inputs.run,
         metrics=_metrics(metrics, inputs),
         comparison={name: _comparison(metrics, name, inputs.metrics) for name in COMPARISONS},
-        results={name: _results(folder / GT_VS_PRED) for name, folder in folders.items()},
+        results={name: own_lines(found) for name, found in lines.items()},
+        probes=[line for line in lines[CHECKPOINTS[-1]] if line.probe],
         per_image={name: _per_image(folder / "per_image.json") for name, folder in folders.items()},
         pr_curves={name: read_json(folder / "pr_curve.json", "coco-eval") for name, folder in folders.items()},
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
@@ -239,8 +242,8 @@ def _comparison(metrics: Json, name: str, path: Path) -> dict[str, Json | None]:
     return cast("dict[str, Json | None]", compared[name])
 
 
-def _results(path: Path) -> list[ImageResult]:
-    return sorted(own_lines(read_results(_existing(path, "coco-eval"))), key=lambda result: result.image_id)
+def _lines(path: Path) -> list[ImageResult]:
+    return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
 
 
 def _rows(path: Path, keys: frozenset[str]) -> list[Json] | None:

@@ -28,6 +28,7 @@ from coordexp.reporting.answers import (
     suggestions,
     suggestions_table,
 )
+from coordexp.reporting.asked import ASKED, choose_asked, write_asked
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.decision import (
     EXAMPLES,
@@ -97,7 +98,9 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     picks = choose_images(data.per_image, dup_key, profile.report.gallery_images, params.seed)
     image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
+    asked = choose_asked(data.probes, data.categories, params.seed)
     context = _context(inputs, data, outcomes, picks, strips, dup_key)
+    context |= {"asked": [kind.caption for kind in asked], "asked_file": ASKED if any(k.shown for k in asked) else ""}
     context |= {"questions": answered_questions(out_dir.parent / "answers")}
     texts = {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
     for folder in FOLDERS:  # no picture of an older report stays
@@ -108,6 +111,7 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     write_coordinate_figures(outcomes, strips, out_dir / "figures")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     write_pictures(data, outcomes, picks, inputs.image_root, out_dir / "pictures")
+    write_asked(asked, inputs.image_root, out_dir / "pictures" / ASKED)
     for name, text in texts.items():  # after their pictures: what they show is there
         write_text(out_dir / name, text)
     return out_dir / PAGE

@@ -1,0 +1,108 @@
+"""Two answers to questions about names, chosen by rule: one that training never wrote, and one that is not there.
+
+Chosen are pictures of the answers that are right, at random by a seed that asks for the same pictures in all runs; how
+many are right is said beside them, so that a picture is an example and no claim.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from coordexp.drawing.boxes import draw_detections, readable_scale
+from coordexp.drawing.panels import RIGHT, RIGHT_SIGN, side_by_side
+from coordexp.geometry.boxes import pairwise_iou
+from coordexp.infra.files import write_bytes
+from coordexp.infra.random_streams import generator
+from coordexp.records.categories import Category, Split
+from coordexp.records.gt_vs_pred import ImageResult
+from coordexp.records.images import read_record_rgb
+from coordexp.reporting.markdown import escape
+
+ASKED = "asked.png"
+FOUND_IOU = 0.5
+PANEL_PX = 224  # largest side of a photo
+COLOURS = 48  # so that git holds it
+TITLE_NAMES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One kind of question, the first of its pictures that is answered right, and how many of all are."""
+
+    title: str
+    n_right: int
+    n_all: int
+    shown: ImageResult | None
+
+    @property
+    def caption(self) -> str:
+        """What the picture is an example of, in numbers."""
+        chosen = (
+            "" if self.shown is None else f"; shown, at random among these: “{escape(', '.join(self.shown.asked))}”"
+        )
+        return f"**{self.title}**: right in {self.n_right} of {self.n_all} questions{chosen}"
+
+
+def choose_asked(results: Sequence[ImageResult], categories: Sequence[Category], seed: int) -> list[Asked]:
+    """The two kinds of question; empty if the results answer none of either."""
+    tiers: Mapping[str, Split | None] = {category.name: category.split for category in categories}
+    unseen = [r for r in results if r.probe == "one" and tiers.get(r.asked[0]) == "strict"]
+    absent = [r for r in results if r.probe == "hard"]
+    asked = [
+        _chosen("A phrase in no picture or text of any training, asked for alone", unseen, _all_found, seed),
+        _chosen("Names that are not there, each sharing a word with one that is", absent, _is_silent, seed),
+    ]
+    return [kind for kind in asked if kind.n_all]
+
+
+def _chosen(title: str, results: Sequence[ImageResult], is_right: Callable[[ImageResult], bool], seed: int) -> Asked:
+    right = [result for result in results if is_right(result)]
+    order = generator(seed, "gallery/images").permutation(sorted(result.image_id for result in results)).tolist()
+    rank = {image_id: place for place, image_id in enumerate(order)}
+    first = min(right, key=lambda result: rank[result.image_id], default=None)
+    return Asked(title, len(right), len(results), first)
+
+
+def _all_found(result: ImageResult) -> bool:
+    """Whether every object of the asked name has a box of its own under that name, and nothing else has one."""
+    true = [g.bbox_xyxy_px for g in result.gt if g.desc in result.asked and not g.iscrowd]
+    if len(true) != len(result.pred) or any(p.desc not in result.asked for p in result.pred):
+        return False
+    ious = pairwise_iou(np.array(true), np.array([p.bbox_xyxy_px for p in result.pred]))
+    return bool((ious.max(axis=1) >= FOUND_IOU).all() and (ious.max(axis=0) >= FOUND_IOU).all())
+
+
+def _is_silent(result: ImageResult) -> bool:
+    return not result.pred and result.parse is not None and result.parse.ok
+
+
+def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
+    """Draw the answers side by side, small enough for git; nothing if none is right."""
+    panels = [(_title(kind.shown), _panel(kind.shown, image_root)) for kind in asked if kind.shown]
+    if not panels:
+        return
+    out = io.BytesIO()
+    picture = side_by_side(panels).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.save(out, "PNG", optimize=True)
+    write_bytes(path, out.getvalue())
+
+
+def _title(result: ImageResult) -> str:
+    more = f" and {len(result.asked) - TITLE_NAMES} more" if len(result.asked) > TITLE_NAMES else ""
+    return f"asked for: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' (answer: none)'}"
+
+
+def _panel(result: ImageResult, image_root: Path) -> Image.Image:
+    image = read_record_rgb(image_root, result.image)
+    shrink = min(1.0, PANEL_PX / max(image.size))
+    image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+    image = image.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
+    boxes = np.array([p.bbox_xyxy_px for p in result.pred]).reshape(-1, 4) * shrink
+    labels, scores = [RIGHT_SIGN + p.desc for p in result.pred], [p.score for p in result.pred]
+    return draw_detections(image, boxes, labels, scores, [RIGHT] * len(labels), readable_scale(*image.size))
