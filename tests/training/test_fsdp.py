@@ -52,15 +52,15 @@ CASES = {
     "stage1": Case(),
     "accumulated, recomputed": Case(rows_per_forward=1, tuning={"activations": "recompute"}),
     "vision frozen, head of its own": Case(tuning={"vision": "freeze"}, tied=False),
-    "stage2": Case("stage2", {"stage2__n_softctx_iter": 3, "stage2__a1_coord_weight": 0.5}),
+    "stage2": Case("stage2", params={"stage2__n_softctx_iter": 3, "stage2__a1_coord_weight": 0.5}),
     "stage2, detached, one pass": Case(
         "stage2",
-        {"stage2__n_softctx_iter": 3, "stage2__softctx_grad_mode": "em_detach", "stage2__passes": "one"},
+        params={"stage2__n_softctx_iter": 3, "stage2__softctx_grad_mode": "em_detach", "stage2__passes": "one"},
         tuning={"activations": "recompute"},
     ),
     # Sharded weights are served; those of one process answer in memory.
     "stage2, fresh rollouts": Case(
-        "stage2", {"stage2__b_ratio": 1.0, "stage2__refresh_steps": 2, "decode__max_new_tokens": 12}
+        "stage2", params={"stage2__b_ratio": 1.0, "stage2__refresh_steps": 2, "decode__max_new_tokens": 12}
     ),
     "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
     "muon": Case(optim={"optimizer": "muon"}),
