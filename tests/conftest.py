@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from warm_python import warm_path
 
 VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
 bound_spinning()  # also for the processes that tests start
 if not Path("/dev/nvidiactl").exists():
