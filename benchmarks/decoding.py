@@ -11,14 +11,13 @@ answers in both. CPU seconds of one thread.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heapify, heapreplace
 
 import numpy as np
 import torch
-from benchmarks.harness import Row, side_by_side
+from benchmarks.harness import Row, measured, side_by_side
 from benchmarks.parse_and_match import rollouts
 from tests.qwen import qwen3_tokenizer
 from tests.transformers_generate import generate
@@ -80,12 +79,10 @@ def codec_rows(run: tiny_run.TinyRun, checkpoint: Checkpoint, arguments: argpars
         written = decoder.dictate(samples[codec])
         assert all(np.array_equal(g.ids, s.answer_ids) for g, s in zip(written, samples[codec], strict=True))
     ways = {codec: lambda d=d, s=samples[codec]: d.dictate(s) for codec, d in decoders.items()}
-    times = side_by_side(ways, 1 if arguments.quick else 5, not arguments.quick, time.process_time)
-    apart = times.ratio("json", "tags")
+    times = side_by_side(ways, 1 if arguments.quick else 5, not arguments.quick)
+    apart = times.ratio("json", "tags").by_cpu
     beside = f"the same {len(stored)} answers, {batch} at a time, in the embedded tokenizer"
-    return [
-        Row("json beside tags: time of an image", apart, "x", beside, f"<= {CODECS_APART:g} x", apart <= CODECS_APART)
-    ]
+    return [measured("json beside tags: time of an image", apart, "x", beside, at_most=CODECS_APART)]
 
 
 def time_rows(run: tiny_run.TinyRun, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Row]:
@@ -117,17 +114,18 @@ def time_rows(run: tiny_run.TinyRun, checkpoint: Checkpoint, arguments: argparse
         "bare": lambda: engine.generate(samples, replace(request, keep_probs=False)),
         "grammar": lambda: engine.generate(samples, held),
     }
-    times = side_by_side(contestants, 1 if arguments.quick else 5, not arguments.quick, time.process_time)
+    times = side_by_side(contestants, 1 if arguments.quick else 5, not arguments.quick)
     what = f"{sum(len(g.ids) for g in ours):,} tokens of {len(samples)} images, {batch} at a time; the same answers"
-    gain, kept = times.ratio("both", "slots"), times.ratio("slots", "bare") - 1
-    tokens = [sum(len(g.ids) for g in these) for these in (ours, constrained)]
-    cost = times.ratio("grammar", "bare") * tokens[0] / tokens[1]
+    kept = times.ratio("slots", "bare").by_cpu.map(lambda r: r - 1)
+    fewer = sum(len(g.ids) for g in ours) / sum(len(g.ids) for g in constrained)
+    cost = times.ratio("grammar", "bare").by_cpu.map(lambda r: r * fewer)
+    again, alone = times.ratio("rescore", "generate").by_cpu, times.ratio("generate", "bare").by_cpu
     return [
-        Row("decode and score, beside generate", gain, "x", what, f">= {GAIN:g} x", gain >= GAIN),
-        Row("decode alone, beside generate", times.ratio("generate", "bare"), "x", "no scores either way", "", None),
-        Row("scores: share of decoding", kept, "", "kept on the way", f"<= {SCORES}", kept <= SCORES),
-        Row("grammar, seconds a token", cost, "x", "without one", f"<= {GRAMMAR_COST}", cost <= GRAMMAR_COST),
-        Row("re-scoring: share of generating", times.ratio("rescore", "generate"), "", "answers of servers", "", None),
+        measured("decode and score, beside generate", times.ratio("both", "slots").by_cpu, "x", what, at_least=GAIN),
+        measured("decode alone, beside generate", alone, "x", "no scores either way"),
+        measured("scores: share of decoding", kept, "", "kept on the way", at_most=SCORES),
+        measured("grammar, seconds a token", cost, "x", "without one", at_most=GRAMMAR_COST),
+        measured("re-scoring: share of generating", again, "", "answers of servers"),
     ]
 
 
@@ -145,12 +143,11 @@ def forward_rows(n_images: int) -> list[Row]:
         slots[codec] = in_slots([forwards(ids, draft, first) for ids in answers])
         gain, beside = padded / slots[codec], f"{slots[codec]:,} of {padded:,} in batches of {OPEN}; {n_images} images"
         undrafted = padded / in_slots([n - 1 for n in lengths])
-        target, met = (f">= {FORWARDS:g} x", gain >= FORWARDS) if codec == "json" else ("", None)
+        least = FORWARDS if codec == "json" else None
         beside += f"; {undrafted:.1f} x without drafts"
-        rows.append(Row(f"forwards fewer, COCO's lengths, {codec}", gain, "x", beside, target, met))
+        rows.append(measured(f"forwards fewer, COCO's lengths, {codec}", gain, "x", beside, at_least=least))
     apart = slots["json"] / slots["tags"]
-    target, met = f"<= {CODECS_APART:g} x", apart <= CODECS_APART
-    return [*rows, Row("forwards of json beside tags", apart, "x", "the same objects", target, met)]
+    return [*rows, measured("forwards of json beside tags", apart, "x", "the same objects", at_most=CODECS_APART)]
 
 
 def forwards(ids: Sequence[int], draft: FormatDraft, first_coord_id: int) -> int:

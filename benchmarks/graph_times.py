@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.harness import Row, run_child, side_by_side, unmeasured
+from benchmarks.harness import Row, measured, run_child, side_by_side, unmeasured
 
 from benchmarks import harness
 
@@ -30,15 +30,13 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     name, target = "graph: dvc repro, nothing to do", f"<= {SECONDS:g} s"
     by_hand = [unmeasured(what, how, goal) for what, how, goal in BY_HAND]
     if arguments.quick:
-        seconds = run_child([dvc, "--version"]).seconds
-        return [Row("graph: dvc --version", seconds, "s", "", "", None), *by_hand]
+        return [measured("graph: dvc --version", run_child([dvc, "--version"]).figure, "s"), *by_hand]
     if run_child([dvc, "status", "--quiet"], allowed=(0, 1)).code:
         return [unmeasured(name, "needs an up-to-date graph: run dvc repro", target), *by_hand]
     commands = {"repro": [dvc, "repro"], "version": [dvc, "--version"]}
     times = side_by_side({name: lambda c=command: run_child(c) for name, command in commands.items()}, rounds=3)
-    seconds = times.of("repro")
-    beside = f"dvc --version: {times.of('version'):.2f} s"
-    return [Row(name, seconds, "s", beside, target, seconds <= SECONDS), *by_hand]
+    beside = f"dvc --version: {times.of('version').value:.2f} s"
+    return [measured(name, times.of("repro"), "s", beside, at_most=SECONDS), *by_hand]
 
 
 if __name__ == "__main__":

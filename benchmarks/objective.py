@@ -14,7 +14,7 @@ On a CPU, in float32; on a GPU the same ways are measured by benchmarks/gpu_chec
 own, but for `bare`, whose target is the tightest: it and `fused` take turns in one process that keeps freed memory, as
 a trainer does. Memory is the highest resident set less what inputs and libraries held before, less the head's gradient,
 which every way leaves behind. `stock` runs on half of the pack, because all of it would need more than 15 GB. Its time
-and memory are doubled: both grow with the positions.
+and memory are doubled: both grow with the positions. `bare` and `fused` take their turns on half of it, too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.harness import Row, side_by_side
+from benchmarks.harness import Figure, Row, cpu_seconds, measured, side_by_side
 from torch import Tensor
 
 from benchmarks import harness
@@ -176,20 +177,20 @@ def measure_here(way: str, size: Size) -> dict[str, float]:
     share = size.stock_share if way == "stock" else 1.0
     pack = size.pack(share)
     before = _status_bytes("VmRSS")
-    started = time.perf_counter()
+    started, began = time.perf_counter(), cpu_seconds()
     outcome = WAYS[way](pack)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - began
     extra = max(0, _status_bytes("VmHWM") - before - size.head_bytes)
     del outcome  # held until here, as a trainer holds its gradients
-    return {"seconds": seconds / share, "extra_bytes": extra / share}
+    return {"seconds": seconds / share, "cpu": cpu / share, "extra_bytes": extra / share}
 
 
-def fused_beside_bare(size: Size) -> dict[str, float]:
+def fused_beside_bare(size: Size) -> dict[str, list[float]]:
     """Time of the fused pass in that of the bare products, which take turns."""
     tune_allocator(LOG)
-    pack = size.pack()
-    times = side_by_side({"fused": lambda: fused(pack), "bare": bare(pack)}, TURNS)
-    return {"ratio": times.ratio("fused", "bare")}
+    pack = size.pack(size.stock_share)
+    ratio = side_by_side({"fused": lambda: fused(pack), "bare": bare(pack)}, TURNS).ratio("fused", "bare")
+    return {"ratios": list(ratio.rounds), "cpu_ratios": list(ratio.cpu_rounds)}
 
 
 def _status_bytes(field: str) -> int:
@@ -197,9 +198,9 @@ def _status_bytes(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def measure(size: Size) -> dict[str, dict[str, float]]:
+def measure(size: Size) -> dict[str, dict[str, Any]]:
     """Each way in a process of its own, and `fused` with `bare` in another."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for way in ("bare", *ORDER):
         command = [sys.executable, "-m", "benchmarks.objective", "--child", way, *_arguments(size)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -211,25 +212,25 @@ def _arguments(size: Size) -> list[str]:
     return [text for name, value in asdict(size).items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def rows_of(found: dict[str, dict[str, float]], size: Size) -> list[Row]:
+def rows_of(found: dict[str, dict[str, Any]], size: Size) -> list[Row]:
     """The table."""
     where = f"{size.tokens} tokens, vocabulary {size.vocab}, hidden {size.hidden}"
     logits = 4 * size.tokens * size.vocab
     ours = found["fused"]
 
     def time_row(other: str, beside: str, limit: float | None = None) -> Row:
-        ratio = found[other].get("ratio") or ours["seconds"] / found[other]["seconds"]
-        target, met = ("", None) if limit is None else (f"<= {limit}", ratio <= limit)
-        return Row(f"fused / {other}: time", ratio, "x", f"{beside}; {where}", target, met)
+        ratio = Figure(*([ours[clock] / found[other][clock]] for clock in ("seconds", "cpu")))
+        return measured(f"fused / {other}: time", ratio, "x", f"{beside}, once; {where}", at_most=limit)
 
     def memory_row(way: str, limit: float | None = None) -> Row:
-        share = found[way]["extra_bytes"] / logits
-        target, met = ("", None) if limit is None else (f"<= {limit}", share <= limit)
         beside = "peak beyond the head's gradient, beside float32 logits of the whole pack"
-        return Row(f"{way}: extra memory", share, "of full logits", beside, target, met)
+        share = found[way]["extra_bytes"] / logits
+        return measured(f"{way}: extra memory", share, "of full logits", beside, at_most=limit)
 
+    turns, products = found["bare"], "forward and two backward products of the supervised slots"
+    bare_beside = Figure(turns["ratios"], turns["cpu_ratios"])
     return [
-        time_row("bare", "forward and two backward products of the supervised slots", 1.1),
+        measured("fused / bare: time", bare_beside, "x", f"{products}; {where}", at_most=1.1),
         time_row("stock", "logits at all positions", 0.5),
         time_row("usual", "logits of the supervised slots in one tensor"),
         memory_row("fused", 0.05),

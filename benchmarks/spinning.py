@@ -1,9 +1,11 @@
-"""What waiting threads cost a training step: a bounded spin beside unbounded and none, idle and beside other work.
+"""A training step on a crowded machine: beside other work, and a bounded spin of waiting threads beside other ways.
 
-    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,2]
+    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,library]
 
-Each contestant is stage 1's own loop (benchmarks.training_step) in a process of its own, because GNU OpenMP reads how
-threads wait when it is loaded. Ratios are within a round.
+Beside B busy processes, T threads on C cores have a fair share of C T / (T + B) of them: what a step takes longer than
+alone is compared with what that share would make it take. Each contestant is stage 1's own loop
+(benchmarks.training_step) in a process of its own, because GNU OpenMP reads how threads wait when it is loaded. Ratios
+are within a round.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks.harness import Row, machine, run_child
+from benchmarks.harness import Figure, Row, machine, measured, run_child
 from benchmarks.training_step import WARM_STEPS
 
 from benchmarks import harness, tiny_run
@@ -29,7 +31,7 @@ WAYS = {
     "passive": {POLICY_NAME: "PASSIVE"},
     "one thread": {SPIN_NAME: SPIN_ROUNDS, COUNT_NAME: "1"},
 }
-IDLE_LIMIT = 1.05
+IDLE_LIMIT, SHARE_LIMIT = 1.05, 2.0
 _BUSY = "while True: sum(range(100000))"
 
 
@@ -45,14 +47,20 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
-def seconds_per_sample(way: str, arguments: argparse.Namespace) -> float:
-    """Of stage 1's loop, where threads wait in this way."""
+def fair_slowdown(busy_processes: int, cores: int) -> float:
+    """How much longer a step of as many threads as cores takes on its fair share of them than alone."""
+    return (cores + busy_processes) / cores
+
+
+def seconds_per_sample(way: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Of stage 1's loop by wall and processors, where threads wait in this way."""
     own = ["-m", "benchmarks.training_step", "--child", "ours", "--profile", arguments.profile]
     command = [sys.executable, *own, "--root", str(arguments.root), "--steps", str(arguments.steps)]
     kept = [f"{name}={value}" for name, value in WAYS[way].items()]
     unset = [option for name in (SPIN_NAME, POLICY_NAME, COUNT_NAME) for option in ("-u", name)]
     output = run_child(["env", *unset, *kept, *command]).output
-    return json.loads(output.splitlines()[-1])["seconds_per_sample"]
+    found = json.loads(output.splitlines()[-1])
+    return found["seconds_per_sample"], found["cpu_per_sample"]
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -62,18 +70,25 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         return missing
     if arguments.quick:
         arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1, "rounds": 1, "busy": "0"})
-    rows = []
-    for count in map(int, arguments.busy.split(",")):
+    rows, alone, ways = [], None, arguments.ways.split(",")
+    for count in sorted(map(int, arguments.busy.split(","))):
         with busy(count):
-            contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in WAYS}
+            contestants = {way: (lambda way=way: seconds_per_sample(way, arguments)) for way in ways}
             found = [{way: run() for way, run in contestants.items()} for _ in range(arguments.rounds)]
-        times = harness.Times({way: [row[way] for row in found] for way in WAYS})
         where = f"{count} busy processes on {machine()['cores']} cores" if count else "idle cores"
-        for way in list(WAYS)[1:]:
-            ratio = times.ratio(way, "bounded")
-            aimed = way == "library" and count == 0
-            target, met = (f">= 1 / {IDLE_LIMIT}", ratio >= 1 / IDLE_LIMIT) if aimed else ("", None)
-            rows.append(Row(f"waiting threads: {way}, {where}", ratio, "x", "the bounded spin, step time", target, met))
+        bounded = Figure([turn["bounded"][0] for turn in found])
+        if count == 0:
+            alone = bounded.value
+        elif alone:
+            fair = alone * fair_slowdown(count, machine()["cores"])
+            slower = Figure([seconds / fair for seconds in bounded.rounds])
+            beside = "the fair share of the cores"
+            rows.append(measured(f"crowded step: {where}", slower, "x", beside, at_most=SHARE_LIMIT))
+        for way in ways[1:]:
+            ratio = Figure(*([turn[way][clock] / turn["bounded"][clock] for turn in found] for clock in (0, 1)))
+            least = 1 / IDLE_LIMIT if way == "library" and count == 0 else None
+            name = f"waiting threads: {way}, {where}"
+            rows.append(measured(name, ratio, "x", "the bounded spin, step time", at_least=least))
     return rows
 
 
@@ -81,8 +96,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Which run, how much other work, how long."""
     tiny_run.options(parser)
     parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", default=",".join(WAYS), help="how threads wait, `bounded` first")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ kept    the same with freed memory kept, as ours has it (stage.py)
 trl     TRL's SFTTrainer on those padded batches (benchmarks/trl_loop.py), without its gradient checkpointing
 
 The same samples, precision and optimizer (AdamW), in processes of their own that take turns. `ours` also says what part
-of a step it waits for data.
+of a step it waits for data, and its share of peak (MFU): the operations of a step without any twice
+(benchmarks/gpu_check/shapes.py:step_flops), beside what a large product of the same threads and precision does.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from benchmarks.harness import Row, run_child, unmeasured
+from benchmarks.gpu_check.shapes import step_flops
+from benchmarks.harness import Figure, Row, cpu_seconds, measured, run_child, side_by_side, unmeasured
 from benchmarks.tiny_run import TinyRun
 from torch import Tensor
 
 from benchmarks import harness, tiny_run, trl_loop
 from coordexp.config.profile import OptimConfig
 from coordexp.models.loading import Checkpoint
+from coordexp.packing.collator import Collator, teacher_segment
 from coordexp.packing.pixels import load_sample_rgb, patchify
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import Sample, SampleSource, SampleStore
@@ -51,6 +54,7 @@ BESIDE = {
     "trl": "TRL's SFTTrainer on the padded batches",
 }
 AIMED = {"padded", "trl"}
+PEAK_SIDE = 2048  # of the square matrices whose product shows the peak
 NO_TRL = "needs benchmarks/requirements.txt, which make bench installs"
 
 
@@ -75,14 +79,32 @@ def ours(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), steps)
     task = TeacherTask(checkpoint.model, criterion, source, collator, step_packs(run, steps))
     optim = adamw(run, steps)
+    began = cpu_seconds()
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         train(checkpoint.model, task, optim, Path(folder), log, save_every_seconds=1e9, schedule=lambda _: 1.0)
         rows = [json.loads(line) for line in log.read_text().splitlines()]
+    cpu = (cpu_seconds() - began) / sum(row["samples"] for row in rows)
     timed = rows[WARM_STEPS:]
     seconds = [row["time/step_s"] / row["samples"] for row in timed]
-    waiting = sum(row["time/wait_s"] for row in timed) / sum(row["time/step_s"] for row in timed)
-    return {"seconds_per_sample": median(seconds), "waiting": waiting}
+    whole = sum(row["time/step_s"] for row in timed)
+    waiting = sum(row["time/wait_s"] for row in timed) / whole
+    operations = sum(operations_of(checkpoint, collator, store, packs) for packs in step_packs(run, steps)[WARM_STEPS:])
+    share = operations / whole / peak_flops(torch.bfloat16 if optim.precision == "bf16" else torch.float32)
+    return {"seconds_per_sample": median(seconds), "cpu_per_sample": cpu, "waiting": waiting, "share_of_peak": share}
+
+
+def operations_of(checkpoint: Checkpoint, collator: Collator, store: SampleStore, packs: list[list[int]]) -> float:
+    """Of a step on these packs."""
+    batch = collator([teacher_segment(store[i]) for pack in packs for i in pack])
+    return step_flops(checkpoint.model, batch)
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Operations a second of a large product, by the threads of this process; the best of some rounds."""
+    matrix = torch.randn(PEAK_SIDE, PEAK_SIDE).to(dtype)
+    times = side_by_side({"product": lambda: matrix @ matrix}, rounds=8)
+    return 2 * PEAK_SIDE**3 / min(times.of("product").rounds)
 
 
 def padded_batch(checkpoint: Checkpoint, root: Path, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -115,7 +137,7 @@ def padded(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]
     optim = adamw(run, steps)
     optimizer = build_optimizer(model, optim)
     model.train()
-    seconds = []
+    seconds, n_samples, began = [], 0, cpu_seconds()
     for packs in step_packs(run, steps):
         started = time.perf_counter()
         samples = [store[i] for pack in packs for i in pack]
@@ -127,7 +149,9 @@ def padded(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append((time.perf_counter() - started) / len(samples))
-    return {"seconds_per_sample": median(seconds[WARM_STEPS:])}
+        n_samples += len(samples)
+    cpu = (cpu_seconds() - began) / n_samples
+    return {"seconds_per_sample": median(seconds[WARM_STEPS:]), "cpu_per_sample": cpu}
 
 
 def kept(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
@@ -139,7 +163,7 @@ def kept(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
 def trl(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
     """TRL's trainer."""
     store, optim = SampleStore(run.paths.norm1000 / "train.parquet"), run.profile.stage1
-    seconds = trl_loop.seconds_per_sample(
+    seconds, cpu = trl_loop.seconds_per_sample(
         checkpoint,
         lambda batch: padded_batch(checkpoint, run.paths.raw, [store[i] for i in batch]),
         [[i for pack in packs for i in pack] for packs in step_packs(run, steps)],
@@ -148,7 +172,7 @@ def trl(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
         max_grad_norm=optim.max_grad_norm,
         bf16=optim.precision == "bf16",
     )
-    return {"seconds_per_sample": seconds}
+    return {"seconds_per_sample": seconds, "cpu_per_sample": cpu}
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -188,19 +212,25 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1})
     has_trl = all(find_spec(name) for name in ("trl", "datasets"))
     names = ["ours", *(name for name in BESIDE if name != "trl" or has_trl)]
-    found = list(runs_of(arguments, names, rounds=1 if arguments.quick else 2))
-    waiting = median(f["ours"]["waiting"] for f in found)
-    speed = 1 / median(f["ours"]["seconds_per_sample"] for f in found)
+    found = list(runs_of(arguments, names, rounds=1 if arguments.quick else 3))
+
+    def beside(name: str, key: str) -> list[float]:
+        return [f[name][key] / f["ours"][key] for f in found]
+
+    seconds = Figure(*([f["ours"][key] for f in found] for key in ("seconds_per_sample", "cpu_per_sample")))
+    share, waiting = (Figure([f["ours"][key] for f in found]) for key in ("share_of_peak", "waiting"))
+    product = f"of a product of {PEAK_SIDE} x {PEAK_SIDE} matrices by the same threads"
     rows = [
-        Row("training step: ours", speed, "samples/s", "stage 1 of the profile with AdamW", "", None),
-        Row("training step: waiting for data", waiting, "", "of a step", f"< {WAITING}", waiting < WAITING),
+        measured("training step: ours", seconds.map(lambda s: 1 / s), "samples/s", "stage 1 of the profile with AdamW"),
+        measured("training step: share of peak (MFU)", share, "", product),
+        measured("training step: waiting for data", waiting, "", "of a step", at_most=WAITING),
     ]
     for name in names[1:]:
-        ratio = median(f[name]["seconds_per_sample"] / f["ours"]["seconds_per_sample"] for f in found)
-        memory = median(f["ours"]["extra_gib"] / f[name]["extra_gib"] for f in found)
-        target, met = (f">= {SPEED:g} x", ratio >= SPEED) if name in AIMED else ("", None)
-        rows.append(Row(f"training step: times faster than {name}", ratio, "x", BESIDE[name], target, met))
-        rows.append(Row(f"training step: memory beside {name}", memory, "", "growth while training", "", None))
+        ratio = Figure(beside(name, "seconds_per_sample"), beside(name, "cpu_per_sample"))
+        least = SPEED if name in AIMED else None
+        rows.append(measured(f"training step: times faster than {name}", ratio, "x", BESIDE[name], at_least=least))
+        memory = Figure(beside(name, "extra_gib")).map(lambda more: 1 / more)
+        rows.append(measured(f"training step: memory beside {name}", memory, "", "growth while training"))
     return rows if has_trl else [*rows, unmeasured("training step: times faster than trl", NO_TRL, f">= {SPEED:g} x")]
 
 

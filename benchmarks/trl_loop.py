@@ -12,6 +12,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.harness import cpu_seconds
+
 from coordexp.models.loading import Checkpoint
 
 
@@ -21,8 +23,10 @@ def seconds_per_sample(
     batches: Sequence[Sequence[int]],
     warm_steps: int,
     **settings: Any,
-) -> float:
-    """Median over the steps after the warm ones; `collate` makes the batch of some samples, `settings` are TRL's.
+) -> tuple[float, float]:
+    """Median by the wall over the steps after the warm ones, and by processors over all steps.
+
+    `collate` makes the batch of some samples, `settings` are TRL's.
 
     Raises:
         ImportError: trl or datasets is not installed (benchmarks/requirements.txt).
@@ -36,15 +40,15 @@ def seconds_per_sample(
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
-            self.started = 0.0
+            self.started = self.began = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.started, self.began = time.perf_counter(), cpu_seconds()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             now = time.perf_counter()
             self.seconds.append(now - self.started)
-            self.started = now
+            self.started, self.cpu = now, cpu_seconds() - self.began
 
     clock, sizes = Clock(), list[int]()
 
@@ -77,4 +81,4 @@ def seconds_per_sample(
         )
         trainer.train()
     per_sample = [seconds / size for seconds, size in zip(clock.seconds, sizes, strict=True)]
-    return median(per_sample[warm_steps:])
+    return median(per_sample[warm_steps:]), clock.cpu / sum(sizes)

@@ -6,6 +6,7 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.run import RunConfig
 from coordexp.evaluation.parse import faults_of
 from coordexp.evaluation.suite import evaluate_run
+from coordexp.infra.artefacts import sealing
 from coordexp.matching.summary import ratio_text
 from coordexp.rollout.scoring import score_folder
 from coordexp.stage import LOG, stage_main
@@ -13,9 +14,10 @@ from coordexp.stage import LOG, stage_main
 
 def run(context: RunConfig) -> None:
     """Write predictions per checkpoint, and the metrics of all of them."""
-    for name in CHECKPOINTS:
-        score_folder(context.paths.decoded(name), context.params.decode, context.paths.evaluation(name))
-    metrics = evaluate_run(context.params, context.paths)
+    with sealing(context.paths.run("eval")):
+        for name in CHECKPOINTS:
+            score_folder(context.paths.decoded(name), context.params.decode, context.paths.evaluation(name))
+        metrics = evaluate_run(context.params, context.paths)
     for name in CHECKPOINTS:
         areas = metrics[name]["eval"]
         LOG.info(

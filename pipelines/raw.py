@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from coordexp.config.profile import ScenesConfig
 from coordexp.config.run import RunConfig
+from coordexp.infra.artefacts import sealing
+from coordexp.infra.workers import worker_count
 from coordexp.records.manifest import write_manifest
 from coordexp.stage import LOG, stage_main
 from toyworld.coco_folder import as_datasets, write_coco_folder
@@ -13,11 +13,12 @@ from toyworld.coco_folder import as_datasets, write_coco_folder
 
 def run(context: RunConfig) -> None:
     """Write `data/<profile>/raw`: a manifest of images that stay where they are; shards of composed ones beside it."""
-    raw, source, workers = context.paths.raw, context.profile.source, os.cpu_count() or 1
-    if isinstance(source, ScenesConfig):
-        write_coco_folder(raw / "images", source, context.params.seed, workers)
-        source = as_datasets(raw / "images")
-    manifest = write_manifest(raw, source.sets, source.verify == "decode", workers)
+    raw, source, workers = context.paths.raw, context.profile.source, worker_count()
+    with sealing(raw):
+        if isinstance(source, ScenesConfig):
+            write_coco_folder(raw / "images", source, context.params.seed, workers)
+            source = as_datasets(raw / "images")
+        manifest = write_manifest(raw, source.sets, source.verify == "decode", workers)
     for name, found in manifest["sets"].items():
         problems = ", ".join(f"{reason} {n}" for reason, n in found["problems"].items()) or "no problem"
         LOG.info("raw: %s: %d images, %d bytes, %s", name, found["images"], found["bytes"], problems)

@@ -79,6 +79,30 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
+    def click(self, script: str) -> None:
+        """Press and release the left button in the middle of an element, given as an expression; it scrolls there."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self._mouse(kind, *self._middle(script), button="left", buttons=1, clickCount=1)
+
+    def wheel(self, script: str, down_px: int) -> None:
+        """Turn the wheel over the middle of an element."""
+        self._mouse("mouseWheel", *self._middle(script), deltaX=0, deltaY=down_px)
+
+    def drag(self, script: str, right_px: int, down_px: int) -> None:
+        """Press in the middle of an element, move, and release."""
+        x, y = self._middle(script)
+        self._mouse("mousePressed", x, y, button="left", buttons=1, clickCount=1)
+        self._mouse("mouseMoved", x + right_px, y + down_px, button="left", buttons=1)
+        self._mouse("mouseReleased", x + right_px, y + down_px, button="left", buttons=1, clickCount=1)
+
+    def _middle(self, script: str) -> tuple[float, float]:
+        found = f"{{ const e = {script}; e.scrollIntoView({{block: 'nearest'}}); const r = e.getBoundingClientRect();"
+        x, y = self.evaluate(f"{found} [r.x + r.width / 2, r.y + r.height / 2] }}")
+        return x, y
+
+    def _mouse(self, kind: str, x: float, y: float, **how: Any) -> None:
+        self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **how)
+
     def screenshot(self, path: Path) -> None:
         """What a person would see."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from coordexp.infra.threads import bound_spinning
+from once import made_once, run_folder, run_process
+from warm_python import warm_path
+
 VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
+bound_spinning()  # also for the processes that tests start
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
+
+# What takes minutes begins first, so that a worker does not end with it while the others have nothing left.
+LONG = (
+    "graph/test_production.py", "graph/test_smoke.py", "graph/test_kill.py", "graph/test_commands.py",
+    "training/test_fsdp.py", "training/test_distributed.py", "graph/test_cuts.py", "graph/test_inputs.py",
+    "rollout/test_hf_constraints.py", "benchmarks/test_scripts.py", "experiments/test_front_door.py",
+    "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py", "benchmarks/test_gpu_check.py",
+    "training/test_launch.py", "graph/test_check_profile.py", "training/test_devices.py", "rollout/test_vllm_http.py",
+)  # fmt: skip
+# Their tests share no fixture that is dear: each may run on any worker. Those of other files stay together.
+SPREAD = ("graph/test_smoke.py", "graph/test_kill.py", "training/test_distributed.py", "benchmarks/test_scripts.py")
 
 # Time limits per example would only measure how busy the machine is.
 settings.register_profile("repository", deadline=None)
@@ -25,14 +43,34 @@ def repository() -> Path:
     return Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a `python` that forks from one server of this run (tests/warm_python.py)."""
+
+    def make(folder: Path) -> None:
+        warm_path(folder, {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1"}, run_process())
+
+    return made_once(run_folder(tmp_path_factory) / "warm", make) / "bin"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device or vLLM where there is none."""
+    """Skip what needs a CUDA device or vLLM where there is none; say what workers do first, and what together."""
     missing = {"gpu": _no_cuda, "vllm": lambda: not VLLM_PYTHON.is_file()}
     for mark, is_missing in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and is_missing():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=f"needs {mark}"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(_file(item)) if _file(item) in LONG else len(LONG))
+        for item in items:
+            if _file(item) not in SPREAD and not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(_file(item)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 def _no_cuda() -> bool:

@@ -300,8 +300,19 @@ class Workspace:
 
 def build_workspace(root: Path, world: World) -> Workspace:
     """Samples of the world as train and val, its images as raw, a random initial checkpoint that is also stage 1's."""
-    params, profile = PARAMS, load_profile(REPOSITORY / "configs" / "smoke.yaml")
-    paths = ProfilePaths("smoke", root)
+    profile, template = (
+        load_profile(REPOSITORY / "configs" / "smoke.yaml"),
+        world.root.with_name(f"{world.root.name}-workspace"),
+    )
+    if not template.exists():
+        _fill(ProfilePaths("smoke", template), world, profile.packing.pack_tokens)
+    shutil.copytree(template, root, dirs_exist_ok=True)
+    tree = profile.model_dump()
+    tree["model"] |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    return Workspace(PARAMS, Profile.model_validate(tree), ProfilePaths("smoke", root))
+
+
+def _fill(paths: ProfilePaths, world: World, pack_tokens: int) -> None:
     paths.raw.mkdir(parents=True)
     for image in world.root.glob("*.png"):
         shutil.copy(image, paths.raw)
@@ -311,12 +322,7 @@ def build_workspace(root: Path, world: World) -> Workspace:
     for split in ("train", "dev", "val"):
         shutil.copy(world.root / "train.parquet", paths.norm1000 / f"{split}.parquet")
     paths.packed.mkdir(parents=True)
-    write_plan(
-        paths.packed / "plan.parquet", plan_packs(world.store.lengths(), profile.packing.pack_tokens, params.seed)
-    )
-    tree = profile.model_dump()
-    tree["model"] |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
-    return Workspace(params, Profile.model_validate(tree), paths)
+    write_plan(paths.packed / "plan.parquet", plan_packs(world.store.lengths(), pack_tokens, PARAMS.seed))
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ LAYOUTS = {
     "hub": (".", "data/{split}-*.parquet"),
     "conversations": ("pictures", "{split}.jsonl"),
 }
+QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # a record for each expression, not for each picture
 HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo", "labelme", "cvat", "conversations"}
 LEAVES_OUT_EMPTY = {"open_images"}  # pictures without an object are in no file
 
@@ -289,6 +290,8 @@ _WRITERS = {
 
 def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[int, int] = (64, 48)) -> None:
     """Pictures with their annotations, each with a cat on the left and a mug or a person on the right."""
+    if fmt == "refcoco":
+        return _write_refs(root, counts, size)
     for split, count in counts.items():
         listed = []
         for i in range(count):
@@ -305,9 +308,34 @@ def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[in
                 (folder / p.name).unlink()
 
 
+def _write_refs(root: Path, counts: Mapping[str, int], size: tuple[int, int]) -> None:
+    """Expressions for the cat of each picture, and for what is on its right."""
+    write_photos("coco", root, counts, size)
+    images, annotations, refs = [], [], []
+    (root / "train2014").mkdir(exist_ok=True)
+    for split in counts:
+        path = root / "annotations" / f"instances_{split}2017.json"
+        source = json.loads(path.read_text(encoding="utf-8"))
+        first_image, first = len(images), len(annotations)
+        for row in source["images"]:
+            name = f"COCO_train2014_{first_image + row['id']:012d}.jpg"
+            (root / f"{split}2017" / row["file_name"]).rename(root / "train2014" / name)
+            images.append(row | {"id": first_image + row["id"], "file_name": name})
+        for row in source["annotations"]:
+            ids = {"id": first + row["id"], "image_id": first_image + row["image_id"]}
+            annotations.append(row | ids)
+            sentences = [{"sent": f"the {NAMES[row['category_id'] - 1]}"}]
+            refs.append({"ref_id": ids["id"], "ann_id": ids["id"], "split": split, "sentences": sentences})
+        path.unlink()
+        (root / f"{split}2017").rmdir()
+    path.parent.rmdir()
+    (root / "instances.json").write_text(json.dumps(instances(images, annotations)), encoding="utf-8")
+    (root / "refs(unc).json").write_text(json.dumps(refs), encoding="utf-8")
+
+
 def dataset(fmt: str, root: Path, **changes: Any) -> DatasetConfig:
     """A set that `write_annotations` wrote, with both splits."""
-    images, annotations = LAYOUTS[fmt]
+    images, annotations = (LAYOUTS | QUESTIONS)[fmt]
     keys: dict[str, Any] = {"format": fmt, "root": str(root), "weight": 1.0, "prompt": "open"}
     for split in ("train", "val"):
         keys |= {split: annotations.format(split=split), f"{split}_images": images.format(split=split)}

@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from coordexp.config.paths import CHECKPOINTS
+from workspaces import change_yaml
 
 STAGES = (
     *("check", "raw", "convert", "norm1000", "pack", "stage1"),
@@ -20,10 +23,14 @@ STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """A temporary repository with this working tree as its only commit, and the smoke profile chosen."""
+    """A temporary repository with this working tree as its only commit, and the smoke profile chosen.
+
+    `warm` is the folder of a `python` that forks (tests/warm_python.py); without it, each stage starts an interpreter.
+    """
 
     root: Path
     home: Path
+    warm: Path | None = None
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the clone to its end; stderr is merged into stdout."""
@@ -34,8 +41,9 @@ class Clone:
     @property
     def environment(self) -> dict[str, str]:
         """Of a user with an empty home."""
+        front = [str(folder) for folder in (self.warm, Path(sys.executable).parent) if folder]
         return {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([*front, os.environ["PATH"]]),
             "HOME": str(self.home),
             "DVC_SITE_CACHE_DIR": str(self.home / "dvc"),
             "DVC_NO_ANALYTICS": "1",
@@ -68,10 +76,27 @@ class Clone:
         self.succeed("git", "add", "--all")
         self.succeed("git", "commit", "--quiet", "--message", message)
 
+    def copy(self, folder: Path) -> Clone:
+        """Another clone with the same files, results and history, for a test to do with as it likes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self.root, folder / "clone", symlinks=True, copy_function=_copied)
+        shutil.copytree(self.home, folder / "home", symlinks=True, ignore=shutil.ignore_patterns("dvc"))
+        return replace(self, root=folder / "clone", home=folder / "home")
 
-def new_clone(repository: Path, root: Path, home: Path) -> Clone:
-    """The clone before its first run."""
-    copy = Clone(root, home)
+
+def _copied(source: str, target: str) -> None:
+    """Share what nobody writes into, the files of the DVC cache; copy all else with its times."""
+    if f"{os.sep}.dvc{os.sep}cache{os.sep}files{os.sep}" in source:
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def new_clone(
+    repository: Path, root: Path, home: Path, changes: Mapping[str, Any] | None = None, warm: Path | None = None
+) -> Clone:
+    """The clone before its first run, with some keys of the profile changed."""
+    copy = Clone(root, home, warm)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=repository,
@@ -87,6 +112,8 @@ def new_clone(repository: Path, root: Path, home: Path) -> Clone:
             shutil.copy2(source, target, follow_symlinks=False)
     params = copy.root / "params.yaml"
     params.write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params.read_text()))
+    if changes:
+        change_yaml(copy.root / "configs" / "smoke.yaml", changes)
     (copy.root / "dvc.lock").unlink(missing_ok=True)  # it names another profile's outputs
     copy.succeed("git", "init", "--quiet", "--initial-branch", "main")
     copy.commit("working tree")

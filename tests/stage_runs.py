@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
+from coordexp.infra.artefacts import write_sealed
 from coordexp.models.loading import load_checkpoint
 from helpers import MAX_PIXELS, MIN_PIXELS, Workspace, World, put_rollouts, teacher_rollouts
 
@@ -28,12 +28,13 @@ def add_rollouts(space: Workspace, world: World) -> None:
     """Put rollouts, one of which does not parse, and stage 2's compute on file."""
     checkpoint = load_checkpoint(space.paths.run("stage1"))
     put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
-    space.paths.run("stage2-compute.json").write_text('{"steps": 4, "tokens": 2000}')
+    write_sealed(space.paths.run("stage2-compute.json"), {"steps": 4, "tokens": 2000})
 
 
 @pytest.fixture
-def ready(workspace: Workspace, world: World) -> Workspace:
-    """A workspace in which each stage can run."""
+def ready(workspace: Workspace, world: World, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A workspace in which each stage can run, each process forked from one that has imported torch."""
+    monkeypatch.setenv("PATH", f"{warm}{os.pathsep}{os.environ['PATH']}")
     add_rollouts(workspace, world)
     return workspace
 
@@ -46,7 +47,7 @@ def run_stage(
     optim: Mapping[str, Any] = EXACT,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     before: str = "",
-    starter: Sequence[str] = (sys.executable,),
+    starter: Sequence[str] = ("python",),
 ) -> tuple[int, str]:
     """Run the entry of a stage in the workspace; returns exit code and output.
 

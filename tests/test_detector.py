@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from coordexp.config.schema import TextParams
 from coordexp.detections import Detections, class_ids
 from coordexp.detector import Detector
-from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError
+from coordexp.errors import CheckpointError, ConfigError, CoordExpError, DataError, PictureError
 from coordexp.geometry.bins import encode_boxes
+from coordexp.models.detection_config import DetectionConfig, read_detection_config
 from coordexp.models.expand import add_coordinate_tokens
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.pixels import load_rgb
@@ -31,10 +34,12 @@ from coordexp.packing.prepare import text_objects
 from coordexp.packing.samples import Sample
 from coordexp.records.gt_vs_pred import ParseReport
 from coordexp.records.images import inspect_image
+from coordexp.records.schema import Record
 from coordexp.rollout.engine import DecodeRequest, Generation
 from coordexp.rollout.hf_engine import GROUP_BATCHES
 from coordexp.text.codecs import AnswerEncoder, get_codec
 from coordexp.text.prompts import TASKS, question, question_text
+from coordexp.text.vocabulary import CoordVocabulary
 from helpers import MAX_PIXELS, SCENES, catalog, save_model
 from toyworld.composer import compose_scene
 from toyworld.model import build_tiny
@@ -333,6 +338,38 @@ def test_a_phrase_is_a_question_of_its_own(folder: Path, tmp_path: Path, engine:
         detector.predict(picture, phrase="the left one", find=["cat"])
     with pytest.raises(ConfigError, match="was trained on prompts open"):
         Detector.from_checkpoint(folder).predict(picture, phrase="the left one")
+
+
+def test_a_mixture_of_prompts_takes_every_question(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    """Of a training whose records ask for some labels, for a phrase, or for everything."""
+    listed, phrase = {"kind": "listed", "names": ["cat", "zebra"]}, {"kind": "phrase", "names": ["the left one"]}
+    records = [Record("a.png", 9, 9, (), metadata={"prompt": p}) for p in (listed, phrase, {"kind": "open"})]
+    plain = read_detection_config(folder, CoordVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(folder)))
+    text = TextParams(codec=plain.codec, object_order=plain.object_order)
+    mixed = DetectionConfig.of_training(text, records, plain.coordinates)
+    detector = Detector.from_checkpoint(saying(folder, tmp_path / "mixed", prompts=mixed.prompts, names=mixed.names))
+    assert (detector.takes_labels, detector.takes_phrases) == (True, True)
+    picture, asked = np.full((100, 120, 3), 90, np.uint8), [{"find": ["zebra"]}, {"phrase": "the left one"}, {}]
+    for keywords in asked:
+        detector.predict(picture, **keywords)
+    words = [question_text(detector._checkpoint.tokenizer, sample.prompt_ids) for sample in engine.samples]
+    assert words == [question({"kind": "listed", "names": ["zebra"]}), question(phrase), TASKS["detect"]]
+
+
+def test_a_folder_and_a_pattern_are_several_pictures_and_an_address_is_fetched_when_told(
+    folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector.from_checkpoint(folder)
+    for name in ("a.png", "b.png", "c[1].png"):
+        shutil.copy(scene, tmp_path / name)
+    assert [found.picture for found in detector.predict(tmp_path)] == sorted(tmp_path.iterdir())
+    assert len(detector.predict(f"{tmp_path}/[ab].png")) == 2
+    assert len(detector.predict(tmp_path / "c[1].png")) == len(DESCS)  # a file of this name: one answer, its objects
+    monkeypatch.setattr("coordexp.detector.fetched_rgb", lambda address: Image.open(scene).convert("RGB"))
+    assert detector.predict("https://example.org/a.png", fetch=True).draw().width > 0
+    assert len(detector.predict(["https://example.org/a.png", scene], fetch=True)) == 2
+    with pytest.raises(PictureError, match="unless told to"):
+        detector.predict("https://example.org/a.png")
 
 
 def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

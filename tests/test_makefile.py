@@ -29,10 +29,10 @@ def test_an_unknown_name_costs_nothing(tmp_path: Path, repository: Path, argumen
 @pytest.mark.parametrize("build", ["cpu", "cuda"])
 def test_the_build_of_vllm_is_named_and_has_its_lock(tmp_path: Path, repository: Path, build: str) -> None:
     lock = {"cpu": "requirements-vllm.lock", "cuda": "requirements-vllm-cuda.lock"}[build]
-    for file in ("Makefile", lock):
+    for file in ("Makefile", "requirements-torch.lock", lock):
         shutil.copy(repository / file, tmp_path)
     asked = ["make", "-n", "vllm", f"VLLM_BUILD={build}"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"-r {lock}\n" in done.stdout
-    assert ("--no-deps" in done.stdout) == (build == "cpu")
+    assert ("--no-deps --require-hashes" in done.stdout) == (build == "cpu")
     assert f"holds the {build} build of vLLM ({lock})" in done.stdout

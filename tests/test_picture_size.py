@@ -21,8 +21,9 @@ from coordexp.config.loading import load_params, load_profile, read_yaml
 from coordexp.config.paths import ProfilePaths, model_folder
 from coordexp.config.run import RunConfig
 from coordexp.detector import Detector
-from coordexp.errors import CheckpointError
-from coordexp.models.loading import checkpoint_hashes, load_format
+from coordexp.errors import CheckpointError, DamagedArtefactError
+from coordexp.infra.artefacts import HASHES
+from coordexp.models.loading import load_format
 from coordexp.models.processor import IMAGE_FILE, PROCESSOR_FILE
 from coordexp.packing.samples import Sample
 from coordexp.records.schema import ObjectRecord, Record, write_records
@@ -173,9 +174,8 @@ def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trai
     trained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / "edited")
-    assert IMAGE_FILE in checkpoint_hashes(trained)
     edit(tmp_path / "edited" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=40_000))
-    with pytest.raises(CheckpointError, match=rf"{IMAGE_FILE}: sha256 .* but run_metadata\.json records"):
+    with pytest.raises(DamagedArtefactError, match=rf"{IMAGE_FILE}: sha256 .* but {HASHES} records"):
         load_format(tmp_path / "edited")
 
 
@@ -199,7 +199,7 @@ def test_processor_files_that_cannot_be_followed_are_refused(
     trained: Path, tmp_path: Path, content: str | None, message: str
 ) -> None:
     shutil.copytree(trained, tmp_path / "odd")
-    for name in ("run_metadata.json", IMAGE_FILE):
+    for name in (HASHES, "run_metadata.json", IMAGE_FILE):
         (tmp_path / "odd" / name).unlink()
     if content is not None:
         (tmp_path / "odd" / IMAGE_FILE).write_text(content)
@@ -210,7 +210,8 @@ def test_processor_files_that_cannot_be_followed_are_refused(
 def test_both_layouts_of_transformers_are_read(trained: Path, tmp_path: Path) -> None:
     expected = load_format(trained).pixels
     shutil.copytree(trained, tmp_path / "new")
-    (tmp_path / "new" / "run_metadata.json").unlink()
+    for name in (HASHES, "run_metadata.json"):
+        (tmp_path / "new" / name).unlink()
     AutoImageProcessor.from_pretrained(trained).save_pretrained(tmp_path / "saved")
     block = json.loads((tmp_path / "saved" / IMAGE_FILE).read_text())
     (tmp_path / "new" / IMAGE_FILE).write_text(json.dumps(block))

@@ -20,6 +20,8 @@ import pytest
 from coordexp.config.loading import load_profile
 from coordexp.config.run import RunConfig
 from coordexp.errors import BusyError, CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from coordexp.infra.provenance import git_state
+from coordexp.reporting.provenance import BASELINE_VARIABLE, experiment_baseline
 from coordexp.stage import stage_main, tune_allocator
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
@@ -77,6 +79,19 @@ def test_other_faults_of_the_system_are_bugs(params_file: Path) -> None:
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory")
     with pytest.raises(FileNotFoundError):
         stage_main(failing(missing), ["--params", str(params_file)])
+
+
+def test_without_git_a_stage_says_so_first_and_goes_on(
+    params_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "coordexp")
+    monkeypatch.setenv("PATH", str(params_file.parent))
+    said: list[str] = []
+    assert stage_main(lambda context: said.append(caplog.text), ["--params", str(params_file)]) == 0
+    assert "git is not installed" in said[0]
+    assert git_state() == {"commit": None, "dirty": None}
+    monkeypatch.setenv(BASELINE_VARIABLE, "HEAD")
+    assert experiment_baseline("tiny") is None
 
 
 def test_a_bug_keeps_its_traceback(params_file: Path) -> None:

@@ -1,5 +1,5 @@
-"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | report | monitor | export |
-serve`.
+"""`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | verify | report | browse |
+monitor | export | serve`.
 
 Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
 libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
@@ -22,15 +22,18 @@ from coordexp.errors import (
     EXIT_INTERRUPTED,
     EXIT_SKIPPED,
     EXIT_USAGE,
+    ConfigError,
     CoordExpError,
     Interrupted,
     TrainingError,
 )
-from coordexp.experiments.command import ab, monitor, run, runs
+from coordexp.experiments.command import ab, monitor, run, runs, verify
 from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
+from coordexp.infra.printable import printable_output
+from coordexp.infra.progress import bar
 from coordexp.records.image_files import expand_images, picture_targets
-from coordexp.reporting.command import report
+from coordexp.reporting.command import browse, report
 
 if TYPE_CHECKING:
     from coordexp.detector import Detector
@@ -52,13 +55,16 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(run)
 app.command()(runs)
+app.command()(verify)
 app.command()(ab)
 app.command()(report)
+app.command()(browse)
 app.command()(monitor)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console entry: runs one command and exits."""
+    """The console entry: runs one command and exits; what it prints is printable, whatever names are in it."""
     try:
         app(args=argv, prog_name="coordexp")
     except Interrupted as error:
@@ -98,7 +104,7 @@ def _options(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or globs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, globs, or URLs.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/tiny/stage2.")],
     save: Annotated[
         Path | None, typer.Option(help="Draw the boxes: a picture file for one image, otherwise a folder.")
@@ -123,6 +129,7 @@ def predict(
     processes: Annotated[
         int, typer.Option(min=0, help="Processes that answer, on the GPUs in turn; 0 is one for each GPU.")
     ] = 1,
+    fetch: Annotated[Path | None, typer.Option(help="Folder that images named by their URL are fetched into.")] = None,
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or say why and go on.")
     ] = "stop",
@@ -134,7 +141,7 @@ def predict(
     from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
 
-    paths = expand_images(images)
+    paths = _images(images, fetch)
     log = PredictionLog(out, checkpoint) if out else None
     targets = picture_targets(paths, save) if save else {}
     names, asked_names = _labels(classes), _labels(find)
@@ -153,6 +160,18 @@ def predict(
     if found.skipped:
         prediction.note_skipped(found.skipped, len(paths))
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _images(named: Sequence[str], fetch: Path | None) -> list[Path]:
+    """Files, folders and globs; the images at URLs in the folder that they are fetched into."""
+    from coordexp.records.fetched import fetched_files, is_address
+
+    addresses = [name for name in named if is_address(name)]
+    if addresses and not fetch:
+        raise ConfigError(f"{addresses[0]}: nothing is taken from the network unless told to: --fetch FOLDER.")
+    files = fetched_files(addresses, fetch) if fetch else []
+    others = [name for name in named if not is_address(name)]
+    return [*files, *(expand_images(others) if others or not files else ())]
 
 
 def _labels(listed: str | None) -> list[str]:
@@ -329,18 +348,12 @@ def doctor(
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items; meanwhile on stderr a bar if that is a terminal, else a plain line for every tenth of ten or more."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        # rich sends stdout through its own console, here stderr: right only where both are the terminal.
-        with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-            yield from bar.track(items, total=total, description=what)
-        return
-    for done, item in enumerate(items, 1):
-        yield item
-        if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
-            _note(f"{what}: {done} of {total}")
+    with bar(what, total) as at:
+        for done, item in enumerate(items, 1):
+            yield item
+            at(done)
+            if total >= 10 and done * 10 // total > (done - 1) * 10 // total and not sys.stderr.isatty():
+                _note(f"{what}: {done} of {total}")
 
 
 if __name__ == "__main__":

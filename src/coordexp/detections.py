@@ -15,6 +15,7 @@ from PIL import Image
 from coordexp.errors import DataError, PictureError
 from coordexp.geometry.boxes import Boxes, as_boxes, xyxy_to_xywh
 from coordexp.records.descriptions import normalise_desc
+from coordexp.records.fetched import is_address
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport
 from coordexp.records.images import read_rgb, to_rgb
 
@@ -229,6 +230,8 @@ def open_picture(image: Picture) -> Image.Image:
         return to_rgb(image)
     if not isinstance(image, str | os.PathLike):
         raise DataError(f"{describe(image)}: expected a file name, a PIL image, or an RGB array.")
+    if is_address(image):
+        raise PictureError(f"{image}: nothing is taken from the network unless told to: fetch=True, or --fetch FOLDER.")
     return read_rgb(image)
 
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from glob import has_magic
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,8 @@ from coordexp.infra.provenance import answer_files, fingerprint
 from coordexp.models.loading import ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.packing.prepare import SamplePreparer
 from coordexp.packing.samples import Sample
+from coordexp.records.fetched import fetched_rgb, is_address
+from coordexp.records.image_files import expand_images
 from coordexp.records.prediction_log import AnswerSource
 from coordexp.records.schema import Record
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal, greedy
@@ -127,12 +130,24 @@ class Detector:
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a str is one file name
-        self, images: Picture, *, find: Sequence[str] = (), phrase: str = "", threshold: float = 0.0
+        self,
+        images: Picture,
+        *,
+        find: Sequence[str] = (),
+        phrase: str = "",
+        threshold: float = 0.0,
+        fetch: bool = False,
     ) -> Detections: ...
 
     @overload
     def predict(
-        self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = "", threshold: float = 0.0
+        self,
+        images: Iterable[Picture],
+        *,
+        find: Sequence[str] = (),
+        phrase: str = "",
+        threshold: float = 0.0,
+        fetch: bool = False,
     ) -> list[Detections]: ...
 
     def predict(
@@ -142,22 +157,29 @@ class Detector:
         find: Sequence[str] = (),
         phrase: str = "",
         threshold: float = 0.0,
+        fetch: bool = False,
     ) -> Detections | list[Detections]:
         """Detect the objects of one picture, or of each of several.
 
         Args:
             images: a file name, a PIL image, or an RGB array (H, W, 3) of uint8: the answer is one `Detections`. Or any
-                number of them in a list (or another iterable): the answer is a list. Pictures are read as in training:
-                upright by their EXIF orientation, 16-bit grey scaled, transparency on white.
+                number of them in a list (or another iterable), or the name of a folder, or a pattern such as
+                "photos/*.jpg": the answer is a list. Pictures are read as in training: upright by their EXIF
+                orientation, 16-bit grey scaled, transparency on white.
             find: labels to look for, in the prompt if the checkpoint was trained on lists of labels; the answer holds
                 no others. Empty: what the checkpoint was trained to be asked.
             phrase: look for what a phrase means instead, of a checkpoint that was trained on phrases.
             threshold: least score of an object.
+            fetch: take pictures from the network, where one is named by its URL; without it that is an error.
 
         Raises:
             ConfigError: the checkpoint cannot be asked this.
             DataError: naming the picture that cannot be read, or is no picture.
         """
+        if isinstance(images, str | os.PathLike) and _means_several(images):
+            images = expand_images([os.fspath(images)])
+        if fetch:
+            images = fetched_rgb(images) if is_address(images) else _fetched(images)
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             return next(self.stream([images], find=find, phrase=phrase)).above(threshold)
         if not isinstance(images, Iterable):
@@ -200,6 +222,11 @@ class Detector:
     def takes_labels(self) -> bool:
         """Whether labels that are looked for stand in the prompt: the checkpoint was trained on lists of them."""
         return bool({"listed", "closed"} & set(self._checkpoint.detection.prompts))
+
+    @property
+    def takes_phrases(self) -> bool:
+        """Whether it can be asked what a phrase means: the checkpoint was trained on phrases."""
+        return "phrase" in self._checkpoint.detection.prompts
 
     def identity(self, find: Sequence[str] = (), phrase: str = "") -> AnswerSource:
         """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
@@ -277,6 +304,18 @@ class Detector:
         resized = picture.resize((sample.resized_width, sample.resized_height), Image.Resampling.BICUBIC)
         resized.save(folder / name, compress_level=1)
         return sample
+
+
+def _means_several(images: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a folder, or a pattern of names rather than one of a file."""
+    return os.path.isdir(images) or (not os.path.exists(images) and not is_address(images) and has_magic(str(images)))
+
+
+def _fetched(images: Picture | Iterable[Picture]) -> Picture | Iterable[Picture]:
+    """The same; of several those named by their URL are fetched when they are asked for."""
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
+        return images
+    return (fetched_rgb(one) if is_address(one) else one for one in images)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:

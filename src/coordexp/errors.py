@@ -31,6 +31,10 @@ class PictureError(DataError):
     """One picture cannot be read, or not be given to a model; the others can."""
 
 
+class DamagedArtefactError(DataError):
+    """A stored file is not the one that was written: a bit changed, it was cut or edited, or it is gone."""
+
+
 class CheckpointError(CoordExpError):
     """A checkpoint directory is missing something, or does not fit the tokenizer or the task."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from coordexp.detections import Detections, open_picture
 from coordexp.detector import Detector
 from coordexp.errors import DataError, PictureError
+from coordexp.infra.printable import printable, printable_lines
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.images import image_sha256
 from coordexp.records.prediction_log import PredictionLog
@@ -102,12 +103,12 @@ def _note_reuse(log: PredictionLog, total: int, kept: int, stale: Counter[str]) 
 
 
 def _note(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(printable_lines(message), file=sys.stderr)
 
 
 def json_line(path: Path, found: Detections | PictureError) -> str:
-    """One answer as a line of JSON; of a picture that cannot be read, the reason as `error`."""
-    return json.dumps({"image": str(path)} | _answer(found), ensure_ascii=False)
+    """One answer as a line of printable JSON; of a picture that cannot be read, the reason as `error`."""
+    return printable(json.dumps({"image": str(path)} | _answer(found), ensure_ascii=False))
 
 
 def _answer(found: Detections | PictureError) -> dict[str, Any]:
@@ -128,9 +129,9 @@ def note_skipped(skipped: Sequence[Path], total: int) -> None:
 
 def listing(path: Path, found: Detections) -> str:
     """One answer for people to read: a line of its own for each object."""
-    lines = [f"{path}: {found.width} x {found.height} px, {len(found)} objects"]
+    lines = [f"{printable(str(path))}: {found.width} x {found.height} px, {len(found)} objects"]
     for desc, box, score in zip(found.descs, found.boxes_xyxy_px.tolist(), found.scores.tolist(), strict=True):
-        lines.append(f"  {score:.2f}  {desc}  [{', '.join(f'{v:.1f}' for v in box)}]")
+        lines.append(f"  {score:.2f}  {printable(desc)}  [{', '.join(f'{v:.1f}' for v in box)}]")
     return "\n".join(lines)
 
 
@@ -196,7 +197,7 @@ def note_absent(names: Sequence[str], seen: set[str]) -> None:
     called = {normalise_desc(desc) for desc in seen}
     absent = [name for name in names if normalise_desc(name) not in called]
     if absent:
-        others = ", ".join(sorted(seen)[:SHOWN_NAMES]) or "nothing"
+        others = ", ".join(map(printable, sorted(seen)[:SHOWN_NAMES])) or "nothing"
         _note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import resource
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,11 @@ from coordexp.errors import (
     TrainingError,
 )
 from coordexp.infra import DEVICE_VARIABLE
+from coordexp.infra.printable import printable_output
+from coordexp.infra.progress import StdoutHandler
 from coordexp.infra.provenance import add_to_run_record, run_facts
+from coordexp.infra.resume import mark, resume_root
+from coordexp.infra.signals import interrupted_by_signals
 from coordexp.infra.threads import set_threads
 from coordexp.inputs import refuse_stale
 
@@ -92,25 +96,26 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
+@printable_output()
 def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, names: Sequence[str] = ()) -> int:
     """Run one stage as a process, leave the record of the run, and return its exit code.
 
     A stage that exists once for each of `names` gets the name as its second argument.
 
     Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
-    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback.
+    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback. What is
+    printed is printable, whatever names are in it.
     """
     gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
-    # From here on SIGTERM ends the stage as Ctrl-C does; training replaces both by a stop after the step.
-    on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
-    except Interrupted as error:
-        return _fail(f"interrupted: {error}", EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted: stopped by a signal; run the same command again.", EXIT_INTERRUPTED)
+        with interrupted_by_signals():
+            _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
+    except (Interrupted, KeyboardInterrupt) as error:
+        mark(resume_root())
+        why = str(error) or "stopped by a signal; run the same command again."
+        return _fail(f"interrupted: {why}", EXIT_INTERRUPTED)
     except TrainingError as error:
         return _fail(f"error: {error}", EXIT_BUG)
     except CoordExpError as error:
@@ -119,16 +124,20 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
         if error.errno not in WRITE_FAULTS:
             raise
         return _fail(f"error: {_write_fault(error)}", EXIT_USAGE)
-    finally:
-        signal.signal(signal.SIGTERM, on_terminate)
     return EXIT_DONE
 
 
 def _write_fault(error: OSError) -> str:
     where = error.filename or "an output of this stage"
+    before = (
+        " DVC removed the outputs of before when it began this stage: `dvc checkout --force` brings back those that "
+        "dvc.lock names."
+        if "DVC_STAGE" in os.environ
+        else ""
+    )
     return (
-        f"{where}: cannot be written: {error.strerror}. Nothing was recorded, and what was there before is unharmed. "
-        "Make room, or make the folder writable, and run the same command again: it goes on from the last saved state."
+        f"{where}: cannot be written: {error.strerror}. No output was put into its place.{before} Make room, or make "
+        "the folder writable, and run the same command again: it goes on from the last saved state."
     )
 
 
@@ -169,6 +178,8 @@ def _context(args: argparse.Namespace, stage: str) -> RunConfig:
         refuse_stale(context, args.params.parent, stage)
     tune_allocator(LOG)
     set_threads(context.profile.launch.threads, LOG)
+    if shutil.which("git") is None:
+        LOG.warning("git is not installed: the record of this run will not say from which commit it is.")
     return context
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from coordexp.config.profile import DatasetConfig, DatasetsConfig, ScenesConfig
 from coordexp.infra.files import write_text
+from coordexp.infra.workers import begin_worker
 from coordexp.records.shards import write_shards
 from toyworld.composer import compose_scene
 from toyworld.sprites import SpriteCatalog, load_catalog
@@ -40,7 +41,7 @@ def write_coco_folder(out: Path, source: ScenesConfig, seed: int, workers: int) 
     """
     counts = {"train": source.train_images, "val": source.val_images}
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
-    with ProcessPoolExecutor(max_workers=workers) as pool:
+    with ProcessPoolExecutor(max_workers=workers, initializer=begin_worker) as pool:
         composed = {
             split: pool.map(_compose_chunk, _chunks(source, seed + source.seed_offset, split, count))
             for split, count in counts.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,11 @@ FAST = {"packing_plan", "bootstrap", "graph_times"}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in scripts()])
-def test_runs_at_toy_size(name: str, repository: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=repository, env=_environment(repository), capture_output=True, text=True, check=False
-    )
+def test_runs_at_toy_size(name: str, repository: Path, warm: Path, tmp_path: Path) -> None:
+    command = ["python", "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
+    environment = {"PYTHONPATH": str(repository / "src"), "PATH": f"{warm}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = harness.load(name, tmp_path)
     assert rows
     assert all(row.value is not None or row.beside for row in rows)
-
-
-def _environment(repository: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(repository / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ from coordexp.doctor.timing import StepTime, timed_step
 from coordexp.errors import ConfigError, DataError
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.images import image_roots
-from records_folders import LAYOUTS, NAMES, picture, write_photos
+from records_folders import LAYOUTS, NAMES, QUESTIONS, picture, write_photos
 
 TRAIN_STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control)
 
@@ -58,16 +58,22 @@ def run_of(name: str = "mine") -> RunConfig:
 
 
 @pytest.mark.usefixtures("instant")
-@pytest.mark.parametrize("fmt", sorted(LAYOUTS))
-def test_every_format_becomes_a_profile_that_doctor_accepts(clone: Path, tmp_path: Path, fmt: str) -> None:
+@pytest.mark.parametrize("fmt", sorted(LAYOUTS | QUESTIONS))
+def test_every_format_goes_through_init_doctor_and_the_data_stages(clone: Path, tmp_path: Path, fmt: str) -> None:
     write_photos(fmt, tmp_path / "set", {"train": 14, "val": 4})
     lines = init(tmp_path / "set")
     assert lines[0].startswith(f"{tmp_path / 'set'}: {fmt}: ")
-    assert any(line.startswith("train: 14 pictures, 28 objects, ") for line in lines)
+    n_records = 14 * (2 if fmt in QUESTIONS else 1)
+    assert any(line.startswith(f"train: {n_records} pictures, 28 objects, ") for line in lines)
     assert any("about 1 minutes" in line for line in lines)
     assert lines[-2].startswith("next: coordexp doctor --profile mine")
     diagnosis = diagnose(run_of(), decode=True)
     assert not diagnosis.stops, diagnosis.lines
+    for stage in (raw, convert, norm1000, pack):
+        stage.run(run_of())
+    counts = json.loads((run_of().paths.norm1000 / "summary.json").read_text())
+    assert counts["train"]["samples"] + counts["dev"]["samples"] == n_records
+    assert counts["val"]["objects"] == 8
 
 
 @pytest.mark.parametrize("fmt", ["coco", "yolo", "voc"])

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from coordexp.evaluation import effect as effect_module
 from coordexp.evaluation.effect import Effect, Verdict, effect
 
 
@@ -113,3 +114,11 @@ def test_coverage_and_power_in_simulation() -> None:
     assert 0.93 <= covered / trials <= 0.975
     assert 0.70 <= found_better / trials <= 0.85
     assert np.median(showable) == pytest.approx(truth, rel=0.15)
+
+
+def test_quantiles_are_those_of_the_distributions_bit_by_bit():
+    """Taken from scipy.special, because importing scipy.stats takes longer than a stage needs for all of them."""
+    for q in (0.5, 0.8, 0.95, 0.975, 0.995):
+        assert effect_module.normal_quantile(q) == norm.ppf(q)
+        for df in (1, 2, 2.7, 9, 41.3, 1e6):
+            assert effect_module.student_quantile(df, q) == student.ppf(q, df)

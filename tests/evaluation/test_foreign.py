@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pycocotools.coco import COCO
@@ -18,11 +18,10 @@ from pycocotools.cocoeval import COCOeval
 from coordexp.errors import DataError
 from coordexp.evaluation.coco import STAT_NAMES
 from coordexp.evaluation.evaluator import evaluate
-from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
-from coordexp.evaluation.foreign.predictions import FORMS, Form, read_labels, read_predictions
+from coordexp.evaluation.foreign.answers import Family, read_answer
+from coordexp.evaluation.foreign.predictions import Form, read_labels, read_predictions
 from coordexp.evaluation.foreign.truth import Truth, read_truth
 from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING
-from coordexp.experiments import judge
 from coordexp.records.gt_vs_pred import write_results
 
 PARAMS = STANDARD.model_copy(update={"bootstrap_resamples": 50})
@@ -105,6 +104,17 @@ def as_csv(truth: Truth, results: list[Row], out: Path) -> None:
             rows.writerow([r["image_id"], NAMES[r["category_id"]], x, y, x + w, y + h, r["score"]])
 
 
+def as_rows(truth: Truth, results: list[Row], out: Path) -> None:
+    """As supervision's JSONSink."""
+    names, files = ("x_min", "y_min", "x_max", "y_max"), {image.image_id: image.image for image in truth.images}
+    rows = []
+    for r in results:
+        x, y, w, h = r["bbox"]
+        about = {"class_id": 0, "confidence": r["score"], "tracker_id": "", "class_name": NAMES[r["category_id"]]}
+        rows.append(dict(zip(names, (x, y, x + w, y + h), strict=True)) | about | {"image": files[r["image_id"]]})
+    out.write_text(json.dumps(rows))
+
+
 def as_yolo(truth: Truth, results: list[Row], out: Path) -> None:
     out.mkdir()
     stems = {image.image_id: Path(image.image).stem for image in truth.images}
@@ -129,6 +139,7 @@ def as_gt_vs_pred(truth: Truth, results: list[Row], out: Path) -> None:
         (as_lines, "lines.jsonl"),
         (as_instances, "instances.json"),
         (as_csv, "rows.csv"),
+        (as_rows, "rows.json"),
         (as_yolo, "labels"),
         (as_gt_vs_pred, "gt_vs_pred.jsonl"),
     ],
@@ -162,6 +173,10 @@ ANSWERS: list[tuple[Family, str, list[tuple[str, list[float]]], Row]] = [
     ("rex-omni", "<|object_ref_start|>cat<|object_ref_end|><|box_start|><100><200><500><900>,<0><0><10><10><|box_end|>",
      [("cat", [64, 96, 320, 432]), ("cat", [0, 0, 6.4, 4.8])], {}),
     ("rex-omni", "<|object_ref_start|>cat<|object_ref_end|><|box_start|><100><20", [], {"truncated": True}),
+    ("rex-omni", "<|im_end|>", [], {}),
+    ("rex-omni", "There is nothing.", [], {"container_found": False}),
+    ("paligemma", "<eos>", [], {}),
+    ("florence-2", "</s><s></s>", [], {}),
     ("paligemma", "<loc0256><loc0512><loc0512><loc1023> red mug ; <loc0000><loc0000><loc0001><loc0001> cat",
      [("red mug", [320, 120, 639.375, 240]), ("cat", [0, 0, 0.625, 0.46875])], {}),
     ("florence-2", "cat<loc_0><loc_0><loc_99><loc_199><loc_1><loc_1><loc_2><loc_2>red mug<loc_3><loc_3><loc_9><loc_9>",
@@ -247,8 +262,3 @@ def test_a_broken_truth_is_named(change: Row, words: str, folder: Path) -> None:
     (folder / "truth.json").write_text(json.dumps(source | change))
     with pytest.raises(DataError, match=words):
         read_truth(folder / "truth.json")
-
-
-def test_the_command_offers_every_form() -> None:
-    assert judge.FORMS == FORMS
-    assert set(FAMILIES) == set(get_args(Family)) < set(FORMS)

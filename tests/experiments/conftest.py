@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import workspace, world
+from once import made_once, run_folder
 from toy_graph import new_toy, toy_environment
 
 __all__ = ["workspace", "world"]
@@ -15,11 +16,13 @@ __all__ = ["workspace", "world"]
 @pytest.fixture(scope="session")
 def committed_toy(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """A folder with a toy repository whose results are committed; not to be changed."""
-    folder = tmp_path_factory.mktemp("toy")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in toy_environment(repository, folder).items():
-            patch.setenv(name, value)
-        toy = new_toy(repository, folder)
-        toy.succeed("dvc", "repro", "--quiet")
-        toy.commit("results")
-    return folder
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in toy_environment(repository, folder).items():
+                patch.setenv(name, value)
+            toy = new_toy(repository, folder)
+            toy.succeed("dvc", "repro", "--quiet")
+            toy.commit("results")
+
+    return made_once(run_folder(tmp_path_factory) / "toy", make)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from coordexp.experiments.progress import Progress, duration, total
+from terminal import on_a_terminal
 
 LINES = """\
 Stage 'raw' didn't change, skipping
@@ -39,6 +42,24 @@ def test_stages_counts_and_times_are_read_from_the_lines() -> None:
     assert said == [words[1], words[3], words[7]]  # each start, and no more than a line in half a minute
     progress.finish_stage()
     assert progress.seconds == {"stage1": 80.0, "decode@stage1": 40.0}
+
+
+SCRIPT = f"""
+import time
+from coordexp.experiments.progress import Progress
+progress = Progress("x", {{"stage1": 130.0}}, print)
+with progress.shown():
+    for line in {LINES.splitlines()!r}:
+        progress.read(line)
+        time.sleep(0.3)
+"""
+
+
+def test_a_terminal_shows_a_bar_of_the_running_stage(repository: Path) -> None:
+    written = on_a_terminal(SCRIPT, repository)
+    assert "x: stage1, step 10 of 200" in written
+    assert "━" in written
+    assert written.count("\n") < 3, "one line, drawn again and again"
 
 
 @pytest.mark.parametrize(

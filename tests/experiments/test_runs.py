@@ -20,7 +20,6 @@ from coordexp.experiments.plan import grid_study
 from coordexp.experiments.runs import Repository
 from toy_graph import Toy, copied_toy
 
-pytestmark = pytest.mark.xdist_group("ab")  # one worker: the toy repository is made once
 GRID = ["softce_weight=0.1,0.2"]
 
 

@@ -25,10 +25,12 @@ from coordexp.detector import Detector
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.evaluator import evaluate, rounded
 from coordexp.export.publish import coco_results, export, publish, write_server_results
+from coordexp.infra.artefacts import damage, sealing
 from coordexp.infra.provenance import run_metadata, write_json
-from coordexp.models.loading import checkpoint_hashes, load_format, save_checkpoint
+from coordexp.models.loading import load_format, save_checkpoint
 from coordexp.records.categories import Category
-from coordexp.records.gt_vs_pred import ImageResult, ParseReport, write_results
+from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, write_results
+from coordexp.records.schema import Record, write_records
 from helpers import new_checkpoint
 
 CATEGORIES = [Category(13, "stop sign"), Category(44, "bottle")]
@@ -90,10 +92,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunC
     run = RunConfig.read(repository / "params.yaml", "smoke", tmp_path_factory.mktemp("finished"))
     paths, checkpoint = run.paths, new_checkpoint(codec="tags")
     folder = paths.run("stage2")
-    save_checkpoint(folder, checkpoint)
-    (folder / "train_log.jsonl").touch()
-    metadata = run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2, "files": checkpoint_hashes(folder)})
-    write_json(folder / RUN_METADATA, metadata)
+    with sealing(folder):
+        save_checkpoint(folder, checkpoint)
+        (folder / "train_log.jsonl").touch()
+        write_json(folder / RUN_METADATA, run_metadata("stage2", {}, {}, {"steps": 1, "tokens": 2}))
     write_json(paths.records / "categories.json", [c.to_json() for c in CATEGORIES])
     nothing = ImageResult(
         image_id=7, image="a.jpg", width=9, height=9, gt=(), pred=(), raw_text="", parse=ParseReport(True, 0),
@@ -118,6 +120,7 @@ def test_an_export_is_a_copy_that_is_read_as_it_was_evaluated(finished: RunConfi
     assert exported.pixels == load_format(source).pixels
     assert (exported.codec, exported.detection.box, exported.detection.score) == ("tags", "argmax", "mix")
     assert not (tmp_path / "new" / "train_log.jsonl").exists()
+    assert list(damage(tmp_path / "new")) == []
     assert {path.stat().st_nlink for path in (tmp_path / "new").iterdir()} == {1}
 
 
@@ -166,6 +169,49 @@ def test_the_card_says_whose_ids_the_results_have(
     mixture = profile.source.model_copy(update={"sets": dict.fromkeys(sets, profile.source.sets["coco"])})
     export(replace(finished, profile=profile.model_copy(update={"source": mixture})), "stage2", tmp_path / "new")
     assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_set_of_a_mixture_has_results_with_its_own_ids(
+    finished: RunConfig, tmp_path: Path, repository: Path
+) -> None:
+    """Two sets number their images and names in their own ways; a third has no ids, and the fourth is gone."""
+    profile, sets, records = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml"), {}, []
+    for place, name in enumerate(("a", "b"), 1):
+        (tmp_path / name).mkdir()
+        file = {
+            "images": [{"id": 70 + place, "file_name": "x.jpg", "width": 9, "height": 9}], "annotations": [],
+            "categories": [{"id": 10 * place, "name": "bottle"}],
+        }  # fmt: skip
+        (tmp_path / name / "val.json").write_text(json.dumps(file))
+        ids = {"image_id": 2**40 + place, "source_image_id": 70 + place}
+        records.append(Record(f"{name}/x.jpg", 9, 9, (), metadata=ids))
+    records += [
+        Record("c/x.jpg", 9, 9, (), metadata={"image_id": 2**40 + 3}),
+        Record("gone/x.jpg", 9, 9, (), metadata={"image_id": 2**40 + 4, "source_image_id": 7}),
+    ]
+    for name in ("a", "b", "c", "gone"):
+        changes = {"root": str(tmp_path / name), "val": "val.json", "train": "none", "val_images": "."}
+        sets[name] = profile.source.sets["coco"].model_copy(update=changes)
+    source = profile.source.model_copy(update={"sets": sets})
+    paths = ProfilePaths("smoke", tmp_path / "run")
+    run = replace(finished, profile=profile.model_copy(update={"source": source}), paths=paths)
+    shutil.copytree(finished.paths.root, tmp_path / "run")
+    write_records(run.paths.records / "val.jsonl", records)
+    pred = (Prediction("bottle", (1.0, 2.0, 5.0, 8.0), score=0.5),)
+    write_results(
+        run.paths.evaluation("stage2") / "gt_vs_pred.jsonl",
+        [ImageResult(r.metadata["image_id"], r.image, 9, 9, (), pred, "", ParseReport(True, 1)) for r in records],
+    )
+    (note,) = export(run, "stage2", tmp_path / "new").notes
+    assert note.startswith("no results of set gone: source.sets.gone.root")
+    found = {
+        file.stem: [(row["image_id"], row["category_id"]) for row in json.loads(file.read_text())]
+        for file in (tmp_path / "new").glob("coco_results*.json")
+    }
+    assert found["coco_results-a"] == [(71, 10)]
+    assert found["coco_results-b"] == [(72, 20)]
+    assert [image - 2**40 for image, _ in found["coco_results"]] == [1, 2, 3, 4]
+    assert found.keys() == {"coco_results", "coco_results-a", "coco_results-b"}
 
 
 class StandIn(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""One clone in which the smoke profile ran undisturbed, for all tests of this folder."""
+"""A clone in which the smoke profile ran undisturbed and its model answers, once for all workers; tests have copies."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ from pathlib import Path
 
 import pytest
 
+from once import made_once, run_folder
 from smoke_clone import Clone, new_clone
+from workspaces import ANSWERING
 
 
 @pytest.fixture(scope="session")
-def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Clone:
-    """The clone before its first run."""
-    return new_clone(repository, tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("home"))
+def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path, warm: Path) -> Clone:
+    """The clone after its first `dvc repro`, the results committed; tests read it and never change it."""
+
+    def make(folder: Path) -> None:
+        (folder / "home").mkdir()
+        clone = new_clone(repository, folder / "clone", folder / "home", ANSWERING, warm)
+        (folder / "output").write_text(clone.succeed("dvc", "repro"), encoding="utf-8")
+        clone.commit("smoke results")
+
+    folder = made_once(run_folder(tmp_path_factory) / "smoke", make)
+    return Clone(folder / "clone", folder / "home", warm)
 
 
 @pytest.fixture(scope="session")
-def reproduced(clone: Clone) -> str:
-    """The output of the first `dvc repro`; its results are committed."""
-    output = clone.succeed("dvc", "repro")
-    clone.commit("smoke results")
-    return output
+def reproduced(finished: Clone) -> str:
+    """What the first `dvc repro` said."""
+    return (finished.root.parent / "output").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def clone(finished: Clone, tmp_path: Path) -> Clone:
+    """A clone in which the graph has run."""
+    return finished.copy(tmp_path)

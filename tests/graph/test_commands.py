@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import typer
@@ -21,7 +19,7 @@ from coordexp import cli
 from smoke_clone import Clone
 from source_tree import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]  # one worker: the clone is made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("commands")]  # one worker: what one leaves, the next finds
 
 # In the order in which a reader meets them: what one leaves is what the next finds.
 FIRST = ("README.md", "docs/quickstart.md", "docs/recipes.md", "docs/sharing.md")
@@ -36,10 +34,12 @@ NOT_RUN = {
     r"coordexp convert .*": "a data set of the user; tests/records",
     r"coordexp init .*|coordexp doctor --profile mine .*|.*profile=mine": "photos of a user; tests/doctor",
     r"coordexp (evaluate|compare) --truth .*": "detectors of others; tests/evaluation/test_foreign.py",
+    r"coordexp (report|browse) .*--truth .*": "detectors of others; tests/reporting",
     r"make gpu-check.*": "a GPU; CI runs it on the CPU, shrunken",
     r".*coco-qwen3vl-.*|.*datasets/coco.*|.* published .*": "COCO, a Qwen3-VL; test_production.py is smaller",
     r"sudo .*|.*pip (un)?install .*|.*(s3|ssh)://.*|dvc remote modify storage .*": "a network",
     r".*(/where/|torchrun|accelerate).*|export .*|tensorboard .*": "servers and GPUs",
+    r"COORDEXP_TRACK=.*": "`make demo` again; tests/training/test_live.py",
     r"dvc exp (push|pull|apply) .*softer": "two machines; tests/graph/test_smoke.py lets an experiment travel",
     r"#!/bin/bash\n.*": "SLURM",
 }  # fmt: skip
@@ -70,49 +70,43 @@ BLOCKS = [block for _, block in fences("python")]
 COMMAND_OF_TYPER = typer.main.get_command(cli.app)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_options_of_a_command_exist(command: str) -> None:
+def test_options_of_commands_exist() -> None:
     """All commands; those that are run too say so sooner here."""
-    if command.startswith("#!"):
-        assert subprocess.run(["bash", "-n"], input=command, text=True).returncode == 0
-        return
-    program, *words = (word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word))
-    if program == "coordexp":
-        assert words[0] in COMMAND_OF_TYPER.commands, command
-        known = {name for option in COMMAND_OF_TYPER.commands[words[0]].params for name in option.opts}
-        assert {word.split("=")[0] for word in words if word.startswith("-")} <= known, command
-    elif program == "dvc":
-        parse_args(words)  # argparse: exits with its own message
-    elif program == "make":
-        done = subprocess.run(
-            ["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        if command.startswith("#!"):
+            assert subprocess.run(["bash", "-n"], input=command, text=True).returncode == 0
+            continue
+        program, *words = (word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word))
+        if program == "coordexp":
+            assert words[0] in COMMAND_OF_TYPER.commands, command
+            known = {name for option in COMMAND_OF_TYPER.commands[words[0]].params for name in option.opts}
+            assert {word.split("=")[0] for word in words if word.startswith("-")} <= known, command
+        elif program == "dvc":
+            parse_args(words)  # argparse: exits with its own message
+        elif program == "make":
+            dry = ["make", "--dry-run", *shlex.split(command)[1:]]
+            done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("pattern", NOT_RUN)
-def test_what_is_not_run_is_there(pattern: str) -> None:
-    assert any(re.fullmatch(pattern, command, re.DOTALL) for command in COMMANDS)
+def test_what_is_not_run_is_there() -> None:
+    for pattern in NOT_RUN:
+        assert any(re.fullmatch(pattern, command, re.DOTALL) for command in COMMANDS), pattern
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_stand_in_fences(page: Path) -> None:
+def test_commands_stand_in_fences() -> None:
     """Else nothing here would see them."""
-    assert (
-        re.findall(r"^    (?:coordexp|dvc|git|make|pip|python) .*", page.read_text("utf-8"), flags=re.MULTILINE) == []
-    )
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        outside = re.findall(r"^    (?:coordexp|dvc|git|make|pip|python) .*", text, flags=re.MULTILINE)
+        assert outside == [], page.name
 
 
 @pytest.fixture(scope="module")
-def reader(clone: Clone, reproduced: str, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A copy of the clone that has a git remote, for what a reader of the documents does to it."""
-    root, bare = tmp_path_factory.mktemp("reader") / "clone", tmp_path_factory.mktemp("git") / "bare.git"
-    shutil.copytree(clone.root, root, symlinks=True)
-    shutil.rmtree(root / ".git" / "refs" / "exps", ignore_errors=True)  # experiments of other tests
-    copy = Clone(root, clone.home)
-    copy.succeed("git", "checkout", "--quiet", "--force", "main")
+def reader(finished: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone that has a git remote, for what a reader of the documents does to it."""
+    copy, bare = finished.copy(tmp_path_factory.mktemp("reader")), tmp_path_factory.mktemp("git") / "bare.git"
     copy.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(bare))
-    copy.run("git", "remote", "remove", "origin")  # of other tests of the clone
     copy.succeed("git", "remote", "add", "origin", str(bare))
     copy.succeed("git", "push", "--quiet", "--set-upstream", "origin", "main")
     return copy

@@ -15,7 +15,8 @@ import pytest
 
 from coordexp.config.loading import load_params
 from coordexp.config.presets import leaves
-from graph.local_graph import LocalGraph, content_hash
+from graph.local_graph import LocalGraph
+from workspaces import content_hash
 
 # Answers with objects from an untrained model, and everything switched on that a key may change.
 ALIVE = {
@@ -65,8 +66,8 @@ WEIGHTS = "runs/smoke/stage2/model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[LocalGraph]:
-    graph = LocalGraph.new(tmp_path_factory.mktemp("cuts") / "baseline", repository, ALIVE)
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGraph]:
+    graph = LocalGraph.new(tmp_path_factory.mktemp("cuts") / "baseline", ALIVE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(graph.root)
         patch.setenv("DVC_ROOT", str(graph.root))

@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pipelines import check, pack
@@ -23,7 +21,7 @@ from coordexp.config.run import RunConfig
 from coordexp.config.serving import ServeConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.code_hash import Modules
-from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, Declaration, StageTable, declarations
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, StageTable, declarations
 from coordexp.stage import stage_main
 from read_keys import recording
 from source_tree import ROOT
@@ -190,10 +188,8 @@ def test_check_does_not_load_the_tensor_library(root: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": f"src:{root}"}, check=True)
 
 
-@pytest.fixture(scope="module")
-def read_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[tuple[str, str]]]]:
+def read_keys(root: Path) -> dict[str, set[tuple[str, str]]]:
     """What every stage of the smoke profile asks its parameters for; they run in order, in one process."""
-    root = tmp_path_factory.mktemp("read")
     shutil.copytree(ROOT / "configs", root / "configs")
     params = (ROOT / PARAMS_FILE).read_text()
     (root / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))
@@ -211,23 +207,23 @@ def read_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, se
                 for which in names or ("",):
                     assert stage_main(recorder.run(run), [which] if which else [], names) == 0, name
             found[name] = recorder.keys
-        yield found
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("smoke")
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_a_stage_reads_what_the_table_declares(stage: Declaration, read_keys: dict[str, Any]) -> None:
-    keys = read_keys[stage.stage]
-    lost = {key for file, key in keys if not stage.reads(file, key)} - PLACES
-    assert lost == set(), f"pipelines/inputs.yaml must list these under {stage.stage}: it reads them"
+def test_stages_read_what_the_table_declares(tmp_path: Path) -> None:
     values = {
         PARAMS_FILE: load_params(ROOT / PARAMS_FILE),
         PROFILE_FILE: load_profile(ROOT / "configs" / "smoke.yaml"),
     }
-    declared = {
-        (file, key) for file, block in values.items() for key, _ in leaves(block.model_dump()) if stage.reads(file, key)
-    }
-    idle = {key for file, key in declared if not any(f == file and f"{key}.".startswith(f"{k}.") for f, k in keys)}
-    idle -= ELSEWHERE | ELSEWHERE_OF.get(stage.stage, set())
-    assert idle == set(), f"pipelines/inputs.yaml lists these under {stage.stage}, which does not read them"
+    lost, idle = {}, {}
+    for name, keys in read_keys(tmp_path).items():
+        stage = STAGES[name]
+        lost[name] = {key for file, key in keys if not stage.reads(file, key)} - PLACES
+        declared = {
+            (f, key) for f, block in values.items() for key, _ in leaves(block.model_dump()) if stage.reads(f, key)
+        }
+        idle[name] = {key for f, key in declared if not any(f == g and f"{key}.".startswith(f"{k}.") for g, k in keys)}
+        idle[name] -= ELSEWHERE | ELSEWHERE_OF.get(name, set())
+    assert not any(lost.values()), f"pipelines/inputs.yaml must list these: the stages read them. {lost}"
+    assert not any(idle.values()), f"pipelines/inputs.yaml lists these, and the stages do not read them. {idle}"

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from coordexp.errors import BusyError
-from coordexp.infra.files import only_process, replace_folder, replacing, write_text
+from coordexp.infra.files import lacking_room, replace_folder, replacing, write_text
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -94,16 +93,9 @@ def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from coordexp.infra.files import only_process\n"
-        "with only_process(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)\n"
-    )
-    with python(code, tmp_path / "state") as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BusyError, match="another process works in it"), only_process(tmp_path / "state"):
-            pass
-        holder.send_signal(signal.SIGKILL)
-    with only_process(tmp_path / "state"):
-        pass
+def test_room_is_asked_of_the_disk(tmp_path: Path) -> None:
+    assert lacking_room(tmp_path / "not" / "there" / "yet", 1000) is None
+    fault = lacking_room(tmp_path / "a", 10**18)
+    assert fault is not None
+    assert (fault.errno, fault.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    assert "1000000000.0 GB are needed" in str(fault)

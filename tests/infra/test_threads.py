@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from coordexp.infra.threads import (
+    COUNT_FILE,
     COUNT_NAME,
     CUDA_ALLOCATOR_NAMES,
     POLICY_NAME,
     SPIN_NAME,
     SPIN_ROUNDS,
+    hold_threads,
     let_segments_grow,
     set_threads,
     usable_cores,
@@ -45,12 +47,48 @@ def environment_after(statement: str, repository: Path, **variables: str) -> str
     ).stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "statement",
-    ["import coordexp.cli", "import coordexp.detector", "import pipelines.stage1", "import pipelines.base.pretrain"],
-)
-def test_the_spin_is_bounded_before_torch_loads(statement: str, repository: Path) -> None:
-    assert environment_after(statement, repository) == SPIN_ROUNDS
+@pytest.mark.parametrize("module", ["coordexp.cli", "coordexp.detector", "pipelines.base.pretrain"])
+def test_the_spin_is_bounded_before_torch_loads(module: str, repository: Path) -> None:
+    assert environment_after(f"import {module}", repository) == SPIN_ROUNDS
+
+
+def test_every_stage_bounds_the_spin_before_it_loads_torch(repository: Path) -> None:
+    """In one interpreter, which forgets the variable and our modules after each."""
+    entries = sorted(
+        f"pipelines.{path.stem}" for path in (repository / "pipelines").glob("*.py") if path.stem[0] != "_"
+    )
+    script = f"""
+import importlib, os, sys
+seen = []
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            seen.append(os.environ.get("{SPIN_NAME}"))
+            raise ImportError("torch")
+sys.meta_path.insert(0, Finder)
+for entry in {entries}:
+    os.environ.pop("{SPIN_NAME}", None)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("coordexp", "pipelines", "toyworld", "transformers")]:
+        del sys.modules[name]
+    seen.clear()
+    try:
+        importlib.import_module(entry)
+    except ImportError:
+        pass
+    print(entry, seen[0] if seen else os.environ.get("{SPIN_NAME}"))
+"""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    paths = f"{repository / 'src'}{os.pathsep}{repository}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=own | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"{entry} {SPIN_ROUNDS}" for entry in entries]
+    assert len(entries) >= 12
+
+
+def test_so_do_the_workers_of_these_tests() -> None:
+    assert os.environ.get(SPIN_NAME) == SPIN_ROUNDS or POLICY_NAME in os.environ
+    assert torch.get_num_threads() == int(os.environ[COUNT_NAME])
 
 
 def test_who_has_decided_how_threads_wait_is_left_alone(repository: Path) -> None:
@@ -110,5 +148,27 @@ def test_threads_are_set_and_said(
         (tmp_path / "cpu.max").write_text("150000 100000")
         assert set_threads(0, LOG, tmp_path / "cpu.max") == torch.get_num_threads() == 2
         assert "what this container grants" in caplog.text
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.get_num_threads()
+    try:
+        hold_threads(tmp_path / "other", LOG, writes=False)
+        assert not (tmp_path / "other").exists()
+        torch.set_num_threads(3)
+        hold_threads(tmp_path / "state", LOG)
+        hold_threads(tmp_path / "state", LOG)
+        assert (torch.get_num_threads(), caplog.text) == (3, "")
+        torch.set_num_threads(1)
+        hold_threads(tmp_path / "state", LOG)
+        assert torch.get_num_threads() == 3
+        assert "threads: 3, with which this run began, and not 1" in caplog.text
+        for damaged in (b"", b"0", b"-1", b"9999999", b"\xff\xfe"):
+            (tmp_path / "state" / COUNT_FILE).write_bytes(damaged)
+            torch.set_num_threads(2)
+            hold_threads(tmp_path / "state", LOG, writes=False)
+            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

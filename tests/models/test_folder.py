@@ -20,7 +20,7 @@ FOLDERS = 200
 WEIGHTS = "model.safetensors"
 CHANGED = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
-    *("preprocessor_config.json", "coordexp.json", WEIGHTS, "model.safetensors.index.json", "run_metadata.json"),
+    *("preprocessor_config.json", "coordexp.json", WEIGHTS, "model.safetensors.index.json"),
 )
 # What these say is followed where it is well-formed.
 MEANT = ("coordexp.json", "preprocessor_config.json")
@@ -57,8 +57,6 @@ def content_of(whole: Path, name: str) -> object:
             "metadata": {"total_size": 1},
             "weight_map": dict.fromkeys(header(whole)[0].keys() - {"__metadata__"}, WEIGHTS),
         }
-    if name == "run_metadata.json":
-        return {"stage": "stage1", "files": {}}
     return json.loads((whole / name).read_text())
 
 

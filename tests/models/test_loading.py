@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coordexp.config.paths import RUN_METADATA
-from coordexp.errors import CheckpointError
+from coordexp.errors import CheckpointError, DamagedArtefactError
+from coordexp.infra.artefacts import HASHES, sealing
 from coordexp.models.forward import head_table, input_table
-from coordexp.models.loading import checkpoint_hashes, load_checkpoint, save_checkpoint, vocabulary_size
+from coordexp.models.loading import load_checkpoint, save_checkpoint, vocabulary_size
 from helpers import new_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -115,24 +115,34 @@ def test_weights_of_another_shape_are_named(folder):
     refused(folder, "first model.language_model.layers.0.mlp.down_proj.weight)")
 
 
-def record_hashes(folder: Path) -> None:
-    (folder / RUN_METADATA).write_text(json.dumps({"files": checkpoint_hashes(folder)}))
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_file_that_training_did_not_write_is_refused(folder, name):
-    record_hashes(folder)
+    with sealing(folder):
+        pass
     load_checkpoint(folder)
     content = (folder / name).read_bytes()
     # A byte of the weights, or in text a space that changes nothing but the hash.
     (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
-    refused(folder, f"but {RUN_METADATA} records")
+    with pytest.raises(DamagedArtefactError, match=rf"{name}: sha256 .*, but {HASHES} records .*coordexp verify"):
+        load_checkpoint(folder)
 
 
 def test_a_recorded_file_that_is_gone_is_refused(folder):
-    record_hashes(folder)
+    with sealing(folder):
+        pass
     (folder / "tokenizer.json").unlink()
-    refused(folder, "tokenizer.json: sha256 no file")
+    with pytest.raises(DamagedArtefactError, match=r"tokenizer.json: no such file, but"):
+        load_checkpoint(folder)
+
+
+def test_a_file_that_was_added_and_would_decide_answers_is_refused(folder):
+    with sealing(folder):
+        pass
+    (folder / "notes.txt").touch()
+    load_checkpoint(folder)
+    (folder / "added_tokens.json").write_text("{}")
+    with pytest.raises(DamagedArtefactError, match=r"added_tokens.json: not one of the files"):
+        load_checkpoint(folder)
 
 
 def edit_tokenizer(folder: Path, edit) -> None:

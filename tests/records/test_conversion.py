@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from coordexp.config.profile import RecordsConfig
+from coordexp.config.profile import DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.convert import convert_datasets, convert_file
-from coordexp.records.images import EXIF_ORIENTATION
-from coordexp.records.manifest import READERS, open_split, write_manifest
+from coordexp.infra import workers
+from coordexp.records.convert import convert_datasets, convert_file, write_split
+from coordexp.records.images import EXIF_ORIENTATION, MANIFEST
+from coordexp.records.manifest import IMAGES, READERS, open_split, write_manifest
 from coordexp.records.schema import Record
 from records_folders import (
     HOLDS_CROWDS,
     LAYOUTS,
     LEAVES_OUT_EMPTY,
     NAMES,
+    QUESTIONS,
     Annotated,
     dataset,
     kept,
@@ -30,6 +32,7 @@ from records_folders import (
     records_config,
 )
 from records_folders import write_annotations as write
+from records_folders import write_photos as write_some
 
 SIZE = (64, 48)
 
@@ -74,7 +77,7 @@ def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_fact
 
 
 def test_every_format_has_a_writer_here() -> None:
-    assert LAYOUTS.keys() | {"refcoco"} == READERS.keys()
+    assert LAYOUTS.keys() | QUESTIONS.keys() == READERS.keys()
 
 
 # The graph and the command line ---------------------------------------------------------------------------------------
@@ -165,3 +168,66 @@ def test_a_picture_annotated_as_it_is_stored_is_refused_both_ways(tmp_path):
     by_stages, by_command = both_ways("coco", tmp_path, records_config(wordings=1))
     assert by_stages == by_command
     assert "image_exif_rotated (train2017/rotated.jpg is 64 x 48 px, annotated 48 x 64)" in by_stages
+
+
+# In several processes -------------------------------------------------------------------------------------------------
+
+
+def outcome(folder: Path, sets: dict[str, DatasetConfig], n_workers: int, **config: Any) -> dict[str, Any] | str:
+    """All that the stages raw and convert write, or the error that they stop with."""
+    try:
+        write_manifest(folder / "raw", sets, decode=True, workers=n_workers)
+        result = convert_datasets(folder / "raw", records_config(**config), 17, n_workers)
+    except DataError as error:
+        return str(error)
+    for split, records in result.splits.items():
+        write_split(folder / f"{split}.jsonl", records, n_workers)
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+    found |= {name: (folder / "raw" / name).read_bytes() for name in (MANIFEST, IMAGES)}
+    return found | {"problems": result.problems, "categories": result.categories(), "sets": result.sets()}
+
+
+@pytest.fixture
+def two_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "BATCH", 2)
+
+
+@pytest.mark.usefixtures("two_a_batch")
+@pytest.mark.parametrize("fmt", LAYOUTS)
+def test_three_processes_write_the_bytes_of_one(fmt: str, tmp_path: Path) -> None:
+    write_some(fmt, tmp_path / "set", {"train": 9})
+    sets = {"a": dataset(fmt, tmp_path / "set", prompt="listed", val="auto")}
+    alone = outcome(tmp_path, sets, 1)
+    assert isinstance(alone, dict)
+    assert outcome(tmp_path, sets, 3) == alone
+
+
+@pytest.mark.usefixtures("two_a_batch")
+@pytest.mark.parametrize(
+    ("stops", "config"),
+    [
+        (False, {"bad_images": "drop", "flip": 0.5, "crop": 0.5, "max_objects": 1}),
+        (True, {"bad_images": "error"}),
+        (True, {"bad_images": "drop", "min_side_px": 38.0, "max_lost": 0.1}),
+    ],
+)
+def test_and_so_with_several_sets_losses_and_views(stops: bool, config: dict[str, Any], tmp_path: Path) -> None:
+    write_some("yolo", tmp_path / "a", {"train": 9, "val": 3})
+    write_photos("coco", tmp_path / "b")
+    sets = {"b": dataset("coco", tmp_path / "b", prompt="closed"), "a": dataset("yolo", tmp_path / "a", weight=2.5)}
+    alone = outcome(tmp_path, sets, 1, **config)
+    assert isinstance(alone, str) == stops
+    assert outcome(tmp_path, sets, 3, **config) == alone
+
+
+def test_an_error_in_a_process_is_the_one_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that came after the raw stage had looked, far from the beginning."""
+    write_some("yolo", tmp_path / "set", {"train": 12, "val": 3})
+    write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=3)
+    picture(50).save(tmp_path / "set/images/train/train009b.jpg")
+    messages = set()
+    for n_workers in (1, 3):
+        with pytest.raises(DataError, match=r"train009b\.jpg was not there, or not named, when the pictures") as raised:
+            convert_datasets(tmp_path / "raw", records_config(), 17, n_workers)
+        messages.add(str(raised.value))
+    assert len(messages) == 1

@@ -12,12 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordexp.errors import ConfigError, DataError
+from coordexp.infra import foreign
 from coordexp.records.convert import Converted, convert_datasets
 from coordexp.records.images import read_record_rgb
 from coordexp.records.manifest import read_manifest, write_manifest
 from coordexp.records.mixing import split_dev
 from coordexp.records.schema import Record, parse_record
-from records_folders import annotation, coco_set, converted, edit, picture, records_config, write_split
+from coordexp.records.sources import files
+from records_folders import (
+    LAYOUTS,
+    annotation,
+    coco_set,
+    converted,
+    dataset,
+    edit,
+    picture,
+    records_config,
+    write_photos,
+    write_split,
+)
 
 
 @pytest.fixture
@@ -87,6 +100,47 @@ def test_changed_annotations_are_noticed(coco, tmp_path):
     (coco / "annotations" / "instances_val2017.json").unlink()
     with pytest.raises(DataError, match="gone since the raw stage"):
         convert_datasets(tmp_path / "raw", records_config(), 17)
+
+
+@pytest.mark.parametrize("fmt", [*sorted(LAYOUTS), "refcoco"])
+def test_every_file_that_is_read_counts(fmt, tmp_path, monkeypatch):
+    """Label files, lists, tables beside: what a reader opens is in the hash, and any change is noticed."""
+    root = tmp_path / "set"
+    write_photos(fmt, root, {"train": 4, "val": 2})
+    config = dataset(fmt, root)
+    if fmt == "open_images":
+        (root / "train-annotations-human-imagelabels.csv").write_text("ImageID,Source,LabelName,Confidence\n")
+    opened: set[Path] = set()
+
+    def open_regular(path, max_bytes):
+        opened.add(Path(path))
+        return foreign.open_regular(path, max_bytes)
+
+    monkeypatch.setattr(files, "open_regular", open_regular)
+    first = write_manifest(tmp_path / "raw", {"a": config}, decode=False, workers=1)
+    assert opened
+    for path in sorted(opened):
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        with pytest.raises(DataError, match="changed since the raw stage"):
+            read_manifest(tmp_path / "raw")
+        if fmt != "hub":  # a broken file
+            changed = write_manifest(tmp_path / "raw", {"a": config}, decode=False, workers=1)
+            assert changed["sets"]["a"]["annotation_hashes"] != first["sets"]["a"]["annotation_hashes"], path
+        path.write_bytes(before)
+        assert write_manifest(tmp_path / "raw", {"a": config}, decode=False, workers=1) == first
+
+
+def test_a_label_file_that_is_added_or_lost_is_noticed(tmp_path):
+    write_photos("yolo", tmp_path / "set", {"train": 4, "val": 2})
+    label = tmp_path / "set/labels/train/train001.txt"
+    for change in (label.unlink, lambda: label.write_text("0 .5 .5 .5 .5\n")):
+        write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=1)
+        change()
+        with pytest.raises(
+            DataError, match=r"data\.yaml, or a file with annotations that belongs to it: changed since"
+        ):
+            read_manifest(tmp_path / "raw")
 
 
 def test_a_root_that_is_not_there_is_named(tmp_path):

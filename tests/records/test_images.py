@@ -340,13 +340,15 @@ def test_damaged_files_never_raise_anything_else(tmp_path, suffix):
         None,
         3,
         "a\ud800.jpg",
+        "a.jpg#flip",
+        "a.jpg#crop=1,2,3,4&flip",
     ],
 )
-def test_paths_that_leave_the_root_are_never_opened(tmp_path, name):
+def test_paths_that_leave_the_root_or_name_a_view_are_never_opened(tmp_path, name):
     assert unsafe_name(name)
     assert inspect_image(tmp_path, name).problem == "image_path_unsafe"
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a/b c/d..e.png", "日本/猫.jpg", "...jpg"])
+@pytest.mark.parametrize("name", ["a.jpg", "a/b c/d..e.png", "日本/猫.jpg", "...jpg", "photo #flip.jpg", "a.jpg#"])
 def test_ordinary_paths_are_fine(name):
     assert unsafe_name(name) == ""

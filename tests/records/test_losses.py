@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from coordexp import cli
+from coordexp.config.profile import DatasetConfig
 from coordexp.doctor.records import examine
 from coordexp.errors import DataError
 from coordexp.records.convert import FILE_POLICIES, Converted
@@ -227,6 +230,53 @@ FORMS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
         "csv", lambda root: rewritten(root, "*.csv", table_in_thousandths), "thousandths", "thousandths",
     ),
 }  # fmt: skip
+
+
+def big_pictures(root: Path, rows_of: Callable[[int], list[list[float]]]) -> dict[str, DatasetConfig]:
+    """Twelve training and six val pictures of 1700 x 1600 px, nearly white, each with the boxes of its number."""
+    for split, count in (("train2017", 12), ("val2017", 6)):
+        write_split(root, split, 100 * len(split), count)
+        rows = []
+        for i, path in enumerate(sorted((root / split).iterdir())):
+            Image.new("L", (1700, 1600), 255 - 10 * len(split) - i).save(path)
+            rows += [annotation(100 * i + n, int(path.stem), 1, box) for n, box in enumerate(rows_of(i))]
+        sizes = {"width": 1700, "height": 1600}
+        edit(root, split, annotations=rows, images=lambda old: [row | sizes for row in old])  # noqa: B023
+    return {"coco": coco_set(root)}
+
+
+def test_boxes_that_keep_to_a_corner_of_large_pictures_stop(tmp_path: Path) -> None:
+    def boxes(i: int) -> list[list[float]]:
+        return [[50 * i, 100, 300, 850], [200, 300, 500, 200]]
+
+    message = stops(tmp_path, big_pictures(tmp_path / "coco", boxes))
+    assert "all 24 boxes lie in the upper left corner of their pictures" in message
+    assert "look like thousandths of the picture (0..1000); pixels are expected" in message
+    shutil.rmtree(tmp_path / "coco")
+    spread = big_pictures(tmp_path / "coco", lambda i: [*boxes(i), [900, 700, 700, 800]])
+    assert stops(tmp_path, spread) == ""
+
+
+def test_two_conventions_in_one_file_stop(coco: Path, tmp_path: Path) -> None:
+    change_each(coco, "train2017", lambda row: as_corners(row) if row["id"] % 2 else row.update(bbox=[40, 30, 9, 8]))
+    message = stops(tmp_path, {"coco": coco_set(coco)})
+    assert "x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file" in message
+
+
+def test_doctor_notes_boxes_that_reach_out(coco: Path, tmp_path: Path) -> None:
+    change_each(coco, "train2017", lambda row: row.update(bbox=[40, 10, 40, 30]) if row["id"] == 1000 else None)
+    assert stops(tmp_path, {"coco": coco_set(coco)}) == ""
+    (noted,) = examine({"coco": coco_set(coco)}, records_config(), decode=False, workers=2).findings
+    assert (noted.reason, noted.count, noted.fate) == ("boxes_reach_out", 1, "noted")
+    assert noted.examples == ("annotation 1000: corners 40, 10, 80, 40, image 64 x 48 px",)
+
+
+def test_boxes_of_pictures_that_were_scaled_down_stop(coco: Path, tmp_path: Path) -> None:
+    """Nothing is lost, as each still begins inside, and no unit explains it."""
+    change_each(coco, "train2017", lambda row: row.update(bbox=[30, 24, 36, 20] if row["id"] % 2 else [40, 5, 30, 45]))
+    message = stops(tmp_path, {"coco": coco_set(coco)})
+    assert "coco/train: 12 of 24 boxes reach out of their pictures" in message
+    assert "another unit, or sizes of other files" in message
 
 
 @pytest.mark.parametrize("case", FORMS)

@@ -55,6 +55,19 @@ def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path
     assert (stops, "1 'person' stays" in example) == (False, True)
 
 
+def test_accents_in_two_forms_are_one_name(coco, tmp_path):
+    """The tokenizer writes the composed form, so a name in the other one could never be answered."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for split in ("train2017", "val2017"):
+        edit(coco, split, categories=[{"id": i, "name": name} for i, name in enumerate((decomposed, "x", "y", "z"), 1)])
+    result = convert(tmp_path, {"coco": coco_set(coco)})
+    assert {o.desc for r in result.splits["train"] for o in r.objects} == {composed, "x", "y"}
+    (first, *_) = result.categories()
+    assert (first.name, first.aliases) == (composed, (decomposed,))
+    with_category(coco, {"id": 9, "name": composed})
+    assert "category_unused" in findings({"coco": coco_set(coco)})
+
+
 def test_a_root_category_without_an_annotation_is_left_out_and_said(coco, tmp_path):
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=lambda old: [

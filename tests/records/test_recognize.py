@@ -43,6 +43,14 @@ def test_every_format_is_recognized_with_its_splits(fmt, tmp_path):
     assert {c.name for c in result.categories()} <= set(NAMES)
 
 
+def test_expressions_are_recognized(tmp_path):
+    write_photos("refcoco", tmp_path / "set", {"train": 8, "val": 4})
+    found, _ = recognize_folder(tmp_path / "set")  # and its instances.json alone
+    assert (found.format, found.keys["prompt"], found.images, found.problems) == ("refcoco", "phrase", 12, ())
+    expected = converted(tmp_path / "a", {"mine": dataset("refcoco", tmp_path / "set", prompt="phrase")})
+    assert objects(converted(tmp_path / "b", {"mine": found.dataset()})) == objects(expected)
+
+
 @pytest.mark.parametrize("fmt", sorted(LAYOUTS))
 def test_a_folder_without_val_gets_one_by_content(fmt, tmp_path):
     write_photos(fmt, tmp_path / "set", {"train": 12})

@@ -185,7 +185,7 @@ def test_a_shard_that_is_gone_or_no_file_is_named(tmp_path: Path) -> None:
         (tmp_path / INDEX).write_text(text)
         messages = refused(tmp_path)
         assert len(messages) == len(CONTENTS)
-        assert all(f"{INDEX}: damaged" in message and "expected the list of shards" in message for message in messages)
+        assert all(INDEX in m and "xpected the list of shards" in m and "dvc checkout" in m for m in messages)
 
 
 def test_other_shards_than_the_manifests_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from coordexp.records.policy import RecordSet
 from coordexp.records.sources.base import Reading, SplitFiles
 from coordexp.records.sources.coco import patch_path
 from coordexp.records.sources.yolo import label_path
-from records_folders import annotation, instances, kept
+from records_folders import annotation, instances, kept, write_photos
 
 COCO_URL = "http://images.cocodataset.org"
 
@@ -465,6 +465,63 @@ def test_metadata_of_another_kind_costs_its_line_and_no_other(tmp_path, metadata
     assert [r.image for r in result.records] == ["b.jpg"]
     (problem,) = result.problems
     assert (problem.reason, f"metadata.{next(iter(metadata))} is " in problem.detail) == ("record_invalid", True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("fmt", ["jsonl", "conversations"])
+def test_lines_may_be_in_any_encoding_of_unicode(tmp_path, fmt, encoding):
+    write_photos(fmt, tmp_path, {"train": 4}, size=(100, 80))
+    (file,) = tmp_path.glob("*.jsonl")
+    expected = convert(read(fmt, tmp_path, file.name, "pictures")).records
+    file.write_bytes(file.read_text().replace("cat", "\u0142").encode(encoding))
+    found = convert(read(fmt, tmp_path, file.name, "pictures"))
+    assert (len(found.records), found.problems) == (len(expected), [])
+    assert {o.desc for r in found.records for o in r.objects} >= {"\u0142"}
+
+
+@pytest.mark.parametrize("line", ['{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', '{"a": 1e999}'])
+def test_a_line_that_could_not_be_read_again_is_counted(tmp_path, line):
+    row = json.dumps({"images": ["a.jpg"], "width": 100, "height": 80, "objects": [], "metadata": {}})
+    (tmp_path / "r.jsonl").write_text(f"{row}\n{row.replace('{}', line)}\n")
+    result = convert(read("jsonl", tmp_path, "r.jsonl", "."))
+    assert (len(result.records), reasons(result)) == (1, ["record_invalid"])
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+CAT = '{"bbox_2d": [100, 100, 500, 500], "label": "cat"}'
+
+
+def said(tmp_path, answer, **more):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": answer}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "conversations": turns} | more) + "\n")
+    return convert(read("conversations", tmp_path, "c.jsonl", "."))
+
+
+@pytest.mark.parametrize(
+    ("answer", "more"),
+    [
+        *((text, {}) for text in ("[]", "```json\n[]\n```", '{"objects": []}', "None", "There are no cats.", "")),
+        ("<ref-object><bbox>", {"objects": {"ref": [], "bbox": []}}),
+    ],
+)
+def test_an_answer_may_say_that_nothing_is_there(tmp_path, answer, more):
+    result = said(tmp_path, answer, **more)
+    assert ([r.objects for r in result.records], result.problems) == ([()], [])
+
+
+@pytest.mark.parametrize(
+    "answer", ["A cat on a mat.", '[{"point_2d": [1, 2], "label": "cat"}]', "Norway", "cat: 1 2 3 4"]
+)
+def test_an_answer_without_a_box_does_not_say_that_nothing_is_there(tmp_path, answer):
+    result = said(tmp_path, answer)
+    assert (len(result.records), reasons(result)) == (0, ["record_invalid"])
+
+
+@pytest.mark.parametrize("answer", [f'[{CAT}, {{"bbox_2d": [1, 2', f"[{CAT}, {CAT[:-1]}, 3}}]"])
+def test_a_picture_whose_answer_is_cut_is_not_used(tmp_path, answer):
+    assert reasons(said(tmp_path, answer)) == ["desc_missing", "record_incomplete"]
+    assert reasons(said(tmp_path, f"[{CAT}, {CAT.replace('1', '2')}]")) == []
 
 
 # All ------------------------------------------------------------------------------------------------------------------

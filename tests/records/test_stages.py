@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from coordexp.models.loading import load_checkpoint
 from coordexp.packing.collator import Collator, teacher_segment
 from coordexp.packing.samples import SampleStore
 from coordexp.stage import stage_main
-from records_folders import annotation, edit, write_split
+from records_folders import annotation, dataset, edit, write_photos, write_split
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,12 @@ def write_profile(repository: Path, root: Path) -> None:
         "train_images": "train2017", "val_images": "val2017", "weight": 2.0, "prompt": "listed",
     }  # fmt: skip
     coco = keys | {"root": str(root / "coco"), "val": "annotations/instances_val2017.json", "weight": 1.0}
+    write_sets(repository, root, {"coco": coco, "more": keys | {"root": str(root / "more")}})
+
+
+def write_sets(repository: Path, root: Path, sets: dict[str, Any]) -> None:
     profile = read_yaml(repository / "configs" / "smoke.yaml")
-    profile["source"] = {"kind": "datasets", "verify": "decode", "sets": {"coco": coco}}
-    profile["source"]["sets"]["more"] = keys | {"root": str(root / "more")}
+    profile["source"] = {"kind": "datasets", "verify": "decode", "sets": sets}
     profile["model"]["path"] = str(repository / "models" / "tiny-base")
     profile["records"] |= {"negative_rate": 0.3, "dev_images": 4}
     params = read_yaml(repository / "params.yaml") | {"profile": "mine"}
@@ -87,3 +92,32 @@ def test_losses_are_on_file(out: Path) -> None:
     sets = json.loads((records / "sets.json").read_text())
     assert sets["more"]["val"] == 0
     assert sets["more"]["train"] % 2 == 0
+
+
+@pytest.mark.parametrize("fmt", ["yolo", "voc", "labelme"])
+def test_a_label_file_that_is_edited_is_converted_again(
+    fmt: str, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Labels beside pictures: convert refuses what raw has not seen, and raw tells convert that it is another input."""
+    write_photos(fmt, tmp_path / "set", {"train": 9, "val": 3})
+    write_sets(repository, tmp_path, {"mine": dataset(fmt, tmp_path / "set").model_dump(exclude_defaults=True)})
+
+    def run(stage: ModuleType) -> int:
+        return stage_main(stage.run, ["--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path)])
+
+    def descs() -> Counter[str]:
+        paths = (tmp_path / "data/mine/records").glob("*.jsonl")
+        rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+        return Counter(o["desc"] for row in rows for o in row["objects"])
+
+    manifest = tmp_path / "data/mine/raw/manifest.json"
+    assert (run(raw), run(convert)) == (0, 0)
+    first, before = manifest.read_bytes(), descs()
+    (label,) = (p for p in (tmp_path / "set").rglob("train003.*") if p.suffix != ".jpg")
+    old, new = {"yolo": ("\n2 ", "\n0 "), "voc": ("cat", "person"), "labelme": ("cat", "person")}[fmt]
+    label.write_text(f"\n{label.read_text()}".replace(old, new).removeprefix("\n"))
+    assert run(convert) == 2
+    assert "changed since the raw stage looked at set 'mine'; run it again" in capfd.readouterr().err
+    assert (run(raw), run(convert)) == (0, 0)
+    assert manifest.read_bytes() != first
+    assert descs() == before - Counter({"cat": 1}) + Counter({"person": 1})

@@ -17,6 +17,7 @@ from coordexp.config.profile import ScenesConfig
 from coordexp.config.run import RunConfig
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
+from coordexp.infra.artefacts import write_sealed
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
 from coordexp.records.schema import ObjectRecord, Record, write_records
@@ -184,7 +185,7 @@ def _prediction(name: str, box: np.ndarray, score: float, record: Record) -> Pre
 
 
 def _write_small_files(inputs: ReportInputs) -> None:
-    write_json(
+    write_sealed(
         inputs.rollout_summary,
         {
             "images": 1200,

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from coordexp.reporting.markdown import escape, flatten, number, percent, signed, table
+from coordexp.reporting.markdown import code, escape, flatten, number, percent, signed, table
 
 
 def rendered_cells(markdown: str) -> list[str]:
     """The cells of a rendered table, as a browser would show them."""
     page = MarkdownIt("commonmark").enable("table").render(markdown)
-    return [html.unescape(cell) for cell in re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", page, flags=re.DOTALL)]
+    cells = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", page, flags=re.DOTALL)
+    return [html.unescape(re.sub("^<code>(.*)</code>$", r"\1", cell)) for cell in cells]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ def rendered_cells(markdown: str) -> list[str]:
         "back\\slash|",
         "AT&amp;T",
         "$x$",
+        "`a` @b",
+        "#1`",
     ],
 )
 def test_markup_in_a_name_is_shown_and_not_obeyed(name: str) -> None:
@@ -38,11 +41,21 @@ def test_markup_in_a_name_is_shown_and_not_obeyed(name: str) -> None:
 
 @given(st.text(alphabet=st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30))
 def test_any_printable_name_survives_a_table_cell(name: str) -> None:
-    assert rendered_cells(table(["n"], [[escape(name)]])) == ["n", name]
+    for shown in (escape(name), code(name)):
+        assert rendered_cells(table(["n"], [[shown]]))[1].replace("\\u007c", "|") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["https://x.y/z", "www.x.y", "mailto:a@x.y", "xmpp:a", "a@x.y", "@user", "see #12", "a/b#1", "gh-12", "a|@b"],
+)
+def test_addresses_and_mentions_in_a_name_are_code(name: str) -> None:
+    page = MarkdownIt("commonmark").enable("table").render(table(["n"], [[escape(name)]]))
+    assert f"<code>{name}</code>".replace("|", "\\u007c") in page
 
 
 def test_line_breaks_and_direction_marks_cannot_leave_the_cell() -> None:
-    assert escape("a\nb\r\u2028c\u202ed") == "a b  c d"
+    assert escape("a\nb\r\u2028c\u202ed") == r"a\\nb\\r\\u2028c\\u202ed"
 
 
 def test_a_table_needs_a_full_row() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.error_causes import ERRORS, Cause
+from coordexp.evaluation.table import image_slices
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.inputs import ReportInputs, load_report_data
@@ -55,6 +56,17 @@ def test_causes_and_discoveries(outcomes: Outcomes) -> None:
         Cause.CLASSIFICATION,
     ]
     assert outcomes.found_G.tolist() == [True, False, False, False, False]
+
+
+def test_rows_of_every_image_are_those_that_a_column_is_cut_into() -> None:
+    counts = [(0, 2), (3, 0), (0, 0), (1, 1), (0, 0)]
+    results = [
+        result(10 * n, [("cat", CAT)] * gt, [("cat", CAT, 0.5)] * pred) for n, (gt, pred) in enumerate(counts, 1)
+    ]
+    found = judge(results, [Category(1, "cat")])
+    table = found.table
+    slices = zip(image_slices(table.pred_image_P, 5), image_slices(table.gt_image_G, 5), strict=True)
+    assert [found.of_image(r.image_id) for r in results] == [(r, *s) for r, s in zip(results, slices, strict=True)]
 
 
 def test_rows_of_an_image(outcomes: Outcomes) -> None:

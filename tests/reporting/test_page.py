@@ -63,6 +63,28 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
+@pytest.fixture
+def foreign(page: Path, tmp_path: Path) -> list[str]:
+    """Options that name annotations, images and three files of other detectors, all of them right."""
+    first = runs()["one"]
+    images = [{"id": r.image_id, "file_name": r.image, "width": 100, "height": 80} for r in first]
+    rows = [
+        {"image_id": r.image_id, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 900}
+        for r in first for g in r.gt if g.desc == "cat"
+    ]  # fmt: skip
+    truth = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    found = [{"desc": "Katze", "bbox_xyxy_px": [10, 10, 50, 50], "score": 0.5}]
+    lines = [{"image": r.image, "objects": found} for r in first if any(g.desc == "cat" for g in r.gt)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("yolo", "rex"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "score": 0.5} for row in rows]))
+    (tmp_path / "labels.json").write_text('{"Katze": "cat"}')
+    files = [str(tmp_path / name) for name in ("yolo.json", "rex.json", "raw.jsonl")]
+    return ["--truth", str(tmp_path / "t.json"), "--labels", str(tmp_path / "labels.json"),
+            "--images", str(page.parent), "--predictions", *files]  # fmt: skip
+
+
 class Elements(HTMLParser):
     """Tags with their attributes, and the text of every script."""
 
@@ -96,8 +118,8 @@ class TestWithoutABrowser:
         counts = [[image["runs"][0][key] for key in ("f1", "dup", "fp", "miss")] for image in data["images"]]
         assert counts == [[1, 0, 0, 0], [0.667, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 2], [1, 0, 0, 0]]
         wrong = data["images"][2]["runs"][0]["pred"][0]
-        assert (wrong["truth"], wrong["sd"], wrong["logprob"]) == ("cat", [12, 3, 40, 5], [-1, -2, -3, -0.5])
-        assert data["images"][3]["runs"][0]["found"] == [False, False]
+        assert (wrong["object"], wrong["sd"], wrong["logprob"]) == (0, [12, 3, 40, 5], [-1, -2, -3, -0.5])
+        assert [p["object"] for p in data["images"][1]["runs"][0]["pred"]] == [0, 0]
 
     def test_a_limit_keeps_the_lowest_f1_and_says_how_many_there_are(self) -> None:
         data = page_data(runs(), CATEGORIES, STANDARD, limit=3)
@@ -137,26 +159,24 @@ class TestWithoutABrowser:
         for key, (_, value, low, high) in zip(TOTALS, data["totals"][0], strict=True):
             assert [value, low, high] == [round(v, 3) for v in (found.value(key), *found.metrics["interval"][key])]
 
-    def test_detectors_of_others_are_browsed_by_the_command(self, page: Path, tmp_path: Path) -> None:
-        first = runs()["one"]
-        images = [{"id": r.image_id, "file_name": r.image, "width": 100, "height": 80} for r in first]
-        rows = [
-            {"image_id": r.image_id, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 900}
-            for r in first for g in r.gt if g.desc == "cat"
-        ]  # fmt: skip
-        categories = [{"id": 1, "name": "cat"}]
-        (tmp_path / "t.json").write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
-        for name in ("yolo", "rex", "ours"):
-            (tmp_path / f"{name}.json").write_text(json.dumps([{**row, "score": 0.5} for row in rows]))
-        named = [str(tmp_path / f"{name}.json") for name in ("yolo", "rex", "ours")]
+    def test_detectors_of_others_are_browsed_by_the_command(self, foreign: list[str], tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as done:
-            cli.main(["report", "--html", str(tmp_path / "p.html"), "--truth", str(tmp_path / "t.json"),
-                      "--images", str(page.parent), "--predictions", *named])  # fmt: skip
+            cli.main(["report", "--html", str(tmp_path / "p.html"), *foreign])
         assert done.value.code == 0
-        text = (tmp_path / "p.html").read_text(encoding="utf-8")
-        data = json.loads(Elements(text).scripts[0])
-        assert data["labels"] == ["yolo", "rex", "ours"]
+        data = json.loads(Elements((tmp_path / "p.html").read_text(encoding="utf-8")).scripts[0])
+        assert data["labels"] == ["yolo", "rex", "raw"]
         assert [totals[0][1] for totals in data["totals"]] == [1.0, 1.0, 1.0]
+
+    def test_what_is_half_said_is_refused(self, foreign: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+        truth = foreign.index("--truth")
+        for words, arguments in {
+            "together": foreign[:truth] + foreign[truth + 2 :],
+            "give --truth": ["--form", "qwen3-vl", "--images", foreign[foreign.index("--images") + 1], foreign[-1]],
+        }.items():
+            with pytest.raises(SystemExit) as done:
+                cli.main(["report", "--html", "p.html", *arguments])
+            assert done.value.code == 2
+            assert words in capfd.readouterr().err
 
     def test_pictures_are_no_larger_than_asked_for(self, page: Path, tmp_path: Path) -> None:
         small = write_page(
@@ -164,6 +184,22 @@ class TestWithoutABrowser:
         )
         assert small < page.stat().st_size
         assert small < 30_000
+
+
+ROWS = "[...document.querySelectorAll('#images tbody tr')].map(r => Number(r.dataset.id))"
+HEAD = "[...document.querySelectorAll('#images th')].find(h => h.textContent === '{}')"
+ROW = "document.querySelector('#images tr[data-id=\"{}\"]')"
+PICTURES = "[...document.querySelectorAll('svg.picture')]"
+BOXES = "document.querySelectorAll('figure.run')[0].querySelectorAll('svg.picture rect').length"
+RESET = "document.getElementById('reset')"
+
+
+def choose(browser: Browser, control: str, value: str) -> None:
+    event = "input" if control == "score" else "change"
+    browser.evaluate(
+        f"{{ const s = document.getElementById('{control}'); s.value = {json.dumps(value)}; "
+        f"s.dispatchEvent(new Event('{event}')); }}"
+    )
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium on the path; apt-get install chromium")
@@ -174,76 +210,131 @@ class TestInABrowser:
             browser.open(page)
             yield browser
 
-    def test_a_person_sorts_filters_and_opens_an_image(self, browser: Browser, tmp_path: Path) -> None:
-        rows = "[...document.querySelectorAll('#images tbody tr')].map(r => Number(r.dataset.id))"
-        assert browser.evaluate(rows) == [3, 4, 2, 1, 5]  # by F1 of the first run, lowest first
-        head = "[...document.querySelectorAll('#images th')].find(h => h.textContent === '{}').click()"
-        browser.evaluate(head.format("missed 1"))
-        assert browser.evaluate(rows)[0] == 4
-        browser.evaluate(head.format("missed 1"))
-        assert browser.evaluate(rows)[-1] == 4
-        choose = "{{ const s = document.getElementById('{}'); s.value = '{}'; s.dispatchEvent(new Event('change')); }}"
+    def test_a_person_sorts_filters_and_opens_an_image(self, browser: Browser) -> None:
+        assert browser.evaluate(ROWS) == [3, 4, 2, 1, 5]  # by F1 of the first run, lowest first
+        browser.click(HEAD.format("missed 1"))
+        assert browser.evaluate(ROWS)[0] == 4
+        browser.click(HEAD.format("missed 1"))
+        assert browser.evaluate(ROWS)[-1] == 4
         for failure, expected in {
             "duplicates": [2],
             "wrong names": [3],
+            "false boxes": [],
             "answers that do not parse whole": [4],
             "first run better": [1, 2, 5],
+            "no error": [],  # the second run has none right
         }.items():
-            browser.evaluate(choose.format("failure", failure))
-            assert sorted(browser.evaluate(rows)) == expected, failure
-        browser.evaluate("document.getElementById('reset').click()")
-        browser.evaluate(choose.format("name", "dog"))
-        assert sorted(browser.evaluate(rows)) == [3, 4]
-        browser.evaluate("document.getElementById('reset').click()")
-        browser.evaluate("document.querySelector('#images tr[data-id=\"2\"]').click()")
+            choose(browser, "failure", failure)
+            assert sorted(browser.evaluate(ROWS)) == expected, failure
+        browser.click(RESET)
+        choose(browser, "name", "dog")
+        assert sorted(browser.evaluate(ROWS)) == [3, 4]
+        browser.click(RESET)
+        browser.click(ROW.format(2))
         assert browser.evaluate("document.querySelector('#right h1').textContent").startswith("images/2.png (id 2")
         assert browser.evaluate("document.querySelectorAll('figure.run').length") == 2
-        assert (
-            browser.evaluate("document.querySelectorAll('figure.run')[0].querySelectorAll('svg rect[data-n]').length")
-            == 2
-        )
-        browser.evaluate("document.querySelector('figure.run details').open = true")
+        assert browser.evaluate(BOXES) == 2
+        browser.click("document.querySelector('figure.run summary')")
         row = "document.querySelector('figure.run details').querySelectorAll('tr')[1]"
         cells = f"[...{row}.cells].map(c => c.textContent)"
-        assert browser.evaluate(cells)[:5] == ["x1", "100", "-1.00", "100", "12.0"]  # mean: 10 of 100 px
-        tops = "[...document.querySelectorAll('figure')].map(f => Math.round(f.getBoundingClientRect().top))"
-        assert len(set(browser.evaluate(tops))) == 1  # annotation and both runs side by side
-        browser.screenshot(tmp_path / "page.png")
-        with Image.open(tmp_path / "page.png") as shot:
-            assert shot.size == (1400, 900)
+        assert browser.evaluate(cells)[:4] == ["x1", "100", "-1.00", "100 ± 12.0"]  # mean: 10 of 100 px
+        tops = f"{PICTURES}.map(f => Math.round(f.getBoundingClientRect().top))"
+        assert len(set(browser.evaluate(tops))) == 1  # annotation and both runs side by side, whatever the captions
+
+    def test_a_run_is_chosen_by_its_name_and_judges_the_annotation(self, browser: Browser) -> None:
+        browser.click(ROW.format(1))
+        dashed = "document.querySelectorAll('figure.truth rect.dashed').length"
+        assert browser.evaluate(dashed) == 0
+        browser.click("document.querySelectorAll('#totals td:first-child')[1]")
+        assert browser.evaluate("document.getElementById('run').value") == "two"
+        assert browser.evaluate(dashed) == 1
+        assert "judged by two" in browser.evaluate("document.querySelector('figure.truth figcaption').textContent")
+        assert browser.evaluate(HEAD.format("missed 2") + ".title") == "two"
+        choose(browser, "failure", "duplicates")
+        assert browser.evaluate(ROWS) == []  # they are of the other run
+
+    def test_panes_show_what_the_filter_asks_for(self, browser: Browser) -> None:
+        browser.click(ROW.format(2))
+        faded = f"{PICTURES}.map(s => [...s.querySelectorAll('rect')].map(r => r.classList.contains('faded')))"
+        assert browser.evaluate(faded) == [[False], [False, False], []]
+        choose(browser, "failure", "duplicates")
+        assert browser.evaluate(faded) == [[False], [True, False], []]  # and the object that they are of
+        browser.click(RESET)
+        browser.click(ROW.format(4))
+        choose(browser, "size", "small objects")
+        assert browser.evaluate(faded)[0] == [True, False]  # the cat is of medium size
 
     def test_a_score_and_a_size_are_chosen_and_the_address_says_so(self, browser: Browser, page: Path) -> None:
-        boxes = "document.querySelectorAll('figure.run')[0].querySelectorAll('svg rect[data-n]').length"
-        browser.evaluate("document.querySelector('#images tr[data-id=\"2\"]').click()")
-        assert browser.evaluate(boxes) == 2
-        slide = "{ const s = document.getElementById('score'); s.value = '0.6'; s.dispatchEvent(new Event('input')); }"
-        browser.evaluate(slide)
-        assert browser.evaluate(boxes) == 0
-        assert "2 below the score" in browser.evaluate("document.querySelector('figure.run figcaption').textContent")
-        change = "s.dispatchEvent(new Event('change'))"
-        browser.evaluate(f"{{ const s = document.getElementById('size'); s.value = 'small objects'; {change}; }}")
-        rows = "[...document.querySelectorAll('#images tbody tr')].map(r => Number(r.dataset.id))"
-        assert sorted(browser.evaluate(rows)) == [4, 5]
-        assert browser.evaluate("location.hash") == "#size=small+objects&score=0.6&id=4"
-        browser.open(page, "#failure=duplicates&score=0.1&id=2")
-        assert browser.evaluate(rows) == [2]
+        browser.click(ROW.format(2))
+        assert browser.evaluate(BOXES) == 2
+        choose(browser, "score", "0.6")
+        assert browser.evaluate(BOXES) == 0
+        words = "document.querySelector('figure.run figcaption').textContent"
+        assert "0 right, 0 false, 1 missed; 2 below the score" in browser.evaluate(words)
+        choose(browser, "failure", "wrong names")
+        assert browser.evaluate(ROWS) == []  # none of this score
+        choose(browser, "failure", "all images")
+        choose(browser, "size", "small objects")
+        assert sorted(browser.evaluate(ROWS)) == [4, 5]
+        browser.click(HEAD.format("obj."))
+        assert browser.evaluate("location.hash") == "#size=small+objects&score=0.6&sort=-2&id=4"
+        browser.open(page, "#run=two&failure=answers+that+do+not+parse+whole&id=4")
+        assert browser.evaluate(ROWS) == []
+        browser.evaluate("location.hash = '#failure=duplicates&score=0.1&id=2'")  # sent to who has the page open
+        browser.evaluate("new Promise(done => setTimeout(done, 100))")
+        assert browser.evaluate(ROWS) == [2]
         assert browser.evaluate("document.getElementById('least').textContent") == "0.10"
-        browser.open(page, "#failure=nothing&id=99&score=7&name=%3Cb%3E")
-        assert len(browser.evaluate(rows)) == 5
+        browser.open(page, "#failure=nothing&id=99&score=7&name=%3Cb%3E&sort=0&view=a,b,c")
+        assert len(browser.evaluate(ROWS)) == 5
+
+    def test_all_panes_are_zoomed_together_and_the_address_keeps_it(self, browser: Browser, page: Path) -> None:
+        browser.click(ROW.format(2))
+        views = f"[...new Set({PICTURES}.map(s => s.getAttribute('viewBox')))]"
+        assert browser.evaluate(views) == ["0 0 100 80"]
+        thick = f"getComputedStyle({PICTURES}[1].querySelector('rect')).strokeWidth"
+        before = browser.evaluate(thick)
+        browser.wheel(f"{PICTURES}[1]", -100)
+        (view,) = browser.evaluate(views)
+        assert [float(v) for v in view.split()] == pytest.approx([10, 8, 80, 64], abs=0.5)
+        assert browser.evaluate(thick) != before  # in pixels of the image; on the screen it stays
+        browser.click("document.querySelectorAll('button.zoom')[0]")
+        browser.drag(f"{PICTURES}[2]", -40, 0)
+        (moved,) = browser.evaluate(views)
+        assert float(moved.split()[0]) > float(view.split()[0]) + 5
+        address = browser.evaluate("location.hash")
+        browser.open(page, address)
+        assert [float(v) for v in browser.evaluate(views)[0].split()] == pytest.approx(
+            [float(v) for v in moved.split()], abs=0.1
+        )
+        browser.click("document.querySelectorAll('button.zoom')[2]")
+        assert browser.evaluate(views) == ["0 0 100 80"]
+        assert "view" not in browser.evaluate("location.hash")
 
     @pytest.mark.parametrize("width", [700, 1400])
-    def test_nothing_is_cut_at_this_width(self, page: Path, width: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("n_runs", [1, 2, 4, 6])
+    def test_nothing_is_cut_at_this_width(self, page: Path, width: int, n_runs: int, tmp_path: Path) -> None:
+        names = ["stage2", "stage1-control", "rex-omni", "a detector of a rather long name", "base", "yolo"]
+        many = dict(zip(names[:n_runs], [runs()["one"], *[runs()["two"]] * 4, runs()["one"]], strict=False))
+        write_page(many, CATEGORIES, page.parent, tmp_path / "page.html")
         with Browser(str(find_browser()), width=width) as browser:
-            browser.open(page)
-            browser.evaluate("document.querySelector('figure.run details').open = true")
-            parts = "[...document.querySelectorAll('figure, .panels, #right')]"
-            assert browser.evaluate(f"{parts}.filter(e => e.scrollWidth > e.clientWidth + 1).length") == 0
+            browser.open(tmp_path / "page.html", "#id=2")
+            browser.evaluate("document.querySelectorAll('figure.run details').forEach(d => { d.open = true; })")
+            parts = "'figure, details, .objects, .panels, #right, #list, header, .controls'"
+            cut = f"[...document.querySelectorAll({parts})].filter(e => e.scrollWidth > e.clientWidth + 1)"
+            assert browser.evaluate(f"{cut}.map(e => e.id || e.className || e.tagName)") == []
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            heads = "[...document.querySelectorAll('#images th')]"
+            assert (
+                browser.evaluate(f"{heads}.filter(h => h.scrollWidth > h.clientWidth + 1).map(h => h.textContent)")
+                == []
+            )
             assert "0." in browser.evaluate("document.getElementById('totals').textContent")
-            browser.screenshot(tmp_path / f"{width}.png")
+            browser.screenshot(tmp_path / f"{n_runs}-{width}.png")
+            with Image.open(tmp_path / f"{n_runs}-{width}.png") as shot:
+                assert shot.size == (width, 900)
 
     def test_no_request_no_error_and_a_name_stays_text(self, browser: Browser) -> None:
-        browser.evaluate("document.querySelector('#images tr[data-id=\"5\"]').click()")
+        browser.click(ROW.format(5))
         assert EVIL in browser.evaluate("document.querySelector('figure.truth svg').textContent")
         assert browser.evaluate("document.querySelectorAll('#right img').length") == 0
         assert {address.split(":")[0] for address in browser.requests()} <= {"file", "data"}

@@ -34,12 +34,13 @@ def answers(world: World, codec: str, request: DecodeRequest, copies: int) -> li
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_every_answer_parses(world: World, codec: str) -> None:
-    found = answers(world, codec, sampled(codec, 60), copies=4)
+    found = answers(world, codec, sampled(codec, 60), copies=25)
     assert all(answer.report.ok for answer in found)
-    assert any(answer.objects for answer in found)
+    assert len({len(answer.objects) for answer in found}) > 1
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_two_thousand_answers_parse(world: World, codec: str) -> None:
     found = answers(world, codec, sampled(codec, 60), copies=334)

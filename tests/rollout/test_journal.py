@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coordexp.errors import DataError
+from coordexp.infra.artefacts import sealed_row
 from coordexp.rollout.engine import Generation, Journal, TokenProbs, request_key
 from helpers import World, asked, decode_request
 
@@ -28,7 +29,7 @@ PACKED = PROBS.to_json()["coord_probs"]
 def line(**changes: object) -> bytes:
     """A line of the journal."""
     row = {"key": "b", "ids": [1], "finish_reason": "stop", "probs": {"logprobs": [-0.5], "coord_probs": PACKED}}
-    return json.dumps(row | changes).encode()
+    return json.dumps(sealed_row(row | changes)).encode()
 
 
 VOCABULARY = 10

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from coordexp.errors import DataError
+from coordexp.infra import resume
+from coordexp.infra.artefacts import HASHES
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
-from coordexp.rollout import stages
+from coordexp.rollout import hf_engine, stages
 from coordexp.rollout.engine import READOUT_KEYS, DecodeRequest, Generation
 from coordexp.rollout.records import read_generations
 from coordexp.rollout.scoring import DISTRIBUTIONS, Decoded, read_decoded, read_summary, scored
@@ -117,9 +122,35 @@ def test_several_processes_write_the_same_bytes(short, monkeypatch):
         return [file.read_bytes() for file in sorted(files)]
 
     alone, together = written(1), written(2)
-    assert len(alone) == 4
+    assert len(alone) == 5
     assert together == alone
     assert not list(short.paths.root.rglob("generations*.jsonl"))
+
+
+def test_two_at_the_same_work_wait_and_share_the_answers(short, monkeypatch):
+    """The second begins while the first answers; it finds all of them, and nothing stays behind."""
+    monkeypatch.setenv("DVC_ROOT", str(short.paths.root))
+    monkeypatch.setattr(resume, "POLL_S", 0.01)
+    begun, answered, original = threading.Event(), [], hf_engine.answer_group
+
+    def answer_group(*arguments):
+        answered.append(arguments[1])
+        begun.set()
+        while len(answered) == 1 and not list(short.paths.root.glob(f".resume/*/{resume.WAITING}")):
+            time.sleep(0.01)
+        return original(*arguments)
+
+    monkeypatch.setattr(hf_engine, "answer_group", answer_group)
+    outs = [short.paths.root / name for name in ("one", "two")]
+    with ThreadPoolExecutor(2) as both:
+        first = both.submit(decode_val, short, "stage1", short.paths.run("stage1"), outs[0])
+        assert begun.wait(60)
+        second = both.submit(decode_val, short, "stage1", short.paths.run("stage1"), outs[1])
+        first.result()
+        second.result()
+    assert len({(path / HASHES).read_bytes() for path in outs}) == 1
+    assert len(answered) == 1
+    assert not list((short.paths.root / ".resume").iterdir())
 
 
 def test_several_draws_are_those_of_several_seeds(short, monkeypatch):
@@ -137,6 +168,7 @@ def test_stored_answers_that_do_not_belong_together_are_refused(workspace):
     space = workspace.set(decode__grammar="any", decode__max_new_tokens=120)
     decode(space)
     path = space.paths.decoded("stage1") / DISTRIBUTIONS
+    (path.parent / HASHES).unlink()
     whole = np.load(path)
     for damage, words in (
         (whole[:-1], "answers.jsonl holds"),

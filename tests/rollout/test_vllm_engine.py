@@ -36,7 +36,7 @@ IMAGE = int(TOKENIZER.convert_tokens_to_ids("<|image_pad|>"))  # type: ignore[ar
 
 WEIGHTS = Weights(Path("runs/tiny/stage1"), "coordexp-000000000001")
 
-Answer = Callable[[dict, int], tuple[int, dict | bytes]]
+Answer = Callable[[dict, int], tuple[int, dict | bytes | Iterator[bytes]]]
 
 
 class FakeServer:
@@ -65,7 +65,12 @@ class FakeServer:
                 fake.bodies.append(body)
                 self._reply(*((503, {}) if fake.down else fake._answer(body, len(fake.bodies))))
 
-            def _reply(self, status: int, body: dict | bytes) -> None:
+            def _reply(self, status: int, body: dict | bytes | Iterator[bytes]) -> None:
+                if isinstance(body, Iterator):  # not HTTP, or not to its end
+                    self.close_connection = True
+                    for piece in body:
+                        self.wfile.write(piece)
+                    return
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -134,8 +139,9 @@ def run(
     workers: int = 8,
     tries: int = 4,
     request: DecodeRequest = REQUEST,
+    seconds: float = 5,
 ) -> list[Generation]:
-    pool = ServerPool([s.url for s in servers], timeout_seconds=5, tries=tries, weights=WEIGHTS)
+    pool = ServerPool([s.url for s in servers], timeout_seconds=seconds, tries=tries, weights=WEIGHTS)
     return VllmEngine(pool, TOKENIZER, world.root, workers, Journal(journal)).generate(samples, request)
 
 
@@ -179,6 +185,87 @@ def test_tries_are_bounded_and_the_last_failure_is_named(world: World, tmp_path:
 
 
 GARBAGE = b"<html>\x1b[31m502 upstream</html>"
+
+
+def drip(head: bytes) -> Iterator[bytes]:
+    """A head, and then a space every twentieth of a second for longer than a request may last."""
+    yield head
+    for _ in range(40):
+        time.sleep(0.05)
+        yield b" "
+
+
+def faults(sample: Sample) -> dict[str, Callable[[], tuple[int, dict | bytes | Iterator[bytes]]]]:
+    """What a hostile or broken server may send in place of an answer."""
+    head, good = b"HTTP/1.1 200 OK\r\n", completion(sample, 1)[1]
+
+    def choice(ids: object, reason: object = "stop", **more: object) -> dict:
+        return good | {"choices": [{"token_ids": ids, "finish_reason": reason} | more]}
+
+    whole = json.dumps(good).encode()
+    bodies: dict[str, dict | bytes] = {
+        "html": GARBAGE,
+        "nothing": b"",
+        "null": b"null",
+        "a list": b"[]",
+        "cut": whole[: len(whole) // 2],
+        "not utf-8": whole.replace(b"stop", b"st\xffp"),
+        "deep": b"[" * 200_000,
+        "a long number": b'{"a":' + b"9" * 5000 + b"}",
+        "an error": {"error": {"message": "worker restarted"}},
+        "no choices": good | {"choices": []},
+        "two choices": good | {"choices": good["choices"] * 2},
+        "other weights": good | {"model": "coordexp-000000000002"},
+        "another prompt": good | {"prompt_token_ids": prompt(sample)[1:]},
+        "no prompt": good | {"prompt_token_ids": None},
+        "ids in words": choice("none"),
+        "ids in ids": choice([[1, END]]),
+        "ids not whole": choice([1.5, END]),
+        "ids not finite": json.dumps(choice([float("nan"), END])).encode(),
+        "ids true": choice([True, END]),
+        "negative ids": choice([-1, END]),
+        "ids beyond the vocabulary": choice([len(TOKENIZER), END]),
+        "an enormous id": choice([10**30, END]),
+        "a picture as an answer": choice([IMAGE, END]),
+        "no ids": choice([]),
+        "too many ids": choice([1] * 9, "length"),
+        "an end too early": choice([1, 1], "length"),
+        "aborted": choice([1, END], "abort"),
+        "no reason": choice([1, END], None),
+    }
+    raw: dict[str, Callable[[], Iterator[bytes]]] = {
+        "closed": lambda: iter(()),
+        "not http": lambda: iter([b"SSH-2.0-OpenSSH_9.6\r\n"]),
+        "endless headers": lambda: iter([head, *[b"X: y\r\n"] * 500]),
+        "less than promised": lambda: iter([head + b"Content-Length: 100000\r\n\r\n" + whole]),
+        "huge": lambda: iter([head + b"\r\n", *[bytes(1 << 20)] * 12]),
+        "a dripping head": lambda: drip(head + b"X: "),
+        "a dripping body": lambda: drip(head + b"Content-Length: 100000\r\n\r\n"),
+        "elsewhere": lambda: iter([b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\n\r\n"]),
+        "busy": lambda: iter([b"HTTP/1.1 429 Busy\r\nContent-Length: 0\r\n\r\n"]),
+        "broken": lambda: iter([b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n"]),
+    }
+    return {name: (lambda body=body: (200, body)) for name, body in bodies.items()} | {
+        name: (lambda make=make: (0, make())) for name, make in raw.items()
+    }
+
+
+def test_no_fault_of_a_server_is_kept_or_ends_a_run_that_another_server_can_finish(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is asked again, then its server is left out; the answers are those of the other one, and nothing else."""
+    samples, n_faults = copies(world, 3), 0
+    for name, fault in faults(world.samples[0]).items():
+        journal = tmp_path / f"{name}.jsonl"
+        caplog.clear()
+        with fakes(lambda *_, fault=fault: fault(), by_seed(world)) as servers:  # type: ignore[misc]
+            found = run(world, servers, samples, journal, workers=1, tries=2, seconds=0.5)
+            assert len(servers[0].bodies) == 2, name
+            assert f"{servers[0].url} is left out" in caplog.text, name
+        assert [g.ids.tolist() for g in found] == [[i, END] for i in range(3)], name
+        assert sorted(g.ids.tolist() for g in Journal(journal).read(2**31).values()) == [[i, END] for i in range(3)]
+        n_faults += 1
+    assert n_faults == 38
 
 
 def test_garbage_is_asked_again_and_never_kept(world: World, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,14 +19,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from coordexp.config.profile import RolloutConfig
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import DecodeParams
 from coordexp.errors import ConfigError, ServerError
 from coordexp.rollout import vllm_server as subject
-from coordexp.rollout.serve import print_commands
+from coordexp.rollout.serve import print_commands, run_servers
 from coordexp.rollout.stages import asked_format
 from coordexp.rollout.vllm_client import ServerPool
 from coordexp.rollout.vllm_command import ServerCommand, Weights, device_groups, server_commands
+from coordexp.rollout.vllm_http import KEY_VARIABLE
 from coordexp.rollout.vllm_server import VllmServer, vllm_servers
 from helpers import decode_request, rollout_config, tiny_pixels
 
@@ -54,6 +57,7 @@ def _temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(subject, "POLL_SECONDS", 0.05)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 def fake_python(folder: Path, body: str, gpus: str = "0") -> Path:
@@ -255,7 +259,7 @@ def test_a_server_that_ignores_sigterm_is_ended(tmp_path: Path, monkeypatch: pyt
     [
         ("print('no CUDA device'); raise SystemExit(3)", r"exited with code 3, .*\n.*no CUDA device"),
         ("import os; print('gone', flush=True); os.kill(os.getpid(), 9)", r"exited with code 137, .*\ngone"),
-        ("print('\\x1b[31mred'); raise SystemExit(3)", r"\\x1b\[31mred"),
+        ("print('\\x1b[31mred'); raise SystemExit(3)", r"\\u001b\[31mred"),
     ],
 )
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, body: str, words: str) -> None:
@@ -273,27 +277,102 @@ def test_an_interpreter_that_cannot_be_run_is_an_error(tmp_path: Path) -> None:
         commands(python)
 
 
-@pytest.mark.parametrize("seen", ["alive", "gone"])
-def test_another_listener_on_the_port_is_not_taken_for_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str
+class Stranger(BaseHTTPRequestHandler):
+    """Says yes to whoever asks, or only to those with any key, and remembers what it was sent."""
+
+    asks_for_a_key = False
+    heard: list[str | None]
+
+    def do_GET(self) -> None:
+        self.heard.append(self.headers["Authorization"])
+        self.send_response(401 if self.asks_for_a_key and not self.headers["Authorization"] else 200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.mark.parametrize(
+    ("asks_for_a_key", "is_other_user", "body", "words"),
+    [
+        (False, False, "import time; time.sleep(60)", "is not up.*another"),
+        (True, True, "import time; time.sleep(60)", "is not up.*another"),
+        (True, True, SERVES, "exited with code 1.*Address already in use"),
+    ],
+)
+def test_another_listener_on_the_port_is_not_taken_for_the_server_and_is_told_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks_for_a_key: bool, is_other_user: bool, body: str, words: str
 ) -> None:
-    class Obliging(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
+    monkeypatch.setattr(subject, "STARTUP_SECONDS", 60.0 if body == SERVES else 0.3)
+    if is_other_user:
+        monkeypatch.setattr("os.getuid", lambda: 12345)
+    handler = type("Handler", (Stranger,), {"asks_for_a_key": asks_for_a_key, "heard": []})
+    started = subject._started
 
-        def log_message(self, *_: object) -> None:
-            """Keep the test's output clean."""
+    def after_a_stranger(command: ServerCommand, host: str, port: int, key: str) -> Any:
+        """It may take the port that is held, as our own server may, and is faster."""
+        strangers.append(ThreadingHTTPServer((host, port), handler))
+        threading.Thread(target=strangers[-1].serve_forever, daemon=True).start()
+        return started(command, host, port, key)
 
-    stranger = ThreadingHTTPServer(("127.0.0.1", 0), Obliging)
-    threading.Thread(target=stranger.serve_forever, daemon=True).start()
-    monkeypatch.setattr(subject, "_free_ports", lambda _: [stranger.server_port])
-    monkeypatch.setattr(subject, "STARTUP_SECONDS", 5.0 if seen == "gone" else 0.3)
-    body = "import time; time.sleep(60)" if seen == "alive" else SERVES  # whose bind fails
-    words = "is not up.*another" if seen == "alive" else "exited with code 1.*Address already in use"
+    strangers: list[ThreadingHTTPServer] = []
+    monkeypatch.setattr(subject, "_started", after_a_stranger)
     try:
         with pytest.raises(ServerError, match=f"(?s){words}"), vllm_servers(commands(fake_python(tmp_path, body))):
             pass
     finally:
-        stranger.shutdown()
-        stranger.server_close()
+        for stranger in strangers:
+            stranger.shutdown()
+            stranger.server_close()
+    assert set(handler.heard) <= {None}  # type: ignore[attr-defined]
+
+
+def test_a_port_is_ours_before_the_server_starts(tmp_path: Path) -> None:
+    """Nobody is given it meanwhile, and one that somebody has is refused at once."""
+    with vllm_servers(commands(fake_python(tmp_path, SERVES))) as [server]:
+        port = urllib.parse.urlsplit(server.url).port or 0
+        os.killpg(server.process.pid, signal.SIGKILL)
+        wait_until_gone(server.process.pid)
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        refused = pytest.raises(ServerError, match=f"cannot have 127.0.0.1:{port}: Address already in use")
+        with refused, vllm_servers(commands(fake_python(tmp_path, "")), port=port):
+            pass
+
+
+@pytest.mark.parametrize("given", ["", "s3cret"])
+def test_serve_prints_urls_that_may_be_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    """The key is not in them; one that the environment gave is not printed at all."""
+    if given:
+        monkeypatch.setenv(KEY_VARIABLE, given)
+    python = fake_python(tmp_path, SERVES)
+    monkeypatch.setattr("coordexp.rollout.serve._commands", lambda *_: commands(python))
+    monkeypatch.setattr("coordexp.rollout.serve.LOOK_SECONDS", -1)  # of which sleep() refuses
+    with pytest.raises(ValueError, match="non-negative"):
+        run_servers(None, tmp_path, "127.0.0.1", port := 20000 + os.getpid() % 20000)  # type: ignore[arg-type]
+    *key, engine, servers, listed, url = capsys.readouterr().out.splitlines()
+    assert [engine, servers, listed, url] == [
+        "rollout:",
+        "  engine: vllm",
+        "  servers:",
+        f"    - http://127.0.0.1:{port}",
+    ]
+    assert len(key) == (0 if given else 1)
+    assert all(line.startswith(f"export {KEY_VARIABLE}=") for line in key)
+
+
+def test_a_profile_holds_no_key_and_the_environment_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("http://:s3cret@gpu-3:8000", "http://me:s3cret@gpu-3:8000"):
+        with pytest.raises(ValidationError, match="VLLM_API_KEY") as caught:
+            RolloutConfig.model_validate(rollout_config().model_dump() | {"servers": [url]})
+        assert all("s3cret" not in str(fault["ctx"]) for fault in caught.value.errors())
+    with vllm_servers(commands(fake_python(tmp_path, SERVES)), key="s3cret") as [server]:
+        shown = server.url.replace(":s3cret@", "")
+        with pytest.raises(ServerError, match="HTTP 401"):
+            pool(shown).ask(0, {}, bytes)
+        monkeypatch.setenv(KEY_VARIABLE, "s3cret")
+        assert pool(shown).ask(0, {}, bytes) == b""

@@ -398,6 +398,7 @@ def test_whole_objects_at_once_or_piece_by_piece_is_the_same(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_hundred_thousand_mutated_answers():
     seen = run_mutations(100_000, seed=18)
     assert min(seen.values()) > 0, seen

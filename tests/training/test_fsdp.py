@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +118,7 @@ def interrupt(space: Workspace, stage: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(TeacherTask, "micro_batches", original)
 
 
-def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path) -> None:
+def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path, warm: Path) -> None:
     entries = [
         {
             "stage": case.stage,
@@ -132,10 +131,14 @@ def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path) -> None:
         for case, space in runs
     ]
     (folder / "runs.json").write_text(json.dumps(entries))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(REPOSITORY / "tests" / "sharded_runs.py"), str(folder / "runs.json")],
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY / 'src'}", "OMP_NUM_THREADS": "1"},
+        env={
+            "PATH": f"{warm}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY / "src"),
+            "OMP_NUM_THREADS": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -146,7 +149,7 @@ def run_sharded(runs: list[tuple[Case, Workspace]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def spaces(tmp_path_factory, world: World) -> dict[str, tuple[Workspace, Workspace]]:
+def spaces(tmp_path_factory, world: World, warm: Path) -> dict[str, tuple[Workspace, Workspace]]:
     """By case: where one process ran, and where two ran sharded. All sharded runs share two processes."""
     root = tmp_path_factory.mktemp("fsdp")
     patch = pytest.MonkeyPatch()
@@ -161,7 +164,7 @@ def spaces(tmp_path_factory, world: World) -> dict[str, tuple[Workspace, Workspa
         if case.interrupted == "alone":
             interrupt(sharded, case.stage, patch)
         made[name] = alone, sharded
-    run_sharded([(CASES[name], sharded) for name, (_, sharded) in made.items()], root)
+    run_sharded([(CASES[name], sharded) for name, (_, sharded) in made.items()], root, warm)
     for name, (_, sharded) in made.items():
         if CASES[name].interrupted == "both":
             train(sharded, CASES[name].stage)

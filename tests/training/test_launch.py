@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
@@ -95,17 +94,12 @@ def test_a_precision_that_accelerate_asks_for_is_warned_of(started, monkeypatch,
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_processes_that_a_launcher_started_join(ready, tmp_path, launcher):
     if launcher == "torchrun":
-        starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        starter = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     else:
         pytest.importorskip("accelerate")
         (tmp_path / "accelerate.yaml").write_text(json.dumps(ACCELERATE))  # in YAML, a bare no is false
-        starter = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(tmp_path / "accelerate.yaml"),
-        ]
+        config = ["--config_file", str(tmp_path / "accelerate.yaml")]
+        starter = ["python", "-m", "accelerate.commands.launch", *config]
     # a file of its own for each: on a shared standard output the lines of two processes run into each other
     noted = (
         "from pathlib import Path\nfrom coordexp.training.distributed import world\n"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coordexp.errors import CheckpointError, ConfigError
+from coordexp.errors import ConfigError, DamagedArtefactError
 from coordexp.models.adapters import apply_tuning
 from coordexp.models.loading import load_checkpoint
 from coordexp.rollout.engine import Generation
@@ -104,14 +104,14 @@ def test_a_set_that_changed_is_named_and_none_is_made_by_other_weights(world, ch
         )
 
     pool().refresh(2)
-    for path in sorted(tmp_path.iterdir()):
+    for path in sorted((tmp_path / "rollouts-2").iterdir()):
         whole = path.read_bytes()
         for place in range(0, len(whole), 7):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            with pytest.raises(CheckpointError, match="to start this stage at step 0"):
+            with pytest.raises(DamagedArtefactError, match="to start this stage at step 0"):
                 pool().refresh(2)
         path.unlink()
-        with pytest.raises(CheckpointError, match="to start this stage at step 0"):
+        with pytest.raises(DamagedArtefactError, match="to start this stage at step 0"):
             pool().refresh(3)
         path.write_bytes(whole)
     pool().refresh(3)

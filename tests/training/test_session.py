@@ -6,28 +6,36 @@ import json
 import os
 import resource
 import signal
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordexp.errors import BusyError, CheckpointError, Interrupted
-from coordexp.infra.files import only_process
+from coordexp.errors import DamagedArtefactError, Interrupted
+from coordexp.infra import files, resume
 from coordexp.infra.logs import BIN_ERROR
+from coordexp.infra.resume import holding
 from coordexp.models.loading import Checkpoint, load_checkpoint
 from coordexp.packing.planner import read_packs
 from coordexp.packing.samples import SampleStore
+from coordexp.rollout import hf_engine
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.training import session as session_module
 from coordexp.training import stage1, stage2
 from coordexp.training.loop import Task
+from coordexp.training.rollout_pool import Refresher
 from coordexp.training.session import EvalCallback, Session, summarise_log, write_curve
 from coordexp.training.stage1 import read_compute, train_control, train_stage1
 from coordexp.training.stage2 import train_stage2
 from coordexp.training.stage2_task import Stage2Task
+from coordexp.training.state_files import generation_name
 from coordexp.training.step import TeacherTask
 from helpers import Workspace
 from permissions import permissions_hold
@@ -82,7 +90,7 @@ def test_resumed_equals_uninterrupted(ready, stage, stop_in_step):
     assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
 
 
-def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready, stop_in_step, monkeypatch):
+def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready, monkeypatch):
     """Generated before step 2, from weights that no longer exist when step 3 runs in another process."""
     asked, generate = [], HfEngine.generate
 
@@ -99,14 +107,50 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
     assert len(asked) == 1
     assert read_compute(space.paths) == {name: summary[name] for name in ("steps", "tokens")}
     assert 0 < summary["refresh_generated_tokens"] <= 12 * asked[0]
-    stop_in_step(2)
-    with pytest.raises(Interrupted, match="after step 3 of 4"):
-        train(space, "stage2")
-    stop_in_step(None)
+    with monkeypatch.context() as patch:
+        at = Refresher.at
+
+        def stops(self, step):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return at(self, step)
+
+        patch.setattr(Refresher, "at", stops)
+        with pytest.raises(Interrupted, match="after step 3 of 4"):
+            train(space, "stage2")
     train(space, "stage2")
     assert len(asked) == 2
     assert log_rows(out) == expected_rows
     assert all(torch.equal(value, expected_weights[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.parametrize("place", ["fresh rollouts", "evaluation"])
+def test_work_between_steps_stops_at_once_and_goes_on_to_the_same(ready, place, monkeypatch):
+    """SIGTERM after the first of several groups of answers; no group is answered twice, and nothing is left out."""
+    space = ready.set(stage2__b_ratio=1.0, stage2__refresh_steps=2, decode__max_new_tokens=12)
+    space = with_profile(space, "monitor", every_steps=0 if place == "fresh rollouts" else 2, batch_images=1)
+    space = with_profile(space, "rollout", batch_images=1)
+    monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
+    answered, original = [], hf_engine.answer_group
+    monkeypatch.setattr(hf_engine, "answer_group", lambda *a: answered.append(a[1]) or original(*a))
+    train(space, "stage2")
+    out = space.paths.run("stage2")
+    expected = weights(out), log_rows(out), [path.read_bytes() for path in sorted(out.glob("monitor*/*"))]
+    n_groups = len(answered)
+    assert n_groups > 2
+
+    with monkeypatch.context() as patch:
+        keep = hf_engine.keep
+        patch.setattr(hf_engine, "keep", lambda *a: keep(*a) or os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="stopped by signal 15 after step 2 of 4; run it again"):
+            train(space, "stage2")
+    answered.clear()
+    train(space, "stage2")
+    assert (weights(out).keys(), log_rows(out)) == (expected[0].keys(), expected[1])
+    assert all(torch.equal(value, expected[0][name]) for name, value in weights(out).items())
+    assert [path.read_bytes() for path in sorted(out.glob("monitor*/*"))] == expected[2]
+    if place == "fresh rollouts":
+        assert len(answered) == n_groups - 1
 
 
 class Planned(Exception):
@@ -172,15 +216,23 @@ def test_a_repetition_orders_the_same_data_otherwise(ready, stage, other):
     assert items(ready.set(**{f"{stage}__seed": 1})) != items(ready)
 
 
-def test_two_runs_of_one_session_do_not_share_its_state(ready, stop_in_step):
+def test_two_runs_of_one_session_do_not_share_its_state(ready, stop_in_step, monkeypatch):
     stop_in_step(1)
     with pytest.raises(Interrupted):
         train(ready, "stage1")
     (state,) = (ready.paths.root / ".resume").iterdir()
     stop_in_step(None)
-    with only_process(state), pytest.raises(BusyError, match="another process works in it"):
-        train(ready, "stage1")
-    assert train(ready, "stage1")["steps"] == STEPS
+    monkeypatch.setattr(resume, "POLL_S", 0.01)
+
+    def ends_when_waited_for() -> None:
+        while not (state / resume.WAITING).exists():
+            time.sleep(0.01)
+        other.close()
+
+    with ExitStack() as other:
+        other.enter_context(holding(state, "another run"))
+        threading.Thread(target=ends_when_waited_for).start()
+        assert train(ready, "stage1")["steps"] == STEPS
 
 
 def test_a_damaged_state_is_named(ready, stop_in_step):
@@ -192,7 +244,7 @@ def test_a_damaged_state_is_named(ready, stop_in_step):
     content = part.read_bytes()
     for damaged in (content[:1000], b"", b"x" * 1000):
         part.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"delete {state} to start"):
+        with pytest.raises(DamagedArtefactError, match=f"delete {state} to start"):
             train(ready, "stage1")
 
 
@@ -215,6 +267,24 @@ def test_a_full_disk_stops_with_its_name_and_damages_nothing(ready, stop_in_step
     stop_in_step(None)
     assert train(ready, "stage1")["steps"] == STEPS  # with room again
     assert not list(out.parent.glob("*.tmp"))
+
+
+def test_room_for_the_checkpoint_is_asked_for_before_hours_of_work_and_after_them(ready, monkeypatch):
+    free = {"free": 0}
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
+    with pytest.raises(OSError, match=r"GB are needed, 0\.0 GB free.*stage1"):
+        train(ready, "stage1")
+    assert not list((ready.paths.root / ".resume").glob("*")), "nothing began"
+    answers = iter([10**12, 0])
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(answers)))
+    with pytest.raises(OSError, match=r"GB are needed"):
+        train(ready, "stage1")
+    (state,) = (ready.paths.root / ".resume").glob("stage1-*/state-*")
+    assert state.name == generation_name(STEPS), "no step runs again"
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(ready.paths.root))
+    assert train(ready, "stage1")["steps"] == STEPS
+    assert not list(ready.paths.run("stage1").parent.glob("*.tmp"))
 
 
 def test_read_only_outputs_stop_with_their_name_and_damage_nothing(ready, stop_in_step):

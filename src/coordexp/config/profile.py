@@ -251,6 +251,15 @@ class RolloutConfig(Block):
     images: PositiveCount = Field(description="training images that get a rollout")
     batch_images: PositiveCount = Field(description="hf: images generated together, here and in evaluation")
 
+    @field_validator("servers")
+    @classmethod
+    def _keys_stay_out_of_git(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("@" in url for url in value):  # the message must not show it either
+            raise ValueError(
+                "a URL holds a key or a user, and profiles are in git. Leave it out, and set VLLM_API_KEY."
+            )
+        return value
+
 
 class Stage2Config(OptimConfig):
     """Size of stage 2, and of the control that continues stage 1 for the same compute."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from coordexp.doctor.needs import needs_of
 from coordexp.doctor.records import Examination, examine
 from coordexp.errors import CheckpointError
 from coordexp.infra.device import measured_rates, training_plan
+from coordexp.infra.workers import worker_count
 from coordexp.models.pins import pin_fault
 from coordexp.records.manifest import SPLITS
 from coordexp.records.schema import Record, read_records
@@ -45,7 +45,7 @@ def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
     source = run.profile.source
     lines, faults, stops = ["data: scenes are composed by the raw stage; nothing to examine"], list[Problem](), False
     if isinstance(source, DatasetsConfig):
-        found = examine(source.sets, run.profile.records, decode, workers=os.cpu_count() or 1)
+        found = examine(source.sets, run.profile.records, decode, workers=worker_count())
         lines, faults, stops = list(_data_lines(found)), _faults(found), found.stops
         records, n_val = found.records, len(found.records["val"])
     else:

@@ -24,6 +24,7 @@ from coordexp.drawing.boxes import BoxStyle, draw_detections, name_style
 from coordexp.errors import PictureError
 from coordexp.geometry.bins import decode_norm, encode_boxes
 from coordexp.infra.files import write_text
+from coordexp.infra.printable import printable_lines
 from coordexp.packing.samples import Sample
 from coordexp.records.schema import Record
 
@@ -65,7 +66,7 @@ def write_page(path: Path, run: RunConfig, lines: Sequence[str], records: Mappin
     }
     environment = Environment(
         loader=PackageLoader("coordexp.doctor"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: printable_lines(value) if isinstance(value, str) else value,
     )  # fmt: skip
     page = environment.get_template("page.html.jinja").render(
         profile=run.params.profile,

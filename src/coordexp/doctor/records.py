@@ -24,7 +24,8 @@ from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
-NOTED = NOTHING_LOST | {"names_merged", "same_picture"}
+REACH_OUT = "boxes_reach_out"  # of their pictures: they are cut there
+NOTED = NOTHING_LOST | {"names_merged", "same_picture", REACH_OUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,9 @@ def _examine_split(
         shown = [str(p) for p in found.problems if p.reason == reason][:examples]
         stops = reason.startswith(BAD_IMAGE) and config.bad_images == "error"
         result.findings.append(Finding(name, split, reason, count, stops, tuple(shown)))
+    if found.frames.beyond:
+        shown = found.frames.examples[:examples]
+        result.findings.append(Finding(name, split, REACH_OUT, found.frames.beyond, False, tuple(shown)))
     for excess in excessive_losses(found, config):
         shown = [excess.message, *excess.examples[:examples]]
         result.findings.append(Finding(name, split, excess.reason, excess.count, True, tuple(shown)))
@@ -139,7 +143,8 @@ def _examine_names(result: Examination, read: Mapping[str, list[RecordSet]], exa
 
 
 def _examine_overlap(result: Examination, content: Mapping[str, str], config: RecordsConfig, examples: int) -> None:
-    shared = overlap(result.records["train"], result.records["val"], content)
+    train, val = ((r.image for r in result.records[split]) for split in SPLITS)
+    shared = overlap(train, val, content)
     if shared:
         shown = tuple(f"{a} is {b}" for a, b in sorted(shared.items())[:examples])
         stops = config.overlap == "error"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from coordexp.geometry.boxes import as_boxes
+from coordexp.infra.printable import printable
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -82,8 +83,7 @@ def draw_detections(
     for box, style in zip(boxes, chosen, strict=True):
         _rectangle(draw, box, style, width)
     texts = [
-        (" ".join(label.split()), "" if score is None else f" {score:.2f}")
-        for label, score in zip(labels, shown, strict=True)
+        (printable(label), "" if score is None else f" {score:.2f}") for label, score in zip(labels, shown, strict=True)
     ]
     _labels(draw, canvas.size, boxes, texts, chosen)
     return canvas

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from coordexp.drawing.boxes import BoxStyle, label_font
+from coordexp.infra.printable import printable
 
 RIGHT = BoxStyle((0, 158, 115))
 FALSE = BoxStyle((214, 39, 40))
@@ -26,7 +27,7 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     left = 0
     for title, panel in panels:
-        draw.text((left + 2, 2), title, font=font, fill=(0, 0, 0))
+        draw.text((left + 2, 2), printable(title), font=font, fill=(0, 0, 0))
         picture.paste(panel, (left, _BAR_PX))
         left += panel.width + _GAP_PX
     draw_legend(draw, (2, picture.height - _BAR_PX), width)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri as normal_quantile
+from scipy.special import stdtrit as student_quantile
 
 from coordexp.evaluation.bootstrap import INTERVAL
 from coordexp.evaluation.table import Floats
@@ -108,12 +108,12 @@ def effect(deltas_S: Floats, resampled_SB: Floats, level: float = LEVEL) -> Effe
     )
 
 
-_Z95 = float(norm.ppf(0.975))
+_Z95 = float(normal_quantile(0.975))
 
 
 def _quantiles(var_images: float, var_seeds: float, n_seeds: int, level: float) -> tuple[float, float]:
     """Quantiles of the two-sided test and of its power; of the normal distribution where seeds add nothing."""
     if not var_seeds:
-        return float(norm.ppf(1 - level / 2)), float(norm.ppf(POWER))
+        return float(normal_quantile(1 - level / 2)), float(normal_quantile(POWER))
     df = (var_images + var_seeds) ** 2 / (var_seeds**2 / (n_seeds - 1))
-    return float(student.ppf(1 - level / 2, df)), float(student.ppf(POWER, df))
+    return float(student_quantile(df, 1 - level / 2)), float(student_quantile(df, POWER))

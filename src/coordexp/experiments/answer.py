@@ -24,10 +24,12 @@ from coordexp.experiments.runs import KEPT, WORKSPACE, Experiment, Repository
 from coordexp.experiments.sides import effect_row, evaluate_revision, has, tokens_trained
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.files import write_text
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import write_json
 from coordexp.inputs import CODE
 from coordexp.reporting.markdown import escape, number, table
 
+KEPT_ANSWER = Gate("an earlier comparison of two runs", DataError, "Delete it, and compare again.")
 REPORTS = Path("reports/experiments")
 GO_ON = (
     "`dvc exp apply {name}` puts its parameters and results into the workspace, to be committed; `git restore --staged "
@@ -51,7 +53,7 @@ def answer(repository: Repository, new: Experiment, old: Experiment, checkpoint:
     if not file.is_file():
         repository.say(f"{new.name}: judged against {old.name}")
         write_json(file, _answer(repository, new, old, checkpoint))
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = KEPT_ANSWER.read_object(file)
     names = {"name": new.name, "baseline": old.name}
     return kept | names | {"effect": kept["effect"] | {"arm": new.name, "baseline": old.name}}
 

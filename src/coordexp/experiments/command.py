@@ -132,11 +132,19 @@ def runs(
     limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
     every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     checkpoint: Checkpoint = "stage2",
+    state: Annotated[bool, typer.Option("--state", help="Instead what stages that were stopped go on from.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="With --state: remove what is old and not in use.")] = False,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="What --clean calls old.")] = 14.0,
 ) -> None:
     """The experiments of all commits: what changed, the difference of mAP with its interval, verdict, cost, age.
 
     Each beside the commit that it started from, judged on val once and remembered.
     """
+    if clean and not state:
+        raise ConfigError("--clean: expected only with --state, whose list it shortens.")
+    if state:
+        _print_state(clean, older_than)
+        return
     import shutil
     import time
 
@@ -153,6 +161,42 @@ def runs(
     )
     if len(shown) < len(found):
         print(f"{len(found) - len(shown)} older ones: --all")
+
+
+def _print_state(clean: bool, older_than_days: float) -> None:
+    from tabulate import tabulate
+
+    from coordexp.experiments.progress import duration
+    from coordexp.infra import resume
+
+    root = resume.resume_root()
+    for gone in resume.clean(root, older_than_days) if clean else []:
+        print(f"removed: {gone.folder.name}, {gone.n_bytes / 1e6:.1f} MB")
+    found = resume.kept(root)
+    rows = [[one.folder.name, f"{one.n_bytes / 1e6:.1f}", duration(one.age_s), one.state] for one in found]
+    print(tabulate(rows, ["in .resume/", "MB", "changed before", "state"], tablefmt="simple") if rows else "nothing")
+    if resumable := sum(one.can_go_on and not one.is_held for one in found):
+        print(f"{resumable} can go on: run the same command again.")
+
+
+def verify(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, and put back what has a good copy.")
+    ] = False,
+) -> None:
+    """Is everything that is stored what was written? Reads all of it.
+
+    DVC's cache, the outputs in the workspace, what interrupted stages go on from, and the pictures of the data sets.
+    The exit code is 2 if something is damaged and was not mended.
+    """
+    from coordexp.errors import EXIT_USAGE
+    from coordexp.experiments.verify import verify as look
+
+    repository = _repository()
+    found = look(repository.root, repository.run, repair, repository.say)
+    print("\n".join([*found.looked_at, *map(str, found.faults)]))
+    if not found.is_whole:
+        raise typer.Exit(EXIT_USAGE)
 
 
 def compare_revisions(a: str, b: str, checkpoint: str, out: Path | None) -> None:
@@ -184,7 +228,8 @@ def _repository() -> Repository:
 @contextmanager
 def _experiments() -> Iterator[Repository]:
     """The repository, held for this process; a signal ends in Interrupted."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT is what dvc and stages are stopped by: as a shell's background job they would be born deaf to it.
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         repository = _repository()
         with repository.held():
@@ -192,7 +237,8 @@ def _experiments() -> Iterator[Repository]:
     except KeyboardInterrupt:
         raise Interrupted("stopped by a signal; run the same command again: what is done is not done again.") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _chosen(name: str | None, words: Sequence[str]) -> str:
@@ -252,7 +298,9 @@ def monitor(
     out: Annotated[Path | None, typer.Option(help="Folder to write  [default: runs/monitor/<profile>/<stage>]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Evaluate the present state and stop.")] = False,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two checks for a new state.")] = 5.0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also give the numbers to dvclive, tensorboard, trackio or wandb; repeat.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate every state that a training run saves, on the dev images that it is evaluated on itself, with mAP.
@@ -262,8 +310,8 @@ def monitor(
     import os
 
     from coordexp.config.run import RunConfig
-    from coordexp.experiments.events import Events
     from coordexp.experiments.monitor import STAGES, find_state, follow, open_monitor, start_folder
+    from coordexp.training.live import give_evaluation, open_trackers
     from coordexp.training.session import start_hash
 
     if stage not in STAGES:
@@ -272,16 +320,15 @@ def monitor(
     folder = out or Path("runs") / "monitor" / run.params.profile / stage
     state = find_state(Path(), stage)
     os.nice(10)
-    events = Events(folder / "tensorboard") if tensorboard else None
     callback = open_monitor(run, stage, images, folder, device)
     start = start_hash(start_folder(run, stage))
-    for row in follow(callback, state, start, poll, lambda: events.follow(state) if events else None):
-        if events:
-            events.follow(folder, "monitor")
+    trackers = open_trackers(track or [], folder, f"{run.params.profile}/{stage}-monitor")
+    for row in follow(callback, state, start, poll):
+        give_evaluation(trackers, "monitor", row, folder)
         shown = (f"{key} {'undefined' if value is None else f'{value:.4g}'}" for key, value in row.items())
         print("  ".join(shown), flush=True)
         if once:
             break
-    if events:
-        events.follow(run.paths.run(stage))  # what was added after the last glance, if the run has ended
+    for tracker in trackers:
+        tracker.close()
     print(f"curve: {callback.curve}")

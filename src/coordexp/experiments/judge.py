@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coordexp.errors import ConfigError
+from coordexp.evaluation.foreign.reading import (
+    CategoriesFile,
+    FormOption,
+    LabelsFile,
+    MappingOption,
+    PredictionFiles,
+    Reading,
+    TruthFile,
+    read_sides,
+)
 from coordexp.experiments.command import Checkpoint, compare_revisions
 
 if TYPE_CHECKING:
     from coordexp.evaluation.effect import Effect
     from coordexp.evaluation.evaluator import Evaluation
-    from coordexp.records.gt_vs_pred import ImageResult
-
-# As evaluation.foreign.predictions.Form, without its imports: --help must not wait for them. A test holds them equal.
-Form = Literal[
-    "coco", "lines", "gt_vs_pred", "yolo", "csv",
-    "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
-]  # fmt: skip
-FORMS: tuple[str, ...] = get_args(Form)
-
-NameMapping = Annotated[
-    Literal["exact", "normalised", "semantic"], typer.Option(help="From a description to its category.")
-]
-CategoriesFile = Annotated[
-    Path | None,
-    typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
-]
-TruthFile = Annotated[
-    Path | None,
-    typer.Option(exists=True, dir_okay=False, help="COCO or LVIS instances, records, gt_vs_pred, or a YOLO data.yaml."),
-]
-FormOption = Annotated[
-    Form | None,
-    typer.Option("--form", help="What the predictions are  [default: recognised; name raw answers]"),
-]
-LabelsFile = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help='JSON {"their label": "ours"} for labels that differ.')
-]
 
 
 def evaluate(
@@ -63,7 +44,7 @@ def evaluate(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="COCO or LVIS JSON to check the images; LVIS adds its AP."),
     ] = None,
-    mapping: NameMapping = "normalised",
+    mapping: MappingOption = "normalised",
     tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
 ) -> None:
     """Judge predictions by all metrics: a gt_vs_pred.jsonl, or --truth with --predictions of any detector.
@@ -81,7 +62,7 @@ def evaluate(
             "expected a gt_vs_pred.jsonl, or --truth ANNOTATIONS with --predictions FILE; --annotations goes with "
             "the first."
         )
-    reading = _Reading(truth, form, labels, categories, annotations, mapping)
+    reading = Reading(truth, form, labels, categories, annotations, mapping)
     (evaluation,) = evaluations = _evaluate(files, reading)
     _say_what_outranks(files, evaluations)
     write_json(out, rounded(evaluation.metrics, 12))
@@ -108,13 +89,11 @@ def compare(
         ),
     ] = None,
     truth: TruthFile = None,
-    predictions: Annotated[
-        list[Path] | None, typer.Option(exists=True, help="With --truth: files of any detectors; more may follow.")
-    ] = None,
+    predictions: PredictionFiles = None,
     form: FormOption = None,
     labels: LabelsFile = None,
     categories: CategoriesFile = None,
-    mapping: NameMapping = "normalised",
+    mapping: MappingOption = "normalised",
     images: Annotated[int, typer.Option(min=0, help="Of two files: most changed images to list.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="Of files: draw the differences, a PNG.")] = None,
     checkpoint: Checkpoint = "stage2",
@@ -136,52 +115,22 @@ def compare(
         return
     if missing := [file for file in files if not file.exists()]:
         raise ConfigError(f"{missing[0]}: no such file. Expected files of predictions, or two revisions.")
-    evaluations = _evaluate(files, _Reading(truth, form, labels, categories, None, mapping))
+    evaluations = _evaluate(files, Reading(truth, form, labels, categories, None, mapping))
     _show_comparison(files, evaluations, images, plot)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """How files of predictions are read."""
-
-    truth: Path | None
-    form: Form | None
-    labels: Path | None
-    categories: Path | None
-    annotations: Path | None
-    mapping: Literal["exact", "normalised", "semantic"]
-
-
-def _evaluate(files: Sequence[Path], reading: _Reading) -> list[Evaluation]:
-    """Evaluate files of one data set; without a list of categories, the names annotated in any of them."""
-    from coordexp.evaluation.categories import annotated_categories
+def _evaluate(files: Sequence[Path], reading: Reading) -> list[Evaluation]:
+    """Evaluate files of one data set."""
     from coordexp.evaluation.evaluator import evaluate as evaluate_results
-    from coordexp.evaluation.foreign.truth import read_truth
-    from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_SEED
-    from coordexp.evaluation.table import check_known_images
-    from coordexp.records.categories import read_categories
-    from coordexp.records.gt_vs_pred import read_results
+    from coordexp.evaluation.protocol import STANDARD_MATCHING, STANDARD_SEED
 
-    federated, truth = None, None
-    if reading.truth:
-        truth = read_truth(reading.truth)
-        results = [_foreign(file, truth, reading) for file in files]
-        federated = truth.federated
-    else:
-        results = [list(read_results(file)) for file in files]
-    if reading.categories:
-        known = read_categories(reading.categories)
-    else:
-        known = truth.categories if truth else annotated_categories(chain(*results))
-    if reading.annotations:
-        listed = read_truth(reading.annotations)
-        federated = listed.federated
-        for rows in results:
-            check_known_images(rows, set(listed.sizes_wh_px), str(reading.annotations))
-            if len(rows) < len(listed.images):
-                _note(f"note: {len(rows)} of the {len(listed.images)} annotated images are evaluated.")
-    params = STANDARD.model_copy(update={"mapping": reading.mapping})
-    return [evaluate_results(rows, known, params, STANDARD_MATCHING, STANDARD_SEED, federated) for rows in results]
+    sides = read_sides(files, reading)
+    for note in sides.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return [
+        evaluate_results(rows, sides.categories, reading.params, STANDARD_MATCHING, STANDARD_SEED, sides.federated)
+        for rows in sides.results
+    ]
 
 
 def _say_what_outranks(files: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
@@ -194,16 +143,6 @@ def _say_what_outranks(files: Sequence[Path], evaluations: Sequence[Evaluation])
             print(f"{file} is not judged: {', '.join(faults)}.")
         if why := learned_nothing(evaluation.value(MARGIN), evaluation.metrics["interval"][MARGIN]):
             print(f"{file} shows no learning: {why} (answers given without seeing the picture).")
-
-
-def _foreign(file: Path, truth: Any, reading: _Reading) -> list[ImageResult]:
-    from coordexp.evaluation.foreign.predictions import read_labels, read_predictions
-
-    labels = read_labels(reading.labels) if reading.labels else None
-    read = read_predictions(file, truth, reading.form, labels)
-    for note in read.notes:
-        _note(f"note: {note}")
-    return read.results
 
 
 def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], images: int, plot: Path | None) -> None:
@@ -269,7 +208,3 @@ def _print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
     from tabulate import tabulate
 
     print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr)

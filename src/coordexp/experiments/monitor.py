@@ -7,14 +7,14 @@ The folder holds what the callback leaves in training (coordexp.training.eval_ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.config.study import TRAINED
-from coordexp.errors import CheckpointError, DataError
+from coordexp.errors import CheckpointError, DamagedArtefactError, DataError
 from coordexp.evaluation.evaluator import evaluate
 from coordexp.infra.device import AUTO
 from coordexp.models.adapters import apply_tuning
@@ -67,24 +67,17 @@ def _is_of_control(folder: Path) -> bool:
     return folder.name.startswith("stage1-control-")
 
 
-def follow(
-    callback: EvalCallback,
-    state_folder: Path,
-    start: str,
-    poll_seconds: float,
-    on_poll: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, Any]]:
+def follow(callback: EvalCallback, state_folder: Path, start: str, poll_seconds: float) -> Iterator[dict[str, Any]]:
     """Evaluate every new state until the run ends and removes its folder; yields the row of each.
 
-    `start` identifies the weights that the model of the callback has (`start_hash`). `on_poll` is called whenever there
-    may be something new in the folder.
+    `start` identifies the weights that the model of the callback has (`start_hash`).
 
     Raises:
-        CheckpointError: no state is intact, or it is of a run that started from other weights.
+        DamagedArtefactError: no state is intact.
+        CheckpointError: it is of a run that started from other weights.
     """
     seen, done = -1.0, -1
     while True:
-        on_poll()
         if not (saved := generations(state_folder)):
             return  # the run ended
         try:
@@ -96,7 +89,7 @@ def follow(
                 continue
             state.check_start(start)
             state.load_weights(callback.checkpoint.model)
-        except (CheckpointError, FileNotFoundError):
+        except (CheckpointError, DamagedArtefactError, FileNotFoundError):
             if generations(state_folder) == saved:
                 raise
             continue  # the run went on, or ended, between looking and reading

@@ -30,6 +30,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran to their end
     stage: str = ""
     counted: str = ""
+    done: float | None = None  # fraction of the running stage, once it says so
     _since: float = 0.0
     _said: float = 0.0
 
@@ -37,13 +38,14 @@ class Progress:
         """Take in one line of DVC or of a stage."""
         if found := _STARTED.search(line):
             self.finish_stage()
-            self.stage, self.counted, self._since = found[1], "", self.clock()
+            self.stage, self.counted, self.done, self._since = found[1], "", None, self.clock()
             self._say()
         elif _PASSED.search(line):
             self.finish_stage()
         elif found := _COUNTED.search(line):
             done, total = (number for number in found.groups() if number)
             self.counted = f"{'step' if found[1] else 'image'} {done} of {total}"
+            self.done = int(done) / max(1, int(total))
             if self.clock() - self._said >= SAID_EVERY_SECONDS:
                 self._say()
 
@@ -51,7 +53,7 @@ class Progress:
         """The running stage, if there is one, came to its end."""
         if self.stage:
             self.seconds[self.stage] = round(self.clock() - self._since, 1)
-            self.stage = ""
+            self.stage, self.done = "", None
 
     def words(self) -> str:
         """One line: the running stage, how far it is, the time it took and the time that it took before."""
@@ -67,15 +69,21 @@ class Progress:
             self.say(self.words())
 
     def shown(self) -> AbstractContextManager[object]:
-        """While this is entered, a terminal shows the present line."""
+        """While this is entered, a terminal shows a bar of the running stage and the present line."""
         if not sys.stderr.isatty():
             return nullcontext()
         from rich.console import Console
         from rich.live import Live
-        from rich.text import Text
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
 
-        console = Console(stderr=True)
-        return Live(console=console, get_renderable=lambda: Text(self.words()), refresh_per_second=2, transient=True)
+        def line() -> Table:
+            shown = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=1.0, completed=self.done or 0.0, width=30, pulse=self.done is None)
+            shown.add_row(bar, self.words())
+            return shown
+
+        return Live(console=Console(stderr=True), get_renderable=line, refresh_per_second=4, transient=True)
 
 
 def duration(seconds: float) -> str:

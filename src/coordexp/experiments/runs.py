@@ -9,7 +9,6 @@ taken from DVC's cache once, and kept under `runs/revisions/<revision>/` at the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -29,18 +28,24 @@ from coordexp.errors import (
     BusyError,
     ConfigError,
     CoordExpError,
+    DamagedArtefactError,
     DataError,
     Interrupted,
     TrainingError,
     closest,
 )
 from coordexp.experiments.dependencies import INPUTS, Past, Present, by_path
+from coordexp.experiments.dvc_cache import DvcCache
 from coordexp.experiments.progress import Ended, Progress, stream
-from coordexp.infra.files import only_process, remove
+from coordexp.infra.files import remove
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import WRITTEN_BY_STAGES, write_json
-from coordexp.inputs import PARAMS_FILE
+from coordexp.infra.resume import RESUME, holding
+from coordexp.inputs import INPUTS as INPUT_FILES
+from coordexp.inputs import PARAMS_FILE, overlap
 
 SHOWN_LINES = 15
+RUN_RECORD = Gate("the record of a run", DataError, "Delete it: only how long its stages took is lost.")
 KEPT = Path("runs/revisions")  # files by revision, and how long its stages took
 WORKSPACE = "workspace"  # in place of a revision
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -75,7 +80,7 @@ class Repository:
         Raises:
             ConfigError: no git repository, or other tracked files differ from the commit.
         """
-        head = self._run("git", "rev-parse", "--verify", "HEAD")
+        head = self.run("git", "rev-parse", "--verify", "HEAD")
         if head.returncode:
             raise ConfigError(
                 f"{self.root.resolve()}: no git commit to start from. Run this in the repository.\n{_end(head.stderr)}"
@@ -89,24 +94,15 @@ class Repository:
                 "(git commit -am ...), or go back to the commit (git restore --staged --worktree . && dvc "
                 "checkout --force)."
             )
-        branch = self._run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
+        branch = self.run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
         revision = head.stdout.strip()
         return Experiment(branch or revision[:8], revision)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the experiments of this repository for this process; raises BusyError if another one runs some."""
-        folder = self.root / ".resume" / "experiments"
-        try:
-            with only_process(folder):
-                yield
-        except BusyError as error:
-            if str(folder) not in str(error):
-                raise
-            raise BusyError(
-                f"{folder}: another `coordexp run` or `coordexp ab` works in this repository. One runs at a time: "
-                "wait for it, or stop it with Ctrl-C and run this again."
-            ) from error
+        with holding(self.root / RESUME / "experiments", "coordexp run or ab", waits=False):
+            yield
 
     def resolve(self, name: str) -> Experiment:
         """A revision by its name: `workspace`, what git knows, or an experiment under any commit, the newest first.
@@ -211,7 +207,7 @@ class Repository:
         new = target.with_name(f".{target.name}.{os.getpid()}.part")
         remove(new)
         _make_folder(target.parent)
-        done = self._run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
+        done = self.run("dvc", "get", ".", path, "--rev", revision, "--out", str(new.resolve()))
         if done.returncode or not new.exists():
             remove(new)
             raise DataError(
@@ -220,8 +216,21 @@ class Repository:
                 "If it is on a remote, `dvc pull` (of a commit) or `dvc exp pull` fetches it. If the cache lost it "
                 "(dvc gc), run the revision again."
             )
+        if damaged := self._damaged(new, revision, path):
+            remove(new)
+            raise DamagedArtefactError(
+                f"{damaged} of {revision[:12]}: not the content that dvc.lock recorded; DVC's cache is damaged. "
+                "`coordexp verify --repair` removes what is; then `dvc pull` it, or run the revision again."
+            )
         new.replace(target)
         return target
+
+    def _damaged(self, fetched: Path, revision: str, path: str) -> str:
+        """The first file of a fetched output that is not what its revision recorded."""
+        cache = DvcCache.of(self.root, self.run)
+        outs = [out for entry in self.past(revision).lock.values() for out in entry.get("outs", [])]
+        found = (cache.difference(fetched, path, out) for out in outs if overlap(out["path"], path))
+        return next(filter(None, found), "")
 
     def _has(self, found: Experiment, paths: Sequence[str]) -> bool:
         """Whether the files of a revision can be had; says which cannot."""
@@ -259,7 +268,11 @@ class Repository:
             self._pasts[key] = Past(
                 lock=lock.get("stages", {}),
                 ids=self._ids(revision, given),
-                inputs={Path(path).stem: json.loads(text) for path, text in texts.items() if path in read},
+                inputs={
+                    Path(path).stem: INPUT_FILES.parse_json(text, f"{path} of {revision[:12]}")
+                    for path, text in texts.items()
+                    if path in read
+                },
                 inputs_md5={path: hashlib.md5(text.encode()).hexdigest() for path, text in texts.items()},
             )
         return self._pasts[key]
@@ -267,7 +280,7 @@ class Repository:
     def seconds(self, revision: str) -> dict[str, float]:
         """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
         file = self.root / KEPT / revision / "seconds.json"
-        return json.loads(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else {}
+        return RUN_RECORD.read_object(file).get("stages", {}) if file.is_file() else {}
 
     def estimates(self, profile: str) -> dict[str, float]:
         """Seconds by stage of the last run that was measured, in the workspace or as an experiment."""
@@ -275,11 +288,11 @@ class Repository:
         files = [*runs.parent.glob(runs.name), *(self.root / KEPT).glob("*/seconds.json")]
         found: dict[str, float] = {}
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            if "wall_seconds" in tree:
+            tree = RUN_RECORD.read_object(file)
+            if tree.keys() >= {"stage", "wall_seconds"}:
                 found[tree["stage"]] = tree["wall_seconds"]
             elif tree.get("profile") == profile:
-                found |= tree["stages"]
+                found |= tree.get("stages", {})
         return found
 
     def short_name(self, revision: str) -> str:
@@ -307,7 +320,7 @@ class Repository:
         raise _failure(name, ended, log)
 
     def _revision(self, name: str) -> str:
-        return self._run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
+        return self.run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
 
     def _names(self, revision: str, *paths: str) -> list[str]:
         """The files at these paths that git holds at a revision, or now in the workspace."""
@@ -322,12 +335,12 @@ class Repository:
         return {path: fields.split()[2] for fields, path in pairs}
 
     def _git(self, *arguments: str) -> str:
-        done = self._run("git", *arguments)
+        done = self.run("git", *arguments)
         if done.returncode:
             raise ConfigError(f"git {' '.join(arguments[:3])} ended with {done.returncode}:\n{_end(done.stderr)}")
         return done.stdout
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program that is installed beside this interpreter, or on the path."""
         return subprocess.run(
             command,

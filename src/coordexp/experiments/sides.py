@@ -6,7 +6,6 @@ categories and parameters are those of the run's own revision, never of the work
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -21,9 +20,11 @@ from coordexp.evaluation.effect import LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, evaluate
 from coordexp.evaluation.parse import faults_of
 from coordexp.experiments.runs import Repository
+from coordexp.infra.foreign import Gate, shown
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import read_results
 
+TRAINED = Gate("a JSON object with `tokens`", DataError, "Train the stage again.")
 Side = Mapping[str, Evaluation]
 
 
@@ -55,10 +56,10 @@ def evaluate_revision(repository: Repository, revision: str, checkpoint: str, dr
 def tokens_trained(repository: Repository, revision: str, profile: str, stage: str) -> int:
     """What a training stage trained on; raises DataError if its record cannot be had."""
     path = repository.fetch(revision, (ProfilePaths(profile).run(stage) / RUN_METADATA).as_posix())
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["tokens"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected a JSON object with `tokens`. Train the stage again.") from error
+    tokens = TRAINED.read_object(path).get("tokens")
+    if type(tokens) is not int:
+        TRAINED.refuse(str(path), f"tokens is {shown(tokens)}")
+    return tokens
 
 
 def effect_row(arm: str, baseline: str, ours: Side, theirs: Side, level: float = LEVEL) -> dict[str, Any]:

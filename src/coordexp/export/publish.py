@@ -21,14 +21,17 @@ from coordexp.config.profile import DatasetsConfig
 from coordexp.config.run import RunConfig
 from coordexp.errors import CheckpointError, DataError
 from coordexp.evaluation.categories import normalise_desc
+from coordexp.infra.artefacts import HASHES, sealing, verified
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import read_run_record, weight_files, write_json
 from coordexp.models.detection_config import DetectionConfig, write_detection_config
-from coordexp.models.loading import ModelFormat, checkpoint_hashes, load_format
+from coordexp.models.loading import ModelFormat, load_format
 from coordexp.records.categories import Category, read_categories
-from coordexp.records.gt_vs_pred import read_results
+from coordexp.records.gt_vs_pred import ImageResult, read_results
+from coordexp.records.manifest import located, open_split
 from coordexp.records.prediction_log import read_rows
+from coordexp.records.schema import read_records
 from coordexp.reporting.markdown import number, table
 from coordexp.text.prompts import question
 
@@ -51,11 +54,12 @@ _SHOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, and predictions whose name is no category of the data set."""
+    """What was written, predictions whose name is no category of the data set, and what a reader should know."""
 
     files: tuple[str, ...]
     results: int
     unmapped: int
+    notes: tuple[str, ...] = ()
 
 
 def publish(
@@ -80,6 +84,7 @@ def publish(
     said = [
         f"{out}: {', '.join(done.files)}",
         f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
+        *(f"note: {note}" for note in done.notes),
     ]
     return [*said, f"uploaded: {push(out, repository)}"] if repository else said
 
@@ -125,23 +130,26 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
     metrics = PUBLISHED.read_json(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / GT_VS_PRED
     categories = read_categories(run.paths.records / "categories.json")
-    rows = ((r.image_id, [(p.desc, p.bbox_xyxy_px, p.score) for p in r.pred]) for r in read_results(predictions))
-    results, unmapped = coco_results(rows, categories)
+    answers = list(read_results(predictions))
+    results, unmapped = coco_results(((r.image_id, _objects(r)) for r in answers), categories)
     form = load_format(source)
-    _copy_checkpoint(source, out, form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT)))
-    write_json(out / RESULTS, results)
-    write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics, license_id)))
-    return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped)
+    by_set, notes = _results_by_set(run, answers)
+    detection = form.detection.model_copy(update=run.params.decode.model_dump(include=READOUT))
+    with sealing(out):
+        _copy_checkpoint(source, out, detection)
+        write_json(out / RESULTS, results)
+        for name, of_set in by_set.items():
+            write_json(out / f"coco_results-{name}.json", of_set)
+        write_text(out / CARD, _card(_facts(run, checkpoint, form, metrics, license_id)))
+    return Exported(tuple(sorted(file.name for file in out.iterdir())), len(results), unmapped, tuple(notes))
 
 
 def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> None:
     """Copies, not links: DVC's cache holds the source, and whoever edits the export must not edit that."""
-    out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix != ".jsonl":  # logs of the training
-            shutil.copyfile(file, out / file.name)
+        if file.is_file() and file.suffix != ".jsonl" and file.name != HASHES:  # without logs of the training
+            shutil.copyfile(verified(file), out / file.name)
     write_detection_config(out, detection)
-    write_json(out / RUN_METADATA, PUBLISHED.read_json(source / RUN_METADATA) | {"files": checkpoint_hashes(out)})
 
 
 def coco_results(
@@ -165,6 +173,36 @@ def coco_results(
             row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": round(float(score or 0), 5)}
             results.append(row)
     return results, unmapped
+
+
+def _objects(result: ImageResult) -> list[tuple[str, Sequence[float], float | None]]:
+    return [(p.desc, p.bbox_xyxy_px, p.score) for p in result.pred]
+
+
+def _results_by_set(
+    run: RunConfig, answers: Sequence[ImageResult]
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Of a mixture: set -> results with the ids of its own file, where that has any; and why a set has none."""
+    source, records = run.profile.source, run.paths.records / "val.jsonl"
+    sets = source.sets if isinstance(source, DatasetsConfig) and len(source.sets) > 1 else {}
+    if not sets or not records.is_file():
+        return {}, [f"{records}: missing, so no results by set"] if sets else []
+    own_ids = {record.image: record.metadata.get("source_image_id") for record in read_records(records)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    notes = []
+    for name, dataset in sets.items():
+        rows = [(own_ids.get(r.image), _objects(r)) for r in answers if r.image.startswith(f"{name}/")]
+        with_ids = [(image_id, objects) for image_id, objects in rows if image_id is not None]
+        if not rows or len(with_ids) < len(rows) or dataset.prompt == "phrase":  # of these, several records an image
+            continue
+        try:
+            reading = open_split(located(name, dataset), "val", polygons=False)
+        except DataError as error:
+            notes.append(f"no results of set {name}: {error}")
+            continue
+        if reading and reading.categories:
+            found[name], _ = coco_results(with_ids, reading.categories)
+    return found, notes
 
 
 def write_server_results(predictions: Path, image_info: Path, paths: ProfilePaths, out: Path) -> tuple[int, int]:

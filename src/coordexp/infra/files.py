@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from coordexp.errors import BusyError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
 
@@ -52,6 +49,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def lacking_room(path: Path, n_bytes: int) -> OSError | None:
+    """The error that writing so many bytes to `path` would end in, as far as the disk says how much is free."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free >= n_bytes:
+        return None
+    room = f"{os.strerror(errno.ENOSPC)} ({n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free)"
+    return OSError(errno.ENOSPC, room, str(path))
+
+
 def os_error(error: Exception, path: Path) -> Exception:
     """What safetensors says of a full or unwritable disk, as an OSError; any other error of its as it is."""
     number = _OS_ERROR.search(str(error))
@@ -86,22 +93,3 @@ def replace_folder(temporary: Path, final: Path) -> None:
     temporary.replace(final)
     sync(final.parent)
     remove(old)
-
-
-@contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel lets go of it however the process ends, `kill -9` included.
-
-    Raises:
-        BusyError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                f"{folder}: another process works in it. Expected one run of a stage at a time: wait for the other "
-                "one, or stop it and run this again."
-            ) from error
-        yield

@@ -3,7 +3,8 @@
 A `Gate` is one kind of file: what it should be, how large and how deep it may be, and the error that everything else
 becomes. Each kind is declared once, beside the code that knows what such a file holds (parameters in config/loading.py,
 checkpoints in models/folder.py, predictions in records/gt_vs_pred.py and records/prediction_log.py). Pictures have a
-gate of their own, records/images.py, which opens files here too.
+gate of their own, records/images.py, which opens files here too. A file that lies in a folder of ours, with its hashes
+(infra/artefacts.py), must also be the one that was written there.
 
 Python's JSON reader alone takes NaN, lets the last of two equal keys win, turns 1e999 into infinity, and ends in a
 RecursionError or in strings that cannot be written again: each is refused here.
@@ -24,7 +25,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from coordexp.errors import CoordExpError
+from coordexp.errors import CoordExpError, DamagedArtefactError
+from coordexp.infra.artefacts import RESTORE, unsealed_row, verified
 
 MAX_DIGITS = 40  # of a whole number: far beyond ids and sizes, far below what takes time
 _KINDS = {
@@ -106,6 +108,14 @@ class Gate:
             self.refuse(str(path), f"holds {shown(value)}, not a JSON object")
         return value
 
+    def read_sealed(self, path: Path) -> dict[str, Any]:
+        """The JSON object of a file that `write_sealed` wrote; raises `error`, or DamagedArtefactError."""
+        value = self.read_object(path)
+        try:
+            return unsealed_row(value)
+        except ValueError as error:
+            raise DamagedArtefactError(f"{path}: {error}: damaged, or edited. {RESTORE}.") from error
+
     def json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Place ("file:line") and value of each line of a file of any size; raises `error`, also for an empty line."""
         for where, line in self.lines(path):
@@ -142,7 +152,7 @@ class Gate:
     @contextmanager
     def _opened(self, path: Path, max_bytes: int | None) -> Iterator[BufferedReader]:
         try:
-            with open_regular(path, max_bytes) as handle:
+            with open_regular(verified(path), max_bytes) as handle:
                 yield handle
         except FileNotFoundError as error:
             self.refuse(str(path), "no such file", error)

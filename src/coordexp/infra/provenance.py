@@ -17,7 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from coordexp.infra.files import repository_root, write_text
+from coordexp.infra.artefacts import file_sha256
+from coordexp.infra.files import write_text
+from coordexp.infra.foreign import strict_json
 
 # A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
 WRITTEN_BY_STAGES = ("dvc.lock", "inputs", "reports")
@@ -42,12 +44,6 @@ ANSWER_FILES = (
 )
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def file_hash(path: Path) -> str:
     """First 16 hex digits of the sha256 of a file."""
     return file_sha256(path)[:16]
@@ -60,8 +56,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def answer_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that decide what it answers, by name: weights and what else loading reads."""
-    named = (folder / name for name in ANSWER_FILES)
-    return sorted([*weight_files(folder), *(path for path in named if path.is_file())], key=lambda path: path.name)
+    return sorted(path for path in folder.glob("*") if decides_answer(path.name) and path.is_file())
+
+
+def decides_answer(name: str) -> bool:
+    """Whether the file of a checkpoint folder decides what it answers."""
+    return name in ANSWER_FILES or (name.endswith(".safetensors") and not name.startswith("."))
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
@@ -79,11 +79,6 @@ def image_inputs(raw: Path) -> dict[str, Path]:
     """The file of the raw stage that stands for every image, if it wrote one."""
     manifest = raw / "manifest.json"
     return {"images": manifest} if manifest.is_file() else {}
-
-
-def resume_folder(stage: str, key: str) -> Path:
-    """Folder of a resume state. It lies in the original repository, so that temporary experiment runs share it."""
-    return repository_root() / ".resume" / f"{stage}-{key}"
 
 
 def run_metadata(
@@ -106,7 +101,7 @@ def add_to_run_record(path: Path, facts: Mapping[str, Any]) -> None:
 def read_run_record(path: Path) -> dict[str, Any]:
     """The record of a run; empty where the stage did not run here, or left something else there."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -125,16 +120,17 @@ def run_facts(stage: str, wall_seconds: float, cpu_seconds: float) -> dict[str, 
     }
 
 
+def git(*arguments: str) -> str | None:
+    """What git prints, without the white space around it; None if it fails, or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files differ from it, other than what the stages write; null outside a checkout."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git here
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

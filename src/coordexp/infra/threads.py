@@ -14,10 +14,13 @@ import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from coordexp.infra.files import write_text
+
 SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "20000"
 POLICY_NAME = "OMP_WAIT_POLICY"  # says the same in words; whoever sets it has decided
 COUNT_NAME = "OMP_NUM_THREADS"
 CUDA_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # every version of torch reads the first
+COUNT_FILE, MAX_THREADS = "threads", 1024
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time per period, or "max"
 
 
@@ -68,6 +71,23 @@ def set_threads(wanted: int, log: logging.Logger, quota_file: Path = _QUOTA) -> 
     waiting = f"{POLICY_NAME} {os.environ[POLICY_NAME]}" if POLICY_NAME in os.environ else f"spin {_spin()}"
     log.info("threads: %s (%s); %d cores usable; idle threads: %s", chosen or "default", reason, cores, waiting)
     return chosen
+
+
+def hold_threads(folder: Path, log: logging.Logger, *, writes: bool = True) -> None:
+    """Let torch compute with as many threads as the run in `folder` began with, and say so if it had others.
+
+    Sums over other numbers of threads are rounded otherwise: a resumed run would end in other bytes. With `writes`, a
+    run that begins here leaves its number for those that go on with it.
+    """
+    torch, path = sys.modules["torch"], folder / COUNT_FILE
+    now = torch.get_num_threads()
+    said = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if said.isdecimal() and 0 < int(said) <= MAX_THREADS:
+        if int(said) != now:
+            log.warning("threads: %s, with which this run began, and not %d: so its sums stay the same.", said, now)
+            torch.set_num_threads(int(said))
+    elif writes:
+        write_text(path, f"{now}\n")
 
 
 def _choose(wanted: int, usable: int, present: int) -> tuple[int | None, str]:

@@ -138,12 +138,6 @@ class IndexFile(_Checked):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]
 
 
-class RunMetadata(_Checked):
-    """What is checked of run_metadata.json: the hashes of the files that training wrote."""
-
-    files: dict[Annotated[str, Field(pattern=r"^[^/\\\x00]+$")], str] = {}
-
-
 class faults_of:
     """Within the block, whatever is raised is a fault of the checkpoint folder, named with what was done there.
 
@@ -208,9 +202,9 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if (folder / INDEX).exists():
         named = checked(folder / INDEX, IndexFile).weight_map
         if lost := sorted(set(named.values()) - in_file.keys()):
-            CHECKPOINT.refuse(str(folder / INDEX), f"names {lost[0]}, which is not in the folder")
+            CHECKPOINT.refuse(str(folder / INDEX), f"names {shown(lost[0])}, which is not in the folder")
         if absent := sorted(name for name, file in named.items() if name not in in_file[file]):
-            CHECKPOINT.refuse(str(folder / INDEX), f"names {absent[0]}, which {named[absent[0]]} lacks")
+            CHECKPOINT.refuse(str(folder / INDEX), f"names {shown(absent[0])}, which {shown(named[absent[0]])} lacks")
     return {name: shape for shapes in in_file.values() for name, shape in shapes.items()}
 
 

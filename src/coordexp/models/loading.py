@@ -20,19 +20,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from coordexp.config.paths import RUN_METADATA
 from coordexp.errors import CheckpointError
+from coordexp.infra.artefacts import verify_files
 from coordexp.infra.device import AUTO, choose_device, inference_plan
 from coordexp.infra.files import os_error
 from coordexp.infra.foreign import shown
-from coordexp.infra.provenance import answer_files, file_hash
+from coordexp.infra.provenance import decides_answer
 from coordexp.models.attention import use_segment_attention
 from coordexp.models.detection_config import DetectionConfig, read_detection_config, write_detection_config
 from coordexp.models.folder import (
     CHECKPOINT,
     GENERATION,
     GenerationFile,
-    RunMetadata,
     TokenizerConfigFile,
     TokenizerFile,
     check_fits,
@@ -101,7 +100,8 @@ def load_checkpoint(folder: Path, min_pixels: int | None = None, max_pixels: int
     Raises:
         CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
             damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, its
-            processor files or coordexp.json do not say how it is used, or a file is not the one that training wrote.
+            processor files or coordexp.json do not say how it is used.
+        DamagedArtefactError: a file is not the one that training wrote.
     """
     return _with_model(folder, load_format(folder, min_pixels, max_pixels), torch.float32)
 
@@ -122,7 +122,7 @@ def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> 
 def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelFormat:
     """Everything of a checkpoint but the weights; arguments and errors as of `load_checkpoint`."""
     check_config(folder)
-    _check_hashes(folder)
+    verify_files(folder, decides_answer)
     form = read_format(folder)
     check_fits(folder, read_config(folder), weight_shapes(folder))
     low = form.pixels.min_pixels if min_pixels is None else min_pixels
@@ -174,24 +174,6 @@ def check_config(folder: Path) -> None:
             f"{path}: quantization_config is {quantised!r:.60}, expected plain weights. Take the checkpoint that was "
             "quantised."
         )
-
-
-def _check_hashes(folder: Path) -> None:
-    """Compare the files with the hashes that training recorded; a checkpoint from elsewhere records none."""
-    path = folder / RUN_METADATA
-    recorded = checked(path, RunMetadata).files if path.exists() else {}
-    for name, expected in recorded.items():
-        found = file_hash(folder / name) if (folder / name).is_file() else "no file"
-        if found != expected:
-            raise CheckpointError(
-                f"{folder / name}: sha256 {found}, but {RUN_METADATA} records {expected}. Expected the file that "
-                f"training wrote: copy the checkpoint again, or delete {RUN_METADATA} if the change is yours."
-            )
-
-
-def checkpoint_hashes(folder: Path) -> dict[str, str]:
-    """Hashes of the files that decide what a checkpoint answers, for its `run_metadata.json`."""
-    return {path.name: file_hash(path) for path in answer_files(folder)}
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -21,8 +21,11 @@ from coordexp.config.loading import load_profile
 from coordexp.config.paths import model_folder
 from coordexp.config.profile import FilePin, ModelConfig
 from coordexp.errors import CheckpointError
+from coordexp.infra.artefacts import file_sha256
 from coordexp.infra.files import write_text
-from coordexp.infra.provenance import answer_files, file_sha256, repository_root, weight_files
+from coordexp.infra.foreign import strict_json
+from coordexp.infra.provenance import answer_files, weight_files
+from coordexp.infra.resume import resume_root
 
 _REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
 _SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp
@@ -113,7 +116,7 @@ class _Digests:
     """sha256 of files. Those of big ones are remembered until size, times or inode change, as 16 GB take a minute."""
 
     def __init__(self) -> None:
-        self._memory = repository_root() / ".resume" / ".model-digests.json"
+        self._memory = resume_root() / ".model-digests.json"
 
     def of(self, path: Path) -> str:
         """All 64 hex digits."""
@@ -133,7 +136,7 @@ class _Digests:
 
     def _read(self) -> dict[str, Any]:
         try:
-            known = json.loads(self._memory.read_text(encoding="utf-8"))
+            known = strict_json(self._memory.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none yet, or a broken one: hash again
             return {}
         return known if isinstance(known, dict) else {}

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from coordexp.errors import DataError
+from coordexp.infra.artefacts import verified
 from coordexp.infra.files import replacing
 from coordexp.infra.random_streams import generator
 
@@ -68,7 +69,7 @@ def write_plan(path: Path, plan: PackPlan) -> None:
 
 def read_packs(path: Path) -> list[list[int]]:
     """Sample indices of every pack, in plan order."""
-    table = pq.read_table(path)
+    table = pq.read_table(verified(path))
     packs, samples = table.column("pack").to_numpy(), table.column("sample").to_numpy()
     return [part.tolist() for part in np.split(samples, np.flatnonzero(np.diff(packs)) + 1)]
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from coordexp.geometry.bins import encode_boxes
+from coordexp.infra.artefacts import verified
 from coordexp.infra.random_streams import generator
 from coordexp.text.codecs import AnswerEncoder, TextObject
 
@@ -116,7 +117,7 @@ class SampleStore(Sequence[Sample]):
     """Random access to the samples of one split."""
 
     def __init__(self, path: Path) -> None:
-        self._table = pq.read_table(path, memory_map=True).combine_chunks()
+        self._table = pq.read_table(verified(path), memory_map=True).combine_chunks()
         has_areas = AREA_COLUMN.name in self._table.column_names
         names = [*SCHEMA.names, AREA_COLUMN.name] if has_areas else SCHEMA.names
         self._columns = {name: self._table.column(name) for name in names}

@@ -22,6 +22,8 @@ TOLERANCE_PX = 2.0
 EXAMPLES = 3
 SMALL_SIDE_PX = 900  # boxes in thousandths of the sides soon reach beyond it
 FEW = 10  # boxes that all lie inside their small pictures by chance, though they are thousandths
+LARGE_SIDE_PX = 1600  # of pictures in which thousandths that are read as pixels keep to a corner
+UNKNOWN = "another unit, or sizes of other files"
 _KEY = "source.sets.<name>.boxes"
 _WORDS: dict[BoxForm, str] = {
     "fractions": "fractions of the picture (0..1)",
@@ -39,12 +41,15 @@ class BoxFrames:
     boxes: int = 0
     beyond: int = 0  # reach out of their picture
     as_corners: int = 0  # x, y, width, height would be corners inside the picture
+    beyond_as_corners: int = 0  # those of them that reach out of it
     as_thousandths: int = 0
+    far: int = 0  # reach into the second half of a thousand, as a fifth of all thousandths surely do
     as_fractions: int = 0
     as_percent: int = 0
     as_pixels: int = 0  # in a format of fractions
     in_small: int = 0  # in a format of thousandths, in a picture of short sides
     as_pixels_in_small: int = 0  # of those, inside of it if they are pixels
+    in_corner: int = 0  # in a format of pixels: could be thousandths of a picture whose sides are longer than that
     from_0: int = 0  # begin before the first pixel, by the one that the format does not count
     in_units: int = 0  # are read as fractions or thousandths
     examples: list[str] = field(default_factory=list)  # the first of those that reach out
@@ -75,10 +80,16 @@ class BoxFrames:
                 self.as_pixels_in_small += is_inside
         else:
             w, h = x2 - x1, y2 - y1
-            self.as_corners += x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
-        self.as_fractions += units != 1 and x2 <= 1.5 and y2 <= 1.5  # a center with width and height ends before 1.5
-        self.as_percent += units == 1 and x1 >= 0 and y1 >= 0 and x2 <= 101 and y2 <= 101
-        self.as_thousandths += units != 1000 and x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
+            is_corners = obj.has_size and x1 < w <= right + slack_x and y1 < h <= bottom + slack_y
+            self.as_corners += is_corners
+            self.beyond_as_corners += is_corners and is_beyond
+            is_large = min(width, height) >= LARGE_SIDE_PX
+            self.in_corner += is_large and x1 >= 0 and y1 >= 0 and x2 <= 1001 and y2 <= 1001
+        self.as_fractions += units != 1 and x2 <= 2 and y2 <= 2  # corners read as width and height end before 2
+        is_whole = x1 >= 0 and y1 >= 0 and x2 > 2 and y2 > 2
+        self.as_percent += units == 1 and is_whole and x2 <= 101 and y2 <= 101
+        self.far += max(x2, y2) > 500
+        self.as_thousandths += units != 1000 and is_whole and x2 <= 1001 and y2 <= 1001
 
     def merge(self, other: BoxFrames) -> None:
         """Add the counts of other boxes of the same split."""
@@ -86,22 +97,29 @@ class BoxFrames:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.examples[EXAMPLES:]
 
+    @property
+    def reach_out(self) -> bool:
+        """Whether so many boxes reach out of their pictures that they are no pixels of these."""
+        return self.beyond > FAR_OUT * self.boxes
+
     def cause(self) -> str:
         """What is likely wrong with the boxes, in words; empty if nothing can be told."""
         if reading := self.other_reading():
             return reading
-        if self.beyond <= FAR_OUT * self.boxes:
+        if not self.reach_out:
             return ""
-        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: another unit, or sizes of other files"
+        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: {UNKNOWN}"
 
     def other_reading(self) -> str:
         """Which other reading explains the boxes, in words, and the key that chooses it; empty if none does."""
         form = self.other_form()
         if not form:
             return ""
+        expected = "pixels"
         if form == "percent":
             return "the boxes look like percent of the picture (0..100); fractions (0..1) are expected: divide by 100"
-        expected = "pixels"
+        if form == "mixed":
+            return "those look like x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file"
         if self.in_units:
             expected = "fractions of the picture (0..1)" if form != "pixels" or not self.in_small else "thousandths"
         if form == "corners":
@@ -123,13 +141,12 @@ class BoxFrames:
             return "fractions"
         if self.in_small >= max(FEW, enough) and self.as_pixels_in_small >= FITS * self.in_small:
             return "pixels"
-        if self.beyond > FAR_OUT * self.boxes:
-            if self.as_pixels >= enough:
-                return "pixels"
-            if self.as_corners >= enough:
-                return "corners"
-            if self.as_percent >= enough:
-                return "percent"
-            if self.as_thousandths >= enough:
-                return "thousandths"
-        return "from_0" if self.from_0 else ""
+        # Each with how many boxes it explains, of how many that it must; the first one counts.
+        readings: list[tuple[BoxForm | str, int, float]] = []
+        if self.reach_out:
+            readings += [("pixels", self.as_pixels, enough), ("corners", self.as_corners, enough)]
+            readings += [("mixed", self.beyond_as_corners, FITS * self.beyond), ("percent", self.as_percent, enough)]
+            if self.far >= FAR_OUT * self.boxes:
+                readings += [("thousandths", self.as_thousandths, enough)]
+        readings += [("thousandths", self.in_corner, max(FEW, enough)), ("from_0", self.from_0, 1)]
+        return next((form for form, explained, needed in readings if explained >= needed), "")

@@ -10,15 +10,17 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from heapq import nsmallest
 from pathlib import Path
 
 from coordexp.config.formats import BoxForm, Format
 from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig, RecordsConfig
 from coordexp.errors import DataError
+from coordexp.infra.files import replacing
+from coordexp.infra.workers import worker_count
 from coordexp.records.categories import Category
 from coordexp.records.images import ImageFacts
 from coordexp.records.losses import (
@@ -44,7 +46,7 @@ from coordexp.records.manifest import (
 from coordexp.records.mixing import overlap, repeat_by_weight, split_dev, with_prompt, with_unique_ids, with_views
 from coordexp.records.names import refuse_clashes, respelled, settle_names
 from coordexp.records.policy import INCOMPLETE, to_records
-from coordexp.records.schema import Record, write_records
+from coordexp.records.schema import Record, json_line, write_records
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFiles
 from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
@@ -76,6 +78,7 @@ class Converted:
     problems: dict[str, list[Problem]]
     notes: list[str]  # names that were changed
     spelling: dict[str, str] = field(default_factory=dict)  # a name as a source has it -> as it is written
+    workers: int = 1
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Counts of what was lost by split and reason."""
@@ -83,7 +86,7 @@ class Converted:
 
     def sets(self) -> dict[str, dict[str, int]]:
         """Counts of records by set and split."""
-        counts = {split: Counter(r.image.partition("/")[0] for r in rs) for split, rs in self.splits.items()}
+        counts = {split: Counter(i.partition("/")[0] for i in rs.images()) for split, rs in self.splits.items()}
         return {name: {split: counts[split][name] for split in self.splits} for name in self.declared}
 
     def categories(self) -> list[Category]:
@@ -91,8 +94,7 @@ class Converted:
 
         Held out is what training does not hold; a file that marks categories so itself is believed about the others.
         """
-        trained = {o.desc for r in self.splits["train"] for o in r.objects}
-        found = {o.desc for r in self.splits["val"] for o in r.objects}
+        trained, found = (_descs(self.splits[split], self.workers) for split in SPLITS)
         declared = [c for categories in self.declared.values() for c in categories]
         says_so = any(c.split == "held_out" for c in declared)
         trained |= {c.name for c in declared if says_so and c.split == "train"}
@@ -114,7 +116,7 @@ class Converted:
     def named(self) -> list[Category]:
         """Every declared name and every one that occurs; declared ones keep their ids."""
         declared = {c.name: c for categories in self.declared.values() for c in categories}
-        found = {o.desc for records in self.splits.values() for r in records for o in r.objects}
+        found = set().union(*(_descs(records, self.workers) for records in self.splits.values()))
         first = max((c.id for c in declared.values()), default=0) + 1
         others = (Category(number, name) for number, name in enumerate(sorted(found - declared.keys()), first))
         return [*declared.values(), *others]
@@ -146,8 +148,10 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int) -> Converted:
+def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int, workers: int = 1) -> Converted:
     """Convert every split of every set; images are named `<set>/<path below its root>`.
+
+    Several `workers`, processes that the images of each split are dealt to, give the same bytes as one.
 
     Raises:
         DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have one
@@ -155,7 +159,9 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     """
     found = {
         name: {
-            split: to_records(reading, a.facts, config, split, prefix=f"{name}/", prompt=a.prompt, seed=seed)
+            split: to_records(
+                reading, a.facts, config, split, prefix=f"{name}/", prompt=a.prompt, seed=seed, workers=workers
+            )
             for split, reading in a.readings.items()
         }
         for name, a in opened.items()
@@ -166,13 +172,14 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     refuse_losses(parts, config)
     settled = settle_names({name: list(splits.values()) for name, splits in found.items()})
     refuse_clashes(settled)
-    result = Converted({}, settled.categories, {}, settled.notes(), settled.spelling)
+    result = Converted({}, settled.categories, {}, settled.notes(), settled.spelling, workers)
     content = {f"{name}/{f.name}": f.sha256 for name, a in opened.items() for f in a.facts.values()}
     conflicts: list[str] = []
     for split in SPLITS:
         parts_of = [splits[split] for splits in found.values() if split in splits]
-        records = RecordStore(respelled((r for part in parts_of for r in part.records), settled.spelling))
+        records = RecordStore()
         for part in parts_of:
+            records.extend(respelled(part.records, settled.spelling))
             part.records = RecordStore()
         joined = join_same_pictures(records, content, config.same_picture)
         result.splits[split] = joined.records
@@ -190,7 +197,7 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
 
 
 @_uncollected()
-def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
+def convert_datasets(raw: Path, config: RecordsConfig, seed: int, workers: int = 1) -> Converted:
     """The splits of a profile (train, dev, val) from the sets of its manifest.
 
     Raises:
@@ -201,23 +208,44 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int) -> Converted:
         name: OpenedSet(_readings(dataset, config, facts[name]), facts[name], dataset.prompt)
         for name, dataset in sets.items()
     }
-    result = convert_sets(opened, config, seed)
+    result = convert_sets(opened, config, seed, workers)
     content = {f"{name}/{f.name}": f.sha256 for name in sets for f in facts[name].values()}
     val = result.splits["val"]
     train = _without_overlap(result, content, config)
-    names = {name: _names(result.declared[name], _of(chain(train, val), name)) for name in sets}
+    names = {name: _names(result.declared[name], (train, val), name) for name in sets}
     is_single = len(sets) == 1
     train, dev = split_dev(with_unique_ids(train, is_single), config.dev_images, content)
-    weighted = (r for name, a in sets.items() for r in repeat_by_weight(_of(train, name), a.weight, seed))
-    splits = {"train": with_views(weighted, config, seed), "dev": dev, "val": with_unique_ids(val, is_single)}
-    result.splits = {}
-    for split, records in splits.items():
-        of_set = ((r, r.image.partition("/")[0]) for r in records)
-        result.splits[split] = RecordStore(
-            with_prompt(r, sets[name].prompt, names[name], config, seed, split == "train") for r, name in of_set
-        )
+    result.splits = {"train": train, "dev": dev, "val": with_unique_ids(val, is_single)}
+    for split, records in result.splits.items():
+
+        def finished(batch: Iterable[Record], is_train: bool = split == "train") -> RecordStore:
+            return RecordStore(_finished(batch, sets, names, config, seed, is_train))
+
+        result.splits[split] = RecordStore()
+        for part in _by_set(records, sets).map_records(finished, workers):
+            result.splits[split].extend(part)
     refuse_empty(result.splits)
     return result
+
+
+def _by_set(records: RecordStore, sets: Iterable[str]) -> RecordStore:
+    """The records of the first set before those of the second, and so on."""
+    order = {name: number for number, name in enumerate(sets)}
+    found = [order[image.partition("/")[0]] for image in records.images()]
+    return records.taken(sorted(range(len(found)), key=found.__getitem__)) if len(order) > 1 else records
+
+
+def _finished(
+    records: Iterable[Record], sets: Mapping[str, DatasetConfig], names: Mapping[str, Sequence[str]],
+    config: RecordsConfig, seed: int, is_train: bool,
+) -> Iterator[Record]:  # fmt: skip
+    """The records of a split as they are written: repeated by the weight of their set, in a view, with their prompt."""
+    for record in records:
+        name = record.image.partition("/")[0]
+        copies: Iterable[Record] = [record]
+        if is_train:
+            copies = with_views(repeat_by_weight(copies, sets[name].weight, seed), config, seed)
+        yield from (with_prompt(r, sets[name].prompt, names[name], config, seed, is_train) for r in copies)
 
 
 def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str, ImageFacts]) -> dict[str, Reading]:
@@ -231,7 +259,8 @@ def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str,
 
 def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> RecordStore:
     """The training records whose picture val does not hold; the others become problems."""
-    shared = overlap(result.splits["train"], result.splits["val"], content)
+    train = result.splits["train"]
+    shared = overlap(train.images(), result.splits["val"].images(), content)
     if shared and config.overlap == "error":
         pairs = "".join(f"\n  {a} is {b}" for a, b in sorted(shared.items())[:SHOWN])
         raise DataError(
@@ -239,16 +268,32 @@ def _without_overlap(result: Converted, content: Mapping[str, str], config: Reco
             "nothing. Remove them, or set records.overlap to drop_train."
         )
     result.problems["train"] += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
-    return RecordStore(r for r in result.splits["train"] if r.image not in shared) if shared else result.splits["train"]
+    return train.taken(i for i, image in enumerate(train.images()) if image not in shared) if shared else train
 
 
-def _of(records: Iterable[Record], name: str) -> Iterator[Record]:
-    return (r for r in records if r.image.startswith(f"{name}/"))
-
-
-def _names(declared: Iterable[Category], records: Iterable[Record]) -> list[str]:
+def _names(declared: Iterable[Category], splits: Iterable[Iterable[Record]], name: str) -> list[str]:
     """The names that a set annotates: the declared ones, or those that occur."""
-    return [c.name for c in declared] or sorted({o.desc for r in records for o in r.objects})
+    of_set = (r for records in splits for r in records if r.image.startswith(f"{name}/"))
+    return [c.name for c in declared] or sorted({o.desc for r in of_set for o in r.objects})
+
+
+def _descs(records: RecordStore, workers: int) -> set[str]:
+    return set().union(*records.map_records(lambda batch: {o.desc for r in batch for o in r.objects}, workers))
+
+
+def write_split(path: Path, records: RecordStore, workers: int) -> int:
+    """Write the records of a split as `write_records` does; returns how many objects they hold."""
+
+    def lines(batch: Iterable[Record]) -> tuple[bytes, int]:
+        text = "".join(json_line(record) for record in batch)
+        return text.encode(), sum(len(r.objects) for r in batch)
+
+    n_objects = 0
+    with replacing(path) as temporary, temporary.open("wb") as out:
+        for content, count in records.map_records(lines, workers):
+            out.write(content)
+            n_objects += count
+    return n_objects
 
 
 def convert_file(
@@ -279,10 +324,11 @@ def convert_file(
     files = SplitFiles(
         root, annotations.absolute().relative_to(root).as_posix(), below, split, config.polygons == "keep"
     )
-    names = {str(image.file_name) for image in READERS[fmt](files).images}
-    facts = inspect_all(root, names, decode=True, workers=os.cpu_count() or 1, watch=watch)
+    workers = worker_count()
+    names = READERS[fmt](files).image_names(workers)
+    facts = inspect_all(root, names, decode=True, workers=workers, watch=watch)
     reading = READERS[fmt](files).with_boxes(boxes)
-    result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0)
+    result = convert_sets({annotations.name: OpenedSet({split: reading}, facts)}, config, seed=0, workers=workers)
     prefix = f"{annotations.name}/" if below == "." else f"{annotations.name}/{below}/"
     result.splits = {split: RecordStore(replace(r, image=r.image.removeprefix(prefix)) for r in result.splits[split])}
     return result
@@ -309,8 +355,8 @@ def _sample_set(dataset: DatasetConfig, config: RecordsConfig, folder: Path, cou
     for split in own_splits(dataset):
         if not (reading := open_split(dataset, split, polygons=config.polygons == "keep")):
             continue
-        chosen, names = replace(reading, images=sorted(reading.images, key=_digest)[:count], problems=[]).loaded()
-        facts = inspect_all(root, names, decode=True, workers=4)
+        chosen = Reading(nsmallest(count, reading.images, key=_digest), reading.categories, [])
+        facts = inspect_all(root, chosen.image_names(workers=1), decode=True, workers=4)
         files[split] = f"{split}.jsonl"
         write_records(folder / files[split], to_records(chosen, facts, config, split).records)
     changes = {

@@ -13,8 +13,11 @@ MARKER = re.compile(r"<\|[^<>|]{0,40}\|>|</?think>|</?tool_(?:call|response)>")
 
 
 def clean_desc(desc: object) -> object:
-    """Outer and repeated white space removed; anything but a string is returned as it is."""
-    return " ".join(desc.split()) if isinstance(desc, str) else desc
+    """Outer and repeated white space removed, accents as the tokenizer writes them (NFC); what is no text stays."""
+    if not isinstance(desc, str):
+        return desc
+    plain = " ".join(desc.split())
+    return plain if plain.isascii() else unicodedata.normalize("NFC", plain)
 
 
 def desc_problem(desc: object) -> str:
@@ -35,13 +38,16 @@ def _text_problem(desc: str) -> str:
         return "desc_marker"
     if any(unicodedata.category(char) in ("Cc", "Co", "Cs") for char in desc):
         return "desc_characters"
+    if all(char.isspace() or unicodedata.category(char) == "Cf" for char in desc):  # nothing to be seen
+        return "desc_missing"
     return "desc_too_long" if len(desc) > MAX_DESC_CHARS else ""
 
 
 def normalise_desc(desc: str) -> str:
-    """Lower case; `_`, parentheses and control characters become spaces; spaces are squeezed and stripped."""
+    """Lower case, NFC; `_`, parentheses and control characters become spaces; spaces are squeezed and stripped."""
     lower = desc.lower()
     if lower.isascii() and lower.isprintable():  # nearly always, and much faster
         return " ".join(lower.translate(_SPACES).split())
-    spaced = "".join(" " if c in "_()" or unicodedata.category(c) == "Cc" else c for c in lower)
+    composed = unicodedata.normalize("NFC", lower)
+    spaced = "".join(" " if c in "_()" or unicodedata.category(c) == "Cc" else c for c in composed)
     return " ".join(spaced.split())

@@ -293,6 +293,8 @@ def unsafe_name(name: object) -> str:
         return "leaves the image root"
     if any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name):
         return "holds control characters"
+    if split_view(name)[1] is not WHOLE_PICTURE:
+        return "ends as records name a part of a picture (#flip, #crop=...); rename the file"
     return ""
 
 

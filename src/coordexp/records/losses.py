@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from coordexp.config.profile import RecordsConfig
 from coordexp.errors import DataError
-from coordexp.records.box_frames import EXAMPLES
+from coordexp.records.box_frames import EXAMPLES, UNKNOWN
 from coordexp.records.policy import AREA_INVALID, INCOMPLETE, RecordSet
 from coordexp.records.schema import Record
 from coordexp.records.sources.base import Problem
@@ -51,9 +51,8 @@ def excessive_losses(found: RecordSet, config: RecordsConfig) -> list[Excess]:
     lost = [p for p in found.problems if p.reason not in HARMLESS]
     images = [p for p in lost if _costs_an_image(p)]
     objects = [p for p in lost if not _costs_an_image(p)]
-    kept = sum("lost" not in o.metadata for r in found.records for o in r.objects)
     checks = (
-        _over_limit("too_many_lost", "annotations", objects, kept, config, found.frames.cause()),
+        _over_limit("too_many_lost", "annotations", objects, found.kept, config, found.frames.cause()),
         _over_limit("too_many_images_lost", "images", images, len(found.records), config, ""),
     )
     excesses = [excess for excess in checks if excess]
@@ -164,11 +163,15 @@ def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
         message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."
     elif form == "fractions":
         count, message = frames.boxes, f"{frames.boxes} boxes are smaller than a pixel."
-    else:
+    elif form and not frames.reach_out:
+        count, message = frames.boxes, f"all {frames.boxes} boxes lie in the upper left corner of their pictures."
+    elif frames.reach_out:
         count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
-    if not form or count <= allowed:
+    else:
         return []
-    message = f"{_with_cause(message, frames.cause())} {_REMEDY}"
+    if count <= allowed:
+        return []
+    message = f"{_with_cause(message, frames.other_reading() or UNKNOWN)} {_REMEDY}"
     return [Excess("boxes_misread", count, message, tuple(frames.examples))]
 
 

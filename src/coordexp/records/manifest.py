@@ -11,6 +11,7 @@ Records name an image `<set>/<path below the set's root>`; `record_source` leads
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from coordexp.config.profile import AUTO_SPLIT, NO_SPLIT, DatasetConfig
 from coordexp.errors import DataError
+from coordexp.infra.artefacts import verified
 from coordexp.infra.files import replacing, repository_root
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.images import MANIFEST, ImageFacts, image_roots, inspect_image, manifest_of, unsafe_name
@@ -41,8 +43,8 @@ from coordexp.records.sources import (
     voc,
     yolo,
 )
-from coordexp.records.sources.base import Reader, Reading, SplitFiles
-from coordexp.records.sources.files import annotation_files
+from coordexp.records.sources.base import Parsed, Reader, Reading, SourceImage, SplitFiles
+from coordexp.records.sources.files import GLOB, annotation_files, is_readable
 
 READERS: dict[str, Reader] = {
     "coco": coco.read,
@@ -59,6 +61,14 @@ READERS: dict[str, Reader] = {
     "hub": hub.read,
     "conversations": conversations.read,
     "jsonl": jsonl.read,
+}
+# Of the formats whose annotations lie in more files than the key of a split names.
+READ_FROM: dict[str, Callable[[SplitFiles], list[Path]]] = {
+    "open_images": tables.open_images_read_from,
+    "refcoco": refcoco.read_from,
+    "visual_genome": visual_genome.read_from,
+    "yolo": yolo.read_from,
+    "voc": voc.read_from,
 }
 IMAGES = "images.parquet"
 ANNOTATION_SUFFIXES = (".json", ".xml", ".parquet")  # of files that a folder or a glob of annotations means
@@ -80,7 +90,7 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
     for name, config in sets.items():
         dataset = located(name, config)
         readings = (open_split(dataset, split, polygons=False) for split in own_splits(dataset))
-        names = {str(image.file_name) for reading in readings if reading for image in reading.images}
+        names = set().union(*(reading.image_names(workers) for reading in readings if reading))
         facts[name] = inspect_all(Path(dataset.root), names, decode, workers)
         root = _relative_to(folder, Path(dataset.root))
         keys = config.model_dump(exclude_defaults=True) | {"root": str(root)}
@@ -136,9 +146,15 @@ def of_split(
     if dataset.val != AUTO_SPLIT:
         return reading
     chosen = _chosen_for_val(facts, val_fraction)
-    images = (i for i in reading.images if (content_of(i.file_name, facts) in chosen) == (split == "val"))
-    # What the annotation file as a whole has lost is counted once.
-    return replace(reading, images=images, problems=reading.problems if split == "train" else [])
+
+    def parse(entry: Any) -> Parsed:
+        found = reading.parse(entry)
+        if isinstance(found, SourceImage):
+            return found if (content_of(found.file_name, facts) in chosen) == (split == "val") else None
+        return found if split == "train" else None
+
+    # What the annotations as a whole have lost is counted once.
+    return replace(reading, parse=parse, problems=reading.problems if split == "train" else [])
 
 
 def content_of(name: object, facts: Mapping[str, ImageFacts]) -> str:
@@ -190,13 +206,21 @@ def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, A
 
 
 def _annotation_hash(dataset: DatasetConfig, split: str) -> str:
-    """Hash of the annotation file, or over all files where the key means several; empty if there is none."""
-    path = split_files(dataset, split).path
-    if path.is_file():
-        return file_hash(path)
-    found = annotation_files(path, ANNOTATION_SUFFIXES)
-    named = "".join(f"{p.relative_to(dataset.root)}:{file_hash(p)};" for p in found if p.exists())
+    """Hash of the annotation file, or over all files that hold annotations of the split; empty if there is none."""
+    files = split_files(dataset, split)
+    if not files.path.exists() and not GLOB.search(files.path.name):
+        return ""
+    more = READ_FROM.get(dataset.format)
+    found = more(files) if more else annotation_files(files.path, ANNOTATION_SUFFIXES)
+    there = sorted({path for path in found if is_readable(path)})
+    if there == [files.path]:
+        return file_hash(files.path)
+    named = "".join(f"{os.path.relpath(path, dataset.root)}:{file_hash(path)};" for path in there)
     return hashlib.sha256(named.encode()).hexdigest() if named else ""
+
+
+def _has_more(dataset: DatasetConfig, path: Path) -> bool:
+    return dataset.format in READ_FROM or not path.is_file()
 
 
 def _table(facts: Facts) -> pa.Table:
@@ -223,12 +247,18 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
         for split, digest in row["annotation_hashes"].items():
             path, found = split_files(sets[name], split).path, _annotation_hash(sets[name], split)
             if found != digest:
+                what = f"{path}, or a file with annotations that belongs to it" if _has_more(sets[name], path) else path
                 raise DataError(
-                    f"{path}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
+                    f"{what}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
-    facts: Facts = {name: {} for name in sets}
-    for row in pq.read_table(folder / IMAGES).to_pylist():
+    return sets, {name: {} for name in sets} | read_facts(folder)
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of the images of a manifest by set and name, as the raw stage found them."""
+    facts: Facts = {}
+    for row in pq.read_table(verified(folder / IMAGES)).to_pylist():
         name = row.pop("set")
-        facts[name][row["name"]] = ImageFacts(**row)
-    return sets, facts
+        facts.setdefault(name, {})[row["name"]] = ImageFacts(**row)
+    return facts

@@ -34,8 +34,8 @@ def split_dev(
         dev_images: how many pictures to take.
         content: image -> hash of its file. One picture under two names stays in one split, chosen by the first name.
     """
-    stored = RecordStore(records)
-    names = [r.image for r in stored]
+    stored = records if isinstance(records, RecordStore) else RecordStore(records)
+    names = list(stored.images())
     order = sorted(range(len(names)), key=names.__getitem__)
     name_of: dict[str, str] = {}
     for i in order:
@@ -47,16 +47,15 @@ def split_dev(
         )
     dev = set(ranked[:dev_images])
     return (
-        RecordStore(stored[i] for i in order if content[names[i]] not in dev),
-        RecordStore(stored[i] for i in order if content[names[i]] in dev),
+        stored.taken(i for i in order if content[names[i]] not in dev),
+        stored.taken(i for i in order if content[names[i]] in dev),
     )
 
 
-def overlap(train: Iterable[Record], val: Iterable[Record], content: Mapping[str, str]) -> dict[str, str]:
+def overlap(train: Iterable[str], val: Iterable[str], content: Mapping[str, str]) -> dict[str, str]:
     """Training image -> the val image with the same content, for every one there is."""
-    of_val = {content[r.image]: r.image for r in val}
-    found = (r.image for r in train)
-    return {image: of_val[content[image]] for image in found if content[image] in of_val}
+    of_val = {content[image]: image for image in val}
+    return {image: of_val[content[image]] for image in train if content[image] in of_val}
 
 
 def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> Iterator[Record]:
@@ -78,11 +77,14 @@ def with_views(records: Iterable[Record], config: RecordsConfig, seed: int) -> I
     return (augment(record, config, _choice(record, seed, "view")) for record in records)
 
 
-def with_unique_ids(records: Sequence[Record], keep: bool) -> Iterator[Record]:
+def with_unique_ids(records: RecordStore, keep: bool) -> RecordStore:
     """Records whose `image_id` is unique: the source's own if `keep`, else 48 bits of a hash of the record's name."""
-    if keep and all("image_id" in r.metadata for r in records):
-        yield from records
-        return
+    if keep and all("image_id" in metadata for _, metadata in records.heads()):
+        return records
+    return RecordStore(_with_hashed_ids(records))
+
+
+def _with_hashed_ids(records: Iterable[Record]) -> Iterator[Record]:
     seen: Counter[str] = Counter()
     for record in records:
         name = f"{record.image}#{record.metadata.get('phrase', '')}"

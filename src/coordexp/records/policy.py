@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordexp.config.profile import RecordsConfig
+from coordexp.errors import DataError
 from coordexp.geometry.boxes import Box, as_boxes, reading_order
+from coordexp.infra.workers import map_batches
 from coordexp.records.box_frames import BoxFrames
 from coordexp.records.categories import Category
 from coordexp.records.descriptions import MARKER, MAX_DESC_CHARS, clean_desc, desc_problem
@@ -34,11 +36,21 @@ class RecordSet:
     """Records of one split of one set, everything that was not kept, and what the annotations looked like."""
 
     records: RecordStore = field(default_factory=RecordStore)
+    kept: int = 0  # annotations that the records hold as they are
     problems: list[Problem] = field(default_factory=list)
     bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that cost a whole image
     categories: tuple[Category, ...] = ()  # those that the file declares
     annotated: Counter[tuple[int | None, str]] = field(default_factory=Counter)  # annotations by category id and name
     frames: BoxFrames = field(default_factory=BoxFrames)
+
+    def add(self, other: RecordSet) -> None:
+        """Join what was found in further images."""
+        self.records.extend(other.records)
+        self.kept += other.kept
+        self.problems += other.problems
+        self.bad_images += other.bad_images
+        self.annotated.update(other.annotated)
+        self.frames.merge(other.frames)
 
     @property
     def drops(self) -> dict[str, int]:
@@ -55,6 +67,7 @@ def to_records(
     prefix: str = "",
     prompt: str = "open",
     seed: int = 0,
+    workers: int = 1,
 ) -> RecordSet:
     """Apply the policies to every image of a reading.
 
@@ -67,8 +80,30 @@ def to_records(
         prompt: what the set's prompts ask for. With "phrase" each record becomes a question about one object; those
             without any go.
         seed: of the choice of objects where there are too many.
+        workers: processes that do it; the result does not depend on how many.
+
+    Raises:
+        DataError: an image is named of which nothing is known: the files are others than those that were looked at.
     """
-    result = RecordSet(categories=reading.categories)
+
+    def of_batch(entries: list[Any]) -> tuple[RecordSet, list[Problem]]:
+        batch = replace(reading, entries=entries, problems=[])
+        return _kept_images(batch, facts, config, split, prefix, prompt, seed), batch.problems
+
+    result, unread = RecordSet(categories=reading.categories), list[Problem]()
+    for found, not_images in map_batches(of_batch, reading.entries, workers):
+        result.add(found)
+        unread += not_images
+    result.problems[:0] = [*reading.problems, *unread]
+    result.problems.extend(result.bad_images)
+    return result
+
+
+def _kept_images(
+    reading: Reading, facts: Mapping[str, ImageFacts], config: RecordsConfig, split: str, prefix: str, prompt: str,
+    seed: int,
+) -> RecordSet:  # fmt: skip
+    result = RecordSet()
     for image in reading.images:
         if problem := image_problem(image, facts):
             result.bad_images.append(problem)
@@ -91,8 +126,7 @@ def to_records(
         chosen = _at_most(kept, image, config, seed, result.problems) if split == "train" else kept
         if chosen is not None:
             result.records.append(_record(image, known, chosen, prefix))
-    result.problems[:0] = reading.problems
-    result.problems.extend(result.bad_images)
+            result.kept += sum("lost" not in o.metadata for o in chosen)
     return result
 
 
@@ -113,7 +147,13 @@ def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Proble
     if has_size and not (_is_side(image.width) and _is_side(image.height)):
         detail = f"{image.width!r} x {image.height!r} px"
         return Problem("image_size_invalid", image.file, image.key, detail)
-    known = facts[image.file_name]
+    try:
+        known = facts[image.file_name]
+    except KeyError as error:
+        raise DataError(
+            f"{image.file}: {image.key}: the picture {image.file_name} was not there, or not named, when the pictures "
+            "were looked at. In the graph: dvc repro --force --single-item raw, then dvc repro."
+        ) from error
     if known.problem:
         return Problem(known.problem, image.file, image.key, f"{image.file_name}: {known.detail}")
     if has_size and (known.width, known.height) != (image.width, image.height):

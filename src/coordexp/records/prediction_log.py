@@ -2,7 +2,8 @@
 
 A line is `Detections.to_json()`, whole and unfiltered, with `image` (the path as given), `checkpoint` (the folder) and
 `key`: what decided the answer. An answer is used again only if all of its key is what it would be now. The line of a
-picture that could not be read has `error`, the reason, in the place of an answer; it is asked again.
+picture that could not be read has `error`, the reason, in the place of an answer; it is asked again. Each line has
+the hash of its other keys.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from coordexp.errors import DataError
+from coordexp.errors import DamagedArtefactError, DataError
 from coordexp.geometry.boxes import area, as_boxes, xyxy_to_xywh
+from coordexp.infra.artefacts import SEAL, sealed_row, unsealed_row
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate, first_fault
 from coordexp.records.gt_vs_pred import OrderedBox, ParseReport, Size
@@ -121,7 +123,7 @@ class PredictionLog:
         """Read the file, with what others may have added, and write it anew if an image has several lines."""
         self._rows: dict[str, Row] = {}
         if self.path.is_file():
-            self._rows, n_lines = _read(self.path)
+            self._rows, n_lines, _ = _read(self.path)
             if n_lines > len(self._rows):
                 write_text(self.path, "".join(map(_line, self._rows.values())))
 
@@ -138,12 +140,15 @@ def _changes(row: Row, source: AnswerSource) -> list[str]:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(sealed_row(row), ensure_ascii=False) + "\n"
 
 
 def read_rows(path: Path) -> list[Row]:
     """The answers of a log, one an image; raises DataError if a line is no prediction, or an image has no answer."""
-    rows = list(_read(path)[0].values())
+    by_image, n_lines, n_whole = _read(path)
+    rows = list(by_image.values())
+    if not rows or n_whole < n_lines:
+        PREDICTIONS.refuse(f"{path}:{n_lines}", "the last line is cut" if n_lines else "holds no answer")
     if failed := [row for row in rows if "error" in row]:
         raise DataError(
             f"{path}: {len(failed)} of {len(rows)} images have no answer; the first: {failed[0]['error']} Expected one "
@@ -152,23 +157,38 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _read(path: Path) -> tuple[dict[str, Row], int]:
-    """The newest line of each image that has an end, and the number of all lines."""
+def _read(path: Path) -> tuple[dict[str, Row], int, int]:
+    """The newest line of each image, the number of all lines, and of those that have an end: others do not count."""
     rows: dict[str, Row] = {}
-    n_lines = 0
+    n_lines = n_whole = 0
     for where, line in PREDICTIONS.lines(path):
         n_lines += 1
         if not line.endswith(b"\n"):
             continue
+        n_whole += 1
         row = PREDICTIONS.parse_json(line, where)
         try:
             is_failure = isinstance(row, dict) and "error" in row
             image = (_FAILURE if is_failure else _ANSWER).validate_json(line, strict=True).image
         except ValidationError as error:
             PREDICTIONS.refuse(where, first_fault(error.errors()), error)
+        row = checked_row(row, where)
         rows.pop(image, None)  # it stands where its newest line does
         rows[image] = row
-    return rows, n_lines
+    return rows, n_lines, n_whole
+
+
+def checked_row(row: Row, where: str) -> Row:
+    """The row without its hash; one that has none is somebody else's, or of an older version: its key says nothing."""
+    if SEAL not in row:
+        return {name: value for name, value in row.items() if name != "key"}
+    try:
+        return unsealed_row(row)
+    except ValueError as error:
+        raise DamagedArtefactError(
+            f"{where}: {error}: damaged, or edited. Delete the line to have it answered again, or its {SEAL} if the "
+            "change is yours."
+        ) from error
 
 
 def coco_predictions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -238,6 +238,11 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
     count = 0
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for record in records:
-            out.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+            out.write(json_line(record))
             count += 1
     return count
+
+
+def json_line(record: Record) -> str:
+    """A record as the line of a file."""
+    return json.dumps(record.to_json(), ensure_ascii=False) + "\n"

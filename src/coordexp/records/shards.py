@@ -15,7 +15,6 @@ share no file position.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import zipfile
@@ -31,7 +30,7 @@ from typing import Any
 
 from coordexp.errors import DataError
 from coordexp.infra.files import replacing
-from coordexp.infra.foreign import open_regular
+from coordexp.infra.foreign import Gate, open_regular
 from coordexp.infra.provenance import file_hash, write_json
 from coordexp.records.embedded import EMBEDDED, EmbeddedPicture, embedded_picture
 
@@ -39,6 +38,7 @@ MAX_FILE_BYTES = 2**31
 INDEX = "coordexp-shards.json"
 SHARD_PICTURES = 1000
 RESTORE = "Restore it with `dvc checkout`, or make it again: dvc repro --force --single-item raw, then dvc repro."
+SHARDS = Gate("the list of shards", DataError, RESTORE)
 # ZIP's header before each file, and the entry of each file in the directory at the end (APPNOTE.TXT 4.3.7 and 4.3.12).
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
@@ -139,12 +139,12 @@ def _write_shard(path: Path, batch: list[tuple[str, bytes]]) -> dict[str, Any]:
 def _members(root: Path) -> Mapping[str, Member]:
     """Name -> picture, over all shards of a folder; empty for a folder of files. Read once by each process."""
     index = root / INDEX
-    try:
-        shards = json.loads(index.read_bytes())
-        rows = [(root / name, int(row["directory_offset"]), row["directory_sha256"]) for name, row in shards.items()]
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(index):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    try:
+        shards = SHARDS.read_object(index)
+        rows = [(root / name, int(row["directory_offset"]), row["directory_sha256"]) for name, row in shards.items()]
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(index, f"expected the list of shards ({type(error).__name__}: {error})") from error
     return {m.name: m for path, begin, digest in rows for m in _directory(path, begin, digest)}
 

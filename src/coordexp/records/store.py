@@ -1,4 +1,8 @@
-"""Records in a temporary file: a sequence of them of any length, in the memory of their places."""
+"""Records in a temporary file: a sequence of them of any length, in the memory of their places.
+
+To make a record of its text is most of what a pass over millions takes. So what needs only names asks for those, and
+what needs whole records deals them to processes (`map_records`), which read the file of the one that they are forks of.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, TypeVar, overload
 
+from coordexp.infra.workers import map_batches
 from coordexp.records.schema import ObjectRecord, Record
 
+R = TypeVar("R")
 BUFFER_BYTES = 1 << 24
+_DECODER = json.JSONDecoder()
 
 
 class RecordStore(Sequence[Record]):
@@ -26,7 +33,10 @@ class RecordStore(Sequence[Record]):
 
     def append(self, record: Record) -> None:
         """Add a record."""
-        self._buffer += _encoded(record)
+        self._append(_encoded(record))
+
+    def _append(self, content: bytes | bytearray) -> None:
+        self._buffer += content
         self._ends.append(self._n_written + len(self._buffer))
         if len(self._buffer) > BUFFER_BYTES:
             if self._file is None:
@@ -38,8 +48,40 @@ class RecordStore(Sequence[Record]):
 
     def extend(self, records: Iterable[Record]) -> None:
         """Add records."""
-        for record in records:
-            self.append(record)
+        if isinstance(records, RecordStore):
+            begin = 0
+            for end in records._ends:
+                self._append(records._read(begin, end))
+                begin = end
+        else:
+            for record in records:
+                self.append(record)
+
+    def taken(self, places: Iterable[int]) -> RecordStore:
+        """The records at these places."""
+        result = RecordStore()
+        for place in places:
+            result._append(self._content(place))
+        return result
+
+    def images(self) -> Iterator[str]:
+        """The name of the image of each record."""
+        return (image for image, _ in self.heads())
+
+    def heads(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The name of the image and the metadata of each record."""
+        for place in range(len(self)):
+            text = self._content(place).decode()
+            image, end = _DECODER.raw_decode(text, 1)  # behind the bracket
+            yield image, _DECODER.raw_decode(text, end + 1)[0]
+
+    def map_records(self, work: Callable[[list[Record]], R], workers: int) -> Iterator[R]:
+        """What `work` makes of batches of the records, in their order; see `map_batches`."""
+        return map_batches(lambda places: work([self[i] for i in places]), range(len(self)), workers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Records on their way from one process to another."""
+        return _of_content, (self._ends, bytes(self._read(0, self._ends[-1] if self._ends else 0)))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -54,10 +96,17 @@ class RecordStore(Sequence[Record]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        begin, end = self._ends[place - 1] if place else 0, self._ends[place]
-        if begin >= self._n_written or self._file is None:
-            return _decoded(self._buffer[begin - self._n_written : end - self._n_written])
-        return _decoded(os.pread(self._file.fileno(), end - begin, begin))
+        return _decoded(self._content(place))
+
+    def _content(self, place: int) -> bytes | bytearray:
+        return self._read(self._ends[place - 1] if place else 0, self._ends[place])
+
+    def _read(self, begin: int, end: int) -> bytes | bytearray:
+        """The bytes from one place to another: of the file, and behind its end of the buffer."""
+        n = self._n_written
+        if begin >= n or self._file is None:
+            return self._buffer[begin - n : end - n]
+        return os.pread(self._file.fileno(), min(end, n) - begin, begin) + self._buffer[: max(0, end - n)]
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
@@ -70,15 +119,23 @@ class RecordStore(Sequence[Record]):
     __hash__ = None  # type: ignore[assignment]
 
 
+def _of_content(ends: array[int], content: bytes) -> RecordStore:
+    store, begin = RecordStore(), 0
+    for end in ends:
+        store._append(content[begin:end])
+        begin = end
+    return store
+
+
 def _encoded(record: Record) -> bytes:
-    """All of a record, exactly: the contract's form rounds."""
+    """All of a record, exactly, where the contract's form rounds; first what `heads` reads."""
     objects = [[o.desc, o.bbox_xyxy_px, o.poly_px, o.metadata, o.area_px2] for o in record.objects]
-    row = [record.image, record.width, record.height, objects, record.summary, record.metadata]
+    row = [record.image, record.metadata, record.width, record.height, objects, record.summary]
     return json.dumps(row, separators=(",", ":")).encode()
 
 
 def _decoded(content: bytes | bytearray) -> Record:
-    image, width, height, objects, summary, metadata = json.loads(content)
+    image, metadata, width, height, objects, summary = json.loads(content)
     return Record(image, width, height, tuple(map(_object, objects)), summary, metadata)
 
 

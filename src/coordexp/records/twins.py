@@ -46,8 +46,8 @@ def join_same_pictures(records: RecordStore, content: Mapping[str, str], policy:
     if policy == "keep":
         return Joined(records)
     if policy == "file":
-        content = {r.image: r.image for r in records}
-    counts = Counter(content[r.image] for r in records if _is_whole(r))
+        content = {image: image for image in records.images()}
+    counts = Counter(content[image] for image, metadata in records.heads() if metadata.keys().isdisjoint(_QUESTIONS))
     repeated = {c for c, n in counts.items() if n > 1 and c}
     if not repeated:
         return Joined(records)

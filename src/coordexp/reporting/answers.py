@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit as student_quantile
 
 from coordexp.config.paths import COMPARISONS
 from coordexp.evaluation.bootstrap import resample_weights
@@ -121,7 +121,7 @@ def drift_answer(log: pd.DataFrame, n_forwards: int) -> tuple[str, str]:
     n, more = len(both), both["last"] - both["first"]
     if n == 1:
         return "**not shown**", f"{errors}, in one step"
-    delta, half_width = more.mean(), student.ppf(1 - LEVEL / 2, n - 1) * more.sem()
+    delta, half_width = more.mean(), student_quantile(n - 1, 1 - LEVEL / 2) * more.sem()
     lo, hi = delta - half_width, delta + half_width
     answer = "yes" if lo > 0 else "no, A2 is nearer" if hi < 0 else "not shown"
     bounds = f"{delta:+.1f} [{lo:+.1f}, {hi:+.1f}]"

@@ -138,7 +138,7 @@ def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcom
     data = b""
     for panel_px, colours in budget.qualities:
         out = io.BytesIO()
-        picture = _picture(image, image_id, outcomes, panel_px, colours)
+        picture = draw_outcomes(image, image_id, outcomes, panel_px, colours)
         if budget.palette and colours is not None:
             picture = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         picture.save(out, "PNG", optimize=True)
@@ -148,8 +148,12 @@ def _small_picture(image: Image.Image, image_id: int, outcomes: dict[str, Outcom
     return data
 
 
-def _picture(
-    image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], panel_px: int, colours: int | None
+def draw_outcomes(
+    image: Image.Image,
+    image_id: int,
+    outcomes: Mapping[str, Outcomes],
+    panel_px: int = 512,
+    colours: int | None = None,
 ) -> Image.Image:
     """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
     shrink = min(1.0, panel_px / max(image.size))

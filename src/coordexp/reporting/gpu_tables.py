@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import TYPE_CHECKING
 from coordexp.config.loading import load_profile
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.config.profile import Profile, TuningConfig
+from coordexp.errors import DataError
+from coordexp.infra.foreign import Gate
 from coordexp.reporting.markdown import table
 
 if TYPE_CHECKING:
     from coordexp.doctor.memory import Memory
 
 RESULTS = Path("benchmarks/results/gpu/results.jsonl")
+MEASURED = Gate("a figure that `make gpu-check` measured", DataError, "Restore the file: git checkout.")
 PREDICTED = "predicted"
 
 # The step of the tables of memory: one pack, of it the visual tokens; all others are supervised.
@@ -82,8 +84,8 @@ class Measured:
 def measured(root: Path) -> dict[tuple[str, str], Measured]:
     """The figures by section and name; of several cards or days the last. Empty where nothing was measured."""
     path = root / RESULTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row["status"] == "measured" and not row["card"].startswith("CPU")]
+    lines = MEASURED.json_lines(path) if path.is_file() else ()
+    rows = [row for _, row in lines if row["status"] == "measured" and not row["card"].startswith("CPU")]
     return {(r["section"], r["name"]): Measured(r["value"], f"{r['card']}, {r['date']}") for r in rows}
 
 

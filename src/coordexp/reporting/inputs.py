@@ -18,8 +18,10 @@ from coordexp.config.run import RunConfig
 from coordexp.config.schema import EvalParams
 from coordexp.errors import DataError, closest
 from coordexp.evaluation.registry import metric_specs
+from coordexp.infra.artefacts import read_hashes
 from coordexp.infra.foreign import Gate
 from coordexp.infra.logs import read_log, read_rows
+from coordexp.infra.provenance import decides_answer
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, read_results
 
@@ -131,8 +133,8 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         decodes={name: read_json(folder / DECODE_SUMMARY, "coco-eval") for name, folder in folders.items()},
         logs={name: read_log(_existing(inputs.runs / name / TRAIN_LOG, name)) for name in TRAINED},
         dev_rows={name: _dev_rows(inputs.runs / name / "monitor.jsonl") for name in TRAINED},
-        metadata={name: read_json(inputs.runs / name / RUN_METADATA, name) for name in TRAINED},
-        rollout=read_json(inputs.rollout_summary, "stage2"),
+        metadata={name: _metadata(inputs.runs / name, name) for name in TRAINED},
+        rollout=_gate("stage2").read_sealed(_existing(inputs.rollout_summary, "stage2")),
         packing=read_json(inputs.packing_stats, "pack"),
         upper_bound=read_json(inputs.upper_bound, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),
@@ -190,9 +192,19 @@ def _existing(path: Path, stage: str) -> Path:
 
 
 def _json(path: Path, stage: str) -> Any:
-    return Gate(f"what the stage `{stage}` writes", DataError, f"Run `dvc repro {stage}`.").read_json(
-        _existing(path, stage)
-    )
+    return _gate(stage).read_json(_existing(path, stage))
+
+
+def _gate(stage: str) -> Gate:
+    return Gate(f"what the stage `{stage}` writes", DataError, f"Run `dvc repro {stage}`.")
+
+
+def _metadata(folder: Path, stage: str) -> Json:
+    """What a checkpoint says of its run, with the hashes of the files that decide what it answers."""
+    hashes = read_hashes(folder)
+    digests = hashes.digests if hashes else {}
+    files = {name: digest[:16] for name, digest in digests.items() if decides_answer(name)}
+    return read_json(folder / RUN_METADATA, stage) | {"files": files}
 
 
 def _metrics(metrics: Json, inputs: ReportInputs) -> pd.DataFrame:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+
+from coordexp.infra.printable import printable
 
 Align = Literal["l", "r"]
 MISSING = "n/a"
 _RULES = {"l": ":---", "r": "---:"}
 # What GitHub reads as markup inside a line; `<`, `>` and `&` become entities before.
 _MARKUP = re.compile(r"([\\`*_\[\]|~$])")
+# What GitHub makes a link or a mention of, whatever is escaped in it: addresses, people, issues. Not inside of code.
+_LIVE = re.compile(r"://|\bwww\.|\b(?:mailto|xmpp):|@\w|#\d|\bGH-\d", re.IGNORECASE)
 
 
 def escape(text: str) -> str:
-    """Text from data (names, paths) as literal Markdown: pipes, backticks, HTML, emphasis and control characters."""
-    visible = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cf") else c for c in text)
-    return _MARKUP.sub(r"\\\1", html.escape(visible, quote=False))
+    """Text from data (names, paths) as literal Markdown: no markup, link or mention, and all of it shows."""
+    if _LIVE.search(text):
+        return code(text)
+    return _MARKUP.sub(r"\\\1", html.escape(printable(text), quote=False))
+
+
+def code(text: str) -> str:
+    """Text from data as a span of code, in a table too."""
+    # A pipe would end the cell of a table; outside of one, its escape would show.
+    shown = printable(text).replace("|", "\\u007c")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    pad = " " if not shown.strip() or {shown[0], shown[-1]} & {"`", " "} else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
 
 
 def number(value: Any) -> str:

@@ -16,7 +16,7 @@ from coordexp.evaluation.categories import NO_CATEGORY
 from coordexp.evaluation.error_causes import Cause, find_causes
 from coordexp.evaluation.f1 import GreedyMatches, match_greedily
 from coordexp.evaluation.protocol import STANDARD
-from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table, image_slices
+from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
@@ -33,27 +33,25 @@ class Outcomes:
     table: DetectionTable
     matches: GreedyMatches
     cause_P: Ints
-    true_name_P: tuple[str | None, ...]  # what the object is called that a prediction belongs to
+    object_P: Ints  # the object that a prediction belongs to (-1: none), as in ErrorCauses
     found_G: Bools  # matched by a box of the right name
 
     def of_image(self, image_id: int) -> tuple[ImageResult, slice, slice]:
         """The image's result and the rows of its predictions and objects."""
         image = int(np.searchsorted(self.table.image_ids_I, image_id))
-        n = self.table.n_images
-        return (
-            self.results[image],
-            image_slices(self.table.pred_image_P, n)[image],
-            image_slices(self.table.gt_image_G, n)[image],
+        preds, objects = (
+            slice(*np.searchsorted(column, (image, image + 1)).tolist())  # it rises: a table goes by image
+            for column in (self.table.pred_image_P, self.table.gt_image_G)
         )
+        return self.results[image], preds, objects
 
     def confusions(self) -> Counter[tuple[str, str]]:
         """(annotated name, predicted name) -> predictions of the wrong name on an object, IoU 0.5."""
         names = [category.name for category in self.table.index.categories]
         pairs: Counter[tuple[str, str]] = Counter()
         for pred in np.flatnonzero(self.cause_P == Cause.CLASSIFICATION).tolist():
-            predicted, true_name = int(self.table.pred_category_P[pred]), self.true_name_P[pred]
-            assert true_name is not None  # that is what makes it a classification error
-            pairs[true_name, UNKNOWN_NAME if predicted == NO_CATEGORY else names[predicted]] += 1
+            predicted, true = int(self.table.pred_category_P[pred]), self.table.gt_category_G[self.object_P[pred]]
+            pairs[names[true], UNKNOWN_NAME if predicted == NO_CATEGORY else names[predicted]] += 1
         return pairs
 
     def named_right(self) -> Counter[str]:
@@ -71,7 +69,5 @@ def judge(results: Sequence[ImageResult], categories: Sequence[Category], params
     table = build_table(results, categories, params)
     matches = match_greedily(table, LOWEST_IOU)
     causes = find_causes(table)
-    names = [category.name for category in table.index.categories]
-    true_name = tuple(None if g < 0 else names[table.gt_category_G[g]] for g in causes.object_P.tolist())
     ordered = tuple(sorted(results, key=lambda result: result.image_id))
-    return Outcomes(ordered, table, matches, causes.cause_P, true_name, causes.found_G)
+    return Outcomes(ordered, table, matches, causes.cause_P, causes.object_P, causes.found_G)

@@ -1,8 +1,9 @@
 """One self-contained HTML page to browse predictions: no network, no server, pictures and data inside the file.
 
-A row for each image, sortable; a click shows annotation and prediction with scores and what is on file of the
-coordinate distributions; filters by name and by failure; two runs side by side. The text is made by the page's own
-script from the data below it, by way of text nodes, so that no name can act as markup.
+A row for each image, sortable; a click shows annotation and predictions with scores and what is on file of the
+coordinate distributions, all panes zoomed together; filters by run, name, failure, size and score. The address says
+what is seen. The text is made by the page's own script from the data below it, by way of text nodes, so that no name
+can act as markup.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from coordexp.evaluation.protocol import STANDARD, STANDARD_MATCHING, STANDARD_S
 from coordexp.evaluation.registry import metric_specs
 from coordexp.evaluation.set_behaviour import find_duplicates
 from coordexp.infra.files import write_text
+from coordexp.infra.printable import printable_tree
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
 from coordexp.records.images import read_record_rgb
@@ -76,10 +78,10 @@ def write_page(
 
 
 def render_page(data: dict[str, Any]) -> str:
-    """The page around its data; `<` is escaped, so that no text can end the script element."""
+    """The page around its data, every text of it printable; `<` is escaped, so that none can end the script element."""
     template = resources.files("coordexp.reporting").joinpath("templates", "page.html").read_text(encoding="utf-8")
     assert template.count(_DATA) == 1
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(printable_tree(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return template.replace(_DATA, text.replace("<", "\\u003c"))
 
 
@@ -95,7 +97,8 @@ def page_data(
     dup_key = f"dup_pairs_{iou_key(min(params.duplicate_ious))}"
     tables = {label: _rows(outcome, params) for label, outcome in outcomes.items()}
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
-    names = sorted({g.desc for rows in results.values() for r in rows for g in r.gt})
+    lines = [r for rows in results.values() for r in rows]
+    names = sorted({o.desc for r in lines for o in r.gt} | {p.desc for r in lines for p in r.pred})
     images = [_image(i, outcomes, tables, dup_key) for i in sorted(order)]
     totals = [_totals(results[label], categories, params) for label in labels]
     shown = {"labels": labels, "totals": totals, "names": names, "n_all": len(ids[labels[0]]), "images": images}
@@ -138,25 +141,24 @@ def _image(
                 "fp": row["fp_50"],
                 "miss": row["fn_50"],
                 "parse": result.parse is None or result.parse.ok,
-                "found": outcome.found_G[objects].tolist(),
                 "pred": [
-                    _prediction(pred, Cause(cause), truth)
-                    for pred, cause, truth in zip(
-                        result.pred, outcome.cause_P[preds].tolist(), outcome.true_name_P[preds], strict=True
+                    _prediction(pred, Cause(cause), None if row < 0 else row - objects.start)
+                    for pred, cause, row in zip(
+                        result.pred, outcome.cause_P[preds].tolist(), outcome.object_P[preds].tolist(), strict=True
                     )
                 ],
             }
         )
-    gt = [{"desc": g.desc, "box": _tenths(g.bbox_xyxy_px), "crowd": g.iscrowd} for g in first.gt]
+    gt = [{"desc": g.desc, "box": _tenths(g.bbox_xyxy_px), "crowd": g.iscrowd, "area": g.area_px2} for g in first.gt]
     size = {"w": first.width, "h": first.height}
     return {"id": image_id, "image": first.image, **size, "gt": gt, "runs": runs}
 
 
-def _prediction(pred: Prediction, cause: Cause, truth: str | None) -> dict[str, Any]:
+def _prediction(pred: Prediction, cause: Cause, place: int | None) -> dict[str, Any]:
+    """What is on file of a prediction; `object` is the place of the annotated object that its cause relates it to."""
     shown: dict[str, Any] = {"desc": pred.desc, "box": _tenths(pred.bbox_xyxy_px), "cause": cause.name.lower()}
-    shown |= {"score": None if pred.score is None else round(pred.score, 4), "bins": list(pred.bins or ())}
-    if cause in (Cause.CLASSIFICATION, Cause.BOTH):
-        shown["truth"] = truth
+    shown |= {"object": place, "score": None if pred.score is None else round(pred.score, 4)}
+    shown["bins"] = list(pred.bins or ())
     if pred.coord_logprobs is not None:
         shown["logprob"] = [round(v, 2) for v in pred.coord_logprobs]
     if pred.coord_sd_bins is not None:

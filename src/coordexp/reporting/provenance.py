@@ -10,15 +10,15 @@ is no baseline.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
+from coordexp.config.loading import parse_yaml, read_yaml
 from coordexp.config.paths import CHECKPOINTS, DECODE_SUMMARY, ProfilePaths
 from coordexp.config.schema import Params
+from coordexp.infra import BASELINE_VARIABLE, EXPERIMENT_VARIABLE
+from coordexp.infra.provenance import git
 from coordexp.reporting.inputs import TRAINED, Baseline, Json, ReportData, metric, read_json, required
 from coordexp.reporting.markdown import MISSING, escape, flatten, number, table
 
@@ -87,26 +87,19 @@ def params_table(params: Params) -> str:
     return table(["parameter", "value"], rows, "ll")
 
 
-REVISION_VARIABLE, NAME_VARIABLE = "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME"
 _UNSEEN = object()
 
 
 def experiment_baseline(profile: str) -> Baseline | None:
     """The baseline of the experiment that this process runs in; None outside of an experiment."""
-    revision = os.environ.get(REVISION_VARIABLE, "")
-    params = _tracked(revision, "params.yaml")
-    if not revision or params is None:
+    revision = os.environ.get(BASELINE_VARIABLE, "")
+    if not revision or (params := git("show", f"{revision}:params.yaml")) is None:
         return None
     config = f"configs/{profile}.yaml"
-    yaml = YAML(typ="safe")
-    settings = yaml.load(params) | {config: yaml.load(_tracked(revision, config) or "{}")}
-    now = {config: yaml.load(Path(config))}
-    return Baseline(revision, os.environ.get(NAME_VARIABLE, ""), settings, now)
-
-
-def _tracked(revision: str, path: str) -> str | None:
-    done = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+    then = parse_yaml(git("show", f"{revision}:{config}") or "{}", f"{config} of {revision[:12]}")
+    settings = parse_yaml(params, f"params.yaml of {revision[:12]}") | {config: then}
+    now = {config: read_yaml(Path(config))}
+    return Baseline(revision, os.environ.get(EXPERIMENT_VARIABLE, ""), settings, now)
 
 
 def settings_delta(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

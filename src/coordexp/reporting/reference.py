@@ -10,7 +10,6 @@ a value of params.yaml: an experiment that changes one must not make the documen
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from coordexp.inputs import (
     stage_plans,
 )
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
-from coordexp.reporting.inputs import bounds_of, metric, metrics_frame
+from coordexp.reporting.inputs import bounds_of, metric, metrics_frame, read_json
 from coordexp.reporting.markdown import interval, number, table
 from coordexp.reporting.training import MEANINGS
 
@@ -250,7 +249,7 @@ def results_table(profile: str, root: Path) -> str | None:
     path = ProfilePaths(profile, root).metrics
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, "coco-eval")
     metrics = metrics_frame({name: found[name]["eval"] for name in CHECKPOINTS})
     keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
     rows = []

@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from coordexp.infra.files import replacing
+from coordexp.infra.printable import printable_lines
 
 # Okabe and Ito 2008; line style and marker repeat what the colour says.
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"
@@ -74,6 +76,8 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
     """Write a small palette PNG without the program's version in it, so that equal input gives equal bytes."""
+    for text in figure.findobj(Text):
+        text.set_text(printable_lines(text.get_text()))
     raw = io.BytesIO()
     figure.savefig(raw, format="rgba")
     shown = Image.frombytes("RGBA", figure.canvas.get_width_height(), raw.getvalue()).convert("RGB")

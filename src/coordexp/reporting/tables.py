@@ -11,7 +11,7 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.evaluation.confidence import CONSTANT, PERFECT
 from coordexp.evaluation.registry import PROTOCOL_KEYS, after_nms, metric_specs, view
 from coordexp.reporting.inputs import Json, Metrics, ReportData, bounds_of, metric, required
-from coordexp.reporting.markdown import MISSING, escape, flatten, interval, number, percent, table
+from coordexp.reporting.markdown import MISSING, code, escape, flatten, interval, number, percent, table
 from coordexp.reporting.outcomes import Outcomes
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
@@ -159,7 +159,7 @@ def upper_bound_table(upper_bound: Json) -> str:
 
 def leaves_table(tree: Any, header: Sequence[str]) -> str:
     """Every leaf of a JSON file as a row: for small statistics that other stages own."""
-    return table(header, [[f"`{key}`", escape(number(value))] for key, value in flatten(tree)])
+    return table(header, [[code(key), escape(number(value))] for key, value in flatten(tree)])
 
 
 # Published column -> our metric, by the protocol under which the two may stand in one table.

@@ -26,8 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from coordexp.config.schema import DecodeParams
 from coordexp.geometry.bins import NUM_BINS
+from coordexp.infra.artefacts import sealed_row, unsealed_row
 from coordexp.infra.foreign import strict_json
 from coordexp.infra.random_streams import draw_seed
+from coordexp.infra.resume import mark
 from coordexp.packing.samples import Sample
 from coordexp.records.images import record_sha256
 from coordexp.text.grammar import AnswerGrammar
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Question = tuple[str, int, int, bytes]  # name, width and height of a picture; prompt
 
-LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal
+LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal, whose lines hold their own hash beside them
 READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
 
 
@@ -201,10 +203,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._is_marked = False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def of_process(self, number: int) -> Journal:
-        """The journal that a further process appends to, beside this one; read and removed with it."""
+        """The journal that a further process appends to, beside this one; read with it."""
         return Journal(self.path.with_stem(f"{self.path.stem}-{number}"))
 
     def read(self, vocabulary_size: int) -> dict[str, Generation]:
@@ -224,14 +227,12 @@ class Journal:
         }
         with self._lock, self.path.open("a", encoding="utf-8") as out:
             # A cut line of an earlier run must not swallow this one.
-            out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(row) + "\n")
+            out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(sealed_row(row)) + "\n")
             out.flush()
             os.fsync(out.fileno())
-
-    def remove(self) -> None:
-        """Forget everything: the run is complete."""
-        for path in self._files():
-            path.unlink()
+            if not self._is_marked:
+                mark(self.path.parent)
+                self._is_marked = True
 
     def _files(self) -> list[Path]:
         stem, suffix = self.path.stem, self.path.suffix
@@ -240,12 +241,23 @@ class Journal:
         )
 
 
-def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
-    done: dict[str, Generation] = {}
-    damaged = []
+def journal_rows(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The rows of a journal that are what was written, by their line, and what is wrong with each other line."""
+    rows, damaged = {}, []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            key, generation = _finished(line, vocabulary_size)
+            rows[number] = unsealed_row(strict_json(line.decode()))
+        except ValueError as error:
+            damaged.append(f"line {number}: {error}")
+    return rows, damaged
+
+
+def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
+    done: dict[str, Generation] = {}
+    rows, damaged = journal_rows(path)
+    for number, row in rows.items():
+        try:
+            key, generation = _finished(row, vocabulary_size)
         except ValueError as error:
             damaged.append(f"line {number}: {error}")
             continue
@@ -257,10 +269,9 @@ def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
     return done
 
 
-def _finished(line: bytes, vocabulary_size: int) -> tuple[str, Generation]:
-    """Key and generation of a line; raises ValueError if it is none that `append` wrote for this vocabulary."""
-    row = strict_json(line.decode())
-    if not isinstance(row, dict) or row.keys() != LINE_KEYS or not isinstance(row["key"], str):
+def _finished(row: dict[str, Any], vocabulary_size: int) -> tuple[str, Generation]:
+    """Key and generation of a row; raises ValueError if it is none that `append` wrote for this vocabulary."""
+    if row.keys() != LINE_KEYS or not isinstance(row["key"], str):
         raise ValueError(f"it is no object of {', '.join(sorted(LINE_KEYS))}")
     generation = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
     if row["probs"] is None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from coordexp.config.profile import Profile, RolloutConfig
 from coordexp.infra.code_hash import code_hash
-from coordexp.infra.provenance import fingerprint, resume_folder
+from coordexp.infra.provenance import fingerprint, weight_files
+from coordexp.infra.resume import finish, holding, keep_within_budget, resume_folder, resume_root
 from coordexp.models.loading import Checkpoint, ModelFormat, place_for_inference, vocabulary_size
 from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
@@ -24,6 +25,7 @@ from coordexp.rollout.worker_engine import WorkerEngine, decode_devices
 log = logging.getLogger(__name__)
 
 START = ("start",)  # value of rollout.servers
+JOURNAL = "generations.jsonl"
 
 
 def generate_answers(
@@ -38,10 +40,29 @@ def generate_answers(
     """Answers of the checkpoint in `folder`, the checkpoint if this process generated them, and the seconds it took.
 
     With `rollout.engine: vllm` no model is loaded beside a server of ours: both would not fit on one GPU. Answers are
-    kept until all are there, so that a failed run goes on from them.
+    kept until all are there, so that a failed run goes on from them, and a second one at the same work waits for it.
     """
-    key = fingerprint({"code": code_hash(__name__)}, sorted(folder.glob("*.safetensors")))
-    journal = Journal(resume_folder("generations", key) / "generations.jsonl")
+    asked = [request.identity(), request.keep_probs, [sample.image_id for sample in samples]]
+    key = fingerprint({"code": code_hash(__name__), "asked": asked}, weight_files(folder))
+    kept = resume_folder("generations", key)
+    with holding(kept, f"{len(samples)} answers of {folder}"):
+        keep_within_budget(resume_root())
+        journal = Journal(kept / JOURNAL)
+        answered = _answered(profile, form, folder, image_root, batch_images, samples, request, journal)
+        finish(kept)
+    return answered
+
+
+def _answered(
+    profile: Profile,
+    form: ModelFormat,
+    folder: Path,
+    image_root: Path,
+    batch_images: int,
+    samples: Sequence[Sample],
+    request: DecodeRequest,
+    journal: Journal,
+) -> tuple[list[Generation], Checkpoint | None, float]:
     checkpoint = None
     if profile.rollout.engine == "vllm":
         generations, seconds = ask_servers(profile.rollout, form, folder, image_root, journal, samples, request)
@@ -51,7 +72,6 @@ def generate_answers(
     else:
         checkpoint = place_for_inference(folder, form)
         generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
-    journal.remove()
     return generations, checkpoint, seconds
 
 

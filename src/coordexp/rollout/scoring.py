@@ -7,7 +7,6 @@ Shapes: N objects of one answer, 4 coordinates x1, y1, x2, y2, K bins.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,9 @@ from coordexp.config.schema import DecodeParams, ReadoutRule
 from coordexp.errors import DataError
 from coordexp.geometry.bins import NUM_BINS, decode_boxes
 from coordexp.geometry.boxes import Box
+from coordexp.infra.artefacts import sealing, verified
 from coordexp.infra.files import replacing
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import write_json
 from coordexp.losses.readout import read
 from coordexp.records.gt_vs_pred import ImageResult, read_results, write_results
@@ -31,6 +32,7 @@ from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects,
 # `straight_through` reads what `argmax` reads: the rules differ in their gradients alone.
 BOX_RULES: tuple[ReadoutRule, ...] = ("argmax", "expectation", "local_expectation", "top_k", "median")
 ANSWERS, DISTRIBUTIONS = "answers.jsonl", "distributions.npy"
+SUMMARY = Gate("how answers were made, as decoding writes it", DataError, "Decode again.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,18 +120,18 @@ def as_box(values: Sequence[float] | NDArray) -> Box:
 
 def write_decoded(folder: Path, decoded: Sequence[Decoded], summary: dict[str, Any]) -> None:
     """Answers as lines, their distributions as one array in the same order, and how they were made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / ANSWERS, [answer.result for answer in decoded])
     held = [answer.probs_N4K for answer in decoded if answer.probs_N4K is not None]
-    if held:
-        with replacing(folder / DISTRIBUTIONS) as temporary, temporary.open("wb") as out:
-            np.save(out, np.concatenate(held))
-    write_json(folder / DECODE_SUMMARY, summary)
+    with sealing(folder):
+        write_results(folder / ANSWERS, [answer.result for answer in decoded])
+        if held:
+            with replacing(folder / DISTRIBUTIONS) as temporary, temporary.open("wb") as out:
+                np.save(out, np.concatenate(held))
+        write_json(folder / DECODE_SUMMARY, summary)
 
 
 def read_decoded(folder: Path) -> Iterator[Decoded]:
     """What `write_decoded` wrote; raises DataError if answers and distributions do not belong together."""
-    path, at = folder / DISTRIBUTIONS, 0
+    path, at = verified(folder / DISTRIBUTIONS), 0
     probs = _mapped(path) if path.is_file() else None
     for result in read_results(folder / ANSWERS):
         end = at + len(result.pred)
@@ -158,4 +160,4 @@ def score_folder(folder: Path, decode: DecodeParams, out: Path) -> None:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """How the answers of a folder were made: checkpoint, codec, identity, settings, images, tokens."""
-    return json.loads((folder / DECODE_SUMMARY).read_text(encoding="utf-8"))
+    return SUMMARY.read_object(folder / DECODE_SUMMARY)

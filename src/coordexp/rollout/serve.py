@@ -12,31 +12,36 @@ from coordexp.config.run import RunConfig
 from coordexp.errors import ServerError
 from coordexp.rollout.stages import asked_format
 from coordexp.rollout.vllm_command import ServerCommand, Weights, server_commands
+from coordexp.rollout.vllm_http import KEY_VARIABLE
 from coordexp.rollout.vllm_server import vllm_servers
 
-KEY = "VLLM_API_KEY"
 LOOK_SECONDS = 2.0
 
 
 def print_commands(run: RunConfig, folder: Path, host: str, port: int) -> None:
     """One line a server, for a shell on a machine with the same paths; the key is that of the environment, or new."""
-    key = os.environ.get(KEY) or secrets.token_urlsafe(24)
+    key = os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(24)
     for place, command in enumerate(_commands(run, folder), port):
         print(command.shell(host, place, key))
 
 
 def run_servers(run: RunConfig, folder: Path, host: str, port: int) -> None:
-    """Start them, print their URLs when all are up, and wait.
+    """Start them, print what a profile and the shell of a stage need when all are up, and wait.
+
+    Profiles are in git, so the key is no part of the URLs. One that the environment gave is known, and not printed.
 
     Raises:
         ServerError: one does not come up, or ends.
     """
-    commands, key = _commands(run, folder), os.environ.get(KEY, "") or secrets.token_urlsafe(24)
+    commands, given = _commands(run, folder), os.environ.get(KEY_VARIABLE, "")
+    key = given or secrets.token_urlsafe(24)
     with vllm_servers(commands, host=host, port=port, key=key) as servers:
         shown = platform.node() if host in ("0.0.0.0", "::") else host
+        if not given:
+            print(f"export {KEY_VARIABLE}={key}")
         print("rollout:\n  engine: vllm\n  servers:")
         for place in range(port, port + len(servers)):
-            print(f"    - http://:{key}@{shown}:{place}", flush=True)
+            print(f"    - http://{shown}:{place}", flush=True)
         try:
             while all(server.process.poll() is None for server in servers):
                 time.sleep(LOOK_SECONDS)

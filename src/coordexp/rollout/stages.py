@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +13,11 @@ import numpy as np
 
 from coordexp.config.paths import model_folder
 from coordexp.config.run import RunConfig
+from coordexp.infra.artefacts import sealing, write_sealed
 from coordexp.infra.code_hash import code_hash
-from coordexp.infra.provenance import add_to_run_record, answer_files, fingerprint, resume_folder, write_json
+from coordexp.infra.provenance import add_to_run_record, answer_files, fingerprint
 from coordexp.infra.random_streams import generator
+from coordexp.infra.resume import holding, resume_folder
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.categories import read_categories
@@ -27,7 +28,7 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
 from coordexp.rollout.rescore import Rescored, kept_while_generating, rescore
-from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
+from coordexp.rollout.scoring import SUMMARY, Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def run_rollouts(run: RunConfig) -> int:
     batch_images = run.profile.rollout.batch_images
     generations, _, seconds = generate_answers(run.profile, form, folder, run.paths.raw, batch_images, samples, request)
     by_image = {sample.image_id: generation for sample, generation in zip(samples, generations, strict=True)}
-    write_generations(run.paths.rollouts, by_image)
+    with sealing(run.paths.run("rollout")):
+        write_generations(run.paths.rollouts, by_image)
     record_rate(run, "rollout", len(samples), seconds)
     reader = make_reader(form)
     warn_of_unusable([reader.parse(generation).report for generation in generations])
@@ -186,8 +188,9 @@ def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[Im
     asked["code"] = code_hash(__name__)
     key = fingerprint(asked, [*answer_files(folder), run.paths.norm1000 / "val.parquet"])
     kept = resume_folder("decoded", key)
-    if not (kept / "done.json").is_file():
-        write_json(kept / "done.json", decode_val(run, name, folder, kept, draws))
-    summary = json.loads((kept / "done.json").read_text(encoding="utf-8"))
-    folders = [kept / str(draw) for draw in range(draws)] if draws > 1 else [kept]
+    with holding(kept, f"answers of {name}"):
+        if not (kept / "done.json").is_file():
+            write_sealed(kept / "done.json", decode_val(run, name, folder, kept / "draws", draws))
+    summary = SUMMARY.read_sealed(kept / "done.json")
+    folders = [kept / "draws" / str(draw) for draw in range(draws)] if draws > 1 else [kept / "draws"]
     return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from coordexp.errors import ConfigError, ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.rollout.vllm_command import Weights
-from coordexp.rollout.vllm_http import Address, Reply, ServerFault, excerpt, exchange, parse_address
+from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, Reply, ServerFault, exchange, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class ServerPool:
     """The servers of one checkpoint. A request goes to server `index % n` while that one is in use, else to another."""
 
     def __init__(self, urls: Sequence[str], timeout_seconds: float, tries: int, weights: Weights) -> None:
-        """A URL may hold the server's API key: http://:KEY@HOST:PORT.
+        """A URL may hold the server's API key: http://:KEY@HOST:PORT. The key of all others is VLLM_API_KEY, if set.
 
         Raises:
             ConfigError: there are no servers, or one of the URLs is no http(s) URL.
@@ -144,7 +146,7 @@ def _models(server: Address) -> list[str]:
 
 def _address(url: str) -> Address:
     try:
-        return parse_address(url)
+        return parse_address(url, os.environ.get(KEY_VARIABLE, ""))
     except ValueError as error:
         shown = excerpt(url.rpartition("@")[2])
         raise ConfigError(f"rollout.servers: {shown!r}: {error}. Expected URLs such as http://gpu-3:8000.") from error

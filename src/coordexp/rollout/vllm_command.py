@@ -19,9 +19,10 @@ from coordexp.config.profile import RolloutConfig
 from coordexp.config.schema import DecodeParams
 from coordexp.config.serving import ServeConfig
 from coordexp.errors import ConfigError, ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.infra.provenance import fingerprint, weight_files
 from coordexp.packing.pixels import PixelSpec
-from coordexp.rollout.vllm_http import excerpt
+from coordexp.rollout.vllm_http import KEY_VARIABLE
 
 PROMPT_ROOM = 256  # tokens of a prompt beside its image
 # Tokens that must repeat before what followed them is drafted. One: what follows a coordinate never stood there before.
@@ -62,7 +63,7 @@ class ServerCommand:
 
     def shell(self, host: str, port: int, key: str) -> str:
         """One line for a shell. The key is no argument: every user of the machine can read those."""
-        variables = {**self.environment, "VLLM_API_KEY": key}
+        variables = {**self.environment, KEY_VARIABLE: key}
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in variables.items()), shlex.join(self.at(host, port))])
 
 

@@ -13,9 +13,11 @@ import time
 import urllib.parse
 from dataclasses import dataclass, field, replace
 
+from coordexp.infra.printable import excerpt
+
+KEY_VARIABLE = "VLLM_API_KEY"  # as vLLM calls it: the key of a server, and of URLs that hold none
 MAX_REPLY_BYTES = 8 << 20  # thousands of token ids with their text are below 1 MB
 _CHUNK_BYTES = 1 << 16
-_EXCERPT_CHARACTERS = 300
 
 
 class ServerFault(Exception):
@@ -47,8 +49,12 @@ class Reply:
     location: str
 
 
-def parse_address(url: str) -> Address:
-    """The address in `http(s)://[:KEY@]HOST[:PORT][/PATH]`; raises ValueError saying what is wrong."""
+def parse_address(url: str, key: str = "") -> Address:
+    """The address in `http(s)://[:KEY@]HOST[:PORT][/PATH]`, with `key` if the URL has none.
+
+    Raises:
+        ValueError: saying what is wrong, without the key.
+    """
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("it holds a character that no URL has")
     parts = urllib.parse.urlsplit(url)
@@ -57,7 +63,7 @@ def parse_address(url: str) -> Address:
     if not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError("it is not of the form http://HOST:PORT")
     is_secure = parts.scheme == "https"
-    key = urllib.parse.unquote(parts.password or "")
+    key = urllib.parse.unquote(parts.password or "") or key
     if not key.isascii() or not key.isprintable():
         raise ValueError("its key holds a character that no header has")
     path = parts.path.rstrip("/")
@@ -93,14 +99,6 @@ def exchange(address: Address, path: str, content: bytes | None, seconds: float)
         raise ServerFault(f"no reply: {excerpt(repr(error))}") from error
     finally:
         connection.close()
-
-
-def excerpt(text: str | bytes) -> str:
-    """The beginning of a foreign text, fit for a terminal: what does not print is written as an escape sequence."""
-    if isinstance(text, bytes):
-        text = text[: 4 * _EXCERPT_CHARACTERS].decode(errors="replace")
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_EXCERPT_CHARACTERS])
-    return shown + ("..." if len(text) > _EXCERPT_CHARACTERS else "")
 
 
 def _body(response: http.client.HTTPResponse) -> bytes:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from coordexp.infra.printable import excerpt
 from coordexp.rollout.engine import Generation, is_token_ids
-from coordexp.rollout.vllm_http import ServerFault, excerpt
+from coordexp.rollout.vllm_http import ServerFault
 
 
 @dataclass(frozen=True, slots=True)

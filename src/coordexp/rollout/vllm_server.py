@@ -21,9 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coordexp.errors import ServerError
+from coordexp.infra.printable import excerpt
 from coordexp.rollout.vllm_client import HEALTH_SECONDS
 from coordexp.rollout.vllm_command import ServerCommand
-from coordexp.rollout.vllm_http import Address, ServerFault, excerpt, exchange, parse_address
+from coordexp.rollout.vllm_http import KEY_VARIABLE, Address, ServerFault, exchange, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ POLL_SECONDS = 0.5
 LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 LAUNCHED_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _GUARD = Path(__file__).with_name("vllm_guard.py")
+_LISTENERS, _LISTENING = (Path("/proc/net/tcp"), Path("/proc/net/tcp6")), "0A"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,11 @@ def vllm_servers(
         key: what requests must bring along; without, each server has a new one.
 
     Raises:
-        ServerError: one does not come up; the end of its log is in the message.
+        ServerError: a port is taken, or a server does not come up; the end of its log is in the message.
     """
-    ports = _free_ports(len(commands)) if port is None else range(port, port + len(commands))
+    wanted = [0] * len(commands) if port is None else range(port, port + len(commands))
     with ExitStack() as stack:
+        ports = [stack.enter_context(_held_port(host, place)) for place in wanted]
         servers = [
             stack.enter_context(_started(command, host, place, key or secrets.token_urlsafe(24)))
             for command, place in zip(commands, ports, strict=True)
@@ -80,7 +83,7 @@ def _started(command: ServerCommand, host: str, port: int, key: str) -> Iterator
             process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), folder, *command.at(host, port)],
                 # The key is no argument: every user of the machine can read those.
-                env={**_inherited(), **command.environment, "VLLM_API_KEY": key},
+                env={**_inherited(), **command.environment, KEY_VARIABLE: key},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -102,10 +105,22 @@ def _reachable(host: str) -> str:
     return LOCAL if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server((LOCAL, 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+@contextmanager
+def _held_port(host: str, port: int) -> Iterator[int]:
+    """A port for one server, 0 for any that is free, which nobody else is given until the block ends.
+
+    It is bound here and never listened at, which a server that may reuse an address can do meanwhile.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"a vLLM server cannot have {host}:{port}: {error.strerror or error}. Stop what listens there, or give "
+                "another address or port."
+            ) from error
+        yield holder.getsockname()[1]
 
 
 def _wait_until_up(server: VllmServer) -> None:
@@ -124,12 +139,27 @@ def _wait_until_up(server: VllmServer) -> None:
 
 
 def _is_ours(address: Address) -> bool:
-    """Whether what listens there asks for a key and takes ours; vLLM's health check asks nobody for one."""
-    asked = (address, address.without_key())
+    """Whether what listens there asks for a key and takes ours; vLLM's health check asks nobody for one.
+
+    No other user's process is ever given the key.
+    """
+    if _others_listen(address.port):
+        return False
+    asked = ((address.without_key(), 401), (address, 200))
     try:
-        return [exchange(a, "/v1/models", None, HEALTH_SECONDS).status for a in asked] == [200, 401]
+        return all(exchange(a, "/v1/models", None, HEALTH_SECONDS).status == status for a, status in asked)
     except ServerFault:
         return False
+
+
+def _others_listen(port: int) -> bool:
+    """Whether a process of another user listens at this port; False on a system whose kernel does not say."""
+    for table in _LISTENERS:
+        for line in table.read_text(encoding="ascii").splitlines()[1:] if table.is_file() else ():
+            _, local, _, state, _, _, _, uid, *_ = line.split()
+            if state == _LISTENING and int(local.rpartition(":")[2], 16) == port and int(uid) != os.getuid():
+                return True
+    return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

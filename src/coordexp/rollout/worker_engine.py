@@ -7,9 +7,7 @@ them, so that the number of processes changes no byte. Each process keeps its fi
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,14 +18,16 @@ from pathlib import Path
 
 import torch
 
-from coordexp.errors import ProcessError
+from coordexp.errors import Interrupted, ProcessError
 from coordexp.infra.device import choose_device
 from coordexp.infra.threads import usable_cores
+from coordexp.infra.workers import begin_worker
 from coordexp.models.loading import Checkpoint, ModelFormat, load_format, place_for_inference, vocabulary_size
 from coordexp.rollout.engine import DecodeRequest, Generation, Journal
 from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
 from coordexp.text.grammar import AnswerGrammar
 
+_SIGNAL_COMES_S = 0.2
 _WAITING = 2  # groups for each process that are under way or wait for it
 
 
@@ -91,11 +91,16 @@ class WorkerEngine(GroupEngine):
             while coming:
                 yield coming.popleft().result()
         except BrokenProcessPool as error:
+            time.sleep(_SIGNAL_COMES_S)  # if SIGTERM to all of them ended it, this process is interrupted by now
             raise ProcessError(
                 f"one of the {self._n} processes that decode {self._folder} ended before its work was done: killed, "
                 "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
                 "the same command again, with fewer processes if memory was short."
             ) from error
+        except (KeyboardInterrupt, Interrupted):  # what is under way is not waited for: the journals have the rest
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         finally:
             for future in coming:
                 future.cancel()
@@ -120,19 +125,11 @@ _worker: _Worker | None = None  # in a worker process
 def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int) -> None:
     """Make this process a worker: it takes the next device, and loads the model there."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever asks ends the work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker()
     torch.set_num_threads(threads)
     device, path = places.get()
     checkpoint = place_for_inference(folder, load_format(folder, *limits), device)
     _worker = _Worker(checkpoint, Journal(path) if path else None)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
 
 
 def _answer(group: Group, request: DecodeRequest) -> list[Generation]:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from coordexp.errors import CheckpointError
+from coordexp.errors import CheckpointError, DamagedArtefactError
 from coordexp.infra.files import remove, replace_folder
 from coordexp.infra.random_streams import stream_seed
+from coordexp.infra.resume import mark
 from coordexp.training.distributed import Meeting, any_process, gather, world
 from coordexp.training.sharding import from_own_rows, held_rows, own_rows
 from coordexp.training.state_files import (
@@ -32,8 +33,8 @@ from coordexp.training.state_files import (
     SavedState,
     generation_name,
     generations,
-    read_manifest,
-    write_manifest,
+    open_state,
+    publish_state,
     write_part,
 )
 
@@ -167,6 +168,15 @@ def _parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     return getattr(optimizer, "parts", (optimizer,))  # of Muon with AdamW
 
 
+def trained_sha256(model: nn.Module) -> str:
+    """Hash of what steps have made of a model that is not sharded; for the same start, of all of its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_trained(model).items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def seed_process(step: int) -> None:
     """Seed the generators of this process for going on at a step where none are saved; every process gets others.
 
@@ -280,28 +290,43 @@ class StateSaver:
     def _write(
         self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: tuple[Meeting, ...]
     ) -> None:
-        """In the thread: every process its part, then the main one the manifest, which all wait for."""
+        """In the thread: every process its part, then the main one the hashes, which all wait for."""
         cpu_s = time.thread_time()
         temporary = self._folder / f".{generation_name(step)}.tmp"
-        if not meetings:
-            self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
-        else:
-            parts, manifest = meetings
-            with parts:
-                parts.come(json.dumps(write_part(temporary, world().rank, held)))
-            every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
-            with manifest:
-                if world().is_main:
-                    self._publish(step, temporary, facts, every)
-                manifest.come()
-            manifest.wait([0])
+        try:
+            if not meetings:
+                self._publish(step, temporary, facts, write_part(temporary, world().rank, held))
+            else:
+                self._write_together(step, temporary, held, facts, *meetings)
+        finally:
+            if world().is_main:
+                remove(temporary)  # half a state on a full disk is in the way
         self._cpu_s = time.thread_time() - cpu_s
 
+    def _write_together(
+        self,
+        step: int,
+        temporary: Path,
+        held: Mapping[str, Rows],
+        facts: Mapping[str, Any],
+        parts: Meeting,
+        hashes: Meeting,
+    ) -> None:
+        with parts:
+            parts.come(json.dumps(write_part(temporary, world().rank, held)))
+        every = {name: digest for word in parts.wait() for name, digest in json.loads(word).items()}
+        with hashes:
+            if world().is_main:
+                self._publish(step, temporary, facts, every)
+            hashes.come()
+        hashes.wait([0])
+
     def _publish(self, step: int, temporary: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
-        """Give the folder its manifest and its name, and remove states that are no longer needed."""
+        """Give the folder its hashes and its name, and remove states that are no longer needed."""
         final = self._folder / generation_name(step)
-        write_manifest(temporary, facts, parts)
+        publish_state(temporary, facts, parts)
         replace_folder(temporary, final)
+        mark(self._folder)
         self._good = [*(path for path in self._good if path != final), final][-KEPT:]
         for path in generations(self._folder):
             if path not in self._good:
@@ -330,39 +355,38 @@ def load_state(folder: Path, log_path: Path | None = None) -> ResumeState | None
     up to the state is verified as well.
 
     Raises:
-        CheckpointError: no state is intact; they were written whole, so the disk or another program changed them.
+        DamagedArtefactError: no state is intact; they were written whole, so the disk or another program changed them.
     """
     damage: list[str] = []
     for path in gather(generations(folder))[0]:
         found = _verified(path, log_path)
-        if any_process(isinstance(found, CheckpointError)):
-            damage.append(
-                str(found) if isinstance(found, CheckpointError) else f"{path}: damaged, says another process."
-            )
+        if any_process(isinstance(found, DamagedArtefactError)):
+            is_own = isinstance(found, DamagedArtefactError)
+            damage.append(str(found) if is_own else f"{path}: damaged, says another process.")
             continue
         if damage:
             log.warning("%s Going on from the state before, %s.", " ".join(damage), path.name)
         assert isinstance(found, ResumeState)
         return found
     if damage:
-        raise CheckpointError(
+        raise DamagedArtefactError(
             f"{' '.join(damage)} Expected what an interrupted run saved, and no other state is intact; delete {folder} "
             "to start this stage at step 0."
         )
     return None
 
 
-def _verified(folder: Path, log_path: Path | None) -> ResumeState | CheckpointError:
+def _verified(folder: Path, log_path: Path | None) -> ResumeState | DamagedArtefactError:
     """A state whose files are what was written, as far as this process looks at them; else what is wrong."""
     try:
-        saved = read_manifest(folder)
-        saved.verify(sorted(saved.parts)[world().rank :: world().size])
-        state = ResumeState(saved)
-    except CheckpointError as error:
+        saved = open_state(folder)
+        saved.verify(saved.parts[world().rank :: world().size])
+    except DamagedArtefactError as error:
         return error
+    state = ResumeState(saved)
     if log_path and world().is_main and log_end(log_path, state.log_end.log_bytes) != state.log_end:
         end = state.log_end.log_bytes
-        return CheckpointError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
+        return DamagedArtefactError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
     return state
 
 

@@ -43,8 +43,9 @@ from coordexp.rollout.decode import AnswerReader
 from coordexp.rollout.engine import DecodeRequest, greedy
 from coordexp.rollout.stages import make_reader, predict_samples
 from coordexp.training.dev_answers import count_answers, draw_answers, judge_answer
-from coordexp.training.distributed import shared_out, world
+from coordexp.training.distributed import any_process, shared_out, world
 from coordexp.training.loop import Callback
+from coordexp.training.recorder import stopping_at_once
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,21 @@ class EvalCallback(Callback):
     measure: Measure = lambda _results: {}
 
     def on_train_begin(self, done_steps: int) -> None:
-        """Forget evaluations after a step that will run again, and show those that stay."""
-        if not world().is_main:
-            return
+        """Forget evaluations after a step that will run again, show those that stay, and make up for one cut short."""
+        if world().is_main:
+            self._forget_after(done_steps)
+        is_missing = world().is_main and self._is_due(done_steps) and done_steps not in self._steps()
+        if any_process(is_missing):
+            self.evaluate(done_steps)
+
+    def _steps(self) -> set[int]:
+        return {row["step"] for row in self.rows()}
+
+    def _is_due(self, done_steps: int) -> bool:
+        every = self.every_steps
+        return every > 0 and done_steps > 0 and (done_steps % every == 0 or done_steps == self.steps)
+
+    def _forget_after(self, done_steps: int) -> None:
         kept = [row for row in self.rows() if row["step"] <= done_steps]
         self._write(kept)
         steps = {row["step"] for row in kept}
@@ -94,7 +107,7 @@ class EvalCallback(Callback):
 
     def on_step_end(self, done_steps: int) -> None:
         """Evaluate if this step is due."""
-        if self.every_steps > 0 and (done_steps % self.every_steps == 0 or done_steps == self.steps):
+        if self._is_due(done_steps):
             self.evaluate(done_steps)
 
     def evaluate(self, step: int) -> dict[str, Any]:
@@ -109,7 +122,7 @@ class EvalCallback(Callback):
                 self.checkpoint, self.reader, samples, self.image_root, self.request, self.batch_images
             )
 
-        with undisturbed(self.checkpoint.model):
+        with undisturbed(self.checkpoint.model), stopping_at_once():
             results = shared_out(f"eval after step {step}", self.samples, answer, self.checkpoint.model.model)
         if not world().is_main:
             return {}

@@ -6,10 +6,11 @@ gradient clipping, the resume state and the log. Every stage, and the pretrainin
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -67,6 +68,9 @@ class Callback:
     def on_train_begin(self, done_steps: int) -> None:
         """So many steps are done: the run starts, or goes on."""
 
+    def on_log(self, row: LogRow) -> None:
+        """A step was logged: what the training log holds of it."""
+
     def on_step_end(self, done_steps: int) -> None:
         """So many steps are done, and no gradient is held."""
 
@@ -85,54 +89,83 @@ def train(
     start: str = "",
     schedule: Schedule | None = None,
     callback: Callback = NO_CALLBACK,
+    lacking: Callable[[], OSError | None] = lambda: None,
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
     States are saved at most every `save_every_seconds`, and less often where they would take more than
     SAVING_FRACTION of the time. `start` identifies the weights that the model has now: frozen ones are not saved.
     `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is
-    called after every step, before a state is saved: what it keeps of a step is never behind the state.
+    called after every step, before a state is saved: what it keeps of a step is never behind the state. If after the
+    last step something is `lacking` to write the result, the state is saved, so that only that is left to do.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
         TrainingError: the loss or gradient of a step is not finite; what it trained on is kept in `state_folder`.
+        OSError: what is lacking, or keeps a state from the disk.
     """
     schedule = schedule or cosine_schedule(optim.steps, optim.warmup_steps)
     optimizer = build_optimizer(model, optim)
     peaks = [group["lr"] for group in optimizer.param_groups]
     resumed = _resumed(model, optimizer, state_folder, log_path, start)
-    first = resumed.step if resumed else 0
+    done = resumed.step if resumed else 0
+    stopped = False
     model.train()
-    callback.on_train_begin(first)
     with (
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
-        for step in range(first, optim.steps):
-            started = time.monotonic()
-            factor = schedule(step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            try:
-                row = _run_step(model, task, step, optim.precision)
-                norm = _clipped_norm(model, optim.max_grad_norm)
-            except TrainingError as error:
-                disk.save_alone(step, model, optimizer)
-                raise _kept_for_replay(error, task, step, state_folder) from error
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row |= {"step": step, "lr": optim.lr * factor, "grad_norm": norm}
-            row["time/step_s"] = seconds = time.monotonic() - started
-            disk.log(row)
-            if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
-                log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
-            callback.on_step_end(step + 1)
-            if any_process(stop.signal is not None) and step + 1 < optim.steps:
-                disk.save(step + 1, model, optimizer)
-                why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
-                raise Interrupted(f"stopped by {why} after step {step + 1} of {optim.steps}; run it again.")
-            if any_process(disk.is_due()):
-                disk.save(step + 1, model, optimizer)
+        try:
+            callback.on_train_begin(done)
+            while done < optim.steps and not stopped:
+                factor = schedule(done)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                row = _take_step(model, optimizer, task, optim, done, optim.lr * factor, disk, state_folder)
+                done += 1
+                callback.on_log(row)
+                callback.on_step_end(done)
+                stopped = any_process(stop.signal is not None) and done < optim.steps
+                if any_process(disk.is_due()) or stopped:
+                    disk.save(done, model, optimizer)
+        except Interrupted as error:  # at once (`stopping_at_once`): the other processes may be anywhere
+            disk.save_alone(done, model, optimizer)
+            raise Interrupted(f"{error} after step {done} of {optim.steps}; run it again.") from error
+        if stopped:
+            why = f"signal {stop.signal}" if stop.signal else "a signal to another process"
+            raise Interrupted(f"stopped by {why} after step {done} of {optim.steps}; run it again.")
+        fault = lacking() if world().is_main else None
+        if any_process(fault is not None):
+            disk.save(optim.steps, model, optimizer)
+            raise fault or OSError(errno.ENOSPC, "another process found no room")
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    task: Task,
+    optim: OptimConfig,
+    step: int,
+    lr: float,
+    disk: Recorder,
+    state_folder: Path,
+) -> dict[str, float | str]:
+    """One optimizer step, its row in the log; raises as `train`."""
+    started = time.monotonic()
+    try:
+        row = _run_step(model, task, step, optim.precision)
+        norm = _clipped_norm(model, optim.max_grad_norm)
+    except TrainingError as error:
+        disk.save_alone(step, model, optimizer)
+        raise _kept_for_replay(error, task, step, state_folder) from error
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    row |= {"step": step, "lr": lr, "grad_norm": norm}
+    row["time/step_s"] = seconds = time.monotonic() - started
+    disk.log(row)
+    if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
+        log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
+    return row
 
 
 def _resumed(

@@ -8,13 +8,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from torch import nn
 from torch.optim import Optimizer
 
+from coordexp.errors import Interrupted
+from coordexp.infra.signals import leave
 from coordexp.training.checkpoint import NO_LOG, LogEnd, ResumeState, StateSaver, generators
 from coordexp.training.distributed import LogRow, gather, is_sharded, world
 
@@ -22,24 +25,56 @@ SAVING_FRACTION = 0.02  # most of the time that a run spends on saving
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C ends the process.
+
+    Within `stopping_at_once` the first signal already ends the work, for which a step would be long.
+    """
+
+    _watching: StopRequest | None = None  # of this process
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._at_once = False
 
     @contextmanager
     def watching(self) -> Iterator[StopRequest]:
         """Install the handlers, and put the old ones back."""
         names = (signal.SIGINT, signal.SIGTERM)
         before = {name: signal.signal(name, self._note) for name in names}
+        StopRequest._watching = self
         try:
             yield self
         finally:
+            StopRequest._watching = None
             for name, handler in before.items():
                 signal.signal(name, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
-        self.signal = number
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT == self.signal:
+            leave(number)
+        self.signal = self.signal or number
+        if self._at_once:
+            self._at_once = False  # what is being closed now is not to be interrupted again
+            raise Interrupted(f"stopped by signal {number}")
+
+    @contextmanager
+    def _interrupting(self) -> Iterator[None]:
+        self._at_once = True
+        try:
+            if self.signal:
+                raise Interrupted(f"stopped by signal {self.signal}")
+            yield
+        finally:
+            self._at_once = False
+
+
+def stopping_at_once() -> AbstractContextManager[None]:
+    """Within the block a signal raises Interrupted; for work between steps that changes no weights and takes long.
+
+    Not for one of several processes: the others would wait for it. They stop after the step.
+    """
+    request = StopRequest._watching if world().size == 1 else None
+    return request._interrupting() if request else nullcontext()
 
 
 class Recorder:

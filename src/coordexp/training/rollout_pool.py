@@ -20,24 +20,27 @@ from torch import Tensor, nn
 
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import MatchingParams, Params
-from coordexp.errors import CheckpointError
-from coordexp.infra.files import remove, write_text
-from coordexp.infra.provenance import file_sha256
+from coordexp.errors import DamagedArtefactError
+from coordexp.infra.artefacts import HASHES, damage, sealing
+from coordexp.infra.files import remove
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.adapters import merged_weights
 from coordexp.models.loading import Checkpoint, save_checkpoint
 from coordexp.packing.samples import Sample, SampleStore
-from coordexp.rollout.engine import DecodeRequest, Engine, Generation
+from coordexp.rollout.engine import DecodeRequest, Engine, Generation, Journal
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import Rollout, match_rollouts, parsed_rollout, read_generations, write_generations
 from coordexp.text.parser import ParsedAnswer
+from coordexp.training.checkpoint import trained_sha256
 from coordexp.training.distributed import any_process, from_main, is_sharded, shared_out, world
+from coordexp.training.recorder import stopping_at_once
 from coordexp.training.schedule import ramp
 from coordexp.training.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
+ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers"
 MatchSchedule = Callable[[int], MatchingParams]
 
 
@@ -98,7 +101,10 @@ class ServedEngine:
 def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engine:
     """What generates with the weights of this moment, where the profile says so; a collective call."""
     if run.profile.rollout.engine == "hf":
-        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images)
+        # Of an interrupted set, what these very weights have answered; steps that run again come to the same ones.
+        journal = Journal(folder / f"{ANSWERS}-{trained_sha256(checkpoint.model)[:12]}.jsonl")
+        own = journal.of_process(world().rank)
+        return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images, own)
     model = checkpoint.model
     weights = whole_weights(model) if is_sharded(model) else merged_weights(model) if world().is_main else None
     if torch.cuda.is_available():
@@ -161,33 +167,33 @@ class Refresher:
         earlier = [refresh for refresh in self._refreshes if refresh.step <= step]
         return earlier[-1] if earlier else None
 
-    def _files(self, refresh: Refresh) -> tuple[Path, Path]:
-        """A set, and its sha256, which is written last."""
-        path = self._folder / f"rollouts-{refresh.step}.jsonl"
-        return path, path.with_suffix(".sha256")
+    def _place(self, refresh: Refresh) -> Path:
+        """The folder of a set."""
+        return self._folder / f"rollouts-{refresh.step}"
 
     def _kept(self, refresh: Refresh, step: int) -> dict[int, Generation]:
         """The set that an interrupted run left; nothing if it left none and the weights are those to generate with.
 
         Raises:
-            CheckpointError: the set is damaged, or gone.
+            DamagedArtefactError: the set is damaged, or gone.
         """
-        path, seal = self._files(refresh)
-        if step == refresh.step and not any_process(world().is_main and seal.is_file()):
+        place = self._place(refresh)
+        if step == refresh.step and not any_process(world().is_main and (place / HASHES).exists()):
             return {}
-        if not path.is_file() or not seal.is_file() or seal.read_bytes() != file_sha256(path).encode():
-            raise CheckpointError(
-                f"{path}: does not have the sha256 in {seal.name}. Expected the fresh rollouts that the "
-                f"interrupted run wrote; delete {self._folder} to start this stage at step 0."
+        for fault in damage(place):
+            raise DamagedArtefactError(
+                f"{fault} Expected the fresh rollouts that the interrupted run wrote; delete {self._folder} to start "
+                "this stage at step 0."
             )
-        return read_generations(path, self._vocabulary_size)
+        return read_generations(place / ROLLOUTS, self._vocabulary_size)
 
     def _generate(self, refresh: Refresh) -> dict[int, Generation]:
         log.info("fresh rollouts of %d images before step %d", len(refresh.items), refresh.step)
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
         request = replace(self._request, seed=seed, keep_probs=False)
-        with torch.random.fork_rng():  # whatever an engine draws, training goes on with its own numbers
+        # Whatever an engine draws, training goes on with its own numbers.
+        with torch.random.fork_rng(), stopping_at_once():
             what = f"fresh rollouts of step {refresh.step}"
             engine = self._engine_of_now()
             if isinstance(engine, ServedEngine):
@@ -196,9 +202,10 @@ class Refresher:
                 generations = shared_out(what, samples, lambda own: engine.generate(own, request), self._model)
         by_image = {s.image_id: g for s, g in zip(samples, generations, strict=True)}
         if world().is_main:
-            path, seal = self._files(refresh)
-            write_generations(path, by_image)
-            write_text(seal, file_sha256(path))
+            with sealing(self._place(refresh)) as folder:
+                write_generations(folder / ROLLOUTS, by_image)
+            for journal in self._folder.glob(f"{ANSWERS}-*.jsonl"):
+                remove(journal)
         return by_image
 
     def _compute(self, refresh: Refresh, rollouts: Mapping[int, Rollout]) -> dict[str, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,23 +17,26 @@ from torch import Tensor
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
+from coordexp.infra.artefacts import sealing
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.device import training_plan
-from coordexp.infra.files import only_process, replace_folder, write_text
+from coordexp.infra.files import lacking_room, remove, replace_folder, write_text
 from coordexp.infra.logs import BIN_ERROR, ends, logged, read_log, read_rows, without_clock
 from coordexp.infra.provenance import (
     add_to_run_record,
     fingerprint,
-    resume_folder,
     run_metadata,
     weight_files,
     write_json,
 )
 from coordexp.infra.random_streams import stream_seed
+from coordexp.infra.resume import finish, holding, keep_within_budget, resume_folder, resume_root
+from coordexp.infra.threads import hold_threads
 from coordexp.models.adapters import apply_tuning, count_trainable
-from coordexp.models.loading import Checkpoint, checkpoint_hashes, save_checkpoint
-from coordexp.training.distributed import is_sharded, world
+from coordexp.models.loading import Checkpoint, save_checkpoint
+from coordexp.training.distributed import from_main, is_sharded, world
 from coordexp.training.eval_callback import EvalCallback
+from coordexp.training.live import shown
 from coordexp.training.loop import Task, train
 from coordexp.training.sharding import shard_model, whole_weights, will_shard
 
@@ -88,11 +91,12 @@ def start_files(folder: Path) -> dict[str, Path]:
 def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
+    If another process runs the same session, this one waits for its end.
+
     Of several processes, all train; the main one writes, and the others return an empty summary.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
-        BusyError: another process runs the same session.
     """
     torch.manual_seed(stream_seed(session.seed, "train/torch"))
     profile, state = session.run.profile, session.state_folder()
@@ -103,21 +107,35 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     if shards:
         shard_model(checkpoint.model, session.optim.precision)
     callback.folder = state
-    steps = partial(
-        train, checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
-        save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=callback,
-    )  # fmt: skip
-    if not world().is_main:
-        steps()
-        if is_sharded(checkpoint.model):
-            whole_weights(checkpoint.model)  # gives the main process what it writes
-        return {}
+    out = session.run.paths.run(session.stage)
+    lacking = partial(lacking_room, out, sum(4 * p.numel() for p in checkpoint.model.parameters()))
+    if fault := lacking():
+        raise fault  # hours before it would come
     log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
-    with only_process(state):
-        steps()
+    with ExitStack() as held:
+        from_main(f"the state of {session.stage}", lambda: _hold(held, state, session.stage))
+        hold_threads(state, log, writes=world().is_main)
+        with shown(callback, session.run.params.profile, session.stage) as watched:
+            train(
+                checkpoint.model, task, session.optim, state, state / TRAIN_LOG,
+                save_every_seconds=profile.launch.save_every_seconds, start=session.start(), callback=watched,
+                lacking=lacking,
+            )  # fmt: skip
         weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
+        if not world().is_main:
+            return {}
         undo()  # a checkpoint is plain weights, adapters merged
-        return _finish(session, state, checkpoint, weights, callback)
+        try:
+            return _finish(session, state, checkpoint, weights, callback)
+        finally:
+            remove(_temporary(out))
+
+
+def _hold(held: ExitStack, state: Path, stage: str) -> list[None]:
+    """Hold the state of a run in the main process, for all of them; another run of the same is waited for."""
+    held.enter_context(holding(state, stage))
+    keep_within_budget(resume_root())
+    return []
 
 
 def _finish(
@@ -129,20 +147,27 @@ def _finish(
 ) -> dict[str, Any]:
     """Put the checkpoint with log, results and metadata into its place, and forget the resume state."""
     log_path, out = state / TRAIN_LOG, session.run.paths.run(session.stage)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_checkpoint(temporary, checkpoint, weights)
-    write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in without_clock(read_rows(log_path))))
-    callback.copy_to(temporary)
+    temporary = _temporary(out)
+    remove(temporary)
     summary = summarise_log(log_path)
-    metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
-    write_json(temporary / RUN_METADATA, metadata | {"files": checkpoint_hashes(temporary)})
+    with sealing(temporary):
+        save_checkpoint(temporary, checkpoint, weights)
+        rows = without_clock(read_rows(log_path))
+        write_text(temporary / TRAIN_LOG, "".join(json.dumps(row) + "\n" for row in rows))
+        callback.copy_to(temporary)
+        metadata = run_metadata(session.stage, session.tracked, session.inputs, summary)
+        write_json(temporary / RUN_METADATA, metadata)
     warn_of_collapse(log_path)
     replace_folder(temporary, out)
     seconds = summed_seconds(log_path) | {"monitor_seconds": callback.seconds()}
     add_to_run_record(session.run.paths.run_record(session.stage), seconds)
-    shutil.rmtree(state)
+    finish(state)
     return summary
+
+
+def _temporary(out: Path) -> Path:
+    """Where a checkpoint is written, until it is whole."""
+    return out.with_name(f"{out.name}.tmp")
 
 
 def summarise_log(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from coordexp.config.paths import ProfilePaths
 from coordexp.config.profile import OptimConfig
 from coordexp.config.run import RunConfig
+from coordexp.errors import DataError
+from coordexp.infra.foreign import Gate
 from coordexp.infra.provenance import image_inputs
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.planner import read_packs
@@ -25,6 +26,7 @@ from coordexp.training.schedule import packs_for_budget, step_items
 from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.step import Criterion, TeacherTask
 
+COMPUTE = Gate("the compute of stage 2, as that stage writes it", DataError, "Run it again: dvc repro stage2.")
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
@@ -93,4 +95,4 @@ def _teach(
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:
     """Steps and tokens of stage 2's training forwards, which the control is given."""
-    return json.loads(paths.run("stage2-compute.json").read_text(encoding="utf-8"))
+    return COMPUTE.read_sealed(paths.run("stage2-compute.json"))

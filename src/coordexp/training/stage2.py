@@ -7,7 +7,8 @@ from typing import Any
 
 from coordexp.config.run import RunConfig
 from coordexp.errors import ConfigError
-from coordexp.infra.provenance import image_inputs, write_json
+from coordexp.infra.artefacts import write_sealed
+from coordexp.infra.provenance import image_inputs
 from coordexp.models.forward import input_table
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.samples import SampleSource, SampleStore
@@ -66,7 +67,7 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)
     summary = run_session(session, checkpoint, task, callback)
     if world().is_main:
-        write_json(run.paths.run("stage2-compute.json"), {name: summary[name] for name in ("steps", "tokens")})
+        write_sealed(run.paths.run("stage2-compute.json"), {name: summary[name] for name in ("steps", "tokens")})
     return summary
 
 
@@ -95,7 +96,7 @@ def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore
     if world().is_main:
         matched = match_rollouts([rollouts[s.image_id] for s in samples], samples, run.params.matching)
         reports = [answers[s.image_id].report for s in samples]
-        write_json(run.paths.rollout_summary, rollout_summary(samples, matched, reports))
+        write_sealed(run.paths.rollout_summary, rollout_summary(samples, matched, reports))
     return rollouts
 
 

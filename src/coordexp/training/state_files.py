@@ -1,8 +1,9 @@
-"""Saved states on disk: tensors by rows in safetensors files, one of each writing process, and a manifest of hashes.
+"""Saved states on disk: tensors by rows in safetensors files, one of each writing process, and their hashes.
 
     state-000120/part-000.safetensors   what process 0 holds: rows of sharded tensors, all of the others
     state-000120/part-001.safetensors   likewise of process 1; only if the model is sharded
-    state-000120/state.json             written last: the facts, the sha256 of every part, and one of itself
+    state-000120/facts.json             what is no tensor
+    state-000120/coordexp.sha256        written last: the hashes of these files (infra/artefacts.py)
 
 A folder gets its name when all of it is on disk. Rows are found again whatever wrote them, so any number of processes
 reads what any other number saved, and each of them only the rows that it needs.
@@ -10,7 +11,6 @@ reads what any other number saved, and each of them only the rows that it needs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coordexp.errors import CheckpointError
-from coordexp.infra.files import os_error, sync, write_text
-from coordexp.infra.provenance import file_sha256
+from coordexp.errors import DamagedArtefactError
+from coordexp.infra.artefacts import HashList, file_sha256, read_hashes, write_hashes
+from coordexp.infra.files import os_error, sync
+from coordexp.infra.foreign import Gate
+from coordexp.infra.provenance import write_json
 
-MANIFEST = "state.json"
+FACTS = "facts.json"
+_FACTS = Gate("the facts of a saved state", DamagedArtefactError, "")
 _GENERATIONS = "state-*"
 _ROWS = "rows"  # key in the header of a part
 
@@ -70,34 +73,23 @@ def write_part(folder: Path, rank: int, held: Mapping[str, Rows]) -> dict[str, s
     return {path.name: file_sha256(path)}
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
-    """Write the manifest, which makes a state of the parts."""
-    content = {"facts": dict(facts), "parts": dict(parts)}
-    write_text(folder / MANIFEST, json.dumps({"content": content, "sha256": _digest(content)}, indent=1) + "\n")
+def publish_state(folder: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
+    """Write facts and hashes, which make a state of the parts."""
+    write_json(folder / FACTS, dict(facts))
+    write_hashes(folder, {**parts, FACTS: file_sha256(folder / FACTS)})
 
 
-def read_manifest(folder: Path) -> SavedState:
+def open_state(folder: Path) -> SavedState:
     """The facts of a state; its parts are not looked at yet.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged.
+        DamagedArtefactError: hashes or facts are missing or damaged.
     """
-    path = folder / MANIFEST
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        content = tree["content"]
-        intact = tree["sha256"] == _digest(content)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file, expected the manifest that is written last.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not what was written ({error!r}); expected JSON with its hash.") from error
-    if not intact:
-        raise CheckpointError(f"{path}: its content does not have the sha256 that it records.")
-    return SavedState(folder, content["facts"], content["parts"])
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    hashes = read_hashes(folder)
+    if hashes is None:
+        raise DamagedArtefactError(f"{folder}: has no list of hashes, which is written last.")
+    hashes.check(FACTS)
+    return SavedState(folder, _FACTS.read_object(folder / FACTS), hashes)
 
 
 @dataclass(frozen=True)
@@ -106,19 +98,18 @@ class SavedState:
 
     folder: Path
     facts: Mapping[str, Any]
-    parts: Mapping[str, str]  # sha256 by file name
+    hashes: HashList
     _files: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def parts(self) -> list[str]:
+        """The files with tensors."""
+        return sorted(name for name in self.hashes.digests if name != FACTS)
+
     def verify(self, names: Sequence[str]) -> None:
-        """Raise CheckpointError unless these parts are the ones that were written."""
+        """Raise DamagedArtefactError unless these parts are the ones that were written."""
         for name in names:
-            path = self.folder / name
-            try:
-                found = file_sha256(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-            if found != self.parts[name]:
-                raise CheckpointError(f"{path}: sha256 {found[:16]}, but {MANIFEST} records {self.parts[name][:16]}.")
+            self.hashes.check(name)
 
     def names(self, area: str) -> list[str]:
         """Tensors below `area/`, without it."""
@@ -147,7 +138,7 @@ class SavedState:
     def _index(self) -> dict[str, tuple[tuple[int, ...], list[tuple[int, str, int]]]]:
         """By tensor: its shape, and the first row, the part and the number of rows of each piece."""
         index: dict[str, tuple[tuple[int, ...], list[tuple[int, str, int]]]] = {}
-        for part in sorted(self.parts):
+        for part in self.parts:
             for name, (first, *shape) in json.loads(self._open(part).metadata()[_ROWS]).items():
                 rows = self._open(part).get_slice(name).get_shape()[0] if shape else 1
                 index.setdefault(name, (tuple(shape), []))[1].append((first, part, rows))

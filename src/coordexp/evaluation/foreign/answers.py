@@ -21,12 +21,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from coordexp.config.formats import Family
 from coordexp.geometry.boxes import Box
 from coordexp.records.gt_vs_pred import ParseReport
 
-Family = Literal["qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -130,20 +130,22 @@ _REX = re.compile(
 _PALIGEMMA = re.compile(r"(?P<boxes>(?:<loc\d{4}>)+)\s*(?P<label>[^;<]*)")
 _FLORENCE = re.compile(r"(?P<label>[^<>]*)(?P<boxes>(?:<loc_\d+>)+)")
 _NUMBER = re.compile(r"\d+")
+_ENDS = re.compile(r"</?s>|<pad>|<bos>|<eos>|<\|im_end\|>|<\|endoftext\|>")  # around an answer, of these families
 
 
 def _read_marked(text: str, family: Family) -> tuple[list[_Raw], bool, bool]:
-    """Objects between a family's own marker tokens."""
+    """Objects between a family's own marker tokens; an answer that says nothing says that nothing is there."""
+    is_empty = not _ENDS.sub("", text).strip()
     if family == "rex-omni":
         found = [(m["label"], group) for m in _REX.finditer(text) for group in m["boxes"].split(",")]
         open_at, closed = text.rfind("<|object_ref_start|>"), text.rfind("<|box_end|>")
-        return [_marked(label, group) for label, group in found], open_at >= 0, open_at > closed
+        return [_marked(label, group) for label, group in found], open_at >= 0 or is_empty, open_at > closed
     if family == "paligemma":
         pieces = [(m["label"], m["boxes"]) for m in _PALIGEMMA.finditer(text)]
-        return [_marked(label, boxes, y_first=True) for label, boxes in pieces], bool(pieces), False
+        return [_marked(label, boxes, y_first=True) for label, boxes in pieces], bool(pieces) or is_empty, False
     groups = [(m["label"], m["boxes"]) for m in _FLORENCE.finditer(text)]
     raw = [_Raw(label, numbers) for label, boxes in groups for numbers in _fours(boxes)]
-    return raw, bool(groups), False
+    return raw, bool(groups) or is_empty, False
 
 
 def _marked(label: str, boxes: str, y_first: bool = False) -> _Raw:

@@ -6,7 +6,7 @@
 | `lines` | `coordexp predict --out` or `--json`: `{"image", "objects": [{"desc", "bbox_xyxy_px", "score"}]}` |
 | `gt_vs_pred` | this project's own evaluation file |
 | `yolo` | a folder of `<image>.txt`, lines `class cx cy w h score` in fractions of the image |
-| `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score` |
+| `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score`; as JSON a list of such rows |
 | a family of `answers.py` | raw answers of a vision-language model: `{"image", "answer"}` |
 
 Images are found by id, path, file name or stem, labels by name or through a mapping.
@@ -16,23 +16,20 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from coordexp.config.formats import Family, Form
 from coordexp.config.paths import GT_VS_PRED
 from coordexp.errors import DataError
-from coordexp.evaluation.foreign.answers import FAMILIES, Family, read_answer
+from coordexp.evaluation.foreign.answers import FAMILIES, read_answer
 from coordexp.evaluation.foreign.truth import Truth, TruthImage, xywh_box, xyxy_box
 from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
+from coordexp.records.prediction_log import checked_row
 
-Form = Literal[
-    "coco", "lines", "gt_vs_pred", "yolo", "csv",
-    "qwen3-vl", "qwen2.5-vl", "rex-omni", "gemini", "paligemma", "florence-2",
-]  # fmt: skip
-FORMS: tuple[Form, ...] = get_args(Form)
 PREDICTIONS = Gate("predictions of a detector", DataError, "docs/judge.md lists the forms.", max_bytes=1 << 32)
 NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
 
@@ -62,7 +59,7 @@ def read_predictions(
     Args:
         path: what a detector wrote.
         truth: what it is judged against; an image without predictions is judged as left empty.
-        form: one of FORMS; None recognises all but the raw answers of a model.
+        form: one of these forms; None recognises all but the raw answers of a model.
         labels: their label -> ours, for those that differ.
 
     Raises:
@@ -137,6 +134,9 @@ def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
         files, names = {}, {category.id: category.name for category in truth.categories}
     if not isinstance(source, list):
         raise DataError(f"{path}: found a {type(source).__name__}, expected COCO results: a list of detections.")
+    if source and isinstance(source[0], dict) and "bbox" not in source[0] and set(_COLUMNS["x1"]) & source[0].keys():
+        placed = ((f"{path}: [{n}]", row if isinstance(row, dict) else {}) for n, row in enumerate(source))
+        return _of_rows(placed, list(source[0]), path, truth)
     answered: dict[int, Answered] = {}
     for n, row in enumerate(source):
         where = f"{path}: [{n}]"
@@ -214,7 +214,7 @@ def _yolo_prediction(line: str, truth: Truth, scale: tuple[int, ...], where: str
     return Prediction(truth.categories[int(label)].name, box, score=_score({"score": score}, where))
 
 
-_CSV_COLUMNS = {
+_COLUMNS = {
     "image": ("image", "file_name", "image_id", "filename"),
     "label": ("label", "desc", "class_name", "class"),
     "x1": ("x1", "x_min", "xmin"),
@@ -226,21 +226,26 @@ _CSV_COLUMNS = {
 
 
 def _of_csv(path: Path, truth: Truth) -> dict[int, Answered]:
-    answered: dict[int, Answered] = {}
     with path.open(newline="", encoding="utf-8-sig") as text:
         rows = csv.DictReader(text)
-        names = {
-            key: next((n for n in forms if n in (rows.fieldnames or [])), "") for key, forms in _CSV_COLUMNS.items()
-        }
-        if absent := [key for key, name in names.items() if not name]:
-            raise DataError(f"{path}: no column {absent[0]!r} in {rows.fieldnames}; expected {list(_CSV_COLUMNS)}.")
-        for number, row in enumerate(rows, 2):
-            where = f"{path}:{number}"
-            box = xyxy_box([row[names[key]] for key in ("x1", "y1", "x2", "y2")], where)
-            label, score = _label(row[names["label"]], where), _score({"score": row[names["score"]]}, where)
-            key = row[names["image"]]
-            image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
-            answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
+        numbered = ((f"{path}:{number}", row) for number, row in enumerate(rows, 2))
+        return _of_rows(numbered, list(rows.fieldnames or ()), path, truth)
+
+
+def _of_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Sequence[str], path: Path, truth: Truth
+) -> dict[int, Answered]:
+    """One prediction a row, each with its place for messages."""
+    answered: dict[int, Answered] = {}
+    names = {key: next((n for n in forms if n in columns), "") for key, forms in _COLUMNS.items()}
+    if absent := [key for key, name in names.items() if not name]:
+        raise DataError(f"{path}: no column {absent[0]!r} in {list(columns)}; expected {list(_COLUMNS)}.")
+    for where, row in rows:
+        box = xyxy_box([row.get(names[key]) for key in ("x1", "y1", "x2", "y2")], where)
+        label, score = _label(row.get(names["label"]), where), _score({"score": row.get(names["score"])}, where)
+        key = row.get(names["image"])
+        image_id = truth.image_id(_integer(key, where) if names["image"] == "image_id" else key, where)
+        answered.setdefault(image_id, Answered()).pred.append(Prediction(label, box, score=score))
     return answered
 
 
@@ -265,7 +270,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in PREDICTIONS.json_lines(path):
         if not isinstance(row, dict):
             PREDICTIONS.refuse(where, f"holds {shown(row)}, not a JSON object")
-        yield where, row
+        yield where, checked_row(row, where)
 
 
 def _score(row: Mapping[str, Any], where: str) -> float:

@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from coordexp.config.formats import BoxForm
 from coordexp.geometry.boxes import Box
+from coordexp.infra.workers import map_batches
 from coordexp.records.categories import Category
 from coordexp.records.image_files import IMAGE_SUFFIXES, files_below
 from coordexp.records.images import unsafe_name
@@ -24,7 +25,7 @@ from coordexp.records.shards import find_source
 
 # float() would take "nan", "inf" and "1_0" as well.
 _PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
-_PLAIN_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
+_PLAIN_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class SourceObject:
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
     side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
+    has_size: bool = False  # the file has x, y, width, height; else corners, a center or an outline
     counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
     problem: str = ""  # why it cannot be kept, where the reader knows that already
@@ -76,25 +78,66 @@ class SourceImage:
     detail: str = ""  # of that
 
 
+Parsed = SourceImage | Problem | None
+
+
+def _itself(entry: Any) -> Parsed:
+    return entry
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reader found. `problems` is complete once `images` was iterated to its end."""
+    """What a reader found.
 
-    images: Iterable[SourceImage]
+    Attributes:
+        entries: what the annotations hold of each image, as far as it takes one process to find: files and pieces of
+            text, or whole images. A file is read from front to back, so these are iterated once.
+        categories: those that the annotations declare.
+        problems: of the annotations as a whole; complete once `entries` was iterated to its end.
+        parse: what an entry comes to: an image, why it is none, or nothing where it belongs elsewhere. Here goes most
+            of the time, so that several processes may do it, each with some of the entries.
+    """
+
+    entries: Iterable[Any]
     categories: tuple[Category, ...]
     problems: list[Problem]
+    parse: Callable[[Any], Parsed] = _itself
+
+    @property
+    def images(self) -> Iterator[SourceImage]:
+        """Every image; what is none joins `problems`."""
+        for entry in self.entries:
+            found = self.parse(entry)
+            if isinstance(found, SourceImage):
+                yield found
+            elif found:
+                self.problems.append(found)
 
     def with_boxes(self, form: BoxForm) -> Reading:
         """The same, with the numbers of boxes read in another form than the format says."""
         if form == "format":
             return self
-        images = (replace(i, objects=tuple(_with_box(o, form) for o in i.objects)) for i in self.images)
-        return replace(self, images=images)
+
+        def parse(entry: Any) -> Parsed:
+            found = self.parse(entry)
+            if not isinstance(found, SourceImage):
+                return found
+            return replace(found, objects=tuple(_with_box(o, form) for o in found.objects))
+
+        return replace(self, parse=parse)
 
     def loaded(self) -> tuple[Reading, set[str]]:
         """The same with all images in memory, and the names of their files."""
         images = list(self.images)
         return Reading(images, self.categories, self.problems), {str(image.file_name) for image in images}
+
+    def image_names(self, workers: int) -> set[str]:
+        """The files that the annotations name, found by so many processes."""
+
+        def of_batch(entries: list[Any]) -> set[str]:
+            return {str(image.file_name) for image in replace(self, entries=entries).images}
+
+        return set().union(*map_batches(of_batch, self.entries, workers))
 
 
 UNITS: dict[BoxForm, float | None] = {"pixels": None, "fractions": 1.0, "thousandths": 1000.0}
@@ -107,6 +150,8 @@ def _with_box(obj: SourceObject, form: BoxForm) -> SourceObject:
         return obj
     x1, y1, x2, y2 = obj.box_xyxy
     if form == "corners":  # the format's x, y, width, height have become x, y, x + width, y + height
+        if not obj.has_size:
+            return obj
         return replace(obj, box_xyxy=(x1, y1, x2 - x1, y2 - y1))
     return replace(obj, box_xyxy=(x1 + obj.counts_from, y1 + obj.counts_from, x2, y2), counts_from=0)
 

@@ -38,7 +38,7 @@ from coordexp.records.sources.base import (
     is_whole,
 )
 from coordexp.records.sources.files import shown
-from coordexp.records.sources.grouped import Grouped
+from coordexp.records.sources.grouped import Grouped, rows_of
 from coordexp.records.sources.json_stream import LIST, stream_json
 
 LAYOUT = "COCO's instances layout"
@@ -82,16 +82,20 @@ class Instances:
         """Name of a category that the file declares."""
         return str(self.rows[category_id]["name"])
 
-    def by_image(self) -> Iterator[tuple[ImageRow, list[tuple[str, dict[str, Any]]]]]:
-        """Every image, in the order of ids, with its annotations."""
+    def entries(self) -> Iterator[tuple[int, ImageRow, list[str]]]:
+        """Every image, in the order of ids from 1 on, with its annotations as text."""
         groups = iter(self.grouped)
         place, found = next(groups, (-1, []))
         for i, image in enumerate(self.images):
             if i == place:
-                yield image, [(key, annotation) for key, annotation in found]
+                yield i + 1, image, found
                 place, found = next(groups, (-1, []))
             else:
-                yield image, []
+                yield i + 1, image, []
+
+    def by_image(self) -> Iterator[tuple[ImageRow, list[tuple[str, dict[str, Any]]]]]:
+        """Every image, in the order of ids, with its annotations."""
+        return ((image, rows_of(texts)) for _, image, texts in self.entries())
 
 
 def read(files: SplitFiles) -> Reading:
@@ -120,20 +124,20 @@ def instances_reading(
 ) -> Reading:
     """The images of a loaded file in id order."""
 
-    def images() -> Iterator[SourceImage]:
-        for place, (image, found) in enumerate(instances.by_image(), 1):
-            yield SourceImage(
-                file_name=image_name(image),
-                key=f"image {image.image_id}",
-                image_id=image.image_id if isinstance(image.image_id, int) else place,
-                width=image.width,
-                height=image.height,
-                objects=tuple(_to_object(key, a, instances) for key, a in found),
-                file=str(instances.path),
-                metadata=image_metadata(image) if image_metadata else {},
-            )
+    def parse(entry: tuple[int, ImageRow, list[str]]) -> SourceImage:
+        place, image, texts = entry
+        return SourceImage(
+            file_name=image_name(image),
+            key=f"image {image.image_id}",
+            image_id=image.image_id if isinstance(image.image_id, int) else place,
+            width=image.width,
+            height=image.height,
+            objects=tuple(_to_object(key, a, instances) for key, a in rows_of(texts)),
+            file=str(instances.path),
+            metadata=image_metadata(image) if image_metadata else {},
+        )
 
-    return Reading(images(), instances.categories, instances.problems)
+    return Reading(instances.entries(), instances.categories, instances.problems, parse)
 
 
 def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> SourceObject:
@@ -146,6 +150,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
         box_xyxy=box,
         key=key,
         iscrowd=iscrowd,
+        has_size=True,
         rings=polygon_rings(annotation.get("segmentation")),
         category_id=instances.numbers[category_id] if is_known and category_id is not None else None,
         problem="" if is_known else "unknown_category",

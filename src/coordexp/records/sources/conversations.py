@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from coordexp.errors import DataError
 from coordexp.records.sources.base import ImageNames, Problem, Reading, SourceImage, SourceObject, SplitFiles, corners
-from coordexp.records.sources.files import MAX_LINE_BYTES, opened, parse_json, shown
+from coordexp.records.sources.files import opened, parse_json, read_lines, shown
 
 LAYOUT = (
     "conversations of Qwen-VL or ms-swift: messages or conversations with an image, one JSON object a line or a list"
@@ -31,6 +32,12 @@ _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
 _REF = re.compile(r"(?:<ref>|<\|object_ref_start\|>)([^<]*)(?:</ref>|<\|object_ref_end\|>)")
 _MARKED = re.compile(rf"(?:<box>|<\|box_start\|>){_PAIRS}(?:</box>|<\|box_end\|>)")
 _PLACE = re.compile(r"<ref-object>|<bbox>")
+# [], {}, {"objects": []}, also in a fence; "None.", "There are no cats."
+_NOTHING = re.compile(
+    r"(```(json)?)?\s*(\[\s*\]|\{\s*\}|\{\s*\"\w+\"\s*:\s*\[\s*\]\s*\})?\s*(```)?"
+    r"|(there (is|are) )?(none|nothing|not any|no)\b[^{\[<]{0,80}"
+)
+_BOX_BEGINS = (*(re.compile(rf'"{key}"\s*:') for key in _BOX_KEYS), re.compile(r"<box>|<\|box_start\|>"))
 _JSON_BEGIN = re.compile(r"[\[{]")
 _DECODER = json.JSONDecoder()
 
@@ -44,24 +51,30 @@ def read(files: SplitFiles) -> Reading:
         found = f"has the keys {shown(list(first[1]), 80)}" if first else "holds none"
         raise DataError(f"{files.path}: its first entry {found}; expected {LAYOUT}.")
 
-    def images() -> Iterator[SourceImage]:
-        names = ImageNames(files)
-        for key, row in (first, *rows):
-            pictures = _pictures(row)
-            if len(pictures) != 1:
-                problems.append(Problem("record_invalid", str(files.path), key, f"{len(pictures)} images, expected 1"))
-                continue
-            yield SourceImage(
-                file_name=names.find(pictures[0]),
-                key=key,
-                image_id=None,
-                width=row.get("width"),
-                height=row.get("height"),
-                objects=tuple(_objects(row)),
-                file=str(files.path),
-            )
+    names = ImageNames(files)
 
-    return Reading(images(), (), problems)
+    def parse(entry: tuple[str, dict[str, Any]]) -> SourceImage | Problem:
+        key, row = entry
+        pictures = _pictures(row)
+        if len(pictures) != 1:
+            return Problem("record_invalid", str(files.path), key, f"{len(pictures)} images, expected 1")
+        objects = tuple(_objects(row))
+        if not objects and not _says_nothing(row):
+            said = shown(" ".join(_texts(row, of_assistant=True)), 60)
+            return Problem(
+                "record_invalid", str(files.path), key, f"the answer has no box, nor says that none is: {said}"
+            )
+        return SourceImage(
+            file_name=names.find(pictures[0]),
+            key=key,
+            image_id=None,
+            width=row.get("width"),
+            height=row.get("height"),
+            objects=objects,
+            file=str(files.path),
+        )
+
+    return Reading(chain([first], rows), (), problems, parse)
 
 
 def _rows(files: SplitFiles, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,9 +86,7 @@ def _rows(files: SplitFiles, problems: list[Problem]) -> Iterator[tuple[str, dic
             numbered = ((f"entry {i}", entry) for i, entry in enumerate(entries))
             yield from _objects_only(numbered, files, problems)
             return
-        number = 0
-        while line := handle.readline(MAX_LINE_BYTES):
-            number += 1
+        for number, line in read_lines(handle, files.path, LAYOUT):
             if not line.strip():
                 continue
             try:
@@ -143,17 +154,28 @@ def _objects(row: dict[str, Any]) -> Iterator[SourceObject]:
     listed = row.get("objects")
     if isinstance(listed, str):  # ms-swift once had it as text
         try:
-            listed = json.loads(listed)
-        except (ValueError, RecursionError):
+            listed = parse_json(listed.encode(errors="surrogatepass"), "objects", LAYOUT)
+        except DataError:
             yield SourceObject(None, None, "objects", found=shown(row["objects"]))
             return
     if listed:
         yield from _of_swift(listed, "".join(_texts(row, of_assistant=False)))
         return
-    found = (pair for text in _texts(row, of_assistant=True) for pair in _in_text(text))
+    found = (pair for text in _texts(row, of_assistant=True) for pair in _all_in_text(text))
     for i, (name, values) in enumerate(found):
         box = corners(values)
         yield SourceObject(name, box, f"box {i}", side_units=1000.0, found="" if box else shown(values))
+
+
+def _says_nothing(row: dict[str, Any]) -> bool:
+    """Whether an entry without a box says that nothing is there; a caption or an answer in words says no such thing."""
+    listed = row.get("objects")
+    if isinstance(listed, dict):
+        return not any(listed.values())
+    if listed is not None:
+        return listed in ([], "", "[]", "{}")
+    texts = _texts(row, of_assistant=True)
+    return bool(texts) and all(_NOTHING.fullmatch(text.strip().lower()) for text in texts)
 
 
 def _of_swift(listed: Any, text: str) -> Iterator[SourceObject]:
@@ -193,6 +215,14 @@ def _with_units(name: Any, values: Any, kind: Any, key: str) -> SourceObject:
     if not isinstance(kind, str) or kind not in UNITS:
         return SourceObject(name, None, key, found=f"bbox_type {shown(kind)}, expected one of {', '.join(UNITS)}")
     return SourceObject(name, box, key, side_units=UNITS[kind], found="" if box else shown(values))
+
+
+def _all_in_text(text: str) -> Iterator[tuple[Any, Any]]:
+    """As `_in_text`, and one more without numbers where the answer begins more boxes than it ends."""
+    found = list(_in_text(text))
+    yield from found
+    if len(found) < max(len(begin.findall(text)) for begin in _BOX_BEGINS):
+        yield None, "cut, or not JSON"
 
 
 def _in_text(text: str) -> Iterator[tuple[Any, Any]]:

@@ -218,6 +218,29 @@ def _lines(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
+def read_lines(handle: BufferedReader, path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes in UTF-8 of each line of a text in UTF-8, UTF-16 or UTF-32; each line is still to be decoded.
+
+    Raises:
+        DataError: naming the file: it is in neither of the last two, though it begins so.
+    """
+    encoding, number = json.detect_encoding(handle.peek(4)[:4]), 0
+    if encoding.startswith("utf-8"):
+        while line := handle.readline(MAX_LINE_BYTES):
+            number += 1
+            yield number, line
+        return
+    text = io.TextIOWrapper(handle, encoding)
+    try:
+        while decoded := text.readline(MAX_LINE_BYTES):
+            number += 1
+            yield number, decoded.encode()
+    except ValueError as error:
+        raise DataError(f"{path}:{number + 1}: not text in {encoding} ({error}); expected {expected}.") from error
+    finally:
+        text.detach()
+
+
 @contextmanager
 def opened_parquet(path: Path, expected: str) -> Iterator[pq.ParquetFile]:
     """A parquet file; raises DataError naming it, also for what reading raises within the block."""

@@ -1,5 +1,7 @@
 """Rows of a file brought together by the picture that they belong to, in bounded memory.
 
+They stay JSON text until `rows_of` is asked for them: whoever reads a file deals them to the processes that need them.
+
 Annotations of one picture may stand anywhere in a file. They are kept in buckets of neighbouring pictures; when they
 outgrow the memory that is allowed, buckets go to temporary files and are read back one at a time.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 BUFFER_BYTES = 1 << 25
@@ -17,7 +19,7 @@ BUCKET_GROUPS = 10_000  # pictures of one bucket
 
 
 class Grouped:
-    """Rows by the number of their group: JSON values, given back group by group in the order of numbers."""
+    """Rows by the number of their group, given back group by group in the order of numbers."""
 
     def __init__(self, buffer_bytes: int | None = None, bucket_groups: int | None = None) -> None:
         self._limit = BUFFER_BYTES if buffer_bytes is None else buffer_bytes
@@ -28,19 +30,19 @@ class Grouped:
 
     def add(self, group: int, row: Any) -> None:
         """Put a row to the others of its group."""
-        text = json.dumps([group, row])
+        text = f"{group}\t{json.dumps(row)}"
         self._waiting[group // self._groups].append(text)
         self._n_waiting += len(text) + 64
         if self._n_waiting > self._limit:
             self._flush()
 
-    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
-        """Each group that has rows, with its rows in the order in which they came."""
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        """Each group that has rows, with their texts in the order in which they came."""
         for bucket in sorted(self._waiting.keys() | self._files.keys()):
-            found: defaultdict[int, list[Any]] = defaultdict(list)
+            found: defaultdict[int, list[str]] = defaultdict(list)
             for text in self._texts(bucket):
-                group, row = json.loads(text)
-                found[group].append(row)
+                number, _, row = text.partition("\t")
+                found[int(number)].append(row)
             for group in sorted(found):
                 yield group, found.pop(group)
 
@@ -59,3 +61,8 @@ class Grouped:
             self._files[bucket].writelines(f"{text}\n" for text in texts)
         self._waiting.clear()
         self._n_waiting = 0
+
+
+def rows_of(texts: Iterable[str]) -> list[Any]:
+    """The rows that were added, of the texts of a group."""
+    return [json.loads(text) for text in texts]

@@ -7,8 +7,8 @@ corners`: the Hub has both forms.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,6 @@ from coordexp.records.categories import Category
 from coordexp.records.embedded import picture_column
 from coordexp.records.schema import as_flag
 from coordexp.records.sources.base import (
-    Problem,
     Reading,
     SourceImage,
     SourceObject,
@@ -26,7 +25,7 @@ from coordexp.records.sources.base import (
     as_whole,
     corners_of_xywh,
 )
-from coordexp.records.sources.files import annotation_files, opened_parquet, shown
+from coordexp.records.sources.files import annotation_files, opened_parquet, parse_json, shown
 
 LAYOUT = "parquet files of the Hugging Face Hub with the columns image and objects"
 OBJECTS = ("objects", "annotations", "detections")
@@ -43,7 +42,6 @@ def read(files: SplitFiles) -> Reading:
     paths = annotation_files(files.path, (".parquet",))
     if not paths:
         raise DataError(f"{files.path}: not found; expected {LAYOUT}.")
-    problems: list[Problem] = []
     layouts = {}
     for path in paths:
         with opened_parquet(path, LAYOUT) as table:
@@ -51,25 +49,28 @@ def read(files: SplitFiles) -> Reading:
     names = next((names for *_, names in layouts.values() if names), [])
     categories = tuple(Category(number, name) for number, name in enumerate(names))
 
-    def images() -> Iterator[SourceImage]:
-        for path, (objects, columns, _) in layouts.items():
-            place = path.relative_to(files.root).as_posix()
+    def entries() -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        for path, (_, columns, _) in layouts.items():
             number = 0
             with opened_parquet(path, LAYOUT) as table:
                 for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the pictures
                     for row in batch.to_pylist():
-                        yield SourceImage(
-                            file_name=f"{place}/{number}",
-                            key=f"row {number}",
-                            image_id=None,
-                            width=row.get("width"),
-                            height=row.get("height"),
-                            objects=tuple(_objects(row.get(objects), names)),
-                            file=str(path),
-                        )
+                        yield path, number, row
                         number += 1
 
-    return Reading(images(), categories, problems)
+    def parse(entry: tuple[Path, int, dict[str, Any]]) -> SourceImage:
+        path, number, row = entry
+        return SourceImage(
+            file_name=f"{path.relative_to(files.root).as_posix()}/{number}",
+            key=f"row {number}",
+            image_id=None,
+            width=row.get("width"),
+            height=row.get("height"),
+            objects=tuple(_objects(row.get(layouts[path][0]), names)),
+            file=str(path),
+        )
+
+    return Reading(entries(), categories, [], parse)
 
 
 def _layout(schema: pa.Schema, where: str) -> tuple[str, list[str], list[str]]:
@@ -84,8 +85,9 @@ def _layout(schema: pa.Schema, where: str) -> tuple[str, list[str], list[str]]:
 def category_names(schema: pa.Schema, objects: str) -> list[str]:
     """Names of numbered categories, as the library `datasets` leaves them in the schema; empty without them."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][objects]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "its metadata", LAYOUT)
+        found = described["info"]["features"][objects]
+    except (DataError, KeyError, TypeError):
         return []
     pending: list[tuple[str, Any]] = [("", found)]
     while pending:
@@ -115,6 +117,7 @@ def _objects(value: Any, names: Sequence[str]) -> Iterator[SourceObject]:
             box_xyxy=corners_of_xywh(box),
             key=f"object {i}",
             iscrowd=as_flag(crowd),
+            has_size=True,
             category_id=number if is_numbered else None,
             found=f"bbox {shown(box)}, iscrowd {shown(crowd)}",
             area_px2=_first(row, AREAS),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from coordexp.errors import DataError
-from coordexp.records.schema import ObjectRecord, Record, parse_record
+from coordexp.records.schema import RECORDS, ObjectRecord, Record, parse_record
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, SplitFiles
-from coordexp.records.sources.files import MAX_LINE_BYTES, opened
+from coordexp.records.sources.files import opened, read_lines
 
 LAYOUT = "records, one JSON object a line"
 
@@ -23,14 +22,11 @@ def read(files: SplitFiles) -> Reading:
     def images() -> Iterator[SourceImage]:
         seen: set[object] = set()
         with opened(path, LAYOUT) as handle:
-            for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
+            for number, line in read_lines(handle, path, LAYOUT):
                 try:
-                    row = json.loads(line)
-                    if b"\\ud" in line.lower():
-                        json.dumps(row, ensure_ascii=False).encode()  # half characters are in no text; ValueError
-                    record = parse_record(row, f"line {number}")
+                    record = parse_record(RECORDS.parse_json(line, f"line {number}"), f"line {number}")
                     _check_metadata(record.metadata, f"line {number}: metadata")
-                except (DataError, ValueError, RecursionError) as error:
+                except DataError as error:
                     problems.append(Problem("record_invalid", str(path), f"line {number}", str(error)))
                     continue
                 image_id = _image_id(record)

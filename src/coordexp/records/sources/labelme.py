@@ -7,7 +7,7 @@ lines have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +33,27 @@ def read(files: SplitFiles) -> Reading:
     paths = annotation_files(files.path, (".json",))
     if not paths or not files.path.exists():
         raise DataError(f"{files.path}: not found; expected {LAYOUT}, or a folder of them.")
-    problems: list[Problem] = []
-    is_one_file = files.path.is_file()
+    is_one_file, names = files.path.is_file(), ImageNames(files)
     if is_one_file:
         _checked(paths[0])
 
-    def images() -> Iterator[SourceImage]:
-        names = ImageNames(files)
-        for path in paths:
-            try:
-                source = _checked(path)
-            except DataError as error:
-                problems.append(Problem("annotation_unreadable", str(path), path.stem, str(error)))
-                continue
-            below = "" if is_one_file else path.parent.relative_to(files.path).as_posix()
-            yield SourceImage(
-                file_name=_image_name(source.get("imagePath"), path, below, names),
-                key=path.stem,
-                image_id=None,
-                width=source.get("imageWidth"),
-                height=source.get("imageHeight"),
-                objects=tuple(_object(shape, i) for i, shape in enumerate(source["shapes"])),
-                file=str(path),
-            )
+    def parse(path: Path) -> SourceImage | Problem:
+        try:
+            source = _checked(path)
+        except DataError as error:
+            return Problem("annotation_unreadable", str(path), path.stem, str(error))
+        below = "" if is_one_file else path.parent.relative_to(files.path).as_posix()
+        return SourceImage(
+            file_name=_image_name(source.get("imagePath"), path, below, names),
+            key=path.stem,
+            image_id=None,
+            width=source.get("imageWidth"),
+            height=source.get("imageHeight"),
+            objects=tuple(_object(shape, i) for i, shape in enumerate(source["shapes"])),
+            file=str(path),
+        )
 
-    return Reading(images(), (), problems)
+    return Reading(paths, (), [], parse)
 
 
 def _checked(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
@@ -27,6 +28,7 @@ from coordexp.records.sources.base import (
 from coordexp.records.sources.coco import annotated_box, as_id, load_instances
 from coordexp.records.sources.files import opened_parquet, read_json, refuse_pickle, shown
 
+INSTANCES = "instances.json"
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
 # A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
 _OF_ANNOTATION = re.compile(r"(COCO_[a-z]+\d{4}_\d{12})_\d+(\.jpg)$")
@@ -43,6 +45,11 @@ def read(files: SplitFiles) -> Reading:
     return _read_mdetr(files)
 
 
+def read_from(files: SplitFiles) -> list[Path]:
+    """The refs, and the annotations that they may mean."""
+    return [files.path, files.path.parent / INSTANCES]
+
+
 def plain_name(name: object) -> object:
     """The COCO image of a ref's file name, without folders."""
     if not isinstance(name, str):
@@ -51,8 +58,9 @@ def plain_name(name: object) -> object:
 
 
 def _question(
-    files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None)
-) -> SourceImage:
+    files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None),
+    has_size: bool = True,
+) -> SourceImage:  # fmt: skip
     """One expression about one image."""
     return SourceImage(
         file_name=files.image_name(plain_name(name)),
@@ -60,14 +68,14 @@ def _question(
         image_id=None,
         width=size[0],
         height=size[1],
-        objects=(SourceObject(phrase, box, "object"),),
+        objects=(SourceObject(phrase, box, "object", has_size=has_size),),
         file=str(files.path),
         metadata={"phrase": " ".join(phrase.split()) if isinstance(phrase, str) else ""},
     )
 
 
 def _read_refs(files: SplitFiles, refs: list[Any]) -> Reading:
-    instances = load_instances(files.path.parent / "instances.json")
+    instances = load_instances(files.path.parent / INSTANCES)
     by_annotation = {as_id(row.get("id")): (image, row) for image, rows in instances.by_image() for _, row in rows}
     problems: list[Problem] = []
 
@@ -131,9 +139,8 @@ def _read_parquet(files: SplitFiles) -> Reading:
             for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
                 for row in batch.to_pylist():
                     for j, phrase in enumerate(_listed(row[columns[1]])):
-                        yield _question(
-                            files, row[columns[0]], phrase, box_of(row["bbox"]), f"row {number}, sentence {j}"
-                        )
+                        name, box, key = row[columns[0]], box_of(row["bbox"]), f"row {number}, sentence {j}"
+                        yield _question(files, name, phrase, box, key, has_size=box_of is corners_of_xywh)
                     number += 1
 
     return Reading(images(), (), [])

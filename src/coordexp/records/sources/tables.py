@@ -27,7 +27,7 @@ from coordexp.records.sources.base import (
     corners_of_xywh,
 )
 from coordexp.records.sources.files import is_readable, read_csv, shown
-from coordexp.records.sources.grouped import Grouped
+from coordexp.records.sources.grouped import Grouped, rows_of
 
 LAYOUT = "a table of boxes: image, x1, y1, x2, y2, class, or with a header (docs/data.md lists the names of columns)"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -73,23 +73,22 @@ def read(files: SplitFiles) -> Reading:
             problems.append(Problem("unknown_image", str(files.path), f"row {line}", shown(",".join(row), 80)))
             continue
         grouped.add(numbers.setdefault(cells["image"], len(numbers)), [line, cells])
-    names = list(numbers)
+    names, finder = list(numbers), ImageNames(files)
 
-    def images() -> Iterator[SourceImage]:
-        finder = ImageNames(files)
-        for number, found in grouped:
-            first = found[0][1]
-            yield SourceImage(
-                file_name=finder.find(names[number]),
-                key=names[number],
-                image_id=None,
-                width=as_number(first.get("image_width")),
-                height=as_number(first.get("image_height")),
-                objects=tuple(_object(line, cells) for line, cells in found if _is_object(cells)),
-                file=str(files.path),
-            )
+    def parse(entry: tuple[int, list[str]]) -> SourceImage:
+        number, found = entry[0], rows_of(entry[1])
+        first = found[0][1]
+        return SourceImage(
+            file_name=finder.find(names[number]),
+            key=names[number],
+            image_id=None,
+            width=as_number(first.get("image_width")),
+            height=as_number(first.get("image_height")),
+            objects=tuple(_object(line, cells) for line, cells in found if _is_object(cells)),
+            file=str(files.path),
+        )
 
-    return Reading(images(), (), problems)
+    return Reading(grouped, (), problems, parse)
 
 
 def opened_table(path: Path) -> tuple[Columns, Iterator[list[str]]]:
@@ -129,6 +128,7 @@ def _object(line: int, cells: Mapping[str, str]) -> SourceObject:
         box_xyxy=box,
         key=f"row {line}",
         iscrowd=flag,
+        has_size="x1" not in cells,
         truncated=as_flag(cells.get("truncated")) is True,
         found="" if box and flag is not None else shown(",".join(cells.values()), 80),
     )
@@ -162,25 +162,30 @@ def read_open_images(files: SplitFiles) -> Reading:
         cells["label"] = names[cells["label"]]
         grouped.add(numbers.setdefault(cells["image"], len(numbers)), [line, cells])
     absent = _absent(files.path, names, numbers)
-    ids = list(numbers)
+    ids, finder = list(numbers), ImageNames(files)
     categories = tuple(Category(number, name) for number, name in enumerate(dict.fromkeys(names.values()), 1))
 
-    def images() -> Iterator[SourceImage]:
-        finder = ImageNames(files)
-        for number, found in grouped:
-            name = str(files.image_name(ids[number]))
-            yield SourceImage(
-                file_name=finder.of_stem(name) or f"{name}.jpg",
-                key=ids[number],
-                image_id=None,
-                width=None,
-                height=None,
-                objects=tuple(_unit_object(line, cells) for line, cells in found),
-                file=str(files.path),
-                metadata={"absent": absent.get(ids[number], [])},
-            )
+    def parse(entry: tuple[int, list[str]]) -> SourceImage:
+        image_id = ids[entry[0]]
+        name = str(files.image_name(image_id))
+        return SourceImage(
+            file_name=finder.of_stem(name) or f"{name}.jpg",
+            key=image_id,
+            image_id=None,
+            width=None,
+            height=None,
+            objects=tuple(_unit_object(line, cells) for line, cells in rows_of(entry[1])),
+            file=str(files.path),
+            metadata={"absent": absent.get(image_id, [])},
+        )
 
-    return Reading(images(), categories, problems)
+    return Reading(grouped, categories, problems, parse)
+
+
+def open_images_read_from(files: SplitFiles) -> list[Path]:
+    """Every table that says what is annotated in the split."""
+    described = _beside(files.path, _DESCRIPTIONS)
+    return [files.path, *([described] if described else []), *_image_labels(files.path)]
 
 
 def _unit_object(line: int, cells: dict[str, str]) -> SourceObject:
@@ -195,10 +200,8 @@ def _beside(path: Path, pattern: str) -> Path | None:
 
 def _absent(path: Path, names: Mapping[str, str], images: Mapping[str, int]) -> dict[str, list[str]]:
     """Image -> names that somebody verified to be absent, where the table of image labels is beside the boxes."""
-    split = path.name.split("-", 1)[0]
-    tables = [p for p in sorted(path.parent.glob(f"{split}{_IMAGE_LABELS}")) if is_readable(p)]
     found: dict[str, set[str]] = {}
-    for table in tables:
+    for table in _image_labels(path):
         rows = read_csv(table, "Open Images' labels of images")
         header = {name: i for i, name in enumerate(next(rows, []))}
         if not {"ImageID", "LabelName", "Confidence"} <= header.keys():
@@ -210,3 +213,8 @@ def _absent(path: Path, names: Mapping[str, str], images: Mapping[str, int]) -> 
             if cells[0] in images and cells[1] in names and as_number(cells[2]) == 0:
                 found.setdefault(cells[0], set()).add(names[cells[1]])
     return {image: sorted(absent) for image, absent in found.items()}
+
+
+def _image_labels(path: Path) -> list[Path]:
+    split = path.name.split("-", 1)[0]
+    return [p for p in sorted(path.parent.glob(f"{split}{_IMAGE_LABELS}")) if is_readable(p)]

@@ -7,6 +7,7 @@ are exhaustive for nothing, so prompts may not claim that a name is absent.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from coordexp.errors import DataError
@@ -21,6 +22,7 @@ from coordexp.records.sources.base import (
 )
 from coordexp.records.sources.files import read_json
 
+IMAGE_DATA = "image_data.json"
 LAYOUT = "Visual Genome's objects.json or region_descriptions.json"
 
 
@@ -32,7 +34,7 @@ def read(files: SplitFiles) -> Reading:
     known = _image_data(files)
     problems: list[Problem] = []
 
-    def images() -> Iterator[SourceImage]:
+    def numbered() -> Iterator[tuple[int, dict[str, Any]]]:
         seen: set[int] = set()
         for i, entry in enumerate(entries):
             fields = entry if isinstance(entry, dict) else {}
@@ -45,23 +47,32 @@ def read(files: SplitFiles) -> Reading:
                 problems.append(Problem("duplicate_id", str(files.path), f"image {image_id}"))
                 continue
             seen.add(image_id)
-            data = known[image_id]
-            yield SourceImage(
-                file_name=files.image_name(_path(data)),
-                key=f"image {image_id}",
-                image_id=image_id,
-                width=data.get("width"),
-                height=data.get("height"),
-                objects=tuple(_objects(fields)),
-                file=str(files.path),
-                metadata={"absent": []},
-            )
+            yield image_id, fields
 
-    return Reading(images(), (), problems)
+    def parse(entry: tuple[int, dict[str, Any]]) -> SourceImage:
+        image_id, fields = entry
+        data = known[image_id]
+        return SourceImage(
+            file_name=files.image_name(_path(data)),
+            key=f"image {image_id}",
+            image_id=image_id,
+            width=data.get("width"),
+            height=data.get("height"),
+            objects=tuple(_objects(fields)),
+            file=str(files.path),
+            metadata={"absent": []},
+        )
+
+    return Reading(numbered(), (), problems, parse)
+
+
+def read_from(files: SplitFiles) -> list[Path]:
+    """Both files that say what is annotated."""
+    return [files.path, files.path.parent / IMAGE_DATA]
 
 
 def _image_data(files: SplitFiles) -> dict[int, dict[str, Any]]:
-    path = files.path.parent / "image_data.json"
+    path = files.path.parent / IMAGE_DATA
     rows = read_json(path, "Visual Genome's image_data.json")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: holds no list of images; expected Visual Genome's image_data.json.")
@@ -82,4 +93,4 @@ def _objects(entry: dict[str, Any]) -> Iterator[SourceObject]:
         number = fields.get("region_id", fields.get("object_id"))
         size = [fields.get("w", fields.get("width")), fields.get("h", fields.get("height"))]
         box = corners_of_xywh([fields.get("x"), fields.get("y"), *size])
-        yield SourceObject(desc, box, f"object {i if number is None else number}")
+        yield SourceObject(desc, box, f"object {i if number is None else number}", has_size=True)

@@ -34,38 +34,52 @@ _FOLDERS = ("Annotations", "annotations", "xml", "labels")
 
 def read(files: SplitFiles) -> Reading:
     """VOC; the annotation file is the list, such as `ImageSets/Main/train.txt`, or the folder `Annotations`."""
-    problems: list[Problem] = []
-    folders = _xml_folders(files)
+    listed, problems = _listed(files), list[Problem]()
+    if files.path.suffix.lower() == ".xml":
+        read_xml(files.path, LAYOUT)
+    names, seen = ImageNames(files), set[str]()
+
+    def entries() -> Iterator[tuple[str, Path]]:
+        for stem, path in listed:
+            if stem in seen:
+                problems.append(Problem("duplicate_id", str(files.path), stem))
+            else:
+                seen.add(stem)
+                yield stem, path
+
+    def parse(entry: tuple[str, Path]) -> SourceImage | Problem:
+        stem, path = entry
+        try:
+            return _image(names, path, stem)
+        except DataError as error:
+            return Problem("annotation_unreadable", str(path), stem, str(error))
+
+    return Reading(entries(), (), problems, parse)
+
+
+def _listed(files: SplitFiles) -> list[tuple[str, Path]]:
+    """Each image's name without its suffix, and its XML file."""
     if files.path.is_dir():
         paths = annotation_files(files.path, (".xml",))
         if not paths:
             raise DataError(f"{files.path}: holds no XML file; expected {LIST}.")
-        listed = [(path.relative_to(files.path).with_suffix("").as_posix(), path) for path in paths]
-    elif files.path.suffix.lower() == ".xml":
-        listed = [(files.path.stem, files.path)]
-        read_xml(files.path, LAYOUT)
-    else:
-        lines = [line.strip() for line in read_text(files.path, LIST).splitlines() if line.strip()]
-        if not folders:
-            raise DataError(
-                f"{files.root / _FOLDERS[0]}: no such folder, and no XML beside the images; expected Pascal VOC's XML."
-            )
-        found = [_stem(line, folders) for line in lines]
-        listed = [(stem, _xml(stem, folders)) for stem in found]
+        return [(path.relative_to(files.path).with_suffix("").as_posix(), path) for path in paths]
+    if files.path.suffix.lower() == ".xml":
+        return [(files.path.stem, files.path)]
+    lines = [line.strip() for line in read_text(files.path, LIST).splitlines() if line.strip()]
+    folders = _xml_folders(files)
+    if not folders:
+        raise DataError(
+            f"{files.root / _FOLDERS[0]}: no such folder, and no XML beside the images; expected Pascal VOC's XML."
+        )
+    found = [_stem(line, folders) for line in lines]
+    return [(stem, _xml(stem, folders)) for stem in found]
 
-    def images() -> Iterator[SourceImage]:
-        names, seen = ImageNames(files), set[str]()
-        for stem, path in listed:
-            if stem in seen:
-                problems.append(Problem("duplicate_id", str(files.path), stem))
-                continue
-            seen.add(stem)
-            try:
-                yield _image(names, path, stem)
-            except DataError as error:
-                problems.append(Problem("annotation_unreadable", str(path), stem, str(error)))
 
-    return Reading(images(), (), problems)
+def read_from(files: SplitFiles) -> list[Path]:
+    """Every file that says what is annotated in the split."""
+    listed = _listed(files)
+    return [*([] if files.path.is_dir() else [files.path]), *(path for _, path in listed)]
 
 
 def _xml_folders(files: SplitFiles) -> list[Path]:

@@ -44,26 +44,36 @@ def read(files: SplitFiles) -> Reading:
     places = _places(files, described)
     if not places:
         raise DataError(f"{files.root / files.images}: no such folder; expected the images of the split.")
-    images = sorted({path for place in places for path in _images_of(place, files.root)})
-    problems: list[Problem] = []
     categories = tuple(Category(number, name, "train") for number, name in sorted(names.items()))
+    labels, others = _labels(files, places)
 
-    def read_images() -> Iterator[SourceImage]:
-        labels: set[Path] = set()
-        for name in images:
-            label = _label(files.root, name)
-            labels.add(label)
-            try:
-                objects = tuple(_objects(label, names, key_points)) if label.exists() else ()
-                yield SourceImage(name, name, None, None, None, objects, str(label))
-            except DataError as error:
-                yield SourceImage(
-                    name, name, None, None, None, (), str(label), problem="label_unreadable", detail=str(error)
-                )
-        others = {path for place in places if place.is_dir() for path in _label_files(place, files.root)}
-        problems.extend(_unused(sorted(others - labels), names))
+    def parse(entry: tuple[str, Path]) -> SourceImage:
+        name, label = entry
+        try:
+            objects = tuple(_objects(label, names, key_points)) if label.exists() else ()
+            return SourceImage(name, name, None, None, None, objects, str(label))
+        except DataError as error:
+            return SourceImage(
+                name, name, None, None, None, (), str(label), problem="label_unreadable", detail=str(error)
+            )
 
-    return Reading(read_images(), categories, problems)
+    return Reading(labels.items(), categories, list(_unused(others, names)), parse)
+
+
+def read_from(files: SplitFiles) -> list[Path]:
+    """Every file that says what is annotated in the split: also labels that belong to no image."""
+    places = _places(files, _described(files.path))
+    labels, others = _labels(files, places)
+    return [files.path, *(p for p in places if not p.is_dir()), *labels.values(), *others]
+
+
+def _labels(files: SplitFiles, places: list[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """Image -> where its labels are, or would be, in the order of names; and the label files of no image."""
+    images = sorted({path for place in places for path in _images_of(place, files.root)})
+    labels = {name: _label(files.root, name) for name in images}
+    known = set(labels.values())
+    found = {path for place in places if place.is_dir() for path in _label_files(place, files.root)}
+    return labels, sorted(found - known)
 
 
 def _places(files: SplitFiles, described: dict[str, Any]) -> list[Path]:
@@ -114,16 +124,17 @@ def _images_of(place: Path, root: Path) -> Iterator[str]:
 
 
 def _label(root: Path, name: str) -> Path:
-    """The label file of an image: below `labels`, or beside it."""
+    """The label file of an image: below `labels`, or beside it; its suffix may be in capitals."""
     usual, beside = root / label_path(name), root / PurePosixPath(name).with_suffix(".txt")
-    return usual if usual == beside or usual.exists() or not beside.exists() else beside
+    places = (place.with_suffix(suffix) for suffix in (".txt", ".TXT") for place in (usual, beside))
+    return next((place for place in places if place.exists()), usual)
 
 
 def _label_files(place: Path, root: Path) -> Iterator[Path]:
     """Every text file where labels of the images of a folder may lie."""
     image = (place.relative_to(root) / "image").as_posix()
     for folder in dict.fromkeys((place, (root / label_path(image)).parent)):
-        yield from (p for p in files_below(folder) if p.suffix == ".txt")
+        yield from (p for p in files_below(folder) if p.suffix.lower() == ".txt")
 
 
 def label_path(image_name: str) -> str:

@@ -1,0 +1,313 @@
+"""`coordexp verify`: is everything that is stored what was written, and if not, where is a good copy?
+
+What is compared, each file once, by its bytes and never by its time stamp:
+
+    DVC's cache     the name of an entry is the md5 of its content
+    the workspace   every output that dvc.lock records, by the md5 there; below data/ and runs/ also what it does not
+                    record, by the lists of hashes that the stages leave (infra/artefacts.py)
+    .resume         saved states, fresh rollouts and kept answers by their lists, journals line by line
+    pictures        those of the data sets and of the shards, by the sha256 that the raw stage recorded
+
+Where the workspace is linked to the cache (`cache.type` hardlink, symlink, reflink), both may be one file: DVC trusts
+what it linked, so it calls a damaged file up to date and checks it out again. Here it is found as both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordexp.config.loading import read_yaml
+from coordexp.errors import CoordExpError, DamagedArtefactError
+from coordexp.experiments.dvc_cache import DvcCache, Run
+from coordexp.infra.artefacts import HASHES, damage, sealed_row, verified
+from coordexp.infra.files import remove, write_text
+from coordexp.infra.foreign import Gate
+from coordexp.infra.resume import RESUME
+from coordexp.records.images import MANIFEST, image_roots, image_sha256, record_source
+from coordexp.records.manifest import IMAGES, read_facts
+from coordexp.rollout.engine import journal_rows
+from coordexp.training.state_files import generations
+
+_TREES = ("data", "runs")
+_SEALED = Gate("a file with its hash in it", DamagedArtefactError, "Run the stage that writes it again.")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is not what was written: where, what, and what was done or is to be done about it."""
+
+    where: str
+    what: str
+    remedy: str
+    is_mended: bool = False
+
+    def __str__(self) -> str:
+        return f"{'mended' if self.is_mended else 'DAMAGED'}  {self.where}: {self.what}. {self.remedy}"
+
+
+@dataclass(slots=True)
+class Verified:
+    """What was looked at, a line for each area, and all that is wrong."""
+
+    looked_at: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong any more."""
+        return all(fault.is_mended for fault in self.faults)
+
+
+Outputs = Mapping[str, tuple[str, Mapping[str, Any]]]  # path of an output -> its stage, and its entry in dvc.lock
+
+
+def recorded_outputs(root: Path, run: Run) -> Outputs:
+    """The outputs that dvc.lock records, without those that git holds."""
+    lock = root / "dvc.lock"
+    stages = read_yaml(lock)["stages"] if lock.is_file() else {}
+    outs = {out["path"]: (name, out) for name, stage in stages.items() for out in stage.get("outs", [])}
+    of_git = run("git", "ls-files", "-z", "--", *outs).stdout.split("\0") if outs else []
+    return {path: entry for path, entry in outs.items() if not any(_within(name, path) for name in of_git)}
+
+
+def verify(root: Path, run: Run, repair: bool, say: Callable[[str], None]) -> Verified:
+    """Look at everything that is stored in a repository.
+
+    With `repair`, damaged entries leave DVC's cache, damaged files and states the workspace and `.resume`, and what has
+    a good copy is put back from there: the workspace, the cache, DVC's remote.
+    """
+    found, cache = Verified(), DvcCache.of(root, run)
+    outputs = recorded_outputs(root, run)
+    say("DVC's cache ...")
+    bad = _check_cache(cache, found)
+    say("workspace ...")
+    broken = _check_workspace(root, cache, outputs, found)
+    if repair:
+        _mend(root, run, cache, outputs, bad, broken, found)
+    say(".resume ...")
+    _check_resume(root / RESUME, repair, found)
+    say("pictures ...")
+    _check_pictures(root, found)
+    return found
+
+
+def _check_cache(cache: DvcCache, found: Verified) -> dict[str, Path]:
+    """The damaged entries by md5."""
+    bad, n_bytes, n = {}, 0, 0
+    for path in cache.entries():
+        n, n_bytes = n + 1, n_bytes + path.stat().st_size
+        named = path.parent.name + path.name
+        if cache.md5_of(path) != named.removesuffix(".dir"):
+            bad[named] = path
+            found.faults.append(Fault(str(path), "its content does not have the md5 that is its name", _AGAIN))
+    found.looked_at.append(f"DVC's cache: {n} entries, {_size(n_bytes)}, {len(bad)} damaged")
+    return bad
+
+
+_AGAIN = "`coordexp verify --repair` removes it"
+
+
+def _check_workspace(root: Path, cache: DvcCache, outputs: Outputs, found: Verified) -> dict[str, tuple[str, str]]:
+    """The damaged files: path -> stage that writes it, and the md5 it should have."""
+    broken: dict[str, tuple[str, str]] = {}
+    n_files, listed = 0, set()
+    for path, (stage, out) in outputs.items():
+        files = cache.files_of(out)
+        if not (root / path).exists() or files is None:
+            continue  # not checked out; or only its own list can tell
+        listed.add(path)
+        changed = {name for name, md5 in files.items() if not _is(cache, root / name, md5)}
+        n_files += len(files)
+        if changed and _is_another_result(root / path, changed, path):
+            found.looked_at.append(f"{path}: whole, but not the result that dvc.lock records: see `dvc status`")
+            continue
+        for name in sorted(changed):
+            broken[name] = stage, files[name]
+            what = "not the content that dvc.lock records" if (root / name).exists() else "gone"
+            found.faults.append(Fault(name, what, "`coordexp verify --repair` restores it, or says what to run"))
+    lists = [path for tree in _TREES for path in sorted((root / tree).rglob(HASHES))]
+    own = [path.parent for path in lists if not any(path.is_relative_to(root / out) for out in listed)]
+    for folder in own:
+        found.faults += [Fault(*line.partition(": ")[::2], "") for line in damage(folder)]
+    found.looked_at.append(
+        f"workspace: {len(listed)} outputs of dvc.lock with {n_files} files, {len(own)} other folders with hashes, "
+        f"{len(broken)} files damaged"
+    )
+    return broken
+
+
+def _is(cache: DvcCache, path: Path, md5: str) -> bool:
+    try:
+        return path.is_file() and cache.md5_of(path) == md5
+    except OSError:  # it cannot be read
+        return False
+
+
+def _is_another_result(path: Path, changed: Iterable[str], name: str) -> bool:
+    """Whether an output that differs from dvc.lock is what its stage wrote, later than that."""
+    if (path / HASHES).is_file():
+        return f"{name}/{HASHES}" in changed and not any(damage(path))
+    try:
+        return bool(_SEALED.read_sealed(path))
+    except DamagedArtefactError:
+        return False
+
+
+def _mend(
+    root: Path,
+    run: Run,
+    cache: DvcCache,
+    outputs: Outputs,
+    bad: Mapping[str, Path],
+    broken: Mapping[str, tuple[str, str]],
+    found: Verified,
+) -> None:
+    good = _copies(root, cache, outputs, {*bad, *(md5 for _, md5 in broken.values())})
+    for path in bad.values():
+        path.unlink()
+    for md5, path in good.items():
+        if not cache.holds(md5):
+            cache.add(path, md5)
+    for name, (_, md5) in broken.items():
+        if cache.holds(md5) or _is_damaged(root / name):  # DVC would take it for what it linked there
+            remove(root / name)
+    cache.forget()
+    wanted = {path for path, (_, out) in outputs.items() if any(_within(name, path) for name in broken)}
+    wanted |= {path for path, (_, out) in outputs.items() if out.get("md5") in bad}
+    lacking = {path for path in wanted if not _is_there(cache, outputs[path][1])}
+    if lacking and run("dvc", "remote", "list").stdout.strip():
+        run("dvc", "fetch", *sorted(lacking))
+    whole = sorted(path for path in wanted if _is_there(cache, outputs[path][1]))
+    if whole:
+        run("dvc", "checkout", "--force", *whole)
+    _judge(root, cache, outputs, bad, broken, found)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file that differs from dvc.lock is damaged for sure, as its own hash says."""
+    try:
+        verified(path)
+    except DamagedArtefactError:
+        return True
+    return False
+
+
+def _copies(root: Path, cache: DvcCache, outputs: Outputs, wanted: set[str]) -> dict[str, Path]:
+    """Good files of the workspace, and of revisions that were fetched, by their md5, for those that are wanted."""
+    found: dict[str, Path] = {}
+    for _, out in outputs.values():
+        for name, md5 in (cache.files_of(out) or {}).items():
+            if md5 in wanted and _is(cache, root / name, md5):
+                found[md5] = root / name
+    for path in (root / "runs" / "revisions").rglob("*"):
+        if path.is_file() and (md5 := cache.md5_of(path)) in wanted:
+            found.setdefault(md5, path)
+    return found
+
+
+def _is_there(cache: DvcCache, out: Mapping[str, Any]) -> bool:
+    files = cache.files_of(out)
+    return files is not None and all(map(cache.holds, files.values()))
+
+
+def _judge(
+    root: Path,
+    cache: DvcCache,
+    outputs: Outputs,
+    bad: Mapping[str, Path],
+    broken: Mapping[str, tuple[str, str]],
+    found: Verified,
+) -> None:
+    """Say of each fault what became of it."""
+    of_entry = {str(path): md5 for md5, path in bad.items()}
+    for place, fault in enumerate(found.faults):
+        if md5 := of_entry.get(fault.where):
+            kept = cache.holds(md5)
+            users = [stage for stage, out in outputs.values() if md5 in _named(cache, out)]
+            again = f"; run again what made it: dvc repro {' '.join(sorted(set(users)))}" if users and not kept else ""
+            remedy = "restored from a good copy" if kept else f"removed from the cache{again}"
+            found.faults[place] = Fault(fault.where, fault.what, remedy, kept or not users)
+        elif fault.where in broken:
+            stage, md5 = broken[fault.where]
+            if _is(cache, root / fault.where, md5):
+                found.faults[place] = Fault(fault.where, fault.what, "restored from a good copy", True)
+            else:
+                is_gone = not os.path.lexists(root / fault.where)
+                gone, again = (", and the file was removed", "") if is_gone else ("", "--force --single-item ")
+                remedy = f"no good copy is left{gone}; run again what made it: dvc repro {again}{stage}"
+                found.faults[place] = Fault(fault.where, fault.what, remedy)
+
+
+def _named(cache: DvcCache, out: Mapping[str, Any]) -> set[str]:
+    return {out.get("md5", ""), *(cache.files_of(out) or {}).values()}
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}/")
+
+
+def _check_resume(resume: Path, repair: bool, found: Verified) -> None:
+    """Saved states and what else has a list; a damaged one is removed, so that its run goes on from what is before."""
+    states = {state for folder in resume.glob("*") for state in generations(folder)}
+    folders = sorted(states | {path.parent for path in resume.rglob(HASHES)})
+    for folder in folders:
+        for line in list(damage(folder))[:1]:
+            where, _, what = line.partition(": ")
+            remedy = "removed: the run goes on from the state before, or at step 0" if repair else _AGAIN
+            found.faults.append(Fault(where, what.partition(". ")[0], remedy, repair))
+            if repair:
+                remove(folder)
+    n_lines = sum(_check_journal(path, repair, found) for path in sorted(resume.rglob("generations*.jsonl")))
+    found.looked_at.append(f".resume: {len(folders)} states and sets, {n_lines} answers in journals")
+
+
+def _check_journal(path: Path, repair: bool, found: Verified) -> int:
+    rows, damaged = journal_rows(path)
+    if damaged:
+        what = f"{len(damaged)} lines are damaged; the first is {damaged[0]}"
+        found.faults.append(Fault(str(path), what, "What they answered is asked again", True))
+    if damaged and repair:
+        write_text(path, "".join(json.dumps(sealed_row(row)) + "\n" for row in rows.values()))
+    return len(rows)
+
+
+def _check_pictures(root: Path, found: Verified) -> None:
+    """The pictures of each raw folder, in files and in shards, by their recorded sha256."""
+    n = 0
+    for manifest in sorted((root / "data").glob(f"*/raw/{MANIFEST}")):
+        folder = manifest.parent
+        try:
+            roots = image_roots(folder) if (folder / IMAGES).is_file() else {}
+            facts = read_facts(folder) if roots else {}
+        except CoordExpError as error:
+            found.faults.append(Fault(str(folder), str(error), ""))
+            continue
+        for name, recorded in ((f"{s}/{f.name}", f) for s, rows in facts.items() for f in rows.values()):
+            if recorded.sha256:
+                n += 1
+                found.faults += _picture_fault(folder, name, recorded.sha256)
+    found.looked_at.append(f"pictures: {n}")
+
+
+def _picture_fault(folder: Path, name: str, expected: str) -> list[Fault]:
+    try:
+        source = record_source(folder, name)
+        digest = image_sha256(source)
+    except DamagedArtefactError as error:
+        return [Fault(name, str(error), "")]
+    except CoordExpError as error:
+        return [Fault(name, str(error).rstrip("."), "Restore it from where the data set comes from")]
+    if digest == expected:
+        return []
+    what = f"sha256 {digest[:16]}, but the raw stage recorded {expected[:16]}"
+    remedy = "Restore it from where the data set comes from; if it was meant to change, dvc repro --force raw"
+    return [Fault(f"{name} ({os.fspath(source) if isinstance(source, Path) else source})", what, remedy)]
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,66 @@
+"""Pictures at an address of the network: fetched only when told, whole, and within limits of size and time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TypeGuard
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from coordexp.errors import PictureError
+from coordexp.infra.files import write_bytes
+from coordexp.records.images import read_rgb
+
+MAX_BYTES = 2**28
+SILENT_SECONDS, ALL_SECONDS = 30.0, 300.0
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+
+
+def is_address(image: object) -> TypeGuard[str]:
+    """Whether a picture is named by an address of the network."""
+    return isinstance(image, str) and bool(_ADDRESS.match(image))
+
+
+def fetched_files(addresses: Iterable[str], folder: Path) -> list[Path]:
+    """Fetch pictures into a folder, where they keep the ends of their names; raises PictureError naming what fails."""
+    paths = []
+    for address in addresses:
+        name = re.sub(r"[^\w.-]", "_", unquote(PurePosixPath(urlsplit(address).path).name))[-80:] or "picture"
+        path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}"
+        write_bytes(path, _content(address))
+        paths.append(path)
+    return paths
+
+
+def fetched_rgb(address: str) -> Image.Image:
+    """The picture at an address, as `read_rgb` reads a file; raises PictureError naming the address."""
+    with TemporaryDirectory(prefix="coordexp-") as folder:
+        (path,) = fetched_files([address], Path(folder))
+        try:
+            return read_rgb(path)
+        except PictureError as error:
+            raise PictureError(str(error).replace(os.fspath(path), address)) from error
+
+
+def _content(address: str) -> bytes:
+    import httpx2
+
+    found, ends = bytearray(), time.monotonic() + ALL_SECONDS
+    try:
+        with httpx2.stream("GET", address, follow_redirects=True, timeout=SILENT_SECONDS) as answer:
+            answer.raise_for_status()
+            for part in answer.iter_bytes():
+                found += part
+                if len(found) > MAX_BYTES or time.monotonic() > ends:
+                    limits = f"{MAX_BYTES >> 20} MiB in {ALL_SECONDS:.0f} s"
+                    raise PictureError(f"{address}: sends more than {limits}; fetch the file yourself.")
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise PictureError(f"{address}: cannot be fetched: {str(error).strip() or type(error).__name__}.") from error
+    return bytes(found)
