@@ -78,9 +78,9 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "metrics   dvc metrics show"; \
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
-# Groups in the order of tests/conftest.py, which starts the long ones first.
+# tests/conftest.py says which tests stay together, and which files come first.
 test: $(DEV_STAMP)  ## run the test-suite, and name its slowest twenty
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder --durations=20 -m "not vllm and not faults"
+	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations=20 -m "not vllm and not faults"
 
 quick: $(DEV_STAMP)  ## before a pull request, 90 seconds: lint, formatting, types, and the unit tests of what differs from main
 	@$(MAKE) --no-print-directory --output-sync=target -j2 checks changed-tests

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,6 +16,7 @@ from warm_python import warm_path
 
 VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
 bound_spinning()  # also for the processes that tests start
 if not Path("/dev/nvidiactl").exists():
@@ -51,9 +54,24 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(run_folder(tmp_path_factory) / "warm", make) / "bin"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file goes to one worker, as its fixtures are dear and its tests may follow from each other; SPREAD by test.
+
+    The groups of `--dist loadgroup` would say so, too, but are lost on pytest 9.2, which keeps node ids as they are.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.removeprefix("tests/") in SPREAD else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device or vLLM where there is none; say what workers do first, and what together."""
+    """Skip what needs a CUDA device or vLLM where there is none; say what workers do first."""
     missing = {"gpu": _no_cuda, "vllm": lambda: not VLLM_PYTHON.is_file()}
     for mark, is_missing in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
@@ -62,9 +80,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {mark}"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: LONG.index(_file(item)) if _file(item) in LONG else len(LONG))
-        for item in items:
-            if _file(item) not in SPREAD and not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(_file(item)))
 
 
 def _file(item: pytest.Item) -> str:

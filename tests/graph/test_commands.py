@@ -19,7 +19,7 @@ from coordexp import cli
 from smoke_clone import Clone
 from source_tree import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("commands")]  # one worker: what one leaves, the next finds
+pytestmark = pytest.mark.slow  # in the order of the documents: what one command leaves, the next finds
 
 # In the order in which a reader meets them: what one leaves is what the next finds.
 FIRST = ("README.md", "docs/quickstart.md", "docs/recipes.md", "docs/sharing.md")

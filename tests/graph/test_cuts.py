@@ -88,7 +88,6 @@ def test_every_key_is_changed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("cuts")
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=() if key in QUICK else pytest.mark.faults) for key in CHANGES]
 )
@@ -109,7 +108,6 @@ def test_what_a_key_runs_comes_out_different(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("cuts")
 def test_nothing_changed_runs_nothing(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = baseline.copy(tmp_path / "again")
     monkeypatch.chdir(again.root)

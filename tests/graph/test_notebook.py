@@ -39,7 +39,6 @@ def showing(cells: Sequence[Any], kind: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_every_cell_runs(
     path: Path, clone: Clone, reproduced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,7 +35,7 @@ from coordexp.stage import stage_main
 from helpers import save_model
 from qwen import qwen3_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("production")]
+pytestmark = pytest.mark.slow
 PROFILE = "coco-qwen3vl-2b"
 STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control, decode, coco_eval, report)
 

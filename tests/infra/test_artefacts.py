@@ -257,6 +257,7 @@ def changes(kind: Kind, name: str, flips: int) -> Iterator[tuple[Path, bytes]]:
     rng = random.Random(name)
     files = sorted(path for path in kind.folder.rglob("*") if path.is_file() and "eval/stage2" not in path.as_posix())
     files = files or sorted(path for path in kind.folder.rglob("*") if path.is_file())
+    files = [path for path in files if path.stat().st_size]  # a mark holds nothing
     sizes = [path.stat().st_size for path in files]
     chosen = [*files * (1 + flips // 40), *rng.choices(files, sizes, k=flips)][:flips]
     for path in chosen:

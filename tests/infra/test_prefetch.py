@@ -54,13 +54,13 @@ def test_one_who_stops_early_may_be_collected_in_the_thread():
 
     hook, threading.excepthook = threading.excepthook, problems.append
     unraisable, sys.unraisablehook = sys.unraisablehook, problems.append
+    others = threading.enumerate()
     try:
         owner["taken"] = ahead(items())
         next(owner["taken"])
         in_use.set()
-        for thread in threading.enumerate():
-            if thread.name.startswith("made-ahead"):
-                thread.join(timeout=10)
+        for thread in set(threading.enumerate()).difference(others):
+            thread.join(timeout=10)
     finally:
         threading.excepthook, sys.unraisablehook = hook, unraisable
     assert not problems

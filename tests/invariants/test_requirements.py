@@ -23,7 +23,7 @@ HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 NOT_LOCKED = {"fiftyone"}  # brings a database of its own; tests use a stand-in
 # Optional, with the remedy in the error; of an environment of its own (vLLM); part of another package: pydantic_core,
 # and triton of torch for CUDA.
-NOT_ASKED_FOR = {"vllm", "supervision", "pydantic_core", "bitsandbytes", "triton"}
+NOT_ASKED_FOR = {"vllm", "supervision", "trackio", "wandb", "pydantic_core", "bitsandbytes", "triton"}
 
 
 def module_of(requirement: Requirement) -> str:

@@ -38,7 +38,7 @@ from coordexp.text.symbols import TokenTable
 from coordexp.training.rollout_pool import engine_of_now
 from helpers import Workspace, World, asked, decode_request, new_checkpoint, rollout_config, token_logprobs
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 GREEDY = decode_request(max_new_tokens=48)

@@ -25,8 +25,6 @@ from coordexp.training.step import TeacherTask
 from helpers import Workspace, World, build_workspace
 from stage_runs import ENDS_WITHIN_S, EXACT, REPOSITORY, add_rollouts, assert_alike, trace
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # all share what `spaces` ran
-
 STAGES = {"stage1": train_stage1, "stage2": train_stage2}
 STOP = 1
 

@@ -231,7 +231,8 @@ def _repository() -> Repository:
 @contextmanager
 def _experiments() -> Iterator[Repository]:
     """The repository, held for this process; a signal ends in Interrupted."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT is what dvc and stages are stopped by: as a shell's background job they would be born deaf to it.
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         repository = _repository()
         with repository.held():
@@ -239,7 +240,8 @@ def _experiments() -> Iterator[Repository]:
     except KeyboardInterrupt:
         raise Interrupted("stopped by a signal; run the same command again: what is done is not done again.") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _chosen(name: str | None, words: Sequence[str]) -> str:

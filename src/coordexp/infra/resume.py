@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from coordexp.errors import BusyError, Interrupted
-from coordexp.infra.files import remove, repository_root, write_text
+from coordexp.infra.files import remove, repository_root
 from coordexp.infra.foreign import Gate
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,8 @@ def _discard(folder: Path) -> None:
 
 def mark(folder: Path) -> None:
     """Say that the same command goes on from what this folder holds."""
-    write_text(folder / MARK, f"process {os.getpid()} on {platform.node()}, {_now()}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()  # perhaps by several processes at once
 
 
 def unmark(folder: Path) -> None:

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,11 +93,17 @@ class TensorBoard:
 class Wandb:
     """W&B, or trackio, which takes the same calls."""
 
-    def __init__(self, folder: Path, name: str, module: str = "wandb") -> None:
-        self._module: Any = import_module(module)
+    def __init__(self, folder: Path, name: str) -> None:
+        self._module = self._imported()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_DIR", str(folder))  # otherwise it writes into the working directory
         self._run: Any = self._module.init(project=PROJECT, name=name)
+
+    @staticmethod
+    def _imported() -> Any:
+        import wandb
+
+        return wandb
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -113,8 +118,11 @@ class Wandb:
 class Trackio(Wandb):
     """A dashboard on this machine: `trackio show`."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        super().__init__(folder, name, "trackio")
+    @staticmethod
+    def _imported() -> Any:
+        import trackio
+
+        return trackio
 
 
 TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {
