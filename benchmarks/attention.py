@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -64,12 +63,8 @@ class Bench:
 
     def fresh(self, way: str) -> Checkpoint:
         """The initial checkpoint under one way of attention."""
-        if way == "segments":
-            return self.run.checkpoint(self.init)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
-            self.init, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
-        return replace(self.checkpoint, model=model)
+        load = self.run.checkpoint if way == "segments" else self.run.plain_checkpoint
+        return load(self.init)
 
     def task(self, checkpoint: Checkpoint, steps: int, seed: int) -> TeacherTask:
         """Stage 1 on `steps` steps, in the order of a seed."""

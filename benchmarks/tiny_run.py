@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from benchmarks.harness import Row, unmeasured
+from transformers import Qwen3VLForConditionalGeneration
 
 from coordexp.config.loading import load_params, load_profile
 from coordexp.config.paths import ProfilePaths
@@ -27,6 +29,13 @@ class TinyRun:
     def checkpoint(self, folder: Path) -> Checkpoint:
         """A model of the run, in float32 on the CPU."""
         return load_checkpoint(folder)
+
+    def plain_checkpoint(self, folder: Path) -> Checkpoint:
+        """The same as transformers alone would load it: SDPA with masks, a call for each picture, patches by Conv3d."""
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+        return replace(load_checkpoint(folder), model=model)
 
     def samples(self, split: str, count: int) -> list[Sample]:
         """The first samples of a split."""

@@ -3,9 +3,9 @@
     PYTHONPATH=src python -m benchmarks.training_step --profile tiny
 
 ours    stage 1 as the stage runs it: packed rows, logits at supervised slots only, all coordinate losses, kept memory
-padded  a plain loop over the same Hugging Face model: padded batches, full logits, cross-entropy on the answers
+padded  a plain loop over transformers' own model (SDPA, Conv3d): padded batches, full logits, text cross-entropy
 kept    the same with freed memory kept, as ours has it (stage.py)
-trl     TRL's SFTTrainer on those padded batches (benchmarks/trl_loop.py), without its gradient checkpointing
+trl     TRL's SFTTrainer on that model and those batches (benchmarks/trl_loop.py), without its gradient checkpointing
 
 The same samples, precision and optimizer (AdamW), in processes of their own that take turns. `ours` also says what part
 of a step it waits for data, and its share of peak (MFU): the operations of a step without any twice
@@ -45,7 +45,7 @@ from coordexp.training.loop import train
 from coordexp.training.optimizers import build_optimizer
 from coordexp.training.step import Criterion, TeacherTask
 
-SPEED, WAITING = 3.0, 0.03
+WAITING = 0.03
 WARM_STEPS = 2
 LR = 1e-4
 BESIDE = {
@@ -53,7 +53,7 @@ BESIDE = {
     "kept": "the same with freed memory kept, as ours",
     "trl": "TRL's SFTTrainer on the padded batches",
 }
-AIMED = {"padded", "trl"}
+AIMED = {"padded": 1.8, "trl": 2.6}
 PEAK_SIDE = 2048  # of the square matrices whose product shows the peak
 NO_TRL = "needs benchmarks/requirements.txt, which make bench installs"
 
@@ -178,7 +178,8 @@ def trl(run: TinyRun, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
 def child(arguments: argparse.Namespace) -> None:
     """Train one way and print its figures."""
     run = tiny_run.open_run(arguments)
-    checkpoint = run.checkpoint(run.paths.norm1000 / "init")
+    load = run.checkpoint if arguments.child == "ours" else run.plain_checkpoint
+    checkpoint = load(run.paths.norm1000 / "init")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = {"ours": ours, "padded": padded, "kept": kept, "trl": trl}[arguments.child](
         run, checkpoint, arguments.steps
@@ -227,11 +228,16 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     ]
     for name in names[1:]:
         ratio = Figure(beside(name, "seconds_per_sample"), beside(name, "cpu_per_sample"))
-        least = SPEED if name in AIMED else None
-        rows.append(measured(f"training step: times faster than {name}", ratio, "x", BESIDE[name], at_least=least))
+        rows.append(
+            measured(f"training step: times faster than {name}", ratio, "x", BESIDE[name], at_least=AIMED.get(name))
+        )
         memory = Figure(beside(name, "extra_gib")).map(lambda more: 1 / more)
         rows.append(measured(f"training step: memory beside {name}", memory, "", "growth while training"))
-    return rows if has_trl else [*rows, unmeasured("training step: times faster than trl", NO_TRL, f">= {SPEED:g} x")]
+    return (
+        rows
+        if has_trl
+        else [*rows, unmeasured("training step: times faster than trl", NO_TRL, f">= {AIMED['trl']:g} x")]
+    )
 
 
 def options(parser: argparse.ArgumentParser) -> None:

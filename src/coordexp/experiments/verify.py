@@ -66,6 +66,16 @@ class Verified:
 Outputs = Mapping[str, tuple[str, Mapping[str, Any]]]  # path of an output -> its stage, and its entry in dvc.lock
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A repository, what runs programs in it, DVC's cache of it, and the outputs that dvc.lock records."""
+
+    root: Path
+    run: Run
+    cache: DvcCache
+    outputs: Outputs
+
+
 def recorded_outputs(root: Path, run: Run) -> Outputs:
     """The outputs that dvc.lock records, without those that git holds."""
     lock = root / "dvc.lock"
@@ -81,14 +91,14 @@ def verify(root: Path, run: Run, repair: bool, say: Callable[[str], None]) -> Ve
     With `repair`, damaged entries leave DVC's cache, damaged files and states the workspace and `.resume`, and what has
     a good copy is put back from there: the workspace, the cache, DVC's remote.
     """
-    found, cache = Verified(), DvcCache.of(root, run)
-    outputs = recorded_outputs(root, run)
+    found, stored = Verified(), _Stored(root, run, DvcCache.of(root, run), recorded_outputs(root, run))
     say("DVC's cache ...")
-    bad = _check_cache(cache, found)
+    bad = _check_cache(stored.cache, found)
     say("workspace ...")
-    broken = _check_workspace(root, cache, outputs, found)
+    broken = _check_workspace(stored, found)
     if repair:
-        _mend(root, run, cache, outputs, bad, broken, found)
+        _mend(stored, bad, broken)
+        _judge(stored, bad, broken, found)
     say(".resume ...")
     _check_resume(root / RESUME, repair, found)
     say("pictures ...")
@@ -112,11 +122,12 @@ def _check_cache(cache: DvcCache, found: Verified) -> dict[str, Path]:
 _AGAIN = "`coordexp verify --repair` removes it"
 
 
-def _check_workspace(root: Path, cache: DvcCache, outputs: Outputs, found: Verified) -> dict[str, tuple[str, str]]:
+def _check_workspace(stored: _Stored, found: Verified) -> dict[str, tuple[str, str]]:
     """The damaged files: path -> stage that writes it, and the md5 it should have."""
+    root, cache = stored.root, stored.cache
     broken: dict[str, tuple[str, str]] = {}
     n_files, listed = 0, set()
-    for path, (stage, out) in outputs.items():
+    for path, (stage, out) in stored.outputs.items():
         files = cache.files_of(out)
         if not (root / path).exists() or files is None:
             continue  # not checked out; or only its own list can tell
@@ -158,16 +169,9 @@ def _is_another_result(path: Path, changed: Iterable[str], name: str) -> bool:
         return False
 
 
-def _mend(
-    root: Path,
-    run: Run,
-    cache: DvcCache,
-    outputs: Outputs,
-    bad: Mapping[str, Path],
-    broken: Mapping[str, tuple[str, str]],
-    found: Verified,
-) -> None:
-    good = _copies(root, cache, outputs, {*bad, *(md5 for _, md5 in broken.values())})
+def _mend(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]]) -> None:
+    root, run, cache, outputs = stored.root, stored.run, stored.cache, stored.outputs
+    good = _copies(stored, {*bad, *(md5 for _, md5 in broken.values())})
     for path in bad.values():
         path.unlink()
     for md5, path in good.items():
@@ -185,7 +189,6 @@ def _mend(
     whole = sorted(path for path in wanted if _is_there(cache, outputs[path][1]))
     if whole:
         run("dvc", "checkout", "--force", *whole)
-    _judge(root, cache, outputs, bad, broken, found)
 
 
 def _is_damaged(path: Path) -> bool:
@@ -197,10 +200,11 @@ def _is_damaged(path: Path) -> bool:
     return False
 
 
-def _copies(root: Path, cache: DvcCache, outputs: Outputs, wanted: set[str]) -> dict[str, Path]:
+def _copies(stored: _Stored, wanted: set[str]) -> dict[str, Path]:
     """Good files of the workspace, and of revisions that were fetched, by their md5, for those that are wanted."""
+    root, cache = stored.root, stored.cache
     found: dict[str, Path] = {}
-    for _, out in outputs.values():
+    for _, out in stored.outputs.values():
         for name, md5 in (cache.files_of(out) or {}).items():
             if md5 in wanted and _is(cache, root / name, md5):
                 found[md5] = root / name
@@ -215,20 +219,14 @@ def _is_there(cache: DvcCache, out: Mapping[str, Any]) -> bool:
     return files is not None and all(map(cache.holds, files.values()))
 
 
-def _judge(
-    root: Path,
-    cache: DvcCache,
-    outputs: Outputs,
-    bad: Mapping[str, Path],
-    broken: Mapping[str, tuple[str, str]],
-    found: Verified,
-) -> None:
+def _judge(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]], found: Verified) -> None:
     """Say of each fault what became of it."""
+    root, cache = stored.root, stored.cache
     of_entry = {str(path): md5 for md5, path in bad.items()}
     for place, fault in enumerate(found.faults):
         if md5 := of_entry.get(fault.where):
             kept = cache.holds(md5)
-            users = [stage for stage, out in outputs.values() if md5 in _named(cache, out)]
+            users = [stage for stage, out in stored.outputs.values() if md5 in _named(cache, out)]
             again = f"; run again what made it: dvc repro {' '.join(sorted(set(users)))}" if users and not kept else ""
             remedy = "restored from a good copy" if kept else f"removed from the cache{again}"
             found.faults[place] = Fault(fault.where, fault.what, remedy, kept or not users)
