@@ -48,30 +48,16 @@ def generate_answers(
     with holding(kept, f"{len(samples)} answers of {folder}"):
         keep_within_budget(resume_root())
         journal = Journal(kept / JOURNAL)
-        answered = _answered(profile, form, folder, image_root, batch_images, samples, request, journal)
+        checkpoint = None
+        if profile.rollout.engine == "vllm":
+            generations, seconds = ask_servers(profile.rollout, form, folder, image_root, journal, samples, request)
+        elif len(devices := decode_devices(profile.launch.processes)) > 1:
+            with closing(WorkerEngine(folder, form, image_root, batch_images, devices, journal)) as workers:
+                generations, seconds = _timed(workers, samples, request)
+        else:
+            checkpoint = place_for_inference(folder, form)
+            generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
         finish(kept)
-    return answered
-
-
-def _answered(
-    profile: Profile,
-    form: ModelFormat,
-    folder: Path,
-    image_root: Path,
-    batch_images: int,
-    samples: Sequence[Sample],
-    request: DecodeRequest,
-    journal: Journal,
-) -> tuple[list[Generation], Checkpoint | None, float]:
-    checkpoint = None
-    if profile.rollout.engine == "vllm":
-        generations, seconds = ask_servers(profile.rollout, form, folder, image_root, journal, samples, request)
-    elif len(devices := decode_devices(profile.launch.processes)) > 1:
-        with closing(WorkerEngine(folder, form, image_root, batch_images, devices, journal)) as workers:
-            generations, seconds = _timed(workers, samples, request)
-    else:
-        checkpoint = place_for_inference(folder, form)
-        generations, seconds = _timed(HfEngine(checkpoint, image_root, batch_images, journal), samples, request)
     return generations, checkpoint, seconds
 
 
