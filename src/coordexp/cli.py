@@ -30,7 +30,7 @@ from coordexp.errors import (
 from coordexp.experiments.command import ab, answer, monitor, run, runs, verify
 from coordexp.experiments.judge import compare, evaluate
 from coordexp.infra.files import write_text
-from coordexp.infra.printable import printable_output
+from coordexp.infra.printable import note, printable_output
 from coordexp.infra.progress import bar
 from coordexp.records.image_files import expand_images, picture_targets
 from coordexp.reporting.command import browse, report
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app(args=argv, prog_name="coordexp")
     except Interrupted as error:
-        _note(f"interrupted: {error}")
+        note(f"interrupted: {error}")
         raise SystemExit(EXIT_INTERRUPTED) from None
     except TrainingError as error:
         _fail(str(error), EXIT_BUG)
@@ -80,12 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int = EXIT_USAGE) -> None:
-    _note(f"error: {message}")
+    note(f"error: {message}")
     raise SystemExit(code)
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _show_version(wanted: bool) -> None:
@@ -225,7 +221,7 @@ def convert(
         write_coco(out, records, converted.named())
     elif to == "yolo":
         if left_out := write_yolo(out, records, converted.named(), images, split):
-            _note(f"{left_out} ignore regions are left out: YOLO has none")
+            note(f"{left_out} ignore regions are left out: YOLO has none")
     else:
         write_records(out, records)
     print(f"{out}:", "\n".join(converted.summary()))
@@ -332,7 +328,7 @@ def doctor(
 
     if pin:
         file = params.parent / "configs" / f"{profile or load_params(params).profile}.yaml"
-        _note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
+        note(f"pinned {len(write_pins(file))} files of the model in {file}; commit it")
     run_config = RunConfig.read(params, profile)
     diagnosis = diagnose(run_config, decode=not header_only)
     print("\n".join(diagnosis.lines))
@@ -342,7 +338,7 @@ def doctor(
         from coordexp.doctor.page import write_page
 
         write_page(page, run_config, diagnosis.lines, diagnosis.records)
-        _note(f"pictures and statistics: {page}")
+        note(f"pictures and statistics: {page}")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
 
@@ -354,7 +350,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
             yield item
             at(done)
             if total >= 10 and done * 10 // total > (done - 1) * 10 // total and not sys.stderr.isatty():
-                _note(f"{what}: {done} of {total}")
+                note(f"{what}: {done} of {total}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from typing import Any
 from coordexp.detections import Detections, open_picture
 from coordexp.detector import Detector
 from coordexp.errors import DataError, PictureError
-from coordexp.infra.printable import printable, printable_lines
+from coordexp.infra.printable import note, printable
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.images import image_sha256
 from coordexp.records.prediction_log import PredictionLog
@@ -58,7 +57,7 @@ def answers(
             log.add(str(path), source, sha256, _answer(found))
             yield path, found
     if others := log.close(source):
-        _note(f"note: {log.path} also holds {others} answers of another checkpoint or other settings, not asked now.")
+        note(f"note: {log.path} also holds {others} answers of another checkpoint or other settings, not asked now.")
 
 
 def _from_log(log: PredictionLog, path: Path) -> Detections:
@@ -97,13 +96,9 @@ def _content(path: Path) -> str:
 
 def _note_reuse(log: PredictionLog, total: int, kept: int, stale: Counter[str]) -> None:
     if kept:
-        _note(f"note: {kept} of {total} images are in {log.path} already, and their answers hold.")
+        note(f"note: {kept} of {total} images are in {log.path} already, and their answers hold.")
     for why, count in sorted(stale.items()):
-        _note(f"note: {count} of {total} images are in {log.path}, but are asked again: {why}.")
-
-
-def _note(message: str) -> None:
-    print(printable_lines(message), file=sys.stderr)
+        note(f"note: {count} of {total} images are in {log.path}, but are asked again: {why}.")
 
 
 def json_line(path: Path, found: Detections | PictureError) -> str:
@@ -117,14 +112,14 @@ def _answer(found: Detections | PictureError) -> dict[str, Any]:
 
 def show_failure(path: Path, error: PictureError, as_json: bool) -> None:
     """Say why a picture has no answer, with `as_json` also in its place in the output."""
-    _note(f"skipped: {error}")
+    note(f"skipped: {error}")
     if as_json:
         print(json_line(path, error))
 
 
 def note_skipped(skipped: Sequence[Path], total: int) -> None:
     """Say at the end which pictures have no answer."""
-    _note(f"note: {len(skipped)} of {total} images could not be read: {', '.join(map(str, skipped[:SHOWN_NAMES]))}.")
+    note(f"note: {len(skipped)} of {total} images could not be read: {', '.join(map(str, skipped[:SHOWN_NAMES]))}.")
 
 
 def listing(path: Path, found: Detections) -> str:
@@ -138,12 +133,12 @@ def listing(path: Path, found: Detections) -> str:
 def note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
     """Say what of an answer could not be used."""
     if not found.parse.container_found:
-        _note(f"note: {path}: the answer is no list of objects; --json shows it.")
+        note(f"note: {path}: the answer is no list of objects; --json shows it.")
     elif found.parse.truncated:
-        _note(f"note: {path}: the answer was cut (--max-new-tokens {max_new_tokens}), objects may be missing.")
+        note(f"note: {path}: the answer was cut (--max-new-tokens {max_new_tokens}), objects may be missing.")
     if dropped := found.parse.dropped:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
-        _note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
+        note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +184,7 @@ def show(found_in: Iterable[tuple[Path, Detections | PictureError]], view: View)
 def note_question(detector: Detector, asked: Asked) -> None:
     """Say where the labels that are looked for cannot be in the prompt."""
     if asked.find and not detector.takes_labels:
-        _note("note: this checkpoint was not trained on lists of labels: asked for everything, others are left out.")
+        note("note: this checkpoint was not trained on lists of labels: asked for everything, others are left out.")
 
 
 def note_absent(names: Sequence[str], seen: set[str]) -> None:
@@ -198,7 +193,7 @@ def note_absent(names: Sequence[str], seen: set[str]) -> None:
     absent = [name for name in names if normalise_desc(name) not in called]
     if absent:
         others = ", ".join(map(printable, sorted(seen)[:SHOWN_NAMES])) or "nothing"
-        _note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
+        note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
 
 
 def draw(path: Path, found: Detections, target: Path) -> None:

@@ -101,7 +101,7 @@ def test_needs_by_hand(repository, monkeypatch):
     record = Record("a.jpg", 96, 64, (ObjectRecord("cat", (0, 0, 9, 9)),))
     needs = needs_of(run, [record] * 10)
     assert needs.image_tokens == 10 * (96 // image.factor) * (64 // image.factor)
-    assert needs.text_tokens == 10 * (15 + 5 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
+    assert needs.text_tokens == 10 * (14 + 5 + 1 + 9)  # 4 coordinates and 5 scaffold pieces of one token each
     assert needs.longest_tokens == (needs.image_tokens + needs.text_tokens) / 10
     assert needs.packs == -(-(needs.image_tokens + needs.text_tokens) // run.profile.packing.pack_tokens)
     assert needs.over_pack == 0
@@ -138,7 +138,7 @@ def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, co
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*\.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "not a safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "incomplete or damaged"),
     ],
 )
 def test_a_model_that_cannot_be_read_stops_a_run(repository, tmp_path, damage, message):

@@ -13,7 +13,6 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import Qwen3VLConfig
 
@@ -22,7 +21,7 @@ from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.doctor.memory import WEIGHT, Memory, sharded_memory, step_memory
 from coordexp.errors import CheckpointError
-from coordexp.infra.provenance import weight_files
+from coordexp.models.folder import weight_shapes
 from coordexp.models.loading import check_config
 from coordexp.models.processor import pixel_spec
 from coordexp.packing.pixels import resized_size
@@ -157,13 +156,4 @@ def tokens_per_object(count: Callable[[str], int], codec: str) -> int:
 
 def count_parameters(folder: Path) -> int:
     """Parameters of a checkpoint, from the headers of its safetensors files; raises CheckpointError without any."""
-    total = 0
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as weights:
-                total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch it again.") from error
-    if not total:
-        raise CheckpointError(f"{folder}: holds no *.safetensors; model.path must be a checkpoint folder.")
-    return total
+    return sum(prod(shape) for shape in weight_shapes(folder).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from coordexp.evaluation.foreign.reading import (
     read_sides,
 )
 from coordexp.experiments.command import Checkpoint, compare_revisions
+from coordexp.infra.printable import note
 
 if TYPE_CHECKING:
     from coordexp.evaluation.effect import Effect
@@ -125,8 +125,8 @@ def _evaluate(files: Sequence[Path], reading: Reading) -> list[Evaluation]:
     from coordexp.evaluation.protocol import STANDARD_MATCHING, STANDARD_SEED
 
     sides = read_sides(files, reading)
-    for note in sides.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for remark in sides.notes:
+        note(f"note: {remark}")
     return [
         evaluate_results(rows, sides.categories, reading.params, STANDARD_MATCHING, STANDARD_SEED, sides.federated)
         for rows in sides.results

@@ -34,6 +34,11 @@ def printable_lines(text: str) -> str:
     return "".join(part if part in _LAYOUT else printable(part) for part in re.split(r"([\n\t])", text))
 
 
+def note(message: str) -> None:
+    """Say something beside the answer of a command, on standard error."""
+    print(printable_lines(message), file=sys.stderr, flush=True)
+
+
 def printable_tree(value: Any) -> Any:
     """JSON with all of its texts printable, keys included."""
     if isinstance(value, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from coordexp.evaluation.foreign.reading import (
     TruthFile,
     read_sides,
 )
+from coordexp.infra.printable import note
 
 if TYPE_CHECKING:
     from coordexp.records.categories import Category
@@ -120,7 +120,7 @@ def _answers(
     paths = ProfilePaths(own)
     given = files or [paths.evaluation(run) / GT_VS_PRED for run in DEFAULT_RUNS]
     sides, declared = read_sides(given, reading), paths.records / "categories.json"
-    for note in sides.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for remark in sides.notes:
+        note(f"note: {remark}")
     categories = read_categories(declared) if not files and declared.is_file() else sides.categories
     return _Answers(dict(zip(labels_of(given), sides.results, strict=True)), categories, images or paths.raw, paths)
