@@ -137,7 +137,7 @@ def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, co
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*\.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "incomplete or damaged"),
     ],
 )
