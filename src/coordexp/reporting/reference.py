@@ -36,7 +36,7 @@ from coordexp.inputs import (
     stage_plans,
 )
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
-from coordexp.reporting.inputs import bounds_of, metric, metrics_frame, read_json
+from coordexp.reporting.inputs import Metrics, bounds_of, metric, metrics_frame, read_json
 from coordexp.reporting.markdown import number, table, with_interval
 from coordexp.reporting.training import MEANINGS
 
@@ -50,6 +50,12 @@ SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
 END = "<!-- end of results -->"
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
+
+_TIERS = {
+    "seen": "names that training wrote",
+    "phrase": "pairs that pretraining drew, but never wrote",
+    "strict": "pairs that were never drawn nor written",
+}
 
 _PARAMETERS_INTRO = """\
 Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
@@ -255,19 +261,39 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")
 
 
-def results_table(profile: str, root: Path) -> str | None:
-    """Metrics of a run, a row for each checkpoint; mAP with its 95 % interval. None where the run's outputs are not."""
+def results(profile: str, root: Path) -> str | None:
+    """Tables of a run: metrics by checkpoint, and AP by how names are held out. None where its outputs are not."""
     path = ProfilePaths(profile, root).metrics
     if not path.is_file():
         return None
     found = read_json(path, "coco-eval")
     metrics = metrics_frame({name: found[name]["eval"] for name in CHECKPOINTS})
+    return f"{_results_table(metrics)}\n\n{_names_table(metrics)}"
+
+
+def _results_table(metrics: Metrics) -> str:
+    """A row for each checkpoint; mAP with its 95 % interval."""
     keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
     rows = []
     for name in CHECKPOINTS:
         first, *others = (metric(metrics, name, key) for key in keys)
         rows.append([name, with_interval(first, bounds_of(metrics, name, keys[0])), *map(number, others)])
     return table(["val", *(specs[key].name for key in keys)], rows)
+
+
+def _names_table(metrics: Metrics) -> str:
+    """AP at IoU .50 of the last checkpoint with its 95 % interval: a row for each tier, a column for each question."""
+    name, rows = CHECKPOINTS[-1], []
+    for tier, meaning in _TIERS.items():
+        keys = [f"vocabulary{area}_{tier}_AP50" for area in (".everything", ".list", "_blind.list")]
+        rows.append([meaning, *(with_interval(metric(metrics, name, k), bounds_of(metrics, name, k)) for k in keys)])
+    head = [
+        f"AP50 of {name}",
+        "asked for everything",
+        "asked with a list",
+        "with a list, answers dealt to other images",
+    ]
+    return table(head, rows)
 
 
 def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
@@ -280,11 +306,11 @@ def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
 
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
-    readme, results = (root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root)
+    readme, shown = (root / README).read_text(encoding="utf-8"), results(SHOWN_PROFILE, root)
     written = {
         PARAMETERS_PAGE: parameters_markdown(Graph(declarations(root), stage_plans(root, SHOWN_PROFILE))),
         METRICS_PAGE: metrics_markdown(),
-        README: with_block(readme, BEGIN, END, results, str(README)) if results else readme,
+        README: with_block(readme, BEGIN, END, shown, str(README)) if shown else readme,
     }
     figures = measured(root)
     production, scaling = ((root / page).read_text(encoding="utf-8") for page in (PRODUCTION_PAGE, SCALING_PAGE))
