@@ -21,7 +21,7 @@ from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.table import Floats, Ints
 from coordexp.reporting.inputs import TRAINED, Json, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, number, percent, table, with_interval
-from coordexp.reporting.training import MEANINGS, SHAPES, w1_fraction
+from coordexp.reporting.training import MEANINGS, OTHER_UNITS, SHAPES, w1_fraction
 from coordexp.reporting.verdicts import Difference, checkpoint_faults, compared, difference_from, verdict_of
 
 W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
@@ -284,7 +284,7 @@ def _shape_mean(
     counts_I = np.array([n if value is not None else 0 for n, value in found], np.float64)
     sums_I = np.array([n * (value or 0.0) for n, value in found], np.float64)
     mean, resampled = _ratio(sums_I, counts_I, _reading_weights(data, len(rows)))
-    return mean, interval(resampled, mean, is_share=False)
+    return mean, interval(resampled, mean, is_share=name not in OTHER_UNITS)
 
 
 def _nats(rows: Sequence[Mapping[str, float]]) -> str:

@@ -58,7 +58,7 @@ def measures_table(data: ReportData, outcomes: Mapping[str, Outcomes], area: str
             statistic = measure.statistic(outcomes[name].table)
             value = float(statistic(np.ones((1, first.n_images)))[0])
             known = None if np.isnan(value) else value
-            cells.append(with_interval(known, interval(statistic(weights_BI), known, is_share=False)))
+            cells.append(with_interval(known, interval(statistic(weights_BI), known, is_share=measure.unit == "0..1")))
         unit = "" if measure.unit == "0..1" else f" ({measure.unit})"
         rows.append([f"`{key}`{_ARROWS[measure.better]}", escape(measure.meaning) + unit, *cells])
     return table(["measure", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))

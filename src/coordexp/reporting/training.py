@@ -35,6 +35,12 @@ SHAPES = {
     "coverage_50": "target inside the central 50 % of the distribution, fraction; 0.5 if its width can be believed",
     "coverage_90": "the same of the central 90 %",
 }
+OTHER_UNITS = (
+    "softce_kl",
+    "expected_bin_mae",
+    "margin_mean",
+    "gate",
+)  # nats and bins; what else there is, is in [0, 1]
 COORD_SUM = "coord_reg"
 SLOTS = "coord_diag/coord_tokens"
 CORRELATED = ("raw/softce", "raw/w1", "raw/gate", "raw/coord_ce", "raw/text_ce", BIN_ERROR)
