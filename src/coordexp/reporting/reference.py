@@ -18,6 +18,7 @@ from pathlib import Path
 from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.profile import Profile
+from coordexp.config.question import UNASKED
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
@@ -38,7 +39,7 @@ from coordexp.inputs import (
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
 from coordexp.reporting.inputs import Metrics, bounds_of, metric, metrics_frame, read_json
 from coordexp.reporting.markdown import number, table, with_interval
-from coordexp.reporting.training import MEANINGS
+from coordexp.reporting.training import MEANINGS, SHAPES
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PRODUCTION_PAGE, SCALING_PAGE = Path("docs/production.md"), Path("docs/scaling.md")
@@ -75,6 +76,10 @@ A changed value runs the stages under "read by" again, as `pipelines/inputs.yaml
 each whose inputs came out different (`decode` is all four, `decode@base` to `decode@stage2`; `check` runs always).
 `profile` is part of every command and path; `model.path` is where the files of the model lie, which pins identify."""
 
+_UNASKED = """\
+Every other key of `params.yaml`, and every choice of one that lists its choices, is in an arm of a question of
+`configs/questions/` (`coordexp answer --list`)."""
+
 _TERMS = """\
 In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
 weight is 0 is not computed, but for box terms, which are always logged. Stage 1 takes `text_ce` at weight 1 and has no
@@ -99,7 +104,8 @@ counted half)."""
 _LOGS = """\
 `train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
-`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`; in stage 2 also
+`loss/coord_reg` (the sum of the weighted coordinate terms), `lr` (the peak rate times the schedule), `grad_norm`
+(before clipping), `tokens`, `samples`; in stage 2 also
 `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
@@ -118,7 +124,9 @@ few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU 
 forward of its own (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
 annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, in the
 annotated context `A1`, in the soft self-context `A2` and on where channel A has several forwards, and in the model's
-own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`."""
+own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`.
+Its `coord_diag` holds, by context `A1`, `A2` and on, means over the image's coordinate slots of the diagnostics below;
+the readings `coord.*` of questions are their means over dev in the context `A1`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -171,6 +179,9 @@ def parameters_markdown(graph: Graph) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, graph),
         *_blocks(Profile, PROFILE_FILE, graph),
+        "## Keys that no question varies",
+        _UNASKED,
+        table(["key", "reason"], [[f"`{key}`", _cell(why)] for key, why in UNASKED.items()], "ll"),
         "## Terms of the loss",
         _TERMS,
         terms_table(),
@@ -245,6 +256,8 @@ def metrics_markdown() -> str:
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),
+        "Of held-out slots alone, in `context_errors.jsonl` (`losses/coord_terms.py:distribution_shape`):",
+        table(["diagnostic", "meaning"], [[f"`{name}`", _cell(words)] for name, words in SHAPES.items()], "ll"),
     ]
     return "\n\n".join(parts) + "\n"
 
