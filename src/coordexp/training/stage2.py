@@ -114,7 +114,9 @@ def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore
 
 
 def _session(run: RunConfig) -> Session:
-    settings = run.params.model_dump(exclude={"profile": True, "stage1": True, "decode": READOUT_KEYS, "eval": True})
+    settings = run.params.model_dump(
+        exclude={"profile": True, "stage1": True, "control": True, "decode": READOUT_KEYS, "eval": True}
+    )
     inputs = {
         **start_files(run.paths.run("stage1")),
         "samples": run.paths.norm1000 / "train.parquet",
