@@ -48,7 +48,7 @@ LIBRARIES = (
 )
 # What no library reads when it is imported, by name or beginning.
 FREE = ("HOME", "PWD", "OLDPWD", "SHLVL", "_", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "COLUMNS", "LINES")
-FREE += ("RANK", "WORLD_SIZE", "MFLAGS")
+FREE += ("RANK", "WORLD_SIZE", "MFLAGS", "TORCHINDUCTOR_CACHE_DIR")
 FREE_BEGINNINGS = ("DVC_", "GIT_", "MAKE", "PYTEST_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 FREE_BEGINNINGS += ("TORCH_NCCL_", "TOY_")
 # What the package, or the interpreter, sets itself before a library is imported.
