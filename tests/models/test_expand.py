@@ -47,6 +47,18 @@ def test_ids_follow_the_known_tokens_and_rows_are_a_multiple_of_128(fresh):
     torch.testing.assert_close(embedding(model)[:n_known], before[:n_known], rtol=0, atol=0)
 
 
+def test_no_row_depends_on_what_the_process_drew_before():
+    """Nor does a row of no token, which the loss sees, too."""
+    tables = []
+    for state in (1, 2):
+        tokenizer = new_tokenizer()
+        model = build_tiny(tokenizer, 3)
+        torch.manual_seed(state)
+        add_coordinate_tokens(model, tokenizer, "ordinal", 1)
+        tables.append(embedding(model).detach())
+    assert torch.equal(*tables)
+
+
 def test_each_token_is_encoded_as_one_special_token(fresh):
     model, tokenizer = fresh
     vocabulary = add_coordinate_tokens(model, tokenizer, "mean", 1)

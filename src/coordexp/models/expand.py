@@ -41,9 +41,10 @@ def add_coordinate_tokens(
     if not has_coord_tokens(tokenizer):
         tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
         vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
-        if vocabulary.end_id > input_table(model).num_embeddings:
+        n_given = input_table(model).num_embeddings
+        if vocabulary.end_id > n_given:
             model.resize_token_embeddings(round_up(vocabulary.end_id), mean_resizing=False)
-        _fill_rows(model, tokenizer, vocabulary, init, seed)
+        _fill_rows(model, tokenizer, vocabulary, init, seed, max(n_given, vocabulary.end_id))
         return vocabulary
     vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
     rows = input_table(model).num_embeddings
@@ -60,7 +61,9 @@ def _fill_rows(
     vocabulary: CoordVocabulary,
     init: str,
     seed: int,
+    first_unused: int,
 ) -> None:
+    """Fill the rows of the coordinate tokens, and those from `first_unused` on, which are of no token."""
     tables = [input_table(model).weight]
     if not model.config.tie_word_embeddings:
         tables.append(model.lm_head.weight)
@@ -69,6 +72,7 @@ def _fill_rows(
         for table_VD in tables:
             known = table_VD[: vocabulary.first_id]
             table_VD[vocabulary.first_id : vocabulary.end_id] = coordinate_rows(known, digit_ids, init, seed)
+            table_VD[first_unused:] = known.mean(0)  # transformers draws them, each process other ones
 
 
 def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int) -> Tensor:
