@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 from shutil import copyfile
@@ -23,6 +24,7 @@ from benchmarks.coco_like import TRAIN_IMAGES, VAL_IMAGES, scenes, write_instanc
 from benchmarks.harness import ChildRun, Figure, Row, measured, run_child
 from ruamel.yaml import YAML
 from tests.qwen import qwen3_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import harness
 from coordexp.config.loading import load_profile, profile_tree
@@ -68,10 +70,16 @@ def make_source(folder: Path, n_images: dict[str, int]) -> int:
 
 def sample_preparer(folder: Path) -> SamplePreparer:
     """What makes samples of records, as norm1000 has it for a real model."""
-    profile, tokenizer = load_profile(folder / "configs" / f"{PROFILE}.yaml"), qwen3_tokenizer()
-    tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
+    profile = load_profile(folder / "configs" / f"{PROFILE}.yaml")
     pixels = PixelSpec(16, 2, 2, profile.model.min_pixels, profile.model.max_pixels)
-    return SamplePreparer(tokenizer, get_codec("json"), pixels)
+    return SamplePreparer(_tokenizer(), get_codec("json"), pixels)
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = qwen3_tokenizer()
+    tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
+    return tokenizer
 
 
 def tokenise(folder: Path) -> None:

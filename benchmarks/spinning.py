@@ -69,7 +69,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     if missing := tiny_run.absent("spinning threads", arguments, run.paths.norm1000 / "init", run.paths.packed):
         return missing
     if arguments.quick:
-        arguments = argparse.Namespace(**vars(arguments) | {"steps": WARM_STEPS + 1, "rounds": 1, "busy": "0"})
+        toy = {"steps": WARM_STEPS + 1, "rounds": 1, "busy": "0", "ways": "bounded,library"}
+        arguments = argparse.Namespace(**vars(arguments) | toy)
     rows, alone, ways = [], None, arguments.ways.split(",")
     for count in sorted(map(int, arguments.busy.split(","))):
         with busy(count):

@@ -19,13 +19,15 @@ VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
 bound_spinning()  # also for the processes that tests start
+os.fsync = lambda _descriptor: None  # nothing here outlives a power cut, and a busy disk takes its time
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
 
 # What takes minutes begins first, so that a worker does not end with it while the others have nothing left.
 LONG = (
     "graph/test_production.py", "graph/test_smoke.py", "graph/test_kill.py", "graph/test_commands.py",
-    "training/test_fsdp.py", "training/test_distributed.py", "graph/test_cuts.py", "graph/test_inputs.py",
+    "graph/test_own_photos.py", "training/test_fsdp.py", "training/test_distributed.py", "graph/test_cuts.py",
+    "graph/test_inputs.py", "rollout/test_slot_decoder.py", "rollout/test_hf_engine.py", "rollout/test_stages.py",
     "rollout/test_hf_constraints.py", "benchmarks/test_scripts.py", "experiments/test_front_door.py",
     "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py", "benchmarks/test_gpu_check.py",
     "training/test_launch.py", "graph/test_check_profile.py", "training/test_devices.py", "rollout/test_vllm_http.py",

@@ -79,6 +79,7 @@ def test_what_a_library_may_have_read_and_other_options_get_an_interpreter(
 
     assert is_warm("python", "x.py")
     assert is_warm("python", "x.py", GOMP_SPINCOUNT="20000")  # what the package sets itself
+    assert is_warm("python", "x.py", PYTHONUNBUFFERED="1")
     assert not is_warm("python", "x.py", OMP_NUM_THREADS="2")
     assert not is_warm("python", "x.py", HF_HOME="elsewhere")
     assert not is_warm("python", "x.py", PYTHONHASHSEED="0")
@@ -103,6 +104,15 @@ def test_every_end_is_passed_on(environment: dict[str, str], tmp_path: Path, tex
     )
     assert done.returncode == code
     assert done.stderr.endswith(words)
+
+
+def test_what_is_not_to_be_buffered_is_there_at_once(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(
+        "import os, sys\nprint('here', end='')\nprint('there', end='', file=sys.stderr)\nos._exit(0)\n"
+    )
+    for program, more in ((["python", "-u", "x.py"], {}), (["python", "x.py"], {"PYTHONUNBUFFERED": "1"})):
+        done = subprocess.run(program, cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("here", "there")
 
 
 def test_signals_reach_the_program_and_it_dies_with_whoever_asked(environment: dict[str, str], tmp_path: Path) -> None:

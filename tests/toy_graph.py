@@ -17,7 +17,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
+from warm_python import enter
 
+INTERPRETER = sys.executable
 SCRIPT = '''
 """Write the outputs of one stage: three images with boxes that are off by what the parameters say."""
 import json, os, shutil, time
@@ -116,7 +118,7 @@ report:
 GRAPH = """\
 stages:
   check:
-    cmd: {python} -m pipelines.check --profile ${{profile}}
+    cmd: python -m pipelines.check --profile ${profile}
     deps:
       - configs
       - pipelines
@@ -125,62 +127,62 @@ stages:
     params:
       - params.yaml:
     outs:
-      - inputs/${{profile}}:
+      - inputs/${profile}:
           cache: false
           persist: true
   convert:
-    cmd: {python} -m pipelines.convert --profile ${{profile}}
+    cmd: python -m pipelines.convert --profile ${profile}
     deps:
-      - inputs/${{profile}}/convert.json
+      - inputs/${profile}/convert.json
     outs:
-      - data/${{profile}}/records
+      - data/${profile}/records
   stage1:
-    cmd: {python} -m pipelines.stage1 --profile ${{profile}}
+    cmd: python -m pipelines.stage1 --profile ${profile}
     deps:
-      - inputs/${{profile}}/stage1.json
-      - data/${{profile}}/records
+      - inputs/${profile}/stage1.json
+      - data/${profile}/records
     outs:
-      - runs/${{profile}}/stage1
+      - runs/${profile}/stage1
   stage2:
-    cmd: {python} -m pipelines.stage2 --profile ${{profile}}
+    cmd: python -m pipelines.stage2 --profile ${profile}
     deps:
-      - inputs/${{profile}}/stage2.json
-      - runs/${{profile}}/stage1
+      - inputs/${profile}/stage2.json
+      - runs/${profile}/stage1
     outs:
-      - runs/${{profile}}/stage2
-      - runs/${{profile}}/stage2-compute.json
+      - runs/${profile}/stage2
+      - runs/${profile}/stage2-compute.json
   decode:
     foreach:
-      stage1: runs/${{profile}}/stage1
-      stage1-control: runs/${{profile}}/stage2
-      stage2: runs/${{profile}}/stage2
+      stage1: runs/${profile}/stage1
+      stage1-control: runs/${profile}/stage2
+      stage2: runs/${profile}/stage2
     do:
-      cmd: {python} -m pipelines.decode ${{key}} --profile ${{profile}}
+      cmd: python -m pipelines.decode ${key} --profile ${profile}
       deps:
-        - inputs/${{profile}}/decode.json
-        - ${{item}}
+        - inputs/${profile}/decode.json
+        - ${item}
       outs:
-        - runs/${{profile}}/decode/${{key}}
+        - runs/${profile}/decode/${key}
   coco-eval:
-    cmd: {python} -m pipelines.coco_eval --profile ${{profile}}
+    cmd: python -m pipelines.coco_eval --profile ${profile}
     deps:
-      - inputs/${{profile}}/coco-eval.json
-      - runs/${{profile}}/decode/stage1
-      - runs/${{profile}}/decode/stage1-control
-      - runs/${{profile}}/decode/stage2
-      - data/${{profile}}/records
+      - inputs/${profile}/coco-eval.json
+      - runs/${profile}/decode/stage1
+      - runs/${profile}/decode/stage1-control
+      - runs/${profile}/decode/stage2
+      - data/${profile}/records
     outs:
-      - runs/${{profile}}/eval
+      - runs/${profile}/eval
     metrics:
-      - reports/${{profile}}/headline.json:
+      - reports/${profile}/headline.json:
           cache: false
   report:
-    cmd: {python} -m pipelines.report --profile ${{profile}}
+    cmd: python -m pipelines.report --profile ${profile}
     deps:
-      - inputs/${{profile}}/report.json
-      - runs/${{profile}}/eval
+      - inputs/${profile}/report.json
+      - runs/${profile}/eval
     outs:
-      - reports/${{profile}}/progress.md:
+      - reports/${profile}/progress.md:
           cache: false
 """
 
@@ -213,14 +215,20 @@ class Toy:
         return lines
 
 
-def toy_environment(repository: Path, folder: Path) -> dict[str, str]:
-    """What the stages, git and DVC need; nothing is read from or written to the home of the user."""
+def enter_environment(patch: pytest.MonkeyPatch, repository: Path, folder: Path, warm: Path) -> None:
+    """Have what stages, git and DVC need; nothing is read from or written to the home of the user."""
     sources = f"{repository / 'src'}{os.pathsep}src"
-    environment = {"TOY_LOG": str(folder / "log"), "PYTHONPATH": sources, "HOME": str(folder)}
+    environment = {"TOY_LOG": str(folder / "log"), "PYTHONPATH": sources, "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"DVC_SITE_CACHE_DIR": str(folder / "dvc"), "DVC_NO_ANALYTICS": "1"}
     for role in ("AUTHOR", "COMMITTER"):
         environment |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@localhost"}
-    return environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    enter(patch, environment | {"PATH": os.pathsep.join([str(warm), cold_path(warm)])}, warm)
+
+
+def cold_path(warm: Path) -> str:
+    """Where each program gets an interpreter of its own: those of one group then die by one signal."""
+    folders = [str(Path(INTERPRETER).parent), *os.environ["PATH"].split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder != str(warm)))
 
 
 def new_toy(repository: Path, folder: Path) -> Toy:
@@ -244,18 +252,16 @@ def new_toy(repository: Path, folder: Path) -> Toy:
         (root / "pipelines" / f"{stage.replace('-', '_')}.py").write_text(ENTRY.format(room=room, stage=stage))
     (root / "toy.py").write_text(SCRIPT)
     (root / "pipelines" / "inputs.yaml").write_text(TABLE)
-    (root / "dvc.yaml").write_text(GRAPH.format(python=sys.executable))
+    (root / "dvc.yaml").write_text(GRAPH)
     toy = Toy(root, folder / "log")
     toy.succeed("git", "init", "--quiet", "--initial-branch", "main")
     toy.commit("toy")
     return toy
 
 
-def copied_toy(source: Path, folder: Path, repository: Path, patch: pytest.MonkeyPatch) -> Toy:
+def copied_toy(source: Path, folder: Path, repository: Path, patch: pytest.MonkeyPatch, warm: Path) -> Toy:
     """A copy of a folder with a toy repository, and the environment of its programs."""
-    for name, value in toy_environment(repository, folder).items():
-        patch.setenv(name, value)
-    patch.delenv("DVC_ROOT", raising=False)
+    enter_environment(patch, repository, folder, warm)
     shutil.copytree(source / "toy", folder / "toy", symlinks=True)
     shutil.copy(source / "log", folder / "log")
     return Toy(folder / "toy", folder / "log")

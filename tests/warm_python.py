@@ -1,12 +1,12 @@
 """Python programs as processes of their own, without importing torch and transformers again: a server that forks.
 
 A stage imports libraries for seconds before it works, and DVC for most of one. `warm_path` starts a server that has
-imported LIBRARIES, and makes a folder with a `python` and a `dvc` for the front of a path: `python -m module`,
-`python file.py` and `dvc` then run in a process that was forked from the server. Nothing of this repository is imported
-there, and no program has run in it. Arguments, environment, folder, standard streams, limits, umask, signals, exit code
-and `sys.path` are those of the caller, and random numbers are seeded anew. All such programs share the seed of hashes.
-Whatever asks for more is run by the interpreter itself: other options, or an environment that differs from the
-server's in variables other than FREE, which a library might have read when it was imported.
+imported LIBRARIES, and makes a folder for the front of a path with a `python`, a `dvc` and a `coordexp`: `python -m
+module`, `python file.py` and those two then run in a process that was forked from the server. Nothing of this
+repository is imported there, and no program has run in it. Arguments, environment, folder, standard streams, limits,
+umask, signals, exit code and `sys.path` are those of the caller, and random numbers are seeded anew. All such programs
+share the seed of hashes. Whatever asks for more is run by the interpreter itself: other options, or an environment that
+differs from the server's in variables other than FREE, which a library might have read when it was imported.
 
     python warm_python.py serve SOCKET PID LIBRARY ...      until the process PID ends
     python -IS warm_python.py ask SOCKET SERVER PYTHON ARGUMENT ...
@@ -14,6 +14,7 @@ server's in variables other than FREE, which a library might have read when it w
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -27,7 +28,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 # Not pyarrow, nor pandas, which imports it: it starts a thread, and a fork would be without it.
 LIBRARIES = (
@@ -43,9 +47,10 @@ LIBRARIES = (
     *("dvc.repo.experiments.queue.tempdir", "dvc.repo.experiments.queue.workspace"),
 )
 # What no library reads when it is imported, by name or beginning.
-FREE = ("HOME", "PWD", "OLDPWD", "SHLVL", "_", "PATH", "PYTHONPATH", "RANK", "WORLD_SIZE", "MFLAGS")
+FREE = ("HOME", "PWD", "OLDPWD", "SHLVL", "_", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "COLUMNS", "LINES")
+FREE += ("RANK", "WORLD_SIZE", "MFLAGS", "TORCHINDUCTOR_CACHE_DIR")
 FREE_BEGINNINGS = ("DVC_", "GIT_", "MAKE", "PYTEST_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-FREE_BEGINNINGS += ("TORCH_NCCL_",)
+FREE_BEGINNINGS += ("TORCH_NCCL_", "TOY_")
 # What the package, or the interpreter, sets itself before a library is imported.
 ALWAYS = {"GOMP_SPINCOUNT": "20000", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LC_CTYPE": "C.UTF-8"}
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -75,10 +80,20 @@ def warm_path(folder: Path, environment: Mapping[str, str], until: int, librarie
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         server = subprocess.Popen(command, cwd=folder, env=ALWAYS | environment, start_new_session=True, **streams)
     asking = shlex.join([sys.executable, "-IS", __file__, "ask", str(place), str(server.pid), sys.executable])
-    for name, arguments in (("python", ""), ("dvc", "-m dvc ")):
+    for name, arguments in (("python", ""), ("dvc", "-m dvc "), ("coordexp", "-m coordexp.cli ")):
         (bin_folder / name).write_text(f'#!/bin/sh\nexec {asking} {arguments}"$@"\n', encoding="utf-8")
         (bin_folder / name).chmod(0o755)
     return bin_folder
+
+
+def enter(patch: pytest.MonkeyPatch, environment: Mapping[str, str], warm: Path) -> None:
+    """Give this process this environment and no more, so that what it starts is forked, also beside its interpreter."""
+    for name in os.environ.keys() - environment.keys():
+        if not name.startswith("PYTEST_"):
+            patch.delenv(name)
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    patch.setattr(sys, "executable", str(warm / "python"))
 
 
 # The program `python`: asks the server, and ends as the program that it forked.
@@ -189,7 +204,8 @@ def _watch(connection: socket.socket) -> None:
     while len(content) < size and (part := connection.recv(size - len(content))):
         content += part
     program = json.loads(content)
-    if not _is_served(program["environment"]):
+    if refused := _read_when_imported(program["environment"]):
+        print(f"not forked because of {', '.join(refused)}: {program['arguments']}", file=sys.stderr, flush=True)
         os._exit(0)
     child = os.fork()
     if child == 0:
@@ -212,10 +228,10 @@ def _watch(connection: socket.socket) -> None:
             os.kill(child, number)
 
 
-def _is_served(environment: dict[str, str]) -> bool:
-    """Whether no variable differs that a library may have read."""
+def _read_when_imported(environment: dict[str, str]) -> list[str]:
+    """The variables that differ from the server's and that a library may have read."""
     changed = {name for name, _ in (ALWAYS | environment).items() ^ (ALWAYS | FIRST_ENVIRONMENT).items()}
-    return all(name in FREE or name.startswith(FREE_BEGINNINGS) for name in changed)
+    return sorted(name for name in changed if name not in FREE and not name.startswith(FREE_BEGINNINGS))
 
 
 def _become(program: Program, streams: list[int]) -> None:
@@ -235,8 +251,10 @@ def _become(program: Program, streams: list[int]) -> None:
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-    if program["unbuffered"]:
-        sys.stdout.reconfigure(write_through=True)
+    if program["unbuffered"] or os.environ.get("PYTHONUNBUFFERED"):
+        for number, name in ((1, "stdout"), (2, "stderr")):  # the first objects stay, as sys.__stdout__
+            first, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(raw, first.encoding, first.errors, write_through=True))
     is_module = "module" in program
     first = program["folder"] if is_module else os.path.dirname(os.path.abspath(program["file"]))
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))

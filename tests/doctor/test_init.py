@@ -26,7 +26,8 @@ from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.images import image_roots
 from records_folders import LAYOUTS, NAMES, QUESTIONS, picture, write_photos
 
-TRAIN_STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control)
+DATA_STAGES = (raw, convert, norm1000, pack)
+TRAIN_STAGES = (*DATA_STAGES, stage1, rollout, stage2, stage1_control)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_every_format_goes_through_init_doctor_and_the_data_stages(clone: Path, 
     assert lines[-2].startswith("next: coordexp doctor --profile mine")
     diagnosis = diagnose(run_of(), decode=True)
     assert not diagnosis.stops, diagnosis.lines
-    for stage in (raw, convert, norm1000, pack):
+    for stage in DATA_STAGES:
         stage.run(run_of())
     counts = json.loads((run_of().paths.norm1000 / "summary.json").read_text())
     assert counts["train"]["samples"] + counts["dev"]["samples"] == n_records
@@ -84,10 +85,10 @@ def test_a_folder_without_val_goes_through_the_stages(clone: Path, tmp_path: Pat
     assert seconds
     assert float(seconds[1]) > 0
     run = run_of()
-    stages = TRAIN_STAGES if fmt == "yolo" else TRAIN_STAGES[:5]
+    stages = TRAIN_STAGES if fmt == "yolo" else DATA_STAGES
     for stage in stages:
         stage.run(run)
-    assert (run.paths.run("stage1") / "model.safetensors").is_file()
+    assert (run.paths.packed / "plan.parquet").is_file()
     if fmt == "yolo":
         decode.run(run, "stage2")
         answered = list(read_results(run.paths.root / "runs" / "mine" / "decode" / "stage2" / "answers.jsonl"))

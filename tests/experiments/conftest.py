@@ -8,19 +8,18 @@ import pytest
 
 from helpers import workspace, world
 from once import made_once, run_folder
-from toy_graph import new_toy, toy_environment
+from toy_graph import enter_environment, new_toy
 
 __all__ = ["workspace", "world"]
 
 
 @pytest.fixture(scope="session")
-def committed_toy(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+def committed_toy(tmp_path_factory: pytest.TempPathFactory, repository: Path, warm: Path) -> Path:
     """A folder with a toy repository whose results are committed; not to be changed."""
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in toy_environment(repository, folder).items():
-                patch.setenv(name, value)
+            enter_environment(patch, repository, folder, warm)
             toy = new_toy(repository, folder)
             toy.succeed("dvc", "repro", "--quiet")
             toy.commit("results")

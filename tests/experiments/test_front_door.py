@@ -29,8 +29,8 @@ Call = Callable[..., Done]
 
 
 @pytest.fixture
-def toy(committed_toy: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    toy = copied_toy(committed_toy, tmp_path, repository, monkeypatch)
+def toy(committed_toy: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, warm: Path) -> Toy:
+    toy = copied_toy(committed_toy, tmp_path, repository, monkeypatch, warm)
     toy.ran()
     monkeypatch.chdir(toy.root)
     return toy

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from toy_graph import Toy, new_toy, toy_environment
+from toy_graph import Toy, cold_path, enter_environment, new_toy
 
 
 @pytest.fixture
-def toy(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+def toy(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, warm: Path) -> Toy:
     """The profile names a link to the weights; the pins are those of the same files."""
-    for name, value in toy_environment(repository, tmp_path).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    enter_environment(monkeypatch, repository, tmp_path, warm)
     toy = new_toy(repository, tmp_path)
     (toy.root / "models" / "tiny-base").rename(tmp_path / "weights")
     (toy.root / "models" / "linked").symlink_to(tmp_path / "weights")
@@ -46,8 +44,9 @@ def test_nothing_behind_the_link_is_committed(toy: Toy) -> None:
     assert (toy.root / "models" / "linked" / "model.safetensors").stat().st_size not in digests
 
 
-def test_after_a_killed_experiment_a_commit_works(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_killed_experiment_a_commit_works(toy: Toy, monkeypatch: pytest.MonkeyPatch, warm: Path) -> None:
     monkeypatch.setenv("TOY_HANG", "stage2 0.25 0")
+    monkeypatch.setenv("PATH", cold_path(warm))
     command = ["dvc", "exp", "run", "--set-param", "softce_weight=0.25"]
     with subprocess.Popen(command, cwd=toy.root, start_new_session=True, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300

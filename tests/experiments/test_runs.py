@@ -22,7 +22,7 @@ from coordexp.experiments.plan import grid_study
 from coordexp.experiments.questions import answer_question
 from coordexp.experiments.runs import Repository
 from coordexp.reporting.questions import stored_answers
-from toy_graph import Toy, copied_toy
+from toy_graph import Toy, cold_path, copied_toy
 
 GRID = ["softce_weight=0.1,0.2"]
 
@@ -38,14 +38,19 @@ def ab(toy: Toy, assignments: list[str], seeds: int = 1, name: str = "x") -> dic
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path, committed_toy: Path) -> Iterator[Path]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, repository: Path, committed_toy: Path, warm: Path
+) -> Iterator[Path]:
     """A folder with a toy repository whose first test was killed in its second run, and then called again."""
     folder = tmp_path_factory.mktemp("ab")
     with pytest.MonkeyPatch.context() as patch:
-        toy = copied_toy(committed_toy, folder, repository, patch)
+        toy = copied_toy(committed_toy, folder, repository, patch, warm)
         patch.setenv("TOY_HANG", "stage2 0.2 0")
         command = ["python", "-m", "coordexp.cli", "ab", "-S", GRID[0], "--seeds", "1", "--name", "x"]
-        with subprocess.Popen(command, cwd=toy.root, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        cold = os.environ | {"PATH": cold_path(warm)}
+        with subprocess.Popen(
+            command, cwd=toy.root, env=cold, start_new_session=True, stderr=subprocess.DEVNULL
+        ) as process:
             deadline = time.monotonic() + 300
             while "stage2 0.2 0" not in toy.log.read_text():
                 assert process.poll() is None
@@ -58,9 +63,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path, committ
 
 
 @pytest.fixture
-def toy(finished: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+def toy(finished: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, warm: Path) -> Toy:
     """A copy of it."""
-    return copied_toy(finished, tmp_path, repository, monkeypatch)
+    return copied_toy(finished, tmp_path, repository, monkeypatch, warm)
 
 
 def test_a_killed_test_goes_on_where_it_was(toy: Toy) -> None:

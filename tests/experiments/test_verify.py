@@ -23,7 +23,7 @@ from coordexp.records.manifest import write_manifest
 from coordexp.rollout.engine import Generation, Journal
 from coordexp.rollout.records import read_generations
 from coordexp.training.checkpoint import load_state, save_state
-from toy_graph import toy_environment
+from toy_graph import enter_environment
 
 STAGE = """\
 stages:
@@ -82,10 +82,8 @@ class Small:
 
 
 @pytest.fixture
-def small(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
-    for name, value in toy_environment(repository, tmp_path).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+def small(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, warm: Path) -> Small:
+    enter_environment(monkeypatch, repository, tmp_path, warm)
     made = Small(tmp_path / "small")
     made.root.mkdir()
     made.succeed("git", "init", "--quiet")

@@ -35,3 +35,28 @@ def reproduced(finished: Clone) -> str:
 def clone(finished: Clone, tmp_path: Path) -> Clone:
     """A clone in which the graph has run."""
     return finished.copy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def published(finished: Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a clone that has pushed, `clone`, the DVC remote `store` and the git remote `bare.git`."""
+
+    def make(folder: Path) -> None:
+        clone = finished.copy(folder)
+        clone.succeed("dvc", "remote", "add", "--default", "store", str(folder / "store"))
+        clone.commit("remote")
+        clone.succeed("dvc", "push")
+        clone.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(folder / "bare.git"))
+        clone.succeed("git", "remote", "add", "origin", str(folder / "bare.git"))
+        clone.succeed("git", "push", "--quiet", "origin", "main")
+
+    return made_once(run_folder(tmp_path_factory) / "published", make)
+
+
+@pytest.fixture
+def other(published: Path, finished: Clone, tmp_path: Path) -> Clone:
+    """A clone on another machine: git from a bare repository, data from a DVC remote, no cache of its own."""
+    (tmp_path / "home").mkdir()
+    other = Clone(tmp_path / "clone", tmp_path / "home", finished.warm)
+    finished.succeed("git", "clone", "--quiet", str(published / "bare.git"), str(other.root))
+    return other

@@ -18,6 +18,7 @@ from dvc.cli import parse_args
 from coordexp import cli
 from smoke_clone import Clone
 from source_tree import ROOT
+from warm_python import enter
 
 pytestmark = pytest.mark.slow  # in the order of the documents: what one command leaves, the next finds
 
@@ -27,7 +28,8 @@ PAGES = [*(ROOT / page for page in FIRST)]
 PAGES += sorted(page for page in (ROOT / "docs").glob("*.md") if page not in PAGES)
 # A pattern that a whole command has to fit, and why it is not run.
 NOT_RUN = {
-    r"make (trees|real)|(?i:.*profile)[ =](trees|coco-val2017).*|.*runs/trees/.*|.*osbs.*": "a network",
+    r"make (trees|real)|.*runs/trees/.*|.*osbs.*": "a network; test_public_sets.py",
+    r"(?i:.*profile)[ =](trees|coco-val2017).*": "the same",
     r"make (demo|test)|make env": "minutes: builds the environment; the clone is what `dvc repro` left",
     r"git clone .*|cd .*|source .*": "the clone is there, and on the path",
     r"coordexp (ab|answer) (?!.*--(dry|list)).*": "trains for minutes to hours; tests/graph/test_smoke.py runs one",
@@ -125,10 +127,9 @@ def for_smoke(text: str, reader: Clone) -> str:
 @pytest.fixture
 def inside(reader: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, in the clone and with its environment."""
+    assert reader.warm
     monkeypatch.chdir(reader.root)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    for name, value in reader.environment.items():
-        monkeypatch.setenv(name, value)
+    enter(monkeypatch, reader.environment, reader.warm)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in LISTED])

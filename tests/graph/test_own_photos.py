@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_folders_in_every_format_reach_a_report(
-    tmp_path: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory, warm: Path
 ) -> None:
-    clone = new_clone(repository, tmp_path / "clone", tmp_path_factory.mktemp("home"))
+    clone = new_clone(repository, tmp_path / "clone", tmp_path_factory.mktemp("home"), warm=warm)
     sets = {}
     for number, fmt in enumerate(LAYOUTS | QUESTIONS):
         folder = tmp_path / "photos" / fmt

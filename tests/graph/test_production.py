@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pipelines import coco_eval, convert, decode, norm1000, pack, raw, report, rollout, stage1, stage1_control, stage2
 from ruamel.yaml import YAML
+from transformers import PreTrainedTokenizerBase
 
 from coco_oddities import (
     CATEGORIES,
@@ -25,15 +26,18 @@ from coco_oddities import (
 from coordexp import cli
 from coordexp.config.loading import profile_tree, read_yaml
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
-from coordexp.models.loading import load_checkpoint
+from coordexp.models import loading
+from coordexp.models.loading import TOKENIZER_FILES, load_checkpoint
 from coordexp.models.pins import write_pins
 from coordexp.models.sizes import build_shrunken, qwen3_vl_config
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import read_results
 from coordexp.records.schema import Record, read_records
 from coordexp.stage import stage_main
+from coordexp.text.vocabulary import has_coord_tokens
 from helpers import save_model
 from qwen import qwen3_tokenizer
+from workspaces import content_hash
 
 pytestmark = pytest.mark.slow
 PROFILE = "coco-qwen3vl-2b"
@@ -49,6 +53,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(root))
         patch.chdir(root)
+        patch.setattr(loading, "_load_tokenizer", tokenizers_kept(loading._load_tokenizer))
         write_base(Path(profile_tree(root / "configs" / f"{PROFILE}.yaml")["model"]["path"]))
         write_pins(root / "configs" / f"{PROFILE}.yaml")
         (root / "data").mkdir()
@@ -58,6 +63,25 @@ def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
                     f"{stage.__name__} {name}"
                 )
         yield ProfilePaths(PROFILE, root)
+
+
+def tokenizers_kept(load: Callable[[Path], PreTrainedTokenizerBase]) -> Callable[[Path], PreTrainedTokenizerBase]:
+    """A loader that reads the same files once: for 150,000 tokens it takes seconds, in most stages several times.
+
+    A base model's tokenizer is always read: stages add tokens to it.
+    """
+    kept: dict[str, PreTrainedTokenizerBase] = {}
+
+    def loaded(folder: Path) -> PreTrainedTokenizerBase:
+        files = " ".join(content_hash(folder / name) for name in TOKENIZER_FILES if (folder / name).exists())
+        if files in kept:
+            return kept[files]
+        tokenizer = load(folder)
+        if has_coord_tokens(tokenizer):
+            kept[files] = tokenizer
+        return tokenizer
+
+    return loaded
 
 
 def write_base(folder: Path) -> None:

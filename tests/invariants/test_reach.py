@@ -138,19 +138,21 @@ print((folder / "log.jsonl").read_text())
 
 
 @pytest.mark.slow
-def test_a_term_is_added_in_three_files(tmp_path: Path) -> None:
+def test_a_term_is_added_in_three_files(tmp_path: Path, warm: Path) -> None:
     """In a copy of the package; a step then trains with it."""
     copy = tmp_path / "copy"
     for folder in ("src", "tests", "data/sprites"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder)
     shutil.copy(ROOT / "params.yaml", copy)
     for name, (pattern, replacement) in NEW_TERM.items():
         text, count = re.subn(pattern, replacement, (copy / name).read_text(encoding="utf-8"))
         assert count, name
         (copy / name).write_text(text, encoding="utf-8")
     paths = os.pathsep.join([str(copy / "src"), str(copy / "tests" / "invariants")])
-    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": paths}
+    (copy / "train.py").write_text(TRAIN, encoding="utf-8")
+    command = ["python", "train.py", str(tmp_path)]
+    path = f"{warm}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": paths, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     row = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""One synthetic run and its report, made once: reading them is cheap, drawing is not."""
+"""One synthetic run and its report, made once for all workers: reading them is cheap, drawing is not."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 import pytest
 
 from coordexp.reporting.inputs import ReportInputs
-from coordexp.reporting.report import build_report
-from reporting.synthetic import build_run, everything_said
+from coordexp.reporting.report import PAGE, build_report
+from once import made_once, run_folder
+from reporting.synthetic import build_run, everything_said, synthetic_inputs
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> ReportInputs:
     """A run of 24 images; tests read it and never change it."""
-    return build_run(tmp_path_factory.mktemp("run"), images=24)
+    folder = made_once(run_folder(tmp_path_factory) / "judged", lambda folder: build_run(folder / "run", images=24))
+    return synthetic_inputs(folder / "run")
 
 
 @pytest.fixture(scope="session")
 def report(inputs: ReportInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of its progress.md, with the pictures, the details and all that DVC keeps beside it."""
-    return build_report(inputs, tmp_path_factory.mktemp("report"))
+    folder = made_once(run_folder(tmp_path_factory) / "report", lambda folder: build_report(inputs, folder / "report"))
+    return folder / "report" / PAGE
 
 
 @pytest.fixture(scope="session")

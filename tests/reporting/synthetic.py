@@ -67,6 +67,11 @@ def run_config(root: Path, resamples: int, gallery_images: int) -> RunConfig:
     return RunConfig(params=params, profile=profile, paths=ProfilePaths("tiny", root))
 
 
+def synthetic_inputs(root: Path, resamples: int = 100, gallery_images: int = 8) -> ReportInputs:
+    """What `build_run` writes, where it is."""
+    return ReportInputs.of(run_config(root, resamples, gallery_images))
+
+
 def build_run(
     root: Path,
     images: int,
@@ -80,7 +85,7 @@ def build_run(
 
     `change` is applied to every record of val, `answered` to the answers of each checkpoint.
     """
-    inputs = ReportInputs.of(run_config(root, resamples, gallery_images))
+    inputs = synthetic_inputs(root, resamples, gallery_images)
     paths = inputs.run.paths
     catalog = load_catalog(REPOSITORY / "data" / "sprites")
     source = composed_source()

@@ -104,14 +104,14 @@ def test_the_number_of_processes_changes_no_byte(world, checkpoint, tmp_path, mo
         assert [ids for ids, *_ in streamed] == [ids for ids, *_ in expected]
 
     journal = Journal(tmp_path / "generations.jsonl")
-    with closing(WorkerEngine(*place, ["cpu"] * 3, journal)) as three:
+    with closing(WorkerEngine(*place, ["cpu"] * 2, journal)) as two:
 
         def kill_one(*_: object) -> None:
-            os.kill(next(iter(three._pool._processes)), signal.SIGKILL)
+            os.kill(next(iter(two._pool._processes)), signal.SIGKILL)
 
         monkeypatch.setattr(hf_engine.log, "info", kill_one)  # the first group is answered
-        with pytest.raises(ProcessError, match=r"one of the 3 processes .* run the same command again"):
-            three.generate(samples, SAMPLED)
+        with pytest.raises(ProcessError, match=r"one of the 2 processes .* run the same command again"):
+            two.generate(samples, SAMPLED)
     monkeypatch.undo()
     monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
     n_kept = len(journal.read(2**31))

@@ -35,7 +35,7 @@ LONG = decode_request(max_new_tokens=30)
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     """A random model that ends its answers anywhere between the first token and the last one."""
-    checkpoint = new_checkpoint()
+    checkpoint = new_checkpoint(seed=5)
     end = checkpoint.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():
         checkpoint.model.lm_head.weight[end] *= 2.5
@@ -72,15 +72,15 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize("slots", [5, 64])
-def test_greedy_answers_are_those_of_generate(world: World, checkpoint: Checkpoint, name: str, slots: int) -> None:
+def test_greedy_answers_are_those_of_generate(world: World, checkpoint: Checkpoint, name: str) -> None:
     """More samples than slots, and fewer; answers of many lengths, or all of one."""
     codec, changes = REQUESTS[name]
     request = asked(replace(LONG, codec=codec), **changes)
     samples = many(world, 3)
     expected = generate(checkpoint, world.root, samples, request, 1)
     assert len({len(g.ids) for g in expected}) > 1 or name == "one token"
-    assert answers(decoder(checkpoint, world, request, slots).decode(samples)) == answers(expected)
+    for slots in (5, 64):
+        assert answers(decoder(checkpoint, world, request, slots).decode(samples)) == answers(expected), slots
 
 
 @pytest.mark.parametrize("beams", [2, 3])

@@ -48,7 +48,7 @@ class Case:
 CASES = {
     "stage1": Case(),
     "accumulated, recomputed": Case(rows_per_forward=1, tuning={"activations": "recompute"}),
-    "vision frozen, head of its own": Case(tuning={"vision": "freeze"}, tied=False),
+    "muon, vision frozen, head of its own": Case(optim={"optimizer": "muon"}, tuning={"vision": "freeze"}, tied=False),
     "stage2": Case("stage2", params={"stage2__n_softctx_iter": 3, "stage2__a1_coord_weight": 0.5}),
     "stage2, detached, one pass": Case(
         "stage2",
@@ -60,13 +60,11 @@ CASES = {
         "stage2", params={"stage2__b_ratio": 1.0, "stage2__refresh_steps": 2, "decode__max_new_tokens": 12}
     ),
     "bf16": Case(optim={"precision": "bf16"}, within=5e-3),
-    "muon": Case(optim={"optimizer": "muon"}),
     "saved sharded": Case(interrupted="both"),
     "saved alone": Case(interrupted="alone"),
-    "two nodes": Case(nodes=2, interrupted="both"),
     "saved by both, whole": Case(sharding="none", interrupted="both"),
     "saved alone, whole": Case(sharding="none", interrupted="alone"),
-    "muon saved sharded": Case(optim={"optimizer": "muon"}, interrupted="both"),
+    "muon, two nodes": Case(optim={"optimizer": "muon"}, nodes=2, interrupted="both"),
 }
 
 

@@ -63,6 +63,7 @@ def _fill_rows(
     init: str,
     seed: int,
 ) -> None:
+    """Fill the rows of the coordinate tokens, and those from `first_padding` on, which are of no token."""
     tables = [input_table(model).weight]
     if not model.config.tie_word_embeddings:
         tables.append(model.lm_head.weight)

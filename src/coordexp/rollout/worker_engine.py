@@ -65,9 +65,9 @@ class WorkerEngine(GroupEngine):
         super().__init__(image_root, batch_images, journal)
         self._folder = folder
         self._n = len(devices)
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would take the threads and the GPU of this process along
+        # A fork of this process would take its threads and its GPU along; one server imports the libraries for all.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         places = context.SimpleQueue()
         for number, device in enumerate(devices, 1):
             places.put((device, journal.of_process(number).path if journal else None))
