@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from coordexp.config.block import field_specs
 from coordexp.config.loading import load_block, load_params
 from coordexp.config.presets import leaves
 from coordexp.config.question import UNASKED, Arm, Claim, Question, load_question, question_names
+from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
 from coordexp.evaluation.effect import Effect
 from coordexp.evaluation.measures import MEASURES
@@ -171,20 +173,30 @@ def test_a_claim_is_judged_by_its_interval(expected: Any, above: str, across: st
 
 def test_every_question_can_be_planned_and_every_parameter_is_asked_about_or_has_a_reason(repository: Path) -> None:
     params = load_params(repository / "params.yaml")
+    committed = dict(leaves(params.model_dump()))
     known = {*metric_specs(params.eval), *MEASURES, *READINGS}
     set_by_some: set[str] = set()
+    values: dict[str, set[str]] = {}
     for name in question_names(repository):
         question = load_question(name, repository)
         assert {claim.metric for claim in question.claims.values()} <= known, name
         assert question.claims or name == "objective", name
         found = plan_study(question, repository)
         common = {change.partition("=")[0] for change in question.changes} | {"profile"}
-        set_by_some.update(key for values in found.settings.values() for key in values if key not in common)
+        for arm, told in found.params.items():
+            own = {change.partition("=")[0] for change in question.arms[arm].changes}
+            for key, value in leaves(told.model_dump()):
+                values.setdefault(key, set()).add(str(value))
+                if key not in common and (key in own or value != committed[key]):
+                    set_by_some.add(key)
         trained = question.budget != "decoding"
         assert bool(found.seed_keys) == trained or question.seeds == 1, name
-    keys = {key for key, _ in leaves(params.model_dump())}
-    assert keys - set_by_some == {*UNASKED}
+    assert committed.keys() - set_by_some == {*UNASKED}
     assert not set_by_some & UNASKED.keys()
+    choices = {
+        s.key: s.expected.removeprefix("one of ").split(", ") for s in field_specs(Params) if "one of " in s.expected
+    }
+    assert {key: {*names} - values[key] for key, names in choices.items() if {*names} - values[key]} == {}
 
 
 def test_an_unknown_metric_is_named_before_anything_runs(repository: Path) -> None:

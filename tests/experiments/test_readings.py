@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -24,7 +23,7 @@ from coordexp.infra.provenance import write_json
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
-from coordexp.reporting.trajectory import follow_worst, slot_correlations, write_trajectory
+from coordexp.reporting.trajectory import follow_worst, write_trajectory
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.training.stage1 import train_stage1
 from helpers import Workspace, build_workspace, decode_request, new_checkpoint
@@ -93,16 +92,12 @@ def test_every_kept_step_is_evaluated_once_and_the_page_tells_all_of_it(trained:
     for row in worst:
         assert sum(row["steps"][0]["labels"].values()) == row["steps"][0]["n_pred"] == counted[row["image_id"]]
     text = page.read_text()
-    assert MarkdownIt("commonmark").enable("table").render(text).count("<table>") == 4 + len(worst)
+    assert MarkdownIt("commonmark").enable("table").render(text).count("<table>") == 5 + len(worst)
+    first, last = numbers["logged"]
+    assert first["loss/coord_reg"] == pytest.approx(log["loss/coord_reg"][1], abs=1e-4)
+    assert last["raw/gate"] == pytest.approx(log["raw/gate"][3], abs=1e-4)
     assert page.with_suffix(".png").is_file()
     assert page.with_name("stage1_worst.jpg").is_file()
-
-
-def test_losses_are_correlated_with_slots_by_hand():
-    log = pd.DataFrame({"coord_diag/coord_tokens": [4.0, 8.0, 12.0], "raw/softce": [1.0, 2.0, 3.0], "raw/w1": 0.5})
-    found = slot_correlations(log)
-    assert found["raw/softce"] == pytest.approx(1.0)
-    assert found["raw/w1"] is found["raw/gate"] is None
 
 
 def run_files(trained: Workspace, root: Path) -> RunFiles:
@@ -148,6 +143,30 @@ def test_drift_is_read_from_the_last_evaluation_of_the_eval_callback(tmp_path, t
     assert len(found.samples_B) == 100
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "A2"}) + "\n" for row in rows))
     assert READINGS["context.drift"].read(run_files(replace(trained, paths=paths), tmp_path), "stage2") is None
+
+
+def test_a_diagnostic_is_the_mean_over_the_coordinates_of_the_last_evaluation(tmp_path, trained: Workspace):
+    paths = ProfilePaths(trained.params.profile, tmp_path)
+    path = paths.run("stage1") / "context_errors.jsonl"
+    path.parent.mkdir(parents=True)
+    found = [{"A1": {"p_gt_mean": 0.5}}, {"A1": {}}, {"A1": {"p_gt_mean": 0.2}, "A2": {"p_gt_mean": 0.9}}]
+    rows = [{"step": 5, "image_id": 1, "A1": [9.0], "coord_diag": {"A1": {"p_gt_mean": 0.0}}}]
+    objects = [[1.0], [], [1.0, 2.0]]
+    rows += [{"step": 9, "image_id": n, "A1": objects[n], "coord_diag": found[n]} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = READINGS["coord.p_gt_mean"].read(run_files(replace(trained, paths=paths), tmp_path), "stage1")
+    assert read.value == pytest.approx((0.5 + 2 * 0.2) / 3)
+    assert len(read.samples_B) == 100
+    assert READINGS["coord.gate"].read(run_files(replace(trained, paths=paths), tmp_path), "stage1") is None
+
+
+def test_training_left_every_diagnostic_that_a_question_can_ask_for(trained: Workspace, tmp_path):
+    paths = ProfilePaths(trained.params.profile, tmp_path)
+    paths.run("stage1").mkdir(parents=True)
+    shutil.copy(trained.paths.run("stage1") / "context_errors.jsonl", paths.run("stage1"))
+    for name in (name for name in READINGS if name.startswith("coord.")):
+        found = READINGS[name].read(run_files(replace(trained, paths=paths), tmp_path), "stage1")
+        assert np.isfinite(found.value), name
 
 
 def test_an_answer_goes_on_from_a_prompt_that_ends_in_its_beginning(world):

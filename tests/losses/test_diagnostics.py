@@ -9,7 +9,9 @@ import torch
 from coordexp.losses.coord_terms import (
     CELL_BINS,
     COORD_METRICS,
+    SHAPE_METRICS,
     CoordDiagnostics,
+    held_out_diagnostics,
     histogram_quantile,
     slot_diagnostics,
     soft_target,
@@ -81,6 +83,61 @@ def test_mass_is_the_exponential_of_the_gate():
     gate = coord_sums(coord_slots(logits_NV, y_N, FIRST_ID, temperature=0.7))["gate"]
     summary = diagnose(logits_NV, y_N, temperature=0.7).summary()
     assert summary["coord_vocab_mass_mean"] == pytest.approx(torch.exp(-gate).item())
+
+
+def shape(bins_to_mass: dict[int, float], y: float) -> dict[str, float]:
+    slots = coord_slots(logits_from(bins_to_mass, 0.999), torch.tensor([y], dtype=torch.float64), FIRST_ID)
+    found = held_out_diagnostics(slots)
+    assert set(found) == {*COORD_METRICS, *SHAPE_METRICS}
+    assert found["gate"] == pytest.approx(-np.log(found["coord_vocab_mass_mean"]))
+    summary = slot_diagnostics(slots).summary()
+    assert {name: found[name] for name in COORD_METRICS} == pytest.approx(
+        {name: summary[name] for name in COORD_METRICS}
+    )
+    return found
+
+
+def bell(centre: float, sd: float, mass: float = 1.0) -> dict[int, float]:
+    weights = np.exp(-0.5 * ((np.arange(1000) - centre) / sd) ** 2)
+    return dict(enumerate(np.maximum(mass * weights / weights.sum(), 1e-30)))
+
+
+def both(*parts: dict[int, float]) -> dict[int, float]:
+    return {k: sum(part[k] for part in parts) for k in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("distribution", "second_peak", "mean_off_peak"),
+    [
+        (bell(500, 2), 0, 0),
+        (bell(500, 80), 0, 0),  # broad is not several
+        (bell(0, 3), 0, 0),  # cut by the border
+        (both(bell(300, 2, 0.6), bell(340, 2, 0.4)), 1, 1),  # E[k] 316, between
+        (both(bell(300, 2, 0.95), bell(900, 2, 0.05)), 0, 1),  # too little for a peak, enough to move the mean
+        (both(bell(300, 2, 0.6), bell(306, 2, 0.4)), 0, 0),  # one place
+        (both(bell(100, 2, 0.3), bell(500, 2, 0.4), bell(900, 2, 0.3)), 1, 0),  # the mean is on the largest
+    ],
+)
+def test_peaks_are_counted_where_something_thin_lies_between(distribution, second_peak, mean_off_peak):
+    found = shape(distribution, 500.0)
+    assert (found["second_peak"], found["mean_off_peak"]) == (second_peak, mean_off_peak)
+
+
+def test_targets_drawn_from_the_distribution_are_covered_as_often_as_it_says():
+    torch.manual_seed(5)
+    logits_NV = torch.full((4000, VOCAB), -1e4)
+    spread = torch.randn(4000, 1000)
+    logits_NV[:, FIRST_ID : FIRST_ID + 1000] = 2 * spread
+    drawn_N = (2 * spread).softmax(-1).multinomial(1)[:, 0] + torch.rand(4000) - 0.5
+    found = held_out_diagnostics(coord_slots(logits_NV, drawn_N.clamp(0, 999), FIRST_ID))
+    assert found["coverage_50"] == pytest.approx(0.5, abs=0.03)
+    assert found["coverage_90"] == pytest.approx(0.9, abs=0.02)
+    twice = held_out_diagnostics(coord_slots(logits_NV, drawn_N.clamp(0, 999), FIRST_ID, temperature=2.0))
+    assert twice["coverage_90"] > found["coverage_90"]
+
+
+def test_no_slots_have_no_shape():
+    assert held_out_diagnostics(coord_slots(torch.zeros(0, VOCAB), torch.zeros(0), FIRST_ID)) == {}
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (0, 30), (7, 19)])

@@ -84,6 +84,7 @@ def test_loss_and_logs_by_hand():
     assert logs == {
         **{"loss/a1_softce": 2.5, "raw/a1_softce": 1.25, "loss/a1_gate": 0.375, "raw/a1_gate": 0.75},
         "raw/a1_bbox_giou": 1.5,
+        "loss/a1_coord_reg": 2.875,
     }
     factors = loss_factors(weights, COUNTS)
     assert {name: factors[name] * sums[name].item() for name in factors} == {"softce": 2.5, "gate": 0.375}

@@ -66,6 +66,18 @@ def test_adding_twice_changes_nothing(fresh, init):
     torch.testing.assert_close(embedding(model), weights, rtol=0, atol=0)
 
 
+def test_no_row_depends_on_a_random_state_outside():
+    tables = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        model, tokenizer = build_tiny(new_tokenizer(), 3), new_tokenizer()
+        torch.manual_seed(state)
+        vocabulary = add_coordinate_tokens(model, tokenizer, "ordinal", 5)
+        tables.append(embedding(model).detach())
+    assert vocabulary.end_id < len(tables[0])  # there are rows that only round the table up
+    torch.testing.assert_close(*tables, rtol=0, atol=0)
+
+
 def test_a_tied_head_stays_tied_also_on_disk(fresh, tmp_path):
     model, tokenizer = fresh
     vocabulary = add_coordinate_tokens(model, tokenizer, "ordinal", 1)

@@ -18,6 +18,7 @@ from coordexp.config.run import RunConfig
 from coordexp.evaluation.suite import evaluate_run
 from coordexp.geometry.bins import encode_boxes
 from coordexp.infra.artefacts import write_sealed
+from coordexp.losses.coord_terms import COORD_METRICS, SHAPE_METRICS
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction, read_results, write_results
 from coordexp.records.mixing import SetNames, probes
@@ -261,7 +262,7 @@ def _write_logs(inputs: ReportInputs, steps: int, *, has_objects: bool) -> None:
             row[f"loss/{term}"] = tree[f"{term}_weight"] * row[f"raw/{term}"]
         if channel == "B":
             row |= {"stage2_ab/matched_total": 90, "stage2_ab/fn_appended_total": 31, "stage2_ab/fallback_total": 0}
-        row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total")
+        row["loss/total"] += sum(row[f"loss/{term}"] for term in boxes)
         rows.append(row)
     write_rows(inputs.runs / "stage2" / "train_log.jsonl", rows if has_objects else [_without_slots(r) for r in rows])
     for stage, length in (("stage1", steps), ("stage1-control", steps // 2), ("stage2", steps // 2)):
@@ -310,7 +311,8 @@ def context_rows(rng: np.random.Generator, step: int, bins: float, objects: int)
         first = (bins + rng.normal(0, 1, objects)).round(3).tolist()
         own = [round(error + 2 + rng.normal(0, 1), 3) if n else None for n, error in enumerate(first)]
         rows.append({"step": step, "image_id": image_id, "text_ce": 9.0 + rng.normal(0, 0.5), "text_tokens": 30})
-        rows[-1] |= {"A1": first, "own": own}
+        shapes = dict.fromkeys(COORD_METRICS, 0.5) | dict.fromkeys(SHAPE_METRICS, 0.25)
+        rows[-1] |= {"A1": first, "coord_diag": {"A1": shapes if objects else {}}, "own": own}
     return rows
 
 
@@ -327,6 +329,7 @@ def _row(rng: np.random.Generator, step: int, steps: int, floor: float, weights:
     row |= {"tokens": 7000, "samples": 64}
     row |= {f"loss/{term}": value * weights.get(f"{term}_weight", 1.0) for term, value in raw.items()}
     row["loss/total"] = sum(v for k, v in row.items() if k.startswith("loss/"))
+    row["loss/coord_reg"] = row["loss/total"] - row["loss/text_ce"]
     row |= {f"raw/{term}": value for term, value in raw.items()}
     diagnostics = {
         "p_gt_mean": 0.13 - 0.02 * start * left,

@@ -13,6 +13,7 @@ from coordexp.experiments.plan import grid_study, plan_study
 from coordexp.reporting.answers import (
     answers_table,
     improved_and_flat,
+    shapes_table,
     standing_answers,
     suggestions,
     suggestions_table,
@@ -79,6 +80,19 @@ def with_readings(data: ReportData, n_forwards: int = 1, **by_stage: list[dict[s
     contexts = data.contexts | {name.replace("_", "-"): rows for name, rows in by_stage.items()}
     run = dataclasses.replace(data.run, params=changed(data.run.params, stage2__n_softctx_iter=n_forwards))
     return dataclasses.replace(data, run=run, contexts=contexts)
+
+
+def test_shapes_of_distributions_are_means_over_slots_with_an_interval(data: ReportData) -> None:
+    header, _, *rows = shapes_table(data).splitlines()
+    assert header.endswith("what it is | stage1 A1 | stage1-control A1 | stage2 A1 |")
+    assert any(row.startswith("| `coverage_90` |") and "0.2500 [0.2500, 0.2500]" in row for row in rows)
+    assert not any("p90" in row for row in rows)
+    shapes = [{"A1": {"p_gt_mean": v}, "A2": {}} for v in (0.2, 0.8)]
+    uneven = [reading(100, n, A1=[1.0] * (n + 1), A2=[], coord_diag=shapes[n]) for n in (0, 1)]
+    [_, _, row] = shapes_table(with_readings(data, 2, stage1=[], stage1_control=None, stage2=uneven)).splitlines()
+    assert row.split(" | ")[2].startswith("0.6")
+    assert row.endswith("| n/a |")
+    assert shapes_table(with_readings(data, stage1=None, stage1_control=None, stage2=None)) == ""
 
 
 def pairs(first: float, second: float, spread: float = 1.0, images: int = 12) -> list[dict[str, Any]]:

@@ -16,7 +16,14 @@ from PIL import Image
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import DataError
+from coordexp.evaluation.bootstrap import interval
+from coordexp.evaluation.comparison import reading
+from coordexp.evaluation.evaluator import evaluate
+from coordexp.evaluation.measures import MEASURES
 from coordexp.evaluation.registry import VIEWS
+from coordexp.records.categories import read_categories
+from coordexp.records.gt_vs_pred import read_results
+from coordexp.reporting.asked import ASKED
 from coordexp.reporting.decision import DIFFERENCES, EXAMPLES, MAX_BYTES, MAX_FILES, MAX_LINES
 from coordexp.reporting.inputs import TRAINED, Baseline, ReportInputs
 from coordexp.reporting.report import DETAILS, FOLDERS, PAGE, SUBJECTS, build_report
@@ -63,6 +70,19 @@ def test_every_number_of_the_metric_tables_is_that_of_metrics_json(text: str, me
             assert rounds_to(cell, expected), (key_cell, checkpoint, expected)
             checked += 1
     assert checked >= 4 * 35
+
+
+def test_measures_are_those_of_questions(inputs: ReportInputs, text: str) -> None:
+    """The same statistic on the same resamples as an A/B test reads it."""
+    params, categories = inputs.run.params, read_categories(inputs.categories)
+    shown = {re.match(r"`(.+?)`", row[0]).group(1): row[2:] for row in rows_of(text, "measure")}
+    assert shown.keys() == MEASURES.keys()
+    results = list(read_results(inputs.evaluations / "stage2" / "gt_vs_pred.jsonl"))
+    found = evaluate(results, categories, params.eval, params.matching, params.seed)
+    for key, cells in shown.items():
+        one = reading(found, key)
+        bounds = one and interval(one.samples_B, one.value, is_share=MEASURES[key].unit == "0..1")
+        assert rounds_to(cells[CHECKPOINTS.index("stage2")], [one.value, *(bounds or [])] if one else []), key
 
 
 def test_every_number_of_the_comparison_table_is_that_of_metrics_json(text: str, metrics: dict[str, Any]) -> None:
@@ -124,7 +144,7 @@ def test_links_lead_to_what_the_stage_writes_and_every_picture_is_shown(report: 
 
 def test_what_git_holds_is_small_and_keeps_its_names(report: Path) -> None:
     pictures = list((report.parent / "pictures").iterdir())
-    assert DIFFERENCES in {path.name for path in pictures} <= {DIFFERENCES, *EXAMPLES.values()}
+    assert DIFFERENCES in {path.name for path in pictures} <= {DIFFERENCES, ASKED, *EXAMPLES.values()}
     assert len(pictures) >= 4  # a rule may find no image of its kind
     assert len(pictures) <= MAX_FILES
     assert sum(path.stat().st_size for path in pictures) <= MAX_BYTES

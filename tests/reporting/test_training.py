@@ -13,11 +13,13 @@ from coordexp.losses.coord_terms import soft_target, target_entropy
 from coordexp.reporting.training import (
     change_above_floor,
     channels,
+    correlations_sentence,
     counters_table,
     entropy_nats,
     loss_columns,
     loss_floor,
     of_channel,
+    slot_correlations,
     target_entropy_nats,
     term_meaning,
     training_sentence,
@@ -90,7 +92,17 @@ def test_a_channel_has_its_rows_and_the_columns_that_they_log() -> None:
 def test_meanings_are_those_of_the_parameters() -> None:
     assert term_meaning("text_ce") == "cross-entropy of text tokens"
     assert term_meaning("bbox_ciou") == "stage 2: 1 - CIoU"
+    assert term_meaning("coord_reg") == "sum of the coordinate terms"
     assert term_meaning("unheard_of") == ""
+
+
+def test_losses_are_correlated_with_slots_by_hand() -> None:
+    both = pd.DataFrame({"coord_diag/coord_tokens": [4.0, 8.0, 12.0], "raw/softce": [1.0, 2.0, 3.0], "raw/w1": 0.5})
+    found = slot_correlations(both)
+    assert found["raw/softce"] == pytest.approx(1.0)
+    assert found["raw/w1"] is found["raw/gate"] is None
+    assert correlations_sentence(both).endswith("in a step: `raw/softce` +1.00.")
+    assert correlations_sentence(both.drop(columns="raw/softce")) == ""
 
 
 def test_sentences_are_empty_where_nothing_was_logged() -> None:

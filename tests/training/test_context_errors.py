@@ -12,7 +12,7 @@ import torch
 
 from coordexp.config.paths import CONTEXT_ROWS
 from coordexp.geometry.bins import target_bins
-from coordexp.losses.coord_terms import slot_diagnostics
+from coordexp.losses.coord_terms import COORD_METRICS, slot_diagnostics
 from coordexp.models.forward import hidden_states
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import teacher_segment
@@ -20,7 +20,7 @@ from coordexp.packing.samples import Sample, SampleStore
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.stages import make_reader
 from coordexp.training import eval_callback
-from coordexp.training.context_errors import OWN, ContextErrors, mean_errors
+from coordexp.training.context_errors import DIAGNOSTICS, OWN, ContextErrors, mean_errors
 from coordexp.training.eval_callback import make_eval_callback
 from coordexp.training.step import term_sums
 from helpers import Workspace, new_checkpoint
@@ -55,7 +55,8 @@ def test_an_annotated_answer_is_read_alike_as_annotation_and_as_its_own(workspac
     contexts = measure(workspace, checkpoint)
     for sample in samples:
         row = contexts.row(sample, said(sample.answer_ids))
-        assert list(row) == ["image_id", "text_ce", "text_tokens", "A1", "A2", OWN]
+        assert list(row) == ["image_id", "text_ce", "text_tokens", "A1", "A2", DIAGNOSTICS, OWN]
+        assert list(row[DIAGNOSTICS]) == ["A1", "A2"]
         assert len(row["A1"]) == len(row["A2"]) == objects(sample)
         assert row[OWN] == row["A1"]
         assert row["A2"] != row["A1"] or not objects(sample)
@@ -71,7 +72,11 @@ def test_the_first_forward_is_what_the_training_log_calls_the_error_of_the_expec
     hidden = hidden_states(checkpoint.model, batch)
     with torch.no_grad():
         sums, slots = term_sums(checkpoint.model, contexts.criterion, batch, hidden, hidden)
-    assert mean_errors(rows)["A1"] == pytest.approx(slot_diagnostics(slots).summary()["expected_bin_mae"], abs=0.01)
+    summary = slot_diagnostics(slots).summary()
+    assert mean_errors(rows)["A1"] == pytest.approx(summary["expected_bin_mae"], abs=0.01)
+    for name in COORD_METRICS:
+        found = [(len(row["A1"]), row[DIAGNOSTICS]["A1"].get(name, 0.0)) for row in rows]
+        assert sum(n * v for n, v in found) / sum(n for n, _ in found) == pytest.approx(summary[name], rel=1e-3), name
     assert sum(row["text_ce"] for row in rows) == pytest.approx(float(sums["text_ce"]), rel=1e-4)
     assert sum(row["text_tokens"] for row in rows) == len(batch.text_slots)
 

@@ -22,7 +22,7 @@ from coordexp.training.step import Criterion, micro_batch, step_counts
 from helpers import ALL_WEIGHTS, PARAMS, changed, criterion_of, new_checkpoint, teacher_rollouts
 from loss_reference import box_sums, coord_sums, text_log_odds, textbook_text
 
-WEIGHTS = ALL_WEIGHTS | {"entropy": 0.1, "duplicate_unlikelihood": 0.5}
+WEIGHTS = ALL_WEIGHTS | {"entropy": 0.1, "duplicate_unlikelihood": 0.5, "reordered_ce": 0.25}
 
 
 def untied():
@@ -36,6 +36,7 @@ def untied():
 def with_duplicates(checkpoint, world):
     """Every kind of supervised slot: annotations, rollouts, and duplicates to push down."""
     policies = {"passes": "two", "missed": "append", "eos_weight": 2.0, "duplicate_unlikelihood_weight": 0.5}
+    policies |= {"reordered_ce_weight": 0.25}
     stage2 = changed(PARAMS.stage2, **policies)
     rollouts, encoder = teacher_rollouts(checkpoint, world), world.encoder(checkpoint)
     rolled_out = [
@@ -49,9 +50,8 @@ def with_duplicates(checkpoint, world):
 def textbook_loss(model, criterion: Criterion, batch: PackedBatch, counts) -> torch.Tensor:
     """The weighted sum from logits of all supervised slots and softmaxes over the whole vocabulary."""
     hidden, temperature, first_id = hidden_states(model, batch), criterion.params.temperature, criterion.first_coord_id
-    text_NV, coord_NV, unlikely_NV = (
-        slot_logits(model, hidden, slots) for slots in (batch.text_slots, batch.coord_slots, batch.unlikely_slots)
-    )
+    places = (batch.text_slots, batch.coord_slots, batch.unlikely_slots, batch.reordered_slots)
+    text_NV, coord_NV, unlikely_NV, reordered_NV = (slot_logits(model, hidden, slots) for slots in places)
     span = slice(first_id, first_id + NUM_BINS)
     odds_N = text_log_odds(coord_NV, first_id, temperature)
     slots = CoordSlots(coord_NV[:, span], odds_N, batch.coord_targets, criterion.params)
@@ -63,6 +63,7 @@ def textbook_loss(model, criterion: Criterion, batch: PackedBatch, counts) -> to
     sums["text_gate"] = sum_slots(textbook_text(text_NV / temperature, ids, first_id)["text_gate"], gated_N)
     pushed = textbook_text(unlikely_NV, batch.unlikely_ids, first_id)
     sums["duplicate_unlikelihood"] = sum_slots(pushed["duplicate_unlikelihood"])
+    sums["reordered_ce"] = sum_slots(textbook_text(reordered_NV, batch.reordered_ids, first_id)["text_ce"])
     return sum(w * sums[name] / counts[TERMS[name].place] for name, w in criterion.weights.items())
 
 
@@ -132,6 +133,6 @@ def test_the_log_of_a_stage(workspace):
     lines = (workspace.paths.run("stage1") / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1])
     logged = {name.removeprefix("loss/") for name in row if name.startswith("loss/")}
-    assert logged == {"total", "text_ce", "softce", "w1", "gate"}
-    assert {name.removeprefix("raw/") for name in row if name.startswith("raw/")} == logged - {"total"}
+    assert logged == {"total", "text_ce", "softce", "w1", "gate", "coord_reg"}
+    assert {name.removeprefix("raw/") for name in row if name.startswith("raw/")} == logged - {"total", "coord_reg"}
     assert row["coord_diag/expected_bin_abs_err_p90"] >= row["coord_diag/expected_bin_mae"] > 0

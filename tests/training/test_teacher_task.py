@@ -9,6 +9,7 @@ from coordexp.packing.collator import teacher_segment
 from coordexp.training.stage1 import TeacherTask
 from coordexp.training.step import step_counts
 from helpers import criterion_of, logs_of, new_checkpoint
+from loss_reference import terms_of
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def test_a_step_is_the_mean_over_all_its_slots(world, checkpoint):
 
 def test_logged_numbers(world, checkpoint):
     micro = only(task(world, checkpoint, [[[0, 2], [5]]]).micro_batches(0))
-    weighted = [value for name, value in micro.logs.items() if name.startswith("loss/")]
-    assert sum(weighted) == pytest.approx(float(micro.loss.detach()), rel=1e-5)
+    weighted = {name: v for name, v in micro.logs.items() if name.startswith("loss/") and name != "loss/coord_reg"}
+    assert sum(weighted.values()) == pytest.approx(float(micro.loss.detach()), rel=1e-5)
+    assert micro.logs["loss/coord_reg"] == pytest.approx(sum(weighted.get(f"loss/{n}", 0.0) for n in terms_of("coord")))
     assert micro.logs["samples"] == 3
     assert micro.logs["tokens"] == sum(world.store[i].length for i in (0, 2, 5))
     assert {"loss/text_ce", "loss/softce", "loss/bbox_ciou", "coord_diag/expected_bin_mae"} <= logs_of(micro).keys()

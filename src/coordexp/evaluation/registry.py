@@ -105,7 +105,7 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("set.dup_pairs_<each>", "set.dup_image_rate", "set.count_error_mean", "set.omission_rate"),
         *("set.over_generation_rate", "set.order_violation_rate", "set.giant_box_rate", "parse.parse_rate"),
         *("parse.valid_objects", "parse.dropped_total", "parse.dropped_<each>", "parse.truncated_rate"),
-        *("parse.loop_rate", "parse.unreadable_rate", "parse.empty_rate"),
+        *("parse.loop_rate", "parse.unreadable_rate", "parse.empty_rate", "input.zero_area_boxes"),
     ),
     "after NMS": (
         *("coco.mAP", "coco.AP50", "f1.full_50", "f1.full_mean", "f1.precision_50", "f1.recall_50"),

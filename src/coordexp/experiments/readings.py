@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from coordexp.models.loading import load_format
 from coordexp.packing.samples import Sample, SampleStore
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines
+from coordexp.reporting.training import MEANINGS, SHAPES
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.stages import decode_request, make_reader
@@ -116,14 +118,27 @@ def _context_drift(files: RunFiles, checkpoint: str) -> Reading | None:
     The first reads the annotated coordinates, each later one what the one before it said: the same slots of the same
     images under the same weights.
     """
-    rows = read_rows(files.fetch(files.paths.run(checkpoint) / CONTEXT_ROWS), {"A1"})
-    last = [row for row in rows if row["step"] == max(other["step"] for other in rows)]
+    last = _last_rows(files, checkpoint, "A1")
     names = sorted(name for name in last[0] if name[:1] == "A" and name[1:].isdigit())
     if len(names) < 2:
         return None
     sums_IC = np.array([[sum(row[name]) for name in (names[0], names[-1])] for row in last], np.float64).reshape(-1, 2)
     n_I = np.array([len(row["A1"]) for row in last])
     return files.reading(ratio(sums_IC[:, 1] - sums_IC[:, 0], n_I), len(last))
+
+
+def _last_rows(files: RunFiles, checkpoint: str, *columns: str) -> list[dict[str, Any]]:
+    """What the eval callback read of each dev image after the last step."""
+    rows = read_rows(files.fetch(files.paths.run(checkpoint) / CONTEXT_ROWS), {*columns})
+    return [row for row in rows if row["step"] == max(other["step"] for other in rows)]
+
+
+def _coordinates(name: str, files: RunFiles, checkpoint: str) -> Reading | None:
+    """Mean of a diagnostic over the annotated coordinates of dev, in the annotated context, after the last step."""
+    last = _last_rows(files, checkpoint, "A1", "coord_diag")
+    found = [row["coord_diag"].get("A1", {}).get(name) for row in last]
+    n_I = np.array([0 if value is None else len(row["A1"]) for row, value in zip(last, found, strict=True)])
+    return files.reading(ratio(n_I * np.array([value or 0.0 for value in found]), n_I), len(last))
 
 
 # Whether F1 and mAP rise together while a stage trains.
@@ -252,7 +267,20 @@ def _in_common(before: _Named, after: _Named) -> int:
     return len(greedy_pairs(np.where(same, iou, 0.0), SAME_IOU)[0])
 
 
+_COORDINATES: dict[str, tuple[str, Literal["higher", "lower", "neither"]]] = {
+    "expected_bin_mae": ("bins", "lower"), "p_gt_mean": ("0..1", "higher"), "acc_top5": ("0..1", "higher"),
+    "margin_mean": ("nats", "higher"), "coord_vocab_mass_mean": ("0..1", "higher"), "gate": ("nats", "lower"),
+    "second_peak": ("0..1", "lower"), "mean_off_peak": ("0..1", "lower"),
+    "coverage_50": ("0..1", "neither"), "coverage_90": ("0..1", "neither"),
+}  # fmt: skip
 READINGS = {
+    **{
+        f"coord.{name}": RunReading(
+            f"{(MEANINGS | SHAPES)[name]}; mean over annotated coordinates of dev, after the last step",
+            unit, better, _context_paths, partial(_coordinates, name),
+        )
+        for name, (unit, better) in _COORDINATES.items()
+    },
     "context.drift": RunReading(
         "error of coordinates on dev in the last forward of channel A minus the first, after the last step",
         "bins", "lower", _context_paths, _context_drift,

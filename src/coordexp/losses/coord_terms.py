@@ -29,6 +29,7 @@ from torch import Tensor
 
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import MAX_BIN, NUM_BINS
+from coordexp.losses.readout import LOCAL_RADIUS_BINS
 from coordexp.losses.terms import at_least_float32, term
 
 COORD_METRICS = (
@@ -40,6 +41,16 @@ COORD_METRICS = (
     "softce_kl",  # KL(q || p) = softCE - H(q), nats: the part of softCE that can reach 0
     "coord_vocab_mass_mean",  # m = P(coordinate ids)
 )
+# What more is said of held-out slots: whether distributions have one peak, and whether their widths can be believed.
+SHAPE_METRICS = (
+    "gate",  # -log m, nats
+    "second_peak",  # slots with a second peak: see `distribution_shape`
+    "mean_off_peak",  # slots whose E[k] lies where the distribution is thin ("mean collapse")
+    "coverage_50",  # slots whose y lies in the central 50 % of p; 0.5 if its width can be believed
+    "coverage_90",  # the same of 90 %
+)
+LEAST_PEAK_MASS = 0.1  # of a second peak
+COVERAGES = (0.5, 0.9)
 TOP_BINS = 5
 CELL_BINS = 0.25  # resolution of the error quantiles
 NUM_CELLS = int(MAX_BIN / CELL_BINS) + 1
@@ -226,26 +237,66 @@ class CoordDiagnostics:
 @torch.no_grad()
 def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
     """Diagnostics of N coordinate slots, on the CPU and without a gradient."""
-    log_p_NK, p_NK, q_NK, t_N1 = slots.log_p_NK, slots.p_NK, slots.q_NK, slots.label_N[:, None]
-    log_p_t_N1 = log_p_NK.gather(-1, t_N1)
-    best_other_N = log_p_NK.scatter(-1, t_N1, -torch.inf).amax(-1)
-    bins_K = torch.arange(NUM_BINS, dtype=p_NK.dtype, device=p_NK.device)
-    abs_err_N = expected_bin_errors(slots)
-    values = {
-        "p_gt_mean": log_p_t_N1[:, 0].exp(),
-        "acc_top5": ((log_p_NK > log_p_t_N1).sum(-1) < TOP_BINS).to(p_NK),
-        "margin_mean": log_p_t_N1[:, 0] - best_other_N,
-        "expected_bin_mae": abs_err_N,
-        "w1_to_delta": (p_NK * (bins_K - t_N1).abs()).sum(-1) / MAX_BIN,
-        "softce_kl": soft_cross_entropy(log_p_NK, q_NK) - target_entropy(q_NK),
-        "coord_vocab_mass_mean": torch.sigmoid(-slots.text_log_odds_N),
-    }
+    values = _slot_values(slots)
+    abs_err_N = values["expected_bin_mae"]
     cells_N = (abs_err_N / CELL_BINS).long().clamp(0, NUM_CELLS - 1)
     return CoordDiagnostics(
         sums_M=torch.stack([values[name].sum() for name in COORD_METRICS]).double().cpu(),
         slots=torch.tensor(float(len(abs_err_N)), dtype=torch.float64),
         abs_err_cells_H=torch.bincount(cells_N, minlength=NUM_CELLS).double().cpu(),
     )
+
+
+@torch.no_grad()
+def held_out_diagnostics(slots: CoordSlots) -> dict[str, float]:
+    """Means of COORD_METRICS and SHAPE_METRICS over the slots; empty without slots."""
+    if not len(slots.label_N):
+        return {}
+    values = {**_slot_values(slots), "gate": gate(slots.text_log_odds_N), **distribution_shape(slots)}
+    return {name: float(values[name].double().mean()) for name in (*COORD_METRICS, *SHAPE_METRICS)}
+
+
+def distribution_shape(slots: CoordSlots) -> dict[str, Tensor]:
+    """(N,) 1 or 0 by name: the last four of SHAPE_METRICS.
+
+    The mass near a bin is that within LOCAL_RADIUS_BINS of it, and the peak where it is largest. A second peak has at
+    least LEAST_PEAK_MASS near it, and between it and the peak lies a bin with at most half as much. E[k] is off the
+    peak where at most half as much mass is near it as near the peak: between two peaks an expectation says a place
+    that the model does not believe in. A bin is uniform mass over [k - 1/2, k + 1/2].
+    """
+    p_NK, width = slots.p_NK, 2 * LOCAL_RADIUS_BINS + 1
+    bins_K = torch.arange(NUM_BINS, device=p_NK.device)
+    near_NK = F.avg_pool1d(p_NK[:, None], width, stride=1, padding=LOCAL_RADIUS_BINS)[:, 0] * width
+    peak_N1 = near_NK.argmax(-1, keepdim=True)
+    right_NK = near_NK.masked_fill(bins_K < peak_N1, torch.inf).cummin(-1).values
+    left_NK = near_NK.masked_fill(bins_K > peak_N1, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    valley_NK = torch.minimum(left_NK, right_NK)  # least mass near any bin from the peak to here
+    mean_N1 = (p_NK * bins_K).sum(-1, keepdim=True).round().long()
+    y_N1 = slots.target_bins_N.to(p_NK)[:, None]
+    t_N1 = slots.label_N[:, None]
+    below_N1 = p_NK.cumsum(-1).gather(-1, t_N1) - p_NK.gather(-1, t_N1) * (0.5 + t_N1 - y_N1)  # F(y)
+    return {
+        "second_peak": ((near_NK >= LEAST_PEAK_MASS) & (2 * valley_NK <= near_NK)).any(-1).to(p_NK),
+        "mean_off_peak": (2 * near_NK.gather(-1, mean_N1) <= near_NK.gather(-1, peak_N1))[:, 0].to(p_NK),
+        **{f"coverage_{round(100 * c)}": ((below_N1 - 0.5).abs() <= c / 2)[:, 0].to(p_NK) for c in COVERAGES},
+    }
+
+
+def _slot_values(slots: CoordSlots) -> dict[str, Tensor]:
+    """(N,) COORD_METRICS by name."""
+    log_p_NK, p_NK, q_NK, t_N1 = slots.log_p_NK, slots.p_NK, slots.q_NK, slots.label_N[:, None]
+    log_p_t_N1 = log_p_NK.gather(-1, t_N1)
+    best_other_N = log_p_NK.scatter(-1, t_N1, -torch.inf).amax(-1)
+    bins_K = torch.arange(NUM_BINS, dtype=p_NK.dtype, device=p_NK.device)
+    return {
+        "p_gt_mean": log_p_t_N1[:, 0].exp(),
+        "acc_top5": ((log_p_NK > log_p_t_N1).sum(-1) < TOP_BINS).to(p_NK),
+        "margin_mean": log_p_t_N1[:, 0] - best_other_N,
+        "expected_bin_mae": expected_bin_errors(slots),
+        "w1_to_delta": (p_NK * (bins_K - t_N1).abs()).sum(-1) / MAX_BIN,
+        "softce_kl": soft_cross_entropy(log_p_NK, q_NK) - target_entropy(q_NK),
+        "coord_vocab_mass_mean": torch.sigmoid(-slots.text_log_odds_N),
+    }
 
 
 def expected_bin_errors(slots: CoordSlots) -> Tensor:

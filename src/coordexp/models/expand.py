@@ -41,9 +41,10 @@ def add_coordinate_tokens(
     if not has_coord_tokens(tokenizer):
         tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
         vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
-        if vocabulary.end_id > input_table(model).num_embeddings:
+        rows = input_table(model).num_embeddings
+        if vocabulary.end_id > rows:
             model.resize_token_embeddings(round_up(vocabulary.end_id), mean_resizing=False)
-        _fill_rows(model, tokenizer, vocabulary, init, seed)
+        _fill_rows(model, tokenizer, vocabulary, max(vocabulary.end_id, rows), init, seed)
         return vocabulary
     vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
     rows = input_table(model).num_embeddings
@@ -58,6 +59,7 @@ def _fill_rows(
     model: Qwen3VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: CoordVocabulary,
+    first_padding: int,
     init: str,
     seed: int,
 ) -> None:
@@ -69,6 +71,8 @@ def _fill_rows(
         for table_VD in tables:
             known = table_VD[: vocabulary.first_id]
             table_VD[vocabulary.first_id : vocabulary.end_id] = coordinate_rows(known, digit_ids, init, seed)
+            # Rows that round the table up stand in every softmax; what resizing leaves there is drawn without a seed.
+            table_VD[first_padding:] = known.mean(0)
 
 
 def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.table import Floats, Ints
 from coordexp.reporting.inputs import TRAINED, Json, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, number, percent, table, with_interval
-from coordexp.reporting.training import w1_fraction
+from coordexp.reporting.training import MEANINGS, OTHER_UNITS, SHAPES, w1_fraction
 from coordexp.reporting.verdicts import Difference, checkpoint_faults, compared, difference_from, verdict_of
 
 W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
@@ -257,6 +257,34 @@ def readings_table(data: ReportData) -> str:
     ]
     header = ["read after", "step", "images", "objects", *names, "objects in its own answers", "text, nats a token"]
     return table(header, rows) if rows else ""
+
+
+def shapes_table(data: ReportData) -> str:
+    """What distributions at annotated coordinates look like after each stage, with intervals; empty if unread."""
+    columns: dict[str, dict[str, str]] = {}
+    for stage in TRAINED:
+        rows = [*last_reading(data, stage).values()]
+        for context in dict.fromkeys(name for row in rows for name in row.get("coord_diag", ())):
+            columns[f"{stage} {context}"] = {
+                name: with_interval(*_shape_mean(data, rows, context, name)) for name in {**MEANINGS, **SHAPES}
+            }
+    rows_of = [
+        [f"`{name}`", meaning, *(column[name] for column in columns.values())]
+        for name, meaning in {**MEANINGS, **SHAPES}.items()
+        if any(column[name] != MISSING for column in columns.values())
+    ]
+    return table(["diagnostic", "what it is", *columns], rows_of, "ll" + "r" * len(columns)) if columns else ""
+
+
+def _shape_mean(
+    data: ReportData, rows: Sequence[Json], context: str, name: str
+) -> tuple[float | None, list[float] | None]:
+    """Mean over the coordinate slots of all images, with its interval over images."""
+    found = [(len(row[context]), row["coord_diag"].get(context, {}).get(name)) for row in rows]
+    counts_I = np.array([n if value is not None else 0 for n, value in found], np.float64)
+    sums_I = np.array([n * (value or 0.0) for n, value in found], np.float64)
+    mean, resampled = _ratio(sums_I, counts_I, _reading_weights(data, len(rows)))
+    return mean, interval(resampled, mean, is_share=name not in OTHER_UNITS)
 
 
 def _nats(rows: Sequence[Mapping[str, float]]) -> str:

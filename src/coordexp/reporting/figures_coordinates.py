@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coordexp.evaluation.measures import matched_ious
 from coordexp.evaluation.table import Floats
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.reporting.outcomes import MATCH_IOU, Outcomes
@@ -62,9 +63,9 @@ def bin_errors(outcome: Outcomes) -> Floats:
 
 
 def _bin_errors(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Left the distribution in octaves of bins, right its cumulative: the share of edges within k bins."""
-    figure = new_figure(9.6, 3.4)
-    left, right = figure.subplots(1, 2)
+    """The distribution in octaves of bins; its cumulative, the share of edges within k bins; that of IoU from above."""
+    figure = new_figure(12.6, 3.4)
+    left, right, above = figure.subplots(1, 3, width_ratios=(4, 3, 3))
     positions = np.arange(len(EDGES_BINS) - 1)
     for shift, (name, outcome) in enumerate(outcomes.items()):
         look, errors = LOOKS[name], bin_errors(outcome).ravel()
@@ -85,7 +86,13 @@ def _bin_errors(outcomes: Mapping[str, Outcomes]) -> Figure:
     right.set(xscale="log", xlim=(0.3, 300), ylim=(0, 1.02), xlabel="k (bins of 1/1000)")
     right.set_title("Share of edges within k bins")
     right.xaxis.set_major_formatter("{x:g}")
-    for ax, place in ((left, "upper left"), (right, "lower right")):
+    for name, outcome in outcomes.items():
+        iou_M = np.sort(matched_ious(outcome.table))[::-1]
+        if len(iou_M):
+            above.plot(iou_M, np.arange(1, len(iou_M) + 1) / len(iou_M), color=LOOKS[name].colour,
+                       linestyle=LOOKS[name].line, label=f"{name}: mean {iou_M.mean():.2f}")  # fmt: skip
+    above.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="IoU", title="Share of paired boxes of at least that IoU")
+    for ax, place in ((left, "upper left"), (right, "lower right"), (above, "lower left")):
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc=place)
     return figure

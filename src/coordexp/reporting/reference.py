@@ -18,6 +18,7 @@ from pathlib import Path
 from coordexp.config.block import Block, FieldSpec, block_kinds, field_specs, nested_block
 from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.profile import Profile
+from coordexp.config.question import UNASKED
 from coordexp.config.removed import REMOVED
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
@@ -36,9 +37,9 @@ from coordexp.inputs import (
     stage_plans,
 )
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
-from coordexp.reporting.inputs import bounds_of, metric, metrics_frame, read_json
+from coordexp.reporting.inputs import Metrics, bounds_of, metric, metrics_frame, read_json
 from coordexp.reporting.markdown import number, table, with_interval
-from coordexp.reporting.training import MEANINGS
+from coordexp.reporting.training import MEANINGS, SHAPES
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
 PRODUCTION_PAGE, SCALING_PAGE = Path("docs/production.md"), Path("docs/scaling.md")
@@ -50,6 +51,12 @@ SHOWN_PROFILE = "tiny"
 BEGIN = "<!-- results: written by `python -m coordexp.reporting.reference` -->"
 END = "<!-- end of results -->"
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
+
+_TIERS = {
+    "seen": "names that training wrote",
+    "phrase": "pairs that pretraining drew, but never wrote",
+    "strict": "pairs that were never drawn nor written",
+}
 
 _PARAMETERS_INTRO = """\
 Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
@@ -68,6 +75,10 @@ and a `source` of another `kind` are taken whole from the file that states them 
 A changed value runs the stages under "read by" again, as `pipelines/inputs.yaml` declares, and of those under "then"
 each whose inputs came out different (`decode` is all four, `decode@base` to `decode@stage2`; `check` runs always).
 `profile` is part of every command and path; `model.path` is where the files of the model lie, which pins identify."""
+
+_UNASKED = """\
+Every other key of `params.yaml`, and every choice of one that lists its choices, is in an arm of a question of
+`configs/questions/` (`coordexp answer --list`)."""
 
 _TERMS = """\
 In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
@@ -93,7 +104,8 @@ counted half)."""
 _LOGS = """\
 `train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
-`lr` (the peak rate times the schedule), `grad_norm` (before clipping), `tokens`, `samples`; in stage 2 also
+`loss/coord_reg` (the sum of the weighted coordinate terms), `lr` (the peak rate times the schedule), `grad_norm`
+(before clipping), `tokens`, `samples`; in stage 2 also
 `channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
 `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
@@ -112,7 +124,9 @@ few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU 
 forward of its own (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
 annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, in the
 annotated context `A1`, in the soft self-context `A2` and on where channel A has several forwards, and in the model's
-own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`."""
+own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`.
+Its `coord_diag` holds, by context `A1`, `A2` and on, means over the image's coordinate slots of the diagnostics below;
+the readings `coord.*` of questions are their means over dev in the context `A1`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -165,6 +179,9 @@ def parameters_markdown(graph: Graph) -> str:
         _PARAMETERS_INTRO,
         *_blocks(Params, PARAMS_FILE, graph),
         *_blocks(Profile, PROFILE_FILE, graph),
+        "## Keys that no question varies",
+        _UNASKED,
+        table(["key", "reason"], [[f"`{key}`", _cell(why)] for key, why in UNASKED.items()], "ll"),
         "## Terms of the loss",
         _TERMS,
         terms_table(),
@@ -239,6 +256,8 @@ def metrics_markdown() -> str:
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),
+        "Of held-out slots alone, in `context_errors.jsonl` (`losses/coord_terms.py:distribution_shape`):",
+        table(["diagnostic", "meaning"], [[f"`{name}`", _cell(words)] for name, words in SHAPES.items()], "ll"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -255,19 +274,39 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")
 
 
-def results_table(profile: str, root: Path) -> str | None:
-    """Metrics of a run, a row for each checkpoint; mAP with its 95 % interval. None where the run's outputs are not."""
+def results(profile: str, root: Path) -> str | None:
+    """Tables of a run: metrics by checkpoint, and AP by how names are held out. None where its outputs are not."""
     path = ProfilePaths(profile, root).metrics
     if not path.is_file():
         return None
     found = read_json(path, "coco-eval")
     metrics = metrics_frame({name: found[name]["eval"] for name in CHECKPOINTS})
+    return f"{_results_table(metrics)}\n\n{_names_table(metrics)}"
+
+
+def _results_table(metrics: Metrics) -> str:
+    """A row for each checkpoint; mAP with its 95 % interval."""
     keys, specs = view("readme", STANDARD), metric_specs(STANDARD)
     rows = []
     for name in CHECKPOINTS:
         first, *others = (metric(metrics, name, key) for key in keys)
         rows.append([name, with_interval(first, bounds_of(metrics, name, keys[0])), *map(number, others)])
     return table(["val", *(specs[key].name for key in keys)], rows)
+
+
+def _names_table(metrics: Metrics) -> str:
+    """AP at IoU .50 of the last checkpoint with its 95 % interval: a row for each tier, a column for each question."""
+    name, rows = CHECKPOINTS[-1], []
+    for tier, meaning in _TIERS.items():
+        keys = [f"vocabulary{area}_{tier}_AP50" for area in (".everything", ".list", "_blind.list")]
+        rows.append([meaning, *(with_interval(metric(metrics, name, k), bounds_of(metrics, name, k)) for k in keys)])
+    head = [
+        f"AP50 of {name}",
+        "asked for everything",
+        "asked with a list",
+        "with a list, answers dealt to other images",
+    ]
+    return table(head, rows)
 
 
 def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
@@ -280,11 +319,11 @@ def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
 
 def pages(root: Path) -> dict[Path, str]:
     """The pages by their path under the repository root."""
-    readme, results = (root / README).read_text(encoding="utf-8"), results_table(SHOWN_PROFILE, root)
+    readme, shown = (root / README).read_text(encoding="utf-8"), results(SHOWN_PROFILE, root)
     written = {
         PARAMETERS_PAGE: parameters_markdown(Graph(declarations(root), stage_plans(root, SHOWN_PROFILE))),
         METRICS_PAGE: metrics_markdown(),
-        README: with_block(readme, BEGIN, END, results, str(README)) if results else readme,
+        README: with_block(readme, BEGIN, END, shown, str(README)) if shown else readme,
     }
     figures = measured(root)
     production, scaling = ((root / page).read_text(encoding="utf-8") for page in (PRODUCTION_PAGE, SCALING_PAGE))

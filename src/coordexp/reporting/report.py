@@ -24,6 +24,7 @@ from coordexp.reporting.answers import (
     answers_table,
     improved_and_flat,
     readings_table,
+    shapes_table,
     standing_answers,
     suggestions,
     suggestions_table,
@@ -66,6 +67,7 @@ from coordexp.reporting.monitor import (
 from coordexp.reporting.outcomes import Outcomes, judge
 from coordexp.reporting.training import (
     channels,
+    correlations_sentence,
     counters_table,
     of_channel,
     training_sentence,
@@ -177,6 +179,7 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
         "monitor_sentence": monitor_sentence(data.dev_rows),
         "monitor_table": monitor_table(data.dev_rows),
         "readings_table": readings_table(data),
+        "shapes_table": shapes_table(data),
         "resamples": settings.bootstrap_resamples,
         "goals_table": tables.goals_table(data),
         "vocabulary_table": tables.metrics_table(data, "vocabulary") if tables.tier_table(data) else "",
@@ -194,6 +197,8 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
         "confusion_table": tables.confusion_table(shown),
         "n_confused": shown.confusions().total(),
         "set_table": tables.metrics_table(data, "set"),
+        "set_measures": tables.measures_table(data, outcomes, "set"),
+        "geometry_measures": tables.measures_table(data, outcomes, "geometry"),
         "nms_table": tables.nms_table(data),
         "omission_table": tables.omission_table(data.details),
         "worst_duplicates": tables.worst_duplicates_table(data.details[SHOWN]),
@@ -246,6 +251,7 @@ def _training(data: ReportData) -> list[dict[str, str]]:
             "title": title,
             "sentence": f"{len(log)} steps. {training_sentence(log, params)}".rstrip(),
             "table": training_table(log, params, stage),
+            "slots": correlations_sentence(log),
         }
         for title, stage, log in parts
     ]

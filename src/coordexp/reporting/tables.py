@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.errors import ConfigError, closest
+from coordexp.evaluation.bootstrap import interval, resample_weights
 from coordexp.evaluation.confidence import CONSTANT, PERFECT
+from coordexp.evaluation.measures import MEASURES
 from coordexp.evaluation.registry import PROTOCOL_KEYS, after_nms, metric_specs, view
 from coordexp.reporting.inputs import Json, Metrics, ReportData, bounds_of, metric, required
 from coordexp.reporting.markdown import MISSING, code, escape, flatten, number, percent, table, with_interval
@@ -39,6 +43,25 @@ def metrics_table(data: ReportData, name: str) -> str:
     text = table(["metric", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
     unmeasured = ", ".join(f"`{key}`" for key in missing)
     return text + (f"\n\nNot measured on this data: {unmeasured}." if missing else "")
+
+
+def measures_table(data: ReportData, outcomes: Mapping[str, Outcomes], area: str) -> str:
+    """The measures of an area as rows, checkpoints as columns, with 95 % intervals over images."""
+    first = outcomes[CHECKPOINTS[0]].table
+    weights_BI = resample_weights(first.n_images, data.settings.bootstrap_resamples, data.run.params.seed)
+    rows = []
+    for key, measure in MEASURES.items():
+        if not key.startswith(f"{area}."):
+            continue
+        cells = []
+        for name in CHECKPOINTS:
+            statistic = measure.statistic(outcomes[name].table)
+            value = float(statistic(np.ones((1, first.n_images)))[0])
+            known = None if np.isnan(value) else value
+            cells.append(with_interval(known, interval(statistic(weights_BI), known, is_share=measure.unit == "0..1")))
+        unit = "" if measure.unit == "0..1" else f" ({measure.unit})"
+        rows.append([f"`{key}`{_ARROWS[measure.better]}", escape(measure.meaning) + unit, *cells])
+    return table(["measure", "meaning", *CHECKPOINTS], rows, "ll" + "r" * len(CHECKPOINTS))
 
 
 def goals_table(data: ReportData) -> str:

@@ -27,8 +27,25 @@ MEANINGS = {
     "w1_to_delta": "W1 distance to the hard target, share of the axis",
     "coord_vocab_mass_mean": "probability of any coordinate token",
 }
+# What is said of held-out slots beside these (`losses/coord_terms.py:distribution_shape`).
+SHAPES = {
+    "gate": "-log P(any coordinate token), nats",
+    "second_peak": "distributions with a second peak, fraction",
+    "mean_off_peak": "E[k] where the distribution is thin, fraction: the mean collapse of several peaks",
+    "coverage_50": "target inside the central 50 % of the distribution, fraction; 0.5 if its width can be believed",
+    "coverage_90": "the same of the central 90 %",
+}
+OTHER_UNITS = (
+    "softce_kl",
+    "expected_bin_mae",
+    "margin_mean",
+    "gate",
+)  # nats and bins; what else there is, is in [0, 1]
+COORD_SUM = "coord_reg"
+SLOTS = "coord_diag/coord_tokens"
+CORRELATED = ("raw/softce", "raw/w1", "raw/gate", "raw/coord_ce", "raw/text_ce", BIN_ERROR)
 ZERO_FLOOR_DIAGNOSTICS = ("softce_kl", "w1_to_delta", "expected_bin_mae", "expected_bin_abs_err_p90")
-NO_FLOOR = ("total", "text_ce", "entropy")  # what they cannot go below is not known, or is no bound
+NO_FLOOR = ("total", COORD_SUM, "text_ce", "entropy")  # what they cannot go below is not known, or is no bound
 _FLAT = 0.02  # a smaller relative change above the floor is called flat
 HEADER = ["quantity", "what it is", "first tenth", "last tenth", "floor", "change", "share of loss at end"]
 
@@ -69,8 +86,9 @@ def training_table(log: pd.DataFrame, params: Params, stage: str) -> str:
 
 def term_meaning(term: str) -> str:
     """What a term of the objective is, in the words of its weight in the parameters."""
+    sums = {"total": "sum of all terms", COORD_SUM: "sum of the coordinate terms"}
     meanings = {spec.key.split(".")[-1]: spec.description for spec in field_specs(Params)}
-    return "sum of all terms" if term == "total" else meanings.get(f"{term}_weight", "")
+    return sums.get(term) or meanings.get(f"{term}_weight", "")
 
 
 def loss_floor(term: str, params: Params, stage: str) -> float | None:
@@ -126,6 +144,26 @@ def w1_sentence(log: pd.DataFrame) -> str:
     """W1's part of the coordinate losses at the end; empty if there is none."""
     fraction = w1_fraction(log)
     return "" if fraction is None else f"W1 is {percent(fraction)} of softCE + W1 at the end."
+
+
+def slot_correlations(log: pd.DataFrame) -> dict[str, float | None]:
+    """Pearson's correlation over steps of each loss with the number of coordinate slots in the step.
+
+    A loss is a mean over slots: where a crowded batch is a harder one, its curve rises and falls with the batches.
+    """
+    found: dict[str, float | None] = {}
+    for column in CORRELATED:
+        both = pd.concat([logged(log, SLOTS), logged(log, column)], axis=1).dropna()
+        varies = len(both) > 2 and bool((both.nunique() > 1).all())
+        found[column] = float(np.corrcoef(both.to_numpy().T)[0, 1]) if varies else None
+    return found
+
+
+def correlations_sentence(log: pd.DataFrame) -> str:
+    """The correlations in a line; empty if there is none."""
+    known = {column: value for column, value in slot_correlations(log).items() if value is not None}
+    words = ", ".join(f"`{column}` {value:+.2f}" for column, value in known.items())
+    return f"Correlation over steps with the number of coordinate slots in a step: {words}." if known else ""
 
 
 def counters_table(log: pd.DataFrame) -> str:

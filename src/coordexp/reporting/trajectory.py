@@ -26,11 +26,12 @@ from coordexp.evaluation.evaluator import Evaluation, rounded
 from coordexp.evaluation.registry import view
 from coordexp.evaluation.set_behaviour import find_duplicates, order_violations
 from coordexp.infra.files import write_bytes, write_text
-from coordexp.infra.logs import logged
+from coordexp.infra.logs import BIN_ERROR, logged
 from coordexp.infra.provenance import write_json
 from coordexp.records.gt_vs_pred import ImageResult, own_lines
-from coordexp.reporting.markdown import escape, number, table, with_interval
+from coordexp.reporting.markdown import escape, number, percent, table, with_interval
 from coordexp.reporting.style import GREEN, RED, figure_style, new_figure, save_figure
+from coordexp.reporting.training import slot_correlations
 from coordexp.training.dev_answers import answer_tile, judge_answer
 
 Evaluated = Mapping[int, tuple[Sequence[ImageResult], Evaluation]]  # by step
@@ -40,8 +41,9 @@ DUPLICATE_IOUS = (0.9, 0.95)
 LABELS = 4  # of a histogram that are written out
 SCORES = ("coco.mAP", "coco.AP50", "f1.full_50", "f1.precision_50", "f1.recall_50", "rollout.matched_iou_mean")
 COUNTS = ("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", "rollout.gate_rejected")
-SLOTS = "coord_diag/coord_tokens"
-CORRELATED = ("raw/softce", "raw/w1", "raw/gate", "raw/coord_ce", "raw/text_ce", "coord_diag/expected_bin_mae")
+NEAR_FRACTION = 0.05  # of the steps of a stage: what its log says near a step is a mean over so many up to it
+LOGGED = (BIN_ERROR, *(f"coord_diag/{n}" for n in ("expected_bin_abs_err_p90", "acc_top5", "p_gt_mean", "margin_mean")))
+LOGGED += ("coord_diag/coord_vocab_mass_mean", "raw/gate", "loss/coord_reg")
 
 
 def write_trajectory(run: RunConfig, stage: str, evaluated: Evaluated, log: pd.DataFrame) -> Path:
@@ -57,6 +59,7 @@ def write_trajectory(run: RunConfig, stage: str, evaluated: Evaluated, log: pd.D
         "objects": int(evaluations[0].table.n_gt_I.sum()),
         "steps": [_step_row(step, evaluation) for step, (_, evaluation) in evaluated.items()],
         "worst": followed,
+        "logged": [_logged_row(log, step) for step in evaluated],
         "slots": slot_correlations(log),
     }
     numbers = rounded(numbers)
@@ -70,9 +73,16 @@ def write_trajectory(run: RunConfig, stage: str, evaluated: Evaluated, log: pd.D
 
 def _step_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
     parse = [key for key in view("set", evaluation.params) if key.startswith("parse.")]
-    keys = (*SCORES, *COUNTS, *view("set", evaluation.params), "input.zero_area_boxes")
+    keys = (*SCORES, *COUNTS, *view("set", evaluation.params))
     bounds = {key: evaluation.metrics["interval"].get(key) for key in ("coco.mAP", "f1.full_50")}
     return {"step": step, "interval": bounds, **{key: evaluation.value(key) for key in dict.fromkeys((*keys, *parse))}}
+
+
+def _logged_row(log: pd.DataFrame, step: int) -> dict[str, Any]:
+    """What training said of its coordinates when it came to a step."""
+    first = step - max(1, round(NEAR_FRACTION * len(log)))
+    near = log[(log.index >= first) & (log.index < step)]
+    return {"step": step, **{name: float(logged(near, name).mean()) for name in LOGGED if len(logged(near, name))}}
 
 
 def follow_worst(evaluated: Evaluated) -> list[dict[str, Any]]:
@@ -102,23 +112,11 @@ def _image_rows(results: Sequence[ImageResult], evaluation: Evaluation) -> dict[
     kept = ("image", "n_gt", "n_pred", "tp_50", "f1_full_50", "parse_ok", "truncated")
     return {
         row["image_id"]: {name: row[name] for name in kept}
+        | {name: row["tp_50"] / row[n] if row[n] else None for name, n in (("precision", "n_pred"), ("recall", "n_gt"))}
         | {name: int(counts_I[i]) for name, counts_I in duplicates.items()}
         | {"order_violations": int(violations_I[i]), "labels": labels[row["image_id"]]}
         for i, row in enumerate(evaluation.per_image)
     }
-
-
-def slot_correlations(log: pd.DataFrame) -> dict[str, float | None]:
-    """Pearson's correlation over steps of each loss with the number of coordinate slots in the step.
-
-    A loss is a mean over slots: where a crowded batch is a harder one, its curve rises and falls with the batches.
-    """
-    found: dict[str, float | None] = {}
-    for column in CORRELATED:
-        both = pd.concat([logged(log, SLOTS), logged(log, column)], axis=1).dropna()
-        varies = len(both) > 2 and bool((both.nunique() > 1).all())
-        found[column] = float(np.corrcoef(both.to_numpy().T)[0, 1]) if varies else None
-    return found
 
 
 def trajectory_markdown(numbers: Mapping[str, Any]) -> str:
@@ -142,6 +140,9 @@ def trajectory_markdown(numbers: Mapping[str, Any]) -> str:
         "of at least .90 and .95; order violations are neighbours in the answer whose (y1, x1) decreases.",
         *(_image_part(row) for row in numbers["worst"]),
         f"![The worst images after each step]({stage}_worst.jpg)",
+        "## Coordinates in the training log",
+        f"Means over the {percent(NEAR_FRACTION)} of the steps before each of these, on training images.",
+        _logged_table(numbers["logged"]),
         "## Losses and the number of coordinate slots",
         table(["term, before weighting", "correlation with the slots of a step"],
               [[f"`{name}`", number(value)] for name, value in numbers["slots"].items()]),
@@ -158,12 +159,26 @@ def _steps_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], with_bo
     return table(header, [[str(row["step"]), *(cell(row, key) for key in keys)] for row in rows], "r" * len(header))
 
 
+def _logged_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = [name for name in LOGGED if any(name in row for row in rows)]
+    cells = [[str(row["step"]), *(number(row.get(name)) for name in names)] for row in rows]
+    return table(["step", *(f"`{name}`" for name in names)], cells, "r" * (1 + len(names)))
+
+
 def _image_part(row: Mapping[str, Any]) -> str:
-    header = ["step", "predicted", "right", "F1", "pairs at .90", "pairs at .95", "order violations", "labels"]
-    keys = ("n_pred", "tp_50", "f1_full_50", "dup_pairs_90", "dup_pairs_95", "order_violations")
-    rows = [[str(at["step"]), *(number(at[key]) for key in keys), _labels(at["labels"])] for at in row["steps"]]
+    header = ["step", "predicted", "right", "precision", "recall", "F1", "pairs at .90", "pairs at .95"]
+    header += ["order violations", "answer", "labels"]
+    keys = ("n_pred", "tp_50", "precision", "recall", "f1_full_50", "dup_pairs_90", "dup_pairs_95", "order_violations")
+    rows = [
+        [str(at["step"]), *(number(at[key]) for key in keys), _wholeness(at), _labels(at["labels"])]
+        for at in row["steps"]
+    ]
     annotated = _labels(row["annotated"])
-    return f"`{escape(row['image'])}`, annotated: {annotated}\n\n{table(header, rows, 'rrrrrrrl')}"
+    return f"`{escape(row['image'])}`, annotated: {annotated}\n\n{table(header, rows, 'r' * 9 + 'll')}"
+
+
+def _wholeness(row: Mapping[str, Any]) -> str:
+    return "cut" if row["truncated"] else "whole" if row["parse_ok"] else "objects dropped"
 
 
 def _labels(counts: Mapping[str, int]) -> str:

@@ -7,8 +7,8 @@ be compared by it. The eval callback reads the same dev images at every evaluati
     A2 .. AN   the soft self-context of channel A, where stage 2 has one
     own        the model's own greedy answer, as in channel B: the objects that it locates (`dev_answers.PAIRING`)
 
-and leaves one row an image and evaluation. Each image is a forward of its own: what else is read, and by how many
-processes, changes no bit.
+and leaves one row an image and evaluation; of the first two it also says what the distributions look like. Each image
+is a forward of its own: what else is read, and by how many processes, changes no bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coordexp.config.run import RunConfig
 from coordexp.infra.device import inference_plan
-from coordexp.losses.coord_terms import expected_bin_errors
+from coordexp.losses.coord_terms import CoordSlots, expected_bin_errors, held_out_diagnostics
 from coordexp.models.forward import hidden_states
 from coordexp.models.loading import Checkpoint
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
@@ -36,7 +36,7 @@ from coordexp.training.dev_answers import PAIRING
 from coordexp.training.soft_context import self_contexts
 from coordexp.training.step import TEXT, Criterion, term_sums
 
-OWN = "own"
+OWN, DIAGNOSTICS = "own", "coord_diag"
 ErrorRow = dict[str, Any]  # see `ContextErrors.row`
 
 
@@ -62,7 +62,10 @@ class ContextErrors:
 
     @torch.no_grad()
     def row(self, sample: Sample, generation: Generation) -> ErrorRow:
-        """The row of one image: nats and tokens of its annotated text, and bins of each object by context, or None."""
+        """The row of one image: nats and tokens of its annotated text, and bins of each object by context, or None.
+
+        `coord_diag` holds means over the coordinate slots by context of channel A (`losses/coord_terms.py`).
+        """
         with inference_plan(self.checkpoint.model.device).autocast(self.checkpoint.model):
             return {"image_id": sample.image_id, **self._annotated(sample), OWN: self._own(sample, generation)}
 
@@ -72,10 +75,15 @@ class ContextErrors:
         first = hidden_states(model, batch)
         sums, _ = term_sums(model, criterion, batch, first, first)
         later = self_contexts(model, batch, first, criterion.params, criterion.first_coord_id, self.n_forwards)
+        slots = {f"A{n}": self._slots(batch, hidden) for n, hidden in enumerate((first, *later), 1)}
+        diagnostics = {name: held_out_diagnostics(found) for name, found in slots.items()}
         return {
             "text_ce": round(float(sums[TEXT]), 4),
             "text_tokens": len(batch.text_slots),
-            **{f"A{n}": self._errors(batch, hidden) for n, hidden in enumerate((first, *later), 1)},
+            **{name: _errors(found) for name, found in slots.items()},
+            DIAGNOSTICS: {
+                name: {key: round(value, 6) for key, value in row.items()} for name, row in diagnostics.items()
+            },
         }
 
     def _own(self, sample: Sample, generation: Generation) -> list[float | None]:
@@ -84,7 +92,7 @@ class ContextErrors:
         errors: list[float | None] = [None] * (len(sample.descs) - sum(sample.iscrowd))
         if rollout.pairs:
             batch = self._batch(self_context_segment(sample, rollout))
-            found = self._errors(batch, hidden_states(self.checkpoint.model, batch))
+            found = _errors(self._slots(batch, hidden_states(self.checkpoint.model, batch)))
             for (_, annotated), error in zip(rollout.pairs, found, strict=True):
                 errors[annotated] = error
         return errors
@@ -92,10 +100,13 @@ class ContextErrors:
     def _batch(self, segment: Segment) -> PackedBatch:
         return self.collator.layout([segment], [[0]]).to(self.checkpoint.model.device)
 
-    def _errors(self, batch: PackedBatch, hidden: Tensor) -> list[float]:
-        """Mean |E[k] - y| over the four coordinates of each box of the batch, in bins."""
-        _, slots = term_sums(self.checkpoint.model, self.criterion, batch, None, hidden)
-        return [round(error, 3) for error in expected_bin_errors(slots).reshape(-1, 4).mean(-1).tolist()]
+    def _slots(self, batch: PackedBatch, hidden: Tensor) -> CoordSlots:
+        return term_sums(self.checkpoint.model, self.criterion, batch, None, hidden)[1]
+
+
+def _errors(slots: CoordSlots) -> list[float]:
+    """Mean |E[k] - y| over the four coordinates of each box, in bins."""
+    return [round(error, 3) for error in expected_bin_errors(slots).reshape(-1, 4).mean(-1).tolist()]
 
 
 def mean_errors(rows: Sequence[ErrorRow]) -> dict[str, float]:

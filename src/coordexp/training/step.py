@@ -30,6 +30,7 @@ from coordexp.losses.box_terms import box_pairs
 from coordexp.losses.coord_terms import CoordSlots, rounded_bins, slot_diagnostics
 from coordexp.losses.readout import read_coordinates
 from coordexp.losses.terms import (
+    TERMS,
     Place,
     computed,
     loss_factors,
@@ -52,6 +53,7 @@ from coordexp.training.soft_context import self_contexts
 Counts = Mapping[Place, float]
 TEXT = "text_ce"
 ANCHOR = "a1_"  # before the names of terms of the first of several forwards
+COORD_SUM = "coord_reg"  # what is logged of all coordinate terms together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,14 +232,21 @@ def forward(
 def weigh(
     sums: Mapping[str, Tensor], weights: Mapping[str, float], counts: Counts, prefix: str = ""
 ) -> tuple[dict[str, Tensor], Row]:
-    """weight * sum / count of each term with a weight; logs `loss/<term>` after weighting and `raw/<term>` before."""
+    """weight * sum / count of each term with a weight; logs `loss/<term>` after weighting and `raw/<term>` before.
+
+    The sum of the weighted coordinate terms is logged beside them, as `loss/coord_reg`.
+    """
     weighted: dict[str, Tensor] = {}
     logs: Row = {}
+    coordinates: list[float] = []
     for name, mean in means(sums, counts).items():
         if weights[name]:
             weighted[prefix + name] = weights[name] * mean
-            logs[f"loss/{prefix}{name}"] = float(weighted[prefix + name].detach())
+            logs[f"loss/{prefix}{name}"] = value = float(weighted[prefix + name].detach())
+            coordinates += [value] if TERMS[name].place == "coord" else []
         logs[f"raw/{prefix}{name}"] = float(mean.detach())
+    if coordinates:
+        logs[f"loss/{prefix}{COORD_SUM}"] = sum(coordinates)
     return weighted, logs
 
 
