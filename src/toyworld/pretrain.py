@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
@@ -25,7 +26,7 @@ from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.device import training_plan
-from coordexp.infra.files import write_text
+from coordexp.infra.files import write_bytes, write_text
 from coordexp.infra.prefetch import Prefetcher
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
@@ -175,14 +176,14 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
     ]
     optim = _optim(options, sum(phase.steps for phase in phases.values()))
     model.to(training_plan(optim.precision).adopt().device)
-    tower = train_tower(vlm, catalog, phases, params, state / "tower")
+    tower_log = train_tower(vlm, catalog, phases, params, state / "tower")
     schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, list(phases.values()), PretrainWeights(**options["weights"]), seed)
     checkpoint = Checkpoint(model=vlm, tokenizer=tokenizer, pixels=pixels, detection=BASE)
     exam = make_exam(home / "data" / "dev", checkpoint, optim.steps, params, state)
     log = state / "train_log.jsonl"
     train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=exam)
-    return finish_base(home, checkpoint, log, exam.rows(), tower, params)
+    return finish_base(home, checkpoint, log, exam.rows(), _rows(tower_log), params)
 
 
 def _optim(options: Mapping[str, Any], steps: int) -> OptimConfig:
@@ -210,8 +211,8 @@ def train_tower(
     phases: Mapping[str, CurriculumPhase],
     params: Mapping[str, Any],
     state: Path,
-) -> list[dict[str, Any]]:
-    """Teach the vision tower names of patches, on the pictures of some phases; returns its training log."""
+) -> Path:
+    """Teach the vision tower names of patches, on the pictures of some phases; returns the log of it."""
     options, asked = params["train"] | {"lr": params["tower"]["lr"]}, params["tower"]["phases"]
     pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
     model = NamedPatches(vlm, len(catalog.words)).to(vlm.device)
@@ -219,9 +220,12 @@ def train_tower(
     task = TowerTask(model, PatchTargets(catalog, pixels), named, pixels, params["seed"])
     optim = _optim(options, sum(phase.steps for phase in named))
     schedule = legs_schedule([optim.steps], options["warmup_steps"], options["decay_fraction"])
-    log = state / "train_log.jsonl"
-    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule)
-    return _rows(log)
+    log, trained = state / "train_log.jsonl", state / "visual.safetensors"
+    if not trained.is_file():  # a run that goes on has it
+        train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule)
+        write_bytes(trained, save(model.visual.state_dict()))
+    model.visual.load_state_dict(load_file(trained))
+    return log
 
 
 def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[str, Any], state: Path) -> EvalCallback:
