@@ -1,4 +1,7 @@
-"""Pretraining of the embedded base model: boxes as plain digits, names and counts, by text cross-entropy alone."""
+"""Pretraining of the embedded base model: its vision tower on names of patches, then all of it on text.
+
+The text is what a detector without coordinate tokens says: boxes as plain digits, names and counts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
@@ -22,7 +26,7 @@ from coordexp.evaluation.protocol import STANDARD
 from coordexp.evaluation.vocabulary import vocabulary_metrics
 from coordexp.geometry.bins import NUM_BINS, target_bins
 from coordexp.infra.device import training_plan
-from coordexp.infra.files import write_text
+from coordexp.infra.files import write_bytes, write_text
 from coordexp.infra.prefetch import Prefetcher
 from coordexp.infra.provenance import run_metadata, write_json
 from coordexp.losses.coord_terms import gaussian_target, soft_cross_entropy, target_entropy
@@ -51,22 +55,13 @@ from coordexp.training.schedule import legs_schedule, step_items
 from coordexp.training.session import write_curve
 from toyworld.coco_folder import ANNOTATIONS
 from toyworld.model import build_tiny
-from toyworld.sprites import load_catalog
+from toyworld.sprites import SpriteCatalog, load_catalog
 from toyworld.tokenizer import build_tiny_tokenizer
+from toyworld.tower import CurriculumPhase, NamedPatches, PatchTargets, TowerTask
 
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 192 * 192
 AVERAGED_STEPS = 100  # metrics are means over the last steps
 CURVE_EVERY = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurriculumPhase:
-    """A sample file, the steps it serves, and how many samples each of them takes."""
-
-    samples: Path
-    image_root: Path
-    steps: int
-    samples_per_step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +76,7 @@ class PretrainWeights:
 class BaseModel(nn.Module):
     """The model in pretraining: Qwen3-VL plus a localiser that reads a coordinate from the slot of its first digit.
 
-    Digits alone teach places slowly: a far miss costs as much as a near one. The localiser, a linear layer to 1000 bins
+    Digits alone teach places slowly: a far miss costs as much as a near one. A localiser, a linear layer to 1000 bins
     trained with a wide soft target, gives every coordinate slot a dense signal. It is dropped afterwards: the saved
     checkpoint answers in digits and knows no coordinate token.
     """
@@ -89,7 +84,7 @@ class BaseModel(nn.Module):
     def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
         super().__init__()
         self.vlm = vlm
-        self.localiser = nn.Linear(vlm.lm_head.in_features, NUM_BINS)
+        self.auxiliary_head = nn.Linear(vlm.lm_head.in_features, NUM_BINS)
 
 
 def digit_segment(sample: Sample) -> Segment:
@@ -135,7 +130,7 @@ class TextTask:
             logits = slot_logits(self._model.vlm, hidden, batch.text_slots).float()
             weights = torch.where(batch.text_roles == int(Role.DESC), self._weights.desc, 1.0)
             text_ce = (F.cross_entropy(logits, batch.text_targets, reduction="none") * weights).sum() / weights.sum()
-            log_p = self._model.localiser(hidden[batch.coord_slots]).float().log_softmax(-1)
+            log_p = self._model.auxiliary_head(hidden[batch.coord_slots]).float().log_softmax(-1)
             sigma = self._weights.localiser_sigma
             q = gaussian_target(batch.coord_targets, sigma, int(4 * sigma))
             localiser = (soft_cross_entropy(log_p, q) - target_entropy(q)).sum() / max(1, len(q))
@@ -163,24 +158,38 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
     An interrupted run continues from `state`. Returns what it counted.
     """
     options, seed = params["train"], params["seed"]
-    tokenizer = build_tiny_tokenizer(load_catalog(Path(params["sprites"])).words)
+    catalog = load_catalog(Path(params["sprites"]))
+    tokenizer = build_tiny_tokenizer(catalog.words)
     vlm = build_tiny(tokenizer, seed)
     model = BaseModel(vlm)
     pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
-    phases = []
+    phases: dict[str, CurriculumPhase] = {}
     for name, phase in params["phases"].items():
         folder, samples = home / "data" / name, state / f"{name}.parquet"
         if not samples.is_file():  # a run that goes on has them
             prepare_base_samples(folder, samples, tokenizer, pixels, phase, seed)
         steps, per_step = phase["steps"], phase["samples_per_step"]
-        phases.append(CurriculumPhase(samples=samples, image_root=folder, steps=steps, samples_per_step=per_step))
+        phases[name] = CurriculumPhase(samples=samples, image_root=folder, steps=steps, samples_per_step=per_step)
     collators = [
         Collator(p.image_root, pixels, vlm.config.image_token_id, tokenizer.pad_token_id, options["pack_tokens"])
-        for p in phases
+        for p in phases.values()
     ]
-    optim = OptimConfig(
+    optim = _optim(options, sum(phase.steps for phase in phases.values()))
+    model.to(training_plan(optim.precision).adopt().device)
+    tower_log = train_tower(vlm, catalog, phases, params, state / "tower")
+    schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
+    task = TextTask(model, collators, list(phases.values()), PretrainWeights(**options["weights"]), seed)
+    checkpoint = Checkpoint(model=vlm, tokenizer=tokenizer, pixels=pixels, detection=BASE)
+    exam = make_exam(home / "data" / "dev", checkpoint, optim.steps, params, state)
+    log = state / "train_log.jsonl"
+    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=exam)
+    return finish_base(home, checkpoint, log, exam.rows(), _rows(tower_log), params)
+
+
+def _optim(options: Mapping[str, Any], steps: int) -> OptimConfig:
+    return OptimConfig(
         optimizer="muon",
-        steps=sum(phase.steps for phase in phases),
+        steps=steps,
         lr=options["lr"],
         coord_row_lr_factor=1.0,
         vision_lr_factor=1.0,
@@ -194,14 +203,29 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
         log_every=25,
         grad_monitor_every=0,
     )
-    model.to(training_plan(optim.precision).adopt().device)
-    schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
-    task = TextTask(model, collators, phases, PretrainWeights(**options["weights"]), seed)
-    checkpoint = Checkpoint(model=vlm, tokenizer=tokenizer, pixels=pixels, detection=BASE)
-    exam = make_exam(home / "data" / "dev", checkpoint, optim.steps, params, state)
-    log = state / "train_log.jsonl"
-    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=exam)
-    return finish_base(home, checkpoint, log, exam.rows(), params)
+
+
+def train_tower(
+    vlm: Qwen3VLForConditionalGeneration,
+    catalog: SpriteCatalog,
+    phases: Mapping[str, CurriculumPhase],
+    params: Mapping[str, Any],
+    state: Path,
+) -> Path:
+    """Teach the vision tower names of patches, on the pictures of some phases; returns the log of it."""
+    options, asked = params["train"] | {"lr": params["tower"]["lr"]}, params["tower"]["phases"]
+    pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
+    model = NamedPatches(vlm, len(catalog.words)).to(vlm.device)
+    named = [replace(phases[name], **counts) for name, counts in asked.items()]
+    task = TowerTask(model, PatchTargets(catalog, pixels), named, pixels, params["seed"])
+    optim = _optim(options, sum(phase.steps for phase in named))
+    schedule = legs_schedule([optim.steps], options["warmup_steps"], options["decay_fraction"])
+    log, trained = state / "train_log.jsonl", state / "visual.safetensors"
+    if not trained.is_file():  # a run that goes on has it
+        train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule)
+        write_bytes(trained, save(model.visual.state_dict()))
+    model.visual.load_state_dict(load_file(trained))
+    return log
 
 
 def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[str, Any], state: Path) -> EvalCallback:
@@ -311,14 +335,19 @@ def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
 
 
 def finish_base(
-    home: Path, base: Checkpoint, log_path: Path, exam_rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]
+    home: Path,
+    base: Checkpoint,
+    log_path: Path,
+    exam_rows: Sequence[Mapping[str, Any]],
+    tower_rows: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `checkpoint/` in bfloat16 with its curves and metadata, and `metrics.json` beside it."""
     folder = home / "checkpoint"
     save_checkpoint(folder, replace(base, model=base.model.bfloat16()))
-    rows = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
-    metrics = {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}
+    rows = _rows(log_path)
+    metrics = _last_means(rows)
+    names = sorted(metrics)
     write_curve(log_path, folder / "train_loss.tsv", names, every=CURVE_EVERY)
     points = pd.DataFrame(exam_rows)
     measured = [c for c in points if c in ("step", "f1", "f1_boxes", "parse_rate") or c.startswith("vocabulary")]
@@ -326,17 +355,27 @@ def finish_base(
         folder / "learning_curve.tsv", points[measured].to_csv(sep="\t", index=False, float_format="%.4f", na_rep="")
     )
     final = {k: v for k, v in exam_rows[-1].items() if k.startswith(("vocabulary", "interval")) or k == "by_tier"}
-    write_json(home / "metrics.json", rounded(metrics | {"steps": len(rows), "dev": final}))
+    write_json(home / "metrics.json", rounded(metrics | _last_means(tower_rows) | {"steps": len(rows), "dev": final}))
     inputs = {name: Path(params["sprites"]) / f"{name}.json" for name in ("catalog", "labels")}
     extra = {"steps": len(rows), "metrics": metrics}
     write_json(folder / "run_metadata.json", run_metadata("base", params, inputs, extra))
     return {
         "steps": len(rows),
-        "step_seconds": round(sum(row["time/step_s"] for row in rows), 1),
+        "tower_steps": len(tower_rows),
+        "step_seconds": round(sum(row["time/step_s"] for row in [*tower_rows, *rows]), 1),
         "exam_seconds": round(sum(row["seconds"] for row in exam_rows), 1),
         "settings": dict(params),
         "dev": rounded(final),
     }
+
+
+def _rows(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def _last_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = sorted({name for row in rows for name in row if name.startswith(("loss/", "accuracy/"))})
+    return {name: round(_mean(rows[-AVERAGED_STEPS:], name), 4) for name in names}
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:

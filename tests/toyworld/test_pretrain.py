@@ -28,6 +28,7 @@ PHASE = {
 PARAMS = {
     "seed": 3,
     "sprites": str(SPRITES),
+    "tower": {"lr": 0.005, "phases": {"few": {"steps": 2, "samples_per_step": 4}}},
     "phases": {"few": PHASE},
     "dev": {"every_steps": 1, "batch_images": 8, "bootstrap_resamples": 20, "prompts": PROMPTS},
     "train": {
@@ -104,6 +105,8 @@ def test_a_checkpoint_of_plain_digits_comes_out_and_a_run_continues(home: Path, 
     metrics = json.loads((home / "metrics.json").read_text())
     assert metrics["steps"] == counted["steps"] == 2
     assert 0 <= metrics["dev"]["vocabulary.refused_easy"] <= 1
+    assert counted["tower_steps"] == 2
+    assert {"accuracy/patch_color", "accuracy/patch_noun"} <= set(metrics)
     curve = pd.read_csv(home / "checkpoint" / "learning_curve.tsv", sep="\t")
     assert curve["step"].tolist() == [1, 2]
     assert {"vocabulary.list_strict_AP50", "vocabulary_blind.list_strict_AP50"} <= set(curve)

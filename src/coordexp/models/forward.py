@@ -48,6 +48,13 @@ def hidden_states(
     return output.last_hidden_state.flatten(0, 1)
 
 
+def patch_states(visual: nn.Module, patches_PD: Tensor, grids_I3: Tensor) -> Tensor:
+    """What the vision tower makes of each patch, (P, D), as it goes into the merger; each picture by itself."""
+    with packed():
+        output = visual(patches_PD, grid_thw=grids_I3, pictures=tuple(grids_I3.prod(1).tolist()))
+    return output.last_hidden_state
+
+
 def next_hidden_states(
     model: Qwen3VLForConditionalGeneration, ids_BT: Tensor, rope_BT: Tensor, mask_BTL: Tensor, cache: Cache
 ) -> Tensor:

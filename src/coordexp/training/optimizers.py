@@ -17,7 +17,7 @@ from coordexp.training.sharding import WholeMatrixMuon
 
 # Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
 # Muon's orthogonalised update is meant for hidden matrices only.
-_NOT_FOR_MUON = (EMBEDDING, HEAD, "pos_embed", "patch_embed", "localiser")
+_NOT_FOR_MUON = (EMBEDDING, HEAD, "pos_embed", "patch_embed", "auxiliary_head")
 _LIKE_ADAMW = "match_rms_adamw"
 STACK_NUMBERS = 1 << 24  # most numbers in one stack of matrices: large ones gain nothing by it and would cost memory
 
