@@ -46,7 +46,7 @@ ELSEWHERE_OF = {
         "bad_images", "crop", "crowd", "flip", "over_max", "overlap", "scale_jitter", "truncated",
     )},
     "stage2": {"rollout.batch_images", "rollout.engine"},  # fresh rollouts
-    # mapping: semantic; answers with boxes beside annotated ones, which the smoke profile's seldom have
+    # mapping: semantic, and a lambda_sem above 0
     "coco-eval": {"eval.semantic_floor", "eval.semantic_margin", "matching.semantic"},
 }  # fmt: skip
 
