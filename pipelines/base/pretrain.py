@@ -14,7 +14,7 @@ from coordexp.stage import tune_allocator
 from toyworld.pretrain import pretrain
 
 HOME = Path("pipelines/base")
-RUN_RECORD = Path("runs/base/pretrain.run.json")
+RUN_RECORD = HOME / "pretrain.run.json"
 
 
 def main() -> None:
