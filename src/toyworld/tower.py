@@ -51,7 +51,7 @@ class NamedPatches(nn.Module):
     def __init__(self, vlm: Qwen3VLForConditionalGeneration, n_words: int) -> None:
         super().__init__()
         self.visual = vlm.model.visual
-        self.auxiliary_head = nn.Linear(vlm.config.vision_config.hidden_size, n_words)
+        self.auxiliary_head = nn.Linear(self.visual.config.hidden_size, n_words)
 
 
 class PatchTargets:
