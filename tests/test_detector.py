@@ -322,7 +322,7 @@ def test_labels_are_asked_for_where_lists_were_trained(folder: Path, tmp_path: P
     assert words == question({"kind": "listed", "names": [DESCS[0], "zebra"]})
     assert detector.takes_labels
     assert detector.identity(find=["a"]) != detector.identity(find=["b"]) != detector.identity()
-    everything = Detector.from_checkpoint(folder)
+    everything = Detector.from_checkpoint(saying(folder, tmp_path / "everything", prompts=["open"]))
     assert not everything.takes_labels
     assert everything.predict(picture, find=["zebra"]).descs == ()
     assert question_text(everything._checkpoint.tokenizer, engine.samples[-1].prompt_ids) == TASKS["detect"]
@@ -336,8 +336,9 @@ def test_a_phrase_is_a_question_of_its_own(folder: Path, tmp_path: Path, engine:
     assert words == question({"kind": "phrase", "names": ["the left one"]})
     with pytest.raises(ConfigError, match="ask one of them"):
         detector.predict(picture, phrase="the left one", find=["cat"])
+    everything = Detector.from_checkpoint(saying(folder, tmp_path / "everything", prompts=["open"]))
     with pytest.raises(ConfigError, match="was trained on prompts open"):
-        Detector.from_checkpoint(folder).predict(picture, phrase="the left one")
+        everything.predict(picture, phrase="the left one")
 
 
 def test_a_mixture_of_prompts_takes_every_question(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
@@ -380,7 +381,7 @@ def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: p
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert Detector.from_pretrained("somebody/detector").takes_labels is False
+    assert Detector.from_pretrained("somebody/detector").identity() == Detector.from_checkpoint(folder).identity()
     assert fetched == ["somebody/detector"]
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="somebody/detector: no such folder, and not to be had from the Hub"):

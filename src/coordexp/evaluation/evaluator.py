@@ -195,8 +195,11 @@ def _value(metrics: Areas, key: str) -> float | None:
 
 
 def _subsets(table: DetectionTable) -> dict[str, list[int]]:
-    known = table.index.rows("train")
-    return {"known": known, "held_out": sorted(set(range(len(table.index))) - set(known))}
+    split_of = [category.split for category in table.index.categories]  # None: nobody says whether training knows it
+    return {
+        "known": [row for row, split in enumerate(split_of) if split == "train"],
+        "held_out": [row for row, split in enumerate(split_of) if split not in ("train", None)],
+    }
 
 
 def _coco_metrics(table: DetectionTable, coco: CocoResult) -> dict[str, float | int | None]:
