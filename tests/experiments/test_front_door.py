@@ -14,7 +14,7 @@ import pytest
 
 from coordexp import cli
 from coordexp.experiments.runs import Repository
-from toy_graph import Toy, copied_toy
+from toy_graph import Toy, cold_path, copied_toy
 
 
 class Done(NamedTuple):
@@ -154,7 +154,8 @@ def test_a_stage_that_fails_loses_nothing(toy: Toy, call: Call, monkeypatch: pyt
     assert toy.ran() == ["coco-eval 0.2 0"]  # stage 2 had finished
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_stopped_says_how_to_go_on(toy: Toy, monkeypatch: pytest.MonkeyPatch, warm: Path) -> None:
+    monkeypatch.setenv("PATH", cold_path(warm))  # a stage that was forked elsewhere is not stopped with the command
     monkeypatch.setenv("TOY_HANG", "stage2 0.2 0")
     command = ["python", "-m", "coordexp.cli", "run", "-S", "softce_weight=0.2"]
     with subprocess.Popen(command, cwd=toy.root, stderr=subprocess.PIPE, text=True) as process:
