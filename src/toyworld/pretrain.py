@@ -37,7 +37,7 @@ from coordexp.models.processor import pixel_spec
 from coordexp.packing.collator import Collator, PackedBatch, Segment, teacher_segment
 from coordexp.packing.pixels import PixelSpec
 from coordexp.packing.prepare import SamplePreparer, write_split
-from coordexp.packing.samples import Sample, SampleStore
+from coordexp.packing.samples import Sample
 from coordexp.records.categories import Category
 from coordexp.records.convert import FILE_POLICIES, Converted, convert_file
 from coordexp.records.gt_vs_pred import ImageResult
@@ -51,13 +51,13 @@ from coordexp.text.prompts import FORMAT_SUFFIXES
 from coordexp.training.distributed import Row
 from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import MicroBatch, train
-from coordexp.training.schedule import legs_schedule, step_items
+from coordexp.training.schedule import legs_schedule
 from coordexp.training.session import write_curve
 from toyworld.coco_folder import ANNOTATIONS
 from toyworld.model import build_tiny
 from toyworld.sprites import SpriteCatalog, load_catalog
 from toyworld.tokenizer import build_tiny_tokenizer
-from toyworld.tower import CurriculumPhase, NamedPatches, PatchTargets, TowerTask
+from toyworld.tower import Curriculum, CurriculumPhase, NamedPatches, PatchTargets, TowerTask
 
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 192 * 192
 AVERAGED_STEPS = 100  # metrics are means over the last steps
@@ -110,17 +110,12 @@ class TextTask:
         self._model = model
         self._weights = weights
         self._collators = collators
-        self._stores = [SampleStore(phase.samples) for phase in phases]
-        self._plan = [
-            (i, items)
-            for i, phase in enumerate(phases)
-            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i, "stage1/order")
-        ]
-        self._batches = Prefetcher(self._batch_of, len(self._plan))
+        self._curriculum = Curriculum(phases, seed)
+        self._batches = Prefetcher(self._batch_of, len(self._curriculum))
 
     def _batch_of(self, step: int) -> Iterator[PackedBatch]:
-        phase, items = self._plan[step]
-        yield self._collators[phase]([digit_segment(self._stores[phase][i]) for i in items])
+        phase, samples = self._curriculum.samples(step)
+        yield self._collators[phase]([digit_segment(sample) for sample in samples])
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """The whole step in one packed batch; logs the accuracy of each token role beside the losses."""
@@ -148,8 +143,7 @@ class TextTask:
 
     def items(self, step: int) -> dict[str, Any]:
         """Phase and images of a step."""
-        phase, items = self._plan[step]
-        return {"phase": phase, "images": [self._stores[phase][i].image_id for i in items]}
+        return self._curriculum.items(step)
 
 
 def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,31 @@ class CurriculumPhase:
     samples_per_step: int
 
 
+class Curriculum:
+    """The samples of each step of phases one after another, known before training: a resumed run replays nothing."""
+
+    def __init__(self, phases: Sequence[CurriculumPhase], seed: int) -> None:
+        self._stores = [SampleStore(phase.samples) for phase in phases]
+        self._plan = [
+            (i, items)
+            for i, phase in enumerate(phases)
+            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i, "stage1/order")
+        ]
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def samples(self, step: int) -> tuple[int, list[Sample]]:
+        """Number of the phase of a step, and its samples."""
+        phase, items = self._plan[step]
+        return phase, [self._stores[phase][i] for i in items]
+
+    def items(self, step: int) -> dict[str, Any]:
+        """Phase and images of a step, for a message."""
+        phase, samples = self.samples(step)
+        return {"phase": phase, "images": [sample.image_id for sample in samples]}
+
+
 class NamedPatches(nn.Module):
     """The vision tower, and a linear layer that reads colors and nouns from its patches."""
 
@@ -108,18 +133,12 @@ class TowerTask:
         seed: int,
     ) -> None:
         self._model, self._targets, self._pixels = model, targets, pixels
-        self._stores = [SampleStore(phase.samples) for phase in phases]
         self._roots = [phase.image_root for phase in phases]
-        self._plan = [
-            (i, items)
-            for i, phase in enumerate(phases)
-            for items in step_items(len(self._stores[i]), phase.samples_per_step, phase.steps, seed + i, "stage1/order")
-        ]
-        self._pictures = Prefetcher(self._pictures_of, len(self._plan))
+        self._curriculum = Curriculum(phases, seed)
+        self._pictures = Prefetcher(self._pictures_of, len(self._curriculum))
 
     def _pictures_of(self, step: int) -> Iterator[_Pictures]:
-        phase, items = self._plan[step]
-        samples = [self._stores[phase][i] for i in items]
+        phase, samples = self._curriculum.samples(step)
         sizes = [(s.resized_width, s.resized_height) for s in samples]
         patches = [
             patchify(load_sample_rgb(self._roots[phase], s.image, *size), self._pixels)
@@ -148,8 +167,7 @@ class TowerTask:
 
     def items(self, step: int) -> dict[str, Any]:
         """Phase and images of a step."""
-        phase, items = self._plan[step]
-        return {"phase": phase, "images": [self._stores[phase][i].image_id for i in items]}
+        return self._curriculum.items(step)
 
 
 def _loss_and_hits(logits: Tensor, words_P: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from coordexp.errors import BusyError, ConfigError, CoordExpError, Interrupted, closest
+from coordexp.infra.printable import note
 
 if TYPE_CHECKING:
     from coordexp.config.question import Question
@@ -225,7 +225,7 @@ def compare_revisions(a: str, b: str, checkpoint: str, out: Path | None) -> None
 def _repository() -> Repository:
     from coordexp.experiments.runs import Repository
 
-    return Repository(Path(), lambda line: print(line, file=sys.stderr, flush=True))
+    return Repository(Path(), note)
 
 
 @contextmanager
@@ -422,7 +422,7 @@ def _evaluate_kept(run: RunConfig, stage: str, folder: Path) -> None:
     from coordexp.infra.logs import read_log
     from coordexp.reporting.trajectory import write_trajectory
 
-    points = evaluate_steps(run, stage, folder / "kept", lambda line: print(line, file=sys.stderr, flush=True))
+    points = evaluate_steps(run, stage, folder / "kept", note)
     log = read_log(run.paths.run(stage) / TRAIN_LOG)
     evaluated = {point.step: (point.results, point.evaluation) for point in points}
     print(f"trajectory: {write_trajectory(run, stage, evaluated, log)}")
