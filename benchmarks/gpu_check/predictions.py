@@ -133,6 +133,8 @@ def _state() -> Table:
     return {
         ("state", "a step waits for a save"): Prediction(5.0e9 / DISK, "derived"),
         ("state", "to pinned memory"): Prediction(5.0e9 / PINNED, "derived"),
-        ("base", "64 scenes a step"): Prediction(64 / LAUNCH_SECONDS, "guess"),
-        ("base", "1024 scenes a step"): Prediction(25_000, "guess"),
+        ("base", "text, 64 scenes a step"): Prediction(64 / LAUNCH_SECONDS, "guess"),
+        ("base", "text, 1024 scenes a step"): Prediction(25_000, "guess"),
+        ("base", "tower, 64 scenes a step"): Prediction(2 * 64 / LAUNCH_SECONDS, "guess"),
+        ("base", "tower, 1024 scenes a step"): Prediction(25_000, "guess"),  # pictures must be read here as there
     }

@@ -70,7 +70,7 @@ class _Waits(Callback):
 
 
 def pretraining(check: Check) -> None:
-    """Scenes a second of the loop that makes models/tiny-base: at its own batch, and at one that could fill a GPU."""
+    """Scenes a second of the loops that make models/tiny-base: at their own batch, and at one that could fill a GPU."""
     from pipelines.base import scenes
 
     from toyworld.pretrain import pretrain
@@ -81,7 +81,8 @@ def pretraining(check: Check) -> None:
     caps["warmup_steps"] = 1
     with TemporaryDirectory() as folder, patch.object(scenes, "HOME", Path(folder)):
         home = Path(folder)
-        short = _capped(params | {"phases": {name: phase | {"steps": steps}}}, caps)
+        tower = params["tower"] | {"phases": {name: {"steps": steps, "samples_per_step": 1}}}
+        short = _capped(params | {"phases": {name: phase | {"steps": steps}}, "tower": tower}, caps)
         YAML(typ="safe").dump(short, home / "params.yaml")
         first = moment(CPU)
         scenes.main()
@@ -91,11 +92,14 @@ def pretraining(check: Check) -> None:
             with check.part(f"{label} scenes a step"):
                 state, batch = home / f"state-{label}", check.pick(label, 4)
                 state.mkdir()
-                short["phases"][name]["samples_per_step"] = batch
+                for part in (short, short["tower"]):
+                    part["phases"][name]["samples_per_step"] = batch
                 pretrain(home, state, short)
-                rows = [json.loads(line) for line in (state / "train_log.jsonl").read_text("utf-8").splitlines()]
-                timed = median(row["time/step_s"] for row in rows[len(rows) // 4 :])
-                check.add(f"{label} scenes a step", batch / timed, "scenes/s", "decoding of pictures included")
+                for what, where in (("tower", state / "tower"), ("text", state)):
+                    lines = (where / "train_log.jsonl").read_text("utf-8").splitlines()
+                    step_s = [json.loads(line)["time/step_s"] for line in lines]
+                    rate = batch / median(step_s[len(step_s) // 4 :])
+                    check.add(f"{what}, {label} scenes a step", rate, "scenes/s", "decoding of pictures included")
 
 
 def _capped(tree: Any, caps: Mapping[str, int]) -> Any:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
 from coordexp.config.profile import OptimConfig, RecordsConfig
+from coordexp.errors import ConfigError
 from coordexp.evaluation.bootstrap import interval
 from coordexp.evaluation.evaluator import rounded
 from coordexp.evaluation.protocol import STANDARD
@@ -152,6 +153,11 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
     An interrupted run continues from `state`. Returns what it counted.
     """
     options, seed = params["train"], params["seed"]
+    if unknown := set(params["tower"]["phases"]) - set(params["phases"]):
+        raise ConfigError(
+            f"tower.phases names {sorted(unknown)}, which `phases` lacks; the vision tower learns on the pictures of"
+            f" phases of the text: {sorted(params['phases'])}"
+        )
     catalog = load_catalog(Path(params["sprites"]))
     tokenizer = build_tiny_tokenizer(catalog.words)
     vlm = build_tiny(tokenizer, seed)

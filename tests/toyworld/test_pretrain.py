@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from coordexp.errors import ConfigError
 from coordexp.models.loading import load_checkpoint
 from coordexp.packing.samples import SampleStore
 from coordexp.text.codecs import Role
@@ -113,6 +114,12 @@ def test_a_checkpoint_of_plain_digits_comes_out_and_a_run_continues(home: Path, 
     weights = (home / "checkpoint" / "model.safetensors").read_bytes()
     pretrain(home, tmp_path / "state", PARAMS)  # all steps are done: nothing is trained again
     assert (home / "checkpoint" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_tower_phase_that_the_text_lacks_is_refused(home: Path, tmp_path: Path) -> None:
+    wrong = PARAMS | {"tower": {"lr": 0.005, "phases": {"gone": {"steps": 1, "samples_per_step": 1}}}}
+    with pytest.raises(ConfigError, match="gone"):
+        pretrain(home, tmp_path, wrong)
 
 
 def test_the_rate_comes_down_where_a_phase_settles() -> None:
