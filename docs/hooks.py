@@ -28,6 +28,8 @@ MARKUP = re.compile(
     rf"(?P<code>{CODE})|(?P<bang>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<to>[^)\s]+)\)", re.DOTALL
 )
 ATTRIBUTE = re.compile(rf'(?P<code>{CODE})|(?P<name>\b(?:src|srcset|href))="(?P<to>[^"]+)"', re.DOTALL)
+# In a table, code-hosting pages want `a\\|b` for `a|b`, and Python-Markdown shows the backslash.
+TABLE_CODE = re.compile(r"(?<=[| (])`[^`\n]*\\\|[^`\n]*`(?=[^\n]*\|$)", re.MULTILINE)
 ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|//|#")
 
 
@@ -76,7 +78,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         file = files.get_file_from_path(target.removeprefix(DOCS))
         return f'{found["name"]}="{file.url_relative_to(page.file)}{anchor}"' if file else found[0]
 
-    markdown = ATTRIBUTE.sub(attribute, MARKUP.sub(link, markdown))
+    markdown = TABLE_CODE.sub(
+        lambda code: code[0].replace("\\|", "|"), ATTRIBUTE.sub(attribute, MARKUP.sub(link, markdown))
+    )
     if source == "api.md":
         return re.sub(r"^\* \[`(coordexp[\w.]+)`\]\(.*\)$", r"::: \1", markdown, flags=re.MULTILINE)
     return markdown.replace("<!-- commands -->", _commands()) if source == "cli.md" else markdown
@@ -135,6 +139,6 @@ def _commands() -> str:
     group = typer.main.get_command(cli.app)
     shown = []
     for name, command in sorted(group.commands.items()):
-        context = typer.Context(command, info_name=f"coordexp {name}", max_content_width=100, terminal_width=100)
+        context = typer.Context(command, info_name=f"coordexp {name}", max_content_width=88, terminal_width=88)
         shown.append(f"## coordexp {name}\n\n```text\n{command.get_help(context)}\n```")
     return "\n\n".join(shown)
