@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-from fnmatch import fnmatch
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from posixpath import dirname, join, normpath, relpath
 from typing import Any
 
@@ -123,7 +122,7 @@ def _expanded(nav: Any) -> Any:
 
 
 def _matching(path: str) -> list[str]:
-    return sorted(file for file in _tracked() if fnmatch(file, path)) if "*" in path else [path]
+    return sorted(file for file in _tracked() if PurePosixPath(file).match(path)) if "*" in path else [path]
 
 
 def _paths(nav: Any) -> list[str]:
