@@ -35,7 +35,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks report base trees real clean-resume
+.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -116,10 +116,15 @@ test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill t
 test-cuts: $(DEV_STAMP)  ## change every key of params.yaml on the smoke profile: what runs again must come out different (ten minutes)
 	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) tests/graph/test_cuts.py
 
-checks: $(DEV_STAMP)  ## lint, formatting and types
+checks: $(DEV_STAMP)  ## lint, formatting, types, and the words of the glossary
 	ruff check
 	ruff format --check
 	mypy
+	pytest -q tests/invariants/test_words.py
+
+docs: $(DEV_STAMP)  ## build the documentation site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 report: env  ## rebuild the report from what the stages left, without running them
 	dvc repro --single-item check

@@ -146,19 +146,28 @@ def class_of(file: Path, name: str) -> ast.ClassDef:
     return next(node for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> None:
+def test_the_python_page_names_methods_and_objects_that_there_are() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    detector, detections = PACKAGE / "detector.py", PACKAGE / "detections.py"
+    for owner, file, name in (("detector", detector, "Detector"), ("found", detections, "Detections")):
+        assert {f"{name}.{method}" for method in re.findall(rf"\b{owner}\.(\w+)\(", page)} <= names_in(file)
+    listed = re.findall(r"^\* \[`([\w.]+)`\]\(\.\./src/(.+)\)$", page, flags=re.MULTILINE)
+    assert {"coordexp.detector.Detector", "coordexp.detections.Detections"} <= {name for name, _ in listed}
+    for name, path in listed:  # docs/hooks.py puts their docstrings there
+        module = path.removesuffix(".py").replace("/", ".")
+        assert name == module or name.removeprefix(f"{module}.") in names_in(PACKAGE.parent / path), name
+
+
+def test_docstrings_of_the_detector_tell_all_arguments_and_attributes() -> None:
     detector, detections = (class_of(PACKAGE / f"{n.lower()}.py", n) for n in ("Detector", "Detections"))
-    methods = {node.name: node for node in detector.body if isinstance(node, ast.FunctionDef)}
-    heading = re.search(r"^## `Detector.from_checkpoint\(folder, \*, (.+)\)`$", page, flags=re.MULTILINE)[1]
-    assert [part.split("=")[0] for part in heading.split(", ")] == [
-        argument.arg for argument in methods["from_checkpoint"].args.kwonlyargs
-    ]
+    for node in detector.body:
+        if isinstance(node, ast.FunctionDef) and node.name in ("from_checkpoint", "predict"):
+            told = re.findall(r"^ {4}(\w+): ", ast.get_docstring(node) or "", flags=re.MULTILINE)
+            overload = any(isinstance(one, ast.Name) and one.id == "overload" for one in node.decorator_list)
+            arguments = [argument.arg for argument in (*node.args.args[1:], *node.args.kwonlyargs)]
+            assert overload or set(arguments) <= set(told), node.name
     attributes = {node.target.id for node in detections.body if isinstance(node, ast.AnnAssign)}
-    shown = re.findall(r"^\| (`.+?`) \|", page.split("## `Detections`")[1], flags=re.MULTILINE)
-    assert {name for cell in shown for name in re.findall(r"`(\w+)`", cell)} | {"height"} == attributes
-    functions = {node.name for node in detections.body if isinstance(node, ast.FunctionDef)}
-    assert set(re.findall(r"`?found\.(\w+)\(", page)) <= functions
+    assert attributes <= set(re.findall(r"^ {4}(\w+): ", ast.get_docstring(detections) or "", flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

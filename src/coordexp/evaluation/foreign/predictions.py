@@ -30,7 +30,7 @@ from coordexp.infra.foreign import Gate, shown
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, read_results
 from coordexp.records.prediction_log import checked_row
 
-PREDICTIONS = Gate("predictions of a detector", DataError, "docs/judge.md lists the forms.", max_bytes=1 << 32)
+PREDICTIONS = Gate("predictions of a detector", DataError, "docs/evaluate.md lists the forms.", max_bytes=1 << 32)
 NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
 
 
