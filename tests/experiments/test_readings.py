@@ -218,3 +218,20 @@ def test_the_rests_of_answers_with_enough_objects_are_compared(trained: Workspac
     enough = {str(r.image_id) for r in results if len(r.pred) >= readings.FEWEST_OBJECTS}
     assert rows.keys() == enough
     assert all(0 <= 2 * common <= said for common, said in rows.values())
+
+
+def test_sampled_answers_are_generated_once_and_give_both_gains(trained: Workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(readings, "SAMPLES", 3)
+    monkeypatch.setattr(RunFiles, "config", lambda self: trained)
+    answers = readings._sampled_answers(run_files(trained, tmp_path), "stage1")
+    assert len(answers) == 3
+    monkeypatch.setattr(readings, "read_answers", lambda *_: answers[0])
+    recall, vote = (
+        READINGS[f"samples.{name}_gain"].read(run_files(trained, tmp_path), "stage1") for name in ("recall", "vote")
+    )
+    found = readings.oracle_k(answers)
+    assert recall.value == pytest.approx((found.any_I - found.one_I).sum() / found.n_gt_I.sum())
+    assert recall.value >= 0
+    assert len(recall.samples_B) == len(vote.samples_B) == 100
+    assert -1 <= vote.value <= 1

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from coordexp.errors import DataError
-from coordexp.evaluation.table import Floats
+from coordexp.evaluation.table import Floats, Ints
 from coordexp.geometry.boxes import Box, as_boxes, pairwise_iou
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
@@ -22,42 +22,32 @@ SAME_IOU = 0.5
 Runs = Sequence[Sequence[ImageResult]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OracleK:
-    """Recall at IoU 0.5 (name included) of K samples per image.
+    """Objects of each image that K samples find at IoU 0.5, category name included.
 
     Attributes:
-        k: samples per image.
-        n_gt: annotated objects, crowds left out.
-        recall_one: of one sample, mean over the K.
-        recall_any: of an oracle that takes each object from whichever sample found it.
-        recoverable: share of the objects that the first sample misses and another one finds; None if it misses none.
+        n_gt_I: annotated objects, crowds left out.
+        one_I: found by one sample, mean over the K.
+        any_I: found by at least one of them: what an oracle that picks among the samples would find.
     """
 
-    k: int
-    n_gt: int
-    recall_one: float
-    recall_any: float
-    recoverable: float | None
+    n_gt_I: Ints
+    one_I: Floats
+    any_I: Ints
 
 
 def oracle_k(runs: Runs) -> OracleK:
-    """The headroom of sampling: misses that any of the K samples finds.
+    """The headroom of sampling: objects that any of the K samples finds.
 
     Raises:
-        DataError: the runs hold different images, or no object is annotated.
+        DataError: the runs hold different images.
     """
-    found_KG = np.array([np.concatenate([_found(result) for result in run]) for run in _aligned(runs)])
-    if not found_KG.size:
-        raise DataError("no object is annotated in these images; the headroom of sampling needs some to find.")
-    any_G = np.asarray(found_KG.any(axis=0))
-    missed_G = np.logical_not(found_KG[0])
+    found = [np.stack([_found(result) for result in results]) for results in zip(*_aligned(runs), strict=True)]
     return OracleK(
-        k=len(runs),
-        n_gt=found_KG.shape[1],
-        recall_one=float(found_KG.mean()),
-        recall_any=float(any_G.mean()),
-        recoverable=float(any_G[missed_G].mean()) if missed_G.any() else None,
+        n_gt_I=np.array([found_KG.shape[1] for found_KG in found]),
+        one_I=np.array([found_KG.mean(axis=0).sum() for found_KG in found]),
+        any_I=np.array([found_KG.any(axis=0).sum() for found_KG in found]),
     )
 
 

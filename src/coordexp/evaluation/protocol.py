@@ -21,6 +21,8 @@ STANDARD = EvalParams(
     semantic_floor=0.5,
     semantic_margin=0.05,
 )
+# `semantic` alone differs from params.yaml (encoder), on purpose: with lambda_sem 0 it changes no pair, and the lexical
+# similarity needs no checkpoint, which foreign predictions come without.
 STANDARD_MATCHING = MatchingParams(
     lambda_l1=1.0, lambda_iou=1.0, lambda_sem=0.0, semantic="lexical", gate="iou", gate_threshold=0.3
 )

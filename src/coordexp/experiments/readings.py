@@ -19,8 +19,10 @@ from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
+from coordexp.evaluation.best_of_k import oracle_k, vote
 from coordexp.evaluation.bootstrap import resample_weights
-from coordexp.evaluation.comparison import Reading
+from coordexp.evaluation.comparison import Reading, reading
+from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.f1 import greedy_pairs
 from coordexp.evaluation.measures import Statistic, ratio
 from coordexp.experiments.runs import KEPT, WORKSPACE, Repository
@@ -31,17 +33,18 @@ from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.artefacts import write_sealed
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.foreign import Gate
-from coordexp.infra.logs import read_rows
+from coordexp.infra.logs import diagnostic_sums, read_rows
 from coordexp.infra.provenance import fingerprint
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import load_format
 from coordexp.packing.samples import Sample, SampleStore
+from coordexp.records.categories import read_categories
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines
 from coordexp.reporting.training import MEANINGS, SHAPES
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.opening import generate_answers
-from coordexp.rollout.stages import decode_request, make_reader
+from coordexp.rollout.stages import decode_kept, decode_request, make_reader
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 
 SAME_IOU = 0.5  # from which two answers have an object of one name in common
@@ -136,9 +139,8 @@ def _last_rows(files: RunFiles, checkpoint: str, *columns: str) -> list[dict[str
 def _coordinates(name: str, files: RunFiles, checkpoint: str) -> Reading | None:
     """Mean of a diagnostic over the annotated coordinates of dev, in the annotated context, after the last step."""
     last = _last_rows(files, checkpoint, "A1", "coord_diag")
-    found = [row["coord_diag"].get("A1", {}).get(name) for row in last]
-    n_I = np.array([0 if value is None else len(row["A1"]) for row, value in zip(last, found, strict=True)])
-    return files.reading(ratio(n_I * np.array([value or 0.0 for value in found]), n_I), len(last))
+    sums_I, counts_I = map(np.array, diagnostic_sums(last, "A1", name))
+    return files.reading(ratio(sums_I, counts_I), len(last))
 
 
 # Whether F1 and mAP rise together while a stage trains.
@@ -175,7 +177,7 @@ def _correlation(values_SB2: np.ndarray) -> np.ndarray:
 # Whether the rest of an answer depends on the order in which its beginning was said.
 
 
-def _order_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+def _answer_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
     return [paths.run(checkpoint).as_posix(), (paths.norm1000 / "val.parquet").as_posix()]
 
 
@@ -186,7 +188,7 @@ def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
     order of the answer itself, greedy decoding would repeat the rest: agreement 1. Crowded images count as much as
     their objects are many.
     """
-    for path in _order_paths(files.paths, checkpoint):
+    for path in _answer_paths(files.paths, checkpoint):
         files.fetch(Path(path))
     results = own_lines(read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode))
     told = {"decode": files.params.decode.model_dump(), "seed": files.draws.seed, "code": code_hash(__name__)}
@@ -230,6 +232,44 @@ def _permuted_rests(
         after = [(o.desc, o.bins) for o in whole.objects[n_begun:]]
         rows[str(result.image_id)] = (_in_common(before, after), len(before) + len(after))
     return rows
+
+
+# What several sampled answers are worth.
+
+SAMPLES, SUPPORT = 8, 2  # answers per image; votes that an object needs
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 1.0, "beams": 1, "grammar": "any", "corners": "valid"}
+
+
+def _sampled_answers(files: RunFiles, checkpoint: str) -> list[list[ImageResult]]:
+    """K sampled answers per val image; kept, so that a second reading generates none."""
+    for path in _answer_paths(files.paths, checkpoint):
+        files.fetch(Path(path))
+    run = files.config()
+    decode = run.params.decode.model_copy(update=SAMPLED)
+    run = replace(run, params=run.params.model_copy(update={"decode": decode}))
+    return [own_lines(results) for results in decode_kept(run, checkpoint, SAMPLES)]
+
+
+def _recall_gain(files: RunFiles, checkpoint: str) -> Reading | None:
+    """Recall of an oracle that takes each object from any of K samples, minus the mean recall of one sample."""
+    found = oracle_k(_sampled_answers(files, checkpoint))
+    return files.reading(ratio(found.any_I - found.one_I, found.n_gt_I), len(found.n_gt_I))
+
+
+def _vote_gain(files: RunFiles, checkpoint: str) -> Reading | None:
+    """mAP of the objects on which samples agree, minus that of the run's own answers."""
+    voted = vote(_sampled_answers(files, checkpoint), SUPPORT)
+    own = read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode)
+    files.fetch(Path(categories_path(files.paths)))
+    categories = read_categories(files.config().paths.records / "categories.json")
+    judged = files.params.eval.model_copy(update={"bootstrap_resamples": files.draws.eval.bootstrap_resamples})
+    ours, theirs = (
+        reading(evaluate(results, categories, judged, files.params.matching, files.draws.seed), "coco.mAP")
+        for results in (voted, own)
+    )
+    if ours is None or theirs is None:
+        return None
+    return Reading(ours.value - theirs.value, ours.samples_B - theirs.samples_B)
 
 
 def _n_begun(result: ImageResult) -> int:
@@ -292,6 +332,15 @@ READINGS = {
     "order.agreement": RunReading(
         "F1 of what a model says after the first half of its own answer in another order, beside what it said; IoU "
         f"{SAME_IOU:g}, names included",
-        "0..1", "higher", _order_paths, _order_agreement,
+        "0..1", "higher", _answer_paths, _order_agreement,
+    ),
+    "samples.recall_gain": RunReading(
+        f"recall at IoU .50 of an oracle over {SAMPLES} sampled answers per image minus the mean recall of one", "0..1",
+        "higher", _answer_paths, _recall_gain,
+    ),
+    "samples.vote_gain": RunReading(
+        f"mAP of the objects that at least {SUPPORT} of {SAMPLES} sampled answers agree on minus mAP of the run's own "
+        "answers",
+        "0..1", "higher", _answer_paths, _vote_gain,
     ),
 }  # fmt: skip

@@ -182,7 +182,7 @@ class Decoder(ABC):
         """Up to `slots` answers, or beams of them, are open at a time."""
         config, coord = checkpoint.model.config, checkpoint.coord
         self._model, self._collator, self._request, self._grammar = checkpoint.model, collator, request, grammar
-        self._slots = slots
+        self._slots, self._tokenizer = slots, checkpoint.tokenizer
         self._room = request.params.max_new_tokens
         self._end_id = token_id(checkpoint.tokenizer, END_OF_TURN)
         has_coords = coord is not None and request.codec != "digits"

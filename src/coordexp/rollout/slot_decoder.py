@@ -23,13 +23,10 @@ from torch import Tensor
 
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import next_hidden_states, slot_logits
-from coordexp.models.loading import Checkpoint
-from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample
 from coordexp.rollout.draft import FormatDraft
-from coordexp.rollout.engine import DecodeRequest, Generation, answer_seeds
+from coordexp.rollout.engine import Generation, answer_seeds
 from coordexp.rollout.slot_cache import Decoder, Prompts, SlotCache, Written
-from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.grammar_walk import AnswerWalk
 
 _REFUSALS = 3  # of drafts, after which an answer gets no more: it is not written as the training answers are
@@ -85,21 +82,11 @@ class OpenAnswer(Written):
 class SlotDecoder(Decoder):
     """Answers of a checkpoint to a request, each token the likeliest or a drawn one."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        collator: Collator,
-        request: DecodeRequest,
-        grammar: AnswerGrammar | None,
-        slots: int,
-    ) -> None:
-        super().__init__(checkpoint, collator, request, grammar, slots)
-        self._draft = FormatDraft(checkpoint.tokenizer, request.codec) if self._coord_ids else None
-
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample], seeds: Sequence[int] | None = None) -> list[Generation]:
         """One generation per sample, in their order; drawn ones by `seeds`, or else by `answer_seeds`."""
         cache = SlotCache(self._model, min(self._slots, len(samples)))
+        draft = FormatDraft(self._tokenizer, self._request.codec) if self._coord_ids else None
         seeds = seeds or answer_seeds(samples, self._request.seed)
         waiting = list(range(len(samples)))
         open_: list[OpenAnswer] = []
@@ -114,7 +101,7 @@ class SlotDecoder(Decoder):
                     self._take(begun, logits_RV)
                     open_ += begun
                 else:
-                    self._step(cache, open_)
+                    self._step(cache, open_, draft)
                 for slot in reversed(range(len(open_))):
                     if self._ended(open_[slot].ids):
                         ended = _close(cache, open_, slot)
@@ -128,9 +115,9 @@ class SlotDecoder(Decoder):
         held = set(sample.prompt_ids.tolist()) if self._choice.penalizes else set()
         return OpenAnswer(place, rope, held, AnswerWalk(self._grammar) if self._grammar else None, random)
 
-    def _step(self, cache: SlotCache, answers: Sequence[OpenAnswer]) -> None:
+    def _step(self, cache: SlotCache, answers: Sequence[OpenAnswer], draft: FormatDraft | None) -> None:
         """Run the next tokens of every open answer, and take what follows each of them."""
-        runs = [answer.run(self._draft, self._room) for answer in answers]
+        runs = [answer.run(draft, self._room) for answer in answers]
         n_R = np.array([len(run) for run in runs])
         width, device = int(n_R.max()), cache.keys.device
         ids_RT = torch.tensor([run + [self._end_id] * (width - len(run)) for run in runs], device=device)

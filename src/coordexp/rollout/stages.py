@@ -28,7 +28,7 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
 from coordexp.rollout.rescore import Rescored, kept_while_generating, rescore
-from coordexp.rollout.scoring import SUMMARY, Decoded, read_decoded, scored, write_decoded
+from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
@@ -185,10 +185,11 @@ def decode_split(
     return summary | {"generate_seconds": round(seconds, 2)}
 
 
-def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[ImageResult]], dict[str, Any]]:
-    """Each of the draws on val of a checkpoint of the run, scored, and the summary, for studies beside the graph.
+def decode_kept(run: RunConfig, name: str, draws: int = 1) -> list[list[ImageResult]]:
+    """The scored answers of a checkpoint of the run on val, one list per draw; for comparisons outside the graph.
 
-    Answers are kept under what decides them, so that an interrupted study goes on, and another readout is free.
+    Answers are kept under everything that determines them. An interrupted comparison therefore resumes, and another
+    readout generates nothing.
     """
     folder, decode = run.paths.run(name), run.params.decode
     asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "draws": draws}
@@ -198,6 +199,5 @@ def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[Im
     with holding(kept, f"answers of {name}"):
         if not (kept / "done.json").is_file():
             write_sealed(kept / "done.json", decode_split(run, name, folder, kept / "draws", draws))
-    summary = SUMMARY.read_sealed(kept / "done.json")
     folders = [kept / "draws" / str(draw) for draw in range(draws)] if draws > 1 else [kept / "draws"]
-    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary
+    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders]

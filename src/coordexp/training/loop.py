@@ -137,13 +137,14 @@ def train(
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
+        run = _Run(model, optimizer, task, optim, disk, state_folder)
         try:
             callback.on_train_begin(done)
             while done < optim.steps and not stopped:
                 factor = schedule(done)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
-                row = _take_step(model, optimizer, task, optim, done, optim.lr * factor, disk, state_folder)
+                row = _take_step(run, done, optim.lr * factor)
                 done += 1
                 callback.on_log(row)
                 callback.on_step_end(done)
@@ -162,29 +163,32 @@ def train(
             raise fault or OSError(errno.ENOSPC, "another process found no room")
 
 
-def _take_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    task: Task,
-    optim: OptimConfig,
-    step: int,
-    lr: float,
-    disk: Recorder,
-    state_folder: Path,
-) -> dict[str, float | str]:
-    """One optimizer step, its row in the log; raises as `train`."""
-    started = time.monotonic()
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What every step of one call of `train` uses."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    task: Task
+    optim: OptimConfig
+    disk: Recorder
+    state_folder: Path
+
+
+def _take_step(run: _Run, step: int, lr: float) -> dict[str, float | str]:
+    """Take one optimizer step and log it; returns the log row. Raises as `train`."""
+    started, optim = time.monotonic(), run.optim
     try:
-        row = _run_step(model, task, step, optim.precision)
-        norm = _clipped_norm(model, optim.max_grad_norm)
+        row = _run_step(run.model, run.task, step, optim.precision)
+        norm = _clipped_norm(run.model, optim.max_grad_norm)
     except TrainingError as error:
-        disk.save_alone(step, model, optimizer)
-        raise _kept_for_replay(error, task, step, state_folder) from error
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        run.disk.save_alone(step, run.model, run.optimizer)
+        raise _kept_for_replay(error, run.task, step, run.state_folder) from error
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     row |= {"step": step, "lr": lr, "grad_norm": norm}
     row["time/step_s"] = seconds = time.monotonic() - started
-    disk.log(row)
+    run.disk.log(row)
     if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
         log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
     return row

@@ -25,6 +25,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.infra.device import factor_dtype, without_autocast
+from coordexp.infra.logs import COORD_SUM
 from coordexp.infra.prefetch import Prefetcher
 from coordexp.losses.box_terms import box_pairs
 from coordexp.losses.coord_terms import CoordSlots, rounded_bins, slot_diagnostics
@@ -53,7 +54,6 @@ from coordexp.training.soft_context import self_contexts
 Counts = Mapping[Place, float]
 TEXT = "text_ce"
 ANCHOR = "a1_"  # before the names of terms of the first of several forwards
-COORD_SUM = "coord_reg"  # what is logged of all coordinate terms together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
