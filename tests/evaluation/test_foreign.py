@@ -232,7 +232,7 @@ FAULTS = [
     ("x.jsonl", {**LINE, "objects": [7]}, "expected a list"),
     ("x.jsonl", {**LINE, "objects": [{"desc": 7, "bbox_xyxy_px": [0, 0, 9, 9], "score": 1}]}, "expected a text"),
     ("x.jsonl", {**LINE, "parse": {"what": 1}}, "expected the counters"),
-    ("x.jsonl", {"hello": 1}, "name the form of raw answers"),
+    ("x.jsonl", {"hello": 1}, "For raw answers of a model, set --form"),
 ]
 
 

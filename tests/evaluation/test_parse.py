@@ -57,6 +57,6 @@ def test_one_answer_in_twenty_is_judged_and_two_are_not() -> None:
     bad = [answer(i, many(9, 0), finish_reason="length") for i in (18, 19)]
     assert faults_of(run([*good, bad[0], answer(19, many(1, 0))]).metrics) == []
     assert faults_of(run([*good, *bad]).metrics) == [
-        "10 % of the answers are cut at the token budget (`max_new_tokens`)",
-        "10 % of the answers loop, naming the same objects again and again",
+        "10 % of the answers are truncated at the token budget (`max_new_tokens`)",
+        "10 % of the answers loop, repeating the same objects",
     ]

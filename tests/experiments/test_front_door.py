@@ -64,16 +64,16 @@ def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None
     ran = ["stage2", "decode@stage1-control", "decode@stage2", "coco-eval"]
     assert toy.ran() == [f"{stage} 0.2 0" for stage in ran]
     told = [line.split(", ")[0].removeprefix("softce_weight-0.2: ") for line in done.err.splitlines()]
-    assert told == ["softce_weight=0.2", "check", *ran, "report", "judged against main"]
+    assert told == ["softce_weight=0.2", "check", *ran, "report", "comparing with main"]
     assert "`softce_weight-0.2` against `main`: **better**: `coco.mAP` +" in done.out
     assert "changed: softce_weight 1.0 -> 0.2" in done.out
     assert status(toy) == ["?? reports/experiments/"]
     page = toy.root / "reports" / "experiments" / "softce_weight-0.2.md"
     text = page.read_text()
-    assert text.index("**better**") < text.index("**Recommendation.** Keep it") < text.index("**Cost.** ")
+    assert text.index("**better**") < text.index("**Recommendation.** Keep the change") < text.index("**Cost.** ")
     assert "| `softce_weight` | 1.0 | 0.2 | stage2 |" in text
 
-    assert call(*values).out.splitlines()[1].endswith("there already, as softce_weight-0.2")
+    assert call(*values).out.splitlines()[1].endswith("exists as softce_weight-0.2")
     page.unlink()
     assert "report: reports/experiments/softce_weight-0.2.md" in call("compare", "main", "softce_weight-0.2").out
     assert page.read_text() == text
@@ -107,7 +107,7 @@ def test_values_that_are_there_run_nothing(toy: Toy, call: Call) -> None:
         ("run -S sigma=1.0 -S sigma=2.0", "given twice"),
         ("run -S sigma=2.5 --name ../x", "--name '../x'"),
         ("run -S sigma=1.0,2.0", "sigma: found '1.0,2.0' (text)"),
-        ("compare main nothing", "'nothing': no file, no revision that git knows, and no experiment."),
+        ("compare main nothing", "'nothing': not a file, git revision or experiment."),
         ("compare main mian", "Did you mean 'main'?"),
         ("compare main HEAD", "are one revision"),
         ("compare main params.yaml", "Expected files of predictions, or two revisions"),

@@ -75,7 +75,7 @@ def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: 
     [
         (["softce_weight"], "expected key=value"),
         (["softce_weight=0.1,"], "expected key=value"),
-        (["softce_weight=0.1,0.1"], "stands there twice"),
+        (["softce_weight=0.1,0.1"], "a value occurs twice"),
         (["softce_weight=0.1", "softce_weight=0.2"], "given twice"),
         (["softce_wt=0.1"], "softce_weight"),
         (["softce_weight=high"], "softce_weight: found 'high'"),

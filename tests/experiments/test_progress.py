@@ -74,4 +74,4 @@ def test_a_sum_says_what_was_not_measured() -> None:
     assert total([]) == "no time"
     assert total([None]) == "an unknown time"
     assert total([30.0, 31.0]) == "1m01s"
-    assert total([30.0, None]) == "30s and what was never measured"
+    assert total([30.0, None]) == "30s plus stages without a measured time"

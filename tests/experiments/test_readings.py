@@ -60,7 +60,7 @@ def test_a_kept_checkpoint_is_whole_and_keeping_changes_no_byte(trained: Workspa
     weights = [s.paths.run("stage1") / "model.safetensors" for s in (trained, plain)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not (plain.paths.run("stage1") / KEPT_STEPS).exists()
-    with pytest.raises(DataError, match="no checkpoint there"):
+    with pytest.raises(DataError, match="no checkpoint found"):
         step_folders(plain, "stage2")
 
 

@@ -186,7 +186,7 @@ def test_states_journals_and_pictures(small: Small, tmp_path: Path) -> None:
     journal.path.write_bytes(lines[0].replace(b"1, 2", b"1, 3") + lines[1])
     Image.new("RGB", (40, 40), "green").save(pictures / "b.png")
     found = small.verify(repair=True)
-    assert [fault.is_mended for fault in found.faults] == [True, True, False]
+    assert [fault.is_repaired for fault in found.faults] == [True, True, False]
     assert [part in w for part, w in zip(("part-000", "1 lines are damaged", "mine/b.png"), words(found), strict=True)]
     resumed = load_state(state)
     assert resumed is not None

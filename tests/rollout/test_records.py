@@ -127,5 +127,5 @@ def test_a_summary_without_objects_is_undefined(world, caplog):
     summary = rollout_summary(samples, rollouts, reports)
     assert [summary[key] for key in ("precision", "recall", "f1", "matched_iou_mean")] == [None] * 4
     warn_of_unusable(reports)
-    assert f"{len(samples)} of {len(samples)} rollouts are cut at the token budget" in caplog.text
-    assert "hold no object at all" in caplog.text
+    assert f"{len(samples)} of {len(samples)} rollouts are truncated at the token budget" in caplog.text
+    assert "the rollouts have no objects" in caplog.text

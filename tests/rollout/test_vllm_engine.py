@@ -253,7 +253,7 @@ def faults(sample: Sample) -> dict[str, Callable[[], tuple[int, dict | bytes | I
 def test_no_fault_of_a_server_is_kept_or_ends_a_run_that_another_server_can_finish(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each is asked again, then its server is left out; the answers are those of the other one, and nothing else."""
+    """Each request is repeated, then the server is excluded; all answers come from the other server."""
     samples, n_faults = copies(world, 3), 0
     for name, fault in faults(world.samples[0]).items():
         journal = tmp_path / f"{name}.jsonl"
@@ -261,7 +261,7 @@ def test_no_fault_of_a_server_is_kept_or_ends_a_run_that_another_server_can_fini
         with fakes(lambda *_, fault=fault: fault(), by_seed(world)) as servers:  # type: ignore[misc]
             found = run(world, servers, samples, journal, workers=1, tries=2, seconds=0.5)
             assert len(servers[0].bodies) == 2, name
-            assert f"{servers[0].url} is left out" in caplog.text, name
+            assert f"{servers[0].url} is excluded" in caplog.text, name
         assert [g.ids.tolist() for g in found] == [[i, END] for i in range(3)], name
         assert sorted(g.ids.tolist() for g in Journal(journal).read(2**31).values()) == [[i, END] for i in range(3)]
         n_faults += 1
@@ -289,7 +289,7 @@ def test_a_server_of_garbage_is_left_out_and_the_others_answer(
         found = run(world, servers, copies(world, 10), tmp_path / "j.jsonl", workers=1, tries=2)
         assert [g.ids[0] for g in found] == list(range(10))
         assert len(servers[0].bodies) == 2
-        assert f"{servers[0].url} is left out" in caplog.text
+        assert f"{servers[0].url} is excluded" in caplog.text
 
 
 def test_with_no_server_but_those_of_garbage_the_run_ends_in_one_message(world: World, tmp_path: Path) -> None:

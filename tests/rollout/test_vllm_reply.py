@@ -126,7 +126,7 @@ def test_what_is_no_completion_is_named(body: bytes, words: str) -> None:
     ("change", "words"),
     [
         ({"token_ids": [1, 20]}, "the id 20, expected ids below 20"),
-        ({"token_ids": [1, IMAGE]}, "the id 18, which stands for a picture"),
+        ({"token_ids": [1, IMAGE]}, "the id 18, the placeholder for an image"),
         ({"token_ids": [1, -1]}, "expected a list of token ids"),
         ({"token_ids": [True, 1]}, "expected a list of token ids"),
         ({"token_ids": [1.0]}, "expected a list of token ids"),

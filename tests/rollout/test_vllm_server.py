@@ -151,7 +151,7 @@ def test_a_server_does_not_take_itself_for_a_process_of_the_training(
         ({}, 2, [("0",), ("1",)]),
         ({"devices": "1"}, 2, [("1",)]),
         ({"devices": "1,2"}, 2, "names 2, but .* sees 0, 1"),
-        ({"devices": "0"}, 0, "sees no GPU"),
+        ({"devices": "0"}, 0, "detects no GPU"),
         ({"tensor_parallel": 2}, 3, "3 devices .* tensor_parallel 2"),
     ],
 )
@@ -176,7 +176,7 @@ def test_the_logits_processor_is_loaded_for_geometry_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("said", ["", "two", "-1"])
 def test_an_interpreter_that_does_not_say_what_it_sees_is_an_error(tmp_path: Path, said: str) -> None:
-    with pytest.raises(ServerError, match="cannot be asked for GPUs"):
+    with pytest.raises(ServerError, match="does not report the GPUs"):
         commands(fake_python(tmp_path, "", gpus=said))
 
 
@@ -337,7 +337,7 @@ def test_a_port_is_ours_before_the_server_starts(tmp_path: Path) -> None:
             other.bind(("127.0.0.1", port))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        refused = pytest.raises(ServerError, match=f"cannot have 127.0.0.1:{port}: Address already in use")
+        refused = pytest.raises(ServerError, match=f"cannot use 127.0.0.1:{port}: Address already in use")
         with refused, vllm_servers(commands(fake_python(tmp_path, "")), port=port):
             pass
 

@@ -16,7 +16,7 @@ from coordexp.packing.samples import SampleStore
 from coordexp.text.codecs import Role
 from helpers import SCENES, SPRITES, catalog, new_tokenizer, tiny_pixels
 from toyworld.coco_folder import write_coco_folder
-from toyworld.pretrain import digit_segment, legs, prepare_base_samples, pretrain
+from toyworld.pretrain import digit_segment, prepare_base_samples, pretrain, segment_steps
 
 PROMPTS = {
     "mixed_listed": 0.4, "mixed_phrase": 0.2, "listed_names": 5, "listed_present": 0.7, "listed_hard": 0.5,
@@ -126,4 +126,4 @@ def test_the_rate_comes_down_where_a_phase_settles() -> None:
     phases = {
         name: {"steps": n, "settle": settles} for name, n, settles in (("a", 3, False), ("b", 4, True), ("c", 5, False))
     }
-    assert legs(phases) == [7, 5]
+    assert segment_steps(phases) == [7, 5]

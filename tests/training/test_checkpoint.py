@@ -142,7 +142,7 @@ def test_the_state_before_is_named_when_it_is_taken(tmp_path: Path, caplog: pyte
     before, _ = saved(tmp_path, 2)
     (generations(tmp_path)[0] / HASHES).unlink()
     assert contents(load_state(tmp_path)) == before
-    assert "Going on from the state before, state-000001" in caplog.text
+    assert "Resuming from the previous state, state-000001" in caplog.text
 
 
 def test_two_states_are_kept_and_a_damaged_one_does_not_push_out_a_good_one(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_state_of_another_model_or_start_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     state = load_state(tmp_path)
     assert state is not None
-    with pytest.raises(CheckpointError, match="'weights', but those here have 'other'"):
+    with pytest.raises(CheckpointError, match="'weights', but the present weights have hash 'other'"):
         state.check_start("other")
     for model in (nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)), nn.Sequential(nn.Identity(), nn.Linear(6, 3))):
         with pytest.raises(CheckpointError, match="trained weights differ in name or shape"):

@@ -115,7 +115,7 @@ def train_base(space: Workspace) -> object:
     params = {"seed": 3, "sprites": str(SPRITES), "phases": {"few": phase}, "train": options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare_base_samples", lambda *_: None)
-        patch.setattr(pretrain, "make_exam", lambda *_: None)
+        patch.setattr(pretrain, "make_dev_evaluation", lambda *_: None)
         patch.setattr(pretrain, "train_tower", lambda *_: [])
         patch.setattr(pretrain, "TextTask", lambda *_: None)
         return pretrain.pretrain(space.paths.root, space.paths.root / "base", params)

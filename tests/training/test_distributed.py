@@ -173,7 +173,7 @@ def test_who_shows_no_life_is_given_up_and_who_does_is_not(store) -> None:
     alive = threading.Thread(target=live)
     started = time.monotonic()
     alive.start()
-    with pytest.raises(TrainingError, match=r"work: process 2 of 3 has shown no sign of life for 0 s"):
+    with pytest.raises(TrainingError, match=r"work: process 2 of 3 has sent no heartbeat for 0 s"):
         meeting.wait()
     ended.set()
     alive.join()

@@ -79,7 +79,7 @@ def test_a_number_of_processes_that_is_none_is_refused(started, monkeypatch, siz
 def test_what_accelerate_would_do_to_the_model_is_refused(started, monkeypatch, name):
     for key, value in {**WORLD, name: "true"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match=f"{launch._ENGINES[name]}, which would not be used"):
+    with pytest.raises(ConfigError, match=f"{launch._ENGINES[name]}, which this project does not use"):
         run_in_processes(1)
 
 
@@ -87,7 +87,7 @@ def test_a_precision_that_accelerate_asks_for_is_warned_of(started, monkeypatch,
     for key, value in {**WORLD, "ACCELERATE_MIXED_PRECISION": "fp16"}.items():
         monkeypatch.setenv(key, value)
     assert not run_in_processes(1)
-    assert "mixed_precision fp16 of accelerate is not used" in caplog.text
+    assert "accelerate's mixed_precision fp16 is ignored" in caplog.text
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_run_that_resumes_is_shown_whole_and_once(evaluated: Workspace, monkey
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dvcliv", "no tracker is called 'dvcliv'.*Did you mean 'dvclive'"),
+        ("dvcliv", "unknown tracker 'dvcliv'.*Did you mean 'dvclive'"),
         ("trackio", "trackio is not installed.*pip install trackio"),
     ],
 )

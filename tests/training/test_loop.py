@@ -186,7 +186,7 @@ class Spoiled(SmallTask):
     [
         (lambda loss: loss * math.nan, "the loss is nan; terms: .*loss/half1"),
         (lambda loss: loss * math.inf, "the loss is inf; terms: .*loss/half1"),
-        (lambda loss: loss + (loss - loss.detach()).abs().sqrt(), "the norm of the gradient is nan"),
+        (lambda loss: loss + (loss - loss.detach()).abs().sqrt(), "the gradient norm is nan"),
     ],
     ids=["nan", "inf", "gradient"],
 )

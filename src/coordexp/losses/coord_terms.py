@@ -117,9 +117,9 @@ def soft_cross_entropy(log_p_NK: Tensor, q_NK: Tensor) -> Tensor:
 def wasserstein1(p_NK: Tensor, q_NK: Tensor) -> Tensor:
     """(N,) W1 between two distributions over bins, divided by K - 1: W1(delta_a, delta_b) = |a - b| / 999, in [0, 1].
 
-    In one dimension W1 is the L1 distance between the CDFs (Vallender 1974; Peyre and Cuturi 2019, arXiv:1803.00567,
-    eq. 2.37), so no transport problem is solved. The cumulative sum of p - q, unlike the difference of two CDFs, keeps
-    float32 rounding small where both CDFs are near 1. The last entry is 1 - 1 and is left out.
+    In one dimension W1 is the L1 distance between the CDFs (Peyre and Cuturi 2019, arXiv:1803.00567, section 2.6), so
+    no transport problem is solved. The cumulative sum of p - q, unlike the difference of two CDFs, keeps float32
+    rounding small where both CDFs are near 1. The last entry is 1 - 1 and is left out.
     """
     return (p_NK - q_NK).cumsum(-1)[:, :-1].abs().sum(-1) / MAX_BIN
 

@@ -37,7 +37,7 @@ def _mass_kernel(
 ) -> None:
     """For one slot: log mass on the text ids and on the coordinate ids, both without its own token, and its logit."""
     # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3): a running maximum rescales the sum,
-    # so the logits are read once. int64: a row offset exceeds 2^31 from 14,000 slots of Qwen3-VL's vocabulary.
+    # so the logits are read once. int64, because slots * vocabulary may exceed 2^31.
     row = tl.program_id(0).to(tl.int64)
     own = tl.load(ids + row)
     top, mass = _NOTHING, 0.0

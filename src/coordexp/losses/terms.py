@@ -94,7 +94,7 @@ def term_weights(*blocks: Block) -> dict[str, float]:
 
 
 def computed(weights: Mapping[str, float], place: Place) -> list[Term]:
-    """The terms of a place that are computed: those with a nonzero weight, and all box terms, which are cheap to log."""
+    """The terms of a place that are computed: those with a nonzero weight, and all box terms, as they are cheap."""
     return [
         t
         for name, t in TERMS.items()

@@ -42,7 +42,7 @@ from coordexp.losses.terms import TERMS, sum_slots, term
 # With Qwen3-VL's vocabulary, 256 slots at a time (157 MB): 3 % of the logits of 8,192 tokens, yet enough to make one
 # addition to the head's gradient per chunk cheap. With a small vocabulary, all slots at once.
 CHUNK_LOGITS = 256 * 152_936
-# The maximum on a GPU, since larger chunks are no faster; smaller if a chunk would exceed 1 / _FREE_PART of free memory.
+# The maximum on a GPU: larger chunks are no faster. A chunk takes at most 1 / _FREE_PART of the free memory.
 GPU_CHUNK_SLOTS = 2048
 _FREE_PART = 8
 LOGIT_BYTES = 4 + 2  # float32, plus the bfloat16 factor of the gradient products
@@ -373,7 +373,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
 
 
 def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
-    """c such that found = c * expected up to rounding (loss scaling gives c != 1); None if there is no such c."""
+    """c such that found = c * expected up to rounding (a scaled loss gives c != 1); None if there is no such c."""
     rounding = 8 * torch.finfo(found_S.dtype).eps
     found, expected = found_S.tolist(), expected_S.tolist()
     if not expected:
