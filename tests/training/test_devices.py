@@ -1,7 +1,7 @@
-"""Where each stage's model lives on a machine with an accelerator, found out without one.
+"""The device of each stage's model on a machine with an accelerator, tested without one.
 
-torch's `meta` device stands in for the GPU: it takes a whole model and computes shapes alone, so every run is stopped
-before its first forward. What a forward makes of its own accord is looked at apart.
+torch's `meta` device replaces the GPU: it holds a whole model and computes only shapes, so every run is stopped before
+its first forward. Tensors that a forward creates are tested separately.
 """
 
 from __future__ import annotations
