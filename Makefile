@@ -35,7 +35,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments decoding-study bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
+.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -144,11 +144,6 @@ ablation: env  ## train and compare the recipes of the objective, into reports/a
 
 experiments: env  ## the experiments of all commits: what changed, difference of mAP, verdict, cost (ARGS="--all")
 	PYTHONPATH=src python -m coordexp.cli runs $(ARGS)
-
-decoding-study: env  ## what decoding choices are worth on val, into the report (minutes)
-	PYTHONPATH=src python -m pipelines.decoding_study
-	dvc repro --single-item check
-	dvc repro --single-item --force report
 
 # The project's environment and what is only measured against, which must not get into it.
 $(BENCH_STAMP): $(DEV_STAMP) benchmarks/requirements.txt

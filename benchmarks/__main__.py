@@ -1,11 +1,11 @@
-"""Run every benchmark, or those that are named, in a process of its own each, and print one table.
+"""Run all or the named benchmarks, each in its own process, and print one table.
 
     make bench                        # all of MINUTES below; results in benchmarks/results
     make bench BENCH="parse_and_match startup"
     PYTHONPATH=src python -m benchmarks [--quick] [NAME ...]
 
-Each says how long it will take on two idle cores, and how long it took. What cannot run here is a row that says why.
-Exit code 1 if a benchmark broke; a target that is missed is no error.
+Each reports its expected time on two idle cores, and its actual time. A figure that cannot be measured here is a row
+with the reason. The exit code is 1 if a benchmark failed; a missed target is not an error.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""A training step of the `tiny` profile with attention over segments, beside the dense mask that transformers builds.
+"""A training step of the `tiny` profile with attention over segments, compared with transformers' dense mask.
 
     PYTHONPATH=src python -m benchmarks.attention --profile tiny [--train-steps 120 --seeds 3]
 
-mask      transformers' own way: SDPA with a T x T mask over packed rows, a call for each picture, patches by Conv3d
-segments  as stages train: models/attention.py
+mask      transformers: SDPA with a T x T mask over packed rows, one call per image, patches by Conv3d
+segments  as the stages train: models/attention.py
 
-Time is the CPU time of one thread, forward, backward and Muon, the contestants in turns in one process; `mask` steps
-with torch's Muon, a matrix at a time. Both start from the same weights and see the same batches. In bf16 the gradients
-of `segments` are noisier. `--train-steps` shows whether training notices: both are trained for so many steps in the
-same order of data, once a seed, and judged by the objective on dev in float32 (about 0.6 s a step on two cores).
+Time is the CPU time of one thread for forward, backward and Muon, alternating in one process; `mask` uses torch's Muon,
+one matrix at a time. Both start from the same weights and use the same batches. In bf16 the gradients of `segments` are
+noisier. `--train-steps` measures the effect on training: both train for this many steps on the same data, once per
+seed, and are evaluated by the objective on dev in float32 (about 0.6 s per step on two cores).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Bootstrap intervals of F1 and AP, beside evaluating every resample anew.
+"""Bootstrap intervals of F1 and AP, compared with a new evaluation of every resample.
 
     PYTHONPATH=src python -m benchmarks.bootstrap [--images 5000] [--predictions 20]
 
-Ours matches once and re-counts under weights; the other builds each resample as a data set (drawn images repeated) and
-evaluates it: COCO numbers by the fast backend, F1 by matching again. It does so for a few resamples, and its time for
-all of them is that many times more. On those few, both give the same numbers, which is asserted.
+Ours matches once and counts again under weights. The other builds each resample as a data set (with repeated images)
+and evaluates it: COCO numbers with the fast backend, F1 with a new matching. It does this for a few resamples, and its
+time is extrapolated to all of them. On these few, both must give the same numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The COCO numbers of a quarter of val2017 beside pycocotools, and what the whole `coordexp evaluate` takes.
+"""The COCO numbers for a quarter of val2017 compared with pycocotools, and the time of `coordexp evaluate`.
 
     PYTHONPATH=src python -m benchmarks.coco_evaluation [--images 1250] [--predictions 100]
 
-Both start from arrays or lists in memory. It is asserted that the twelve numbers are the same, and the AP that the
-bootstrap counts with too.
+Both start from arrays or lists in memory. The twelve numbers must be the same, and so must the AP of the bootstrap.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Synthetic data with COCO's statistics, for benchmarks that need its size and not its pictures.
+"""Synthetic data with COCO's statistics, for benchmarks that need its size but not its images.
 
 From the published figures of COCO 2017 (Lin et al. 2014, arXiv:1405.0312, and the instances files): 118,287 training
-images, 1,021 of them without objects, 860,001 boxes (7.3 an image, a long tail to 93), 80 names of which `person` is
-30 %, about 41 % of the objects below 32^2 px and 24 % above 96^2, 1.2 % crowds; most pictures 640 px on the long side.
+images, 1,021 of them without objects, 860,001 boxes (7.3 per image, with a long tail to 93), 80 names of which `person`
+has 30 %, about 41 % of the objects below 32^2 px and 24 % above 96^2, 1.2 % crowds; most images have 640 px on the long
+side.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""From an annotation file as large as COCO's train2017 to tokenised samples, beside what pycocotools takes to load it.
+"""From an annotation file as large as COCO's train2017 to tokenized samples, compared with loading it by pycocotools.
 
     PYTHONPATH=src python -m benchmarks.convert_coco [--images 118287]
 
-The stage `convert` as it stands, then what `norm1000` does with records, with the real Qwen tokenizer and the image
-sizes of the production profile; each in a process of its own. There are no pictures: the raw stage's look at every file
-(its size, hash and whether it unpacks) is replaced by the annotated size, and the model that norm1000 also expands is
-left out.
+Runs the stage `convert`, then the part of `norm1000` that processes records, with the real Qwen tokenizer and the image
+sizes of the production profile, each in its own process. There are no images: the checks of the raw stage (size, hash,
+decoding) are replaced by the annotated size, and the expansion of the model in norm1000 is skipped.
 """
 
 from __future__ import annotations

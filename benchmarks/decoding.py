@@ -1,11 +1,11 @@
-"""Decoding by slots with scores kept, beside transformers' `generate` and a second, packed forward that scores.
+"""Decoding in slots with scores, compared with transformers' `generate` followed by a packed re-scoring forward.
 
     PYTHONPATH=src python -m benchmarks.decoding --profile tiny
 
-The stage-1 model answers pictures of val, both ways the same tokens. Reading pictures and prompts, which the second
-forward does again, is most of the work of a model as small as this. What a real model saves is its forwards: those are
-counted for answers with COCO's number of objects in Qwen's tokens. Codecs are compared by dictating the annotated
-answers in both. CPU seconds of one thread.
+The stage-1 model answers val images; both ways give the same tokens. In a model this small, most of the work is the
+prefill of images and prompts, which the re-scoring forward repeats. A real model saves forwards, which are counted for
+answers with COCO's number of objects in Qwen's tokens. Codecs are compared by forcing the annotated answers in both.
+Times are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 class Dictated(SlotDecoder):
-    """Writes the samples' own answers, whatever the model would choose; a draft is right where it is theirs."""
+    """Writes the annotated answers instead of the model's choices; a draft is accepted if it matches them."""
 
     def _chosen(self, answers: Sequence[OpenAnswer], logits_RV: Tensor) -> Tensor:
         del logits_RV

@@ -1,9 +1,9 @@
-"""How long `dvc repro` takes when there is nothing to do.
+"""The time of a `dvc repro` with nothing to do.
 
     PYTHONPATH=src python -m benchmarks.graph_times
 
-`dvc status` first says whether that is so here: a benchmark must not start an hour of training. A cold `make demo` and
-an A/B run take minutes of a fresh clone and are timed by hand (README names the commands).
+`dvc status` first checks that nothing is to be done, because a benchmark must not start an hour of training. A cold
+`make demo` and an A/B run take minutes in a fresh clone and are timed by hand (README has the commands).
 """
 
 from __future__ import annotations

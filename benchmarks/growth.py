@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python -m benchmarks.growth [--only convert,page]
 
-An exponent of 1 doubles with the data, 2 quadruples. The sizes take turns, so that a ratio comes from one minute of the
-machine; time is that of processors, threads and child processes included. What is made once, such as a tokenizer, is
-made before the clock starts, and what grows with nothing is taken out in a second exponent: time = a + b n^k gives
-2^k = (t(4 n) - t(2 n)) / (t(2 n) - t(n)), which is noisier. Pictures are left out: each is drawn or read by itself.
+With an exponent of 1, time doubles with the data; with 2, it quadruples. The sizes alternate, so that a ratio compares
+equal conditions of the machine; time is processor time, including threads and child processes. Objects that are made
+once, such as a tokenizer, are made before the clock starts. A second exponent removes the constant part: time = a + b
+n^k gives 2^k = (t(4 n) - t(2 n)) / (t(2 n) - t(n)), which is noisier. Images are omitted: each is drawn or read alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every benchmark shares: a row of the table, its file, clocks that take turns, a child's peak memory, other load.
+"""The common part of all benchmarks: table rows and their file, alternating timing, peak memory of a child, other load.
 
-A figure is a ratio from one run: times of different runs, or machines, are not comparable. Wall time beside other
-processes measures them, too: each figure says what it is by processor time, and each file how much others used.
+A figure is a ratio within one run, because times of different runs or machines are not comparable. Wall time also
+measures other processes, so each figure also has its value by processor time, and each file records the other load.
 """
 
 from __future__ import annotations

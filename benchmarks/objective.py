@@ -10,11 +10,11 @@ way computes text CE, gate and softCE with the gradients of hidden states and he
     stock   the same on logits of all positions, as a model computes them from labels
     bare    the three matrix products of the supervised slots alone, into memory that is there
 
-On a CPU, in float32; on a GPU the same ways are measured by benchmarks/gpu_check/head.py. Each runs in a process of its
-own, but for `bare`, whose target is the tightest: it and `fused` take turns in one process that keeps freed memory, as
-a trainer does. Memory is the highest resident set less what inputs and libraries held before, less the head's gradient,
-which every way leaves behind. `stock` runs on half of the pack, because all of it would need more than 15 GB. Its time
-and memory are doubled: both grow with the positions. `bare` and `fused` take their turns on half of it, too.
+On a CPU, in float32; on a GPU the same ways are measured by benchmarks/gpu_check/head.py. Each runs in its
+own process, except `bare`, which has the tightest target: it alternates with `fused` in one process that keeps freed
+memory, as a trainer does. Memory is the peak resident set minus that of inputs and libraries, minus the head's
+gradient, which every variant leaves behind. `stock` runs on half of the pack, because all of it would need more than 15
+GB; its time and memory are doubled, as both grow linearly. `bare` and `fused` also alternate on half of the pack.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The packing plan of a data set of COCO's size, beside constant-volume bin packing of a well-kept package.
+"""The packing plan of a data set of COCO's size, compared with the bin packing of an established package.
 
     PYTHONPATH=src python -m benchmarks.packing_plan
 

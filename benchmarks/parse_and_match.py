@@ -1,4 +1,4 @@
-"""Strict parse and matching of rollouts, beside Python that takes objects one by one and compares rasterised masks.
+"""Strict parsing and matching of rollouts, compared with Python code that loops over objects and rasterizes masks.
 
     PYTHONPATH=src python -m benchmarks.parse_and_match
 

@@ -1,9 +1,9 @@
-"""Tokens and images a second of rollouts: hf and vLLM, `json` and `tags`, grammar off and on, batches of 1 to 64.
+"""Tokens and images per second of rollouts: hf and vLLM, `json` and `tags`, grammar off and on, batches of 1 to 64.
 
     PYTHONPATH=src python -m benchmarks.rollout_tokens --profile tiny
 
-The stage-1 model speaks one codec. So that codecs differ in nothing but the tokens they need, their rows write the
-annotated answers: transformers' `generate` is held to them. Grammar rows generate freely. vLLM rows need `make vllm`.
+The stage-1 model uses one codec. The rows of codecs therefore force transformers' `generate` to write the annotated
+answers, so that codecs differ only in their tokens. Grammar rows generate freely. vLLM rows need `make vllm`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""A training step on a crowded machine: beside other work, and a bounded spin of waiting threads beside other ways.
+"""A training step on a busy machine: the effect of other work, and of how waiting threads spin.
 
     PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,library]
 
-Beside B busy processes, T threads on C cores have a fair share of C T / (T + B) of them: what a step takes longer than
-alone is compared with what that share would make it take. Each contestant is stage 1's own loop
-(benchmarks.training_step) in a process of its own, because GNU OpenMP reads how threads wait when it is loaded. Ratios
-are within a round.
+With B other busy processes, the fair share of T threads is C T / (T + B) of C cores. The slowdown of a step is compared
+with the slowdown that this share would give. Each variant runs stage 1's loop (benchmarks.training_step) in its own
+process, because GNU OpenMP reads its wait policy when it is loaded. Ratios are within a round.
 """
 
 from __future__ import annotations

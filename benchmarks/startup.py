@@ -1,9 +1,9 @@
-"""How long the command line takes to answer: `coordexp --help`, `evaluate` on ten images, `predict` of one picture.
+"""Start-up time of the command line: `coordexp --help`, `evaluate` on ten images, `predict` on one image.
 
     PYTHONPATH=src python -m benchmarks.startup
 
-Each in a process of its own, as a user starts it, beside an interpreter that does nothing; of `predict`, which loads
-torch and transformers, the CPU seconds.
+Each runs in its own process, compared with an empty interpreter; for `predict`, which loads torch and transformers, the
+figure is in CPU seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A profile that was run, for benchmarks that need its model and samples: `make demo` makes the default one."""
+"""A finished run of a profile, for benchmarks that need its model and samples; `make demo` makes the default one."""
 
 from __future__ import annotations
 

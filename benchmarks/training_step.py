@@ -1,4 +1,4 @@
-"""A training step of the `tiny` profile: samples a second and memory, beside a plain loop.
+"""A training step of the `tiny` profile: samples per second and memory, compared with a plain loop.
 
     PYTHONPATH=src python -m benchmarks.training_step --profile tiny
 
@@ -7,9 +7,9 @@ padded  a plain loop over transformers' own model (SDPA, Conv3d): padded batches
 kept    the same with freed memory kept, as ours has it (stage.py)
 trl     TRL's SFTTrainer on that model and those batches (benchmarks/trl_loop.py), without its gradient checkpointing
 
-The same samples, precision and optimizer (AdamW), in processes of their own that take turns. `ours` also says what part
-of a step it waits for data, and its share of peak (MFU): the operations of a step without any twice
-(benchmarks/gpu_check/shapes.py:step_flops), beside what a large product of the same threads and precision does.
+Samples, precision and optimizer (AdamW) are the same; the processes alternate. `ours` also reports the fraction of a
+step that it waits for data, and its fraction of peak (MFU): the operations of a step without recomputation
+(benchmarks/gpu_check/shapes.py:step_flops), relative to the rate of a large product with equal threads and precision.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training loop of TRL's `SFTTrainer` on given batches.
 
-Its own batches of pictures come from Qwen3-VL's processor, whose video part cannot be built without torchvision; these
-come from the caller instead. Everything after that is TRL's: its chunked head, its metrics, its optimizer loop.
+Its own image batches come from Qwen3-VL's processor, whose video part needs torchvision, so the caller provides batches
+instead. Everything else is TRL's: its chunked head, its metrics, its optimizer loop.
 """
 
 from __future__ import annotations

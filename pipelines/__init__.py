@@ -1,8 +1,8 @@
-"""One thin entry per stage of dvc.yaml."""
+"""Thin entry points, one per stage of dvc.yaml."""
 
 import sys
 
-if sys.argv[0] == "-m":  # one of them is being started: a signal must find a handler before torch is imported
+if sys.argv[0] == "-m":  # a stage is starting: install the signal handlers before the slow import of torch
     from coordexp.infra.signals import leave_on_signals
 
     leave_on_signals()

@@ -1,4 +1,4 @@
-"""Check all parameters before any stage runs, and write what each stage is told: `inputs/<profile>/<stage>.json`."""
+"""Check all parameters before any stage runs, and write those of each stage to `inputs/<profile>/<stage>.json`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Write the files of the stages that are told something else than before."""
+    """Write the files of the stages whose parameters changed."""
     changed = write_inputs(context, Path())
-    LOG.info("check: parameters hold; changed for %s", ", ".join(changed) or "no stage")
+    LOG.info("check: parameters are valid; changed for %s", ", ".join(changed) or "no stage")
 
 
 if __name__ == "__main__":

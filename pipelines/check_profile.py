@@ -1,7 +1,7 @@
-"""Try a profile before it costs anything (`make check-profile PROFILE=...`); not in the graph.
+"""Try a profile at negligible cost (`make check-profile PROFILE=...`); not part of the graph.
 
-The data stages on 16 images of each set, one real training step of a shrunken model of the same family with the real
-tokenizer, and the plan of the whole run. Works in a temporary folder and leaves nothing.
+It runs the data stages on 16 images of each set and one training step of a shrunken model of the same family with the
+real tokenizer, then prints the plan of the whole run. It works in a temporary folder, which it removes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def run(context: RunConfig) -> None:
     diagnosis = diagnose(context, decode=False)
     LOG.info("the plan of the whole run:\n  %s", "\n  ".join(diagnosis.lines))
     if diagnosis.stops:
-        raise DataError("the sample went through, but the whole run would stop at what is marked STOP above.")
+        raise DataError("the sample passed, but the whole run would stop at the lines marked STOP above.")
 
 
 def _shrunken(context: RunConfig, folder: Path) -> RunConfig:
     profile, base = context.profile, folder / "base"
     parameters = write_shrunken(model_folder(profile.model.path), base, context.params.seed)
-    LOG.info("model: %s parameters in place of %s", f"{parameters:,}", profile.model.path)
+    LOG.info("model: %s parameters instead of those of %s", f"{parameters:,}", profile.model.path)
     source = profile.source
     if isinstance(source, DatasetsConfig):
         sets = write_sample(source.sets, profile.records, folder / "sets", IMAGES)
@@ -67,7 +67,7 @@ def _summary(small: RunConfig) -> None:
     for split in ("train", "dev", "val"):
         LOG.info("sample: %s: %s", split, summary[split])
     loss, seconds = trained["final_loss"], read_run_record(paths.run_record("stage1"))["step_seconds"]
-    LOG.info("sample: one training step, loss %s, %s s on this machine (shrunken: no forecast)", loss, seconds)
+    LOG.info("sample: one training step, loss %s, %s s on this machine (shrunken model: not a forecast)", loss, seconds)
 
 
 if __name__ == "__main__":

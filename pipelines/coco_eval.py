@@ -1,4 +1,4 @@
-"""Score and evaluate what base, stage 1, the control and stage 2 answered on val."""
+"""Score and evaluate the answers of base, stage 1, the control and stage 2 on val."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Write predictions per checkpoint, and the metrics of all of them."""
+    """Write the predictions of each checkpoint, and the metrics of all of them."""
     with sealing(context.paths.run("eval")):
         for name in CHECKPOINTS:
             score_folder(context.paths.decoded(name), context.params.decode, context.paths.evaluation(name))
@@ -27,7 +27,7 @@ def run(context: RunConfig) -> None:
             ratio_text(areas["parse"]["parse_rate"]),
         )
         for fault in faults_of(areas):
-            LOG.warning("%s: not judged: %s", name, fault)
+            LOG.warning("%s: not evaluated: %s", name, fault)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Annotations to records, split into train, dev and val."""
+"""Convert annotations to records, split into train, dev and val."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Write one JSONL for each split, the categories, and every annotation that was dropped with its reason.
+    """Write one JSONL per split, the categories, and every dropped annotation with its reason.
 
-    What `records.missing` leaves out of training goes to `left_out.jsonl`, for whoever judges what training made of it.
+    Objects that `records.missing` removes from training go to `left_out.jsonl`, for evaluations of their effect.
     """
     workers = worker_count()
     converted = convert_datasets(context.paths.raw, context.profile.records, context.params.seed, workers)

@@ -1,4 +1,4 @@
-"""Answers of one checkpoint on val, with the distributions that scores need."""
+"""Generate the answers of one checkpoint on val, with the distributions that scores need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig, name: str) -> None:
-    """Decode, re-score and parse; boxes and scores are read from it by the evaluation."""
+    """Decode, re-score and parse; the evaluation derives boxes and scores from the result."""
     is_base = name == "base"
     folder = pinned_folder(context.profile.model, context.params.profile) if is_base else context.paths.run(name)
     done = decode_split(context, name, folder, context.paths.decoded(name))

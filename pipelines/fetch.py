@@ -1,4 +1,4 @@
-"""Fetch a small public data set into `datasets/` (`make trees`, `make real`); not in the graph."""
+"""Fetch a small public data set into `datasets/` (`make trees`, `make real`); not part of the graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coordexp.records.public_sets import PUBLIC_SETS, PublicSet, fetch_set
 
 
 def main(argv: Sequence[str] | None = None, sets: Mapping[str, PublicSet] = PUBLIC_SETS) -> int:
-    """Fetch the set that the arguments name; returns the exit code."""
+    """Fetch the set given by the arguments; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("set", choices=sorted(sets), help="which one")
-    parser.add_argument("--datasets", type=Path, default=Path("datasets"), help="where to (default: %(default)s)")
+    parser.add_argument("set", choices=sorted(sets), help="name of the data set")
+    parser.add_argument("--datasets", type=Path, default=Path("datasets"), help="target folder (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         fetch_set(sets[args.set], args.datasets, lambda line: print(line, flush=True))
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, PublicSet] = PUBL
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("interrupted: what was fetched is kept; run the same command again.", file=sys.stderr)
+        print("interrupted: the downloaded files are kept; run the same command again to resume.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_DONE
 

@@ -1,4 +1,4 @@
-"""Coordinate tokens into tokenizer and model, boxes to bins, records to tokens."""
+"""Add coordinate tokens to tokenizer and model, and convert records with their boxes to tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coordexp.text.codecs import get_codec
 
 
 def run(context: RunConfig) -> None:
-    """Write `init/` (the model with coordinate tokens), and one sample file for each split."""
+    """Write `init/` (the model with coordinate tokens), and one sample file per split."""
     config = context.profile.model
     base = load_checkpoint(pinned_folder(config, context.params.profile), config.min_pixels, config.max_pixels)
     vocabulary = add_coordinate_tokens(base.model, base.tokenizer, config.coord_init, context.params.seed)

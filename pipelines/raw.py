@@ -1,4 +1,4 @@
-"""Make the source data present: compose scenes as a COCO folder, or take data sets on disk; take stock of either."""
+"""Provide the source data: compose scenes as a COCO folder, or use data sets on disk; write an inventory of either."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toyworld.coco_folder import as_datasets, write_coco_folder
 
 
 def run(context: RunConfig) -> None:
-    """Write `data/<profile>/raw`: a manifest of images that stay where they are; shards of composed ones beside it."""
+    """Write `data/<profile>/raw`: a manifest of the images, which are not copied, and the shards of composed ones."""
     raw, source, workers = context.paths.raw, context.profile.source, worker_count()
     with sealing(raw):
         if isinstance(source, ScenesConfig):

@@ -1,4 +1,4 @@
-"""The report: markdown, figures and gallery from the files of the other stages."""
+"""Build the report: Markdown, figures and gallery from the files of the other stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Write `progress.md` with its pictures."""
+    """Write `progress.md` with its figures."""
     inputs = ReportInputs.of(context, experiment_baseline(context.paths.profile))
     LOG.info("report: %s", build_report(inputs, context.paths.reports))
 

@@ -1,4 +1,4 @@
-"""Stage-1 answers on training images."""
+"""Generate the answers of stage 1 on training images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from coordexp.stage import LOG, stage_main
 
 
 def run(context: RunConfig) -> None:
-    """Generate, and write what was generated; stage 2 matches it."""
+    """Generate and write the answers; stage 2 matches them."""
     LOG.info("rollout: answers on %d images", run_rollouts(context))
 
 

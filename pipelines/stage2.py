@@ -11,9 +11,9 @@ from coordexp.training.stage2 import train_stage2
 
 
 def run(context: RunConfig) -> None:
-    """Train, write the checkpoint, its compute, and the curve that dvc plots draws."""
+    """Train; write the checkpoint, its compute, and the curve for `dvc plots`."""
     if run_in_processes(context.profile.launch.processes):
-        return  # each of them ran this to its end
+        return  # the processes that it started have finished this stage
     summary = train_stage2(context)
     if world().is_main:
         write_curve(context.paths.run("stage2") / "train_log.jsonl", context.paths.curve("stage2"))

@@ -369,7 +369,7 @@ def test_answers_that_loop_are_named_before_any_number(run: Run, half_right: Pat
     for row in rows:
         row["pred"] *= 12
     looping.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = f"{looping} is not judged: 100 % of the answers loop"
+    words = f"{looping}: the scores are not meaningful: 100 % of the answers loop"
     assert run("evaluate", looping, "--out", tmp_path / "m.json").out.startswith(words)
     assert run("compare", looping, half_right).out.startswith(words)
     assert "not judged" not in run("compare", half_right, half_right).out

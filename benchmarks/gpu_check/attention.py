@@ -1,4 +1,4 @@
-"""Attention over packed segments: time of each way, and whether a pack computes what its samples do alone."""
+"""Attention over packed segments: the time of each variant, and equality of packed and single samples."""
 
 from __future__ import annotations
 

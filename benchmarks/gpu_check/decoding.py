@@ -1,4 +1,4 @@
-"""Answers of the committed engine at 2B shape: tokens a second by number format and batch."""
+"""Generation by the committed engine at the 2B shape: tokens per second by number format and batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective's pass through the head: right beside float64, and how fast by number format and chunk."""
+"""The fused head of the objective: correctness against float64, and speed by number format and chunk size."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What each figure is expected to be on an H100 80GB, written down before it was measured.
+"""The predicted value of each figure on an H100 80GB, written before the measurement.
 
-`derived` follows from the ceilings below and arithmetic, or from doctor/memory.py; `guess` from experience with other
-programs. A figure that is not here has no prediction.
+`derived` predictions follow by arithmetic from the hardware limits below or from doctor/memory.py, `guess` ones from
+experience with other programs. A figure without an entry has no prediction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ceilings that everything else is a fraction of, and the patch embedding as convolution and as product."""
+"""Measured limits of the hardware, and the patch embedding as a convolution and as a matrix product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sections are run: in order of value, each by itself, until the deadline."""
+"""Running the sections: in order of importance, independently, until the deadline."""
 
 from __future__ import annotations
 

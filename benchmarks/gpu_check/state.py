@@ -1,4 +1,4 @@
-"""What the resume state costs a run, and how fast the embedded base model is pretrained."""
+"""The cost of saving states in a run, and the speed of pretraining the embedded base model."""
 
 from __future__ import annotations
 

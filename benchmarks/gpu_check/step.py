@@ -1,4 +1,4 @@
-"""Training steps of the real loop at Qwen3-VL's shapes, each of what makes them fast alone, and where the time goes."""
+"""Training steps of the real loop at Qwen3-VL's shapes: each optimization alone, and a breakdown of the time."""
 
 from __future__ import annotations
 

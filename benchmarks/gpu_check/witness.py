@@ -1,4 +1,4 @@
-"""Stages as processes run them, and on which device the model of each computed.
+"""Run stages as separate processes do, and record the device on which each model computed.
 
     python -m benchmarks.gpu_check.witness --report devices.json [options of a stage] STAGE ...
 

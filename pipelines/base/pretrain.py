@@ -1,4 +1,4 @@
-"""Pretrain the embedded base model: `python -m pipelines.base.pretrain` (goes on where it stopped when run again)."""
+"""Pretrain the embedded base model: `python -m pipelines.base.pretrain` (run it again to resume)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_RECORD = HOME / "pretrain.run.json"
 
 
 def main() -> None:
-    """Train, and leave the cost and the recipe in the run record: seconds are those of all runs that it took."""
+    """Train, and write cost and recipe to the run record; its seconds include those of interrupted runs."""
     params = YAML(typ="safe").load(HOME / "params.yaml")
     sprites = Path(params["sprites"])
     state = resume_folder("base", fingerprint(params, [sprites / "catalog.json", sprites / "labels.json"]))

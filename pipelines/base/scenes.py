@@ -27,7 +27,7 @@ NOTHING_HELD_OUT = dict.fromkeys(DEV_HELD_OUT, 0.0)
 
 
 def main() -> None:
-    """One COCO folder per curriculum phase, and `dev`."""
+    """Write one COCO folder per curriculum phase, and `dev`."""
     params = YAML(typ="safe").load(HOME / "params.yaml")
     common = {"kind": "scenes", "sprites": params["sprites"]} | COMMON
     for i, (phase, options) in enumerate(params["phases"].items()):

@@ -1,7 +1,7 @@
-"""Backgrounds without labelled objects: photo crops from scikit-image's bundled pictures, and procedural textures.
+"""Backgrounds without labeled objects: crops of the photos that ship with scikit-image, and procedural textures.
 
-Only pictures, or parts of pictures, that show nothing of the sprite vocabulary are used. The left 70 % of each picture
-serves training scenes and the right 30 % serves val, so no val background was ever trained on.
+Only photos, or parts of them, that show no object of the sprite vocabulary are used. Training scenes use the left 70 %
+of each photo and val scenes the right 30 %, so no val background occurs in training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from skimage import data as skimage_data
 
 Pixels = NDArray[np.float32]
 TRAIN_FRACTION = 0.7
-# name -> the region (x1, y1, x2, y2) that shows no object of the vocabulary; None takes the whole picture
+# Name -> region (x1, y1, x2, y2) without an object of the vocabulary; None means the whole photo.
 PHOTO_REGIONS: dict[str, tuple[int, int, int, int] | None] = {
     "astronaut": None,
     "grass": None,
@@ -27,7 +27,7 @@ PHOTO_REGIONS: dict[str, tuple[int, int, int, int] | None] = {
 
 @lru_cache(maxsize=2)
 def photos(is_val: bool) -> tuple[Image.Image, ...]:
-    """The photo material of one split."""
+    """The photos of one split."""
     out = []
     for name, region in PHOTO_REGIONS.items():
         image = Image.fromarray(getattr(skimage_data, name)()).convert("RGB")
@@ -38,7 +38,7 @@ def photos(is_val: bool) -> tuple[Image.Image, ...]:
 
 
 def photo_crop(rng: np.random.Generator, width: int, height: int, is_val: bool) -> Pixels:
-    """A random crop of a photo, scaled to the scene, with a random tint, flip and sometimes blur."""
+    """A random crop of a photo, scaled to the scene, with a random tint, a random flip and sometimes blur."""
     material = photos(is_val)
     image = material[rng.integers(len(material))]
     fraction = rng.uniform(0.35, 1.0)
@@ -53,7 +53,7 @@ def photo_crop(rng: np.random.Generator, width: int, height: int, is_val: bool) 
 
 
 def gradient(rng: np.random.Generator, width: int, height: int) -> Pixels:
-    """A linear gradient between two colours in a random direction, with faint noise."""
+    """A linear gradient between two colors in a random direction, with faint noise."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     ramp = np.cos(angle) * x / width + np.sin(angle) * y / height
@@ -64,7 +64,7 @@ def gradient(rng: np.random.Generator, width: int, height: int) -> Pixels:
 
 
 def stripes(rng: np.random.Generator, width: int, height: int) -> Pixels:
-    """Soft stripes or checks of two muted colours."""
+    """Soft stripes or checks of two muted colors."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(6, 40)
     wave = np.sin((np.cos(angle) * x + np.sin(angle) * y) * 2 * np.pi / period)
@@ -84,7 +84,7 @@ def make_background(rng: np.random.Generator, width: int, height: int, is_val: b
 
 
 def add_distractors(rng: np.random.Generator, canvas: Pixels, count: int, is_val: bool) -> None:
-    """Blend `count` textured ellipses or rectangles into the canvas, in place: shapes that are no object."""
+    """Blend `count` textured ellipses or rectangles into the canvas, in place, as shapes that are not objects."""
     height, width = canvas.shape[:2]
     for _ in range(count):
         w, h = (int(rng.uniform(0.08, 0.35) * side) + 3 for side in (width, height))

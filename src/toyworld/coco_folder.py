@@ -1,4 +1,4 @@
-"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json` and `<split>/*.jpg`, those in shards."""
+"""Write composed scenes as a COCO folder: `annotations/instances_<split>.json`, and `<split>/*.jpg` in shards."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _chunks(source: ScenesConfig, seed: int, split: str, count: int, unwritten: 
 def _pictures(
     split: str, chunks: Iterable[list[tuple[dict[str, Any], bytes]]], rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and JPEG files as they come from the workers; what the annotations need goes to `rows`."""
+    """Yield file names and JPEG bytes from the workers; append the rows for the annotations to `rows`."""
     for row, jpeg in (scene for chunk in chunks for scene in chunk):
         rows.append(row)
         yield f"{split}/{row['file_name']}", jpeg
 
 
 def as_datasets(folder: Path) -> DatasetsConfig:
-    """A composed folder as what it is to a profile: a set of the user, in COCO's layout."""
+    """A composed folder as a profile's data set in COCO layout."""
     keys = {
         "format": "coco", "root": str(folder.absolute()), "train": ANNOTATIONS.format(split="train"),
         "val": ANNOTATIONS.format(split="val"), "train_images": "train", "val_images": "val", "weight": 1.0,
@@ -79,7 +79,7 @@ def as_datasets(folder: Path) -> DatasetsConfig:
 
 @lru_cache(maxsize=1)
 def _catalog_of_worker(sprites: Path) -> SpriteCatalog:
-    """Read once in each process: it hashes every sprite, which costs as much as dozens of scenes."""
+    """The catalog, read once per process: hashing every sprite costs as much as dozens of scenes."""
     return load_catalog(sprites)
 
 
@@ -97,7 +97,7 @@ def _compose_chunk(chunk: _Chunk) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _instances(rows: list[dict[str, Any]], catalog: SpriteCatalog) -> dict[str, Any]:
-    """COCO's instances layout; category ids are 1-based, and the supercategory of a name is its tier."""
+    """The annotations in COCO's instances layout; category ids start at 1, and the supercategory is the tier."""
     category_ids = {label.name: i for i, label in enumerate(catalog.labels, 1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -1,10 +1,11 @@
-"""The composer: one scene from (seed, split, index), so that any image can be made again alone.
+"""The composer: one scene from (seed, split, index), so that any image can be reproduced alone.
 
-Rules of the ground truth, stated once:
+Rules of the ground truth:
 * a box is the full (amodal) extent of the sprite, which always lies inside the image;
-* a placement is refused if it leaves any object less than `MIN_VISIBLE` of its pixels, or two boxes above `max_iou`;
+* a placement is rejected if it leaves less than `MIN_VISIBLE` of any object's pixels visible, or if two boxes would
+  have an IoU above `max_iou`;
 * objects are listed in reading order (y1, x1);
-* a noun is never both plain and tinted in one scene: whether "cat" means a red cat too is left open.
+* a noun never occurs both plain and tinted in one scene, because it is undefined whether "cat" includes a red cat.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIN_VISIBLE = 0.6
 PLACEMENT_TRIES = 12
 SPLIT_CODES = {"train": 0, "val": 1}
 LABEL_TRIES = 8
-UNWRITTEN_FRACTION = 0.4  # of the objects of a scene with labels that training draws and never writes
+UNWRITTEN_FRACTION = 0.4  # of the objects in a scene that shows labels which training text never contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Scene:
 
 
 class _Canvas:
-    """Pixels under construction, plus what is visible of each object placed so far."""
+    """Pixels under construction, and the visible pixels of each object placed so far."""
 
     def __init__(self, pixels: NDArray[np.float32], max_iou: float) -> None:
         self.pixels = pixels
@@ -79,10 +80,10 @@ class _Canvas:
 def compose_scene(
     source: ScenesConfig, catalog: SpriteCatalog, seed: int, split: str, index: int, unwritten: float = 0.0
 ) -> Scene:
-    """Compose the scene that (seed, split, index) names; the same arguments give the same bytes.
+    """Compose the scene of (seed, split, index); the same arguments give the same bytes.
 
-    `unwritten` is the fraction of training scenes that show labels of the tier `phrase`: whoever asks for it must see
-    to it that no training writes them.
+    `unwritten` is the fraction of training scenes that show labels of the tier `phrase`. The caller must keep these
+    labels out of the training text.
     """
     rng = np.random.default_rng([seed, SPLIT_CODES[split], index])
     is_val = split == "val"
@@ -105,21 +106,21 @@ def compose_scene(
 
 
 def _draw_side(rng: np.random.Generator, source: ScenesConfig) -> int:
-    """A multiple of 32 px, smaller ones more likely (weights 1/n), which keeps scenes cheap on a CPU."""
+    """Sample a multiple of 32 px; smaller ones are more probable (weights 1/n), which keeps scenes cheap on a CPU."""
     sides = np.arange(source.min_side_px, source.max_side_px + 1, SIDE_STEP_PX)
     weights = 1.0 / np.arange(1, len(sides) + 1)
     return int(rng.choice(sides, p=weights / weights.sum()))
 
 
 def _draw_count(rng: np.random.Generator, source: ScenesConfig) -> int:
-    """min_objects..max_objects with a falling tail (about 3.8 on average for 1..12 and a decay of 0.8)."""
+    """Sample min_objects..max_objects with geometric weights (mean about 3.8 for 1..12 and a decay of 0.8)."""
     counts = np.arange(source.min_objects, source.max_objects + 1)
     weights = source.count_decay**counts
     return int(rng.choice(counts, p=weights / weights.sum()))
 
 
 def _draw_size(rng: np.random.Generator, source: ScenesConfig, side_px: int) -> int:
-    """Longer side of an object: log-uniform between the fractions, a minority below the smallest one."""
+    """Sample the longer side of an object: log-uniform between the fractions, in a minority of cases below them."""
     low, high = source.smallest_fraction, source.largest_fraction
     if rng.random() < source.small_fraction:
         low, high = low * 2 / 3, low
@@ -127,7 +128,7 @@ def _draw_size(rng: np.random.Generator, source: ScenesConfig, side_px: int) -> 
 
 
 class _Labels:
-    """What the objects of one scene are called, and how they look."""
+    """The labels of the objects in one scene, and their pixels."""
 
     def __init__(
         self, rng: np.random.Generator, source: ScenesConfig, catalog: SpriteCatalog, is_val: bool, unwritten: bool
@@ -142,7 +143,7 @@ class _Labels:
         self._used: dict[str, Label] = {}  # by noun
 
     def draw(self) -> Label:
-        """A label that goes with those drawn before."""
+        """Sample a label that is compatible with the previous ones."""
         for _ in range(LABEL_TRIES):
             label = self._draw()
             before = self._used.setdefault(label.noun, label)
@@ -162,7 +163,7 @@ class _Labels:
         return labels[int(self._rng.integers(len(labels)))]
 
     def render(self, label: Label, side_px: int) -> NDArray[np.float32]:
-        """One of the pictures of a noun in the label's color, float RGBA."""
+        """One of the noun's sprites in the label's color, float RGBA."""
         group = self._catalog.sprites[label.noun]
         sprite = group[self._rng.integers(len(group))]
         pixels = sprite.render(side_px, bool(self._rng.random() < 0.5), self._catalog.color_of(label))

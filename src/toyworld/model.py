@@ -1,7 +1,7 @@
-"""The embedded model: Qwen3-VL's real architecture at about 3 M parameters.
+"""The embedded model: a model of Qwen3-VL's architecture with about 3 M parameters.
 
-Patches of 16 px and a 2 x 2 merge, as in the original, so a visual token covers 32 px. Patches of 8 px were tried: 2.3
-times slower per picture on a CPU, and not better for the same time (benchmarks/NOTES.md).
+It has patches of 16 px and a 2 x 2 merge, as the original, so a visual token covers 32 px. Patches of 8 px were 2.3
+times slower per image on a CPU, and not better in the same time (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from coordexp.text.vocabulary import token_id
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_layers: int = 6) -> Qwen3VLConfig:
-    """Configuration whose special token ids and vocabulary size fit the tokenizer."""
+    """A configuration with the special token ids and vocabulary size of the tokenizer."""
     return Qwen3VLConfig(
         text_config={
             "vocab_size": round_up(len(tokenizer)),
@@ -26,7 +26,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_laye
             "num_key_value_heads": hidden // 64,
             "head_dim": 64,
             "max_position_embeddings": 4096,
-            # head_dim / 2 = 32 frequencies shared by time, height and width
+            # 12 + 10 + 10 = head_dim / 2 frequencies for time, height and width
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -59,7 +59,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, hidden: int = 128, text_laye
 
 
 def build_tiny(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised tiny model in float32."""
+    """A randomly initialized tiny model in float32."""
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
     model.generation_config.eos_token_id = token_id(tokenizer, "<|im_end|>")

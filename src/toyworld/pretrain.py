@@ -1,6 +1,6 @@
-"""Pretraining of the embedded base model: its vision tower on names of patches, then all of it on text.
+"""Pretraining of the embedded base model: its vision tower on the names of patches, then the whole model on text.
 
-The text is what a detector without coordinate tokens says: boxes as plain digits, names and counts.
+The text is that of a detector without coordinate tokens: boxes as plain digits, category names and counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from coordexp.text.prompts import FORMAT_SUFFIXES
 from coordexp.training.distributed import Row
 from coordexp.training.eval_callback import EvalCallback
 from coordexp.training.loop import MicroBatch, train
-from coordexp.training.schedule import legs_schedule
+from coordexp.training.schedule import segments_schedule
 from coordexp.training.session import write_curve
 from toyworld.coco_folder import ANNOTATIONS
 from toyworld.model import build_tiny
@@ -67,7 +67,7 @@ CURVE_EVERY = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainWeights:
-    """Weight of names in the token loss, and weight and target width (bins) of the localiser."""
+    """Weight of category names in the token loss; weight and target width (bins) of the localizer."""
 
     desc: float
     localiser: float
@@ -75,11 +75,11 @@ class PretrainWeights:
 
 
 class BaseModel(nn.Module):
-    """The model in pretraining: Qwen3-VL plus a localiser that reads a coordinate from the slot of its first digit.
+    """The model in pretraining: Qwen3-VL plus a localizer that reads a coordinate from the slot of its first digit.
 
-    Digits alone teach places slowly: a far miss costs as much as a near one. A localiser, a linear layer to 1000 bins
-    trained with a wide soft target, gives every coordinate slot a dense signal. It is dropped afterwards: the saved
-    checkpoint answers in digits and knows no coordinate token.
+    Digits alone teach positions slowly, because a large error costs as much as a small one. The localizer, a linear
+    layer to 1000 bins with a wide soft target, gives every coordinate slot a dense training signal. It is removed
+    afterwards: the saved checkpoint answers in digits and has no coordinate tokens.
     """
 
     def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
@@ -89,7 +89,7 @@ class BaseModel(nn.Module):
 
 
 def digit_segment(sample: Sample) -> Segment:
-    """Teacher segment whose coordinate slots are those of the first digit of each number."""
+    """A teacher segment whose coordinate slots are the first digits of the numbers."""
     segment = teacher_segment(sample)
     is_number = sample.answer_roles == Role.NUMBER
     first = np.flatnonzero(is_number & ~np.concatenate([[False], is_number[:-1]])).reshape(-1, 4)
@@ -98,7 +98,7 @@ def digit_segment(sample: Sample) -> Segment:
 
 
 class TextTask:
-    """Token cross-entropy on whole answers, names weighted up, plus the localiser, over the phases of a curriculum."""
+    """Token cross-entropy on whole answers, with a higher weight on names, plus the localizer, over a curriculum."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class TextTask:
         yield self._collators[phase]([digit_segment(sample) for sample in samples])
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """The whole step in one packed batch; logs the accuracy of each token role beside the losses."""
+        """The whole step in one packed batch; logs losses and the accuracy of each token role."""
         for on_cpu, waited in self._batches.take(step):
             batch = on_cpu.to(self._model.vlm.device)
             hidden = hidden_states(self._model.vlm, batch)
@@ -148,15 +148,15 @@ class TextTask:
 
 
 def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenise the scenes below `home`, train, and write the checkpoint with its log, metrics and metadata there.
+    """Tokenize the scenes below `home`, train, and write the checkpoint with its log, metrics and metadata there.
 
-    An interrupted run continues from `state`. Returns what it counted.
+    An interrupted run resumes from `state`. Returns the record of the run.
     """
     options, seed = params["train"], params["seed"]
     if unknown := set(params["tower"]["phases"]) - set(params["phases"]):
         raise ConfigError(
-            f"tower.phases names {sorted(unknown)}, which `phases` lacks; the vision tower learns on the pictures of"
-            f" phases of the text: {sorted(params['phases'])}"
+            f"tower.phases names {sorted(unknown)}, which `phases` does not define; the vision tower trains on the"
+            f" images of phases of the text. Expected some of {sorted(params['phases'])}"
         )
     catalog = load_catalog(Path(params["sprites"]))
     tokenizer = build_tiny_tokenizer(catalog.words)
@@ -166,7 +166,7 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
     phases: dict[str, CurriculumPhase] = {}
     for name, phase in params["phases"].items():
         folder, samples = home / "data" / name, state / f"{name}.parquet"
-        if not samples.is_file():  # a run that goes on has them
+        if not samples.is_file():  # a resumed run has them
             prepare_base_samples(folder, samples, tokenizer, pixels, phase, seed)
         steps, per_step = phase["steps"], phase["samples_per_step"]
         phases[name] = CurriculumPhase(samples=samples, image_root=folder, steps=steps, samples_per_step=per_step)
@@ -177,13 +177,13 @@ def pretrain(home: Path, state: Path, params: Mapping[str, Any]) -> dict[str, An
     optim = _optim(options, sum(phase.steps for phase in phases.values()))
     model.to(training_plan(optim.precision).adopt().device)
     tower_log = train_tower(vlm, catalog, phases, params, state / "tower")
-    schedule = legs_schedule(legs(params["phases"]), options["warmup_steps"], options["decay_fraction"])
+    schedule = segments_schedule(segment_steps(params["phases"]), options["warmup_steps"], options["decay_fraction"])
     task = TextTask(model, collators, list(phases.values()), PretrainWeights(**options["weights"]), seed)
     checkpoint = Checkpoint(model=vlm, tokenizer=tokenizer, pixels=pixels, detection=BASE)
-    exam = make_exam(home / "data" / "dev", checkpoint, optim.steps, params, state)
+    callback = make_dev_evaluation(home / "data" / "dev", checkpoint, optim.steps, params, state)
     log = state / "train_log.jsonl"
-    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=exam)
-    return finish_base(home, checkpoint, log, exam.rows(), _rows(tower_log), params)
+    train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule, callback=callback)
+    return finish_base(home, checkpoint, log, callback.rows(), _rows(tower_log), params)
 
 
 def _optim(options: Mapping[str, Any], steps: int) -> OptimConfig:
@@ -212,24 +212,26 @@ def train_tower(
     params: Mapping[str, Any],
     state: Path,
 ) -> Path:
-    """Teach the vision tower names of patches, on the pictures of some phases; returns the log of it."""
+    """Train the vision tower to name patches, on the images of some phases; returns the path of the log."""
     options, asked = params["train"] | {"lr": params["tower"]["lr"]}, params["tower"]["phases"]
     pixels = pixel_spec(vlm.config, MIN_PIXELS, MAX_PIXELS)
     model = NamedPatches(vlm, len(catalog.words)).to(vlm.device)
     named = [replace(phases[name], **counts) for name, counts in asked.items()]
     task = TowerTask(model, PatchTargets(catalog, pixels), named, pixels, params["seed"])
     optim = _optim(options, sum(phase.steps for phase in named))
-    schedule = legs_schedule([optim.steps], options["warmup_steps"], options["decay_fraction"])
+    schedule = segments_schedule([optim.steps], options["warmup_steps"], options["decay_fraction"])
     log, trained = state / "train_log.jsonl", state / "visual.safetensors"
-    if not trained.is_file():  # a run that goes on has it
+    if not trained.is_file():  # a resumed run has it
         train(model, task, optim, state, log, save_every_seconds=240, schedule=schedule)
         write_bytes(trained, save(model.visual.state_dict()))
     model.visual.load_state_dict(load_file(trained))
     return log
 
 
-def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[str, Any], state: Path) -> EvalCallback:
-    """Answers on the dev scenes while the model trains: what it can do with each tier of names, by what it is asked."""
+def make_dev_evaluation(
+    folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[str, Any], state: Path
+) -> EvalCallback:
+    """The eval callback on the dev scenes: detection metrics by tier of names and by kind of prompt."""
     options, seed = params["dev"], params["seed"]
     found = convert_base("val", folder)
     declared = next(iter(found.declared.values()))
@@ -238,10 +240,10 @@ def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[
     records = [q for r in found.splits["val"] for q in (r, *probes(r, names, config, seed))]
     preparer = SamplePreparer(checkpoint.tokenizer, get_codec("digits"), checkpoint.pixels)
     samples = [preparer.prepare(record) for record in records]
-    judged = STANDARD.model_copy(update={"bootstrap_resamples": options["bootstrap_resamples"]})
+    protocol = STANDARD.model_copy(update={"bootstrap_resamples": options["bootstrap_resamples"]})
 
     def measure(results: Sequence[ImageResult]) -> dict[str, Any]:
-        areas, resampled, by_tier = vocabulary_metrics(results, declared, judged, seed)
+        areas, resampled, by_tier = vocabulary_metrics(results, declared, protocol, seed)
         values = {f"{area}.{key}": v for area, metrics in areas.items() for key, v in metrics.items()}
         bounds = {
             f"interval.{key}": interval(samples_B, values[key], is_share=not key.endswith("_to_seen"))
@@ -266,19 +268,19 @@ def make_exam(folder: Path, checkpoint: Checkpoint, steps: int, params: Mapping[
 
 
 def convert_base(split: str, coco_folder: Path) -> Converted:
-    """The records of one split of a composed folder, images named as below it."""
+    """The records of one split of a composed folder, with image paths relative to the folder."""
     found = convert_file("coco", coco_folder / ANNOTATIONS.format(split=split), coco_folder / split, split)
     found.splits[split] = RecordStore(replace(r, image=f"{split}/{r.image}") for r in found.splits[split])
     return found
 
 
 def set_names(declared: Sequence[Category]) -> SetNames:
-    """All labels of the world, and those that a training may write."""
+    """All labels of the embedded world, and those that training text may contain."""
     return SetNames.of([c.name for c in declared], [c.name for c in declared if c.split == "train"])
 
 
 def records_config(changes: Mapping[str, Any]) -> RecordsConfig:
-    """How prompts and views are drawn: the policies for single files, with these changes."""
+    """How prompts and views are sampled: the defaults for single files, with these changes."""
     return RecordsConfig.model_validate({**FILE_POLICIES.model_dump(), **changes})
 
 
@@ -290,9 +292,9 @@ def prepare_base_samples(
     phase: Mapping[str, Any],
     seed: int,
 ) -> None:
-    """Tokenise one composed folder with the digits codec, each scene `draws` times: with a view, a task and a prompt.
+    """Tokenize one composed folder with the digits codec, each scene `draws` times: with a view, a task and a prompt.
 
-    Scenes that show labels which no training may write are asked for nouns or colors only.
+    Scenes with labels that training text may not contain get only the tasks `nouns` and `colors`.
     """
     found = convert_base("train", coco_folder)
     names = set_names(next(iter(found.declared.values())))
@@ -311,21 +313,21 @@ def prepare_base_samples(
 def _asked(
     record: Record, task: str, names: SetNames, written: frozenset[str], config: RecordsConfig, seed: int
 ) -> tuple[Record, str]:
-    """The record as one task asks for it, and that task: a factor task where a label may not be written."""
+    """The record for one task, and that task: `nouns` or `colors` if the training text may not contain a label."""
     if not written.issuperset(o.desc for o in record.objects):
         task = ("nouns", "colors")[record.metadata["image_id"] % 2]
     if task in FORMAT_SUFFIXES:
         return with_prompt(record, "mixed", names, config, seed, training=True), task
     if task == "nouns":
         return replace(record, objects=tuple(replace(o, desc=o.desc.split()[-1]) for o in record.objects)), task
-    if task == "colors":  # what is not tinted has none that could be named
+    if task == "colors":  # an object that is not tinted has no color name
         tinted = [(o, o.desc.split()) for o in record.objects]
         return replace(record, objects=tuple(replace(o, desc=w[0]) for o, w in tinted if len(w) > 1)), task
     return record, task
 
 
-def legs(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
-    """Steps between the points where the learning rate has come down: the ends of the phases that say `settle`."""
+def segment_steps(phases: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Lengths of the schedule's segments in steps: a segment ends with each phase that sets `settle`."""
     lengths = [0]
     for phase in phases.values():
         lengths[-1] += phase["steps"]
@@ -338,23 +340,23 @@ def finish_base(
     home: Path,
     base: Checkpoint,
     log_path: Path,
-    exam_rows: Sequence[Mapping[str, Any]],
+    dev_rows: Sequence[Mapping[str, Any]],
     tower_rows: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `checkpoint/` in bfloat16 with its curves and metadata, and `metrics.json` beside it."""
+    """Write `checkpoint/` in bfloat16 with its curves and metadata, and `metrics.json` next to it."""
     folder = home / "checkpoint"
     save_checkpoint(folder, replace(base, model=base.model.bfloat16()))
     rows = _rows(log_path)
     metrics = _last_means(rows)
     names = sorted(metrics)
     write_curve(log_path, folder / "train_loss.tsv", names, every=CURVE_EVERY)
-    points = pd.DataFrame(exam_rows)
+    points = pd.DataFrame(dev_rows)
     measured = [c for c in points if c in ("step", "f1", "f1_boxes", "parse_rate") or c.startswith("vocabulary")]
     write_text(
         folder / "learning_curve.tsv", points[measured].to_csv(sep="\t", index=False, float_format="%.4f", na_rep="")
     )
-    final = {k: v for k, v in exam_rows[-1].items() if k.startswith(("vocabulary", "interval")) or k == "by_tier"}
+    final = {k: v for k, v in dev_rows[-1].items() if k.startswith(("vocabulary", "interval")) or k == "by_tier"}
     write_json(home / "metrics.json", rounded(metrics | _last_means(tower_rows) | {"steps": len(rows), "dev": final}))
     inputs = {name: Path(params["sprites"]) / f"{name}.json" for name in ("catalog", "labels")}
     extra = {"steps": len(rows), "metrics": metrics}
@@ -363,7 +365,7 @@ def finish_base(
         "steps": len(rows),
         "tower_steps": len(tower_rows),
         "step_seconds": round(sum(row["time/step_s"] for row in [*tower_rows, *rows]), 1),
-        "exam_seconds": round(sum(row["seconds"] for row in exam_rows), 1),
+        "exam_seconds": round(sum(row["seconds"] for row in dev_rows), 1),
         "settings": dict(params),
         "dev": rounded(final),
     }

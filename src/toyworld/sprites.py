@@ -1,7 +1,7 @@
-"""The sprites and their labels: which pictures exist, what they are called, and which labels training may know.
+"""The sprites, their labels, and the tiers that limit which labels training may use.
 
-A label is a noun ("cat"), drawn in its natural colors, or a color and a noun ("red cat"), drawn tinted. Its tier says
-how much training may know of it; `data/sprites/labels.json` holds the tiers, README.md beside it says what they mean.
+A label is a noun ("cat"), rendered in its natural colors, or a color and a noun ("red cat"), rendered tinted. Its tier
+specifies how training may use it. `data/sprites/labels.json` holds the tiers; the README.md next to it defines them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from coordexp.records.images import open_image
 
 Color = tuple[int, int, int]  # RGB, 0..255
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-# Luminances are moved into this range before tinting: in a shadow or a highlight no color could be told.
+# Luminance is mapped into this range before tinting, because the color of a deep shadow or a highlight is invisible.
 DARKEST, LIGHTEST = 0.12, 0.78
 
 
 def tinted(pixels: NDArray[np.float32], color: Color) -> NDArray[np.float32]:
-    """RGBA pixels (colors 0..255) in shades of one color, each pixel as light as before within DARKEST and LIGHTEST."""
+    """RGBA pixels (colors 0..255) in shades of one color, with their luminance mapped to DARKEST..LIGHTEST."""
     luma = DARKEST + (LIGHTEST - DARKEST) * (pixels[..., :3] @ LUMA / 255)
     rgb = np.array(color, np.float32) / 255
     own = float(rgb @ LUMA)
-    shade = rgb * (np.minimum(luma, own) / own)[..., None]  # from black to the color, then on to white
+    shade = rgb * (np.minimum(luma, own) / own)[..., None]  # from black to the color, then from the color to white
     shade += (1 - shade) * ((np.maximum(luma, own) - own) / (1 - own))[..., None]
     return np.concatenate([255 * shade, pixels[..., 3:]], axis=-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What an object may be called; `color` is None for a noun in its natural colors."""
+    """The name of an object; `color` is None for a noun in its natural colors."""
 
     noun: str
     color: str | None
@@ -48,13 +48,13 @@ class Label:
 
     @property
     def name(self) -> str:
-        """The words of annotations and prompts."""
+        """The name in annotations and prompts."""
         return self.noun if self.color is None else f"{self.color} {self.noun}"
 
 
 @dataclass(frozen=True, slots=True)
 class Sprite:
-    """One RGBA picture cropped to its opaque part, so that its frame is the tight box of the object."""
+    """One RGBA image cropped to its opaque part, so that its frame is the tight box of the object."""
 
     name: str
     noun: str
@@ -80,17 +80,17 @@ class SpriteCatalog:
     labels: tuple[Label, ...]
 
     def color_of(self, label: Label) -> Color | None:
-        """What its sprites are tinted with."""
+        """The tint of a label's sprites."""
         return None if label.color is None else self.colors[label.color]
 
     @cached_property
     def tiers(self) -> dict[Split, tuple[Label, ...]]:
-        """The labels of each tier that has any."""
+        """The labels by tier, without empty tiers."""
         return {t: group for t in get_args(Split) if (group := tuple(i for i in self.labels if i.tier == t))}
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """Colors and nouns that training writes, each once."""
+        """Colors and nouns of the training text, each once."""
         nouns = dict.fromkeys(label.noun for label in self.tiers["train"])
         return (*self.colors, *nouns)
 
@@ -99,7 +99,7 @@ def load_catalog(folder: Path) -> SpriteCatalog:
     """Read `catalog.json`, its sprites and `labels.json`.
 
     Raises:
-        DataError: a file is missing, a sprite's hash differs, or the labels speak of nouns without sprites.
+        DataError: a file is missing, a sprite's hash differs, or a label has a noun without sprites.
     """
     sprites: dict[str, list[Sprite]] = {}
     for row in _read(folder / "catalog.json"):
@@ -113,13 +113,13 @@ def load_catalog(folder: Path) -> SpriteCatalog:
     labels = tuple(label for row in declared["nouns"] for label in labels_of(row, tuple(colors)))
     if bare := sorted({label.noun for label in labels} - sprites.keys()):
         raise DataError(
-            f"{folder / 'labels.json'}: no sprite of {', '.join(bare)} in catalog.json. Restore both files."
+            f"{folder / 'labels.json'}: catalog.json has no sprite for {', '.join(bare)}. Restore both files from git."
         )
     return SpriteCatalog({noun: tuple(group) for noun, group in sprites.items()}, colors, labels)
 
 
 def labels_of(row: Mapping[str, Any], colors: Sequence[str]) -> list[Label]:
-    """The labels of one noun: in each color, and plain where it may be."""
+    """The labels of one noun: in each color, and plain if that is allowed."""
     noun, use = row["noun"], row["use"]
     if use == "colored":
         tier_of: dict[str, Split] = {c: "strict" for c in row["strict"]} | {c: "phrase" for c in row["phrase"]}

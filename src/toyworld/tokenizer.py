@@ -1,7 +1,7 @@
-"""The embedded model's own tokenizer: byte-level BPE with Qwen's special tokens and a merged JSON scaffold.
+"""The embedded model's tokenizer: byte-level BPE with Qwen's special tokens and a merged JSON scaffold.
 
-A 3 M-parameter model cannot afford the 151,669-entry Qwen vocabulary. This one has the same special tokens in the same
-order, the same chat markers, digits split one by one, and every scaffold piece of the codecs as one token.
+A 3 M-parameter model cannot afford Qwen's vocabulary of 151,669 entries. This tokenizer has the same special tokens in
+the same order, the same chat markers, single digits, and one token per scaffold piece of the codecs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coordexp.text.prompts import FORMAT_SUFFIXES, TASKS, WORDINGS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Qwen3's added tokens up to <|video_pad|>, in its order (reference ids 151643..151656).
+# Qwen3's added tokens up to <|video_pad|>, in Qwen's order (its ids 151643..151656).
 QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -47,12 +47,12 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 MOST_TOKENS = 4096
-# Single digits, then letters with an optional leading space, then runs of anything else: as Qwen2's rule, shortened.
+# Single digits, letters with an optional leading space, runs of anything else: a shortened version of Qwen2's rule.
 SPLIT_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 def scaffold_pieces() -> list[str]:
-    """Every scaffold text that the codecs emit around two objects, longest first; special tokens excluded."""
+    """Every piece of scaffold text that the codecs emit around two objects, longest first, without special tokens."""
     pair = [TextObject("a", (1, 2, 3, 4))] * 2
     pieces = {
         segment.text
@@ -65,10 +65,10 @@ def scaffold_pieces() -> list[str]:
 
 
 def build_tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer until each word, and each word of the prompts, is one token, also after a space.
+    """Train the tokenizer until each word, and each word of the prompts, is one token with and without leading space.
 
-    A phrase begins an answer without a space, because the scaffold before it holds the quote: so both forms are used,
-    and pretraining trains both. Deterministic for the same `words`.
+    Both forms occur: the first word of a category name has no space, because the scaffold before it ends in a quote.
+    Deterministic for the same `words`.
     """
     from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
@@ -81,7 +81,7 @@ def build_tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=MOST_TOKENS,  # never reached: it ends where nothing is left to merge
+        vocab_size=MOST_TOKENS,  # never reached: training ends when nothing is left to merge
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

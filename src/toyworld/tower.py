@@ -1,9 +1,9 @@
-"""The first part of pretraining: names for patches, asked of the vision tower alone.
+"""The first part of pretraining: the vision tower alone learns to name patches.
 
-Through the text a scene teaches its names at a handful of tokens, behind six layers of language model, and nouns stay
-near chance for long. Here each patch that an object covers must tell color and noun of that object, by a linear layer
-that is dropped afterwards; a picture costs a fifth of what it costs with its text. A pair that no training may write
-is not written here either: such scenes are asked for nouns or colors only, and their patches teach just that word.
+In text training, a scene supervises its names at a handful of tokens behind six layers of language model, and nouns
+stay near chance for a long time. Here a linear layer, which is removed afterwards, predicts color and noun of the
+object on each covered patch; an image costs a fifth of its cost with text. A color-noun pair that training text may not
+contain does not occur here either: such scenes have the task `nouns` or `colors`, and supervise only that word.
 
 Shapes: P patches, in the order of `packing.pixels.patchify`.
 """
@@ -31,13 +31,13 @@ from coordexp.training.loop import MicroBatch
 from coordexp.training.schedule import step_items
 from toyworld.sprites import SpriteCatalog
 
-UNNAMED = -100  # the index that cross_entropy leaves out
+UNNAMED = -100  # the index that cross_entropy ignores
 KINDS = ("color", "noun")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurriculumPhase:
-    """A sample file, the steps it serves, and how many samples each of them takes."""
+    """A sample file, its number of steps, and the samples per step."""
 
     samples: Path
     image_root: Path
@@ -46,7 +46,7 @@ class CurriculumPhase:
 
 
 class Curriculum:
-    """The samples of each step of phases one after another, known before training: a resumed run replays nothing."""
+    """The samples of each step, phase after phase; known before training, so a resumed run needs no replay."""
 
     def __init__(self, phases: Sequence[CurriculumPhase], seed: int) -> None:
         self._stores = [SampleStore(phase.samples) for phase in phases]
@@ -60,18 +60,18 @@ class Curriculum:
         return len(self._plan)
 
     def samples(self, step: int) -> tuple[int, list[Sample]]:
-        """Number of the phase of a step, and its samples."""
+        """The index of a step's phase, and its samples."""
         phase, items = self._plan[step]
         return phase, [self._stores[phase][i] for i in items]
 
     def items(self, step: int) -> dict[str, Any]:
-        """Phase and images of a step, for a message."""
+        """Phase and image ids of a step, for a message."""
         phase, samples = self.samples(step)
         return {"phase": phase, "images": [sample.image_id for sample in samples]}
 
 
 class NamedPatches(nn.Module):
-    """The vision tower, and a linear layer that reads colors and nouns from its patches."""
+    """The vision tower, and a linear layer that predicts colors and nouns from its patches."""
 
     def __init__(self, vlm: Qwen3VLForConditionalGeneration, n_words: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class NamedPatches(nn.Module):
 
 
 class PatchTargets:
-    """For the patches of a sample the places of its words among the catalog's colors and among its nouns."""
+    """For the patches of a sample, the indices of its words among the catalog's colors and nouns."""
 
     def __init__(self, catalog: SpriteCatalog, pixels: PixelSpec) -> None:
         self.n_colors = len(catalog.colors)
@@ -89,10 +89,11 @@ class PatchTargets:
         self._pixels = pixels
 
     def of(self, sample: Sample) -> NDArray[np.int64]:
-        """Color and noun (P, 2) of the object on each patch.
+        """(P, 2) color and noun of the object on each patch.
 
-        UNNAMED where no object of the answer is, or its name has no such word. Of several objects the smallest counts,
-        which is seldom behind another; one smaller than a patch has the patch of its center.
+        UNNAMED if there is no object of the answer, or its name has no such word. If there are several objects, the
+        smallest counts, because it is rarely behind another. An object smaller than a patch gets the patch of its
+        center.
         """
         side, merge = self._pixels.patch_size, self._pixels.merge_size
         rows, columns = sample.resized_height // side, sample.resized_width // side
@@ -114,7 +115,7 @@ class PatchTargets:
 
 @dataclass(frozen=True, slots=True)
 class _Pictures:
-    """Patches (P, D) of the pictures of a step, their grids (I, 3), and the words (P, 2) of the patches."""
+    """Patches (P, D) of the images of a step, their grids (I, 3), and the words (P, 2) of the patches."""
 
     patches: Tensor
     grids: Tensor
@@ -122,7 +123,7 @@ class _Pictures:
 
 
 class TowerTask:
-    """Cross-entropy of colors and of nouns, each a mean over the patches that have one."""
+    """Cross-entropy of colors and of nouns, each averaged over the patches that have one."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class TowerTask:
 
 
 def _loss_and_hits(logits: Tensor, words_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy over the patches that have a word; 0 without any."""
+    """Cross-entropy and accuracy over the patches that have a word; 0 if there are none."""
     named = words_P != UNNAMED
     logits, words, count = logits[named], words_P[named], named.sum().clamp(min=1)
     return F.cross_entropy(logits, words, reduction="sum") / count, (logits.argmax(-1) == words).sum() / count

@@ -1,4 +1,4 @@
-"""The check of a GPU machine: each section by itself, nothing lost, and few packages needed."""
+"""The GPU check: independent sections, no lost results, and few required packages."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_parts_of_a_section_fail_by_themselves(tmp_path):
     assert found == [("bad", "failed", True), ("of others", "skipped", False), ("speed", "measured", False)]
 
 
-def test_what_the_deadline_does_not_leave_room_for_is_skipped(tmp_path):
+def test_sections_that_do_not_fit_before_the_deadline_are_skipped(tmp_path):
     check_of(tmp_path, deadline=5.0).run([section("long", good, seconds=6.0), section("short", good)])
     long, short = read(tmp_path)
     assert (long.status, short.status) == ("skipped", "measured")
@@ -94,7 +94,7 @@ def test_what_the_deadline_does_not_leave_room_for_is_skipped(tmp_path):
     assert not long.is_fault
 
 
-def test_a_section_is_cut_at_the_deadline_and_keeps_what_it_found(tmp_path):
+def test_a_section_is_stopped_at_the_deadline_and_keeps_its_results(tmp_path):
     def run(check: Check) -> None:
         good(check)
         with check.part("inner"):
@@ -115,13 +115,13 @@ def test_a_section_without_its_packages_is_skipped(tmp_path):
     assert (found.status, found.note) == ("skipped", "needs no_such_package")
 
 
-def test_a_device_that_is_lost_leaves_the_other_sections_to_another_process(tmp_path, monkeypatch):
+def test_after_a_lost_device_another_process_runs_the_remaining_sections(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "is_usable", lambda _: False)
     others = [section("b", good), section("c", good)]
     assert check_of(tmp_path).run([section("a", raises(RuntimeError("illegal access"))), *others]) == others
 
 
-def test_predictions_stand_beside_figures_of_a_gpu_only(tmp_path):
+def test_predictions_are_shown_only_with_figures_of_a_gpu(tmp_path):
     small, large = check_of(tmp_path / "small"), check_of(tmp_path / "large")
     large.small = False
     for check in (small, large):
@@ -144,13 +144,13 @@ def test_the_last_figure_of_a_name_counts(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_without_a_gpu_the_check_reports_it(tmp_path, capsys):
     assert main(["--out", str(tmp_path)]) == NO_GPU
     assert "no GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_every_prediction_is_of_a_section():
+def test_every_prediction_belongs_to_a_section():
     assert {name for name, _ in predictions()} <= {section.name for section in SECTIONS}
     assert all(found.value > 0 for found in predictions().values())
 
@@ -193,7 +193,7 @@ def test_it_runs_on_the_packages_of_the_machine(tmp_path, repository):
     assert (tmp_path / "out" / TABLE).read_text().startswith("# CPU")
 
 
-def test_what_is_carried_has_the_versions_of_the_lock(repository):
+def test_carried_packages_have_the_versions_of_the_lock(repository):
     carried = (repository / "benchmarks" / "gpu_check" / "requirements.txt").read_text().splitlines()
     locked = {line.split()[0] for line in (repository / "requirements.lock").read_text().splitlines()}
     assert {line for line in carried if not line.startswith("#")} <= locked

@@ -38,14 +38,14 @@ def test_numbers_of_numpy_are_numbers_of_the_file(tmp_path):
     assert harness.load("plan", tmp_path) == [Row("fill", 0.5, "", "", "", True)]
 
 
-def test_the_file_describes_the_machine_and_nobody(tmp_path):
+def test_the_file_describes_the_machine_without_personal_data(tmp_path):
     harness.save("plan", ROWS, tmp_path)
     described = json.loads((tmp_path / "plan.json").read_text())["machine"]
     assert {"cores", "cpu", "memory_gib", "python", "torch"} <= described.keys()
     assert str(tmp_path) not in json.dumps(described)
 
 
-def test_the_table_shows_misses_and_what_could_not_be_measured():
+def test_the_table_shows_missed_targets_and_unmeasured_figures():
     _, _, fill, time, step = harness.table(ROWS).splitlines()
     assert fill.endswith("yes")
     assert time.endswith("NO")
@@ -70,7 +70,7 @@ def test_a_row_says_median_spread_processor_time_and_whether_the_limit_holds():
     assert "1 - 6" in harness.table([row])
 
 
-def test_time_asleep_is_no_processor_time():
+def test_sleeping_takes_no_processor_time():
     times = side_by_side({"sleeps": lambda: time.sleep(0.2), "works": lambda: sum(range(3_000_000))}, 1, False)
     assert times.of("sleeps").value >= 0.2
     assert times.of("sleeps").by_cpu.value < 0.02
@@ -87,7 +87,7 @@ def test_work_of_others_is_what_the_machine_did_less_our_own(tmp_path, monkeypat
     assert described == {"before": pytest.approx(1.3), "during": pytest.approx(0.2)}
 
 
-def test_our_own_child_processes_are_no_work_of_others():
+def test_child_processes_do_not_count_as_other_load():
     before = cpu_seconds()
     run_child([sys.executable, "-c", "sum(range(10_000_000))"])
     assert cpu_seconds() - before > 0.05

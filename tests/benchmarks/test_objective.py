@@ -10,7 +10,7 @@ SMALL = Size(tokens=512, vocab=1500, hidden=16, stock_share=0.5)
 
 
 @pytest.mark.parametrize("way", ["usual", "stock"])
-def test_every_way_has_the_loss_and_the_gradients_of_the_fused_one(way):
+def test_all_variants_have_the_loss_and_gradients_of_the_fused_one(way):
     for found, expected in zip(WAYS[way](SMALL.pack()), WAYS["fused"](SMALL.pack()), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs at toy size. What it asserts of equal results holds there too; its times mean nothing."""
+"""Every benchmark runs at toy size. Its assertions of equal results hold there too; its times are meaningless."""
 
 from __future__ import annotations
 

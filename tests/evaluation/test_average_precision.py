@@ -45,7 +45,7 @@ def test_many_weightings_at_once_equal_one_at_a_time(monkeypatch):
     np.testing.assert_array_equal(weighted_ap(matches, weights_BI), np.stack(single, axis=-1))
 
 
-def test_a_category_without_objects_is_no_zero():
+def test_a_category_without_objects_is_undefined_rather_than_zero():
     table = table_of(*random_results(0))
     ap_KT = unweighted_ap(match_categories(table), table.n_images)
     assert np.isnan(ap_KT[-1]).all()

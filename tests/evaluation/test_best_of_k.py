@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordexp.errors import DataError
@@ -19,18 +21,18 @@ def line(*preds: tuple[str, Box, float], image_id: int = 1) -> ImageResult:
 
 def test_the_oracle_takes_each_object_from_the_sample_that_found_it() -> None:
     found = oracle_k([[line(("cat", CAT, 0.5))], [line(("Dog", DOG, 0.5))], [line(("cat", DOG, 0.5))]])
-    assert (found.k, found.n_gt) == (3, 2)
-    assert found.recall_one == pytest.approx((0.5 + 0.5 + 0) / 3)
-    assert found.recall_any == 1.0
-    assert found.recoverable == 1.0  # the first sample misses the dog, the second has it
+    assert (found.n_gt_I.tolist(), found.any_I.tolist()) == ([2], [2])
+    assert found.one_I == pytest.approx([(1 + 1 + 0) / 3])
 
 
 def test_an_object_is_found_once_even_if_named_twice() -> None:
-    assert oracle_k([[line(("cat", CAT, 0.5), ("cat", CAT, 0.5))]]).recall_any == 0.5
+    assert oracle_k([[line(("cat", CAT, 0.5), ("cat", CAT, 0.5))]]).any_I.tolist() == [1]
 
 
-def test_nothing_is_recoverable_if_nothing_is_missed() -> None:
-    assert oracle_k([[line(("cat", CAT, 0.5), ("dog", DOG, 0.5))]]).recoverable is None
+def test_an_image_without_objects_has_none_to_find() -> None:
+    empty = replace(line(("cat", CAT, 0.5)), gt=())
+    found = oracle_k([[empty], [empty]])
+    assert (found.n_gt_I.tolist(), found.one_I.tolist(), found.any_I.tolist()) == ([0], [0], [0])
 
 
 def test_voting_keeps_what_enough_samples_agree_on() -> None:

@@ -1,4 +1,4 @@
-"""Blind controls: what they answer, and that a detector that looks clears them while one that does not fails to."""
+"""Blind controls: their predictions, and that only a detector that uses the image exceeds them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def looking(results: list[ImageResult]) -> list[ImageResult]:
     return [replace(r, pred=tuple(Prediction(g.desc, g.bbox_xyxy_px, score=0.9) for g in r.gt)) for r in results]
 
 
-def test_the_constant_is_the_most_frequent_label_at_its_median_place() -> None:
+def test_the_constant_control_is_the_most_frequent_label_at_its_median_position() -> None:
     table = build_table(photos(40, 0.1), CATEGORIES, PARAMS)
     control = constant_answer(table)
     assert len(control.pred_score_P) == table.n_images
@@ -47,7 +47,7 @@ def test_the_constant_is_the_most_frequent_label_at_its_median_place() -> None:
     assert sorted(set(median_boxes(table).pred_score_P.tolist())) == [0.25, 0.75]
 
 
-def test_every_answer_is_dealt_once_and_to_another_image() -> None:
+def test_shuffling_gives_every_answer_once_to_another_image() -> None:
     table = build_table(looking(photos(30, 0.1)), CATEGORIES, PARAMS)
     dealt = dealt_answers(table, seed=5)
     own = table.pred_boxes_P4 / np.tile(table.sizes_wh_I2, (1, 2))
@@ -56,7 +56,7 @@ def test_every_answer_is_dealt_once_and_to_another_image() -> None:
     assert not np.isclose(own, given).all(axis=1).any()
 
 
-def test_a_constant_answer_learned_nothing_and_a_look_did() -> None:
+def test_a_constant_answer_shows_no_learning_and_a_detector_does() -> None:
     results = photos(60, 0.15)
     box = (0.2, 0.2, 0.7, 0.7)
     blind = [

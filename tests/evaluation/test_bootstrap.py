@@ -19,7 +19,7 @@ def test_a_resample_draws_as_many_images_as_there_are():
     )
 
 
-def test_seed_decides_the_draws():
+def test_the_seed_determines_the_resamples():
     first, same, other = (resample_weights(20, 5, s) for s in (1, 1, 2))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()

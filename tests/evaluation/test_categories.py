@@ -42,7 +42,7 @@ def test_exact_comes_before_normalised():
     [[], [Category(1, "cat"), Category(1, "dog")], [Category(1, "black cat"), Category(2, "Black_cat")]],
     ids=["empty", "same id", "same normalised name"],
 )
-def test_ambiguous_lists_are_refused(categories):
+def test_ambiguous_lists_are_rejected(categories):
     with pytest.raises(DataError):
         CategoryIndex(categories)
 
@@ -71,7 +71,7 @@ def test_names_that_match_are_never_encoded():
     assert not encoder.asked
 
 
-def test_nearest_name_wins_above_the_floor_and_with_a_lead():
+def test_the_nearest_name_wins_above_the_floor_and_with_a_lead():
     encoder = Compass(kitten=(0.9, 0.3, 0.0), fox=(0.60, 0.62, 0.0), lorry=(0.2, 0.1, 0.3), edge=(0.5, 0.45, 0.0))
     found = map_descriptions(["kitten", "fox", "lorry", "edge"], INDEX, SEMANTIC, encoder)
     assert found["kitten"] == (0, "semantic")
@@ -80,7 +80,7 @@ def test_nearest_name_wins_above_the_floor_and_with_a_lead():
     assert found["edge"] == (0, "semantic"), "floor and lead are reached, not exceeded"
 
 
-def test_a_description_without_a_word_is_unmapped_and_not_encoded():
+def test_an_empty_description_is_unmapped_and_not_encoded():
     assert map_descriptions(["", "\t()"], INDEX, SEMANTIC, Compass()) == {
         "": (NO_CATEGORY, "unmapped"),
         "\t()": (NO_CATEGORY, "unmapped"),
@@ -92,7 +92,7 @@ def test_one_category_has_no_runner_up():
     assert map_descriptions(["kitten"], index, SEMANTIC, Compass(kitten=(0.9, 0, 0)))["kitten"] == (0, "semantic")
 
 
-def test_exact_mapping_takes_no_other_spelling():
+def test_exact_mapping_accepts_no_other_spelling():
     settings = FAST.model_copy(update={"mapping": "exact"})
     assert map_descriptions(["cat", "Cat"], INDEX, settings) == {"cat": (0, "exact"), "Cat": (NO_CATEGORY, "unmapped")}
 

@@ -87,7 +87,7 @@ def test_every_score_of_the_file_is_ranked():
     assert [rows[name]["auroc_tp_fp"] for name in ("coord_logprob", "desc_logprob", CONSTANT)] == [1, 0, None]
 
 
-def test_a_score_that_some_predictions_lack_is_no_candidate():
+def test_a_score_that_some_predictions_lack_is_not_a_candidate():
     results = scored(0.4, 0.6)
     first = results[0]
     results[0] = replace(first, pred=(replace(first.pred[0], coord_logprobs=None, scores={}), first.pred[1]))
@@ -107,17 +107,17 @@ def lrp(results, categories=(CAT,)) -> tuple:
     return tuple(confidence[key] for key in ("lrp", "lrp_loc", "lrp_fp", "lrp_fn"))
 
 
-def test_boxes_shifted_by_5_px_cost_their_localisation_alone():
+def test_boxes_shifted_by_5_px_cost_localization_only():
     results = [image(i, [("cat", box(0, 0))], [pred("cat", shifted(box(0, 0), 5, 5))]) for i in range(4)]
     assert lrp(results) == pytest.approx(((1 - IOU_5_PX) / 0.5, 1 - IOU_5_PX, 0, 0))
 
 
-def test_a_cut_between_right_and_wrong_scores_costs_nothing():
+def test_a_threshold_between_correct_and_incorrect_scores_has_zero_error():
     right, wrong = pred("cat", box(0, 0), 0.9), pred("cat", box(3, 3), 0.2)
     assert lrp([image(1, [("cat", box(0, 0))], [right, wrong])]) == pytest.approx((0, 0, 0, 0))
 
 
-def test_equal_scores_cannot_be_cut_apart():
+def test_a_threshold_cannot_separate_equal_scores():
     """One hit, one false box of the same score: 1 error over 1 object and 1 false box."""
     both = [pred("cat", box(0, 0), 0.5), pred("cat", box(3, 3), 0.5)]
     assert lrp([image(1, [("cat", box(0, 0))], both)]) == pytest.approx((1 / 2, 0, 1 / 2, 0))

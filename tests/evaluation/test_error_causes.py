@@ -82,7 +82,7 @@ def test_one_prediction_has_the_cause_by_definition(prediction, cause) -> None:
     assert find_causes(image([OBJECT], prediction)).cause_P.tolist() == [cause]
 
 
-def test_the_lower_score_is_the_duplicate_whatever_its_iou() -> None:
+def test_the_lower_score_is_the_duplicate_regardless_of_iou() -> None:
     table = image([OBJECT], ("c1", OVER, 0.4), ("c1", (12.0, 10.0, 52.0, 50.0), 0.6))
     assert find_causes(table).cause_P.tolist() == [Cause.DUPLICATE, Cause.RIGHT]
 
@@ -93,14 +93,14 @@ def test_an_object_is_missed_only_where_no_error_is_near() -> None:
     assert find_causes(image([OBJECT], ("c2", OVER, 0.5))).missed_G.tolist() == [False]
 
 
-def test_crowds_are_no_errors() -> None:
+def test_predictions_in_crowd_regions_are_not_errors() -> None:
     crowd = GroundTruth("c1", OVER, iscrowd=True)
     causes = find_causes(image([crowd], ("c1", (15.0, 15.0, 30.0, 30.0), 0.5)))
     assert causes.cause_P.tolist() == [Cause.NOT_JUDGED]
     assert not causes.missed_G.any()
 
 
-def test_nothing_annotated_costs_nothing_that_is_defined() -> None:
+def test_without_annotations_costs_are_undefined() -> None:
     table = image([], ("c1", OVER, 0.5))
     metrics = error_metrics(table, find_causes(table))
     assert metrics["background"] == 1

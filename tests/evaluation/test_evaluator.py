@@ -68,13 +68,13 @@ def test_parse_counters_are_summed():
     assert (parse["dropped_malformed"], parse["dropped_bbox_invalid"], parse["dropped_missing_desc"]) == (3, 1, 0)
 
 
-def test_a_system_does_not_differ_from_itself():
+def test_an_evaluation_does_not_differ_from_itself():
     evaluation = run(*random_results(5))
     for key, row in compare(evaluation, evaluation).items():
         assert row == {"delta": 0, "lo": 0, "hi": 0, "p_superior": 0.5}, key
 
 
-def test_better_predictions_are_found_better():
+def test_better_predictions_get_the_verdict_better():
     results, categories = random_results(6, n_images=60)
     worse = run(results, categories)
     better = run([replace(r, pred=tuple(pred(g.desc, g.bbox_xyxy_px) for g in r.gt)) for r in results], categories)
@@ -125,7 +125,7 @@ def test_rounding_reaches_every_float_and_nothing_else():
     assert rounded(value) == {"a": 0.1235, "b": [0.0, 7], "c": None, "d": "x", "e": {"f": True}}
 
 
-def test_files_from_outside_are_judged_as_params_yaml_says():
+def test_the_standard_protocol_equals_params_yaml():
     params = load_params(Path(__file__).parents[2] / "params.yaml")
     assert (params.eval, params.seed) == (STANDARD, STANDARD_SEED)
     # How near names are is not asked while lambda_sem is 0.

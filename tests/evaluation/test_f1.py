@@ -47,7 +47,7 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(counts):
         assert f1 == pytest.approx(2 * precision * recall / (precision + recall))
 
 
-def test_an_image_without_objects_is_right_if_left_empty():
+def test_an_image_without_objects_scores_one_without_predictions():
     counts_I3 = np.array([[0, 0, 0], [0, 2, 0], [0, 0, 3], [1, 1, 0]])
     np.testing.assert_allclose(image_f1(counts_I3), [1, 0, 0, 2 / 3])
 
@@ -75,7 +75,7 @@ def test_thresholds_name_the_keys_and_the_published_ones_are_always_there():
     assert "loc_75" not in keys
 
 
-def test_named_in_image_is_a_question_to_each_image():
+def test_named_in_image_is_evaluated_per_image():
     table = table_of(*random_results(6))
     present = {(int(i), int(c)) for i, c in zip(table.gt_image_G, table.gt_category_G, strict=True)}
     expected = [(int(i), int(c)) in present for i, c in zip(table.pred_image_P, table.pred_category_P, strict=True)]

@@ -154,7 +154,7 @@ def test_every_form_gives_the_same_numbers(write: Callable[..., None], name: str
     assert found["f1"] == pytest.approx(expected["f1"], abs=1e-9)
 
 
-def test_records_and_gt_vs_pred_are_a_truth_too(folder: Path) -> None:
+def test_records_and_gt_vs_pred_serve_as_annotations(folder: Path) -> None:
     truth = read_truth(folder / "truth.json")
     as_gt_vs_pred(truth, [], folder / "gt_vs_pred.jsonl")
     assert read_truth(folder / "gt_vs_pred.jsonl").images == truth.images
@@ -194,7 +194,7 @@ def test_raw_answers_become_pixels(family: Family, text: str, objects: list, rep
     assert {key: getattr(answer.report, key) for key in whole} == whole
 
 
-def test_raw_answers_are_judged_with_their_parse_counters(folder: Path) -> None:
+def test_raw_answers_are_evaluated_with_their_parse_statistics(folder: Path) -> None:
     truth, file = read_truth(folder / "truth.json"), folder / "answers.jsonl"
     rows = [
         {"image": "1.jpg", "answer": '[{"bbox_2d": [0, 0, 9, 9], "label": "cat"}]'},
@@ -232,12 +232,12 @@ FAULTS = [
     ("x.jsonl", {**LINE, "objects": [7]}, "expected a list"),
     ("x.jsonl", {**LINE, "objects": [{"desc": 7, "bbox_xyxy_px": [0, 0, 9, 9], "score": 1}]}, "expected a text"),
     ("x.jsonl", {**LINE, "parse": {"what": 1}}, "expected the counters"),
-    ("x.jsonl", {"hello": 1}, "name the form of raw answers"),
+    ("x.jsonl", {"hello": 1}, "For raw answers of a model, set --form"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "words"), FAULTS)
-def test_what_cannot_be_judged_is_named(name: str, value: Any, words: str, folder: Path) -> None:
+def test_invalid_predictions_are_reported(name: str, value: Any, words: str, folder: Path) -> None:
     file = folder / name
     file.write_text(json.dumps(value))
     with pytest.raises(DataError, match=words) as error:
@@ -257,7 +257,7 @@ def test_what_cannot_be_judged_is_named(name: str, value: Any, words: str, folde
         ({"categories": [{"id": 3, "name": None}]}, "name is None"),
     ],
 )
-def test_a_broken_truth_is_named(change: Row, words: str, folder: Path) -> None:
+def test_invalid_annotations_are_reported(change: Row, words: str, folder: Path) -> None:
     source = json.loads((folder / "truth.json").read_text())
     (folder / "truth.json").write_text(json.dumps(source | change))
     with pytest.raises(DataError, match=words):

@@ -54,11 +54,11 @@ def scene(*preds) -> list:
     return [image(1, [("cat", box(0, 0))], preds), image(2, [("dog", box(0, 0))], [pred("dog", box(0, 0), 0.5)])]
 
 
-def test_a_name_that_nobody_looked_for_is_not_judged():
+def test_a_category_that_was_not_searched_does_not_count():
     assert ap(scene(HIT, FALSE_DOG), labels())["mAP"] == pytest.approx(1)
 
 
-def test_a_name_verified_absent_is_wrong():
+def test_a_category_verified_absent_is_a_false_positive():
     record = ap(scene(HIT, FALSE_DOG), labels(absent=["dog"]))
     assert record["APr"] == pytest.approx(1)
     assert record["APf"] == pytest.approx(0.5), "one false box ranks above the only dog"
@@ -66,7 +66,7 @@ def test_a_name_verified_absent_is_wrong():
     assert record["APc"] is None, "no common category"
 
 
-def test_an_unmatched_box_is_wrong_unless_its_name_was_not_annotated_exhaustively():
+def test_an_unmatched_box_counts_unless_its_category_is_not_exhaustive():
     assert ap(scene(FALSE_CAT, HIT), labels())["APr"] == pytest.approx(0.5)
     assert ap(scene(FALSE_CAT, HIT), labels(not_exhaustive=["cat"]))["APr"] == pytest.approx(1)
 
@@ -142,7 +142,7 @@ def test_labels_are_read_from_an_annotation_file(tmp_path):
     assert read_truth(file).federated is None, "COCO has no such labels"
 
 
-def test_labels_travel_with_records_and_categories():
+def test_labels_are_kept_in_records_and_categories():
     """What `convert` keeps of an LVIS file says the same as the file itself."""
     names = ({"id": 1, "name": "barn_owl", "frequency": "c"}, {"id": 2, "name": "cat", "frequency": "f"})
     image = {"id": 7, "neg_category_ids": [1], "not_exhaustive_category_ids": [2]}

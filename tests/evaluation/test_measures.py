@@ -1,4 +1,4 @@
-"""Measures by hand, and that each resample is what the same images counted so often would give."""
+"""Measures by hand, and resamples that equal measures of repeated images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_geometry_by_hand():
     assert np.isnan(value("geometry.iou", [image(1, [("cat", at)], [])]))
 
 
-def test_what_is_near_a_boundary_is_told_from_what_is_near_a_centre():
+def test_coordinates_near_a_boundary_and_near_a_center_are_separated():
     """An image of 1000 px has one bin a pixel: 10.5 is between two bins, 20 is the centre of one."""
     near, central = (10.5, 20.0, 110.0, 120.0), (200.0, 300.0, 300.0, 400.0)
     answers = [pred("cat", (13.5, 20.0, 110.0, 120.0)), pred("dog", shifted(central, 1.0, 1.0))]

@@ -1,4 +1,4 @@
-"""Which answers are cut, loop or do not parse, and from how many on a checkpoint is not judged."""
+"""Answers that are truncated, loop or do not parse, and the rate from which a checkpoint gets no verdict."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def many(n: int, dx: float) -> list:
         ([pred("cat", box(i % 6, i // 6)) for i in range(30)] + [pred("cat", box(i, 0)) for i in range(4)], False),
     ],
 )
-def test_an_answer_loops_if_much_of_it_is_the_same_again(preds: list, loops: bool) -> None:
+def test_an_answer_loops_if_it_mostly_repeats_objects(preds: list, loops: bool) -> None:
     assert rates(answer(1, preds))[1] == loops
 
 
-def test_cut_and_unreadable_answers_are_counted() -> None:
+def test_truncated_and_unreadable_answers_are_counted() -> None:
     babble = answer(1, [], ParseReport(container_found=False, n_valid=0), "length")
     cut = answer(2, many(1, 0), ParseReport(container_found=True, n_valid=1, truncated=True), "length")
     lost = answer(3, many(1, 0), ParseReport(container_found=True, n_valid=1, dropped={"malformed": 1}))
@@ -52,11 +52,11 @@ def test_cut_and_unreadable_answers_are_counted() -> None:
     assert rates(babble, cut, lost, useless, one_bad_box, nothing_there) == pytest.approx([2 / 6, 0, 3 / 6])
 
 
-def test_one_answer_in_twenty_is_judged_and_two_are_not() -> None:
+def test_one_faulty_answer_in_twenty_is_tolerated_and_two_are_not() -> None:
     good = [answer(i, many(1, 0)) for i in range(18)]
     bad = [answer(i, many(9, 0), finish_reason="length") for i in (18, 19)]
     assert faults_of(run([*good, bad[0], answer(19, many(1, 0))]).metrics) == []
     assert faults_of(run([*good, *bad]).metrics) == [
-        "10 % of the answers are cut at the token budget (`max_new_tokens`)",
-        "10 % of the answers loop, naming the same objects again and again",
+        "10 % of the answers are truncated at the token budget (`max_new_tokens`)",
+        "10 % of the answers loop, repeating the same objects",
     ]

@@ -39,7 +39,7 @@ def test_iou_thresholds_of_duplicates():
     assert (metrics["set"]["dup_pairs_90"], metrics["set"]["dup_pairs_95"]) == (1, 0)
 
 
-def test_the_guard_keeps_the_first_and_what_only_a_removed_one_overlaps():
+def test_nms_keeps_the_first_and_boxes_that_overlap_only_a_removed_one():
     """A chain a-b-c with a and c apart: b goes as a's duplicate, c stays because b is gone."""
     at = (0.0, 0.0, 100.0, 100.0)
     chain = [pred("cat", shifted(at, dx, 0)) for dx in (0, 4, 8)]

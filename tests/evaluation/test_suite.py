@@ -1,4 +1,4 @@
-"""The evaluation of a run from its files: LVIS labels that `convert` kept reach the metrics."""
+"""The evaluation of a run from its files, including LVIS labels that `convert` stored."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_labels_of_lvis_reach_the_metrics(paths, repository):
 
 
 @pytest.mark.parametrize("lacks", ["frequency", "labels"])
-def test_other_data_have_no_such_area(paths, repository, lacks):
+def test_other_data_sets_have_no_lvis_area(paths, repository, lacks):
     categories = [replace(c, frequency=None) for c in NAMES] if lacks == "frequency" else NAMES
     write(paths, categories, labelled=lacks == "frequency")
     assert "lvis" not in evaluate_run(load_params(repository / "params.yaml"), paths)["stage2"]["eval"]

@@ -34,7 +34,7 @@ def broken(**change):
         ([broken(width=0)], "size 0x400"),
     ],
 )
-def test_broken_input_is_named(results, message):
+def test_invalid_input_is_reported(results, message):
     with pytest.raises(DataError, match=message):
         table_of(results, ANIMALS)
 
@@ -83,7 +83,7 @@ def with_box(values: str) -> str:
         (LINE.replace('"iscrowd"', '"area_px2": -1, "iscrowd"') + "\n", "jsonl:1: gt[0].area_px2 is -1"),
     ],
 )
-def test_a_file_that_cannot_be_trusted_is_refused(tmp_path, text: str, words: str):
+def test_an_untrustworthy_file_is_rejected(tmp_path, text: str, words: str):
     file = tmp_path / "gt_vs_pred.jsonl"
     file.write_text(text)
     with pytest.raises(DataError) as error:
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_trusted_is_refused(tmp_path, text: str, words: st
     assert words in str(error.value)
 
 
-def test_an_image_that_the_annotations_do_not_hold_is_refused():
+def test_an_image_that_is_not_annotated_is_rejected():
     check_known_images(perfect_zoo(3), {1, 2, 3, 4}, "val.jsonl")
     with pytest.raises(DataError, match=r"Image id 2 is not in the annotations val.jsonl \(2 such images of 3\)"):
         check_known_images(perfect_zoo(3), {1}, "val.jsonl")
@@ -108,7 +108,7 @@ def odd(desc: str = "cat", at=None, score: float = 0.9) -> dict[str, float]:
     return {key: n for key, n in metrics["input"].items() if n and key != "names_exact"}
 
 
-def test_what_a_model_may_well_answer_is_counted_and_judged():
+def test_plausible_odd_answers_are_counted_and_evaluated():
     assert odd() == {}
     assert odd(at=(300.0, 300.0, 300.0, 340.0)) == {"zero_area_boxes": 1}
     assert odd(at=(380.0, 300.0, 401.5, 340.0)) == {"outside_boxes": 1}

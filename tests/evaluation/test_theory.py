@@ -97,7 +97,7 @@ def test_one_class_renamed_to_a_name_outside_the_list():
     assert metrics["f1"]["full_50_class_macro"] == pytest.approx(2 / 3)
 
 
-def test_swapped_names_leave_the_boxes_right():
+def test_swapped_names_keep_class_agnostic_scores():
     swap = {"cat": "dog", "dog": "cat", "barn owl": "barn owl"}
     metrics = run(with_predictions(perfect_zoo(), lambda p: [replace(p, desc=swap[p.desc])])).metrics
     assert (metrics["known"]["mAP"], metrics["held_out"]["mAP"]) == (0, pytest.approx(1))
@@ -153,7 +153,7 @@ def test_half_of_the_objects_missed():
 
 
 @pytest.mark.parametrize(("wrong_score", "ap", "auroc"), [(0.95, 0.5, 0.0), (0.05, 1.0, 1.0), (0.9, None, 0.5)])
-def test_as_many_inventions_as_hits(wrong_score, ap, auroc):
+def test_as_many_false_positives_as_true_positives(wrong_score, ap, auroc):
     """Ranked first, N inventions cap the precision of all N hits at N / 2N; ranked last they cost nothing."""
     results = [
         image(i, [("cat", box(0, 0))], [pred("cat", box(0, 0)), pred("cat", box(3, 3), wrong_score)]) for i in range(8)
@@ -166,7 +166,7 @@ def test_as_many_inventions_as_hits(wrong_score, ap, auroc):
     assert metrics["confidence"]["perfect_ranking_mAP"] == pytest.approx(1)
 
 
-def test_predictions_inside_a_crowd_region_are_neither_right_nor_wrong():
+def test_predictions_inside_a_crowd_region_do_not_count():
     crowd = GroundTruth("cat", (100.0, 100.0, 300.0, 300.0), iscrowd=True)
     inside = [pred("cat", (x, 120.0, x + 40, 160.0), 0.99) for x in (110.0, 160.0, 210.0)]
     metrics = run([image(1, [("cat", box(0, 0)), crowd], [*inside, pred("cat", box(0, 0), 0.5)])]).metrics
@@ -176,7 +176,7 @@ def test_predictions_inside_a_crowd_region_are_neither_right_nor_wrong():
     assert metrics["confidence"]["auroc_tp_fp"] is None
 
 
-def test_a_right_name_can_lose_its_object_to_a_wrong_one():
+def test_a_correct_name_can_lose_its_object_to_an_incorrect_one():
     """F1 matches by IoU alone: the dog at IoU 0.9 takes the cat's box from the cat at 0.8. AP does not."""
     cat = (0.0, 0.0, 100.0, 100.0)
     preds = [pred("dog", (0.0, 0.0, 100.0, 90.0)), pred("cat", (0.0, 0.0, 100.0, 80.0))]
@@ -206,7 +206,7 @@ def test_calibration_error_of_one_confidence(score, n_right, ece):
     assert run(results).metrics["confidence"]["ece"] == ece
 
 
-def test_an_empty_image_left_empty_scores_one_and_an_invention_in_it_scores_zero():
+def test_an_empty_image_scores_one_without_and_zero_with_a_prediction():
     results = [image(1, [], []), image(2, [], [pred("cat", box(0, 0))]), image(3, [("dog", box(0, 0))], [])]
     evaluation = run(results, (CAT, DOG))
     assert [row["f1_full_50"] for row in evaluation.per_image] == [1, 0, 0]
@@ -215,7 +215,7 @@ def test_an_empty_image_left_empty_scores_one_and_an_invention_in_it_scores_zero
     assert evaluation.metrics["interval"]["held_out.mAP"] is None
 
 
-def test_only_inventions_of_absent_categories_separate_the_two_protocols():
+def test_only_predictions_of_absent_categories_separate_the_two_protocols():
     """Predictions of categories that the image does not show cost precision, unless the prompt rules them out."""
     results = [image(i, [("cat", box(0, 0))], [pred("cat", box(0, 0)), pred("dog", box(3, 0))]) for i in range(3)]
     evaluation = run(results)

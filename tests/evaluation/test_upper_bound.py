@@ -11,7 +11,7 @@ def record(*boxes, width=1000, height=1000):
     return Record("a.jpg", width, height, tuple(ObjectRecord(f"kind {i % 3}", box) for i, box in enumerate(boxes)))
 
 
-def test_boxes_on_the_bins_lose_nothing():
+def test_boxes_on_bin_positions_have_no_quantization_error():
     upper_bound = codec_upper_bound([record((0.0, 10.0, 500.0, 999.0), (7.0, 7.0, 8.0, 8.0))])
     assert [upper_bound[key] for key in ("mAP", "f1_95", "mean_iou", "min_iou")] == pytest.approx([1] * 4)
 
@@ -29,7 +29,7 @@ def test_a_small_box_off_the_grid():
     assert (upper_bound["f1_75"], upper_bound["f1_95"]) == (1, 0)
 
 
-def test_small_boxes_lose_most():
+def test_small_boxes_have_the_largest_quantization_loss():
     rng = np.random.default_rng(0)
     records = []
     for side in (6.0, 12.0, 24.0, 100.0):
@@ -49,7 +49,7 @@ def test_small_boxes_lose_most():
     assert upper_bound["f1_95"] < upper_bound["f1_75"] <= 1
 
 
-def test_without_objects_nothing_is_scored():
+def test_without_objects_scores_are_undefined():
     region = ObjectRecord("cat", (0.0, 0.0, 50.0, 50.0), metadata={"iscrowd": 1})
     crowd = Record("b.jpg", 100, 100, (region,))
     for records in ([record()], [crowd, record()]):

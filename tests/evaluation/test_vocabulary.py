@@ -1,4 +1,4 @@
-"""Names by how they are held out and what was asked: each number against an answer of which it is known."""
+"""Open-vocabulary metrics by tier and prompt, against answers with known values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluated(*answers: dict[str, str]):
     return run(found, CATEGORIES), found
 
 
-def test_right_answers_are_right_everywhere():
+def test_correct_answers_reach_every_maximum():
     evaluation, _ = evaluated({}, {})
     values = evaluation.metrics["vocabulary"]
     for asked in ("everything", "list"):
@@ -56,7 +56,7 @@ def test_right_answers_are_right_everywhere():
     assert evaluation.metrics["interval"]["vocabulary.list_strict_AP50"] == [pytest.approx(1)] * 2
 
 
-def test_a_tier_that_falls_back_to_a_seen_name_loses_its_own_ap_and_its_exactness():
+def test_answering_a_tier_with_a_seen_name_lowers_its_ap_and_exactness():
     evaluation, _ = evaluated({"red dog": "red cat"}, {"red dog": "red cat"})
     values = evaluation.metrics["vocabulary"]
     assert values["list_strict_AP50"] == 0
@@ -69,7 +69,7 @@ def test_a_tier_that_falls_back_to_a_seen_name_loses_its_own_ap_and_its_exactnes
     assert (strict["located"], strict["first_word"], strict["last_word"], strict["exact"]) == (1, 1, 0, 0)
 
 
-def test_a_name_without_a_rival_in_its_list_is_not_judged_for_it():
+def test_a_name_without_a_rival_in_its_prompt_is_not_counted():
     _, found = evaluated({}, {})
     alone = [replace(r, asked=("red dog",)) if r.probe == "list" else r for r in found]
     assert run(alone, CATEGORIES).metrics["vocabulary"]["list_strict_exact_rival"] is None
@@ -83,13 +83,13 @@ def test_a_name_without_a_rival_in_its_list_is_not_judged_for_it():
         ([], ParseReport(container_found=False, n_valid=0, truncated=True), 0.0),
     ],
 )
-def test_only_an_answer_that_says_nothing_is_there_is_a_refusal(preds, parse, expected):
+def test_only_a_valid_empty_answer_is_a_refusal(preds, parse, expected):
     _, found = evaluated({}, {})
     changed = [replace(image(r.image_id, [], preds, parse), probe="hard") if r.probe == "hard" else r for r in found]
     assert run(changed, CATEGORIES).metrics["vocabulary"]["refused_hard"] == expected
 
 
-def test_a_list_is_rejected_by_answers_less_sure_than_four_in_five_that_find_what_is_asked_for():
+def test_rejection_uses_the_confidence_at_80_percent_recall():
     at = box(0, 0)
 
     def probe(number: int, kind: str, name: str, log_probability: float | None):
@@ -119,7 +119,7 @@ def test_all_other_areas_are_about_the_lines_of_the_images_themselves():
     assert evaluation.per_image == alone.per_image
 
 
-def test_dealt_answers_are_those_of_the_line_before_at_the_same_place_of_the_picture():
+def test_shuffled_answers_come_from_the_previous_line_at_the_same_position():
     first, second = (image(n, [], [pred("red cat", box(n, 0))], size=(400 * n, 400)) for n in (1, 2))
     ((of_second,), (of_first,)) = [r.pred for r in dealt([second, first], "")]
     x1, y1, x2, y2 = box(2, 0)

@@ -1,4 +1,4 @@
-"""Which stages there are, and which a change would run, on the graph of this repository."""
+"""The stages of this repository's graph, and the stages that a change would run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def present(tmp_path: Path, repository: Path) -> Present:
     return Present.of(tmp_path, "tiny", ["runs/tiny/decode/train"], lambda _: {})
 
 
-def test_a_stage_for_each_item_is_a_stage(present: Present) -> None:
+def test_each_item_of_a_foreach_stage_is_a_stage(present: Present) -> None:
     assert list(present.graph) == ["train", "decode@base", "decode@train", "score@box", "score@name"]
     assert list(present.plans) == ["train", "decode@train"]
     assert present.targets == ("decode@train",)
@@ -51,8 +51,8 @@ def entry(cmd: str, **deps: str) -> dict:
     return {"cmd": cmd, "deps": [{"path": named[name], "md5": md5} for name, md5 in deps.items()]}
 
 
-def test_a_stage_that_read_what_is_no_longer_so_runs_again(present: Present) -> None:
-    """And those that read what it makes run if that comes out different."""
+def test_a_stage_with_an_outdated_dependency_runs_again(present: Present) -> None:
+    """Stages that read its output run if that output changes."""
     train = entry("train", told="1") | {"outs": [{"path": "runs/tiny/train", "md5": "a"}]}
     lock = {"train": train, **{f"decode@{n}": entry(f"decode {n}", told="2", train="a") for n in ("base", "train")}}
     lock["decode@base"] = entry("decode base", told="2", train="before")

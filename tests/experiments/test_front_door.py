@@ -51,7 +51,7 @@ def status(toy: Toy) -> list[str]:
     return toy.succeed("git", "status", "--porcelain").splitlines()
 
 
-def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None:
+def test_an_experiment_from_plan_to_result(toy: Toy, call: Call) -> None:
     values = ("run", "-S", "softce_weight=0.2")
     plan = call(*values, "--dry").out
     stages = [line.split()[0] for line in plan.splitlines() if line.startswith("  ")]
@@ -64,16 +64,16 @@ def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None
     ran = ["stage2", "decode@stage1-control", "decode@stage2", "coco-eval"]
     assert toy.ran() == [f"{stage} 0.2 0" for stage in ran]
     told = [line.split(", ")[0].removeprefix("softce_weight-0.2: ") for line in done.err.splitlines()]
-    assert told == ["softce_weight=0.2", "check", *ran, "report", "judged against main"]
+    assert told == ["softce_weight=0.2", "check", *ran, "report", "comparing with main"]
     assert "`softce_weight-0.2` against `main`: **better**: `coco.mAP` +" in done.out
     assert "changed: softce_weight 1.0 -> 0.2" in done.out
     assert status(toy) == ["?? reports/experiments/"]
     page = toy.root / "reports" / "experiments" / "softce_weight-0.2.md"
     text = page.read_text()
-    assert text.index("**better**") < text.index("**Recommendation.** Keep it") < text.index("**Cost.** ")
+    assert text.index("**better**") < text.index("**Recommendation.** Keep the change") < text.index("**Cost.** ")
     assert "| `softce_weight` | 1.0 | 0.2 | stage2 |" in text
 
-    assert call(*values).out.splitlines()[1].endswith("there already, as softce_weight-0.2")
+    assert call(*values).out.splitlines()[1].endswith("exists as softce_weight-0.2")
     page.unlink()
     assert "report: reports/experiments/softce_weight-0.2.md" in call("compare", "main", "softce_weight-0.2").out
     assert page.read_text() == text
@@ -86,7 +86,7 @@ def test_an_experiment_from_its_plan_to_its_answer(toy: Toy, call: Call) -> None
     assert toy.ran() == []
 
 
-def test_values_that_are_there_run_nothing(toy: Toy, call: Call) -> None:
+def test_existing_results_are_reused(toy: Toy, call: Call) -> None:
     for arguments in ([], ["-S", "softce_weight=1.0"]):
         done = call("run", *arguments)
         assert (done.code, "nothing to compare" in done.out) == (0, True)
@@ -107,14 +107,14 @@ def test_values_that_are_there_run_nothing(toy: Toy, call: Call) -> None:
         ("run -S sigma=1.0 -S sigma=2.0", "given twice"),
         ("run -S sigma=2.5 --name ../x", "--name '../x'"),
         ("run -S sigma=1.0,2.0", "sigma: found '1.0,2.0' (text)"),
-        ("compare main nothing", "'nothing': no file, no revision that git knows, and no experiment."),
+        ("compare main nothing", "'nothing': not a file, git revision or experiment."),
         ("compare main mian", "Did you mean 'main'?"),
-        ("compare main HEAD", "are one revision"),
-        ("compare main params.yaml", "Expected files of predictions, or two revisions"),
+        ("compare main HEAD", "are the same revision"),
+        ("compare main params.yaml", "Expected prediction files, or two revisions"),
         ("compare main HEAD~1", "cannot be read"),
     ],
 )
-def test_bad_input_is_a_message_and_nothing_runs(toy: Toy, call: Call, arguments: str, words: str) -> None:
+def test_invalid_input_gives_a_message_and_runs_nothing(toy: Toy, call: Call, arguments: str, words: str) -> None:
     done = call(*arguments.split())
     assert (done.code, done.out) == (2, "")
     assert words in done.err
@@ -133,7 +133,7 @@ def test_a_missing_profile_and_an_edited_file_stop_before_anything_runs(toy: Toy
     assert toy.ran() == []
 
 
-def test_one_at_a_time(toy: Toy, call: Call) -> None:
+def test_only_one_command_runs_experiments_at_a_time(toy: Toy, call: Call) -> None:
     with Repository(Path(), print).held():
         for command in ("run", "ab"):
             done = call(command, "-S", "softce_weight=0.2")
@@ -154,7 +154,7 @@ def test_a_stage_that_fails_loses_nothing(toy: Toy, call: Call, monkeypatch: pyt
     assert toy.ran() == ["coco-eval 0.2 0"]  # stage 2 had finished
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(toy: Toy, monkeypatch: pytest.MonkeyPatch, warm: Path) -> None:
+def test_a_stopped_run_says_how_to_resume(toy: Toy, monkeypatch: pytest.MonkeyPatch, warm: Path) -> None:
     monkeypatch.setenv("PATH", cold_path(warm))  # a stage that was forked elsewhere is not stopped with the command
     monkeypatch.setenv("TOY_HANG", "stage2 0.2 0")
     command = ["python", "-m", "coordexp.cli", "run", "-S", "softce_weight=0.2"]
@@ -190,7 +190,7 @@ def test_without_results_the_commit_runs_first(toy: Toy, call: Call, tmp_path: P
     ]
 
 
-def test_other_images_are_no_comparison(toy: Toy, call: Call) -> None:
+def test_runs_on_different_images_are_not_compared(toy: Toy, call: Call) -> None:
     text = (toy.root / "toy.py").read_text()
     toy.write("toy.py", text.replace("for i in range(1, 4)", "for i in range(1, 5)"))
     toy.succeed("dvc", "repro", "--quiet")

@@ -1,4 +1,4 @@
-"""A model behind a link: experiments read it, and neither git nor DVC ever holds what lies there."""
+"""A model behind a symbolic link: experiments can read it, and neither git nor DVC ever stores it."""
 
 from __future__ import annotations
 

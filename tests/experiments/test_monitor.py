@@ -1,4 +1,4 @@
-"""The eval callback from outside: what it finds with each state, an end, and a run that does not notice."""
+"""The eval callback in a separate process: its results for each state, its end, and no effect on the run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def contents(state: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for folder in generations(state) for path in folder.iterdir()}
 
 
-def test_a_run_is_followed_to_its_end_and_does_not_notice(ready, tmp_path, monkeypatch) -> None:
+def test_the_monitor_follows_a_run_without_changing_it(ready, tmp_path, monkeypatch) -> None:
     """And what is found is what training finds itself with the same weights."""
     train_stage1(ready)
     undisturbed = (ready.paths.run("stage1") / "model.safetensors").read_bytes()
@@ -87,7 +87,7 @@ def test_a_run_is_followed_to_its_end_and_does_not_notice(ready, tmp_path, monke
 
 
 @pytest.mark.parametrize("tuning", [{"method": "lora", "rank": 4}, {"vision": "freeze", "projector": "freeze"}])
-def test_what_trains_is_all_that_a_state_holds_and_all_that_is_needed(ready, tmp_path, monkeypatch, tuning) -> None:
+def test_a_state_holds_exactly_the_trainable_weights(ready, tmp_path, monkeypatch, tuning) -> None:
     """Frozen weights come from the checkpoint that the run started from; a state of another one is refused."""
     changed = ready.profile.tuning.model_copy(update=tuning)
     space = replace(ready, profile=ready.profile.model_copy(update={"tuning": changed}))
@@ -107,7 +107,7 @@ def test_what_trains_is_all_that_a_state_holds_and_all_that_is_needed(ready, tmp
     }
 
 
-def test_each_state_answers_with_its_own_weights_on_the_same_images(ready, tmp_path) -> None:
+def test_each_state_is_evaluated_with_its_weights_on_the_same_images(ready, tmp_path) -> None:
     callback, model = open_monitor(ready, "stage1", 2, tmp_path), torch.nn.Linear(1, 1)
     assert list(follow(callback, tmp_path / "nowhere", "", 0.01)) == []
     own, optimizer = callback.checkpoint.model, torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""The plan of a study: combinations, which seeds repeat them, and what is refused before anything runs."""
+"""The plan of a study: combinations, seeds of repetitions, and input that is rejected before anything runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: 
     [
         (["softce_weight"], "expected key=value"),
         (["softce_weight=0.1,"], "expected key=value"),
-        (["softce_weight=0.1,0.1"], "stands there twice"),
+        (["softce_weight=0.1,0.1"], "a value occurs twice"),
         (["softce_weight=0.1", "softce_weight=0.2"], "given twice"),
         (["softce_wt=0.1"], "softce_weight"),
         (["softce_weight=high"], "softce_weight: found 'high'"),
@@ -89,12 +89,12 @@ def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: 
         (["sigma=[1"], "not YAML"),
     ],
 )
-def test_wrong_assignments_are_refused(plan: MakePlan, assignments: list[str], words: str) -> None:
+def test_invalid_assignments_are_rejected(plan: MakePlan, assignments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         plan(*assignments)
 
 
-def test_slugs_are_safe_names_that_tell_arms_apart(repository: Path) -> None:
+def test_slugs_are_safe_and_unique(repository: Path) -> None:
     found = plan_study(load_question("objective", repository), repository)
     settings = [repr(values) for values in found.settings.values()]
     slugs = [found.slug(arm, 0) for arm in found.study.arms]
@@ -145,7 +145,7 @@ CLAIM = {"text": "t", "source": "s", "arm": "a", "baseline": "stage1", "expected
         ({"seeds": 0}, "seeds: found 0"),
     ],
 )
-def test_a_wrong_question_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_an_invalid_question_is_rejected(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(str({"question": "t", "arms": {"a": {}}, "claims": {"c": CLAIM}} | changes))
     with pytest.raises(ConfigError, match=words):
@@ -160,7 +160,7 @@ def test_a_wrong_question_is_refused(tmp_path: Path, changes: dict[str, Any], wo
         ("same", "refuted", "not shown", "refuted"),
     ],
 )
-def test_a_claim_is_judged_by_its_interval(expected: Any, above: str, across: str, below: str) -> None:
+def test_a_claim_is_decided_by_its_interval(expected: Any, above: str, across: str, below: str) -> None:
     margin = 0.005 if expected == "same" else 0.0
     claim = Claim(text="t", source="s", arm="a", baseline="b", metric="coco.mAP", expected=expected, margin=margin)
     for (lo, hi), judgement in (((0.01, 0.02), above), ((-0.01, 0.02), across), ((-0.02, -0.01), below)):
@@ -199,23 +199,21 @@ def test_every_question_can_be_planned_and_every_parameter_is_asked_about_or_has
     assert {key: {*names} - values[key] for key, names in choices.items() if {*names} - values[key]} == {}
 
 
-def test_an_unknown_metric_is_named_before_anything_runs(repository: Path) -> None:
+def test_an_unknown_metric_is_reported_before_anything_runs(repository: Path) -> None:
     claim = Claim(text="t", source="s", arm="a", metric="geometry.iuo", expected="higher")
     question = Question(question="?", arms={"a": Arm()}, claims={"c": claim})
     with pytest.raises(ConfigError, match=r"claims.c.metric: found 'geometry.iuo'.*Did you mean 'geometry.iou'"):
         plan_study(question, repository)
 
 
-def test_an_arm_that_says_what_is_committed_repeats_what_trains_its_checkpoint(repository: Path) -> None:
+def test_an_arm_with_committed_values_repeats_the_training_of_its_checkpoint(repository: Path) -> None:
     committed = load_params(repository / "params.yaml").w1_weight
     for checkpoint, seeds in (("stage2", ("stage2.seed",)), ("stage1", ("stage1.seed", "stage2.seed"))):
         arms = {"a": Arm(checkpoint=checkpoint), "b": Arm(changes=(f"w1_weight={committed}",), checkpoint=checkpoint)}
         assert plan_study(Question(question="?", arms=arms), repository).seed_keys == seeds
 
 
-def test_another_profile_is_told_to_every_arm_and_its_inherited_keys_get_a_plus(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_another_profile_applies_to_every_arm_with_a_plus_for_inherited_keys(repository: Path, tmp_path: Path) -> None:
     for name in ("params.yaml", "pipelines/inputs.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(repository / name, tmp_path / name)

@@ -1,4 +1,4 @@
-"""What the lines of a running experiment tell, and how times are said."""
+"""Progress read from the output of a running experiment, and the format of times."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_stages_counts_and_times_are_read_from_the_lines() -> None:
         progress.read(line)
         words.append(progress.words())
         now[0] += 20
-    assert words[0] == "x: DVC prepares or files the run"
+    assert words[0] == "x: DVC is preparing or saving the run"
     assert words[1:5] == [
         "x: stage1, 0s of about 2m10s",
         "x: stage1, 20s of about 2m10s",
@@ -66,12 +66,12 @@ def test_a_terminal_shows_a_bar_of_the_running_stage(repository: Path) -> None:
     ("seconds", "shown"),
     [(0.2, "0s"), (59.6, "1m00s"), (200, "3m20s"), (725, "12m"), (7500, "2h05m"), (360000, "100h")],
 )
-def test_a_time_fits_five_letters(seconds: float, shown: str) -> None:
+def test_a_time_fits_into_five_characters(seconds: float, shown: str) -> None:
     assert (duration(seconds), len(shown) <= 5) == (shown, True)
 
 
-def test_a_sum_says_what_was_not_measured() -> None:
+def test_a_sum_mentions_unmeasured_times() -> None:
     assert total([]) == "no time"
     assert total([None]) == "an unknown time"
     assert total([30.0, 31.0]) == "1m01s"
-    assert total([30.0, None]) == "30s and what was never measured"
+    assert total([30.0, None]) == "30s plus stages without a measured time"

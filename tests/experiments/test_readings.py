@@ -1,4 +1,4 @@
-"""Checkpoints by step with their evaluation and page, and what is read of a run beside its answers on val."""
+"""Evaluation by training step with its page, and the readings of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, world) -> Workspace:
     return space.set(decode__grammar="closed", decode__max_new_tokens=60, eval__bootstrap_resamples=100)
 
 
-def test_a_kept_checkpoint_is_whole_and_keeping_changes_no_byte(trained: Workspace, tmp_path, world, monkeypatch):
+def test_a_kept_checkpoint_is_complete_and_keeping_does_not_change_training(
+    trained: Workspace, tmp_path, world, monkeypatch
+):
     folders = step_folders(trained, "stage1")
     assert [*folders] == [2, 4]
     assert folders[2] == trained.paths.run("stage1") / KEPT_STEPS / "step_000002"
@@ -60,11 +62,11 @@ def test_a_kept_checkpoint_is_whole_and_keeping_changes_no_byte(trained: Workspa
     weights = [s.paths.run("stage1") / "model.safetensors" for s in (trained, plain)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not (plain.paths.run("stage1") / KEPT_STEPS).exists()
-    with pytest.raises(DataError, match="no checkpoint there"):
+    with pytest.raises(DataError, match="no checkpoint found"):
         step_folders(plain, "stage2")
 
 
-def test_every_kept_step_is_evaluated_once_and_the_page_tells_all_of_it(trained: Workspace, tmp_path, monkeypatch):
+def test_every_kept_step_is_evaluated_once_and_reported(trained: Workspace, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     said: list[str] = []
     points = evaluate_steps(trained, "stage1", tmp_path / "out", said.append)
@@ -160,7 +162,7 @@ def test_a_diagnostic_is_the_mean_over_the_coordinates_of_the_last_evaluation(tm
     assert READINGS["coord.gate"].read(run_files(replace(trained, paths=paths), tmp_path), "stage1") is None
 
 
-def test_training_left_every_diagnostic_that_a_question_can_ask_for(trained: Workspace, tmp_path):
+def test_training_writes_every_diagnostic_that_questions_use(trained: Workspace, tmp_path):
     paths = ProfilePaths(trained.params.profile, tmp_path)
     paths.run("stage1").mkdir(parents=True)
     shutil.copy(trained.paths.run("stage1") / "context_errors.jsonl", paths.run("stage1"))
@@ -169,8 +171,8 @@ def test_training_left_every_diagnostic_that_a_question_can_ask_for(trained: Wor
         assert np.isfinite(found.value), name
 
 
-def test_an_answer_goes_on_from_a_prompt_that_ends_in_its_beginning(world):
-    """Greedy: the rest after the beginning that the model gave itself is the rest that it gave."""
+def test_an_answer_continues_a_prompt_that_ends_with_its_beginning(world):
+    """With greedy decoding, the continuation of the model's own beginning is the rest of its answer."""
     checkpoint = new_checkpoint()
     engine, request = HfEngine(checkpoint, world.root, 4), decode_request(seed=17, max_new_tokens=24)
     whole = engine.generate(world.samples, request)
@@ -218,3 +220,20 @@ def test_the_rests_of_answers_with_enough_objects_are_compared(trained: Workspac
     enough = {str(r.image_id) for r in results if len(r.pred) >= readings.FEWEST_OBJECTS}
     assert rows.keys() == enough
     assert all(0 <= 2 * common <= said for common, said in rows.values())
+
+
+def test_sampled_answers_are_generated_once_and_give_both_gains(trained: Workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(readings, "SAMPLES", 3)
+    monkeypatch.setattr(RunFiles, "config", lambda self: trained)
+    answers = readings._sampled_answers(run_files(trained, tmp_path), "stage1")
+    assert len(answers) == 3
+    monkeypatch.setattr(readings, "read_answers", lambda *_: answers[0])
+    recall, vote = (
+        READINGS[f"samples.{name}_gain"].read(run_files(trained, tmp_path), "stage1") for name in ("recall", "vote")
+    )
+    found = readings.oracle_k(answers)
+    assert recall.value == pytest.approx((found.any_I - found.one_I).sum() / found.n_gt_I.sum())
+    assert recall.value >= 0
+    assert len(recall.samples_B) == len(vote.samples_B) == 100
+    assert -1 <= vote.value <= 1

@@ -1,4 +1,4 @@
-"""The report of an A/B test from numbers made by hand: the right words, and no number that is not in the file."""
+"""The report of an A/B test from hand-made numbers: correct wording, and only numbers from the file."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) ->
 
 
 @pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
-def test_the_verdict_comes_first_and_says_what_could_have_been_shown(verdict: str) -> None:
+def test_the_verdict_comes_first_with_the_minimum_detectable_effect(verdict: str) -> None:
     tree = numbers(0.012, -0.001, 0.025, verdict)
     sentence = verdict_sentence(tree["effects"][0], tree)
     assert sentence.startswith(f"`w=2` against `w=1`: **{verdict}**: `coco.mAP` +0.012 [-0.001, +0.025]")
-    assert ("smallest effect it could have shown is 0.0217" in sentence) == verdict.startswith("no difference")
+    assert ("minimum detectable effect is 0.0217" in sentence) == verdict.startswith("no difference")
     assert sentence in report_markdown(tree).splitlines()[2]
 
 
-def test_one_seed_is_said_to_know_nothing_of_training_noise() -> None:
+def test_a_single_seed_is_reported_to_exclude_training_noise() -> None:
     tree = numbers(0.012, 0.001, 0.025, "better", seeds=1)
-    assert "nothing of training noise" in verdict_sentence(tree["effects"][0], tree)
+    assert "does not include training noise" in verdict_sentence(tree["effects"][0], tree)
 
 
-def test_runs_that_never_differ_are_no_verdict_on_the_budget() -> None:
+def test_identical_runs_report_no_detectable_effect() -> None:
     tree = numbers(0.0, 0.0, 0.0, "the same in every resample and seed")
     sentence = verdict_sentence(tree["effects"][0], tree)
-    assert "nothing can be told" in sentence
+    assert "the change has no effect on val" in sentence
     assert "could have shown" not in sentence
 
 
-def test_an_undefined_metric_is_no_verdict() -> None:
+def test_an_undefined_metric_gives_no_verdict() -> None:
     tree = numbers(0.0, -0.1, 0.1, "better")
     tree["effects"][0]["metrics"]["coco.mAP"] = {"verdict": "not defined"}
     assert "not defined" in verdict_sentence(tree["effects"][0], tree)
@@ -97,7 +97,7 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
         assert picture.width > picture.height
 
 
-def test_arms_whose_answers_loop_are_not_judged() -> None:
+def test_arms_with_looping_answers_get_no_verdict() -> None:
     tree = numbers(0.012, 0.001, 0.025, "not judged")
     row = tree["effects"][0]
     row["faults"] = {"ab-x-s0": ["30 % of the answers loop"]}

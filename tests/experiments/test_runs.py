@@ -1,4 +1,4 @@
-"""A/B tests as users run them, on a toy repository: what is there is not made again, and nothing stops them halfway."""
+"""A/B tests as users run them, on a toy repository: finished runs are reused, and interrupted tests resume."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def toy(finished: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.Mo
     return copied_toy(finished, tmp_path, repository, monkeypatch, warm)
 
 
-def test_a_killed_test_goes_on_where_it_was(toy: Toy) -> None:
+def test_a_killed_test_resumes(toy: Toy) -> None:
     assert toy.ran() == ["stage2 0.2 0", "decode@stage2 0.2 0"]  # stage 1 is the commit's, arm 0.1 was finished
     assert len(Repository(toy.root, print).experiments("ab-x-*")) == 2
 
 
-def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
+def test_finished_arms_are_reused_after_commits_and_extended(toy: Toy) -> None:
     first = ab(toy, GRID)
     toy.write("README.md", "read by no stage")
     toy.write("src/telling/words.py", 'WORDS = "of no stage that the test reads"\n')
@@ -85,7 +85,7 @@ def test_finished_arms_outlive_commits_and_are_extended(toy: Toy) -> None:
     assert more["runs"][0] == next(run for run in first["runs"] if run["arm"] == "softce_weight=0.2")
 
 
-def test_a_dry_run_tells_what_is_there_and_what_the_rest_would_cost(toy: Toy) -> None:
+def test_a_dry_run_lists_existing_runs_and_the_cost_of_the_others(toy: Toy) -> None:
     study = grid_study(["softce_weight=0.2,0.4"], "toy").model_copy(update={"seeds": 2})
     repository = Repository(toy.root, print)
     toy.ran()
@@ -136,7 +136,7 @@ def stage1_trained_again(toy: Toy) -> None:
         (stage1_trained_again, "runs/tiny/stage1"),
     ],
 )
-def test_an_arm_is_known_by_what_it_depends_on(toy: Toy, change: Callable[[Toy], None], reason: str) -> None:
+def test_an_arm_is_identified_by_its_dependencies(toy: Toy, change: Callable[[Toy], None], reason: str) -> None:
     (toy.root / "README.md").write_text("text\n")
     change(toy)
     repository = Repository(toy.root, print)
@@ -155,7 +155,7 @@ def test_changed_decoding_decodes_again_and_trains_nothing(toy: Toy) -> None:
     (toy.root / "reports" / "tiny" / "progress.md").write_text("as a run of the graph may leave it")
     ab(toy, GRID)
     assert toy.ran() == ["decode@stage2 0.1 0", "decode@stage2 0.2 0"]
-    assert any("(again: the code of stage decode@stage2 changed)" in line for line in SAID)
+    assert any("(runs again: the code of stage decode@stage2 changed)" in line for line in SAID)
     (toy.root / "params.yaml").write_text((toy.root / "params.yaml").read_text() + "\n")
     with pytest.raises(ConfigError, match=r"(?s)params\.yaml.*commit first.*git restore"):
         ab(toy, GRID)
@@ -190,7 +190,7 @@ claims:
 """
 
 
-def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> None:
+def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     """The default comes from the commit; an arm that says the same in other words comes with it."""
 
     def run(text: str) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> Non
 
     numbers = run(QUESTION)
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 1.0 1", "stage2 0.1 0", "stage2 0.1 1"}
-    assert any("seed-recipe" in line and "there already, as ab-toy-default" in line for line in SAID)
+    assert any("seed-recipe" in line and "exists as ab-toy-default" in line for line in SAID)
     by_arm = {row["arm"]: row["metrics"]["coco.mAP"] for row in numbers["effects"]}
     assert by_arm["seed_recipe"]["verdict"] == "the same in every resample and seed"
     claim, value = numbers["claims"]
@@ -236,7 +236,7 @@ def test_a_question_runs_what_is_missing_and_takes_one_arm_more(toy: Toy) -> Non
     assert toy.ran() == []
 
 
-def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: Toy, tmp_path: Path) -> None:
+def test_files_copied_from_the_cache_equal_those_of_dvc_get(toy: Toy, tmp_path: Path) -> None:
     repository, revision = Repository(toy.root, print), toy.succeed("git", "rev-parse", "HEAD").strip()
     cache, past = DvcCache.of(toy.root, repository.run), repository.past(revision)
 
@@ -263,7 +263,7 @@ def test_what_the_cache_holds_is_what_dvc_gets_and_the_rest_is_left_to_dvc(toy: 
     assert not (tmp_path / "nothing").exists()
 
 
-def test_what_git_and_dvc_say_is_in_the_message(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_contain_the_output_of_git_and_dvc(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = Repository(toy.root, print).commit()
     with pytest.raises(DataError, match=r"(?s)runs/tiny/nothing of .* dvc get ended with .*nothing"):
         Repository(toy.root, print).fetch(head.revision, "runs/tiny/nothing")

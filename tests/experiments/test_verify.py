@@ -1,4 +1,4 @@
-"""`coordexp verify` on a small DVC repository whose cache and workspace are one file, and on what is not DVC's."""
+"""`coordexp verify` on a small DVC repository whose workspace is linked to the cache, and on files outside DVC."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def words(found: Verified) -> list[str]:
     return [str(fault) for fault in found.faults]
 
 
-def test_a_file_that_is_one_with_its_cache_entry_is_found_twice_and_made_again(small: Small) -> None:
+def test_damage_of_a_file_linked_to_the_cache_is_found_in_both_places(small: Small) -> None:
     assert words(small.verify()) == []
     entry = small.entry(ROLLOUTS)
     path = small.flip(ROLLOUTS)
@@ -120,7 +120,7 @@ def test_a_file_that_is_one_with_its_cache_entry_is_found_twice_and_made_again(s
     assert words(small.verify()) == []
 
 
-def test_what_has_a_good_copy_is_put_back_from_there(small: Small) -> None:
+def test_files_with_an_intact_copy_are_restored(small: Small) -> None:
     """From the workspace into the cache, from the cache into the workspace, and into both from a fetched revision."""
     whole = (small.root / ROLLOUTS).read_bytes()
     compute = small.root / "runs" / "toy" / "compute.json"
@@ -147,20 +147,20 @@ def test_what_has_a_good_copy_is_put_back_from_there(small: Small) -> None:
     assert "up to date" in small.succeed("dvc", "status")
 
 
-def test_another_result_than_the_recorded_one_is_no_damage(small: Small) -> None:
+def test_a_later_result_than_the_recorded_one_is_not_damage(small: Small) -> None:
     (small.root / ROLLOUTS).unlink()
     with sealing(small.root / "runs" / "toy" / "rollout") as folder:
         (folder / "rollouts.jsonl").write_text("of another run")
     found = small.verify(repair=True)
     assert words(found) == []
-    assert "runs/toy/rollout: whole, but not the result that dvc.lock records: see `dvc status`" in found.looked_at
+    assert "runs/toy/rollout: intact, but not the result in dvc.lock: see `dvc status`" in found.looked_at
     (folder / "rollouts.jsonl").write_text("damaged")
     assert [fault.where for fault in small.verify().faults] == [
         f"runs/toy/rollout/{n}" for n in sorted(os.listdir(folder))
     ]
 
 
-def test_states_journals_and_pictures(small: Small, tmp_path: Path) -> None:
+def test_damaged_states_journals_and_images_are_found(small: Small, tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     state = small.root / ".resume" / "stage1-ff"
     for step in (1, 2):
@@ -186,7 +186,7 @@ def test_states_journals_and_pictures(small: Small, tmp_path: Path) -> None:
     journal.path.write_bytes(lines[0].replace(b"1, 2", b"1, 3") + lines[1])
     Image.new("RGB", (40, 40), "green").save(pictures / "b.png")
     found = small.verify(repair=True)
-    assert [fault.is_mended for fault in found.faults] == [True, True, False]
+    assert [fault.is_repaired for fault in found.faults] == [True, True, False]
     assert [part in w for part, w in zip(("part-000", "1 lines are damaged", "mine/b.png"), words(found), strict=True)]
     resumed = load_state(state)
     assert resumed is not None

@@ -85,11 +85,7 @@ def test_folders_that_the_entry_names_are_declared(stage: str) -> None:
 
 
 def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
-    """Its folders are named in the library, where the test above does not look.
-
-    The decoding study is made on demand, so the graph cannot ask for it; the report takes it only if it names the very
-    weights that are reported (tests/reporting/test_decoding_tables.py), and says so otherwise.
-    """
+    """Its folders are named in the library, where the test above does not look."""
     run = RunConfig(
         params=load_params(ROOT / "params.yaml"),
         profile=load_profile(ROOT / "configs" / "tiny.yaml"),
@@ -97,7 +93,7 @@ def test_the_report_declares_what_it_reads_and_nothing_else() -> None:
     )
     inputs = ReportInputs.of(run)
     named = {value for name in inputs.__slots__ if isinstance(value := getattr(inputs, name), Path)} - {inputs.runs}
-    read = named - {inputs.decoding_study} | {inputs.runs / stage for stage in TRAINED}
+    read = named | {inputs.runs / stage for stage in TRAINED}
     deps = [
         PurePosixPath(dep) for dep in declared("report", "deps") if PROFILE in dep and not dep.startswith("inputs/")
     ]

@@ -104,7 +104,7 @@ def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone) ->
     command = ("-m", "coordexp.cli", "ab", "-S", "softce_weight=1.0,0.2", "--seeds", "2", "--name", "softce")
     first = clone.succeed("env", "PYTHONPATH=src", "python", *command)
     assert "`softce_weight=0.2` against `softce_weight=1.0`:" in first
-    assert first.count("there already") == 2
+    assert first.count(": exists") == 2
     report = clone.root / "reports" / "ab"
     numbers = json.loads((report / "softce.json").read_text())
     assert list(numbers["arms"]) == ["softce_weight=1.0", "softce_weight=0.2"]
@@ -114,7 +114,7 @@ def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone) ->
     assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
     before = (report / "softce.md").read_bytes()
     second = clone.succeed("env", "PYTHONPATH=src", "python", *command)
-    assert second.count("there already") == 2 * 4  # in the plan, and when its turn comes
+    assert second.count(": exists") == 2 * 4  # in the plan, and at its turn
     assert names <= set(clone.succeed("dvc", "exp", "list", "--name-only").split())
     assert (report / "softce.md").read_bytes() == before
 
@@ -141,7 +141,7 @@ def test_a_question_about_what_ran_trains_nothing(clone: Clone) -> None:
     (clone.root / "configs" / "questions" / "smoke.yaml").write_text(QUESTION)
     clone.commit("a question")
     command = ("env", "PYTHONPATH=src", "python", "-m", "coordexp.cli", "answer", "smoke")
-    assert "as_committed, seed 0: there already, as main" in clone.succeed(*command, "--dry-run")
+    assert "as_committed, seed 0: exists as main" in clone.succeed(*command, "--dry-run")
     output = clone.succeed(*command)
     assert "stage2: step" not in output
     numbers = json.loads((clone.root / "reports" / "answers" / "smoke.json").read_text())
@@ -151,7 +151,7 @@ def test_a_question_about_what_ran_trains_nothing(clone: Clone) -> None:
     assert by_name["tight"]["values"][0] is not None or by_name["tight"]["judgement"] == "not defined"
     page = (clone.root / "reports" / "answers" / "smoke.md").read_text()
     assert page.startswith("# What does the smoke profile say?")
-    assert clone.succeed(*command).count("there already") == 2 * 2
+    assert clone.succeed(*command).count(": exists") == 2 * 2
     assert "smoke: What does the smoke profile say?" in clone.succeed(*command[:-1], "--list")
     kept = clone.succeed(*command[:-2], "monitor", "stage2", "--kept")
     assert "reports/smoke/trajectory/stage2.md" in kept

@@ -233,13 +233,13 @@ def test_the_command_lists_what_is_kept_and_cleans_up(
         assert ended.value.code == 0
         return capsys.readouterr().out
 
-    assert said() == "nothing\n"
+    assert said() == "no saved states\n"
     aged(tmp_path / ".resume", "stage1-old", 20, 2_000_000, False)
     aged(tmp_path / ".resume", "stage2-new", 0.01, 1_000_000, True)
     lines = said().splitlines()
     assert [line.split()[:2] for line in lines[2:4]] == [["stage1-old", "2"], ["stage2-new", "1"]]
     assert lines[2].endswith("stopped by an error, or a cache")
     assert lines[3].endswith("can go on")
-    assert lines[4] == "1 can go on: run the same command again."
+    assert lines[4] == "1 can be resumed: run the same command again."
     assert "removed: stage1-old, 2.0 MB" in said("--clean")
     assert names(tmp_path / ".resume") == ["stage2-new"]

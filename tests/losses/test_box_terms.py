@@ -63,7 +63,7 @@ def test_ciou_agrees_with_the_paper():
 
 
 def test_box_ious_of_the_worked_example():
-    """Cat and dog, ground truth and rollout: IoU .902 and .888; CIoU adds only a small centre term."""
+    """Cat and dog, ground truth and rollout: IoU .902 and .888; CIoU adds only a small center term."""
     target_B4 = torch.tensor([[110, 310, 410, 705], [520, 285, 890, 660]], dtype=torch.float64) / 1000
     pred_B4 = torch.tensor([[120, 300, 420, 700], [500, 280, 880, 650]], dtype=torch.float64) / 1000
     ious = [shapely_iou_and_giou(a, b)[0] for a, b in zip(pred_B4.tolist(), target_B4.tolist(), strict=True)]
@@ -71,7 +71,7 @@ def test_box_ious_of_the_worked_example():
     assert (1 - ciou_loss(pred_B4, target_B4)).tolist() == pytest.approx(ious, abs=2e-3)
 
 
-def test_alpha_of_ciou_is_detached():
+def test_ciou_does_not_differentiate_alpha():
     """The gradient is that of 1 - IoU + rho^2 / c^2 + alpha v with alpha a number, not that of the whole formula."""
     pred, target = [0.1, 0.4, 0.3, 0.9], [0.05, 0.45, 0.75, 0.6]  # wide, predicted tall
     pred_14 = torch.tensor([pred], dtype=torch.float64, requires_grad=True)
@@ -188,7 +188,7 @@ def test_degenerate_boxes_by_hand(pred, target, giou_loss):
     assert torch.isfinite(pred_14.grad).all()
 
 
-def test_swapped_corners_are_the_same_box_with_the_same_pull():
+def test_swapped_corners_give_the_same_loss_and_gradient():
     target_14 = torch.tensor([[0.2, 0.3, 0.6, 0.9]], dtype=torch.float64)
     straight_14 = torch.tensor([[0.1, 0.35, 0.5, 0.8]], dtype=torch.float64, requires_grad=True)
     swapped_14 = torch.tensor([[0.5, 0.8, 0.1, 0.35]], dtype=torch.float64, requires_grad=True)
@@ -199,7 +199,7 @@ def test_swapped_corners_are_the_same_box_with_the_same_pull():
         torch.testing.assert_close(grad[0, [2, 3, 0, 1]], swapped_grad[0], rtol=1e-12, atol=1e-12)
 
 
-def test_a_perfect_box_costs_nothing():
+def test_a_perfect_box_has_zero_loss():
     boxes_B4 = random_boxes(8, 5)
     for name, term in box_sums(boxes_B4, boxes_B4, 10, BOX_TERMS).items():
         assert term.item() == pytest.approx(0, abs=1e-12), name
@@ -217,7 +217,7 @@ def test_batch_equals_singles_and_no_boxes():
     assert empty_04.grad.shape == (0, 4)
 
 
-def test_nan_is_passed_on_and_not_hidden():
+def test_nan_propagates_to_the_loss():
     pred_14 = torch.tensor([[0.1, torch.nan, 0.5, 0.6]])
     terms = box_sums(pred_14, torch.tensor([[0.1, 0.2, 0.5, 0.6]]), 10, BOX_TERMS)
     assert all(torch.isnan(term) for term in terms.values())

@@ -132,7 +132,7 @@ def test_entropy_gradient_and_bounds():
     ],
 )
 def test_published_gradient_norms(offset, hard, soft, w1, l1):
-    """p Gaussian (sd 3) off by `offset` bins, q Gaussian (sigma 2, truncate 8): who pulls how hard."""
+    """p Gaussian (sd 3) off by `offset` bins, q Gaussian (sigma 2, truncate 8): gradient norms by term."""
     t_N = torch.tensor([500])
     logits_NK = peaked_slice(500 + offset)
     q_NK = gaussian_target(t_N.double(), 2, 8, torch.float64)
@@ -182,7 +182,7 @@ def test_hard_plus_soft_is_cross_entropy_to_the_spiked_target():
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "triangular", "two_bin"])
-def test_softce_reaches_its_floor_at_the_target_and_only_there(kind):
+def test_softce_reaches_its_lower_bound_only_at_the_target(kind):
     q_NK = soft_target(torch.tensor([500.3], dtype=torch.float64), kind, 2.0, 8, torch.float64)
     at_target = soft_cross_entropy(q_NK.clamp(min=1e-300).log(), q_NK)
     elsewhere = soft_cross_entropy(log_p(peaked_slice(501)), q_NK)
@@ -203,7 +203,7 @@ def test_w1_agrees_with_scipy():
     assert ours.tolist() == pytest.approx(scipys, rel=1e-9)
 
 
-def test_w1_sees_two_modes_where_the_mean_does_not():
+def test_w1_detects_two_modes_that_the_mean_does_not():
     """Modes 300 (60 %) and 340 (40 %): E = 316 has no error against 316, W1 reports 19.2 bins."""
     modes = 0.6 * gaussian_target(torch.tensor([300.0]), 2, 8) + 0.4 * gaussian_target(torch.tensor([340.0]), 2, 8)
     assert (modes.double() * BINS).sum().item() == pytest.approx(316, abs=1e-3)
@@ -211,7 +211,7 @@ def test_w1_sees_two_modes_where_the_mean_does_not():
 
 
 def test_w1_gradient_is_bounded_however_large_the_error():
-    """The bound sd(p) / (K - 1) is why a w1_weight below 10 is inert beside softCE."""
+    """The bound sd(p) / (K - 1) explains why a w1_weight below 10 has no effect in addition to softCE."""
     for centre in (510, 700, 990):
         logits_NK = peaked_slice(centre)
         p_NK = log_p(logits_NK).exp()

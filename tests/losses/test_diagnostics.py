@@ -24,7 +24,7 @@ VOCAB = FIRST_ID + 1000 + 4
 
 
 def logits_from(bins_to_mass: dict[int, float], coord_mass: float) -> torch.Tensor:
-    """One row (1, V) whose softmax puts `coord_mass` on these bins in these shares and the rest on token 0."""
+    """One row (1, V) whose softmax puts `coord_mass` on these bins in these fractions and the rest on token 0."""
     prob_V = torch.full((VOCAB,), 1e-30, dtype=torch.float64)
     prob_V[0] = 1 - coord_mass
     for k, share in bins_to_mass.items():
@@ -50,13 +50,13 @@ def test_a_distribution_by_hand():
     assert summary["coord_tokens"] == 1
 
 
-def test_margin_is_positive_where_the_target_is_the_likeliest_bin():
+def test_margin_is_positive_where_the_target_is_the_most_probable_bin():
     logits_NV = logits_from({100: 0.5, 102: 0.3, 110: 0.2}, coord_mass=0.8)
     summary = diagnose(logits_NV, torch.tensor([100.0])).summary()
     assert summary["margin_mean"] == pytest.approx(np.log(0.5 / 0.3))
 
 
-def test_acc_top5_counts_strictly_likelier_bins():
+def test_acc_top5_counts_strictly_more_probable_bins():
     shares = {10: 0.3, 20: 0.25, 30: 0.2, 40: 0.12, 50: 0.08, 60: 0.05}
     for target_bin, accuracy in ((50, 1.0), (60, 0.0)):
         summary = diagnose(logits_from(shares, 1 - 1e-9), torch.tensor([float(target_bin)])).summary()
@@ -118,12 +118,12 @@ def both(*parts: dict[int, float]) -> dict[int, float]:
         (both(bell(100, 2, 0.3), bell(500, 2, 0.4), bell(900, 2, 0.3)), 1, 0),  # the mean is on the largest
     ],
 )
-def test_peaks_are_counted_where_something_thin_lies_between(distribution, second_peak, mean_off_peak):
+def test_second_peaks_need_a_valley_in_between(distribution, second_peak, mean_off_peak):
     found = shape(distribution, 500.0)
     assert (found["second_peak"], found["mean_off_peak"]) == (second_peak, mean_off_peak)
 
 
-def test_targets_drawn_from_the_distribution_are_covered_as_often_as_it_says():
+def test_targets_sampled_from_the_distribution_have_nominal_coverage():
     torch.manual_seed(5)
     logits_NV = torch.full((4000, VOCAB), -1e4)
     spread = torch.randn(4000, 1000)
@@ -136,7 +136,7 @@ def test_targets_drawn_from_the_distribution_are_covered_as_often_as_it_says():
     assert twice["coverage_90"] > found["coverage_90"]
 
 
-def test_no_slots_have_no_shape():
+def test_without_slots_there_are_no_shape_metrics():
     assert held_out_diagnostics(coord_slots(torch.zeros(0, VOCAB), torch.zeros(0), FIRST_ID)) == {}
 
 

@@ -49,7 +49,7 @@ def by_numpy(rule: str, p: np.ndarray, center: int) -> float:
 @pytest.mark.parametrize("rule", RULES)
 @given(seed=st.integers(0, 2**32 - 1), width=st.sampled_from([0.3, 3.0, 40.0, 1e4]), emitted=st.booleans())
 def test_each_rule_equals_its_formula(rule, seed, width, emitted):
-    """Peaked and broad distributions anywhere on the axis, read round their peaks or round any other bin."""
+    """Peaked and broad distributions anywhere on the axis, read around their peaks or around any other bin."""
     rng = np.random.default_rng(seed)
     mode = rng.choice([0, 3, 996, 999, rng.integers(1000)])
     p = rng.uniform(0.5, 1, 1000) * np.exp(-0.5 * ((np.arange(1000) - mode) / width) ** 2)
@@ -98,7 +98,7 @@ def test_local_expectation_has_no_border_bias(target_bin):
         assert read_bins("expectation", logits_K) == pytest.approx(abs(target_bin - 1.302), abs=1e-3)
 
 
-def test_a_window_without_mass_is_read_at_its_centre():
+def test_a_window_without_mass_is_read_at_its_center():
     p_K = torch.nn.functional.one_hot(torch.tensor(700), 1000).double()
     assert read("local_expectation", p_K, BINS, center_bins=torch.tensor(100)).item() == 100
 
@@ -109,7 +109,7 @@ def test_top_k_limits():
     assert read_bins("top_k", logits_K, top_k=1000) == pytest.approx(read_bins("expectation", logits_K), rel=1e-12)
 
 
-def test_median_minimises_the_expected_absolute_error():
+def test_median_minimizes_the_expected_absolute_error():
     torch.manual_seed(3)
     logits_NK = 3 * torch.randn(5, 1000, dtype=torch.float64)
     cost_NK = (logits_NK.softmax(-1)[:, None, :] * (BINS[:, None] - BINS[None, :]).abs()).sum(-1)
@@ -118,7 +118,7 @@ def test_median_minimises_the_expected_absolute_error():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_all_rules_but_argmax_pass_a_gradient(rule):
+def test_all_rules_except_argmax_have_a_gradient(rule):
     logits_K = gaussian_logits(500.3).requires_grad_()
     coordinate = read_coordinates(rule, logits_K, 1.0, TOP_K)
     if rule == "argmax":
@@ -143,7 +143,7 @@ def test_shapes_ranges_and_extreme_logits(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_embedding_is_read_like_a_coordinate(rule):
+def test_an_embedding_is_read_by_the_same_rules_as_a_coordinate(rule):
     """Rows that hold their bin's number, and one that does not depend on it."""
     table_KD = torch.stack([BINS, torch.ones(1000, dtype=torch.float64)], dim=1)
     p_NK = (3 * torch.randn(6, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).softmax(-1)

@@ -37,7 +37,7 @@ def gaussian_at(target_bin: float, sigma: float, truncate: int) -> torch.Tensor:
         (0.5, 4, 0.670, 0.787, 0.214, 0.12, 0.368),
     ],
 )
-def test_gaussian_floors(sigma, truncate, floor, peak, w1_bins, edge_bias, edge_floor):
+def test_gaussian_entropy_lower_bounds(sigma, truncate, floor, peak, w1_bins, edge_bias, edge_floor):
     inner, edge = gaussian_at(500, sigma, truncate), gaussian_at(0, sigma, truncate)
     assert target_entropy(inner[None]).item() == pytest.approx(floor, abs=6e-4)
     assert inner.max().item() == pytest.approx(peak, abs=6e-4)
@@ -106,7 +106,7 @@ def test_two_bin_at_the_last_bin_never_indexes_past_it():
 
 
 @pytest.mark.parametrize(("fraction", "floor"), [(0.0, 0.0), (0.3, 0.611), (0.5, math.log(2))])
-def test_two_bin_floor_is_the_binary_entropy(fraction, floor):
+def test_two_bin_lower_bound_is_the_binary_entropy(fraction, floor):
     q = two_bin_target(torch.tensor([123 + fraction], dtype=torch.float64), torch.float64)
     assert target_entropy(q).item() == pytest.approx(floor, abs=6e-4)
 

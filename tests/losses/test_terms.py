@@ -1,4 +1,4 @@
-"""The registry: what it says agrees with the parameters, and one division makes any packing the same loss."""
+"""The registry of terms: it agrees with the parameters, and a single division makes the loss independent of packing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_term_has_a_weight_and_every_weight_a_term():
     assert sorted(keys) == sorted({*(f"{name}_weight" for name in TERMS), *NOT_TERMS})
 
 
-def test_what_supervises_coordinates_and_what_is_signed_is_so_in_the_parameters():
+def test_signed_and_supervising_terms_match_the_parameter_ranges():
     assert [f"{n}_weight" for n in TERMS if supervises_coordinates(n)] == list(CoordSupervision.model_fields)
     fields = {k: f for block in BLOCKS for k, f in block.model_fields.items()}
     signed = {
@@ -54,7 +54,7 @@ def test_every_weight_is_read_by_its_key_from_the_block_that_has_it():
     assert term_weights(params.stage1) == stage1
 
 
-def test_terms_without_a_weight_are_left_out_but_boxes_are_looked_at():
+def test_terms_without_a_weight_are_skipped_except_box_terms():
     weights = dict.fromkeys(TERMS, 0.0) | {"w1": 1.0}
     assert [t.name for t in computed(weights, "coord")] == ["w1"]
     assert computed(weights, "text") == []
@@ -62,12 +62,12 @@ def test_terms_without_a_weight_are_left_out_but_boxes_are_looked_at():
     assert computed({"w1": 1.0}, "box") == []  # a stage without box weights has no box terms
 
 
-def test_a_name_is_declared_once():
+def test_a_term_cannot_be_declared_twice():
     with pytest.raises(AssertionError, match="declared twice"):
         term("w1", "coord")(lambda p_NK, q_NK: p_NK)
 
 
-def test_a_term_names_what_its_place_has():
+def test_the_arguments_of_a_term_exist_at_its_place():
     slots = coord_slots(torch.randn(2, VOCAB), torch.tensor([3.0, 5.0]), FIRST_ID)
     for name, declared in TERMS.items():
         if declared.place == "coord":
@@ -90,7 +90,7 @@ def test_loss_and_logs_by_hand():
     assert {name: factors[name] * sums[name].item() for name in factors} == {"softce": 2.5, "gate": 0.375}
 
 
-def test_counts_divide_as_they_are_and_zero_divides_by_one():
+def test_sums_are_divided_by_counts_and_by_one_if_the_count_is_zero():
     sums = {"softce": torch.tensor(3.0), "text_ce": torch.tensor(0.0)}
     assert {k: v.item() for k, v in means(sums, COUNTS | {"coord": 0.5, "text": 0.0}).items()} == {
         "softce": 6.0,
@@ -124,7 +124,7 @@ def test_a_slot_of_weight_zero_is_absent_even_if_infinite():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_entropy_is_paid_for_or_rewarded(sign):
+def test_the_sign_of_the_entropy_weight_sharpens_or_flattens(sign):
     """One step down the gradient sharpens a distribution for a positive weight and flattens it for a negative one."""
     logits_NV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1), requires_grad=True)
     before = coord_sums(coord_slots(logits_NV, torch.full((3,), 500.0), FIRST_ID), {"entropy"})["entropy"]

@@ -1,4 +1,4 @@
-"""The pass through the head against textbook terms on stored logits: values, gradients, and what it keeps.
+"""The fused head against reference terms on stored logits: values, gradients, and memory.
 
 N slots: coordinate slots first, then text, then tokens to push down.
 """
@@ -115,18 +115,18 @@ SUBSETS = [s for n in range(len(ALL) + 1) for s in itertools.combinations(ALL, n
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
-def test_equals_the_textbook_whatever_is_wanted(wanted):
+def test_equals_the_reference_for_every_combination_of_gradients(wanted):
     assert_same(Case(), wanted)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, N_COORD, N - 1, N, 256])
 @pytest.mark.parametrize("slots_first", [False, True])
-def test_chunks_and_layout_change_nothing(chunk, slots_first):
+def test_chunk_size_and_layout_do_not_change_the_result(chunk, slots_first):
     assert_same(Case(torch.float64), rtol=1e-10, chunk=chunk, slots_first=slots_first)
 
 
 @pytest.mark.parametrize("trained", ["head", "rows", "nothing"])
-def test_factors_in_bfloat16_are_summed_in_float32(trained):
+def test_bfloat16_factors_are_accumulated_in_float32(trained):
     """As on a GPU: weights and hidden states stay in float32, and so do the gradients on them."""
     case = Case()
     expected = gradients(loss_of(*case.ours()[:2]), case.hidden_ND, case.head_VD)
@@ -143,18 +143,18 @@ def test_factors_in_bfloat16_are_summed_in_float32(trained):
 
 
 @pytest.mark.parametrize("kinds", [(0, 11, 3), (8, 0, 3), (8, 11, 0), (0, 0, 0), (8, 0, 0)])
-def test_slots_of_a_kind_may_be_missing(kinds):
+def test_any_kind_of_slot_may_be_absent(kinds):
     assert_same(Case(n_coord=kinds[0], n_text=kinds[1], n_unlikely=kinds[2]))
 
 
 @pytest.mark.parametrize("factors", [None, FACTORS, {**FACTORS, "gate": 0.0}, dict.fromkeys(FACTORS, 0.0)])
-def test_what_was_expected_changes_no_gradient(factors):
+def test_expected_factors_do_not_change_gradients(factors):
     """Right, unknown, or wrong in one term or in all."""
     assert_same(Case(), factors=factors)
 
 
-def test_the_gradient_of_one_term_and_then_that_of_the_loss_twice():
-    """What a monitor asks for before the step, and a second backward pass after gradients were handed over."""
+def test_gradients_of_single_terms_and_of_the_loss_can_be_repeated():
+    """The requests of the gradient monitor, and a second backward pass after the gradients were given away."""
     case = Case(torch.float64)
     wide = case.wide()
     ours, theirs = case.ours()[0], case.textbook(*wide)[0]
@@ -166,7 +166,7 @@ def test_the_gradient_of_one_term_and_then_that_of_the_loss_twice():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_backward_pass_as_expected_needs_no_second_pass(monkeypatch):
+def test_a_backward_pass_with_expected_factors_needs_no_second_pass(monkeypatch):
     case = Case()
     found = case.ours()
     monkeypatch.setattr(HeadSweep, "run", lambda *_: pytest.fail("ran again"))
@@ -174,7 +174,7 @@ def test_a_backward_pass_as_expected_needs_no_second_pass(monkeypatch):
     assert all(torch.isfinite(g).all() for g in grads)
 
 
-def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
+def test_unneeded_gradients_are_not_computed(monkeypatch):
     monkeypatch.setattr(HeadSweep, "_add_gradients", lambda *_: pytest.fail("not wanted"))
     with torch.no_grad():
         sums, _, _ = Case().ours()
@@ -250,19 +250,19 @@ def test_a_frozen_head_and_one_of_which_the_coordinate_rows_train(factors):
     torch.testing.assert_close(gradients(loss_of(*frozen[:2]), case.hidden_ND)[0], grad_hidden_ND, rtol=1e-6, atol=0)
 
 
-def test_a_small_vocabulary_goes_through_at_once_and_qwens_256_slots_at_a_time():
+def test_chunks_hold_all_slots_for_a_small_vocabulary_and_256_for_qwens():
     assert chunk_slots(152_936) == 256
     assert chunk_slots(2_536) > 8_192
     assert chunk_slots(2 * CHUNK_LOGITS) == 1
 
 
 @pytest.mark.parametrize(("free_gb", "slots"), [(0, 256), (1, 256), (4, 512), (20, 2048), (80, 2048)])
-def test_on_a_gpu_a_chunk_is_as_large_as_what_is_free_allows(free_gb, slots):
+def test_on_a_gpu_the_chunk_size_follows_free_memory(free_gb, slots):
     assert chunk_slots(152_936, int(free_gb * 1e9)) == slots
 
 
 @pytest.mark.parametrize("first_id", [FIRST_ID, 0, VOCAB - K])
-def test_the_terms_of_the_odds_are_the_textbooks(first_id):
+def test_terms_of_log_odds_match_the_reference(first_id):
     """Values and gradients in float64, wherever the coordinate ids lie in the vocabulary."""
     logits_NV = torch.randn(6, VOCAB, dtype=torch.float64, requires_grad=True)
     ids_N = torch.tensor([0, 3, VOCAB - 1, VOCAB // 2, 8, 900])
@@ -279,7 +279,7 @@ def test_the_terms_of_the_odds_are_the_textbooks(first_id):
     torch.testing.assert_close(gate(odds["text_log_odds_N"]), -mass_N.log(), rtol=1e-11, atol=0)
 
 
-def test_an_unlikely_token_keeps_an_exact_loss_and_a_hopeless_slot_no_gradient():
+def test_improbable_tokens_have_accurate_losses_and_clamped_slots_no_gradient():
     odds_N = torch.tensor([math.log(3.0), -40.0, 40.0], requires_grad=True)
     values_N = unlikelihood(odds_N)
     assert values_N.tolist() == pytest.approx([math.log(4), math.exp(-40), MAX_PENALTY], rel=1e-5)
@@ -304,7 +304,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return head_kernels
 
 
-def test_the_kernels_hold_the_textbook(kernels):
+def test_the_kernels_match_the_reference(kernels):
     assert kernels.hold_on(torch.device("cpu"))
     for kinds in ((N_COORD, N_TEXT, N_UNLIKELY), (8, 0, 3), (0, 0, 0)):
         assert_same(Case(n_coord=kinds[0], n_text=kinds[1], n_unlikely=kinds[2]), slots_first=True, kernels=kernels)
@@ -315,7 +315,7 @@ def test_the_kernels_hold_the_textbook(kernels):
         assert (ours - theirs).norm() <= 2**-8 * theirs.norm()  # the interpreter cuts bf16 off instead of rounding it
 
 
-def test_kernels_with_other_numbers_are_not_used(kernels, monkeypatch, caplog):
+def test_kernels_that_differ_from_torch_are_not_used(kernels, monkeypatch, caplog):
     right = kernels.masses
     monkeypatch.setattr(kernels, "masses", lambda *given: tuple(1.001 * m_R for m_R in right(*given)))
     assert not kernels.hold_on(torch.device("cpu"))

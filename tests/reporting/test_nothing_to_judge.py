@@ -89,7 +89,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_first_lines_say_how_the_answers_fail(text: str) -> None:
     decided, why, *_ = (line for line in text.splitlines()[1:] if line)
     assert decided.startswith("- **No decision**: answers of stage2 are not judged")
-    assert why.startswith("- **stage2 is not judged**: 100 % of the answers are cut at the token budget")
+    assert why.startswith("- **stage2 is not judged**: 100 % of the answers are truncated at the token budget")
     assert "of the answers loop" in why
     assert "`coordexp ab -S stage2.b_ratio" not in text  # of such answers only how to mend them
 

@@ -1,4 +1,4 @@
-"""Scores: expected IoU against brute force, hand values, and what each scheme must not depend on."""
+"""Scores: expected IoU against brute force, hand-computed values, and invariances of each scheme."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_expected_iou_of_two_modes_by_hand() -> None:
     assert expected_iou(BOXES[:1], probs)[0] == pytest.approx((1.0 + 0.5) / 2)
 
 
-def test_expected_iou_converges_and_counts_turned_boxes_as_nothing() -> None:
+def test_expected_iou_converges_and_counts_inverted_boxes_as_zero() -> None:
     broad = np.full((1, 4, NUM_BINS), 1 / NUM_BINS)
     coarse, fine = (expected_iou(BOXES[:1], broad, nodes=q)[0] for q in (8, 16))
     assert coarse == pytest.approx(fine, abs=0.01)

@@ -1,4 +1,4 @@
-"""From generated ids to lines of the hand-over file: boxes in pixels, and which token's probability belongs to what."""
+"""From generated ids to lines of the predictions file: boxes in pixels, and probabilities of each object's tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read(reader: AnswerReader, sample, generation: Generation, logprobs: Rescore
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_an_answer_that_says_the_truth(world, checkpoint, codec):
+def test_an_answer_equal_to_the_annotation(world, checkpoint, codec):
     """Every object comes back, in original pixels, within half a bin (one at the far edge) of its annotation."""
     reader, encoder = reader_and_encoder(checkpoint, codec)
     for sample in world.samples:
@@ -101,7 +101,7 @@ def test_probabilities_are_those_of_the_tokens_of_each_object(world, checkpoint,
         assert pred.desc_logprob == pytest.approx(logprobs.logprobs_A[own & (answer.roles == Role.DESC)].mean())
 
 
-def test_crowds_are_handed_over_as_crowds(world, checkpoint):
+def test_crowd_flags_reach_the_predictions_file(world, checkpoint):
     sample = world.store[1]
     result = scored(
         answer_reader(checkpoint).decoded(sample, Generation(sample.answer_ids, "stop"), random_logprobs(200), ""),
@@ -111,7 +111,7 @@ def test_crowds_are_handed_over_as_crowds(world, checkpoint):
     assert sum(sample.iscrowd) == 1
 
 
-def test_an_answer_cut_in_the_second_object_keeps_the_first(world, checkpoint):
+def test_an_answer_truncated_in_the_second_object_keeps_the_first(world, checkpoint):
     sample = next(s for s in world.samples if len(truth_of(s)) >= 2)
     second = int(np.flatnonzero(sample.answer_objects == 1)[-1])
     cut = Generation(sample.answer_ids[:second], "length")
@@ -157,7 +157,7 @@ def test_boxes_under_each_rule_by_hand():
     np.testing.assert_allclose(found["median"], [100 - 0.5 + 2 / 3, 200 - 0.5 + 5 / 6, 300, 900])
 
 
-def test_a_box_that_would_turn_over_keeps_its_emitted_axis():
+def test_a_box_that_would_be_inverted_keeps_its_emitted_axis():
     probs = peaks({100: 0.5, 900: 0.5}, {200: 0.5, 202: 0.5}, {300: 0.9, 0: 0.1}, {400: 1.0})
     found = read_bins("expectation", np.array([[100.0, 200.0, 300.0, 400.0]]), probs, 16)
     np.testing.assert_allclose(found, [[100, 201, 300, 400]])

@@ -1,4 +1,4 @@
-"""Constrained generation in memory: an untrained model at high temperature, and nothing that does not parse."""
+"""Constrained in-memory generation: all answers of an untrained model at high temperature parse."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_thousand_answers_parse(world: World, codec: str) -> None:
     assert len({len(answer.objects) for answer in found}) > 1
 
 
-def test_the_duplicate_guard_holds_in_generation(world: World) -> None:
+def test_the_duplicate_constraint_holds_in_generation(world: World) -> None:
     found = answers(world, "tags", sampled("tags", 200, duplicate_iou=0.2, names=("cat",)), copies=3)
     boxes = [as_boxes([o.bins for o in answer.objects]) for answer in found]
     overlaps = [pairwise_iou(b, b)[np.triu_indices(len(b), 1)] for b in boxes]

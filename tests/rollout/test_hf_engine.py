@@ -1,4 +1,4 @@
-"""The engine: grouping changes no answer, results keep the order of the samples, what is finished is not lost."""
+"""The in-memory engine: groups do not affect answers, results keep the order of samples, finished work is kept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def all_bytes(generations) -> list[tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize("request_", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_path, monkeypatch, request_):
+def test_an_interrupted_run_resumes_after_its_last_group(world, checkpoint, tmp_path, monkeypatch, request_):
     monkeypatch.setattr("coordexp.rollout.hf_engine.GROUP_BATCHES", 1)
     undisturbed = all_bytes(HfEngine(checkpoint, world.root, 2).generate(world.samples, request_))
     original, groups = hf_engine.answer_group, []
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_after_its_last_group(world, checkpoint, tmp_
     assert probs is TokenProbs
 
 
-def test_the_number_of_processes_changes_no_byte(world, checkpoint, tmp_path, monkeypatch):
+def test_the_number_of_processes_does_not_change_a_byte(world, checkpoint, tmp_path, monkeypatch):
     """Nor does it whether one of them is killed, and the rest is answered by this process."""
     monkeypatch.setattr(hf_engine, "GROUP_BATCHES", 1)
     save_checkpoint(tmp_path / "model", checkpoint)
@@ -185,18 +185,18 @@ def test_the_token_budget_ends_an_answer(world, checkpoint):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_in_training_goes_on_training(world, checkpoint, training):
+def test_a_model_in_training_mode_returns_to_it(world, checkpoint, training):
     checkpoint.model.train(training)
     HfEngine(checkpoint, world.root, 1).generate(world.samples[:1], asked(GREEDY, max_new_tokens=1))
     assert checkpoint.model.training is training
     checkpoint.model.eval()
 
 
-def test_no_samples_no_answers(world, checkpoint):
+def test_without_samples_there_are_no_answers(world, checkpoint):
     assert HfEngine(checkpoint, world.root, 4).generate([], GREEDY) == []
 
 
-def test_no_answer_holds_the_placeholder_of_a_picture(world):
+def test_no_answer_contains_an_image_placeholder(world):
     """The model would look for the picture of it when the answer is read again."""
     checkpoint = new_checkpoint()
     config = checkpoint.model.config

@@ -1,4 +1,4 @@
-"""Answers on disk: what decides one is in its key, and damage costs that answer and nothing else."""
+"""The journal: its keys cover everything that determines an answer, and damage loses only the damaged answer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ VOCABULARY = 10
     ],
 )
 @pytest.mark.parametrize("ends", [b"\n", b""])
-def test_a_damaged_line_is_dropped_and_named(
+def test_a_damaged_line_is_dropped_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes, ends: bytes
 ) -> None:
     path = tmp_path / "j.jsonl"
@@ -86,7 +86,7 @@ def test_a_damaged_line_is_dropped_and_named(
         assert "line 2: " in caplog.text
 
 
-def test_what_was_answered_before_damage_is_asked_again_and_kept(tmp_path: Path) -> None:
+def test_an_answer_with_a_damaged_line_is_generated_again_and_stored(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(line(ids=[VOCABULARY]) + b"\n")
     journal = Journal(path)
@@ -96,7 +96,7 @@ def test_what_was_answered_before_damage_is_asked_again_and_kept(tmp_path: Path)
 
 
 @pytest.mark.parametrize("coord_probs", [PROBS.coord_probs_CK, np.empty((0, 1000), np.float16), None])
-def test_what_is_read_back_is_what_was_written_to_the_last_bit(tmp_path: Path, coord_probs: NDArray | None) -> None:
+def test_generations_are_read_back_bit_for_bit(tmp_path: Path, coord_probs: NDArray | None) -> None:
     journal = Journal(tmp_path / "j.jsonl")
     journal.append("bare", replace(FINISHED, probs=None))
     journal.append("kept", replace(FINISHED, probs=replace(PROBS, coord_probs_CK=coord_probs)))
@@ -111,7 +111,7 @@ def test_what_is_read_back_is_what_was_written_to_the_last_bit(tmp_path: Path, c
         np.testing.assert_array_equal(found.coord_probs_CK, coord_probs, strict=True)
 
 
-def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path: Path) -> None:
+def test_the_key_of_a_request_covers_everything_that_determines_the_answer(world: World, tmp_path: Path) -> None:
     sample = world.samples[0]
     picture = tmp_path / sample.image
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def test_the_key_of_a_request_is_what_decides_its_answer(world: World, tmp_path:
     assert key() not in keys
 
 
-def test_a_key_needs_the_picture(world: World, tmp_path: Path) -> None:
+def test_a_key_needs_the_image(world: World, tmp_path: Path) -> None:
     sample = replace(world.samples[0], image="a.png")
     with pytest.raises(DataError, match=r"a\.png: no such file"):
         request_key(sample, REQUEST, tmp_path)

@@ -1,4 +1,4 @@
-"""Rollouts on file: who is matched to whom, what does not parse, and that the file gives back what it was given."""
+"""Rollouts: matching, answers that do not parse, and the round trip through the file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_truth_in_reverse_order_matches_everything(world, checkpoint):
     assert rollout.usable
 
 
-def test_crowds_are_no_partners(world, checkpoint):
+def test_crowd_regions_are_never_matched(world, checkpoint):
     sample = world.store[1]
     n_objects = len(sample.descs) - 1
     rollout = rollout_of(checkpoint, sample, truth_of(sample))
@@ -52,7 +52,7 @@ def test_crowds_are_no_partners(world, checkpoint):
     assert {gt for _, gt in rollout.pairs} == set(range(n_objects))
 
 
-def test_the_gate_leaves_a_far_prediction_unmatched(world, checkpoint):
+def test_the_threshold_leaves_a_distant_prediction_unmatched(world, checkpoint):
     sample = replace(
         world.store[0], boxes_xyxy_px=np.array([[0, 0, 20, 20]], np.float32), descs=("cat",), iscrowd=(False,)
     )
@@ -88,7 +88,7 @@ def test_an_empty_answer_is_usable(world, checkpoint):
     assert rollout.objects == rollout.pairs == ()
 
 
-def test_the_file_gives_back_what_it_was_given(world, checkpoint, tmp_path):
+def test_rollouts_survive_the_file(world, checkpoint, tmp_path):
     path, rollouts = tmp_path / "rollouts.jsonl", teacher_rollouts(checkpoint, world)
     generations = {i: Generation(np.array(r.ids, np.int32), r.finish_reason) for i, r in rollouts.items()}
     write_generations(path, generations)
@@ -127,5 +127,5 @@ def test_a_summary_without_objects_is_undefined(world, caplog):
     summary = rollout_summary(samples, rollouts, reports)
     assert [summary[key] for key in ("precision", "recall", "f1", "matched_iou_mean")] == [None] * 4
     warn_of_unusable(reports)
-    assert f"{len(samples)} of {len(samples)} rollouts are cut at the token budget" in caplog.text
-    assert "hold no object at all" in caplog.text
+    assert f"{len(samples)} of {len(samples)} rollouts are truncated at the token budget" in caplog.text
+    assert "the rollouts have no objects" in caplog.text

@@ -52,7 +52,7 @@ def test_a_longer_answer_begins_with_the_values_of_the_shorter(world, checkpoint
     np.testing.assert_allclose(long[:4], short, atol=1e-5)
 
 
-def test_a_model_in_training_goes_on_training(world, checkpoint):
+def test_a_model_in_training_mode_returns_to_it(world, checkpoint):
     checkpoint.model.train()
     generation = Generation(world.store[0].answer_ids, "stop")
     (values,) = token_logprobs(checkpoint, world.collator(checkpoint), [world.store[0]], [generation], 1)

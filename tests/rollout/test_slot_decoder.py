@@ -85,7 +85,7 @@ def test_greedy_answers_are_those_of_generate(world: World, checkpoint: Checkpoi
 
 @pytest.mark.parametrize("beams", [2, 3])
 @pytest.mark.parametrize("name", [name for name in REQUESTS if "grammar" not in name])
-def test_the_likeliest_beam_is_that_of_generate(world: World, checkpoint: Checkpoint, name: str, beams: int) -> None:
+def test_the_best_beam_is_that_of_generate(world: World, checkpoint: Checkpoint, name: str, beams: int) -> None:
     """Pictures come and go, two at a time, and a beam ends before the search or at the budget."""
     codec, changes = REQUESTS[name]
     request = asked(replace(LONG, codec=codec), **changes, beams=beams)
@@ -104,7 +104,9 @@ def logprob(generation: Generation) -> float:
 
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
-def test_beams_keep_to_a_grammar_and_find_likelier_answers(world: World, checkpoint: Checkpoint, codec: str) -> None:
+def test_beams_follow_a_grammar_and_find_more_probable_answers(
+    world: World, checkpoint: Checkpoint, codec: str
+) -> None:
     request = asked(replace(LONG, codec=codec), grammar="any", corners="valid", duplicate_iou=0.5, max_new_tokens=40)
     greedy, searched = (
         decoder(checkpoint, world, asked(request, beams=beams), 8).decode(world.samples) for beams in (1, 3)
@@ -119,7 +121,9 @@ def test_beams_keep_to_a_grammar_and_find_likelier_answers(world: World, checkpo
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", REQUESTS)
-def test_what_is_kept_is_what_rescoring_says(world: World, checkpoint: Checkpoint, name: str, beams: int) -> None:
+def test_probabilities_kept_while_decoding_equal_those_of_rescoring(
+    world: World, checkpoint: Checkpoint, name: str, beams: int
+) -> None:
     codec, changes = REQUESTS[name]
     request = asked(replace(LONG, codec=codec), **changes, beams=beams)
     samples = many(world, 3 - min(beams, 2))
@@ -141,7 +145,7 @@ def test_what_is_kept_is_what_rescoring_says(world: World, checkpoint: Checkpoin
     assert beams > 1 or name not in ("grammar", "grammar, tags") or sum(map(len, boxes)) > 1
 
 
-def test_only_answers_without_probabilities_are_scored_again(
+def test_only_answers_without_probabilities_are_rescored(
     world: World, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a server; the same boxes and scores come out."""
@@ -172,13 +176,13 @@ def test_only_answers_without_probabilities_are_scored_again(
             assert a.score == pytest.approx(b.score, abs=1e-4)
 
 
-def test_nothing_is_kept_that_nobody_reads(world: World, checkpoint: Checkpoint) -> None:
+def test_probabilities_are_kept_only_on_request(world: World, checkpoint: Checkpoint) -> None:
     bare = decoder(checkpoint, world, replace(LONG, keep_probs=False), 5).decode(world.samples)
     assert [g.probs for g in bare] == [None] * len(bare)
     assert answers(bare) == answers(decoder(checkpoint, world, LONG, 5).decode(world.samples))
 
 
-def test_no_forward_is_spent_on_an_answer_that_has_ended(world: World, checkpoint: Checkpoint) -> None:
+def test_finished_answers_take_part_in_no_forward(world: World, checkpoint: Checkpoint) -> None:
     """Beside `generate`, whose batches last as long as their longest answer."""
     samples, ours = many(world, 4), decoder(checkpoint, world, LONG, 4)
     lengths = [len(g.ids) for g in ours.decode(samples)]
@@ -204,7 +208,9 @@ def test_forced_tokens_share_a_forward(world: World, checkpoint: Checkpoint, cod
     assert alone.forwards <= n_decisions < 0.95 * n_tokens
 
 
-def test_slots_do_not_leak(world: World, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_do_not_leak_into_later_answers(
+    world: World, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever an earlier answer left in the cache."""
     samples = many(world, 2)
     clean = decoder(checkpoint, world, LONG, 3).decode(samples)
@@ -226,7 +232,7 @@ def test_slots_do_not_leak(world: World, checkpoint: Checkpoint, monkeypatch: py
 
 
 @pytest.mark.parametrize("grammar", ["none", "any"])
-def test_a_drawn_answer_does_not_depend_on_its_company(world: World, checkpoint: Checkpoint, grammar: str) -> None:
+def test_a_sampled_answer_does_not_depend_on_its_batch(world: World, checkpoint: Checkpoint, grammar: str) -> None:
     request = asked(LONG, temperature=1.2, top_p=0.9, grammar=grammar, max_new_tokens=60)
     samples = many(world, 2)
     together = decoder(checkpoint, world, request, 7).decode(samples)
@@ -235,7 +241,7 @@ def test_a_drawn_answer_does_not_depend_on_its_company(world: World, checkpoint:
     assert answers(together) != answers(decoder(checkpoint, world, replace(request, seed=4), 7).decode(samples))
 
 
-def test_several_draws_for_a_picture_are_those_of_several_runs_and_read_it_once(
+def test_several_samples_of_an_image_equal_several_runs_and_load_it_once(
     world: World, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, draws = asked(LONG, temperature=1.2), 3
@@ -263,7 +269,9 @@ def test_several_draws_for_a_picture_are_those_of_several_runs_and_read_it_once(
         {"temperature": 2.0, "top_p": 0.9, "repetition_penalty": 1.5},
     ],
 )
-def test_tokens_are_drawn_from_what_transformers_leaves(checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
+def test_tokens_are_sampled_from_the_distribution_of_transformers(
+    checkpoint: Checkpoint, changes: dict[str, Any]
+) -> None:
     """The probabilities behind all processors; repeated tokens, logits of both signs and ties among them."""
     decode = changed(PARAMS.decode, **changes)
     config = checkpoint.model.config
@@ -280,7 +288,7 @@ def test_tokens_are_drawn_from_what_transformers_leaves(checkpoint: Checkpoint, 
     assert torch.equal(found.isinf(), expected.isinf())
 
 
-def test_numbers_draw_tokens_by_their_probability() -> None:
+def test_random_numbers_select_tokens_by_probability() -> None:
     choice = TokenChoice(changed(PARAMS.decode, temperature=1.0), [])
     probs = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
     numbers = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24])
@@ -312,7 +320,7 @@ def test_bfloat16_keys_and_values_for_a_model_that_computes_in_it(
     assert caches[0].keys.dtype == torch.bfloat16
 
 
-def test_a_step_of_training_may_follow_on_the_same_lengths(world: World) -> None:
+def test_a_training_step_may_follow_on_the_same_lengths(world: World) -> None:
     """What attention remembers of a packing was made without gradients."""
     checkpoint = new_checkpoint()
     decoder(checkpoint, world, asked(LONG, max_new_tokens=1), 6).decode(world.samples)
@@ -322,7 +330,7 @@ def test_a_step_of_training_may_follow_on_the_same_lengths(world: World) -> None
     assert all(p.grad is not None for p in checkpoint.model.model.language_model.layers.parameters())
 
 
-def test_generating_leaves_torchs_numbers_alone(world: World, checkpoint: Checkpoint) -> None:
+def test_generation_does_not_use_torchs_global_generator(world: World, checkpoint: Checkpoint) -> None:
     state = torch.get_rng_state()
     HfEngine(checkpoint, world.root, 4).generate(world.samples, asked(LONG, temperature=1.0))
     assert torch.equal(torch.get_rng_state(), state)

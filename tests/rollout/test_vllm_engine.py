@@ -1,4 +1,4 @@
-"""The engine and its client against servers of our own: order, retries, deaths, resuming, and replies that are none."""
+"""The vLLM engine and its client against fake servers: order, retries, server failures, resuming, invalid replies."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_requests_are_spread_by_their_index(world: World, tmp_path: Path) -> Non
             assert sorted(image_of(body) for body in server.bodies) == list(range(place, 12, 3))
 
 
-def test_no_more_requests_are_under_way_than_allowed(world: World, tmp_path: Path) -> None:
+def test_the_number_of_concurrent_requests_is_limited(world: World, tmp_path: Path) -> None:
     under_way, most, lock = 0, 0, threading.Lock()
 
     def answer(body: dict, _: int) -> tuple[int, dict]:
@@ -250,10 +250,10 @@ def faults(sample: Sample) -> dict[str, Callable[[], tuple[int, dict | bytes | I
     }
 
 
-def test_no_fault_of_a_server_is_kept_or_ends_a_run_that_another_server_can_finish(
+def test_server_faults_are_not_stored_and_do_not_end_the_run(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each is asked again, then its server is left out; the answers are those of the other one, and nothing else."""
+    """Each request is repeated, then the server is excluded; all answers come from the other server."""
     samples, n_faults = copies(world, 3), 0
     for name, fault in faults(world.samples[0]).items():
         journal = tmp_path / f"{name}.jsonl"
@@ -261,14 +261,14 @@ def test_no_fault_of_a_server_is_kept_or_ends_a_run_that_another_server_can_fini
         with fakes(lambda *_, fault=fault: fault(), by_seed(world)) as servers:  # type: ignore[misc]
             found = run(world, servers, samples, journal, workers=1, tries=2, seconds=0.5)
             assert len(servers[0].bodies) == 2, name
-            assert f"{servers[0].url} is left out" in caplog.text, name
+            assert f"{servers[0].url} is excluded" in caplog.text, name
         assert [g.ids.tolist() for g in found] == [[i, END] for i in range(3)], name
         assert sorted(g.ids.tolist() for g in Journal(journal).read(2**31).values()) == [[i, END] for i in range(3)]
         n_faults += 1
     assert n_faults == 38
 
 
-def test_garbage_is_asked_again_and_never_kept(world: World, tmp_path: Path) -> None:
+def test_invalid_replies_are_repeated_and_never_stored(world: World, tmp_path: Path) -> None:
     def restarted(body: dict, n: int) -> tuple[int, dict | bytes]:
         beyond = {"token_ids": [len(TOKENIZER)], "finish_reason": "length"}
         replies: list[dict | bytes] = [GARBAGE, b"", {"error": "x"}, completion(world.samples[0], 7)[1]]
@@ -282,17 +282,17 @@ def test_garbage_is_asked_again_and_never_kept(world: World, tmp_path: Path) -> 
     assert [g.ids.tolist() for g in Journal(tmp_path / "j.jsonl").read(2**31).values()] == [[7, END]]
 
 
-def test_a_server_of_garbage_is_left_out_and_the_others_answer(
+def test_a_server_with_invalid_replies_is_excluded(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with fakes(lambda *_: (200, GARBAGE), by_seed(world)) as servers:
         found = run(world, servers, copies(world, 10), tmp_path / "j.jsonl", workers=1, tries=2)
         assert [g.ids[0] for g in found] == list(range(10))
         assert len(servers[0].bodies) == 2
-        assert f"{servers[0].url} is left out" in caplog.text
+        assert f"{servers[0].url} is excluded" in caplog.text
 
 
-def test_with_no_server_but_those_of_garbage_the_run_ends_in_one_message(world: World, tmp_path: Path) -> None:
+def test_only_servers_with_invalid_replies_end_the_run_with_one_message(world: World, tmp_path: Path) -> None:
     journal = tmp_path / "j.jsonl"
     with fakes(lambda *_: (200, GARBAGE), lambda *_: (200, b"null")) as servers:
         with pytest.raises(ServerError, match="none of the vLLM servers answers") as caught:
@@ -306,7 +306,7 @@ def test_with_no_server_but_those_of_garbage_the_run_ends_in_one_message(world: 
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_wrong_request_is_not_repeated_elsewhere(world: World, tmp_path: Path, status: int) -> None:
+def test_an_invalid_request_is_not_sent_to_another_server(world: World, tmp_path: Path, status: int) -> None:
     with fakes(lambda *_: (status, {"error": "no"}), by_seed(world)) as servers:
         with pytest.raises(ServerError, match=rf"{servers[0].url}: HTTP {status}"):
             run(world, servers, copies(world, 1), tmp_path / "j.jsonl")
@@ -317,7 +317,7 @@ def other_weights(world: World) -> dict:
     return completion(world.samples[0], 1)[1] | {"model": "coordexp-000000000002"}
 
 
-def test_a_server_of_other_weights_is_refused_before_it_is_asked(world: World, tmp_path: Path) -> None:
+def test_a_server_with_other_weights_is_rejected_before_any_request(world: World, tmp_path: Path) -> None:
     words = r"holds coordexp-000000000002, expected coordexp-000000000001, the weights of runs/tiny/stage1\. .*"
     with fakes(by_seed(world), by_seed(world)) as servers:
         servers[1].models = {"data": [{"id": "coordexp-000000000002"}]}
@@ -329,7 +329,7 @@ def test_a_server_of_other_weights_is_refused_before_it_is_asked(world: World, t
         assert servers[0].bodies == servers[1].bodies == []
 
 
-def test_a_server_that_got_other_weights_in_between_is_refused(world: World, tmp_path: Path) -> None:
+def test_a_server_whose_weights_changed_is_rejected(world: World, tmp_path: Path) -> None:
     """It knows no model of the name that is asked, as vLLM says with 404."""
 
     def restarted(body: dict, n: int) -> tuple[int, dict]:
@@ -343,7 +343,7 @@ def test_a_server_that_got_other_weights_in_between_is_refused(world: World, tmp
 
 
 @pytest.mark.parametrize("said", [b"", GARBAGE, b"[]", b'{"data": 1}', b'{"data": [{"id": 1}]}', b"[" * 100_000])
-def test_a_server_that_does_not_say_its_weights_is_judged_by_its_answers(
+def test_a_server_that_does_not_report_its_weights_is_checked_by_its_answers(
     world: World, tmp_path: Path, said: bytes
 ) -> None:
     with fakes(by_seed(world)) as servers:
@@ -405,7 +405,7 @@ def test_a_constrained_request_carries_the_grammar_and_what_a_walk_needs(world: 
     assert (asked["codec"], asked["names"]) == ("tags", ["cat"])
 
 
-def test_a_view_of_a_picture_is_what_is_sent(world: World, tmp_path: Path) -> None:
+def test_a_view_of_an_image_is_sent_as_a_view(world: World, tmp_path: Path) -> None:
     sample = replace(world.samples[0], image=f"{world.samples[0].image}#flip", image_id=0)
     with fakes(by_seed(world)) as servers:
         run(world, servers, [sample], tmp_path / "j.jsonl")
@@ -414,7 +414,7 @@ def test_a_view_of_a_picture_is_what_is_sent(world: World, tmp_path: Path) -> No
     assert (sent == load_sample_rgb(world.root, sample.image, sample.resized_width, sample.resized_height)).all()
 
 
-def test_an_answer_without_an_end_is_cut_by_its_budget(world: World, tmp_path: Path) -> None:
+def test_an_answer_without_an_end_is_truncated_at_its_budget(world: World, tmp_path: Path) -> None:
     def endless(body: dict, _: int) -> tuple[int, dict]:
         status, answer = completion(world.samples[0], 1)
         return status, answer | {"choices": [{"token_ids": [1] * 8, "finish_reason": "length"}]}

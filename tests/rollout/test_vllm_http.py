@@ -1,4 +1,4 @@
-"""Requests go to the server and nowhere else, and end in time, whatever is sent back."""
+"""Requests go only to the configured server, and end in time whatever the reply."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_reply_has_a_limit_of_size(serve: Callable[..., RawServer], monkeypatc
         b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
     ],
 )
-def test_what_is_not_http_is_a_fault_in_printable_words(serve: Callable[..., RawServer], reply: bytes) -> None:
+def test_a_reply_that_is_not_http_is_a_printable_fault(serve: Callable[..., RawServer], reply: bytes) -> None:
     with pytest.raises(ServerFault) as caught:
         exchange(parse_address(serve(reply).url), "/", None, 5)
     assert str(caught.value).isprintable()
@@ -180,7 +180,7 @@ def test_a_key_in_the_url_is_sent_and_never_shown(serve: Callable[..., RawServer
         "http://user:pw@h", "http://:%0d%0aX@h", "http://h?x=1", "http://[::1", "http://hö:1",
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
+def test_an_invalid_server_url_is_rejected(url: str) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.servers"):
         ServerPool([], 1, 1, WEIGHTS)
     with pytest.raises(ConfigError, match=r"rollout\.servers") as caught:
@@ -189,6 +189,6 @@ def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
     assert "pw@" not in str(caught.value)
 
 
-def test_a_host_that_no_name_can_be_is_a_fault() -> None:
+def test_an_invalid_host_name_is_a_fault() -> None:
     with pytest.raises(ServerFault):
         exchange(parse_address("http://a..b:1"), "/", None, 1)

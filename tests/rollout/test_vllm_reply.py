@@ -1,4 +1,4 @@
-"""Whatever a server sends is the answer it meant, or a fault in words: nothing else comes out of reading a reply."""
+"""Every reply of a server is either the correct answer or a fault with a reason."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def test_a_changed_reply_is_the_same_answer_or_a_fault() -> None:
         ("{}".encode("utf-16"), "not UTF-8"),
         (b"[" * 200000, "nested too deeply"),
         (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
-        (b"null", "no JSON object: null"),
-        (b"[]", "no JSON object"),
+        (b"null", "not a JSON object: null"),
+        (b"[]", "not a JSON object"),
         (b'{"error": {"message": "worker restarted \\u001b[31m"}}', "worker restarted"),
         (b'{"choices": [], "prompt_token_ids": []}', "'choices'"),
     ],
 )
-def test_what_is_no_completion_is_named(body: bytes, words: str) -> None:
+def test_an_invalid_completion_is_reported(body: bytes, words: str) -> None:
     with pytest.raises(ServerFault, match=words):
         read_completion(body, EXPECTED)
 
@@ -125,8 +125,8 @@ def test_what_is_no_completion_is_named(body: bytes, words: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"token_ids": [1, 20]}, "the id 20, expected ids below 20"),
-        ({"token_ids": [1, IMAGE]}, "the id 18, which stands for a picture"),
+        ({"token_ids": [1, 20]}, "the largest id is 20, expected ids below 20"),
+        ({"token_ids": [1, IMAGE]}, "the id 18, the placeholder for an image"),
         ({"token_ids": [1, -1]}, "expected a list of token ids"),
         ({"token_ids": [True, 1]}, "expected a list of token ids"),
         ({"token_ids": [1.0]}, "expected a list of token ids"),
@@ -134,16 +134,16 @@ def test_what_is_no_completion_is_named(body: bytes, words: str) -> None:
         ({"token_ids": []}, "0 tokens, expected 1 to 4"),
         ({"token_ids": [1] * 5}, "5 tokens, expected 1 to 4"),
         ({"finish_reason": "abort"}, "finish reason is 'abort'"),
-        ({"token_ids": [1, 1], "finish_reason": "length"}, "cut after 2 tokens, expected 4"),
+        ({"token_ids": [1, 1], "finish_reason": "length"}, "truncated after 2 tokens, expected 4"),
     ],
 )
-def test_an_answer_that_was_not_asked_for_is_a_fault(change: dict[str, Any], words: str) -> None:
+def test_an_answer_that_does_not_match_the_request_is_a_fault(change: dict[str, Any], words: str) -> None:
     body = GOOD | {"choices": [GOOD["choices"][0] | change]}  # type: ignore[index]
     with pytest.raises(ServerFault, match=words):
         read_completion(json.dumps(body).encode(), EXPECTED)
 
 
-def test_the_prompt_must_be_ours() -> None:
+def test_the_prompt_tokens_must_match() -> None:
     with pytest.raises(ServerFault, match=r"token 1 \(ours 8, theirs 6\)"):
         read_completion(json.dumps(GOOD).encode(), replace(EXPECTED, prompt_ids=[5, 8, 7]))
     with pytest.raises(ServerFault, match=r"its length \(ours 2 tokens, theirs 3\)"):

@@ -95,7 +95,7 @@ def wait_until_gone(*pids: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_server_lives_as_long_as_its_block(tmp_path: Path) -> None:
+def test_a_server_runs_as_long_as_its_block(tmp_path: Path) -> None:
     with vllm_servers(commands(fake_python(tmp_path, SERVES))) as [server]:
         told = started(server, tmp_path)
         assert is_running(told["pid"])
@@ -114,7 +114,7 @@ def pool(url: str) -> ServerPool:
     return ServerPool([url], 5, 1, Weights(Path("checkpoint"), "coordexp-0"))
 
 
-def test_there_is_one_server_for_each_group_of_devices_that_its_interpreter_sees(
+def test_there_is_one_server_per_group_of_devices_of_its_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever our own torch sees; and each server has a key of its own."""
@@ -131,9 +131,7 @@ def test_there_is_one_server_for_each_group_of_devices_that_its_interpreter_sees
     wait_until_gone(*(one[name] for one in told for name in ("pid", "worker")))
 
 
-def test_a_server_does_not_take_itself_for_a_process_of_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_does_not_inherit_the_training_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would look for the others of a world that it is not in."""
     launched = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "ROLE_NAME", "TORCHELASTIC_USE_AGENT_STORE")
     for name in launched:
@@ -150,8 +148,8 @@ def test_a_server_does_not_take_itself_for_a_process_of_the_training(
         ({"devices": "cpu"}, 2, [("cpu",)]),
         ({}, 2, [("0",), ("1",)]),
         ({"devices": "1"}, 2, [("1",)]),
-        ({"devices": "1,2"}, 2, "names 2, but .* sees 0, 1"),
-        ({"devices": "0"}, 0, "sees no GPU"),
+        ({"devices": "1,2"}, 2, "names 2, but .* detects 0, 1"),
+        ({"devices": "0"}, 0, "detects no GPU"),
         ({"tensor_parallel": 2}, 3, "3 devices .* tensor_parallel 2"),
     ],
 )
@@ -175,12 +173,12 @@ def test_the_logits_processor_is_loaded_for_geometry_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("said", ["", "two", "-1"])
-def test_an_interpreter_that_does_not_say_what_it_sees_is_an_error(tmp_path: Path, said: str) -> None:
-    with pytest.raises(ServerError, match="cannot be asked for GPUs"):
+def test_an_interpreter_that_does_not_report_its_gpus_is_an_error(tmp_path: Path, said: str) -> None:
+    with pytest.raises(ServerError, match="does not report the GPUs"):
         commands(fake_python(tmp_path, "", gpus=said))
 
 
-def test_arguments_that_are_ours_are_refused() -> None:
+def test_server_arguments_set_by_coordexp_are_rejected() -> None:
     """However they are spelled: vLLM takes underscores, beginnings of names, and keys after a dot."""
     ours = [
         "--model=x",
@@ -327,7 +325,7 @@ def test_another_listener_on_the_port_is_not_taken_for_the_server_and_is_told_no
     assert set(handler.heard) <= {None}  # type: ignore[attr-defined]
 
 
-def test_a_port_is_ours_before_the_server_starts(tmp_path: Path) -> None:
+def test_a_port_is_reserved_before_the_server_starts(tmp_path: Path) -> None:
     """Nobody is given it meanwhile, and one that somebody has is refused at once."""
     with vllm_servers(commands(fake_python(tmp_path, SERVES))) as [server]:
         port = urllib.parse.urlsplit(server.url).port or 0
@@ -337,7 +335,7 @@ def test_a_port_is_ours_before_the_server_starts(tmp_path: Path) -> None:
             other.bind(("127.0.0.1", port))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        refused = pytest.raises(ServerError, match=f"cannot have 127.0.0.1:{port}: Address already in use")
+        refused = pytest.raises(ServerError, match=f"cannot use 127.0.0.1:{port}: Address already in use")
         with refused, vllm_servers(commands(fake_python(tmp_path, "")), port=port):
             pass
 

@@ -16,7 +16,7 @@ from coordexp.packing.samples import SampleStore
 from coordexp.text.codecs import Role
 from helpers import SCENES, SPRITES, catalog, new_tokenizer, tiny_pixels
 from toyworld.coco_folder import write_coco_folder
-from toyworld.pretrain import digit_segment, legs, prepare_base_samples, pretrain
+from toyworld.pretrain import digit_segment, prepare_base_samples, pretrain, segment_steps
 
 PROMPTS = {
     "mixed_listed": 0.4, "mixed_phrase": 0.2, "listed_names": 5, "listed_present": 0.7, "listed_hard": 0.5,
@@ -55,13 +55,13 @@ def store(home: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleStore:
     return SampleStore(path)
 
 
-def test_each_scene_is_asked_often_and_differently(store: SampleStore) -> None:
+def test_each_scene_gives_several_samples_with_different_prompts(store: SampleStore) -> None:
     assert len(store) == 40 * SCENES.train_images
     assert len({(s.image, s.prompt_ids.tobytes()) for s in store}) > 10 * SCENES.train_images
     assert len({s.image for s in store}) > SCENES.train_images  # flipped ones
 
 
-def test_no_question_and_no_answer_holds_a_label_that_is_held_out(store: SampleStore) -> None:
+def test_prompts_and_answers_contain_no_held_out_label(store: SampleStore) -> None:
     tokenizer = new_tokenizer()
     held_out = {label.name for tier, labels in catalog().tiers.items() if tier != "train" for label in labels}
     pairs = re.compile(rf"\b(?:{'|'.join(catalog().colors)}) \w+")
@@ -72,7 +72,7 @@ def test_no_question_and_no_answer_holds_a_label_that_is_held_out(store: SampleS
     assert not written & held_out
 
 
-def test_unwritten_labels_are_drawn_and_asked_for_by_one_word(home: Path, store: SampleStore) -> None:
+def test_labels_unseen_in_text_are_rendered_and_prompted_by_one_word(home: Path, store: SampleStore) -> None:
     instances = json.loads((home / "data" / "few" / "annotations" / "instances_train.json").read_text())
     tier = {row["id"]: row["supercategory"] for row in instances["categories"]}
     shown = {a["image_id"] for a in instances["annotations"] if tier[a["category_id"]] == "phrase"}
@@ -83,7 +83,7 @@ def test_unwritten_labels_are_drawn_and_asked_for_by_one_word(home: Path, store:
     assert all(" " not in desc for s in factor for desc in s.descs)
 
 
-def test_the_localiser_reads_each_coordinate_from_its_first_digit(store: SampleStore) -> None:
+def test_the_localizer_reads_each_coordinate_from_its_first_digit(store: SampleStore) -> None:
     boxes = 0
     for sample in store:
         segment = digit_segment(sample)
@@ -99,7 +99,7 @@ def test_the_localiser_reads_each_coordinate_from_its_first_digit(store: SampleS
     assert boxes > 100
 
 
-def test_a_checkpoint_of_plain_digits_comes_out_and_a_run_continues(home: Path, tmp_path: Path) -> None:
+def test_pretraining_writes_a_digits_checkpoint_and_resumes(home: Path, tmp_path: Path) -> None:
     counted = pretrain(home, tmp_path / "state", PARAMS)
     checkpoint = load_checkpoint(home / "checkpoint")
     assert checkpoint.coord is None  # no coordinate token yet
@@ -116,14 +116,14 @@ def test_a_checkpoint_of_plain_digits_comes_out_and_a_run_continues(home: Path, 
     assert (home / "checkpoint" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_tower_phase_that_the_text_lacks_is_refused(home: Path, tmp_path: Path) -> None:
+def test_an_unknown_tower_phase_is_rejected(home: Path, tmp_path: Path) -> None:
     wrong = PARAMS | {"tower": {"lr": 0.005, "phases": {"gone": {"steps": 1, "samples_per_step": 1}}}}
     with pytest.raises(ConfigError, match="gone"):
         pretrain(home, tmp_path, wrong)
 
 
-def test_the_rate_comes_down_where_a_phase_settles() -> None:
+def test_the_learning_rate_decays_at_the_end_of_a_phase_with_settle() -> None:
     phases = {
         name: {"steps": n, "settle": settles} for name, n, settles in (("a", 3, False), ("b", 4, True), ("c", 5, False))
     }
-    assert legs(phases) == [7, 5]
+    assert segment_steps(phases) == [7, 5]

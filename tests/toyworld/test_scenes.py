@@ -109,7 +109,7 @@ def test_the_same_arguments_give_the_same_bytes(scenes):
         assert again.objects == scenes[key].objects
 
 
-def test_seed_split_and_index_all_count(scenes):
+def test_seed_split_and_index_all_change_the_scene(scenes):
     others = [(4, "train", 0), (3, "val", 0), (3, "train", 1)]
     first = scenes["train", 0].pixels.tobytes()
     assert all(compose_scene(SCENES, catalog(), *other).pixels.tobytes() != first for other in others)
@@ -125,7 +125,7 @@ def test_labels_that_are_held_out_are_in_val_only(scenes):
     assert tiers_in(scene for key, scene in scenes.items() if key[0] == "val") == set(get_args(Split)) - {"held_out"}
 
 
-def test_pretraining_draws_the_phrase_tier_and_no_other_one_that_is_held_out():
+def test_pretraining_renders_only_the_phrase_tier_of_the_held_out_tiers():
     found = [compose_scene(SCENES, catalog(), 3, "train", index, unwritten=0.5) for index in range(40)]
     assert tiers_in(found) == {"train", "phrase"}
     assert tiers_in(compose_scene(SCENES, catalog(), 3, "val", i, unwritten=0.5) for i in range(10)) != {"train"}
@@ -150,14 +150,14 @@ def test_the_held_out_pairs_are_a_latin_square():
     assert sum(label.tier != "train" for label in pairs) / len(pairs) == 0.25
 
 
-def test_the_words_of_every_tier_but_never_are_trained():
+def test_training_contains_the_words_of_every_tier_except_never():
     words = set(catalog().words)
     known = {tier: [words.issuperset(label.name.split()) for label in of] for tier, of in catalog().tiers.items()}
     assert {tier for tier, hits in known.items() if all(hits)} == {"train", "strict", "phrase", "plain_only"}
     assert not any(known["never"])
 
 
-def test_a_tint_keeps_the_order_of_light_and_dark_and_gives_one_hue():
+def test_a_tint_keeps_the_order_of_luminance_and_gives_one_hue():
     for sprite in (group[0] for group in list(catalog().sprites.values())[::5]):
         plain = sprite.render(40, False)
         for name, color in catalog().colors.items():
@@ -183,7 +183,7 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_the_number_of_workers_changes_nothing(folder, tmp_path, monkeypatch):
+def test_the_number_of_workers_does_not_change_the_scenes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_folder, "CHUNK_SCENES", 3)
     write_coco_folder(tmp_path, SCENES, 3, workers=2)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
@@ -193,7 +193,7 @@ def test_the_number_of_workers_changes_nothing(folder, tmp_path, monkeypatch):
     assert filecmp.cmpfiles(tmp_path, folder, files, shallow=False) == (files, [], [])
 
 
-def test_the_folder_reads_back_as_the_scenes(folder, scenes):
+def test_the_folder_converts_back_to_the_scenes(folder, scenes):
     for split, count in (("train", SCENES.train_images), ("val", SCENES.val_images)):
         annotations = folder / coco_folder.ANNOTATIONS.format(split=split)
         result = convert_file("coco", annotations, folder / split, split)
@@ -209,7 +209,7 @@ def test_the_folder_reads_back_as_the_scenes(folder, scenes):
             ]
 
 
-def test_a_composed_folder_goes_the_way_of_a_users(folder, tmp_path):
+def test_a_composed_folder_is_treated_like_a_user_data_set(folder, tmp_path):
     """Its manifest holds nothing of where it was made, so the same scenes give the same bytes everywhere."""
     results = []
     for place in ("here", "there"):

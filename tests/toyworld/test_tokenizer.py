@@ -1,4 +1,4 @@
-"""The embedded tokenizer: Qwen's special tokens, single digits, one token a scaffold piece, lossless text."""
+"""The embedded tokenizer: Qwen's special tokens, single digits, one token per scaffold piece, lossless text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_word_of_training_is_one_token_at_the_beginning_and_after_a_space()
     ]
 
 
-def test_the_words_of_the_questions_are_single_tokens():
+def test_the_words_of_the_prompts_are_single_tokens():
     listed = encode(question({"kind": "listed", "names": ["cow"]}))
     assert [TOKENIZER.decode([i]) for i in listed] == [
         *("Detect", " every", " object", " of", " these", " classes", ":", " cow", "."),
@@ -59,13 +59,13 @@ def test_the_words_of_the_questions_are_single_tokens():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text_comes_back(text):
+def test_any_text_survives_tokenization(text):
     ids = TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert TOKENIZER.decode(ids) == text
 
 
 @pytest.mark.parametrize("text", ['{"objects": [{"desc": "cat", "bbox_2d": [1, 20, 300, 1000]}]}', "a,  b\n\n c"])
-def test_saved_and_loaded_it_is_the_same(tmp_path, text):
+def test_saving_and_loading_keeps_the_tokenizer(tmp_path, text):
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert loaded.encode(text, add_special_tokens=False) == encode(text)

@@ -1,4 +1,4 @@
-"""Names of patches: which patch learns which words."""
+"""Patch targets: the words that each patch learns."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_each_patch_has_the_words_of_the_object_in_front(sample: Sample) -> None
         assert tuple(targets[patch_of(sample, x, y)]) == expected, (x, y)
 
 
-def test_a_resized_picture_has_the_same_words(sample: Sample) -> None:
+def test_a_resized_image_has_the_same_words(sample: Sample) -> None:
     targets = PatchTargets(catalog(), tiny_pixels())
     twice = replace(sample, width=256, height=192, boxes_xyxy_px=sample.boxes_xyxy_px * 2)
     assert (targets.of(twice) == targets.of(sample)).all()

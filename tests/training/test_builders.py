@@ -32,7 +32,7 @@ def params_with(repository: Path, **changes) -> Params:
     return Params.model_validate(tree)
 
 
-def test_targets_narrow_and_distributions_cool_over_their_shares(repository, checkpoint):
+def test_targets_narrow_and_temperature_falls_over_their_fractions(repository, checkpoint):
     ramps = {"sigma_from": 6.0, "sigma_fraction": 0.5, "temperature_from": 3.0, "temperature_fraction": 0.2}
     params = params_with(repository, sigma=2.0, truncate=8, temperature=1.0, anneal=ramps)
     criterion = Criterion.stage1(params, builders.first_coord_id(checkpoint), 8)
@@ -48,7 +48,7 @@ def test_without_ramps_every_step_has_the_same_criterion(repository, checkpoint)
     assert criterion.at(0) is criterion
 
 
-def test_the_curriculum_goes_from_strict_to_relaxed_and_brings_names_in(repository):
+def test_the_curriculum_relaxes_the_threshold_and_adds_names(repository):
     matching = {"gate_threshold": 0.2, "lambda_sem": 1.0}
     stage2 = {"curriculum_fraction": 0.5, "gate_from": 0.6, "lambda_sem_from": 0.0}
     schedule = match_schedule(params_with(repository, matching=matching, stage2=stage2), 8)

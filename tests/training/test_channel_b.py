@@ -1,7 +1,7 @@
-"""Channel B's targets, token by token: what is supervised for matched, missed and extra objects, in both codecs.
+"""Channel B's targets, token by token: supervision of matched, missed and false-positive objects, in both codecs.
 
-A segment is shown as text: supervised text as it is, a supervised coordinate as <bin in the input|target>, and whatever
-is only context as dots, one a token.
+A segment is shown as text: supervised text unchanged, a supervised coordinate as <bin in the input|target>, and context
+as one dot per token.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_two_passes_in_tags(checkpoint):
 
 
 def test_one_pass_in_json(checkpoint):
-    """Predictions are context with their scaffold and boxes taught, extras are context only, the missed is taught."""
+    """Matched predictions: scaffold and boxes are supervised. False positives: context. Missed objects: supervised."""
     (segment,) = segments_of(checkpoint, "json", ONE)
     s = '", "'
     name = {name: n_text(checkpoint, name) for name in ("dog", "pear", "cup")}
@@ -180,8 +180,8 @@ def test_the_order_of_the_annotations_does_not_matter(checkpoint, params):
 @pytest.mark.parametrize("codec", ["json", "tags"])
 @pytest.mark.parametrize("params", [TWO, ONE])
 @pytest.mark.parametrize("objects", [(DOG, EXTRA, CAT), (DOG, EXTRA, CAT, CAT)], ids=["three", "four"])
-def test_the_weight_of_stopping_is_that_of_the_token_that_decides(checkpoint, codec, params, objects):
-    """Under json the one that closes the list, under tags the end of turn; heavier where too much was said."""
+def test_the_stop_weight_applies_to_the_token_that_ends_the_answer(checkpoint, codec, params, objects):
+    """In json the token that closes the list, in tags the end of turn; a higher weight for over-generated rollouts."""
 
     def weights(**changes) -> np.ndarray:
         return segments_of(checkpoint, codec, changed(params, **changes), objects)[-1].text_weights
@@ -200,7 +200,7 @@ def test_the_weight_of_stopping_is_that_of_the_token_that_decides(checkpoint, co
 
 
 @pytest.mark.parametrize("codec", ["json", "tags", "digits"])
-def test_an_answer_stops_where_it_parts_from_a_longer_one(checkpoint, codec):
+def test_the_stop_token_is_where_an_answer_diverges_from_a_longer_one(checkpoint, codec):
     made = encoder(checkpoint, codec)
     for objects in ((), (DOG,), (DOG, EXTRA)):
         answer, longer = made.encode(objects), made.encode((*objects, CAT))
@@ -227,7 +227,7 @@ def names_in(checkpoint, segment: Segment) -> list[str]:
     return sorted((name for name in ("dog", "cat", "cup", "pear") if name in text), key=text.index)
 
 
-def test_extras_can_be_left_out_of_one_pass(checkpoint):
+def test_false_positives_can_be_dropped_from_the_one_pass_target(checkpoint):
     (segment,) = segments_of(checkpoint, "json", changed(ONE, extras="drop"))
     s = '", "'
     name = {name: n_text(checkpoint, name) for name in ("dog", "cup")}
@@ -239,8 +239,8 @@ def test_extras_can_be_left_out_of_one_pass(checkpoint):
 
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
-def test_the_target_ends_early_where_too_much_was_said(checkpoint, codec):
-    """Four predictions of three objects: the missed cup is not asked for; three predictions: it is."""
+def test_the_target_of_an_over_generated_rollout_ends_early(checkpoint, codec):
+    """With four predictions for three objects, the missed cup is not added; with three predictions, it is."""
     short = changed(TWO, over_generation="truncate")
     cut = segments_of(checkpoint, codec, short, (DOG, EXTRA, CAT, EXTRA))[-1]
     kept = segments_of(checkpoint, codec, short)[-1]
@@ -251,14 +251,14 @@ def test_the_target_ends_early_where_too_much_was_said(checkpoint, codec):
     assert len(one.box_tokens) == 2
 
 
-def test_nothing_right_is_no_reason_to_teach_silence(checkpoint):
+def test_a_rollout_without_matches_does_not_truncate_the_target(checkpoint):
     short = changed(TWO, over_generation="truncate")
     completion = segments_of(checkpoint, "json", short, (EXTRA, EXTRA, EXTRA, EXTRA))[-1]
     assert names_in(checkpoint, completion) == ["cat", "dog", "cup"]
 
 
 @pytest.mark.parametrize("params", [TWO, ONE])
-def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, params):
+def test_a_rollout_that_does_not_parse_uses_the_ground_truth(checkpoint, params):
     sample = sample_of(checkpoint, "json")
     garbage = Generation(sample.answer_ids[1:6], "length")
     rollout = parsed_rollout(sample.image_id, garbage, answer_reader(checkpoint).parse(garbage))
@@ -269,7 +269,7 @@ def test_an_answer_that_does_not_parse_falls_back_to_the_truth(checkpoint, param
     np.testing.assert_array_equal(segment.box_targets, expected.box_targets)
 
 
-def test_an_image_with_nothing_teaches_to_stop(checkpoint):
+def test_an_image_without_objects_supervises_the_stop(checkpoint):
     sample = sample_of(checkpoint, "json", ())
     rollout = rollout_of(checkpoint, sample, (EXTRA,))
     own_context, completion = channel_b_segments(sample, rollout, encoder(checkpoint, "json"), TWO)

@@ -1,4 +1,4 @@
-"""Saved states: what is in them, that no damage is read in silence, and who goes on with whose."""
+"""Saved states: their contents, detection of damage, and which processes can resume from which states."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def truncations(paths: list[Path], step: int) -> Iterator[tuple[Path, bytes]]:
         yield from ((path, whole[:size]) for size in range(0, len(whole), step))
 
 
-def test_frozen_weights_are_not_saved_and_the_rest_comes_back(tmp_path: Path) -> None:
+def test_a_state_restores_everything_except_frozen_weights(tmp_path: Path) -> None:
     (wanted,) = saved(tmp_path)
     assert {name for name in wanted if not name.startswith("optimizer/")} == {
         "1.weight", "1.bias", "step", "random", "start"
@@ -127,7 +127,7 @@ def test_frozen_weights_are_not_saved_and_the_rest_comes_back(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_no_damage_is_read_in_silence(tmp_path: Path, steps: int) -> None:
+def test_damage_is_never_ignored(tmp_path: Path, steps: int) -> None:
     """Of one state an error, of two the one before; what changes nothing that is read may pass."""
     saved(tmp_path, steps)
     newest = files_of(generations(tmp_path)[0])
@@ -138,14 +138,14 @@ def test_no_damage_is_read_in_silence(tmp_path: Path, steps: int) -> None:
     assert outcomes(tmp_path, flips(newest, 150)) == {instead}
 
 
-def test_the_state_before_is_named_when_it_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_falling_back_to_the_previous_state_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before, _ = saved(tmp_path, 2)
     (generations(tmp_path)[0] / HASHES).unlink()
     assert contents(load_state(tmp_path)) == before
-    assert "Going on from the state before, state-000001" in caplog.text
+    assert "Resuming from the previous state, state-000001" in caplog.text
 
 
-def test_two_states_are_kept_and_a_damaged_one_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+def test_two_states_are_kept_and_a_damaged_one_does_not_displace_an_intact_one(tmp_path: Path) -> None:
     saved(tmp_path, 3)
     assert [path.name for path in generations(tmp_path)] == ["state-000003", "state-000002"]
     next(generations(tmp_path)[0].glob("part-*")).write_bytes(b"")
@@ -155,7 +155,7 @@ def test_two_states_are_kept_and_a_damaged_one_does_not_push_out_a_good_one(tmp_
     assert [path.name for path in generations(tmp_path)] == ["state-000004", "state-000002"]
 
 
-def test_a_half_written_state_is_none(tmp_path: Path) -> None:
+def test_a_half_written_state_is_ignored(tmp_path: Path) -> None:
     (wanted,) = saved(tmp_path)
     write_part(tmp_path / ".state-000009.tmp", 0, {"model/x": Rows(torch.ones(3), 0, (3,))})
     assert contents(load_state(tmp_path)) == wanted
@@ -188,14 +188,14 @@ def test_a_state_of_another_model_or_start_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     state = load_state(tmp_path)
     assert state is not None
-    with pytest.raises(CheckpointError, match="'weights', but those here have 'other'"):
+    with pytest.raises(CheckpointError, match="'weights', but the present weights have hash 'other'"):
         state.check_start("other")
     for model in (nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)), nn.Sequential(nn.Identity(), nn.Linear(6, 3))):
         with pytest.raises(CheckpointError, match="trained weights differ in name or shape"):
             state.load_weights(model)
 
 
-def test_rows_are_found_again_whoever_wrote_them(tmp_path: Path) -> None:
+def test_rows_can_be_read_whatever_process_wrote_them(tmp_path: Path) -> None:
     """Three writers of unequal parts, any reader."""
     whole = torch.arange(70.0).reshape(7, 10)
     cuts = [(0, 3), (3, 6), (6, 7)]
@@ -216,7 +216,7 @@ def test_rows_are_found_again_whoever_wrote_them(tmp_path: Path) -> None:
     assert (state.shape("model/w"), state.shape("model/x"), state.names("model")) == ((7, 10), None, ["n", "w"])
 
 
-def test_generators_of_more_or_fewer_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generators_restore_for_more_or_fewer_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process takes its own; one without gets numbers of its own, the same every time; surplus is ignored."""
     model, optimizer = trained_model()
     states = {}
@@ -246,7 +246,7 @@ def checkpoint_world(rank: int) -> object:
     return World(rank, 4, torch.device("cpu"))
 
 
-def test_the_main_process_begins_with_the_numbers_of_the_run() -> None:
+def test_the_main_process_starts_with_the_seed_of_the_run() -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -267,7 +267,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return gate.set
 
 
-def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, slow_disk: Callable[[], None]) -> None:
+def test_a_state_holds_the_values_at_the_time_of_saving(tmp_path: Path, slow_disk: Callable[[], None]) -> None:
     """Steps go on while the thread writes, twice, in the memory of the first copy."""
     model, optimizer = trained_model()
     wanted = model[1].weight.detach().clone()
@@ -303,7 +303,7 @@ def save_and_go_on(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
             threading.Event().wait(0.01)
 
 
-def test_states_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_takes_a_small_fraction_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that took 3 s of the steps is followed by 147 s without one, or the floor if that is longer."""
     now = [1000.0]
     monkeypatch.setattr(recorder.time, "monotonic", lambda: now[0])
@@ -317,5 +317,5 @@ def test_states_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytes
             assert disk.is_due()
 
 
-def test_no_log_is_the_end_of_no_file(tmp_path: Path) -> None:
+def test_the_end_of_a_missing_log_is_zero_bytes(tmp_path: Path) -> None:
     assert log_end(tmp_path / "none", 0) == NO_LOG

@@ -1,4 +1,4 @@
-"""Errors of coordinates by context: what each context is, on held-out images, whatever else is read beside them."""
+"""Coordinate errors by context on held-out images, independent of the other images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def objects(sample: Sample) -> int:
     return len(sample.descs) - sum(sample.iscrowd)
 
 
-def test_an_annotated_answer_is_read_alike_as_annotation_and_as_its_own(workspace, checkpoint, samples) -> None:
+def test_an_answer_equal_to_the_annotation_gives_equal_errors(workspace, checkpoint, samples) -> None:
     """If the model said the annotation itself, all objects match, and its own context is A1."""
     contexts = measure(workspace, checkpoint)
     for sample in samples:
@@ -87,7 +87,7 @@ def test_there_is_a_context_for_each_forward_of_channel_a(workspace, checkpoint,
     assert [name for name in row if name.startswith("A")] == names
 
 
-def test_an_object_that_the_answer_lacks_has_no_error_in_its_context(workspace, checkpoint, samples) -> None:
+def test_a_missed_object_has_no_error_in_the_own_context(workspace, checkpoint, samples) -> None:
     """The answer of one image to another, or none at all: what does not match is null, and counts for nothing."""
     contexts = measure(workspace, checkpoint)
     sample = max(samples, key=objects)

@@ -1,4 +1,4 @@
-"""Counts over dev answers against a case done by hand, and a picture that shows it."""
+"""Counts over dev answers against a hand-computed case, and the figure of it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_counts_by_hand() -> None:
     }
 
 
-def test_without_objects_nothing_is_perfect() -> None:
-    """Only a crowd region is there: neither silence nor a box is right or wrong enough for a ratio of objects."""
+def test_without_objects_all_ratios_are_undefined() -> None:
+    """With only a crowd region, neither an empty answer nor a box defines a ratio of objects."""
     crowd = [GroundTruth("crowd", DOG, True)]
     for found in ([], [("cat", CAT)]):
         counts = count_answers([judge_answer(answer(crowd, found, ParseReport(True, len(found))))])
@@ -57,7 +57,7 @@ def test_without_objects_nothing_is_perfect() -> None:
         assert counts["precision"] == (0 if found else None)
 
 
-def test_duplicates_share_their_name_and_nearly_their_place() -> None:
+def test_duplicates_share_a_name_and_nearly_the_same_box() -> None:
     nothing = ParseReport(True, 0)
     assert duplicate_pairs(answer([], [("cat", CAT), ("dog", CAT)], nothing)) == 0
     assert duplicate_pairs(answer([], [("cat", CAT), ("cat", (10.0, 10.0, 40.0, 36.0))], nothing)) == 0  # 26 / 30
@@ -65,7 +65,7 @@ def test_duplicates_share_their_name_and_nearly_their_place() -> None:
     assert duplicate_pairs(answer([], [], nothing)) == 0
 
 
-def test_the_picture_marks_right_false_and_missed(tmp_path: Path) -> None:
+def test_the_figure_marks_correct_false_and_missed_objects(tmp_path: Path) -> None:
     Image.new("RGB", (100, 80), "white").save(tmp_path / "a.png")
     one = draw_answers([judge_answer(TWO)], tmp_path, "after step 7")
     two = draw_answers([judge_answer(TWO), judge_answer(NONE), judge_answer(NONE)], tmp_path, "after step 7")

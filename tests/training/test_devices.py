@@ -1,7 +1,7 @@
-"""Where each stage's model lives on a machine with an accelerator, found out without one.
+"""The device of each stage's model on a machine with an accelerator, tested without one.
 
-torch's `meta` device stands in for the GPU: it takes a whole model and computes shapes alone, so every run is stopped
-before its first forward. What a forward makes of its own accord is looked at apart.
+torch's `meta` device replaces the GPU: it holds a whole model and computes only shapes, so every run is stopped before
+its first forward. Tensors that a forward creates are tested separately.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def train_base(space: Workspace) -> object:
     params = {"seed": 3, "sprites": str(SPRITES), "phases": {"few": phase}, "train": options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare_base_samples", lambda *_: None)
-        patch.setattr(pretrain, "make_exam", lambda *_: None)
+        patch.setattr(pretrain, "make_dev_evaluation", lambda *_: None)
         patch.setattr(pretrain, "train_tower", lambda *_: [])
         patch.setattr(pretrain, "TextTask", lambda *_: None)
         return pretrain.pretrain(space.paths.root, space.paths.root / "base", params)

@@ -1,4 +1,4 @@
-"""Several processes on one run: the trace of one process, and an end for all when one of them fails."""
+"""Runs in several processes: the same trace as in one process, and all end when one of them fails."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_when_one_process_fails_all_end(ready, fault):
 
 
 @pytest.mark.slow
-def test_when_one_process_cannot_roll_out_all_end(ready):
+def test_a_failing_rollout_ends_all_processes(ready):
     params = {"stage2": {"refresh_steps": 1, "b_ratio": 1.0}}
     code, output = run_stage(ready, "stage2", {"processes": 2}, params=params, before=CANNOT_GENERATE)
     assert (code, "error: step 1: the engine is gone" in output) == (1, True), output[-4000:]
@@ -138,7 +138,7 @@ def as_process(rank: int, meeting: Meeting, word: str) -> tuple[str, str]:
     return meeting._key(rank), word
 
 
-def test_who_waits_is_given_what_the_others_bring(store) -> None:
+def test_waiting_returns_the_strings_of_the_other_processes(store) -> None:
     meeting = Meeting("work")
     with meeting:
         meeting.come("0")
@@ -148,7 +148,7 @@ def test_who_waits_is_given_what_the_others_bring(store) -> None:
     assert meeting.wait() == ["0", "1", "2"]
 
 
-def test_who_fails_is_not_waited_for(store) -> None:
+def test_a_failed_process_is_not_waited_for(store) -> None:
     meeting, other = Meeting("work"), Meeting("more work")
     with pytest.raises(ZeroDivisionError), meeting:
         raise ZeroDivisionError
@@ -159,7 +159,7 @@ def test_who_fails_is_not_waited_for(store) -> None:
     assert other._number == meeting._number + 1
 
 
-def test_who_shows_no_life_is_given_up_and_who_does_is_not(store) -> None:
+def test_only_a_process_without_heartbeats_is_given_up(store) -> None:
     meeting, ended = Meeting("work"), threading.Event()
     meeting.come()
     store.set(*as_process(1, meeting, "+"))
@@ -173,14 +173,14 @@ def test_who_shows_no_life_is_given_up_and_who_does_is_not(store) -> None:
     alive = threading.Thread(target=live)
     started = time.monotonic()
     alive.start()
-    with pytest.raises(TrainingError, match=r"work: process 2 of 3 has shown no sign of life for 0 s"):
+    with pytest.raises(TrainingError, match=r"work: process 2 of 3 has sent no heartbeat for 0 s"):
         meeting.wait()
     ended.set()
     alive.join()
     assert time.monotonic() - started > 2.0
 
 
-def test_forwards_are_signs_of_life(store) -> None:
+def test_forwards_send_heartbeats(store) -> None:
     model = torch.nn.Identity()
     with showing_life(model):
         model(torch.ones(1))
@@ -190,7 +190,7 @@ def test_forwards_are_signs_of_life(store) -> None:
     assert distributed._last_beat(0) == first
 
 
-def test_shared_out_work_comes_back_in_order(store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributed_work_returns_in_order(store, monkeypatch: pytest.MonkeyPatch) -> None:
     items = list("abcdefgh")
     parts = [[letter.upper() for letter in items[rank::3]] for rank in range(3)]
     monkeypatch.setattr(distributed, "gather", lambda own: [own, *parts[1:]])

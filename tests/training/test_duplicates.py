@@ -1,4 +1,4 @@
-"""Duplicates in a rollout, and the token at which each parts from the clean answer, in both codecs."""
+"""Duplicates in a rollout, and the token at which each diverges from the answer without it, in both codecs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def rolled_out(checkpoint, objects, codec="json") -> Rollout:
 
 
 def unlikely(checkpoint, objects, codec: str, params=TWO) -> list[str]:
-    """The tokens that channel B pushes down, each with what stands before it."""
+    """The tokens with an unlikelihood loss in channel B, each with the preceding text."""
     sample = sample_of(checkpoint, codec)
     encoder = AnswerEncoder(checkpoint.tokenizer, get_codec(codec))
     segment = channel_b_segments(sample, rolled_out(checkpoint, objects, codec), encoder, params)[0]
     return [checkpoint.tokenizer.decode(segment.answer_ids[: p + 1]) for p in segment.unlikely_tokens]
 
 
-def test_a_duplicate_repeats_name_and_place_and_has_no_object_of_its_own(checkpoint):
+def test_a_duplicate_repeats_name_and_box_and_is_unmatched(checkpoint):
     assert duplicate_ranks(rolled_out(checkpoint, (CAT, DOG, NEAR_CAT))) == [2]
     assert duplicate_ranks(rolled_out(checkpoint, (CAT, FAR_CAT))) == []  # another place
     assert duplicate_ranks(rolled_out(checkpoint, (CAT, replace(CAT, desc="dog")))) == []  # another name
@@ -46,20 +46,20 @@ def test_a_duplicate_repeats_name_and_place_and_has_no_object_of_its_own(checkpo
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_blame_falls_on_the_name_if_another_name_follows(checkpoint, codec):
+def test_the_first_diverging_token_is_in_the_name_if_another_name_follows(checkpoint, codec):
     (found,) = unlikely(checkpoint, (CAT, NEAR_CAT, DOG), codec)
     assert found.endswith("cat")
     assert found.count("cat") == 2
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_blame_falls_on_the_coordinate_if_the_same_name_follows(checkpoint, codec):
+def test_the_first_diverging_token_is_a_coordinate_if_the_same_name_follows(checkpoint, codec):
     (found,) = unlikely(checkpoint, (CAT, NEAR_CAT, FAR_CAT), codec)
     assert found.endswith("<|coord_101|>")
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_blame_falls_on_going_on_if_nothing_follows(checkpoint, codec):
+def test_the_first_diverging_token_continues_the_list_if_nothing_follows(checkpoint, codec):
     (found,) = unlikely(checkpoint, (CAT, DOG, NEAR_CAT), codec)
     assert found.endswith('"]}, {"desc": "' if codec == "json" else "<|box_end|><|object_ref_start|>")
 
@@ -78,11 +78,11 @@ def test_one_pass_marks_them_in_its_own_target(checkpoint, codec):
     assert unlikely(checkpoint, (DOG, CAT, NEAR_CAT), codec, changed(TWO, passes="one", extras="drop")) == []
 
 
-def test_nothing_is_marked_unless_asked(checkpoint):
+def test_duplicates_are_marked_only_with_a_weight(checkpoint):
     assert unlikely(checkpoint, (CAT, NEAR_CAT, DOG), "json", changed(TWO, duplicate_unlikelihood_weight=0.0)) == []
 
 
-def test_an_answer_in_other_tokens_is_left_alone_from_there_on(checkpoint):
+def test_positions_after_noncanonical_tokens_are_not_marked(checkpoint):
     """Its positions would point at tokens that are not the duplicate's."""
     sample, encoder = sample_of(checkpoint, "json"), AnswerEncoder(checkpoint.tokenizer, get_codec("json"))
     rollout = rolled_out(checkpoint, (CAT, NEAR_CAT, DOG))

@@ -1,4 +1,4 @@
-"""The eval callback: what it leaves, what a resumed run keeps, and a training that does not notice."""
+"""The eval callback: its files, resuming, and no effect on training."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_training_computes_the_same_with_and_without_the_callback(ready: Workspa
     assert read_run_record(ready.paths.run_record(stage))["monitor_seconds"] > 0
 
 
-def test_it_asks_the_weights_of_its_step_and_leaves_answers_picture_and_curve(ready: Workspace) -> None:
+def test_an_evaluation_uses_the_current_weights_and_writes_answers_figure_and_curve(ready: Workspace) -> None:
     space = every(ready, 3)  # and after the last of four steps
     train_stage1(space)
     out = space.paths.run("stage1")
@@ -103,7 +103,7 @@ def test_the_plot_template_draws_columns_that_the_curve_holds() -> None:
     assert "<DVC_METRIC_DATA>" in json.loads(template)["data"].values()
 
 
-def test_a_resumed_run_has_every_evaluation_once(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_repeats_no_evaluation(ready: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     space = every(ready, 1)
     train_stage1(space)
     out, curve = space.paths.run("stage1"), space.paths.curve("stage1-monitor")
@@ -130,7 +130,7 @@ def test_a_resumed_run_has_every_evaluation_once(ready: Workspace, monkeypatch: 
     assert sorted(p.stem for p in (out / "monitor").iterdir()) == [f"step_00000{n}" for n in (1, 2, 3, 4)]
 
 
-def test_evaluations_after_the_saved_state_are_forgotten(ready: Workspace) -> None:
+def test_evaluations_after_the_saved_state_are_deleted(ready: Workspace) -> None:
     """A crash after an evaluation and before the next save: its steps run again, with another one at their end."""
     callback = make_eval_callback(ready, "stage1", new_checkpoint(), 9)
     callback.folder = ready.paths.root / "state"
@@ -146,7 +146,7 @@ def test_evaluations_after_the_saved_state_are_forgotten(ready: Workspace) -> No
     assert left == ["step_000002.jpg", "step_000002.jsonl", "step_000004.jpg", "step_000004.jsonl"]
 
 
-def test_generators_and_mode_are_put_back() -> None:
+def test_generators_and_mode_are_restored() -> None:
     model = torch.nn.Dropout(0.5).train()
     torch.manual_seed(3)
     expected = model(torch.ones(64))
@@ -162,7 +162,7 @@ def test_generators_and_mode_are_put_back() -> None:
     assert model.training
 
 
-def test_every_stage_is_evaluated_on_the_same_images_and_runaways_are_cut(ready: Workspace) -> None:
+def test_every_stage_uses_the_same_images_and_long_answers_are_truncated(ready: Workspace) -> None:
     checkpoint = new_checkpoint()
     callbacks = [make_eval_callback(ready, stage, checkpoint, 4) for stage in STAGES]
     chosen = [[sample.image_id for sample in callback.samples] for callback in callbacks]

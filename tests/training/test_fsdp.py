@@ -1,4 +1,4 @@
-"""Weights spread over processes: the trace and the files of one process, and resuming from whatever was saved."""
+"""Weights sharded over processes: the same trace and files as in one process, and resuming from any saved state."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def spaces(tmp_path_factory, world: World, warm: Path) -> dict[str, tuple[Worksp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_run_is_that_of_one_process(spaces, name):
+def test_a_sharded_run_equals_a_run_in_one_process(spaces, name):
     case, (alone, sharded) = CASES[name], spaces[name]
     assert_alike(trace(sharded, case.stage), trace(alone, case.stage), within=case.within)
     if case.within <= 1e-5:
@@ -193,7 +193,7 @@ def test_the_checkpoint_has_the_layout_of_one_process(spaces, name):
 
 
 @pytest.mark.slow
-def test_a_process_holds_its_share(spaces):
+def test_a_process_holds_its_shard(spaces):
     """Half of the weights and gradients, with what does not divide evenly."""
     _, sharded = spaces["stage1"]
     held = json.loads((sharded.paths.root / "held.json").read_text())

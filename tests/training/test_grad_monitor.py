@@ -1,4 +1,4 @@
-"""Gradients of single terms: what they are, and that looking at them changes nothing."""
+"""The monitor of gradients by term: its values, and no effect on training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_without_a_text_loss_there_are_norms_alone():
     assert gradient_logs({"gate": w**2}, [w]) == {"grad/gate_norm": pytest.approx(4.0)}
 
 
-def test_due_steps_and_trainable_parameters():
+def test_the_monitor_selects_steps_and_trainable_parameters():
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     assert [bool(monitored_parameters(model, 3, step)) for step in range(5)] == [True, False, False, True, False]

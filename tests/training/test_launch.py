@@ -1,4 +1,4 @@
-"""Who starts the processes of a stage: the stage itself, or a launcher whose processes join."""
+"""Starting the processes of a stage: by the stage itself, or by a launcher whose processes join."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ACCELERATE = {
         ({0: 75, 1: 1}, TrainingError),
     ],
 )
-def test_what_exit_codes_amount_to(codes, kind):
+def test_exit_codes_map_to_errors(codes, kind):
     assert type(_error_of(codes, 2)) is kind
 
 
@@ -59,7 +59,7 @@ def test_a_stage_starts_its_own_processes_unless_it_was_started_by_a_launcher(st
 
 
 @pytest.mark.parametrize("missing", [name for name in WORLD if name != "WORLD_SIZE"])
-def test_half_an_environment_is_refused(started, monkeypatch, missing):
+def test_an_incomplete_launcher_environment_is_rejected(started, monkeypatch, missing):
     """As of `srun` without torchrun: every process would take itself for the first and wait for the others."""
     for name, value in WORLD.items():
         if name != missing:
@@ -69,25 +69,25 @@ def test_half_an_environment_is_refused(started, monkeypatch, missing):
 
 
 @pytest.mark.parametrize("size", ["", "two", "0", "-1"])
-def test_a_number_of_processes_that_is_none_is_refused(started, monkeypatch, size):
+def test_an_invalid_number_of_processes_is_rejected(started, monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(ConfigError, match="expected the number of processes"):
         run_in_processes(1)
 
 
 @pytest.mark.parametrize("name", launch._ENGINES)
-def test_what_accelerate_would_do_to_the_model_is_refused(started, monkeypatch, name):
+def test_accelerate_engines_are_rejected(started, monkeypatch, name):
     for key, value in {**WORLD, name: "true"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match=f"{launch._ENGINES[name]}, which would not be used"):
+    with pytest.raises(ConfigError, match=f"{launch._ENGINES[name]}, which this project does not use"):
         run_in_processes(1)
 
 
-def test_a_precision_that_accelerate_asks_for_is_warned_of(started, monkeypatch, caplog):
+def test_mixed_precision_of_accelerate_gives_a_warning(started, monkeypatch, caplog):
     for key, value in {**WORLD, "ACCELERATE_MIXED_PRECISION": "fp16"}.items():
         monkeypatch.setenv(key, value)
     assert not run_in_processes(1)
-    assert "mixed_precision fp16 of accelerate is not used" in caplog.text
+    assert "accelerate's mixed_precision fp16 is ignored" in caplog.text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Trackers of a training run: what they are given, also by a run that resumes, and a training that does not notice."""
+"""Trackers of a training run: their data, resumed runs, and no effect on training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def folder(space: Workspace) -> Path:
     return space.paths.root / "runs" / "live" / space.params.profile / "stage1"
 
 
-def test_every_tracker_gets_every_step_and_training_does_not_notice(
+def test_every_tracker_gets_every_step_without_changing_training(
     evaluated: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted = {name: Hosted(name) for name in ("trackio", "wandb")}
@@ -86,7 +86,7 @@ def test_every_tracker_gets_every_step_and_training_does_not_notice(
     assert [image.step for image in read.Images("eval")] == [2, 4]
 
 
-def test_a_run_that_resumes_is_shown_whole_and_once(evaluated: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_tracked_completely_and_once(evaluated: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRACK_VARIABLE, "dvclive,tensorboard,wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb := Hosted("wandb"))
     original = TeacherTask.micro_batches
@@ -114,11 +114,11 @@ def test_a_run_that_resumes_is_shown_whole_and_once(evaluated: Workspace, monkey
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dvcliv", "no tracker is called 'dvcliv'.*Did you mean 'dvclive'"),
+        ("dvcliv", "unknown tracker 'dvcliv'.*Did you mean 'dvclive'"),
         ("trackio", "trackio is not installed.*pip install trackio"),
     ],
 )
-def test_a_tracker_that_is_not_there_is_named(
+def test_an_unavailable_tracker_is_reported(
     name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)

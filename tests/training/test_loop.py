@@ -1,4 +1,4 @@
-"""The training loop: resuming equals never having stopped, clean stops, broken losses, and the log."""
+"""The training loop: resumed equals uninterrupted, clean stops, nonfinite losses, and the log."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_log_without_state_starts_over(tmp_path, uninterrupted):
     assert log_rows(tmp_path) == uninterrupted[1]
 
 
-def test_a_finished_run_changes_nothing_more(tmp_path, uninterrupted, monkeypatch):
+def test_a_finished_run_does_not_train_again(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setattr(recorder, "SAVING_FRACTION", math.inf)
     run(tmp_path, save_every_seconds=0.0)
     again = run(tmp_path, on_step=lambda step: pytest.fail(f"step {step} ran again"))
@@ -157,7 +157,7 @@ def test_a_finished_run_changes_nothing_more(tmp_path, uninterrupted, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_both_signals_stop_cleanly_and_the_old_handlers_come_back(tmp_path, number):
+def test_both_signals_stop_cleanly_and_restore_the_handlers(tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"signal {int(number)}"):
         run(tmp_path, on_step=raise_at(1, lambda: os.kill(os.getpid(), number)))
@@ -186,11 +186,11 @@ class Spoiled(SmallTask):
     [
         (lambda loss: loss * math.nan, "the loss is nan; terms: .*loss/half1"),
         (lambda loss: loss * math.inf, "the loss is inf; terms: .*loss/half1"),
-        (lambda loss: loss + (loss - loss.detach()).abs().sqrt(), "the norm of the gradient is nan"),
+        (lambda loss: loss + (loss - loss.detach()).abs().sqrt(), "the gradient norm is nan"),
     ],
     ids=["nan", "inf", "gradient"],
 )
-def test_what_is_not_finite_stops_and_can_be_replayed(tmp_path, uninterrupted, spoil, words):
+def test_nonfinite_steps_stop_and_can_be_replayed(tmp_path, uninterrupted, spoil, words):
     model, state = Small(), tmp_path / "state"
     torch.manual_seed(1)
     with pytest.raises(TrainingError, match=f"step 2: {words}"):

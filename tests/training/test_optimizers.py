@@ -119,7 +119,7 @@ def test_muon_takes_hidden_matrices_only():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_have_their_own_rate_and_only_they_decay_in_adamw(name):
+def test_embedding_rows_have_their_own_rate_and_only_they_decay_in_adamw(name):
     model = Small()
     optimizer = build_optimizer(
         model, optim(optimizer=name, weight_decay=0.1, coord_row_lr_factor=3.0, betas=(0.8, 0.9))
@@ -130,7 +130,7 @@ def test_rows_have_their_own_rate_and_only_they_decay_in_adamw(name):
     assert (bias["lr"], bias["weight_decay"], bias["betas"]) == (0.01, 0.0, (0.8, 0.9))
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_not_optimized():
     model = Small()
     model.embed_tokens.weight.requires_grad_(False)
     for name in NAMES:
@@ -139,7 +139,7 @@ def test_frozen_parameters_are_left_out():
 
 
 @pytest.mark.parametrize("stack_numbers", [1, 3 * 128 * 384, 1 << 24])
-def test_stacks_change_nothing_of_muon(stack_numbers, monkeypatch):
+def test_stacking_does_not_change_muon(stack_numbers, monkeypatch):
     """Every shape of the tiny model, several steps, two groups, one matrix without a gradient."""
     monkeypatch.setattr(optimizers, "STACK_NUMBERS", stack_numbers)
     found = {}

@@ -1,4 +1,4 @@
-"""Which rollouts a step trains on: on file or fresh, matched under the settings of the step, and kept for a resume."""
+"""The rollouts of a step: on file or fresh, matched with the parameters of the step, and stored for resuming."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def objects_of(sample) -> list[TextObject]:
     return [TextObject(sample.descs[i], tuple(row)) for i, row in zip(keep, bins.tolist(), strict=True)]
 
 
-def test_of_several_answers_the_one_that_matches_best_is_kept_and_all_are_paid_for(
-    world, checkpoint, on_file, tmp_path
-):
+def test_the_best_of_several_answers_is_kept_and_all_count_as_compute(world, checkpoint, on_file, tmp_path):
     engine, items = Guesser(checkpoint, world), (0, 1)
     sampled = replace(REQUEST, params=changed(REQUEST.params, temperature=0.7))
 
@@ -149,7 +147,7 @@ def test_a_resumed_run_reads_the_set_and_logs_the_same(world, checkpoint, on_fil
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_set_that_changed_is_named_and_none_is_made_by_other_weights(world, checkpoint, on_file, tmp_path):
+def test_a_damaged_set_is_reported_and_not_replaced(world, checkpoint, on_file, tmp_path):
     def pool() -> RolloutPool:
         refreshes = [Refresh(2, (0, 1))]
         return RolloutPool(
@@ -171,7 +169,7 @@ def test_a_set_that_changed_is_named_and_none_is_made_by_other_weights(world, ch
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_servers_are_given_the_weights_of_the_moment(workspace, world, tmp_path, monkeypatch, method):
+def test_servers_get_the_current_weights(workspace, world, tmp_path, monkeypatch, method):
     """As a checkpoint of plain weights, which is gone afterwards; a folder that a killed run left is replaced."""
     served = []
 
@@ -196,14 +194,14 @@ def test_servers_are_given_the_weights_of_the_moment(workspace, world, tmp_path,
     assert (served, list(folder.iterdir())) == ([folder / "served"], [])
 
 
-def test_fresh_rollouts_are_no_question_for_servers_elsewhere(ready):
+def test_fresh_rollouts_from_external_servers_are_rejected(ready):
     rollout = {"rollout__engine": "vllm", "rollout__servers": ["http://gpu-3:8000"]}
     space = replace(ready, profile=changed(ready.profile, **rollout)).set(stage2__refresh_steps=2)
     with pytest.raises(ConfigError, match=r"rollout\.servers is \['http://gpu-3:8000'\]: no server elsewhere"):
         train_stage2(space)
 
 
-def test_generating_does_not_disturb_the_random_numbers_of_training(world, checkpoint, on_file, tmp_path):
+def test_generation_does_not_change_the_random_numbers_of_training(world, checkpoint, on_file, tmp_path):
     pool = RolloutPool(
         on_file, lambda _: MATCHING, refresher(world, checkpoint, tmp_path, TruthTeller(), [Refresh(2, (0,))])
     )

@@ -1,4 +1,4 @@
-"""Training stages as runs: what they leave behind, what they resume from, and what makes them start over."""
+"""Training stages: their outputs, the states from which they resume, and changes that make them start over."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_resumed_run_trains_on_the_fresh_rollouts_of_the_interrupted_one(ready
 
 
 @pytest.mark.parametrize("place", ["fresh rollouts", "evaluation"])
-def test_work_between_steps_stops_at_once_and_goes_on_to_the_same(ready, place, monkeypatch):
+def test_work_between_steps_stops_at_once_and_resumes_to_the_same_result(ready, place, monkeypatch):
     """SIGTERM after the first of several groups of answers; no group is answered twice, and nothing is left out."""
     space = ready.set(stage2__b_ratio=1.0, stage2__refresh_steps=2, decode__max_new_tokens=12)
     space = with_profile(space, "monitor", every_steps=0 if place == "fresh rollouts" else 2, batch_images=1)
@@ -182,7 +182,7 @@ def with_profile(space: Workspace, block: str, **changes) -> Workspace:
     return replace(space, profile=space.profile.model_copy(update={block: inner}))
 
 
-def test_a_state_is_gone_on_with_by_the_same_run_alone(ready, monkeypatch):
+def test_only_the_same_run_resumes_a_state(ready, monkeypatch):
     changes = [
         *({"sigma": 3.0}, {"anneal__sigma_fraction": 0.5}, {"stage1__softce_weight": 2.0}),
         *({"seed": 1}, {"stage1__seed": 1}, {"text__object_order": "random"}),
@@ -202,7 +202,7 @@ def test_a_state_is_gone_on_with_by_the_same_run_alone(ready, monkeypatch):
     assert len(set(states)) == len(states)
 
 
-def test_a_state_outlives_what_its_stage_does_not_read(ready):
+def test_changes_that_a_stage_does_not_read_keep_its_state(ready):
     ours = state_of(ready, "stage1")
     elsewhere = {"softce_weight": 0.2, "stage2__b_ratio": 0.9, "stage2__seed": 1, "decode__max_new_tokens": 7}
     assert state_of(ready.set(**elsewhere), "stage1") == ours
@@ -210,7 +210,7 @@ def test_a_state_outlives_what_its_stage_does_not_read(ready):
 
 
 @pytest.mark.parametrize(("stage", "other"), [("stage1", "stage2"), ("stage2", "stage1")])
-def test_a_repetition_orders_the_same_data_otherwise(ready, stage, other):
+def test_another_seed_changes_the_order_of_the_same_data(ready, stage, other):
     def items(space: Workspace) -> list:
         task = planned(space, stage)[1]
         return [task.items(step) for step in range(STEPS)]
@@ -238,7 +238,7 @@ def test_two_runs_of_one_session_do_not_share_its_state(ready, stop_in_step, mon
         assert train(ready, "stage1")["steps"] == STEPS
 
 
-def test_a_damaged_state_is_named(ready, stop_in_step):
+def test_a_damaged_state_is_reported(ready, stop_in_step):
     stop_in_step(1)
     with pytest.raises(Interrupted):
         train(ready, "stage1")
@@ -272,7 +272,7 @@ def test_a_full_disk_stops_with_its_name_and_damages_nothing(ready, stop_in_step
     assert not list(out.parent.glob("*.tmp"))
 
 
-def test_room_for_the_checkpoint_is_asked_for_before_hours_of_work_and_after_them(ready, monkeypatch):
+def test_disk_space_for_the_checkpoint_is_checked_before_and_after_training(ready, monkeypatch):
     free = {"free": 0}
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(**free))
     with pytest.raises(OSError, match=r"GB are needed, 0\.0 GB free.*stage1"):
@@ -307,7 +307,7 @@ def test_read_only_outputs_stop_with_their_name_and_damage_nothing(ready, stop_i
     assert train(ready, "stage1")["steps"] == STEPS
 
 
-def test_what_a_stage_leaves_behind(ready):
+def test_outputs_of_a_training_stage(ready):
     summary = train(ready, "stage1")
     out = ready.paths.run("stage1")
     checkpoint = load_checkpoint(out)  # a plain Hugging Face folder
@@ -323,7 +323,7 @@ def test_what_a_stage_leaves_behind(ready):
     assert any(not torch.equal(value, before[name]) for name, value in weights(out).items())
 
 
-def test_stage_2_runs_both_channels_and_tells_the_control_what_it_took(ready):
+def test_stage_2_runs_both_channels_and_records_its_cost_for_the_control(ready):
     summary = train(ready, "stage2")
     rows = log_rows(ready.paths.run("stage2"))
     assert [row["channel"] for row in rows] == ["A", "B", "A", "B"]
@@ -343,7 +343,7 @@ def on_file_tokens(space: Workspace) -> int:
     return sum(s.prompt_length + written[s.image_id] for s in samples if s.image_id in written)
 
 
-def test_a_token_that_is_only_read_or_written_is_a_third_of_one_that_is_trained_on():
+def test_a_rollout_token_counts_as_a_third_of_a_training_token():
     taken = {"steps": 4, "tokens": 2000, "rollout_tokens": 300}
     assert (control_tokens(taken, "compute"), control_tokens(taken, "tokens")) == (2100, 2000)
 

@@ -1,4 +1,4 @@
-"""Soft self-context: what the later forwards see, and where gradients go.
+"""Soft self-context: the inputs of the later forwards, and the flow of gradients.
 
 Shapes: N coordinate slots, K bins, D hidden size, B rows, T tokens.
 """
@@ -70,7 +70,7 @@ def test_straight_through_is_hard_forwards_and_soft_backwards():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_certain_model_reads_the_embedding_of_its_bin(mode):
+def test_a_point_mass_gives_the_embedding_of_its_bin(mode):
     _, table = random_logits()
     bins = torch.tensor([0, 17, 999])
     logits = 200.0 * F.one_hot(bins, NUM_BINS)
@@ -83,7 +83,7 @@ def test_temperature_flattens_the_soft_embedding():
     torch.testing.assert_close(hot, table.mean(0).expand(5, -1), atol=1e-3, rtol=0)
 
 
-def test_context_that_tells_the_truth_changes_nothing(checkpoint, batch, monkeypatch):
+def test_a_correct_context_changes_nothing(checkpoint, batch, monkeypatch):
     """With the embeddings of the very tokens that stand there: the slots and the picture are put where they were."""
     tokens = batch.input_ids.flatten()[batch.coord_slots + 1] - checkpoint.coord.first_id
     monkeypatch.setattr(soft_context, "context_embeddings", lambda logits, table, *_: table[tokens])
@@ -94,7 +94,7 @@ def test_context_that_tells_the_truth_changes_nothing(checkpoint, batch, monkeyp
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_forward_reads_the_predictions_of_the_one_before(checkpoint, batch, mode, monkeypatch):
+def test_each_forward_uses_the_predictions_of_the_previous_one(checkpoint, batch, mode, monkeypatch):
     seen = []
 
     def recording(model, packed, inputs_embeds_BTD=None):

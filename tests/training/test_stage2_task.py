@@ -1,4 +1,4 @@
-"""Stage 2's steps: which channel on which samples, and that packing, accumulation and logs are right in both."""
+"""Stage 2's steps: channel and samples of each step; packing, accumulation and logs in both channels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rollouts(world, checkpoint):
     return teacher_rollouts(checkpoint, world)
 
 
-def test_a_plan_keeps_to_the_schedule_and_to_what_was_rolled_out():
+def test_a_plan_follows_the_schedule_and_uses_images_with_rollouts():
     plan = plan_steps(n_samples=40, rolled_out=[3, 8, 30], samples_per_step=4, steps=50, b_ratio=0.3, seed=1)
     assert [step.channel == "B" for step in plan] == [is_channel_b(s, 0.3) for s in range(50)]
     assert {i for step in plan if step.channel == "B" for i in step.items} == {3, 8, 30}
@@ -51,7 +51,7 @@ def test_a_plan_keeps_to_the_schedule_and_to_what_was_rolled_out():
     assert plan != plan_steps(40, [3, 8, 30], 4, 50, 0.3, 2)
 
 
-def test_fresh_rollouts_are_of_images_that_had_none():
+def test_fresh_rollouts_use_images_without_rollouts():
     plan = plan_steps(40, [3, 8, 30], samples_per_step=4, steps=50, b_ratio=0.5, seed=1, refresh_steps=10)
     before, after = ([{*s.items} for s in part if s.channel == "B"] for part in (plan[:10], plan[10:]))
     assert set().union(*before) == {3, 8, 30}
@@ -199,7 +199,7 @@ def test_every_parameter_that_stage_2_trains_gets_a_gradient(world, checkpoint, 
     assert micro.logs["samples"] == 11
 
 
-def test_the_first_forward_is_diagnosed_beside_the_last(world, checkpoint, rollouts):
+def test_diagnostics_cover_the_first_and_the_last_forward(world, checkpoint, rollouts):
     plan = [StepPlan("A", ALL)]
     once, twice = (run(stage2(world, checkpoint, rollouts, plan, n_softctx_iter=n)).logs for n in (1, 2))
     assert not [name for name in once if name.startswith("coord_diag_a1/")]
@@ -225,13 +225,13 @@ def test_the_anchor_is_the_coordinate_objective_of_the_first_forward(world, chec
     assert difference.norm() > 1e-3
 
 
-def test_one_forward_takes_no_anchor(world, checkpoint, rollouts):
+def test_a_single_forward_has_no_anchor(world, checkpoint, rollouts):
     for plan in (StepPlan("A", ALL), StepPlan("B", ALL)):
         with_anchor, without = (run(stage2(world, checkpoint, rollouts, [plan], a1_coord_weight=w)) for w in (0.5, 0.0))
         assert with_anchor.logs == without.logs
 
 
-def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, rollouts):
+def test_packed_equals_unpacked_with_duplicate_unlikelihood(world, checkpoint, rollouts):
     """Every option of channel B at once; the second object of each rollout is found twice."""
     settings = changed(
         TWO, duplicate_unlikelihood_weight=0.5, over_generation="truncate", eos_weight=3.0, over_close_weight=2.0
@@ -247,7 +247,7 @@ def test_packed_equals_unpacked_with_duplicates_pushed_down(world, checkpoint, r
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-def test_the_reordered_annotation_costs_the_cross_entropy_of_its_coordinates(world, checkpoint, rollouts):
+def test_reordered_ce_is_the_cross_entropy_of_the_coordinates(world, checkpoint, rollouts):
     """By hand: coordinates taken for text make text_ce the mean over both, so theirs follows from the two means."""
     plan, settings = StepPlan("B", ALL), changed(TWO, reordered_ce_weight=0.5)
     made = run(stage2(world, checkpoint, rollouts, [plan], settings, weights=ALL_WEIGHTS | {"reordered_ce": 0.5}))

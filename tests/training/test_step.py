@@ -1,4 +1,4 @@
-"""Whole training steps against textbook losses on stored logits, for every kind of head; and what a stage logs."""
+"""Whole training steps against reference losses on stored logits, for every kind of head; and the log of a stage."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_step_runs_through_the_head_once(world, monkeypatch):
     assert len(runs) == 1
 
 
-def test_the_log_of_a_stage(workspace):
+def test_logged_names_of_a_stage(workspace):
     """Terms of its weights alone, and diagnostics under their names."""
     train_stage1(workspace)
     lines = (workspace.paths.run("stage1") / "train_log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -69,7 +69,7 @@ def test_logged_numbers(world, checkpoint):
     assert 0 <= micro.logs["time/wait_s"] < 60
 
 
-def test_random_order_is_another_sequence_each_step(world, checkpoint):
+def test_random_order_differs_in_each_step(world, checkpoint):
     shuffled = task(world, checkpoint, [[[0]]] * 8, "random")
     losses = [float(only(shuffled.micro_batches(step)).loss.detach()) for step in range(8)]
     assert len({round(value, 5) for value in losses}) > 1

@@ -1,4 +1,4 @@
-"""Training stages with adapters and with frozen parts: what they leave is a plain checkpoint, and they resume."""
+"""Training stages with adapters and with frozen parts: they write plain checkpoints, and they resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(space: Workspace) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("changes", [{"method": "lora", "rank": 4}, {"vision": "freeze", "activations": "recompute"}])
-def test_what_a_stage_leaves_is_plain_weights(workspace, changes):
+def test_a_stage_with_adapters_writes_plain_weights(workspace, changes):
     if "method" in changes:
         pytest.importorskip("peft")
     start = load_file(workspace.paths.norm1000 / "init" / "model.safetensors")

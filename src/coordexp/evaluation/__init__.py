@@ -1,1 +1,1 @@
-"""What a `gt_vs_pred.jsonl` is worth: AP, F1, confidence, set behaviour, and how sure we are of each number."""
+"""Evaluation of a `gt_vs_pred.jsonl`: AP, F1, confidence, set behavior, and the uncertainty of each number."""

@@ -1,10 +1,9 @@
 """COCO average precision from cached matches, under any ranking and any image weights.
 
-pycocotools gives the numbers of record (coco.py). This module computes the same AP (area range "all") in a form that
-can be evaluated again for thousands of re-weightings of the images, which is what a bootstrap needs. Which boxes
-overlap does not depend on scores, so the overlapping pairs of a data set are found once (they are few), each ranking
-only walks them, as pycocotools and lvis-api do within one image and category, and only the counting depends on the
-weights.
+pycocotools computes the numbers of record (coco.py). This module computes the same AP (area range "all") in a form that
+can be repeated cheaply for thousands of image weightings, which a bootstrap needs. It separates three parts. Overlaps
+do not depend on scores, so the few overlapping pairs of a data set are found once. A ranking only walks these pairs, by
+the rules of pycocotools and lvis-api within one image and category. The image weights affect only the counting.
 
 Legend: P predictions, G annotated objects, N overlapping pairs, K categories, T IoU thresholds .50:.05:.95, D
 detections of one category by falling score, H true positives among them, I images, B weightings.
@@ -25,7 +24,7 @@ from coordexp.evaluation.protocol import COCO_IOUS, MAX_DETECTIONS, RECALL_GRID
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints
 from coordexp.geometry.boxes import Boxes, xyxy_to_xywh
 
-_PAIRS_PER_BLOCK = 500_000  # candidate pairs held at once; keeps a block in a few tens of MB
+_PAIRS_PER_BLOCK = 500_000  # candidate pairs in memory at once: a few tens of MB
 _FP, _TP, _IGNORED, _SURPLUS = 0, 1, 2, 3
 
 
@@ -33,7 +32,7 @@ _FP, _TP, _IGNORED, _SURPLUS = 0, 1, 2, 3
 class Pairs:
     """Predictions and objects of one image and category with IoU >= .50, as rows of a DetectionTable.
 
-    With a crowd region the overlap is the share of the prediction inside it, as in pycocotools.
+    For a crowd region the overlap is the fraction of the prediction inside it, as in pycocotools.
     """
 
     pred_N: Ints
@@ -42,7 +41,7 @@ class Pairs:
     crowd_N: Bools
 
     def keep_predictions(self, keep_P: Bools) -> Pairs:
-        """The pairs of `table.keep_predictions(keep_P)`."""
+        """The pairs that belong to `table.keep_predictions(keep_P)`."""
         kept_N = keep_P[self.pred_N]
         new_row_P = np.cumsum(keep_P) - 1
         return Pairs(new_row_P[self.pred_N[kept_N]], self.gt_N[kept_N], self.iou_N[kept_N], self.crowd_N[kept_N])
@@ -50,28 +49,28 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CategoryMatches:
-    """Matched detections of one category over the data set, in ranking order (ties by image, then generation)."""
+    """The matched detections of one category in the data set, in ranking order (ties by image, then generation)."""
 
     pred_D: Ints  # row in the DetectionTable
     image_D: Ints
     tp_TD: Bools  # matched to an annotated object
-    ignored_TD: Bools  # neither right nor wrong, such as one inside a crowd region
-    iou_D: Floats  # with the object matched at IoU .50, 0 for the others
-    gt_image_G: Ints  # image of each annotated object, crowd regions left out
+    ignored_TD: Bools  # neither a true nor a false positive, such as one inside a crowd region
+    iou_D: Floats  # with the object matched at IoU .50, otherwise 0
+    gt_image_G: Ints  # image of each annotated object, without crowd regions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rules:
-    """What differs between protocols: how many detections count, and which count only if they are right."""
+    """The differences between protocols: limits on the number of detections, and detections that do not count."""
 
     max_per_group: int | None = MAX_DETECTIONS  # per image and category, highest scores first
     max_per_image: int | None = None
-    dropped_P: Bools | None = None  # never looked at
-    ignored_if_wrong_P: Bools | None = None
+    dropped_P: Bools | None = None  # removed before matching
+    ignored_if_wrong_P: Bools | None = None  # do not count as false positives
 
 
 def overlapping_pairs(table: DetectionTable) -> Pairs:
-    """All pairs of the table, found image by image in blocks."""
+    """All pairs of the table, computed in blocks of images."""
     n_gt_I = np.bincount(table.gt_image_G, minlength=table.n_images)
     first_gt_I = np.cumsum(n_gt_I) - n_gt_I
     n_candidates_P = n_gt_I[table.pred_image_P]
@@ -99,7 +98,7 @@ def _pairs_of(
 
 
 def _coco_iou(pred_N4: Boxes, gt_N4: Boxes, crowd_N: Bools) -> Floats:
-    """IoU, or share of the detection inside a crowd region, with pycocotools' arithmetic on xywh to the last bit."""
+    """IoU, or fraction of the detection inside a crowd region; bit-identical to pycocotools' arithmetic on xywh."""
     d, g = xyxy_to_xywh(pred_N4), xyxy_to_xywh(gt_N4)
     sides = np.minimum(d[:, :2] + d[:, 2:], g[:, :2] + g[:, 2:]) - np.maximum(d[:, :2], g[:, :2])
     overlap_N = np.where((sides > 0).all(axis=1), sides.prod(axis=1), 0.0)
@@ -111,9 +110,9 @@ def _coco_iou(pred_N4: Boxes, gt_N4: Boxes, crowd_N: Bools) -> Floats:
 def match_categories(
     table: DetectionTable, pairs: Pairs | None = None, rules: Rules | None = None
 ) -> list[CategoryMatches]:
-    """Match detections to annotated objects for each category; `pairs` are those of this table, if at hand."""
+    """Match detections to annotated objects in each category; `pairs` are those of this table, if already known."""
     pairs, rules = pairs or overlapping_pairs(table), rules or Rules()
-    # Stable: equal scores stay in generation order within an image, as in pycocotools' merge sort.
+    # A stable sort keeps equal scores of an image in generation order, as pycocotools' merge sort does.
     by_score = np.argsort(-table.pred_score_P, kind="stable")
     counted_P = _counted(table, by_score, rules)
     state_TP, iou_P = _walk(table, pairs, counted_P)
@@ -136,7 +135,7 @@ def match_categories(
 
 
 def _counted(table: DetectionTable, by_score: Ints, rules: Rules) -> Bools:
-    """Which predictions take part at all, shape (P,): those with a category, within the limits."""
+    """(P,) whether each prediction takes part: it has a category and is within the limits."""
     counted_P = table.pred_category_P != NO_CATEGORY
     if rules.dropped_P is not None:
         counted_P &= ~rules.dropped_P
@@ -149,7 +148,7 @@ def _counted(table: DetectionTable, by_score: Ints, rules: Rules) -> Bools:
 
 
 def _rank_in_group(group_P: Ints, by_score: Ints) -> Ints:
-    """Place of each prediction in its group, 0 for the best, shape (P,)."""
+    """(P,) rank of each prediction in its group, 0 for the highest score."""
     order = by_score[np.argsort(group_P[by_score], kind="stable")]
     n_before = np.searchsorted(group_P[order], group_P[order], side="left")
     rank_P = np.empty(len(order), dtype=np.int64)
@@ -158,17 +157,19 @@ def _rank_in_group(group_P: Ints, by_score: Ints) -> Ints:
 
 
 def _walk(table: DetectionTable, pairs: Pairs, counted_P: Bools) -> tuple[NDArray[np.int8], Floats]:
-    """State of each prediction at each threshold, shape (T, P), and the IoU of its match at IoU .50, shape (P,).
+    """(T, P) state of each prediction at each threshold, and (P,) the IoU of its match at IoU .50.
 
-    Detections choose in ranking order: the free object of highest IoU (the last of equals), and only if there is none,
-    a crowd region, which stays free.
+    Detections choose in ranking order. Each takes the free object with the highest IoU (the last one on ties). If there
+    is none, it may match a crowd region, which stays free for others.
     """
+    # COCOeval.evaluateImg visits all objects for each detection and threshold. With the pairs sorted by detection rank,
+    # objects before crowds, and falling IoU, the same choice is a detection's first free pair.
     order = np.lexsort((-pairs.gt_N, -pairs.iou_N, pairs.crowd_N, pairs.pred_N, -table.pred_score_P[pairs.pred_N]))
     order = order[counted_P[pairs.pred_N[order]]]
     pred_N, gt_N, iou_N, crowd_N = (c[order] for c in (pairs.pred_N, pairs.gt_N, pairs.iou_N, pairs.crowd_N))
     state_TP = np.zeros((len(COCO_IOUS), len(counted_P)), dtype=np.int8)
     iou_P = np.zeros(len(counted_P))
-    for t, threshold in enumerate(np.minimum(COCO_IOUS, 1 - 1e-10)):
+    for t, threshold in enumerate(np.minimum(COCO_IOUS, 1 - 1e-10)):  # the bound is that of COCOeval.evaluateImg
         passing = np.flatnonzero(iou_N >= threshold)
         state, free, won = bytearray(len(counted_P)), bytearray(b"\1") * len(table.gt_image_G), []
         columns = (passing, pred_N[passing], gt_N[passing], crowd_N[passing])
@@ -189,10 +190,10 @@ def _walk(table: DetectionTable, pairs: Pairs, counted_P: Bools) -> tuple[NDArra
 def ranking_flags(
     table: DetectionTable, matches_K: list[CategoryMatches], threshold_index: int = 0
 ) -> tuple[Bools, Bools]:
-    """Whether each prediction of the table is a true positive, and whether it is judged at all, both of shape (P,).
+    """(P,) whether each prediction is a true positive, and (P,) whether it counts at all.
 
-    Not judged: matched to a crowd region, or beyond the 100 best of its image and category. A prediction without a
-    category is judged, and wrong. `threshold_index` 0 is IoU 0.5.
+    A prediction does not count if it matches a crowd region, or is beyond the 100 highest scores of its image and
+    category. A prediction without a category counts and is incorrect. `threshold_index` 0 is IoU 0.5.
     """
     tp_P = np.zeros(len(table.pred_score_P), dtype=bool)
     judged_P = table.pred_category_P == NO_CATEGORY
@@ -202,19 +203,20 @@ def ranking_flags(
     return tp_P, judged_P
 
 
-_CELLS_PER_BLOCK = 1_000_000  # detections x weightings held at once; keeps a block in a few MB
-_MOST_THREADS = 8  # each holds a few blocks
+_CELLS_PER_BLOCK = 1_000_000  # detections x weightings in memory at once: a few MB
+_MOST_THREADS = 8  # each thread holds a few blocks
 _GRID_AND_END = np.append(RECALL_GRID, np.inf)
 
 
 def weighted_ap(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> Floats:
-    """AP of each category, threshold and weighting, shape (K, T, B); NaN where a weighting holds no object of one.
+    """(K, T, B) AP of each category, threshold and weighting; NaN if a weighting has no object of the category.
 
-    T is how many thresholds the matches hold.
+    T is the number of thresholds in the matches.
 
-    An image of weight w counts as w copies of itself, so weights of 1 give pycocotools' AP. Equal scores within one
-    image and category keep their copies together: hit, hit, miss, miss where w real copies would rank hit, miss, hit,
-    miss.
+    An image of weight w counts as w copies of itself, so weights of 1 give pycocotools' AP. The matches can be reused
+    for every weighting because a match depends on its own image only; weights change the cumulative counts along the
+    ranking. Copies of a detection are adjacent in the ranking. For equal scores within one image and category this
+    gives hit, hit, miss, miss, whereas w real copies of the image would rank hit, miss, hit, miss.
     """
     weights_IB = np.ascontiguousarray(weights_BI.T, dtype=np.int32)
     n_thresholds = len(matches_K[0].tp_TD) if matches_K else len(COCO_IOUS)
@@ -225,7 +227,7 @@ def weighted_ap(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> Float
             ap_KTB[k, :, block] = _category_ap(matches_K[k], weights_IB[:, block])
 
     present = [k for k, matches in enumerate(matches_K) if len(matches.gt_image_G)]
-    # Threads help: numpy lets go of the interpreter in its loops.
+    # Threads help because numpy releases the GIL in its loops.
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, present))
     return ap_KTB
@@ -242,13 +244,13 @@ def _category_ap(matches: CategoryMatches, weights_IB: NDArray[np.int32]) -> Flo
     seen_DB = np.cumsum(weight_DB, axis=0, dtype=np.int32)
     ap_TB = np.zeros((len(matches.tp_TD), weights_IB.shape[1]))
     for t, (tp_D, ignored_D) in enumerate(zip(matches.tp_TD, matches.ignored_TD, strict=True)):
-        # Recall moves only at true positives, and precision peaks there: the other rows only need to be counted.
+        # Recall changes only at true positives, and precision has its peaks there, so only these rows are evaluated.
         hits_H = np.flatnonzero(tp_D)
         counted_HB = seen_DB[hits_H]
         if ignored_D.any():
             counted_HB = np.cumsum(np.where(ignored_D[:, None], 0, weight_DB), axis=0, dtype=np.int32)[hits_H]
         tp_HB = np.cumsum(weight_DB[hits_H], axis=0, dtype=np.int32)
-        envelope_HB = tp_HB / (counted_HB + np.spacing(1))
+        envelope_HB = tp_HB / (counted_HB + np.spacing(1))  # the spacing is that of COCOeval.accumulate
         np.maximum.accumulate(envelope_HB[::-1], axis=0, out=envelope_HB[::-1])
         passed_HB = recall_points_passed(tp_HB / np.maximum(n_gt_B, 1))
         envelope_HB *= np.diff(passed_HB, axis=0, prepend=0)
@@ -257,9 +259,10 @@ def _category_ap(matches: CategoryMatches, weights_IB: NDArray[np.int32]) -> Flo
 
 
 def recall_points_passed(recall: Floats) -> NDArray[np.int32]:
-    """How many points of RECALL_GRID are at or below each recall: `np.searchsorted(side="right")`, but faster.
+    """The number of RECALL_GRID points at or below each recall: `np.searchsorted(side="right")`, but faster.
 
-    The point of the same hundredth and the next one are compared exactly; the grid is not quite i/100 in floats.
+    The grid point of the same hundredth and the next one are compared exactly, because in floats the grid is not
+    exactly i/100.
     """
     at = (recall * (len(RECALL_GRID) - 1)).astype(np.int32)
     passed = at + (_GRID_AND_END[at] <= recall)
@@ -268,11 +271,11 @@ def recall_points_passed(recall: Floats) -> NDArray[np.int32]:
 
 
 def unweighted_ap(matches_K: Sequence[CategoryMatches], n_images: int) -> Floats:
-    """AP of each category and threshold, shape (K, T), with every image counted once."""
+    """(K, T) AP of each category and threshold, with every image counted once."""
     return weighted_ap(matches_K, np.ones((1, n_images), dtype=np.int64))[..., 0]
 
 
 def mean_ap(ap_KT: Floats) -> float | None:
-    """Mean over categories that have objects; None if no category has."""
+    """Mean over the categories that have objects; None if there is no such category."""
     present = ap_KT[~np.isnan(ap_KT).any(axis=1)]
     return float(present.mean()) if present.size else None

@@ -1,6 +1,6 @@
-"""K sampled answers per image: one answer by voting, and how much more any of the K would have found.
+"""K sampled answers per image: a consensus by voting, and the recall of an oracle that picks among the samples.
 
-Objects are the same if their names are equal (after normalisation) and their boxes overlap by IoU 0.5 or more.
+Two objects are the same if their normalized names are equal and their boxes have an IoU of at least 0.5.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from coordexp.errors import DataError
-from coordexp.evaluation.table import Floats
+from coordexp.evaluation.table import Floats, Ints
 from coordexp.geometry.boxes import Box, as_boxes, pairwise_iou
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction
@@ -22,53 +22,43 @@ SAME_IOU = 0.5
 Runs = Sequence[Sequence[ImageResult]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OracleK:
-    """Recall at IoU 0.5 (name included) of K samples per image.
+    """Objects of each image that K samples find at IoU 0.5, category name included.
 
     Attributes:
-        k: samples per image.
-        n_gt: annotated objects, crowds left out.
-        recall_one: of one sample, mean over the K.
-        recall_any: of an oracle that takes each object from whichever sample found it.
-        recoverable: share of the objects that the first sample misses and another one finds; None if it misses none.
+        n_gt_I: annotated objects, crowds left out.
+        one_I: found by one sample, mean over the K.
+        any_I: found by at least one of them: what an oracle that picks among the samples would find.
     """
 
-    k: int
-    n_gt: int
-    recall_one: float
-    recall_any: float
-    recoverable: float | None
+    n_gt_I: Ints
+    one_I: Floats
+    any_I: Ints
 
 
 def oracle_k(runs: Runs) -> OracleK:
-    """The headroom of sampling: misses that any of the K samples finds.
+    """The headroom of sampling: objects that any of the K samples finds.
 
     Raises:
-        DataError: the runs hold different images, or no object is annotated.
+        DataError: the runs hold different images.
     """
-    found_KG = np.array([np.concatenate([_found(result) for result in run]) for run in _aligned(runs)])
-    if not found_KG.size:
-        raise DataError("no object is annotated in these images; the headroom of sampling needs some to find.")
-    any_G = np.asarray(found_KG.any(axis=0))
-    missed_G = np.logical_not(found_KG[0])
+    found = [np.stack([_found(result) for result in results]) for results in zip(*_aligned(runs), strict=True)]
     return OracleK(
-        k=len(runs),
-        n_gt=found_KG.shape[1],
-        recall_one=float(found_KG.mean()),
-        recall_any=float(any_G.mean()),
-        recoverable=float(any_G[missed_G].mean()) if missed_G.any() else None,
+        n_gt_I=np.array([found_KG.shape[1] for found_KG in found]),
+        one_I=np.array([found_KG.mean(axis=0).sum() for found_KG in found]),
+        any_I=np.array([found_KG.any(axis=0).sum() for found_KG in found]),
     )
 
 
 def vote(runs: Runs, min_support: int) -> list[ImageResult]:
-    """One answer per image from K samples: objects that at least `min_support` of them agree on.
+    """One answer per image from K samples: the objects on which at least `min_support` samples agree.
 
-    A sample supports an object at most once. The box is the median of the agreeing ones in each coordinate, the score
-    the mean of theirs times the share of samples that agree. Everything else of a line is the first sample's.
+    A sample supports an object at most once. Each coordinate of the box is the median over the agreeing samples; the
+    score is their mean score times the fraction of samples that agree. All other fields come from the first sample.
     """
     if not 1 <= min_support <= len(runs):
-        raise DataError(f"min_support is {min_support}, expected 1 to {len(runs)}, the number of samples.")
+        raise DataError(f"min_support is {min_support}, expected 1 to {len(runs)} (the number of samples).")
     voted = []
     for results in zip(*_aligned(runs), strict=True):
         groups = _group([list(result.pred) for result in results])
@@ -78,16 +68,16 @@ def vote(runs: Runs, min_support: int) -> list[ImageResult]:
 
 
 def _aligned(runs: Runs) -> list[list[ImageResult]]:
-    """The runs in one order of images."""
+    """The runs, each sorted by image id."""
     ordered = [sorted(run, key=lambda r: r.image_id) for run in runs]
     ids = [[r.image_id for r in run] for run in ordered]
     if not ids or not ids[0] or any(other != ids[0] for other in ids):
-        raise DataError(f"{len(runs)} runs over different images; expected the same images, at least one, in each.")
+        raise DataError(f"{len(runs)} runs have different images; expected the same images, at least one, in each.")
     return ordered
 
 
 def _found(result: ImageResult) -> np.ndarray:
-    """Which annotated objects this answer holds, matched one to one."""
+    """Whether each annotated object is found by this answer, matched one to one."""
     truth = [g for g in result.gt if not g.iscrowd]
     found = np.zeros(len(truth), dtype=bool)
     iou = _same_name_iou([(g.desc, g.bbox_xyxy_px) for g in truth], [(p.desc, p.bbox_xyxy_px) for p in result.pred])
@@ -96,7 +86,7 @@ def _found(result: ImageResult) -> np.ndarray:
 
 
 def _group(samples: Sequence[Sequence[Prediction]]) -> list[list[Prediction]]:
-    """Predictions of the same object, one per sample at most, in the order in which they were first seen."""
+    """Groups of predictions of the same object, at most one per sample, in order of first occurrence."""
     groups: list[list[Prediction]] = []
     for predictions in samples:
         centres = [(group[0].desc, _median_box(group)) for group in groups]
@@ -110,7 +100,7 @@ def _group(samples: Sequence[Sequence[Prediction]]) -> list[list[Prediction]]:
 
 
 def _same_name_iou(a: Sequence[tuple[str, Box]], b: Sequence[tuple[str, Box]]) -> Floats:
-    """IoU of all pairs, 0 where the names differ."""
+    """IoU of all pairs; 0 if the names differ."""
     iou = pairwise_iou(as_boxes([box for _, box in a]), as_boxes([box for _, box in b]))
     names_a, names_b = ([normalise_desc(name) for name, _ in side] for side in (a, b))
     same = np.array([[x == y for y in names_b] for x in names_a], dtype=bool).reshape(iou.shape)
@@ -118,7 +108,7 @@ def _same_name_iou(a: Sequence[tuple[str, Box]], b: Sequence[tuple[str, Box]]) -
 
 
 def _assign(iou: Floats) -> tuple[np.ndarray, np.ndarray]:
-    """One-to-one pairs with IoU >= SAME_IOU: as many as there can be, and of those the best overlapping."""
+    """The largest one-to-one assignment with IoU >= SAME_IOU; of equally large ones, that of highest total IoU."""
     rows, columns = linear_sum_assignment(np.where(iou >= SAME_IOU, -1.0 - iou, 0.0))
     kept = iou[rows, columns] >= SAME_IOU
     return rows[kept], columns[kept]
@@ -130,9 +120,9 @@ def _median_box(group: Sequence[Prediction]) -> Box:
 
 
 def _merge(group: Sequence[Prediction], k: int) -> Prediction:
-    """The object that a group agrees on; alternatives of one member would contradict it, so it has none."""
+    """The consensus of a group, without alternative boxes or scores, because those of one member do not apply."""
     scores = [p.score for p in group if p.score is not None]
     if len(scores) < len(group):
-        raise DataError("a prediction without a score cannot vote; score the samples first.")
+        raise DataError("a prediction has no score, which voting needs; score the samples first.")
     score = float(np.mean(scores)) * len(group) / k
     return replace(group[0], bbox_xyxy_px=_median_box(group), score=score, boxes_xyxy_px={}, scores={})

@@ -1,14 +1,14 @@
-"""Blind controls: what scores are reached without looking at the picture.
+"""Blind controls: the scores that can be reached without looking at the image.
 
-| control | every image is answered with |
+| control | prediction for every image |
 |---|---|
-| `constant` | one box: the most frequent label at its median place |
-| `median_box` | the median box of each of the most frequent labels, ranked by how many images hold the label |
-| `dealt` | the model's own answer to another image |
+| `constant` | one box: the most frequent label at its median position |
+| `median_box` | the median box of each of the most frequent labels, scored by the number of images with the label |
+| `dealt` | the model's own answer to another image (predictions shuffled across images) |
 
-The first two know the frequencies and places of the annotations that they are judged by, more than a model is told; so
-they are hard controls. Places are fractions of the image's sides. A checkpoint whose AP50 does not exceed the best
-control's, by the lower end of the paired interval, has learned nothing that this data set shows.
+The first two use frequencies and positions of the very annotations of the evaluation, which a model does not have, so
+they are strong controls. Positions are fractions of the image's sides. If the lower end of the paired interval shows no
+AP50 above that of the best control, this data set shows no learning.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MARGIN = "blind.margin_AP50"
 
 
 def constant_answer(table: DetectionTable) -> DetectionTable:
-    """One box in every image: the most frequent label at its median place, score 1."""
+    """One box in every image: the most frequent label at its median position, score 1."""
     return _same_answer(table, 1)
 
 
 def median_boxes(table: DetectionTable) -> DetectionTable:
-    """The median box of each of the most frequent labels in every image, scored by how many images hold the label."""
+    """In every image the median box of each of the most frequent labels, scored by the fraction of images with it."""
     return _same_answer(table, MEDIAN_LABELS)
 
 
@@ -53,10 +53,10 @@ def _same_answer(table: DetectionTable, n_labels: int) -> DetectionTable:
 
 
 def dealt_answers(table: DetectionTable, seed: int) -> DetectionTable:
-    """The answers of the table, each given to another image, places kept as fractions; needs two images."""
+    """The predictions of the table shuffled across images, positions kept as fractions; needs two images."""
     order = generator(seed, "evaluation/dealt").permutation(table.n_images)
     source_I = np.empty(table.n_images, dtype=np.int64)
-    source_I[order] = np.roll(order, 1)  # one cycle through all images: none keeps its own
+    source_I[order] = np.roll(order, 1)  # one cycle through all images, so that no image keeps its own answer
     slices = image_slices(table.pred_image_P, table.n_images)
     rows_P = np.concatenate([np.arange(slices[i].start, slices[i].stop) for i in source_I.tolist()])
     image_P = np.repeat(np.arange(table.n_images, dtype=np.int64), table.n_pred_I[source_I])
@@ -66,7 +66,7 @@ def dealt_answers(table: DetectionTable, seed: int) -> DetectionTable:
 
 
 def _scale(table: DetectionTable, image_N: Ints) -> Floats:
-    """Width, height, width, height of each row's image, (N, 4)."""
+    """(N, 4) width, height, width, height of each row's image."""
     return np.tile(table.sizes_wh_I2[image_N], (1, 2)).astype(np.float64)
 
 
@@ -80,7 +80,7 @@ def _answered(
 
 
 def blind_controls(table: DetectionTable, seed: int) -> dict[str, DetectionTable]:
-    """The controls that are defined: none without annotated objects, no dealt answers of a single image."""
+    """The controls that are defined: none without annotated objects, no `dealt` for a single image."""
     if not table.n_gt_I.any():
         return {}
     controls = {"constant": constant_answer(table), "median_box": median_boxes(table)}
@@ -93,7 +93,7 @@ CONTROLS = ("constant", "median_box", "dealt")
 def blind_metrics(
     table: DetectionTable, by_score: Sequence[CategoryMatches], weights_BI: Ints, seed: int
 ) -> tuple[dict[str, float | None], Floats]:
-    """The `blind` area, and the margin over the best control in each resample, (B,); `by_score` are the table's own."""
+    """The `blind` area, and (B,) the margin over the best control in each resample; `by_score` are the own matches."""
     names = [f"{name}_{key}" for name in CONTROLS for key in ("AP50", "full_50")]
     metrics: dict[str, float | None] = dict.fromkeys([*names, "margin_AP50"])
     own, own_B = _ap50(by_score, weights_BI)
@@ -110,7 +110,7 @@ def blind_metrics(
 
 
 def _ap50(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> tuple[float | None, Floats]:
-    """AP at IoU .50 over the categories that have objects, and the same in each resample, (B,)."""
+    """AP at IoU .50 over the categories that have objects, and (B,) the same in each resample."""
     first = [replace(m, tp_TD=m.tp_TD[:1], ignored_TD=m.ignored_TD[:1]) for m in matches_K]
     ones = np.ones((1, weights_BI.shape[1]), dtype=weights_BI.dtype)
     mean_B = mean_of_present(weighted_ap(first, np.concatenate([ones, weights_BI]))[:, 0])
@@ -118,7 +118,7 @@ def _ap50(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> tuple[float
 
 
 def learned_nothing(margin: float | None, interval: Sequence[float] | None) -> str:
-    """Why answers show no learning, in words, from `blind.margin_AP50`; empty if they beat every blind control."""
+    """Why predictions show no learning, in words, from `blind.margin_AP50`; empty if they beat every blind control."""
     if margin is None or interval is None or interval[0] > 0:
         return ""
     low, high = interval

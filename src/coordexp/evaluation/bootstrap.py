@@ -1,8 +1,10 @@
-"""Bootstrap over images: metrics in each resample, and their intervals.
+"""Bootstrap over images (Efron 1979): metrics in each resample, and their intervals.
 
-A resample draws as many images as there are, with replacement; it is held as the number of times each image was drawn.
-Nothing is matched again: counts are summed, and AP is re-counted from cached matches, under those weights. The same
-seed and number of images give the same draws, so two evaluations of one image list are paired draw by draw.
+Images are the independent units: the objects of one image share its answer and must stay together. A resample draws as
+many images as there are, with replacement, and is stored as the number of times each image occurs. Matching is not
+repeated, because it happens within an image: counts are summed and AP is counted again from cached matches, under these
+weights. The same seed and number of images give the same resamples, so two evaluations of one image list are paired
+resample by resample, which removes the variation that both have in common.
 
 Legend: B resamples, I images, K categories, T IoU thresholds .50:.05:.95.
 """
@@ -21,18 +23,18 @@ INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 def resample_weights(n_images: int, resamples: int, seed: int) -> Ints:
-    """How often each image is drawn in each resample, shape (B, I); rows sum to I."""
+    """(B, I) how often each image occurs in each resample; rows sum to I."""
     rng = generator(seed, "evaluation/resamples")
     return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=resamples)
 
 
 def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", scope: str = "") -> dict[str, Floats]:
-    """The F1 family in each resample, shape (B,), as `<area>.<metric><scope>`.
+    """(B,) the F1 metrics in each resample, as `<area>.<metric><scope>`.
 
-    Metrics: `loc` and `full`, each at IoU .50, .75, .95 and as the mean over .50:.05:.95; of `full` at .50 also
+    Metrics: `loc` and `full`, each at IoU .50, .75, .95 and averaged over .50:.05:.95; for `full` at .50 also
     `precision_50`, `recall_50` and the macro F1. NaN for a resample in which the metric is undefined.
     """
-    weights = weights_BI.astype(np.float64)  # float products go through BLAS; counts stay exact below 2^53
+    weights = weights_BI.astype(np.float64)  # float products use BLAS; counts are exact below 2^53
     samples: dict[str, Floats] = {}
     for mode in MODES:
         sums = [weights @ matches.counts(iou, mode).astype(np.float64) for iou in COCO_IOUS]
@@ -48,7 +50,7 @@ def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", sco
 
 
 def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[str, list[int]]) -> dict[str, Floats]:
-    """AP in each resample, shape (B,), for named sets of categories (rows of K).
+    """(B,) AP in each resample, for named sets of categories (rows of K).
 
     Returns `<name>.mAP`, `<name>.AP50` and `<name>.AP75`; NaN for a resample without an object of the set.
     """
@@ -63,7 +65,7 @@ def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[
 
 
 def mean_of_present(ap_KTB: Floats) -> Floats:
-    """Mean over the first axis without its NaNs; NaN where nothing is left, without numpy's warning."""
+    """Mean over the first axis, ignoring NaN; NaN if all values are NaN, without numpy's warning."""
     present = ~np.isnan(ap_KTB)
     n = present.sum(axis=0)
     return np.divide(np.where(present, ap_KTB, 0.0).sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
@@ -72,7 +74,7 @@ def mean_of_present(ap_KTB: Floats) -> Floats:
 def interval(samples_B: Floats, point: float | None, *, is_share: bool = True) -> list[float] | None:
     """95 % interval [low, high] around the point value; None if the metric or every resample is undefined.
 
-    That of a share stays within [0, 1].
+    The interval of a fraction (`is_share`) is clipped to [0, 1].
     """
     known = samples_B[~np.isnan(samples_B)]
     if point is None or not known.size:
@@ -82,9 +84,9 @@ def interval(samples_B: Floats, point: float | None, *, is_share: bool = True) -
 
 
 def _centred(samples_B: Floats, point: float) -> Floats:
-    """Samples moved so that their mean is the point value.
+    """Shift the samples so that their mean is the point value: a bias correction of the percentile interval.
 
-    AP is a mean of running maxima, and a resample repeats images, so resampled AP lies above the AP it resamples. On
-    100 draws of 300 simulated images, plain percentiles covered the expected AP 89 times in 100, centred ones 95 times.
+    AP averages running maxima of the precision, and a resample repeats images, so resampled AP is biased upward. In 100
+    simulations of 300 images, plain percentiles covered the expected AP 89 times, centered ones 95 times.
     """
     return samples_B + (point - samples_B.mean())

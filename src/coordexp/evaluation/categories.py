@@ -1,12 +1,13 @@
-"""From a free-text description to a category: exact name first, then normalised name, then the nearest in meaning.
+"""From a free-text description to a category: by exact name, then by normalized name, then by nearest meaning.
 
-A cosine has no natural threshold: synonyms start where unrelated names still are. So the ranking within the vocabulary
-decides; the floor only keeps out what is near nothing, and a lead too small to mean anything leaves a description
-unmapped, as `ambiguous`. Names found exactly or after normalisation are never given to the encoder.
+A cosine similarity has no natural threshold: the ranges of synonyms and of unrelated names overlap. Therefore the
+ranking within the vocabulary decides. The floor only excludes descriptions that are near no category, and a description
+whose best category leads by too little stays unmapped, as `ambiguous`. The encoder is never used for names that match
+exactly or after normalization.
 
-The defaults (floor .5, lead .05) were tried on COCO's 80 names: of 25 synonyms 22 are accepted, all of them rightly
-(man, settee and necktie are left out); of 15 names of other things 3 are accepted (penguin as bird, anchor as tie,
-rocket as airplane).
+The defaults (floor .5, lead .05) were tried on COCO's 80 names. Of 25 synonyms 22 are accepted, all correctly (man,
+settee and necktie are not); of 15 names of other things 3 are accepted (penguin as bird, anchor as tie, rocket as
+airplane).
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from coordexp.text.meaning import TextEncoder, minilm
 
 MatchedBy = Literal["exact", "normalised", "semantic", "ambiguous", "unmapped"]
 MATCHED_BY: tuple[MatchedBy, ...] = get_args(MatchedBy)
-NO_CATEGORY = -1  # row of a description that names no category of the list
+NO_CATEGORY = -1  # row of a description without a category in the list
 
 
 def annotated_categories(results: Iterable[ImageResult]) -> tuple[Category, ...]:
-    """The names that some results annotate, as categories: for files that come without a list."""
+    """The annotated names of some results as categories, for files without a list of categories."""
     names = sorted({gt.desc for result in results for gt in result.gt})
     return tuple(Category(number, name, split=None) for number, name in enumerate(names, 1))
 
 
 class CategoryIndex:
-    """Looks descriptions up in a list of categories, in the order of their ids.
+    """Looks up descriptions in a list of categories, which is sorted by id.
 
     Raises:
-        DataError: the list is empty, or two categories share an id or a normalised name.
+        DataError: the list is empty, or two categories share an id or a normalized name.
     """
 
     def __init__(self, categories: Iterable[Category]) -> None:
@@ -49,17 +50,17 @@ class CategoryIndex:
         self._normalised = {normalise_desc(c.name): row for row, c in enumerate(self.categories)}
         if groups := clashing(self.categories):
             raise DataError(
-                f"{'; '.join(map(shown_clash, groups))}: a prediction could mean either. Each name must be distinct; "
-                "rename one, or leave the one out that is not annotated."
+                f"{'; '.join(map(shown_clash, groups))}: a prediction could mean either. Names must be distinct: "
+                "rename one, or remove the one that is not annotated."
             )
         if len({c.id for c in self.categories}) < len(self):
-            raise DataError(f"Two of the {len(self)} categories share an id; each must be distinct.")
+            raise DataError(f"Two of the {len(self)} categories share an id; ids must be distinct.")
 
     def __len__(self) -> int:
         return len(self.categories)
 
     def lookup(self, desc: str) -> tuple[int, MatchedBy]:
-        """Return the row of the category in `categories` (or NO_CATEGORY) and how it was found."""
+        """The row of the category in `categories` (or NO_CATEGORY), and how it was found."""
         if desc in self._exact:
             return self._exact[desc], "exact"
         row = self._normalised.get(normalise_desc(desc))
@@ -73,16 +74,16 @@ class CategoryIndex:
 def map_descriptions(
     descs: Iterable[str], index: CategoryIndex, params: EvalParams, encoder: TextEncoder | None = None
 ) -> dict[str, tuple[int, MatchedBy]]:
-    """The row of the category each description names (or NO_CATEGORY), and how it was found.
+    """For each description the row of its category (or NO_CATEGORY), and how it was found.
 
     Args:
         descs: the distinct descriptions of a data set.
         index: the categories.
         params: `mapping`, `semantic_floor` and `semantic_margin`.
-        encoder: for the semantic mapping, by default MiniLM.
+        encoder: for the semantic mapping; MiniLM by default.
 
     Raises:
-        ConfigError: the mapping is semantic and its encoder is not installed; it is never skipped.
+        ConfigError: the mapping is semantic and its encoder is not installed.
     """
     found = {desc: index.lookup(desc) for desc in descs}
     if params.mapping == "exact":

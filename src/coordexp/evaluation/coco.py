@@ -1,8 +1,8 @@
-"""COCO average precision: pycocotools is the number of record, faster-coco-eval the identical fast path.
+"""COCO average precision: pycocotools gives the numbers of record, faster-coco-eval identical numbers faster.
 
-Boxes enter as float pixels. An object is small, medium or large by its annotated area (that of its mask), and by the
-area of its box where the source gives none; a detection by the area of its box, as in pycocotools. A value that COCO
-leaves undefined (no object of that kind in the data set) is None here where pycocotools prints -1.
+Boxes are float pixels. An object is small, medium or large by its annotated area (that of its mask), or by the area of
+its box if none is annotated; a detection by the area of its box, as in pycocotools. A value that is undefined (the data
+set has no object of that kind) is None here; pycocotools prints -1.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _FAST_FROM_PREDICTIONS = 50_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CocoResult:
-    """The twelve numbers and what they are means of; precision and recall are -1 where a category has no object.
+    """The twelve numbers, and the precision and recall that they average; these are -1 for a category without objects.
 
-    Axes: 10 IoU thresholds, 101 recall points, K categories, 4 areas (all, small, medium, large), 3 limits (1, 10,
-    100).
+    Axes: 10 IoU thresholds, 101 recall points, K categories, 4 areas (all, small, medium, large), 3 limits of
+    detections (1, 10, 100).
     """
 
     stats: dict[str, float | None]
@@ -41,25 +41,25 @@ class CocoResult:
     reason: str
 
     def ap_KT(self) -> Floats:
-        """AP by category and threshold over all areas with 100 detections; NaN where the category has no object."""
+        """(K, T) AP over all areas with 100 detections; NaN for a category without objects."""
         ap_TK = self.precision_TRKAM[:, :, :, 0, 2].mean(axis=1)
         return np.where(ap_TK.T > -1, ap_TK.T, np.nan)
 
     def mean_ap(self, rows: list[int] | None = None, iou: float | None = None) -> float | None:
-        """Mean AP of the categories in `rows` (default all), at one IoU of .50:.05:.95 or averaged over them."""
+        """Mean AP of the categories in `rows` (default: all), at one IoU of .50:.05:.95 or averaged over them."""
         ap_KT = self.ap_KT() if rows is None else self.ap_KT()[rows]
         chosen = ap_KT if iou is None else ap_KT[:, np.isclose(COCO_IOUS, iou)]
         return float(np.nanmean(chosen)) if not np.isnan(chosen).all() else None
 
     def pr_curve(self, iou: float) -> list[float]:
-        """Precision at 101 recall points at one IoU, mean over the categories that have objects; empty if none has."""
+        """Precision at 101 recall points at one IoU, averaged over the categories with objects; empty without any."""
         precision_RK = self.precision_TRKAM[int(np.argmin(abs(COCO_IOUS - iou))), :, :, 0, 2]
         present = precision_RK[0] > -1
         return precision_RK[:, present].mean(axis=1).tolist() if present.any() else []
 
 
 def coco_ap(table: DetectionTable, backend: Backend | None = None) -> CocoResult:
-    """Evaluate with this backend; without one with pycocotools, the number of record, unless there is much to do."""
+    """Evaluate with a backend; the default is pycocotools, or the faster one for many predictions."""
     backend, reason = (backend, "asked for") if backend else _choose_backend(table)
     evaluator = _run(table, _library(backend))
     stats = dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
@@ -93,7 +93,7 @@ def _library(backend: Backend) -> tuple[type, type]:
 
 def _run(table: DetectionTable, library: tuple[type, type]) -> Any:
     dataset_type, evaluator_type = library
-    with contextlib.redirect_stdout(io.StringIO()):  # both libraries report progress by print
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
         truth, detections = dataset_type(), dataset_type()
         truth.dataset, detections.dataset = ground_truth_dataset(table), detection_dataset(table)
         truth.createIndex()
@@ -107,13 +107,13 @@ def _run(table: DetectionTable, library: tuple[type, type]) -> Any:
 
 
 def set_area_ranges(evaluator: Any) -> None:
-    """Part small, medium and large at COCO's edges of the object's area."""
+    """Separate small, medium and large objects at COCO's area thresholds."""
     small, large = AREA_EDGES_PX2
     evaluator.params.areaRng = [[0, LARGEST_AREA_PX2], [0, small], [small, large], [large, LARGEST_AREA_PX2]]
 
 
 def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:
-    """The annotations in COCO's JSON form."""
+    """The annotations in COCO's JSON format."""
     rows = np.arange(len(table.gt_boxes_G4))
     columns = (table.gt_image_G, table.gt_category_G, table.gt_boxes_G4, table.gt_area_px2_G)
     annotations = _annotations(table, rows, *columns)
@@ -123,7 +123,7 @@ def ground_truth_dataset(table: DetectionTable) -> dict[str, Any]:
 
 
 def detection_dataset(table: DetectionTable) -> dict[str, Any]:
-    """The predictions that name a category, in COCO's JSON form."""
+    """The predictions with a category, in COCO's JSON format."""
     rows = np.flatnonzero(table.pred_category_P != NO_CATEGORY)
     columns = (table.pred_image_P, table.pred_category_P, table.pred_boxes_P4, area(table.pred_boxes_P4))
     annotations = _annotations(table, rows, *columns)
@@ -138,7 +138,7 @@ def _annotations(
     xywh_N4 = xyxy_to_xywh(boxes_N4[rows])
     category_ids = np.array([c.id for c in table.index.categories])
     columns = (
-        (rows + 1).tolist(),  # an id of 0 would read as "unmatched" inside pycocotools
+        (rows + 1).tolist(),  # pycocotools treats an id of 0 as "unmatched"
         table.image_ids_I[image_N[rows]].tolist(),
         category_ids[category_N[rows]].tolist(),
         xywh_N4.tolist(),

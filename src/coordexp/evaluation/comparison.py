@@ -1,4 +1,4 @@
-"""Two evaluations of the same images: paired differences of their metrics, and the images that changed most."""
+"""Comparison of two evaluations of the same images: paired differences of metrics, and the most changed images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
     """The paired difference a - b of the headline metrics over the same images, resample by resample.
 
     Returns:
-        metric -> `delta` (of the point values), `lo` and `hi` (95 % interval), `p_superior` (probability that a is
-        better, ties counted half); None for a metric that is undefined on either side.
+        metric -> `delta` (of the point values), `lo` and `hi` (95 % interval), `p_superior` (fraction of resamples in
+        which a is better, ties counted half); None for a metric that is undefined on either side.
 
     Raises:
-        DataError: the two sides differ in images, in ground truth, or in the bootstrap's seed or number of resamples.
+        DataError: the sides differ in images or ground truth, or in the seed or number of resamples.
     """
     shown = ("delta", "lo", "hi", "p_superior")
     effects = {key: paired_effect([a], [b], key) for key in view("compared", a.params)}
@@ -37,7 +37,7 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float] | None]:
 def paired_effect(
     ours: Sequence[Evaluation], theirs: Sequence[Evaluation], key: str, level: float = LEVEL
 ) -> Effect | None:
-    """The effect ours - theirs on one metric; both list their evaluations seed by seed in the same order.
+    """The effect ours - theirs on one metric; both lists have one evaluation per seed, in the same order.
 
     None if the metric is undefined on either side; raises DataError like `compare`.
     """
@@ -48,17 +48,17 @@ def paired_effect(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """One number of one run, and the same number in each bootstrap resample of the images, (B,)."""
+    """One number of one run, and (B,) the same number in each bootstrap resample of the images."""
 
     value: float
     samples_B: Floats
 
 
 def reading(evaluation: Evaluation, key: str) -> Reading | None:
-    """A metric or measure; None if it is undefined there.
+    """A metric or measure of an evaluation; None if it is undefined.
 
     Raises:
-        KeyError: the evaluation knows neither a metric nor a measure of that name.
+        KeyError: there is neither a metric nor a measure of that name.
     """
     if key in MEASURES:
         return _measured(evaluation, MEASURES[key].statistic(evaluation.table))
@@ -67,7 +67,7 @@ def reading(evaluation: Evaluation, key: str) -> Reading | None:
         return None
     if key in evaluation.samples:
         return Reading(value, evaluation.samples[key])
-    name = key.partition(".")[2]  # one whose resamples are not kept is the mean of its per-image values
+    name = key.partition(".")[2]  # a metric without stored resamples is the mean of its per-image values
     values_I = np.array([row[name] for row in evaluation.per_image], np.float64)
     return Reading(value, _weights(evaluation) @ values_I / len(values_I))
 
@@ -84,11 +84,12 @@ def _weights(evaluation: Evaluation) -> Ints:
 def reading_effect(
     ours: Sequence[Reading | None], theirs: Sequence[Reading | None] | float, level: float = LEVEL
 ) -> Effect | None:
-    """The effect of readings beside others, seed by seed in the same order and resample, or beside a number."""
+    """The effect of readings compared with other readings, paired by seed and resample, or with a number."""
     others = [Reading(theirs, np.zeros(1) + theirs)] * len(ours) if isinstance(theirs, float | int) else theirs
     pairs = [(a, b) for a, b in zip(ours, others, strict=True) if a is not None and b is not None]
     if len(pairs) < len(ours):
         return None
+    # Differences are formed within a resample, where both sides have the same images: their common variation cancels.
     return effect(
         np.array([a.value - b.value for a, b in pairs]), np.stack([a.samples_B - b.samples_B for a, b in pairs]), level
     )
@@ -100,7 +101,7 @@ def _check_pairable(a: Evaluation, b: Evaluation) -> None:
         only = sorted(ids_a ^ ids_b)
         raise DataError(
             f"The two evaluations hold different images: {len(only)} ids are in one only, for example {only[0]}. "
-            "A paired comparison needs identical image lists; decode both on the same split."
+            "A paired comparison needs the same images on both sides; decode both on the same split."
         )
     names = ("gt_image_G", "gt_boxes_G4", "gt_category_G", "gt_crowd_G")
     if not all(np.array_equal(getattr(a.table, name), getattr(b.table, name)) for name in names):
@@ -108,12 +109,12 @@ def _check_pairable(a: Evaluation, b: Evaluation) -> None:
     draws_a, draws_b = ((e.seed, e.params.bootstrap_resamples) for e in (a, b))
     if draws_a != draws_b:
         raise DataError(
-            f"Bootstrap (seed, resamples) is {draws_a} on one side, {draws_b} on the other; use one setting."
+            f"Bootstrap (seed, resamples) is {draws_a} on one side, {draws_b} on the other; use the same for both."
         )
 
 
 def most_changed_images(a: Evaluation, b: Evaluation, n: int) -> list[dict[str, Any]]:
-    """The n images whose F1 (names included, IoU 0.5) differs most between a and b, largest difference first."""
+    """The n images whose F1 (category names included, IoU 0.5) differs most between a and b, in falling order."""
     _check_pairable(a, b)
     rows = [
         {

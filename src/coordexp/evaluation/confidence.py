@@ -1,14 +1,14 @@
-"""What the scores know: calibration, separation of right from wrong, and the AP that each ranking of the boxes
-reaches.
+"""Quality of the scores: calibration, separation of correct from incorrect, and the AP of each ranking of the boxes.
 
-A prediction is right if COCO's matching at IoU 0.5 makes it a true positive (category included). The perfect ranking
-and one constant score for all bound what any score can do; what lies between the score in use and the perfect ranking
-is the headroom of confidence.
+A prediction is correct if COCO's matching at IoU 0.5 makes it a true positive (category included). The perfect ranking
+and one constant score for all predictions bound the effect of any score; the gap between the score in use and the
+perfect ranking is the headroom of confidence.
 
-LRP (Localisation-Recall-Precision error, Oksuz et al., arXiv 2011.10772) is one number per object, for a set with a
-cut. Each object and each false box costs 1, unless a box of the right name is on it: then it costs (1 - IoU) / (1 -
-.5). Unlike calibration it cannot be improved by dropping the hard objects, and unlike AP it judges the scores by the
-best cut they allow. The optimum over cuts is taken for each category (oLRP, equations 9 and 10).
+LRP (Localisation-Recall-Precision error, Oksuz et al. 2021, arXiv:2011.10772) is an error per object for predictions
+above a threshold. A false positive or a missed object costs 1; an object that is matched by a box of the correct name
+costs (1 - IoU) / (1 - .5). Unlike the calibration error, it does not improve when hard objects are dropped; unlike AP,
+it evaluates scores at the best threshold that they allow. The optimum over thresholds is taken per category (oLRP,
+equations 9 and 10).
 
 Legend: P predictions, D detections of one category by falling score.
 """
@@ -36,7 +36,7 @@ CALIBRATION_BINS = 10
 
 
 def reliability(table: DetectionTable, matches_K: list[CategoryMatches]) -> list[dict[str, Any]]:
-    """The bins of the reliability diagram of the score in use: confidence, precision, n."""
+    """The bins of the reliability diagram for the score in use: confidence, precision, n."""
     right_P, judged_P = ranking_flags(table, matches_K)
     return calibration_error(table.pred_score_P[judged_P], right_P[judged_P])[1]
 
@@ -46,8 +46,8 @@ def calibration_error(
 ) -> tuple[float | None, list[dict[str, Any]]]:
     """Expected calibration error over bins of equal mass: sum of n_b/N * |mean confidence - precision|.
 
-    Equal confidences share a bin, so there may be fewer bins than asked. The error is None, without bins, if there is
-    no prediction or a score lies outside [0, 1] and so is no probability.
+    Equal confidences share a bin, so there may be fewer bins than `n_bins`. The error is None, without bins, if there
+    is no prediction or if a score lies outside [0, 1] and is therefore not a probability.
     """
     n = len(confidence_P)
     if not n or confidence_P.min() < 0 or confidence_P.max() > 1:
@@ -66,7 +66,10 @@ def calibration_error(
 
 
 def auroc(score_P: Floats, right_P: Bools) -> float | None:
-    """Probability that a right prediction outscores a wrong one, ties counted half; None if either kind is missing."""
+    """Probability that a correct prediction outscores an incorrect one, ties counted half; None if one kind is missing.
+
+    Computed from ranks as the Mann-Whitney U statistic.
+    """
     n_right = int(right_P.sum())
     n_wrong = len(right_P) - n_right
     if not n_right or not n_wrong:
@@ -80,10 +83,10 @@ CURVE_ROWS = 101
 
 
 def threshold_curve(table: DetectionTable, matches_K: list[CategoryMatches]) -> list[dict[str, float]]:
-    """Precision, recall and F1 at IoU .50 if only predictions of at least a score count, by rising threshold.
+    """Precision, recall and F1 at IoU .50 of the predictions at or above a score threshold, by rising threshold.
 
-    At most CURVE_ROWS thresholds, each a score of the file, the best one among them; empty without objects or
-    predictions. Matches are COCO's by falling score, so a threshold leaves those above it as they are.
+    At most CURVE_ROWS thresholds, each a score in the file, including the best one; empty without objects or
+    predictions. COCO matches in order of falling score, so a threshold does not change the matches above it.
     """
     right_P, judged_P = ranking_flags(table, matches_K)
     n_gt, score_D = int(table.n_gt_I.sum()), table.pred_score_P[judged_P]
@@ -91,7 +94,7 @@ def threshold_curve(table: DetectionTable, matches_K: list[CategoryMatches]) -> 
         return []
     order = np.argsort(-score_D, kind="stable")
     score_D, right_D = score_D[order], right_P[judged_P][order]
-    ends = np.flatnonzero(np.append(score_D[1:] != score_D[:-1], True))  # equal scores pass together
+    ends = np.flatnonzero(np.append(score_D[1:] != score_D[:-1], True))  # equal scores pass a threshold together
     hits, kept = np.cumsum(right_D)[ends], ends + 1
     f1 = 2 * hits / (kept + n_gt)
     shown = np.unique(np.append(np.linspace(0, len(ends) - 1, CURVE_ROWS - 1).astype(int), f1.argmax()))[::-1]
@@ -101,7 +104,7 @@ def threshold_curve(table: DetectionTable, matches_K: list[CategoryMatches]) -> 
 
 
 def best_threshold(curve: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """The highest F1 of a threshold curve, and the score from which on predictions count there."""
+    """The highest F1 of a threshold curve, and its threshold."""
     if not curve:
         return {"best_f1_50": None, "best_threshold_50": None}
     best = max(curve, key=lambda row: row["f1"])
@@ -109,10 +112,10 @@ def best_threshold(curve: Sequence[dict[str, float]]) -> dict[str, float | None]
 
 
 def oracle_scores(table: DetectionTable, pairs: Pairs | None = None) -> Floats:
-    """The score a perfect ranker would give, shape (P,): the IoU with the object it takes, 0 if it takes none.
+    """(P,) the score of a perfect ranker: the IoU with the matched object, 0 for an unmatched prediction.
 
-    Objects are taken within image and category, in falling IoU from 0.5 upwards. Predictions are neither moved nor
-    removed, so the AP under these scores is what ranking alone could reach.
+    Predictions are matched within image and category, by falling IoU down to 0.5. Boxes do not change, so the AP under
+    these scores is what a better ranking alone could reach.
     """
     pairs = pairs or overlapping_pairs(table)
     score_P = np.zeros(len(table.pred_score_P))
@@ -131,10 +134,10 @@ IN_USE, CONSTANT, PERFECT = "in use", "constant", "perfect ranking"
 
 
 def compare_scores(table: DetectionTable, pairs: Pairs) -> list[dict[str, Any]]:
-    """One row for each score: mAP, AP50, AP75, auroc_tp_fp and ece (the last two None for what is no estimate).
+    """One row per score: mAP, AP50, AP75, auroc_tp_fp and ece (the last two None for the two bounds).
 
-    First the score in use, then the candidates of the file by name, the constant score, and the perfect ranking, which
-    knows the IoU of each box with the object it takes.
+    First the score in use, then the candidates in the file by name, the constant score, and the perfect ranking, which
+    uses the IoU of each box with its matched object.
     """
     rows = []
     for name, score_P in _rankings(table, pairs):
@@ -162,10 +165,10 @@ _TAU = COCO_IOUS[0]
 
 
 def lrp_metrics(table: DetectionTable, matches_K: Sequence[CategoryMatches]) -> dict[str, float | None]:
-    """Means over the categories that have objects: `lrp` at the best cut, and there `lrp_loc`, `lrp_fp`, `lrp_fn`.
+    """Means over the categories with objects of `lrp` at the best threshold, and of its parts there.
 
-    `lrp_loc` is the mean 1 - IoU of the hits, over categories that have any; `lrp_fp` is 1 - precision, `lrp_fn` is
-    1 - recall. All are None if no category has objects.
+    `lrp_loc` is the mean 1 - IoU of the true positives, over categories that have any; `lrp_fp` is 1 - precision,
+    `lrp_fn` is 1 - recall. All are None if no category has objects.
     """
     optima = [best_cut(m, table.pred_score_P[m.pred_D]) for m in matches_K if len(m.gt_image_G)]
     if not optima:
@@ -180,9 +183,10 @@ def lrp_metrics(table: DetectionTable, matches_K: Sequence[CategoryMatches]) -> 
 
 
 def best_cut(matches: CategoryMatches, score_D: Floats) -> tuple[float, float, float, float]:
-    """LRP, 1 - IoU of the hits (NaN without one), 1 - precision and 1 - recall, at the score where LRP is least.
+    """LRP, mean 1 - IoU of true positives (NaN without any), 1 - precision and 1 - recall, at the minimum of LRP.
 
-    Cuts lie between different scores, so equal ones stay together; above all scores nothing is predicted and LRP is 1.
+    Thresholds lie between different scores, so equal scores stay together. Above all scores there is no prediction, and
+    LRP is 1.
     """
     n_gt = len(matches.gt_image_G)
     hit_D = matches.tp_TD[0]

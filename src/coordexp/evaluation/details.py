@@ -1,7 +1,7 @@
-"""Tables beside the metrics: by category, by size, by image.
+"""Detail tables of an evaluation: by category, by size, by image.
 
-COCO's bands of size (32^2 and 96^2 px, of the annotated area where there is one) say little about images of 128 px.
-Those by octave of the side are about what the coordinates must express, so they go by the box.
+COCO's size ranges (32^2 and 96^2 px, of the annotated area if there is one) say little about images of 128 px. The
+ranges by octave of the side concern the resolution of coordinates, so they use the box.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coordexp.records.gt_vs_pred import ImageResult
 
 
 def per_category(table: DetectionTable, coco: CocoResult, matches: GreedyMatches) -> list[dict[str, Any]]:
-    """One row for each category: counts, AP, AP50, AP75, AR100, and at IoU .50 precision, recall and F1 by name."""
+    """One row per category: counts, AP, AP50, AP75, AR100, and precision, recall and F1 at IoU .50, name included."""
     ap_KT, ar_K = coco.ap_KT(), coco.recall_TKAM[:, :, 0, 2].mean(axis=0)
     counts_K3 = category_counts(table, matches, 0.5)
     f1_K = f1_from_counts(counts_K3)
@@ -54,7 +54,7 @@ def per_category(table: DetectionTable, coco: CocoResult, matches: GreedyMatches
 
 
 def by_area(table: DetectionTable, coco: CocoResult, matches: GreedyMatches) -> list[dict[str, Any]]:
-    """COCO's bands of object area: AP and AR beside what `recall_by_area` says; bands without objects have no row."""
+    """COCO's ranges of object area: AP, AR and the columns of `recall_by_area`; empty ranges have no row."""
     letters = {"small": "s", "medium": "m", "large": "l"}
     rows = recall_by_area(table, matches, AREA_EDGES_PX2)
     return [
@@ -70,7 +70,7 @@ def per_image(
     duplicates: Duplicates,
     params: EvalParams,
 ) -> list[dict[str, Any]]:
-    """One row for each image, by image id: what is needed to choose the images worth looking at."""
+    """One row per image, by image id: the values needed to select images for inspection."""
     full_I3, loc_I3 = matches.counts(0.5, "full"), matches.counts(0.5, "loc")
     unmapped_I = np.bincount(table.pred_image_P[table.pred_category_P == NO_CATEGORY], minlength=table.n_images)
     dup_iou = min(params.duplicate_ious)
@@ -139,9 +139,9 @@ def recall_by_area(
 
 
 def _recall_rows(table: DetectionTable, matches: GreedyMatches, bucket_G: Ints) -> Iterator[tuple[int, dict[str, Any]]]:
-    """How many objects, how many found (IoU .50, .75 and .95, names ignored), how well, and how well named.
+    """Number of objects, recall (IoU .50, .75 and .95, class-agnostic), mean IoU, and accuracy of the names.
 
-    `mean_iou` and `sem_acc` are over the objects found at IoU .50, None if there are none.
+    `mean_iou` and `sem_acc` are over the objects found at IoU .50; None if there are none.
     """
     iou_G, named_G = np.zeros(len(table.gt_image_G)), np.zeros(len(table.gt_image_G), dtype=bool)
     iou_G[matches.gt_M], named_G[matches.gt_M] = matches.iou_M, matches.same_name_M

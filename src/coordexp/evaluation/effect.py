@@ -1,17 +1,17 @@
-"""Is A better than B? The paired difference of a metric over images and seeds, and the one rule of every verdict.
+"""The paired difference of a metric over images and seeds, and the single rule behind every verdict.
 
-Two things vary: which images were evaluated, and how the training happened to go. For S seeds, each trained once per
-arm, and the paired difference d_s of a metric on the same images:
+There are two sources of variation: the sample of evaluated images, and the randomness of training. For S seeds, each
+trained once per arm, with the paired difference d_s of a metric on the same images:
 
     delta  = mean_s d_s
     SE^2   = Var_images(delta) + Var_s(d_s) / S
     df     = SE^4 / ((Var_s(d_s) / S)^2 / (S - 1))                                            (Welch-Satterthwaite)
     interval = delta + (t_(1 - a/2, df) SE) / (z_.975 SE_images) * the 95 % interval of the bootstrap around its mean
 
-With one seed at the 95 % level the factor is 1: the interval is that of the paired percentile bootstrap over images,
-and knows nothing of training noise, which the verdict says. Seeds and stricter levels widen it and keep its shape; with
-few seeds df is small and the interval honestly wide. The smallest effect that could be shown is what a test of this
-level finds with 80 % probability.
+With one seed at the 95 % level the factor is 1: the interval is that of the paired percentile bootstrap over images. It
+does not include training noise, and the verdict states that. More seeds and stricter levels scale the interval and keep
+its shape; with few seeds df is small and the interval accordingly wide. The minimum detectable effect is the true
+difference that a test of this level finds with 80 % probability.
 
 Legend: S seeds, B bootstrap resamples.
 """
@@ -28,25 +28,25 @@ from scipy.special import stdtrit as student_quantile
 from coordexp.evaluation.bootstrap import INTERVAL
 from coordexp.evaluation.table import Floats
 
-LEVEL = 0.05  # of a wrong "better" or "worse"
+LEVEL = 0.05  # probability of "better" or "worse" without a true difference
 POWER = 0.8
 
 
 class Verdict(StrEnum):
-    """What a paired difference amounts to."""
+    """The outcome of a paired comparison."""
 
     BETTER = "better"
     WORSE = "worse"
     NO_DIFFERENCE = "no difference shown"
     IDENTICAL = "the same in every resample and seed"
     UNDEFINED = "not defined"
-    NOT_JUDGED = "not judged"  # the answers of one side are no detections: evaluation/parse.py
+    NOT_JUDGED = "not judged"  # the answers of one side are unsound: evaluation/parse.py
 
 
 def verdict_of_interval(lo: float, hi: float) -> Verdict:
-    """The rule, fixed before any number is seen: an interval that excludes 0 decides, nothing else does.
+    """The rule, fixed in advance: there is a verdict if and only if the interval excludes 0.
 
-    For a metric of which higher is better. No difference shown is not the same as no difference.
+    For a metric where higher is better. "No difference shown" does not mean that there is no difference.
     """
     if lo <= 0 <= hi:
         return Verdict.NO_DIFFERENCE
@@ -61,28 +61,28 @@ class Effect:
     lo: float
     hi: float
     p_superior: float  # P(arm > reference) + P(equal) / 2 over the resamples
-    smallest: float  # true difference found with 80 % probability
+    smallest: float  # true difference that is found with 80 % probability
     se_images: float
     se_seeds: float | None  # None with one seed
 
     @property
     def verdict(self) -> Verdict:
-        """For a metric of which higher is better."""
+        """The verdict for a metric where higher is better."""
         return Verdict.IDENTICAL if self.lo == self.hi == 0 else verdict_of_interval(self.lo, self.hi)
 
 
 def effect(deltas_S: Floats, resampled_SB: Floats, level: float = LEVEL) -> Effect | None:
     """The effect from the paired difference of each seed and its bootstrap resamples.
 
-    `p_superior` counts the resamples as they were drawn: the bias that centring takes out of an interval is on both
-    sides of a pair, and moving the differences would break their ties.
+    `p_superior` counts the resamples without centering: the bias that centering removes from an interval is the same on
+    both sides of a pair, and shifting the differences would break ties.
 
     Args:
-        deltas_S: arm minus reference on the evaluated images, one value a seed.
-        resampled_SB: the same in each resample of the images; one resample draws the same images for all seeds.
-        level: probability of excluding a true 0, two-sided.
+        deltas_S: arm minus reference on the evaluated images, one value per seed.
+        resampled_SB: the same in each resample of the images; a resample has the same images for all seeds.
+        level: two-sided probability of excluding a true 0.
 
-    Returns None where no resample has a value.
+    Returns None if no resample has a value.
     """
     delta, n_seeds = float(deltas_S.mean()), len(deltas_S)
     mean_B = resampled_SB.mean(axis=0)
@@ -93,7 +93,7 @@ def effect(deltas_S: Floats, resampled_SB: Floats, level: float = LEVEL) -> Effe
     var_seeds = float(deltas_S.var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
     se_images, se = float(np.sqrt(var_images)), float(np.sqrt(var_images + var_seeds))
     found, likely = _quantiles(var_images, var_seeds, n_seeds, level)
-    if se_images > 1e-6 * se:  # equal resamples differ in their last bits
+    if se_images > 1e-6 * se:  # otherwise the resamples are equal up to rounding, and have no shape to scale
         low, high = np.percentile(mean_B - mean_B.mean(), INTERVAL) * (found * se / (_Z95 * se_images))
     else:
         low, high = -found * se, found * se
@@ -112,7 +112,7 @@ _Z95 = float(normal_quantile(0.975))
 
 
 def _quantiles(var_images: float, var_seeds: float, n_seeds: int, level: float) -> tuple[float, float]:
-    """Quantiles of the two-sided test and of its power; of the normal distribution where seeds add nothing."""
+    """Quantiles of the two-sided test and of its power; those of the normal distribution if seeds add no variance."""
     if not var_seeds:
         return float(normal_quantile(1 - level / 2)), float(normal_quantile(POWER))
     df = (var_images + var_seeds) ** 2 / (var_seeds**2 / (n_seeds - 1))

@@ -1,19 +1,20 @@
-"""Why a prediction is wrong, and what each cause costs in AP: TIDE's six errors (Bolya et al., 2008.08115, section 2).
+"""Error types and their cost in AP: the six errors of TIDE (Bolya et al. 2020, arXiv:2008.08115, section 2).
 
-Predictions are matched as COCO does at IoU .50, by falling score. A false positive has the first cause that holds:
+Predictions are matched as COCO does at IoU .50, by falling score. A false positive has the first type that applies:
 
-| cause | the prediction's largest IoU |
+| type | the prediction's largest IoU |
 |---|---|
 | localization | with an object of its label: .10 to .50 |
 | classification | with an object of another label: .50 or more |
-| duplicate | with an object of its label that a better-ranked prediction has: .50 or more |
+| duplicate | with an object of its label that a better-ranked prediction matches: .50 or more |
 | background | with any object: under .10 |
-| both | none of these: .10 to .50, and the label is another one |
+| both | none of these: .10 to .50, with an object of another label |
 
-An object that no prediction matches, and that no localization or classification error would have matched, is missed.
-The cost of a cause is AP50 after an oracle mended it, minus AP50: wrong boxes and labels become hits if they are the
-best-ranked candidate of a free object and vanish otherwise; duplicates, background and both vanish; missed objects are
-not asked for. Costs do not add up to 1 - AP50.
+An object is missed if no prediction matches it and no localization or classification error belongs to it. The cost of a
+type is AP50 after an oracle fixed all errors of the type, minus AP50. Fixed localization and classification errors
+become true positives if they are the best-ranked candidate of an unmatched object, and are removed otherwise;
+duplicate, background and both errors are removed; missed objects are removed from the ground truth. Costs do not add up
+to 1 - AP50.
 
 Legend: P predictions, G annotated objects, K categories.
 """
@@ -42,7 +43,7 @@ BACKGROUND_IOU = 0.1
 
 
 class Cause(IntEnum):
-    """What a prediction turned out to be; the value is its place in tables."""
+    """The outcome of a prediction; the value is its position in tables."""
 
     RIGHT = 0
     CLASSIFICATION = 1
@@ -50,7 +51,7 @@ class Cause(IntEnum):
     BOTH = 3
     DUPLICATE = 4
     BACKGROUND = 5
-    NOT_JUDGED = 6  # inside a crowd region, or beyond the 100 best of its image and label
+    NOT_JUDGED = 6  # does not count: inside a crowd region, or beyond the 100 best of its image and label
 
 
 ERRORS = (Cause.CLASSIFICATION, Cause.LOCALIZATION, Cause.BOTH, Cause.DUPLICATE, Cause.BACKGROUND)
@@ -58,23 +59,24 @@ ERRORS = (Cause.CLASSIFICATION, Cause.LOCALIZATION, Cause.BOTH, Cause.DUPLICATE,
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ErrorCauses:
-    """The cause of each prediction, and what became of each object.
+    """The cause of each prediction, and the outcome of each object.
 
-    `object_P` is the object that a right prediction matches, or that a wrong one is nearest to by its cause (-1: none).
+    `object_P` is the object that a correct prediction matches, or to which an incorrect one belongs by its cause (-1:
+    none).
     """
 
     cause_P: Ints
     object_P: Ints
-    found_G: Bools  # matched by a right prediction
-    missed_G: Bools  # no prediction is near enough to be called a wrong box or label of it
+    found_G: Bools  # matched by a correct prediction
+    missed_G: Bools  # neither matched, nor the object of a localization or classification error
 
     def count(self, cause: Cause) -> int:
-        """Predictions of this cause."""
+        """Number of predictions with this cause."""
         return int((self.cause_P == cause).sum())
 
 
 def find_causes(table: DetectionTable, by_score: list[CategoryMatches] | None = None) -> ErrorCauses:
-    """The cause of every prediction of a table; `by_score` are its COCO matches, if at hand."""
+    """The cause of every prediction of a table; `by_score` are its COCO matches, if already known."""
     right_P, judged_P = ranking_flags(table, by_score if by_score is not None else match_categories(table))
     n_gt = len(table.gt_image_G)
     cause_P = np.where(judged_P, Cause.BACKGROUND, Cause.NOT_JUDGED).astype(np.int64)
@@ -104,19 +106,19 @@ def find_causes(table: DetectionTable, by_score: list[CategoryMatches] | None = 
 
 
 def _matches(iou_PG: Floats, same_PG: Bools, right_P: Bools, score_P: Floats) -> Ints:
-    """The object of each true positive of one image, -1 for others: by falling score, the free one of highest IoU."""
+    """The object of each true positive of one image (else -1): by falling score, the free one with the highest IoU."""
     matched_P = np.full(len(right_P), -1, dtype=np.int64)
     free_G = np.ones(iou_PG.shape[1], dtype=bool)
     for p in np.argsort(-score_P, kind="stable").tolist():
         if right_P[p]:
             open_G = np.where(free_G & same_PG[p], iou_PG[p], -1.0)
-            g = len(open_G) - 1 - int(np.argmax(open_G[::-1]))  # the last of equals, as in pycocotools
+            g = len(open_G) - 1 - int(np.argmax(open_G[::-1]))  # the last one on ties, as in pycocotools
             matched_P[p], free_G[g] = g, False
     return matched_P
 
 
 def _cause(iou_G: Floats, same_G: Bools, found_G: Bools) -> tuple[Cause, int | None]:
-    """Cause of one false positive, and the object that it belongs to; the order of the tests is TIDE's."""
+    """The cause of one false positive, and the object to which it belongs; the tests are in TIDE's order."""
     own_G, other_G = np.where(same_G, iou_G, 0.0), np.where(same_G, 0.0, iou_G)
     used_G = np.where(found_G, own_G, 0.0)
     own, other, used = int(own_G.argmax()), int(other_G.argmax()), int(used_G.argmax())
@@ -132,27 +134,27 @@ def _cause(iou_G: Floats, same_G: Bools, found_G: Bools) -> tuple[Cause, int | N
 
 
 def error_metrics(table: DetectionTable, causes: ErrorCauses) -> dict[str, float | int | None]:
-    """The `errors` area: predictions (objects) of each cause, and its cost in AP50."""
+    """The `errors` area: number of predictions (or objects) of each cause, and its cost in AP50."""
     base = _ap50(table, causes, ())
     metrics: dict[str, float | int | None] = {}
     for cause in ERRORS:
-        mended = _ap50(table, causes, (cause,))
+        fixed = _ap50(table, causes, (cause,))
         metrics[cause.name.lower()] = causes.count(cause)
-        metrics[f"{cause.name.lower()}_cost"] = None if base is None or mended is None else mended - base
-    mended = _ap50(table, causes, (), without_missed=True)
+        metrics[f"{cause.name.lower()}_cost"] = None if base is None or fixed is None else fixed - base
+    fixed = _ap50(table, causes, (), without_missed=True)
     metrics["missed"] = int(causes.missed_G.sum())
-    metrics["missed_cost"] = None if base is None or mended is None else mended - base
+    metrics["missed_cost"] = None if base is None or fixed is None else fixed - base
     return metrics
 
 
 def _ap50(
-    table: DetectionTable, causes: ErrorCauses, mended: Iterable[Cause], without_missed: bool = False
+    table: DetectionTable, causes: ErrorCauses, fixed: Iterable[Cause], without_missed: bool = False
 ) -> float | None:
-    """AP50 after an oracle mended some causes."""
+    """AP50 after an oracle fixed all errors of some causes."""
     category_P, hit_P = table.pred_category_P.copy(), causes.cause_P == Cause.RIGHT
     kept_P = (causes.cause_P != Cause.NOT_JUDGED) & (category_P != NO_CATEGORY)
     candidates = _best_candidates(table, causes)
-    for cause in mended:
+    for cause in fixed:
         of_cause_P = causes.cause_P == cause
         kept_P &= ~of_cause_P
         if cause in (Cause.CLASSIFICATION, Cause.LOCALIZATION):
@@ -170,9 +172,9 @@ def _ap50(
 
 
 def _best_candidates(table: DetectionTable, causes: ErrorCauses) -> Ints:
-    """For each object that nothing matches, its best-ranked wrong box or wrong label: the one that an oracle mends."""
-    mendable_P = np.isin(causes.cause_P, (Cause.CLASSIFICATION, Cause.LOCALIZATION))
-    rows = np.flatnonzero(mendable_P)
+    """For each unmatched object, its best-ranked localization or classification error: the one that an oracle fixes."""
+    fixable_P = np.isin(causes.cause_P, (Cause.CLASSIFICATION, Cause.LOCALIZATION))
+    rows = np.flatnonzero(fixable_P)
     rows = rows[~causes.found_G[causes.object_P[rows]]]
     rows = rows[np.argsort(-table.pred_score_P[rows], kind="stable")]
     _, first = np.unique(causes.object_P[rows], return_index=True)
@@ -180,7 +182,7 @@ def _best_candidates(table: DetectionTable, causes: ErrorCauses) -> Ints:
 
 
 def _category(pred_D: Ints, table: DetectionTable, hit_P: Bools, asked_G: Bools) -> CategoryMatches:
-    """One category's ranking at the one threshold that TIDE looks at."""
+    """The ranking of one category at TIDE's only threshold."""
     return CategoryMatches(
         pred_D=pred_D,
         image_D=table.pred_image_P[pred_D],

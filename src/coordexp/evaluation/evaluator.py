@@ -1,11 +1,11 @@
-"""One evaluation of one set of predictions.
+"""The evaluation of one set of predictions.
 
     results = list(read_results(Path("gt_vs_pred.jsonl")))
     evaluation = evaluate(results, read_categories(Path("categories.json")), STANDARD, STANDARD_MATCHING, 17)
     evaluation.metrics["coco"]["AP50"]
 
-The names, meanings and units of all metrics are in registry.py. A metric that is undefined on the data at hand (no
-object of that kind, no prediction) is None.
+The names, meanings and units of all metrics are in registry.py. A metric that is undefined on the given data (no object
+of that kind, no prediction) is None.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ Areas = dict[str, dict[str, Any]]  # area -> metric -> value
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-    """What is known about one set of predictions.
+    """The results for one set of predictions.
 
     Attributes:
         metrics: area -> metric -> value; the areas and keys of registry.py.
-        per_image: one row per image, by image id: what is needed to choose the images worth looking at.
+        per_image: one row per image, by image id: the values needed to select images for inspection.
         pr_curve: `recall` (101 points), `precision_50` and `precision_75` (means over categories).
-        details: tables beside the metrics: `per_category`, `by_area`, `by_side_px`, `by_gt_count`, `reliability`,
-            `scores` (the AP that each score would reach), `thresholds` (precision, recall and F1 by the least score
-            that counts), `worst_duplicates`, `coco_backend`, and where there are probes `by_tier`.
-        samples: metric -> its value in each bootstrap resample, shape (B,).
-        table: the checked input.
-        params: what all of this was computed under.
-        seed: of the resamples.
+        details: further tables: `per_category`, `by_area`, `by_side_px`, `by_gt_count`, `reliability`, `scores` (the AP
+            of each score), `thresholds` (precision, recall and F1 by score threshold), `worst_duplicates`,
+            `coco_backend`, and `by_tier` if there are probes.
+        samples: metric -> (B,) its value in each bootstrap resample.
+        table: the validated input.
+        params: the parameters of the evaluation.
+        seed: seed of the resamples.
     """
 
     metrics: Areas
@@ -77,7 +77,7 @@ class Evaluation:
     seed: int
 
     def value(self, key: str) -> float | None:
-        """The metric named "area.metric"."""
+        """The metric with the key "area.metric"."""
         return _value(self.metrics, key)
 
 
@@ -92,17 +92,17 @@ def evaluate(
     """Evaluate the predictions of a data set.
 
     Args:
-        results: the lines of a gt_vs_pred file, in any order, every image once, every prediction scored.
-        categories: the classes of the data set; every annotated name must be one of them.
+        results: the lines of a gt_vs_pred file, in any order; every image occurs once, every prediction has a score.
+        categories: the categories of the data set; every annotated name must be one of them.
         params: thresholds, mapping of descriptions and number of resamples.
-        matching: the training-time matching of the `rollout` area.
-        seed: of the resamples.
-        federated: LVIS's labels; with them there is also the area `lvis`. Where results hold probes, there are
-            `vocabulary` and `vocabulary_blind`; all other areas are about the line of each image itself.
+        matching: the training-time matching, for the `rollout` area.
+        seed: seed of the resamples.
+        federated: LVIS's labels, which add the area `lvis`. Results with probes add the areas `vocabulary` and
+            `vocabulary_blind`; all other areas use only the main line of each image.
 
     Raises:
-        ConfigError: descriptions are to be mapped by meaning, and the text encoder is not installed.
-        DataError: the results break their contract (see table.py).
+        ConfigError: descriptions are mapped by meaning, and the text encoder is not installed.
+        DataError: the results are invalid (see table.py).
     """
     lines, results = results, own_lines(results)
     table = build_table(results, categories, params)
@@ -152,7 +152,7 @@ def _areas(
     params: EvalParams,
     matching: MatchingParams,
 ) -> Areas:
-    """Areas that need neither COCO's evaluator nor other scores."""
+    """The areas that need neither COCO's evaluator nor alternative scores."""
     table = everything.table
     return {
         "f1": f1_metrics(table, everything.by_iou, positive.by_iou, params),
@@ -176,7 +176,7 @@ def _pr_curve(coco: CocoResult) -> dict[str, list[float]]:
 
 
 def _details(matched: Matched, coco: CocoResult, duplicates: Duplicates, params: EvalParams) -> dict[str, Any]:
-    """The tables beneath the metrics."""
+    """The detail tables."""
     table = matched.table
     return {
         "per_category": per_category(table, coco, matched.by_iou),
@@ -195,7 +195,7 @@ def _value(metrics: Areas, key: str) -> float | None:
 
 
 def _subsets(table: DetectionTable) -> dict[str, list[int]]:
-    split_of = [category.split for category in table.index.categories]  # None: nobody says whether training knows it
+    split_of = [category.split for category in table.index.categories]  # None: unknown whether it occurs in training
     return {
         "known": [row for row, split in enumerate(split_of) if split == "train"],
         "held_out": [row for row, split in enumerate(split_of) if split not in ("train", None)],
@@ -245,7 +245,7 @@ def _resample(everything: Matched, positive: Matched, after_nms: Matched, weight
 
 
 def _resample_headroom(everything: Matched, mAP_B: Floats, weights_BI: Ints) -> dict[str, Floats]:
-    """What a perfect ranking would add to mAP, in each resample."""
+    """The mAP that a perfect ranking would add, in each resample."""
     table, pairs = everything.table, everything.pairs
     ranked = match_categories(table.with_scores(oracle_scores(table, pairs)), pairs)
     perfect = resampled_ap(ranked, weights_BI, {"perfect": list(range(len(table.index)))})["perfect.mAP"]
@@ -260,7 +260,7 @@ def _resample_lvis(everything: Matched, federated: FederatedLabels, weights_BI: 
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """A nested metrics value with its floats rounded, for writing; None, integers and strings stay as they are."""
+    """A nested metrics value with its floats rounded, for writing; None, integers and strings do not change."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):

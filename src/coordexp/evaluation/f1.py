@@ -1,10 +1,11 @@
 """Precision, recall and F1 from a greedy one-to-one matching by IoU alone.
 
-All pairs of an image with IoU >= u are taken in order of IoU (ties by prediction, then by object), each prediction and
-each object once. `loc` counts every pair; `full` keeps the same pairs and counts one whose names disagree as one false
-positive and one false negative, so a right name can lose its object to a wrong one.
+All pairs of an image with IoU >= u are considered in order of falling IoU (ties by prediction, then by object); each
+prediction and each object is used once. `loc` counts every pair. `full` uses the same pairs, but a pair whose names
+disagree counts as one false positive and one false negative, so a prediction with the correct name can lose its object
+to one with an incorrect name.
 
-Crowd regions are no objects: an unmatched prediction of which a share of at least u lies in one is not counted.
+Crowd regions are not objects: an unmatched prediction does not count if at least a fraction u of it lies inside one.
 
 Legend: I images, G objects, P predictions, M matched pairs.
 """
@@ -30,27 +31,28 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GreedyMatches:
-    """Matched pairs of a data set at the lowest threshold, in falling IoU within an image.
+    """Matched pairs of a data set at the lowest threshold, by falling IoU within an image.
 
-    Greedy by falling IoU has the prefix property: the pairs with IoU >= u are the matching at u, for every higher u.
+    Greedy matching by falling IoU has the prefix property: for every higher u, the pairs with IoU >= u are the matching
+    at u.
     """
 
     n_gt_I: Ints
-    n_pred_I: Ints  # crowd or not, before any is left out
+    n_pred_I: Ints  # all predictions, including those inside crowd regions
     image_M: Ints
     pred_M: Ints  # row in the DetectionTable
     gt_M: Ints
     iou_M: Floats
     same_name_M: Bools
     pred_image_P: Ints
-    crowd_share_P: Floats  # largest share of the prediction's area inside one crowd region
+    crowd_share_P: Floats  # largest fraction of the prediction's area inside one crowd region
 
     def at(self, iou: float) -> Bools:
-        """Which pairs are matches at a threshold, shape (M,)."""
+        """(M,) whether each pair is a match at a threshold."""
         return self.iou_M >= iou
 
     def counts(self, iou: float, mode: Mode) -> Ints:
-        """True positives, false positives and false negatives of each image, shape (I, 3)."""
+        """(I, 3) true positives, false positives and false negatives of each image."""
         n_images = len(self.n_gt_I)
         matched_M = self.at(iou)
         hit_M = matched_M & self.same_name_M if mode == "full" else matched_M
@@ -59,14 +61,14 @@ class GreedyMatches:
         return np.stack([tp_I, judged_I - tp_I, self.n_gt_I - tp_I], axis=1)
 
     def judged(self, iou: float) -> Bools:
-        """Which predictions count: all but those unmatched and inside a crowd region, shape (P,)."""
+        """(P,) whether each prediction counts: all do except unmatched ones inside a crowd region."""
         judged_P = self.crowd_share_P < iou
         judged_P[self.pred_M[self.at(iou)]] = True
         return judged_P
 
 
 def greedy_pairs(iou_PG: Floats, min_iou: float) -> tuple[Ints, Ints]:
-    """Match one image: rows and columns of the pairs taken, in falling IoU (ties by row, then column)."""
+    """Match one image: rows and columns of the matched pairs, by falling IoU (ties by row, then column)."""
     rows, columns = np.nonzero(iou_PG >= min_iou)
     order = np.argsort(-iou_PG[rows, columns], kind="stable")
     free_rows, free_columns = np.ones(iou_PG.shape[0], dtype=bool), np.ones(iou_PG.shape[1], dtype=bool)
@@ -80,7 +82,7 @@ def greedy_pairs(iou_PG: Floats, min_iou: float) -> tuple[Ints, Ints]:
 
 
 def match_greedily(table: DetectionTable, min_iou: float) -> GreedyMatches:
-    """Match every image of the table; thresholds from `min_iou` upwards can then be counted."""
+    """Match every image of the table, for counting at any threshold from `min_iou` upward."""
     pred_slices = image_slices(table.pred_image_P, table.n_images)
     gt_slices = image_slices(table.gt_image_G, table.n_images)
     crowd_share_P = np.zeros(len(table.pred_image_P))
@@ -119,9 +121,9 @@ def _crowd_share(boxes_P4: Boxes, crowds_C4: Boxes) -> Floats:
 
 
 def named_in_image(table: DetectionTable) -> Bools:
-    """Whether a prediction names a category annotated in its image, shape (P,): the scope `annotated`.
+    """(P,) whether a prediction's category is annotated in its image: the scope `annotated`.
 
-    Counting only these is the protocol of prompts that list an image's own classes; counting all is the full
+    Counting only these corresponds to prompts that list the image's own categories; counting all is the full
     vocabulary.
     """
     n_categories = len(table.index)
@@ -131,20 +133,20 @@ def named_in_image(table: DetectionTable) -> Bools:
 
 
 def image_f1(counts_I3: NDArray) -> Floats:
-    """F1 of each image's own counts, shape (I,); an image without objects has 1 if it is left empty, 0 otherwise."""
+    """(I,) F1 of each image's own counts; an image without objects has 1 if there is no prediction, otherwise 0."""
     counts_I3 = np.asarray(counts_I3)
     empty_I = (counts_I3 == 0).all(axis=-1)
     return np.where(empty_I, 1.0, np.nan_to_num(f1_from_counts(counts_I3)))
 
 
 def precision_recall(counts: NDArray) -> tuple[float | None, float | None]:
-    """Precision and recall of summed tp, fp, fn; None where nothing is predicted, or nothing annotated."""
+    """Precision and recall of summed tp, fp, fn; None without predictions, or without annotations."""
     tp, fp, fn = (float(v) for v in counts)
     return tp / (tp + fp) if tp + fp else None, tp / (tp + fn) if tp + fn else None
 
 
 def category_counts(table: DetectionTable, matches: GreedyMatches, iou: float) -> Ints:
-    """True positives (name included), false positives and false negatives of each category, shape (K, 3)."""
+    """(K, 3) true positives (name included), false positives and false negatives of each category."""
     n_categories = len(table.index)
     hit_M = matches.at(iou) & matches.same_name_M
     tp_K = np.bincount(table.gt_category_G[matches.gt_M[hit_M]], minlength=n_categories)
@@ -157,10 +159,10 @@ def category_counts(table: DetectionTable, matches: GreedyMatches, iou: float) -
 def f1_metrics(
     table: DetectionTable, matches: GreedyMatches, annotated: GreedyMatches, params: EvalParams
 ) -> dict[str, float | int | None]:
-    """The `f1` area of the metrics, of all predictions (scope `all`) and of the `annotated` scope.
+    """The `f1` area of the metrics, for all predictions (scope `all`) and for the scope `annotated`.
 
-    F1 is micro unless the key says `macro`, the mean of each image's own F1, or `class_macro`, the mean over the
-    categories that have objects.
+    F1 is micro-averaged, except for keys with `macro` (the mean over images of each image's F1) and `class_macro` (the
+    mean over the categories that have objects).
     """
     full_I3, loc_I3 = matches.counts(0.5, "full"), matches.counts(0.5, "loc")
     precision, recall = precision_recall(full_I3.sum(axis=0))
@@ -188,12 +190,12 @@ def f1_metrics(
 
 
 def micro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float | None:
-    """F1 of counts summed over all images; None if they hold no object."""
+    """F1 of the counts summed over all images; None without objects."""
     return float(f1_from_counts(matches.counts(iou, mode).sum(axis=0))) if matches.n_gt_I.any() else None
 
 
 def macro_f1(matches: GreedyMatches, iou: float, mode: Mode) -> float | None:
-    """Mean over images of each image's own F1; None if no image holds an object."""
+    """Mean over images of each image's own F1; None if no image has an object."""
     return float(image_f1(matches.counts(iou, mode)).mean()) if matches.n_gt_I.any() else None
 
 
@@ -203,6 +205,6 @@ def mean_f1(matches: GreedyMatches, mode: Mode) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None if any is: what is undefined at one threshold is so at all of them."""
+    """The mean; None if any value is None, because F1 is defined at all thresholds or at none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None

@@ -1,11 +1,11 @@
-"""LVIS average precision: federated labels, frequency groups, 300 detections per image (Gupta et al., 1908.03195).
+"""LVIS average precision: federated labels, frequency groups, 300 detections per image (Gupta, arXiv:1908.03195).
 
-An LVIS image was searched for some categories only. A detection of a category that is neither annotated in its image
-nor verified absent is not judged; nor is a wrong one of a category whose instances were not all annotated. Areas are
-those of coco.py: LVIS annotates them, from its masks.
+LVIS annotators searched each image for some categories only. A detection does not count if its category is neither
+annotated in its image nor verified absent; a false positive does not count either if the instances of its category are
+not all annotated. Areas are as in coco.py: LVIS annotates them from its masks.
 
-faster-coco-eval, in its LVIS mode, gives the numbers of record; the matches made here agree with it and carry the
-bootstrap. The limit of 300 is over all categories of an image, as in lvis-api, and is applied before either.
+faster-coco-eval in its LVIS mode gives the numbers of record. The matches in this module agree with it and serve the
+bootstrap. The limit of 300 applies to all categories of an image together, as in lvis-api, and before both.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _STATS = {"mAP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FederatedLabels:
-    """What LVIS says beyond boxes; names are normalised."""
+    """LVIS's labels other than boxes; names are normalized."""
 
     frequency: Mapping[str, Frequency]
-    absent: Mapping[int, frozenset[str]]  # image id -> names verified not to be in it
-    not_exhaustive: Mapping[int, frozenset[str]]  # image id -> names with more instances than annotated
+    absent: Mapping[int, frozenset[str]]  # image id -> names verified absent from it
+    not_exhaustive: Mapping[int, frozenset[str]]  # image id -> names whose instances are not all annotated
 
 
 def federated_from(source: Mapping[str, Any], where: str) -> FederatedLabels:
-    """The labels of a decoded LVIS annotation file, `where` in messages.
+    """The labels of a decoded LVIS annotation file; `where` names it in messages.
 
     Raises:
         DataError: categories without a frequency, or images without their category lists.
@@ -65,7 +65,7 @@ def federated_from(source: Mapping[str, Any], where: str) -> FederatedLabels:
 
 
 def federated_of(records: Sequence[Record], categories: Sequence[Category]) -> FederatedLabels | None:
-    """The labels that records and categories carry since their conversion; None unless all of them come from LVIS."""
+    """The labels that conversion stored in records and categories; None unless all of them come from LVIS."""
     frequency = {normalise_desc(c.name): c.frequency for c in categories if c.frequency}
     keys = ("absent", "not_exhaustive")
     if len(frequency) < len(categories) or not all(key in r.metadata for r in records for key in keys):
@@ -77,11 +77,11 @@ def federated_of(records: Sequence[Record], categories: Sequence[Category]) -> F
 
 
 def check_federated(table: DetectionTable, labels: FederatedLabels) -> None:
-    """Raise DataError unless every image and category of the table is labelled."""
+    """Raise DataError unless the labels cover every image and category of the table."""
     if absent := sorted(set(table.image_ids_I.tolist()) - set(labels.absent)):
         raise DataError(
-            f"Image id {absent[0]} is not in the LVIS annotations ({len(absent)} such images); evaluate predictions "
-            "with the annotation file of their own split."
+            f"Image id {absent[0]} is not in the LVIS annotations ({len(absent)} such images); use the annotation file "
+            "of the split of the predictions."
         )
     unknown = sorted(c.name for c in table.index.categories if normalise_desc(c.name) not in labels.frequency)
     if unknown:
@@ -89,7 +89,7 @@ def check_federated(table: DetectionTable, labels: FederatedLabels) -> None:
 
 
 def lvis_ap(table: DetectionTable, labels: FederatedLabels) -> dict[str, float | None]:
-    """The `lvis` area: mAP AP50 AP75, APs APm APl by size, APr APc APf by frequency, AR300; None where undefined."""
+    """The `lvis` area: mAP, AP50, AP75, APs, APm, APl by size, APr, APc, APf by frequency, AR300; None if undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     best = table.keep_predictions(~_beyond_limit(table))
@@ -119,14 +119,14 @@ def _with_labels(dataset: dict[str, Any], labels: FederatedLabels) -> dict[str, 
 
 
 def match_federated(table: DetectionTable, labels: FederatedLabels, pairs: Pairs) -> list[CategoryMatches]:
-    """Matches under LVIS's rules, from which `weighted_ap` counts the same AP under any weights of images."""
+    """Matches under LVIS's rules, from which `weighted_ap` computes the same AP under any image weights."""
     present = _cells(table, table.gt_image_G, table.gt_category_G)
     absent = _labelled_cells(table, labels.absent)
     partial = _labelled_cells(table, labels.not_exhaustive)
     cell_P = _cells(table, table.pred_image_P, table.pred_category_P)
     rules = Rules(
         max_per_group=None,
-        # The limit comes first: a detection that is not judged still takes one of the 300 places.
+        # The limit comes first: a detection that does not count still takes one of the 300 places.
         dropped_P=_beyond_limit(table) | ~np.isin(cell_P, np.concatenate([present, absent])),
         ignored_if_wrong_P=np.isin(cell_P, partial),
     )
@@ -134,13 +134,13 @@ def match_federated(table: DetectionTable, labels: FederatedLabels, pairs: Pairs
 
 
 def frequency_rows(table: DetectionTable, labels: FederatedLabels) -> dict[str, list[int]]:
-    """Rows of the categories of each frequency, by the name of the AP over them."""
+    """The rows of the categories of each frequency, by the name of their AP."""
     of_row = [labels.frequency[normalise_desc(c.name)] for c in table.index.categories]
     return {f"AP{f}": [row for row, frequency in enumerate(of_row) if frequency == f] for f in FREQUENCIES}
 
 
 def _beyond_limit(table: DetectionTable) -> Bools:
-    order = np.lexsort((-table.pred_score_P, table.pred_image_P))  # stable: ties in generation order
+    order = np.lexsort((-table.pred_score_P, table.pred_image_P))  # stable: ties stay in generation order
     n_I = table.n_pred_I
     beyond_P = np.empty(len(order), dtype=bool)
     beyond_P[order] = np.arange(len(order)) - np.repeat(np.cumsum(n_I) - n_I, n_I) >= MAX_DETECTIONS
@@ -148,7 +148,7 @@ def _beyond_limit(table: DetectionTable) -> Bools:
 
 
 def _cells(table: DetectionTable, image_N: Ints, category_N: Ints) -> Ints:
-    """One number for each (image, category)."""
+    """One integer per (image, category)."""
     return image_N * len(table.index) + category_N
 
 

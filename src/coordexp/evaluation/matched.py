@@ -1,7 +1,7 @@
-"""One set of predictions with its matches, and the same set with some of the predictions left out.
+"""A set of predictions with its matches, and subsets of it.
 
-The headline numbers are taken of three sets: all predictions, those of categories annotated in their image (the
-oracle-class protocol), and those that NMS keeps. They are always shown together.
+The headline numbers are computed for three sets and always shown together: all predictions, those of categories
+annotated in their image (the oracle-class protocol), and those that NMS keeps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from coordexp.evaluation.table import Bools, DetectionTable
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matched:
-    """A table, its overlapping pairs, and both matchings: by category and score (AP), by IoU alone (F1)."""
+    """A table, its overlapping pairs, and both matchings: by category and score (AP), and by IoU alone (F1)."""
 
     table: DetectionTable
     pairs: Pairs
@@ -46,20 +46,20 @@ class Matched:
 
     @classmethod
     def of(cls, table: DetectionTable, params: EvalParams, pairs: Pairs | None = None) -> Matched:
-        """Match a table; `pairs` are its own, if at hand."""
+        """Match a table; `pairs` are its own, if already known."""
         pairs = pairs or overlapping_pairs(table)
         return cls(table, pairs, match_categories(table, pairs), match_greedily(table, min(f1_thresholds(params))))
 
     def keep(self, keep_P: Bools, params: EvalParams) -> Matched:
-        """Match the kept predictions alone."""
+        """Match only the kept predictions."""
         return Matched.of(self.table.keep_predictions(keep_P), params, self.pairs.keep_predictions(keep_P))
 
     def annotated(self, params: EvalParams) -> Matched:
-        """Only predictions of categories annotated in their image: oracle classes, the scope `annotated`."""
+        """Only the predictions of categories annotated in their image: oracle classes, the scope `annotated`."""
         return self.keep(named_in_image(self.table), params)
 
     def after_nms(self, duplicates: Duplicates, params: EvalParams) -> Matched:
-        """Only predictions that no earlier one of the same name covers at the lowest duplicate IoU."""
+        """Only the predictions that NMS keeps at the lowest duplicate IoU, in generation order and per name."""
         iou = min(params.duplicate_ious)
         return self.keep(first_of_duplicates(len(self.table.pred_score_P), duplicates, iou), params)
 
@@ -85,11 +85,11 @@ _HEADLINE_F1: tuple[tuple[Mode, str, float], ...] = (("loc", "50", 0.5), ("full"
 
 
 def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float | None]:
-    """The `protocol` area: oracle classes, the gap to the full vocabulary, and what lies between.
+    """The `protocol` area: metrics with oracle classes, their gap to the full vocabulary, and the rate of absent names.
 
-    The full vocabulary is what the areas `coco` and `f1` hold. Oracle-class numbers are taken from the same answers, by
-    leaving out predictions of categories that their image does not show; a prompt that lists an image's classes may
-    differ.
+    The areas `coco` and `f1` hold the full-vocabulary metrics. Oracle-class metrics use the same answers without the
+    predictions of categories that are not annotated in the image; a prompt that lists an image's categories may give
+    other numbers.
     """
     full, restricted = headline(everything), headline(positive)
     metrics: dict[str, float | None] = {f"positive_{key}": restricted[key] for key in PROTOCOL_KEYS}
@@ -101,7 +101,7 @@ def protocol_metrics(everything: Matched, positive: Matched) -> dict[str, float 
 
 
 def nms_metrics(everything: Matched, after_nms: Matched, params: EvalParams) -> dict[str, float | int | None]:
-    """The `guarded` area: the headline and the set behaviour after NMS."""
+    """The `guarded` area: headline metrics and set behavior after NMS."""
     left = find_duplicates(after_nms.table, min(params.duplicate_ious))
     removed = len(everything.table.pred_score_P) - len(after_nms.table.pred_score_P)
     return {
@@ -112,7 +112,7 @@ def nms_metrics(everything: Matched, after_nms: Matched, params: EvalParams) -> 
 
 
 def worst_duplicates(table: DetectionTable, duplicates: Duplicates, params: EvalParams) -> list[dict[str, Any]]:
-    """The ten images with most duplicate pairs at the lowest duplicate IoU, most first; none without a pair."""
+    """The ten images with the most duplicate pairs at the lowest duplicate IoU, in falling order."""
     pairs_I = duplicates.per_image(min(params.duplicate_ious))
     worst = np.argsort(-pairs_I, kind="stable")[:10]
     return [

@@ -1,7 +1,7 @@
-"""Measures that questions ask for beside the metrics: each is a function of how often every image counts.
+"""Measures for questions, in addition to the metrics: each is a function of the image weights.
 
-So a bootstrap resample, a list of such counts, needs no matching again, and any measure has a paired interval. They are
-of one set of predictions and of nothing else, so stored answers are enough.
+A bootstrap resample is a vector of image weights, so it needs no new matching, and every measure has a paired interval.
+A measure depends on one set of predictions alone, so stored answers are sufficient.
 
 Legend: I images, B resamples, M matched pairs, S = 4 M coordinates of these.
 """
@@ -20,15 +20,15 @@ from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.geometry.boxes import paired_iou_giou
 
-Statistic = Callable[[Floats | Ints], Floats]  # how often each image counts (B, I) -> value (B,), NaN where undefined
-LEAST_IOU = 0.1  # of a pair of a prediction and an object, names ignored: what is farther off is missed, not misplaced
-CROWDED = 10  # objects of an image
-NEAR_BINS = 0.1  # of a boundary between two bins, and of a bin's centre
+Statistic = Callable[[Floats | Ints], Floats]  # image weights (B, I) -> value (B,), NaN if undefined
+LEAST_IOU = 0.1  # minimum of a class-agnostic pair: below it, the object counts as missed rather than misplaced
+CROWDED = 10  # minimum number of objects in a crowded image
+NEAR_BINS = 0.1  # maximum distance from a boundary between two bins, or from the center of a bin
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One measure; `better` is the side on which a higher value is."""
+    """One measure; `better` is the direction of improvement."""
 
     meaning: str
     unit: str
@@ -37,7 +37,7 @@ class Measure:
 
 
 def ratio(numerator_I: Floats | Ints, denominator_I: Floats | Ints) -> Statistic:
-    """Sum over sum, images weighted."""
+    """The ratio of two weighted sums over images."""
 
     def statistic(weights_BI: Floats | Ints) -> Floats:
         weights = np.asarray(weights_BI, np.float64)
@@ -49,7 +49,7 @@ def ratio(numerator_I: Floats | Ints, denominator_I: Floats | Ints) -> Statistic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pairs:
-    """Predictions matched one to one with the objects that they overlap most."""
+    """Predictions matched one to one with objects by IoU, class-agnostic."""
 
     image_M: Ints
     iou_M: Floats
@@ -67,13 +67,13 @@ class _Pairs:
         return cls(found.image_M, iou_M, giou_M, pred_M4 * scale_M4, gt_M4 * scale_M4, table.n_images)
 
     def mean(self, values_M: Floats | Bools) -> Statistic:
-        """Mean over pairs."""
+        """The mean over pairs."""
         n_I = np.bincount(self.image_M, minlength=self.n_images)
         return ratio(np.bincount(self.image_M, weights=values_M, minlength=self.n_images), n_I)
 
 
 def matched_ious(table: DetectionTable) -> Floats:
-    """IoU of each matched pair, for pictures of their distribution, (M,)."""
+    """(M,) IoU of each matched pair, for figures of their distribution."""
     return _Pairs.of(table).iou_M
 
 
@@ -93,7 +93,7 @@ def _bin_error(table: DetectionTable) -> Statistic:
 
 
 def _boundary_excess(table: DetectionTable) -> Statistic:
-    """What the error of coordinates near a boundary between bins has over that of coordinates near a bin's centre."""
+    """Mean error of coordinates near a boundary between bins, minus that of coordinates near the center of a bin."""
     pairs = _Pairs.of(table)
     image_S = np.repeat(pairs.image_M, 4)
     error_S = np.abs(pairs.pred_bins_M4 - pairs.true_bins_M4).reshape(-1)

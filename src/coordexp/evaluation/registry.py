@@ -1,6 +1,6 @@
-"""Every metric: what it means, its unit, which way is better, and which tables show it; documents follow from it.
+"""The registry of metrics: meaning, unit, direction, and the tables that show them; the documentation follows from it.
 
-A new metric is computed in its area, declared here, and shown by each view that names its key.
+A new metric is computed in its area, declared here, and shown by each view that lists its key.
 """
 
 from __future__ import annotations

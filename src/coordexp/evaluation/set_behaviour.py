@@ -1,6 +1,6 @@
-"""How a prediction behaves as a set: repeats, omissions, excess, order, and boxes that swallow the picture.
+"""Set behavior of predictions: duplicates, omissions, over-generation, order, and boxes that cover the whole image.
 
-Legend: I images, P predictions. Names are compared after normalisation, whether or not they map to a category.
+Legend: I images, P predictions. Names are compared after normalization, whether or not they map to a category.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.table import Bools, DetectionTable, Floats, Ints, image_slices
 from coordexp.geometry.boxes import area, paired_iou, pairwise_intersection
 
-GIANT_SHARE = 0.9  # of the image's area, and of the area of each object it is said to cover
+GIANT_SHARE = 0.9  # minimum fraction of the image's area, and of the area of each covered object
 GT_COUNT_BUCKETS = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 12), (13, 25), (26, None))
 
 
 def set_metrics(
     table: DetectionTable, matches: GreedyMatches, duplicates: Duplicates, params: EvalParams
 ) -> dict[str, float | None]:
-    """The `set` area of the metrics; rates are None where their denominator is empty."""
+    """The `set` area of the metrics; rates are None if their denominator is 0."""
     dup_pairs = {u: duplicates.per_image(u) for u in params.duplicate_ious}
     excess_I = table.n_pred_I - table.n_gt_I
     missed_I = matches.counts(0.5, "loc")[:, 2]
@@ -48,7 +48,7 @@ def _ratio(numerator_I: Ints, denominator_I: Ints) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Duplicates:
-    """Pairs of predictions of one image and one name that overlap, as rows of the DetectionTable; first < second."""
+    """Overlapping pairs of predictions of one image and one name, as rows of the DetectionTable; first < second."""
 
     n_images: int
     image_D: Ints
@@ -57,17 +57,17 @@ class Duplicates:
     iou_D: Floats
 
     def per_image(self, iou: float) -> Ints:
-        """Number of pairs with IoU >= `iou`, shape (I,)."""
+        """(I,) number of pairs with IoU >= `iou`."""
         return np.bincount(self.image_D[self.iou_D >= iou], minlength=self.n_images)
 
 
 def find_duplicates(table: DetectionTable, min_iou: float) -> Duplicates:
     """All pairs of one image and one name with IoU >= `min_iou`."""
-    order = np.lexsort((table.pred_name_P, table.pred_image_P))  # stable: generation order within a name
+    order = np.lexsort((table.pred_name_P, table.pred_image_P))  # stable: keeps generation order within a name
     image, name, boxes = (c[order] for c in (table.pred_image_P, table.pred_name_P, table.pred_boxes_P4))
     row = np.arange(len(order))
     firsts, seconds, ious = [row[:0]], [row[:0]], [np.empty(0)]
-    # Each prediction against the one `step` places on, for as long as some name repeats that often in an image.
+    # Compare each prediction with the one `step` positions later, as long as some name occurs that often in an image.
     for step in range(1, len(order)):
         row = row[row + step < len(order)]
         row = row[(image[row] == image[row + step]) & (name[row] == name[row + step])]
@@ -83,18 +83,18 @@ def find_duplicates(table: DetectionTable, min_iou: float) -> Duplicates:
 
 
 def first_of_duplicates(n_pred: int, duplicates: Duplicates, iou: float) -> Bools:
-    """Which predictions NMS in generation order keeps, shape (P,): each unless an earlier kept one is its duplicate."""
+    """(P,) the predictions that NMS in generation order keeps: all without a kept earlier duplicate."""
     keep_P = np.ones(n_pred, dtype=bool)
     close = duplicates.iou_D >= iou
     pairs = sorted(zip(duplicates.second_D[close].tolist(), duplicates.first_D[close].tolist(), strict=True))
-    for second, first in pairs:  # by the later one, so that the fate of every earlier one is settled
+    for second, first in pairs:  # sorted by the later one, so that every earlier one is already decided
         if keep_P[first]:
             keep_P[second] = False
     return keep_P
 
 
 def order_violations(table: DetectionTable) -> tuple[Ints, Ints]:
-    """Neighbours in generation order whose (y1, x1) decreases, and all neighbours, per image, each of shape (I,)."""
+    """(I,) neighbors in generation order whose (y1, x1) decreases, and (I,) all neighbors, per image."""
     y1_P, x1_P = table.pred_boxes_P4[:, 1], table.pred_boxes_P4[:, 0]
     neighbours = table.pred_image_P[1:] == table.pred_image_P[:-1]
     decreasing = (y1_P[1:] < y1_P[:-1]) | ((y1_P[1:] == y1_P[:-1]) & (x1_P[1:] < x1_P[:-1]))
@@ -104,7 +104,7 @@ def order_violations(table: DetectionTable) -> tuple[Ints, Ints]:
 
 
 def giant_images(table: DetectionTable) -> Bools:
-    """Images where one box covers 90 % of the picture and 90 % of each of at least two objects, shape (I,)."""
+    """(I,) whether one box covers 90 % of the image and 90 % of each of at least two objects."""
     image_area_I = table.sizes_wh_I2.prod(axis=1).astype(np.float64)
     wide_P = area(table.pred_boxes_P4) >= GIANT_SHARE * image_area_I[table.pred_image_P]
     gt_slices = image_slices(table.gt_image_G, table.n_images)
@@ -118,7 +118,7 @@ def giant_images(table: DetectionTable) -> Bools:
 
 
 def omission_by_gt_count(matches: GreedyMatches) -> list[dict[str, Any]]:
-    """Missed objects and count error by the number of objects in the image, for the buckets that hold images."""
+    """Omission rate and count error by the number of objects in the image, for the buckets with images."""
     missed_I, excess_I = matches.counts(0.5, "loc")[:, 2], matches.n_pred_I - matches.n_gt_I
     rows = []
     for low, high in GT_COUNT_BUCKETS:
@@ -136,7 +136,7 @@ def omission_by_gt_count(matches: GreedyMatches) -> list[dict[str, Any]]:
 
 
 def mean_matched_iou(matches: GreedyMatches, iou: float) -> Floats:
-    """Mean IoU of an image's matches at a threshold, shape (I,); NaN for an image without one."""
+    """(I,) mean IoU of an image's matches at a threshold; NaN for an image without matches."""
     matched_M, n_images = matches.at(iou), len(matches.n_gt_I)
     n_I = np.bincount(matches.image_M[matched_M], minlength=n_images)
     sum_I = np.bincount(matches.image_M[matched_M], weights=matches.iou_M[matched_M], minlength=n_images)

@@ -1,7 +1,7 @@
-"""The evaluation of a run: every checkpoint on val, the paired comparisons, and the files they fill.
+"""The evaluation of a run: every checkpoint on val, the paired comparisons, and their output files.
 
-headline.json holds the few numbers that `dvc metrics diff` shows, under the keys of metrics.json: a table of
-all values that moved a little would hide the ones that decide. The base model is left out, no experiment trains it.
+headline.json has the few numbers that `dvc metrics diff` shows, under the keys of metrics.json, because a table of all
+slightly changed values would hide the decisive ones. It omits the base model, which no experiment trains.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from coordexp.records.schema import read_records
 
 
 def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
-    """Evaluate every checkpoint's hand-over file; writes metrics, per-image rows, curves, the codec's upper bound."""
+    """Evaluate the predictions file of every checkpoint; write metrics, per-image rows, curves and upper bound."""
     categories = read_categories(paths.records / "categories.json")
     records = list(read_records(paths.records / "val.jsonl"))
     known = {record.metadata["image_id"] for record in records if "image_id" in record.metadata}
@@ -38,7 +38,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
     for name in CHECKPOINTS:
         folder = paths.evaluation(name)
         results = list(read_results(folder / GT_VS_PRED))
-        if known:  # records without ids are numbered by their decoder
+        if known:  # records without ids are numbered when they are read
             check_known_images(results, known, str(paths.records / "val.jsonl"))
         evaluation = evaluate(results, categories, params.eval, params.matching, params.seed, federated)
         write_json(folder / "per_image.json", evaluation.per_image)
@@ -57,7 +57,7 @@ def evaluate_run(params: Params, paths: ProfilePaths) -> dict[str, Any]:
 
 
 def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
-    """Recall and precision at IoU 0.5 as TSV for `dvc plots`; no precision (an empty cell) without objects."""
+    """Write recall and precision at IoU 0.5 as TSV for `dvc plots`; precision is an empty cell without objects."""
     curve = evaluation.pr_curve
     table = pd.DataFrame({"recall": curve["recall"], "precision": curve["precision_50"] or None})
     table["recall"] = table["recall"].map("{:.2f}".format)
@@ -65,7 +65,7 @@ def _write_pr_curve(evaluation: Evaluation, paths: ProfilePaths) -> None:
 
 
 SUBJECTS = ("stage1", "stage1-control", "stage2")
-DECIDING = ("stage2_vs_control", "coco.mAP")  # does stage 2 beat the same compute spent on stage 1?
+DECIDING = ("stage2_vs_control", "coco.mAP")  # is stage 2 better than stage 1 with the same compute?
 
 
 def headline(metrics: dict[str, Any], params: EvalParams) -> dict[str, Any]:
@@ -101,9 +101,7 @@ CSV_TABLES = {
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
     """Write the CSV tables, per_image.json and pr_curve.json; undefined values are empty cells."""
     for name, key in CSV_TABLES.items():
-        rows = pd.DataFrame(
-            rounded(evaluation.details[key]), dtype=object
-        )  # each value as it is: no int becomes a float
+        rows = pd.DataFrame(rounded(evaluation.details[key]), dtype=object)  # object keeps integers as integers
         write_text(folder / name, rows.to_csv(index=False))
     for name, value in (("per_image.json", evaluation.per_image), ("pr_curve.json", evaluation.pr_curve)):
         write_text(folder / name, json.dumps(rounded(value)) + "\n")

@@ -1,7 +1,7 @@
-"""The predictions of a whole data set as flat arrays, which every metric reads, and what becomes of bad input.
+"""The predictions of a whole data set as flat arrays, the input of every metric, and the handling of bad input.
 
-An error, naming the place, is for what would make a number wrong; a counter (the `input` area) is for what a model may
-well answer and metrics can judge. `BAD_INPUT` is the whole list, and docs/metrics.md prints it.
+Input that would make a metric wrong is an error, which names its location. Input that a model may plausibly produce and
+metrics can handle is counted (the `input` area). `BAD_INPUT` is the complete list, which docs/metrics.md prints.
 
 Legend: I images (sorted by image id), G annotated objects, P predictions, K categories. Objects and predictions are
 grouped by image; within an image predictions keep their generation order.
@@ -33,8 +33,8 @@ Bools = NDArray[np.bool_]
 class DetectionTable:
     """Ground truth and predictions of I images; boxes are float pixels xyxy.
 
-    `gt_category_G` and `pred_category_P` are rows of `index.categories` (NO_CATEGORY if a prediction's description
-    names none); `pred_name_P` numbers the distinct normalised descriptions, mapped or not.
+    `gt_category_G` and `pred_category_P` are rows of `index.categories` (NO_CATEGORY for a prediction whose description
+    maps to none); `pred_name_P` numbers the distinct normalized descriptions, mapped or not.
     """
 
     index: CategoryIndex
@@ -44,28 +44,28 @@ class DetectionTable:
     gt_boxes_G4: Floats
     gt_category_G: Ints
     gt_crowd_G: Bools
-    gt_annotated_px2_G: Floats  # area as annotated (the mask's), NaN where only the box's is known
+    gt_annotated_px2_G: Floats  # annotated area (of the mask), NaN if there is only a box
     pred_image_P: Ints
     pred_boxes_P4: Floats
     pred_category_P: Ints
     pred_name_P: Ints
     pred_score_P: Floats
-    candidates: dict[str, Floats]  # other scores that the file holds for every prediction, each of shape (P,)
-    found: dict[str, tuple[int, MatchedBy]]  # description -> row of its category, and how that was found
+    candidates: dict[str, Floats]  # (P,) other scores that the file has for every prediction
+    found: dict[str, tuple[int, MatchedBy]]  # description -> row of its category, and how it was found
 
     @property
     def n_images(self) -> int:
-        """Number of images, those without objects or predictions included."""
+        """Number of images, including those without objects or predictions."""
         return len(self.image_ids_I)
 
     @property
     def gt_area_px2_G(self) -> Floats:
-        """The area by which COCO tells small, medium and large objects apart: as annotated, else the box's."""
+        """The area that decides between COCO's small, medium and large: the annotated one, or that of the box."""
         return np.where(np.isnan(self.gt_annotated_px2_G), area(self.gt_boxes_G4), self.gt_annotated_px2_G)
 
     @property
     def n_gt_I(self) -> Ints:
-        """Annotated objects per image, crowd regions left out."""
+        """Annotated objects per image, without crowd regions."""
         return np.bincount(self.gt_image_G[~self.gt_crowd_G], minlength=self.n_images)
 
     @property
@@ -87,7 +87,7 @@ _PREDICTION_COLUMNS = ("pred_image_P", "pred_boxes_P4", "pred_category_P", "pred
 
 
 def image_slices(image_N: Ints, n_images: int) -> list[slice]:
-    """For each image the slice of its rows in a column that is grouped by image."""
+    """For each image, the slice of its rows in a column that is grouped by image."""
     ends = np.cumsum(np.bincount(image_N, minlength=n_images)).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -164,7 +164,7 @@ def _scores(result: ImageResult) -> list[float]:
 
 
 def _candidates(preds: Sequence[Prediction]) -> dict[str, Floats]:
-    """Every score that all predictions have: those the file names, and those its log-probabilities give."""
+    """Every score that all predictions have: those in the file, and those computed from its log-probabilities."""
     shared = set(preds[0].scores).intersection(*(p.scores for p in preds)) if preds else set()
     candidates = {name: np.array([p.scores[name] for p in preds], dtype=np.float64) for name in sorted(shared)}
     if preds and all(p.coord_logprobs is not None for p in preds):
@@ -187,12 +187,12 @@ def _boxes(rows: list[tuple[ImageResult, str, tuple[float, float, float, float]]
     return boxes_N4
 
 
-_OUTSIDE_PX = 1.0  # a box may leave its image by rounding, not by more
+_OUTSIDE_PX = 1.0  # tolerance for boxes outside their image: rounding
 
 
 @dataclass(frozen=True, slots=True)
 class BadInput:
-    """One kind of bad input and what becomes of it."""
+    """One kind of bad input and its handling."""
 
     what: str
     outcome: str  # the error's words, or the metric that counts it
@@ -221,17 +221,17 @@ BAD_INPUT = (
 
 
 def check_known_images(results: Sequence[ImageResult], known_ids: Set[int], where: str) -> None:
-    """Raise DataError unless the annotations in `where` hold every image of the results."""
+    """Raise DataError unless the annotations in `where` contain every image of the results."""
     unknown = sorted(r.image_id for r in results if r.image_id not in known_ids)
     if unknown:
         raise DataError(
             f"Image id {unknown[0]} is not in the annotations {where} ({len(unknown)} such images of {len(results)}); "
-            "evaluate predictions against their own split."
+            "use the annotations of the split of the predictions."
         )
 
 
 def input_metrics(results: Sequence[ImageResult], table: DetectionTable) -> dict[str, int]:
-    """The `input` area of the metrics: predictions by how their name was found, and those that are odd."""
+    """The `input` area of the metrics: predictions by the way their name was mapped, and counts of odd ones."""
     descs = [p.desc for result in results for p in result.pred]
     distinct = {desc: (_has_control(desc), not normalise_desc(desc)) for desc in table.found}
     ways = [table.found[desc][1] for desc in descs]

@@ -1,6 +1,6 @@
-"""The training-time matching, scored under its own name (`rollout`): a gate, then the Hungarian assignment.
+"""Metrics of the training-time matching, in their own area (`rollout`): a match threshold, then Hungarian assignment.
 
-Not the F1 of f1.py: names are not compared unless the cost weighs them, and pairs are chosen for the least total cost.
+They differ from the F1 of f1.py: names count only if the cost includes them, and the pairs minimize the total cost.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from coordexp.text.meaning import name_distance
 
 
 def rollout_metrics(table: DetectionTable, matching: MatchingParams) -> dict[str, float | None]:
-    """Ratios of summed counts, None where there is nothing to judge, and the predictions that the gate kept away."""
+    """Ratios of summed counts (None if the denominator is 0), and the number of predictions below the threshold."""
     pred_slices = image_slices(table.pred_image_P, table.n_images)
     gt_slices = image_slices(table.gt_image_G, table.n_images)
-    pred_names = sorted({normalise_desc(desc) for desc in table.found})  # what pred_name_P numbers
+    pred_names = sorted({normalise_desc(desc) for desc in table.found})  # pred_name_P indexes this list
     gt_names = [category.name for category in table.index.categories]
     pred, gt, distances = [], [], []
     for (width, height), in_pred, in_gt in zip(table.sizes_wh_I2.tolist(), pred_slices, gt_slices, strict=True):

@@ -1,4 +1,4 @@
-"""The upper bound of the codec: ground truth sent through the 1000 bins and back, which no model can exceed."""
+"""The upper bound of the codec: the metrics of the ground truth after quantization to 1000 bins."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _BY_SIZE_KEYS = ("mAP", "AP75", "AP90", "f1_95")
 
 
 def codec_upper_bound(records: Sequence[Record]) -> dict[str, Any]:
-    """Score the round trip of every annotated box as if it were a prediction, ranked by its own IoU.
+    """Evaluate the encoded and decoded box of every annotation as a prediction, scored by its own IoU.
 
-    Crowd regions are no objects. Without any object every score is None, and there is no row by size.
+    Crowd regions are not objects. Without objects every score is None, and there are no rows by size.
 
     Returns:
         n_images, n_objects, mAP, AP50, AP75, AP90, f1_50, f1_75, f1_95, mean_iou, min_iou, and by size `by_area`
-        (small, medium, large as in COCO, by its edges) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75,
-        AP90, f1_95 of the objects of that size alone, mean_iou, share_95 (IoU >= .95).
+        (small, medium and large as in COCO) and `by_side_px` (sqrt(w*h) of the box): n, mAP, AP75, AP90, f1_95 of the
+        objects of that size alone, mean_iou, share_95 (IoU >= .95).
     """
     trips = [_round_trip(number, record) for number, record in enumerate(records)]
     ious, sides = (np.concatenate([np.empty(0), *parts]) for parts in ([t[1] for t in trips], [t[2] for t in trips]))
@@ -69,7 +69,7 @@ def _score(results: Sequence[ImageResult]) -> dict[str, float | None]:
 
 
 def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Floats]:
-    """One record with its own boxes, through the codec, as predictions; and the IoU and side of each."""
+    """One record with its encoded and decoded boxes as predictions; and the IoU and side of each box."""
     objects = [obj for obj in record.objects if not obj.metadata.get("iscrowd")]
     boxes_N4 = as_boxes([obj.bbox_xyxy_px for obj in objects])
     bins_N4 = encode_boxes(boxes_N4, record.width, record.height)
@@ -96,7 +96,7 @@ def _round_trip(number: int, record: Record) -> tuple[ImageResult, Floats, Float
 def _by_size(
     results: Sequence[ImageResult], iou_N: Floats, bucket_N: Ints, label: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """One row for each bucket: its objects alone, each with its own round trip as the prediction."""
+    """One row per bucket, for its objects alone."""
     n_before = np.cumsum([0, *(len(result.gt) for result in results)])
     rows = []
     for number in np.unique(bucket_N).tolist():

@@ -1,9 +1,8 @@
-"""What names held out of training are worth, by how they are held out and by what was asked; and what is refused.
+"""Open-vocabulary metrics: AP by tier of category names and kind of prompt, and the rejection of absent names.
 
-The `vocabulary` area of the metrics, of results that hold probes (`records.mixing.PROBES`). AP is taken apart by what
-was asked: everything (the line of the image itself), a list of names, one name. Each part is judged against the objects
-that were asked for. `vocabulary_blind` holds the same numbers of the same answers dealt to other images: what answers
-of this kind are worth that never saw their picture.
+The `vocabulary` area of the metrics, for results with probes (`records.mixing.PROBES`). AP is split by prompt: all
+objects (the main line of the image), a list of names, one name. Each part is evaluated against the objects that its
+prompt names. `vocabulary_blind` has the same metrics with predictions shuffled across images, as a blind control.
 
 Legend: I images, G annotated objects, P predictions, M located objects, K categories, B resamples.
 """
@@ -31,16 +30,16 @@ from coordexp.records.gt_vs_pred import ImageResult, Prediction
 Values = dict[str, float | None]
 PROBE_OF = {"everything": "", "list": "list", "one": "one"}
 REFUSED = ("easy", "hard")
-ANY = float(np.finfo(np.float64).min)  # a confidence that every box has
-REJECTED_AT = 0.8  # of the objects asked for by one name
+ANY = float(np.finfo(np.float64).min)  # a confidence threshold that every box passes
+REJECTED_AT = 0.8  # recall of the objects prompted with one name, at which the threshold is set
 _LOCATED_IOU = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """The lines that were asked one kind of question, matched; `weights_BI` are of its images."""
+    """The lines with one kind of prompt, matched; `weights_BI` are resamples of their images."""
 
-    lines: Sequence[ImageResult]  # by image id, as the table
+    lines: Sequence[ImageResult]  # by image id, like the table
     matched: Matched
     weights_BI: Ints
 
@@ -58,7 +57,7 @@ class _Part:
 def vocabulary_metrics(
     results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams, seed: int
 ) -> tuple[dict[str, Values], dict[str, Floats], list[dict[str, Any]]]:
-    """Areas `vocabulary` and `vocabulary_blind`, the resamples (B,) of the former, and the table `by_tier`."""
+    """The areas `vocabulary` and `vocabulary_blind`, the resamples (B,) of the former, and the table `by_tier`."""
     parts = _parts(results, categories, params, seed)
     values, samples = _metrics(results, parts, params, seed)
     blind = [line for probe in sorted({r.probe for r in results}) for line in dealt(results, probe)]
@@ -69,7 +68,7 @@ def vocabulary_metrics(
 
 
 def dealt(results: Sequence[ImageResult], probe: str) -> list[ImageResult]:
-    """Each line of one kind with the predictions of the line before it, boxes at the same place of the picture."""
+    """Shuffle predictions across images: each line of one kind gets those of the previous line, at equal positions."""
     lines = sorted((r for r in results if r.probe == probe), key=lambda r: r.image_id)
     return [_with_answer(line, other) for line, other in zip(lines, [*lines[-1:], *lines[:-1]], strict=True)]
 
@@ -131,7 +130,7 @@ def _metrics(
 def _silent(
     absent: Sequence[ImageResult], least: float | None, least_B: Floats, seed: int
 ) -> tuple[float | None, Floats]:
-    """The fraction of lists of absent names that are answered, but without a box of this confidence."""
+    """The fraction of prompts with absent names that are answered, but without a box above this confidence."""
     if not absent or least is None:
         return None, np.full_like(least_B, np.nan)
     is_answer_I = np.array([r.parse is None or r.parse.ok for r in absent])
@@ -142,17 +141,17 @@ def _silent(
 
 
 def _confidence(prediction: Prediction) -> float:
-    """How sure an answer is of a name: its log probability; of a detector that has none, its score."""
+    """The confidence in a name: its log-probability, or the score of a detector without one."""
     if prediction.desc_logprob is not None:
         return prediction.desc_logprob
     return -np.inf if prediction.score is None else prediction.score
 
 
 def _least_confidence(part: _Part) -> tuple[float | None, Floats]:
-    """The highest confidence at which REJECTED_AT of the objects asked for by one name are found, and of each resample.
+    """The highest confidence threshold that keeps a recall of REJECTED_AT for one-name prompts; also per resample.
 
-    None, or NaN, where fewer are found at all. As a false-positive rate at a fixed true-positive rate, it compares
-    models whatever their confidence means.
+    None or NaN if the recall is lower at every threshold. Like a false-positive rate at a fixed true-positive rate
+    (FPR@TPR), it makes models with different confidence scales comparable.
     """
     matches, wanted_G = part.matched.by_iou, np.any([part.tier_G(tier) for tier in OPEN_TIERS], axis=0)
     confidence_P = np.array([_confidence(p) for line in part.lines for p in line.pred])
@@ -171,7 +170,7 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 
 
 def _exact(part: _Part, tier: str, none: Floats) -> tuple[float | None, Floats]:
-    """Of the located objects of a tier that have a rival in their list: the fraction with the right name."""
+    """Of the located objects of a tier with a rival name in their prompt, the fraction with the correct name."""
     matches = part.matched.by_iou
     rival_G = _has_rival(part) & part.tier_G(tier)
     judged_M = matches.at(_LOCATED_IOU) & rival_G[matches.gt_M]
@@ -179,7 +178,7 @@ def _exact(part: _Part, tier: str, none: Floats) -> tuple[float | None, Floats]:
 
 
 def _recall(part: _Part) -> tuple[float | None, Floats]:
-    """Of the objects asked for by one name, those of the controls left out: the fraction found under that name."""
+    """Of the objects prompted with one name, without the control tiers, the fraction found under that name."""
     matches = part.matched.by_iou
     wanted_G = np.any([part.tier_G(tier) for tier in OPEN_TIERS], axis=0)
     found_M = matches.at(_LOCATED_IOU) & matches.same_name_M & wanted_G[matches.gt_M]
@@ -187,7 +186,7 @@ def _recall(part: _Part) -> tuple[float | None, Floats]:
 
 
 def _fraction(part: _Part, whole_N: Ints, hits_N: Ints) -> tuple[float | None, Floats]:
-    """Hits over all, from the image of each of both, and in each resample."""
+    """The fraction of hits, from the images of all items and of the hits; also in each resample."""
     whole_I, hits_I = (np.bincount(n, minlength=part.table.n_images) for n in (whole_N, hits_N))
     whole_B, hits_B = part.weights_BI @ whole_I, part.weights_BI @ hits_I
     samples = np.divide(hits_B, whole_B, out=np.full(len(whole_B), np.nan), where=whole_B > 0)
@@ -195,7 +194,7 @@ def _fraction(part: _Part, whole_N: Ints, hits_N: Ints) -> tuple[float | None, F
 
 
 def _has_rival(part: _Part) -> Bools:
-    """Whether the list that an object was asked with holds another name that begins with the same word, shape (G,)."""
+    """(G,) whether the prompt of an object lists another name that begins with the same word."""
     table, rival = part.table, []
     for image, category in zip(table.gt_image_G.tolist(), table.gt_category_G.tolist(), strict=True):
         name = table.index.categories[category].name
@@ -206,7 +205,7 @@ def _has_rival(part: _Part) -> Bools:
 
 
 def _by_tier(parts: Mapping[str, _Part]) -> list[dict[str, Any]]:
-    """For each question and tier: objects, the fraction located, and of those whose first, last and all words agree."""
+    """For each prompt kind and tier: objects, fraction located, and of these the fractions with agreeing words."""
     rows = []
     for asked, part in parts.items():
         matches = part.matched.by_iou

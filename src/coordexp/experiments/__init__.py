@@ -1,1 +1,1 @@
-"""A/B tests over the stage graph: plan the arms, run them as DVC experiments, judge them, write the report."""
+"""A/B tests over the stage graph: plan the arms, run them as DVC experiments, evaluate them, write the report."""

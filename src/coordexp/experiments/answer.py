@@ -1,6 +1,7 @@
-"""What an experiment answers: what it changed, against what, the paired difference, a verdict, and what it cost.
+"""The result of an experiment: its changes, its baseline, the paired difference, a verdict, and the cost.
 
-The predictions of the baseline are no input of the graph, so this is made beside it, from the cache by revision.
+The predictions of the baseline are not an input of the stage graph. The comparison therefore runs outside the graph,
+on files that it takes from DVC's cache by revision.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ from coordexp.infra.provenance import write_json
 from coordexp.inputs import CODE
 from coordexp.reporting.markdown import escape, number, table
 
-KEPT_ANSWER = Gate("an earlier comparison of two runs", DataError, "Delete it, and compare again.")
+KEPT_ANSWER = Gate("a stored comparison of two runs", DataError, "Delete it, and compare again.")
 REPORTS = Path("reports/experiments")
-GO_ON = (
-    "`dvc exp apply {name}` puts its parameters and results into the workspace, to be committed; `git restore --staged "
-    "--worktree . && dvc checkout --force` goes back to the commit. `dvc exp branch {name} BRANCH` keeps it as a "
-    "branch, `dvc exp remove {name}` throws it away. `coordexp compare {baseline} {name}` makes this page again."
+NEXT_STEPS = (
+    "`dvc exp apply {name}` puts its parameters and results into the workspace, ready to commit; `git restore --staged "
+    "--worktree . && dvc checkout --force` undoes this. `dvc exp branch {name} BRANCH` keeps the experiment as a "
+    "branch; `dvc exp remove {name}` deletes it. `coordexp compare {baseline} {name}` writes this page again."
 )
-Answer = Mapping[str, Any]  # what JSON holds of one comparison
+Answer = Mapping[str, Any]  # the JSON of one comparison
 
 
 def answer(repository: Repository, new: Experiment, old: Experiment, checkpoint: str) -> Answer:
-    """The comparison of two revisions; one that was made before is read again.
+    """The comparison of two revisions; a stored one is reused.
 
     Raises:
-        ConfigError: the parameters of a revision are none of this version.
-        DataError: the files of one cannot be had.
+        ConfigError: the parameters of a revision are not valid in this version.
+        DataError: files of a revision are not available.
     """
     if WORKSPACE in (new.revision, old.revision):
         return _answer(repository, new, old, checkpoint)
     name = f"{checkpoint}-against-{old.revision}-{code_hash(__name__)}.json"
     file = repository.root / KEPT / new.revision / name
     if not file.is_file():
-        repository.say(f"{new.name}: judged against {old.name}")
+        repository.say(f"{new.name}: comparing with {old.name}")
         write_json(file, _answer(repository, new, old, checkpoint))
     kept = KEPT_ANSWER.read_object(file)
     names = {"name": new.name, "baseline": old.name}
@@ -68,7 +69,7 @@ def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint
     note = ""
     try:
         effect = effect_row(new.name, old.name, {new.name: ours}, {old.name: theirs})
-    except DataError as error:  # not the same images, or not the same objects on them
+    except DataError as error:  # the images or their annotations differ
         note = str(error)
         undefined = {key: {"verdict": Verdict.UNDEFINED.value} for key in METRICS}
         effect = {"arm": new.name, "baseline": old.name, "faults": {}, "metrics": undefined}
@@ -98,13 +99,13 @@ def _answer(repository: Repository, new: Experiment, old: Experiment, checkpoint
 
 
 def differences(repository: Repository, new: Experiment, old: Experiment) -> list[Change]:
-    """What two revisions ran with that is not the same."""
+    """The parameters and code in which two runs differ."""
     return changes(repository.past(old.revision), repository.past(new.revision))
 
 
 def what_changed(found: Answer) -> str:
     """The changes on one line."""
-    return ", ".join(str(Change(**row)) for row in found["changes"]) or "nothing that a stage reads"
+    return ", ".join(str(Change(**row)) for row in found["changes"]) or "no parameter or code of a stage"
 
 
 def sentence(found: Answer) -> str:
@@ -114,7 +115,7 @@ def sentence(found: Answer) -> str:
 
 
 def recommendation(found: Answer) -> str:
-    """What to do with the experiment; a run with one seed recommends no more than a repetition where it matters."""
+    """What to do with the experiment; with one seed, a decision that depends on training noise needs a repetition."""
     again = _repetition(found)
     apply, remove = (
         f" (`dvc exp {verb} {found['name']}`{then})" if found["is_experiment"] else ""
@@ -122,21 +123,21 @@ def recommendation(found: Answer) -> str:
     )
     match Verdict(found["effect"]["metrics"][PRIMARY]["verdict"]):
         case Verdict.BETTER:
-            return f"Keep it{apply}{f' once {again} says the same' if again else ''}."
+            return f"Keep the change{apply}{f' if {again} confirms it' if again else ''}."
         case Verdict.WORSE:
-            return f"Throw it away{remove}."
+            return f"Discard the change{remove}."
         case Verdict.NO_DIFFERENCE:
-            return f"Leave the parameters as they are{f'; {again} finds smaller differences' if again else ''}."
+            return f"Keep the present parameters{f'; {again} can detect smaller differences' if again else ''}."
         case Verdict.IDENTICAL:
-            return f"Throw it away{remove}: nothing that val shows depends on it."
+            return f"Discard the change{remove}: it has no effect on val."
         case Verdict.NOT_JUDGED:
-            return "Mend the answers first: no score of answers that are cut or loop says how well a model detects."
+            return "Fix the answers first: if answers are truncated or loop, scores do not measure detection quality."
         case Verdict.UNDEFINED:
             return "Compare two runs that were evaluated on the same images and annotations."
 
 
 def _repetition(found: Answer) -> str:
-    """The command that repeats the comparison with other training seeds; empty where nothing was trained."""
+    """The command that repeats the comparison with other training seeds; empty if the change affects no training."""
     if not found["seed_keys"]:
         return ""
     values = [f"{row['key']}={_text(row['new'])}" for row in found["changes"] if row["key"] != CODE]
@@ -150,14 +151,14 @@ def _text(value: Any) -> str:
 
 
 def cost_words(found: Answer) -> str:
-    """What the stages took that ran for the experiment."""
+    """The time of the stages that ran for the experiment."""
     stages = found["cost"]["stages"]
     shown = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
     return f"{duration(sum(stages.values()))} ({shown})" if stages else "not measured here"
 
 
 def summary(found: Answer) -> list[str]:
-    """The answer as a terminal shows it, the verdict first."""
+    """The lines for a terminal, verdict first."""
     return [
         sentence(found),
         f"changed: {what_changed(found)}",
@@ -174,28 +175,28 @@ def write_answer(found: Answer, root: Path) -> Path:
 
 
 def answer_markdown(found: Answer) -> str:
-    """The whole text; every number in it is one of `found`."""
+    """The whole page; all of its numbers are from `found`."""
     parts = [
         f"# {escape(what_changed(found))}",
         sentence(found),
         f"**Recommendation.** {recommendation(found)}",
         f"**Cost.** {cost_words(found)}.{_tokens(found)}",
         f"Profile `{found['profile']}`, checkpoint `{found['checkpoint']}` on val, `{found['revision'][:12]}` against "
-        f"`{found['baseline_revision'][:12]}`. `{PRIMARY}` decides, by its 95 % interval over images (paired "
-        "bootstrap); the other metrics are context.",
+        f"`{found['baseline_revision'][:12]}`. The verdict depends only on `{PRIMARY}` and its 95 % interval over "
+        "images (paired bootstrap); the other metrics are context.",
         "## What changed",
         _changes_table(found),
         "## Metrics",
         _metrics_table(found),
     ]
     if found["is_experiment"]:
-        parts += ["## Keep it, or go back", GO_ON.format(name=found["name"], baseline=found["baseline"])]
+        parts += ["## Keep or undo", NEXT_STEPS.format(name=found["name"], baseline=found["baseline"])]
     return "\n\n".join(parts) + "\n"
 
 
 def _tokens(found: Answer) -> str:
     runs = [f"`{run['arm']}` {run['tokens']:,}" for run in found["runs"]]
-    return f" Tokens that `{found['checkpoint']}` trained on: {', '.join(runs)}." if runs else ""
+    return f" Training tokens of `{found['checkpoint']}`: {', '.join(runs)}." if runs else ""
 
 
 def _changes_table(found: Answer) -> str:
@@ -207,7 +208,7 @@ def _changes_table(found: Answer) -> str:
         ]
         for row in found["changes"]
     ]
-    return table(["read by a stage", f"`{found['baseline']}`", f"`{found['name']}`", "stages"], rows, "lrrl")
+    return table(["parameter or code", f"`{found['baseline']}`", f"`{found['name']}`", "stages"], rows, "lrrl")
 
 
 def _metrics_table(found: Answer) -> str:
@@ -228,13 +229,13 @@ _SHORT = {
 
 
 def experiment_row(repository: Repository, one: Experiment, checkpoint: str, now: float) -> list[str]:
-    """An experiment beside the commit that it started from, as a row of `COLUMNS`."""
+    """An experiment compared with the commit that it started from, as a row of `COLUMNS`."""
     seconds, age = repository.seconds(one.revision), _age(now - one.unix_seconds)
     cost = duration(sum(seconds.values())) if seconds else "?"
     start = Experiment(repository.short_name(one.start), one.start)
     try:
         found = answer(repository, one, start, checkpoint)
-    except CoordExpError:  # its files are in no cache here, or its parameters are of another version
+    except CoordExpError:  # its files are not in the local cache, or its parameters are from another version
         return [one.name, ", ".join(map(_short_change, differences(repository, one, start))), "", "no files", cost, age]
     changed = ", ".join(_short_change(Change(**row)) for row in found["changes"])
     effect = found["effect"]["metrics"][PRIMARY]
@@ -245,9 +246,9 @@ def experiment_row(repository: Repository, one: Experiment, checkpoint: str, now
 
 
 def experiments_table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """The rows under their heads; names and changes are cut to what a terminal of `width` columns has room for."""
-    room = max(0, width - 80) // 2
-    widths = [given + room if name in ("experiment", "changed") else given for name, given in COLUMNS.items()]
+    """The rows with their header; names and changes are shortened to a terminal of `width` columns."""
+    extra = max(0, width - 80) // 2
+    widths = [given + extra if name in ("experiment", "changed") else given for name, given in COLUMNS.items()]
     lines = [
         " ".join(_cut(cell, given).ljust(given) for cell, given in zip(line, widths, strict=True))
         for line in [[*COLUMNS], *rows]
@@ -256,14 +257,14 @@ def experiments_table(rows: Sequence[Sequence[str]], width: int) -> str:
 
 
 def _short_change(change: Change) -> str:
-    """A change by the last part of its key."""
+    """A change with only the last part of its key."""
     if change.key == CODE:
         return str(change)
     return f"{change.key.rpartition('.')[2]}={_text(change.new)}"
 
 
 def _cut(text: str, width: int) -> str:
-    """Text in this width; the ends of names and of changes tell them apart."""
+    """Shorten a text in the middle, because names and changes often differ at their ends."""
     half = (width - 2) // 2
     return text if len(text) <= width else f"{text[:half]}..{text[len(text) - (width - 2 - half) :]}"
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from coordexp.experiments.runs import Experiment, Repository
 
 Checkpoint = Annotated[
-    Literal["base", "stage1", "stage1-control", "stage2"], typer.Option(help="Whose predictions on val are compared.")
+    Literal["base", "stage1", "stage1-control", "stage2"],
+    typer.Option(help="The checkpoint whose predictions on val are compared."),
 ]
 
 
@@ -30,15 +31,15 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="A value to change; repeatable.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of experiment and report  [default: from -S]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of experiment and report  [default: from -S]")] = None,
     checkpoint: Checkpoint = "stage2",
     dry: Annotated[bool, typer.Option("--dry", help="Print what would run and its estimated cost, and stop.")] = False,
 ) -> None:
-    """One experiment, from its plan to its answer: did the change make the detector better?
+    """Run one experiment and compare it with the commit: did the change improve the detector?
 
-    Runs the graph with these values in a temporary copy (the workspace stays as it is), compares with the commit on the
-    same images, and writes reports/experiments/<name>.md. Without -S, runs the commit's own parameters. Interrupted,
-    run it again: it resumes.
+    Runs the graph with these values in a temporary copy, so the workspace does not change. Compares with the commit on
+    the same images and writes reports/experiments/<name>.md. Without -S, runs the committed parameters. If interrupted,
+    run it again to resume.
     """
     overrides = assignments or []
     for assignment in overrides:
@@ -46,7 +47,7 @@ def run(
             raise ConfigError(f"-S {assignment}: expected KEY=VALUE, such as softce_weight=0.2.")
     keys = [assignment.partition("=")[0] for assignment in overrides]
     if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"-S {repeated[0]}: given twice; `coordexp ab` compares several values of one key.")
+        raise ConfigError(f"-S {repeated[0]}: given twice; use `coordexp ab` to compare several values of one key.")
     with _experiments() as repository:
         _run(repository, overrides, name, checkpoint, dry)
 
@@ -61,13 +62,15 @@ def _run(repository: Repository, overrides: Sequence[str], name: str | None, che
     chosen = _chosen(name, [a.rpartition(":")[2] for a in overrides] or [f"as-committed-{start.revision[:7]}"])
     profile = ParameterFiles.of(repository.root).profile_name
     paths = ProfilePaths(profile)
-    judged = (paths.evaluation(checkpoint) / GT_VS_PRED).as_posix()  # no experiment is complete without
-    present = repository.present(profile, (answers_path(paths, checkpoint), judged, categories_path(paths)))
-    present.told(overrides)  # refuses wrong values before anything runs
+    evaluated = (paths.evaluation(checkpoint) / GT_VS_PRED).as_posix()  # every complete experiment has this file
+    present = repository.present(profile, (answers_path(paths, checkpoint), evaluated, categories_path(paths)))
+    present.told(overrides)  # rejects invalid values before anything runs
     baseline, _ = repository.find([], present, [start])
     found, _ = repository.find(overrides, present, [start]) if overrides else (baseline, "")
     if name and not found and repository.is_taken(name):
-        raise ConfigError(f"--name {name}: taken by another experiment; choose one, or `dvc exp remove {name}` first.")
+        raise ConfigError(
+            f"--name {name}: another experiment has this name. Choose another name, or `dvc exp remove {name}` first."
+        )
     print("\n".join(_plan(repository, present, start, overrides, (baseline, found))))
     if dry:
         return
@@ -75,7 +78,10 @@ def _run(repository: Repository, overrides: Sequence[str], name: str | None, che
     baseline = baseline or repository.experiment(base_name if overrides else chosen, [], present)
     made = found or (repository.experiment(chosen, overrides, present) if overrides else baseline)
     if made.revision == baseline.revision:
-        print(f"{made.name} ({made.revision[:12]}) ran with these values: nothing to compare. `dvc metrics show`")
+        print(
+            f"{made.name} ({made.revision[:12]}) already has these values, so there is nothing to compare; "
+            "`dvc metrics show` prints its metrics"
+        )
         return
     _tell(repository, answer(repository, made, baseline, checkpoint), None)
 
@@ -87,16 +93,16 @@ def _plan(
     overrides: Sequence[str],
     ready: tuple[Experiment | None, Experiment | None],
 ) -> list[str]:
-    """What is compared with what, and which stages run for it."""
+    """The lines of the plan: baseline, experiment, and the stages that will run."""
     head, (baseline, found) = repository.past(start.revision), ready
     values = " ".join(overrides) or "the parameters as committed"
     lines = []
     if baseline:
         lines.append(f"baseline    {baseline.name} ({baseline.revision[:12]})")
     elif overrides:
-        lines += [f"baseline    {start.name} has no results that can be had: it runs first"]
+        lines += [f"baseline    the results of {start.name} are not available: it runs first"]
         lines += _steps(repository, present, present.steps(head, []))
-    lines.append(f"experiment  {values}" + (f": there already, as {found.name}" if found else ""))
+    lines.append(f"experiment  {values}" + (f": exists as {found.name}" if found else ""))
     after = None if overrides and not baseline else head
     return lines if found else lines + _steps(repository, present, present.steps(after, overrides))
 
@@ -107,18 +113,18 @@ def _steps(repository: Repository, present: Present, steps: Sequence[Step]) -> l
     measured = repository.estimates(present.files.profile_name)
     lines = []
     for step in steps:
-        why = f"if {step.upstream} comes out different" if step.upstream else f"{step.reason} changed"
+        why = f"if the output of {step.upstream} changes" if step.upstream else f"{step.reason} changed"
         cost = f"about {duration(measured[step.stage])}" if step.stage in measured else "cost unknown"
         lines.append(f"  {step.stage:<22} {why}; {cost}")
     limit = total([measured.get(step.stage) for step in steps])
     return [
         *lines,
-        f"  at most {limit} by the last measured time of each stage, less where DVC's run cache holds its result",
+        f"  at most {limit} by the last measured time of each stage; less if DVC's run cache has results",
     ]
 
 
 def _tell(repository: Repository, found: Answer, out: Path | None) -> None:
-    """Print an answer; write it where told, or where the reports of experiments are."""
+    """Print an answer and write its page to `out`, or to the folder of experiment reports."""
     from coordexp.experiments.answer import answer_markdown, summary, write_answer
     from coordexp.infra.files import write_text
 
@@ -128,23 +134,27 @@ def _tell(repository: Repository, found: Answer, out: Path | None) -> None:
         print(f"report: {out}")
     elif found["is_experiment"]:
         print(f"report: {write_answer(found, repository.root)}")
-        print(f"keep it: dvc exp apply {found['name']}, then commit; throw it away: dvc exp remove {found['name']}")
+        print(f"keep it: dvc exp apply {found['name']}, then commit; discard it: dvc exp remove {found['name']}")
 
 
 def runs(
-    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
-    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of experiments, newest first.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="List all experiments.")] = False,
     checkpoint: Checkpoint = "stage2",
-    state: Annotated[bool, typer.Option("--state", help="Instead what stages that were stopped go on from.")] = False,
-    clean: Annotated[bool, typer.Option("--clean", help="With --state: remove what is old and not in use.")] = False,
-    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="What --clean calls old.")] = 14.0,
+    state: Annotated[
+        bool, typer.Option("--state", help="List instead the saved states of interrupted stages.")
+    ] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="With --state: remove old states that are not in use.")
+    ] = False,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Minimum age for --clean.")] = 14.0,
 ) -> None:
-    """The experiments of all commits: what changed, the difference of mAP with its interval, verdict, cost, age.
+    """List the experiments of all commits: changes, difference of mAP with its interval, verdict, cost, age.
 
-    Each beside the commit that it started from, judged on val once and remembered.
+    Each one is compared on val with the commit that it started from; the comparison is stored.
     """
     if clean and not state:
-        raise ConfigError("--clean: expected only with --state, whose list it shortens.")
+        raise ConfigError("--clean: expected only together with --state.")
     if state:
         _print_state(clean, older_than)
         return
@@ -163,7 +173,7 @@ def runs(
         else "no experiment yet: coordexp run -S softce_weight=0.2"
     )
     if len(shown) < len(found):
-        print(f"{len(found) - len(shown)} older ones: --all")
+        print(f"{len(found) - len(shown)} older experiments: --all lists them")
 
 
 def _print_state(clean: bool, older_than_days: float) -> None:
@@ -177,20 +187,20 @@ def _print_state(clean: bool, older_than_days: float) -> None:
         print(f"removed: {gone.folder.name}, {gone.n_bytes / 1e6:.1f} MB")
     found = resume.kept(root)
     rows = [[one.folder.name, f"{one.n_bytes / 1e6:.1f}", duration(one.age_s), one.state] for one in found]
-    print(tabulate(rows, ["in .resume/", "MB", "changed before", "state"], tablefmt="simple") if rows else "nothing")
+    print(tabulate(rows, ["in .resume/", "MB", "age", "state"], tablefmt="simple") if rows else "no saved states")
     if resumable := sum(one.can_go_on and not one.is_held for one in found):
-        print(f"{resumable} can go on: run the same command again.")
+        print(f"{resumable} can be resumed: run the same command again.")
 
 
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is damaged, and put back what has a good copy.")
+        bool, typer.Option("--repair", help="Remove damaged files, and restore those that have a good copy.")
     ] = False,
 ) -> None:
-    """Is everything that is stored what was written? Reads all of it.
+    """Verify all stored files against their hashes; reads all of them.
 
-    DVC's cache, the outputs in the workspace, what interrupted stages go on from, and the pictures of the data sets.
-    The exit code is 2 if something is damaged and was not mended.
+    Covers DVC's cache, the outputs in the workspace, the saved states of interrupted stages, and the images of the data
+    sets. The exit code is 2 if something is damaged and was not repaired.
     """
     from coordexp.errors import EXIT_USAGE
     from coordexp.experiments.verify import verify as look
@@ -203,7 +213,7 @@ def verify(
 
 
 def compare_revisions(a: str, b: str, checkpoint: str, out: Path | None) -> None:
-    """What B changed beside A, by their predictions in DVC's cache; writes the report of B if that is an experiment."""
+    """Compare B with A by their predictions in DVC's cache; write the report of B if it is an experiment."""
     from tabulate import tabulate
 
     from coordexp.experiments.answer import answer
@@ -213,7 +223,7 @@ def compare_revisions(a: str, b: str, checkpoint: str, out: Path | None) -> None
     repository = _repository()
     old, new = repository.resolve(a), repository.resolve(b)
     if old.revision == new.revision:
-        raise ConfigError(f"{a} and {b} are one revision, {old.revision[:12]}. Expected two, the older first.")
+        raise ConfigError(f"{a} and {b} are the same revision, {old.revision[:12]}. Expected two, the older first.")
     found = answer(repository, new, old, checkpoint)
     metrics = found["effect"]["metrics"].items()
     rows = [[key, *map(number, found["values"][key]), measured(effect)] for key, effect in metrics]
@@ -230,22 +240,22 @@ def _repository() -> Repository:
 
 @contextmanager
 def _experiments() -> Iterator[Repository]:
-    """The repository, held for this process; a signal ends in Interrupted."""
-    # SIGINT is what dvc and stages are stopped by: as a shell's background job they would be born deaf to it.
+    """The repository, locked for this process; a signal raises Interrupted."""
+    # A shell starts background jobs with SIGINT ignored, and children inherit that; dvc and stages stop by SIGINT.
     before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         repository = _repository()
         with repository.held():
             yield repository
     except KeyboardInterrupt:
-        raise Interrupted("stopped by a signal; run the same command again: what is done is not done again.") from None
+        raise Interrupted("stopped by a signal; run the same command again: finished work is not repeated.") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _chosen(name: str | None, words: Sequence[str]) -> str:
-    """The name of experiments and report, as git and the file system take it."""
+    """The name of experiments and report, valid for git and the file system."""
     from coordexp.experiments.runs import NAME
 
     chosen = name or re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words)).strip("-._")[:50]
@@ -257,17 +267,17 @@ def _chosen(name: str | None, words: Sequence[str]) -> str:
 def ab(
     assignments: Annotated[
         list[str] | None,
-        typer.Option("-S", "--set-param", metavar="KEY=V[,V...]", help="Values to try; all combinations."),
+        typer.Option("-S", "--set-param", metavar="KEY=V[,V...]", help="Values to compare; all combinations run."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=50, help="Repetitions of every arm.")] = 3,
-    name: Annotated[str | None, typer.Option(help="Of report and experiments  [default: from -S]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of report and experiments  [default: from -S]")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Print the runs and their estimated cost, and stop.")] = False,
 ) -> None:
-    """Is one setting better than another, or is it noise?
+    """Run an A/B test: is one setting better than another, or is the difference noise?
 
     Runs every arm as DVC experiments, one at a time, and writes reports/ab/<name>.md: paired differences over images
-    and seeds, verdicts, costs and curves. Interrupted, run it again: what is done is not done again. A question that is
-    written down is `coordexp answer`.
+    and seeds, verdicts, costs and curves. If interrupted, run it again: finished work is not repeated. For the
+    predefined questions, use `coordexp answer`.
     """
     from coordexp.experiments.compare import forecast, prepare, run_study
     from coordexp.experiments.plan import grid_study
@@ -275,7 +285,7 @@ def ab(
     from coordexp.infra.provenance import write_json
 
     if not assignments:
-        raise ConfigError("ab: expected -S KEY=V,V; a question that is written down is `coordexp answer`.")
+        raise ConfigError("ab: expected -S KEY=V,V. For the predefined questions, use `coordexp answer`.")
     chosen = _chosen(name, assignments)
     asked = grid_study(assignments, f"A/B test {chosen}").model_copy(update={"seeds": seeds})
     folder = Path("reports") / "ab"
@@ -295,27 +305,30 @@ def ab(
 
 
 def answer(
-    questions: Annotated[list[str] | None, typer.Argument(metavar="ID ...", help="Of configs/questions/.")] = None,
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="ID ...", help="Questions in configs/questions/.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="All questions of the profile.")] = False,
     listed: Annotated[
         bool, typer.Option("--list", help="Print the questions, their rules and answers, and stop.")
     ] = False,
-    arm: Annotated[list[str] | None, typer.Option(help="Of one question, only these arms and their baselines.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Run only these arms of one question, and their baselines; repeatable.")
+    ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: as the question says]")
+        int | None, typer.Option(min=1, max=50, help="Repetitions of every arm  [default: from the question]")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Name in configs/  [default: as the question says, or params.yaml]")
+        str | None, typer.Option(help="Name in configs/  [default: from the question, or params.yaml]")
     ] = None,
     dry: Annotated[
         bool, typer.Option("--dry-run", "--dry", help="Print the runs and their estimated cost, and stop.")
     ] = False,
 ) -> None:
-    """Answer questions that are written down with their arms and rules.
+    """Answer the predefined questions, each with its arms and decision rules.
 
-    Runs what is missing as DVC experiments, one at a time, and writes reports/answers/<id>.md after each seed. What
-    other questions ran is not run again. Interrupted, run it again. With --all, a question that fails is named at the
-    end.
+    Runs missing experiments with DVC, one at a time, and writes reports/answers/<id>.md after each seed. Runs of other
+    questions are reused. If interrupted, run it again to resume. With --all, failed questions are listed at the end.
     """
     from coordexp.experiments.questions import choose_questions, question_lines
 
@@ -360,30 +373,30 @@ def _answer(repository: Repository, chosen: Mapping[str, Question]) -> None:
             continue
         print(f"{name}: {sentence}\n  {page}", flush=True)
     if failed:
-        raise ConfigError(f"{len(failed)} of {len(chosen)} questions have no answer, see above: {', '.join(failed)}.")
+        raise ConfigError(f"{len(failed)} of {len(chosen)} questions failed, see above: {', '.join(failed)}.")
 
 
 def monitor(
-    stage: Annotated[str, typer.Argument(help="stage1, stage1-control or stage2, while it runs.")],
+    stage: Annotated[str, typer.Argument(help="The running stage: stage1, stage1-control or stage2.")],
     profile: Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of params.yaml]")] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, max=500, help="Images of dev  [default: those of training, `monitor.images`]")
+        int | None, typer.Option(min=1, max=500, help="Number of dev images  [default: `monitor.images`]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write  [default: runs/monitor/<profile>/<stage>]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder  [default: runs/monitor/<profile>/<stage>]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Evaluate the present state and stop.")] = False,
     kept: Annotated[
-        bool, typer.Option("--kept", help="Of a finished run: every checkpoint that it kept, on all of dev.")
+        bool, typer.Option("--kept", help="Evaluate every kept checkpoint of a finished run on all of dev.")
     ] = False,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two checks for a new state.")] = 5.0,
     track: Annotated[
-        list[str] | None, typer.Option(help="Also give the numbers to dvclive, tensorboard, trackio or wandb; repeat.")
+        list[str] | None, typer.Option(help="Also log to dvclive, tensorboard, trackio or wandb; repeatable.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Evaluate every state that a training run saves, on the dev images that it is evaluated on itself, with mAP.
+    """Evaluate every state that a training run saves, on the same dev images as its eval callback, with mAP.
 
-    A process of its own at low priority; training does not know of it. Ends when the run ends. With --kept, of a run
-    with `monitor.keep_every_steps`: the full evaluation by step, and the worst images through all steps, into
+    Runs as a separate process with low priority, without effect on training, and ends with the run. With --kept, for a
+    run with `monitor.keep_every_steps`, writes the full evaluation by step and the worst images over all steps to
     reports/<profile>/trajectory/<stage>.md.
     """
     import os

@@ -1,8 +1,8 @@
-"""A question from arms to verdicts: run what is missing, evaluate every run on the same images, judge arms and claims.
+"""From the arms of a question to verdicts: run missing experiments, evaluate all runs on the same images, compare.
 
     plan_study -> Plan -> run_arm -> Run -> judge -> Numbers -> pages
 
-`run_study` hands over all numbers anew after each seed that is complete.
+After each complete seed, `run_study` passes on all numbers.
 """
 
 from __future__ import annotations
@@ -43,43 +43,47 @@ from coordexp.training.stage1 import control_tokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """One arm with one seed: how its checkpoints answer, how its training went, what it cost."""
+    """One arm with one seed: evaluations of its checkpoints, training log, and cost."""
 
     experiment: str
     evaluations: Mapping[str, Evaluation]  # by checkpoint
-    log: pd.DataFrame  # of the checkpoint of the arm
-    seconds: float | None  # of the training, where it was measured
-    tokens: int  # that it trained on
-    compute: int  # the same, and what rollouts read and wrote, in tokens of training
+    log: pd.DataFrame  # training log of the arm's checkpoint
+    seconds: float | None  # training time, if it was measured
+    tokens: int  # training tokens
+    compute: int  # training tokens, plus those that rollouts read and generated, converted to training tokens
     readings: Mapping[tuple[str, str], Reading | None] = field(default_factory=dict)  # by checkpoint and key
 
 
-Runs = Mapping[str, Sequence[Run]]  # by arm, one run a seed
-# Beside the metrics: what is wrong with answers, and what training says of its coordinates.
+Runs = Mapping[str, Sequence[Run]]  # by arm, one run per seed
+# Shown in addition to the metrics: faults of the answers, and training diagnostics of the coordinates.
 CHECKED = ("rollout.f1", "parse.parse_rate", "parse.dropped_total", "parse.truncated_rate", "input.zero_area_boxes")
 DIAGNOSTICS = (
     *("coord_diag/p_gt_mean", "coord_diag/acc_top5", "coord_diag/coord_vocab_mass_mean", "raw/gate"),
     "coord_diag/expected_bin_abs_err_p90",
 )
-Told = Callable[[Mapping[str, Any], Mapping[str, Sequence[Run]]], None]  # what gets the numbers after each seed
+Told = Callable[[Mapping[str, Any], Mapping[str, Sequence[Run]]], None]  # receives numbers and runs after each seed
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A question that can run: all that could stop it was checked."""
+    """A validated question that is ready to run."""
 
     plan: Plan
     start: Experiment  # the commit
     presents: Mapping[str, Present]  # by arm
 
     def first(self, repository: Repository, arm: str, seed: int) -> list[Experiment]:
-        """What is tried first: experiments of the same arm and seed in other tests, and the commit itself."""
+        """Candidates for reuse: experiments of the same arm and seed in other tests, and the commit itself."""
         slug = self.plan.slug(arm, seed)
         return [*repository.experiments(f"ab-*-{slug}", f"ab-*-{slug}-[0-9]*"), self.start]
 
 
 def prepare(repository: Repository, study: Question) -> Prepared:
-    """Check a question; raises ConfigError: it is wrong, the workspace is not committed, no stage makes a file."""
+    """Validate a question.
+
+    Raises:
+        ConfigError: the question is invalid, the workspace is not committed, or no stage makes a needed file.
+    """
     plan = plan_study(study, repository.root)
     start = repository.commit()
     reads = {arm: _read(plan, arm) for arm in study.arms}
@@ -89,16 +93,16 @@ def prepare(repository: Repository, study: Question) -> Prepared:
 
 @dataclass(slots=True)
 class Forecast:
-    """Runs that questions need: which are there, and what the others would cost by stages measured before."""
+    """The runs that questions need: which exist, and the estimated cost of the others."""
 
     repository: Repository
     lines: list[str] = field(default_factory=list)
     costs: list[float | None] = field(default_factory=list)
     runs: int = 0
-    _ran: set[str] = field(default_factory=set)  # a stage with the same inputs and the same before it is run once
+    _ran: set[str] = field(default_factory=set)  # stages with equal inputs and equal upstream stages run once
 
     def add(self, prepared: Prepared) -> None:
-        """The runs of one question more."""
+        """Add the runs of one more question."""
         plan, study = prepared.plan, prepared.plan.study
         head, measured = self.repository.past(prepared.start.revision), self.repository.estimates(plan.profile)
         for seed in range(study.seeds):
@@ -112,27 +116,27 @@ class Forecast:
                         steps.append(step.stage)
                 self.costs += [measured.get(stage) for stage in steps]
                 self.runs += 1
-                shown = f"there already, as {found.name}" if found else ", ".join(steps) or "from the cache"
+                shown = f"exists as {found.name}" if found else ", ".join(steps) or "from the cache"
                 self.lines.append(f"{arm}, seed {seed}: {shown}")
 
     def summary(self) -> str:
-        """How many runs, and how long they take."""
-        return f"{self.runs} runs; at most {total(self.costs)} of work, by the last measured time of each stage"
+        """The number of runs and the estimated time."""
+        return f"{self.runs} runs; at most {total(self.costs)}, by the last measured time of each stage"
 
 
 def forecast(repository: Repository, prepared: Prepared) -> list[str]:
-    """The runs of one question, and what they would cost."""
+    """The runs of one question, and their estimated cost."""
     found = Forecast(repository)
     found.add(prepared)
     return [*found.lines, found.summary()]
 
 
 def run_study(repository: Repository, study: Question, name: str, told: Told) -> dict[str, Any]:
-    """Run what is missing, seed by seed, and return all numbers, which `told` gets after each seed with the runs.
+    """Run missing experiments, seed by seed, and return all numbers; `told` receives them after each seed.
 
     Raises:
-        ConfigError: the question is wrong, the workspace is not committed, or repetitions would all be alike.
-        Interrupted: stopped; the same call goes on.
+        ConfigError: the question is invalid, the workspace is not committed, or all repetitions would be identical.
+        Interrupted: stopped; the same call resumes.
         CoordExpError: a stage of an experiment failed.
     """
     prepared = prepare(repository, study)
@@ -153,7 +157,7 @@ def run_study(repository: Repository, study: Question, name: str, told: Told) ->
 
 
 def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, name: str) -> Run:
-    """One arm with one seed, run and fetched if it is not there yet, and evaluated."""
+    """Run one arm with one seed, unless it exists; fetch its files and evaluate it."""
     plan, present = prepared.plan, prepared.presents[arm]
     experiment = repository.experiment(
         f"ab-{name}-{plan.slug(arm, seed)}",
@@ -166,9 +170,9 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
     stages, measured = plan.trained(checkpoint), repository.seconds(experiment.revision)
     draws = repository.params(prepared.start.revision)
     tokens = sum(tokens_trained(repository, revision, plan.profile, stage) for stage in stages)
-    bill = {"tokens": tokens, "rollout_tokens": 0}
+    cost = {"tokens": tokens, "rollout_tokens": 0}
     if "stage2" in stages:
-        bill["rollout_tokens"] = rollout_tokens(repository, revision, plan.profile)
+        cost["rollout_tokens"] = rollout_tokens(repository, revision, plan.profile)
     files = RunFiles(repository, revision, params, plan.profiles[arm], draws)
     return Run(
         experiment=experiment.name,
@@ -178,13 +182,14 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
         log=read_log(repository.fetch(revision, _log(plan, arm))),
         seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
         tokens=tokens,
-        compute=control_tokens(bill, "compute"),
+        compute=control_tokens(cost, "compute"),
         readings={(of, key): READINGS[key].read(files, of) for of, key in _run_keys(plan.study, arm)},
     )
 
 
 def judge(study: Question, runs: Runs) -> dict[str, Any]:
-    """The effect of every arm beside its baseline, at a level that holds for all arms, and what it says of claims."""
+    """The effect of every arm relative to its baseline, at a level that holds for all arms, and the claims."""
+    # Bonferroni: with the level divided by the number of comparisons, all intervals hold together at 95 %.
     compared = [name for name, arm in study.arms.items() if arm.baseline]
     level = LEVEL / max(1, len(compared))
     baselines = {name: study.arms[name].baseline for name in compared}
@@ -207,7 +212,11 @@ def judge(study: Question, runs: Runs) -> dict[str, Any]:
 
 
 def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any]) -> str:
-    """What a 95 % interval says of a claim: confirmed, refuted, or not shown; `same` is within the margin."""
+    """Whether a 95 % interval confirms a claim, refutes it, or shows neither; `same` means within the margin.
+
+    The test of `same` is the interval form of an equivalence test (TOST, Schuirmann 1987): a difference that is not
+    significant does not confirm it, only an interval inside the margin does.
+    """
     if found is None or faults:
         return (Verdict.UNDEFINED if found is None else Verdict.NOT_JUDGED).value
     if claim.expected == "same":
@@ -224,7 +233,7 @@ def _judged_claim(study: Question, runs: Runs, name: str, claim: Claim) -> dict[
     values = [_readings(study, runs, claim.arm, baseline, claim.metric) for baseline in ("", claim.baseline)]
     found = reading_effect(values[0], values[1] if claim.baseline else claim.than)
     if claim.baseline and claim.metric not in READINGS:
-        found = side_effect(ours, theirs, claim.metric)  # refuses sides that are not of the same images
+        found = side_effect(ours, theirs, claim.metric)  # raises if the sides have different images
     row = {"claim": name, **claim.model_dump(), **(asdict(found) if found else {})}
     row["values"] = [_mean(side) for side in values[: 2 if claim.baseline else 1]]
     return row | {"judgement": judged(claim, found, faults(ours | theirs))}
@@ -236,7 +245,7 @@ def _mean(values: Sequence[Reading | None]) -> float | None:
 
 
 def _readings(study: Question, runs: Runs, arm: str, baseline: str, key: str) -> list[Reading | None]:
-    """A number of an arm, or of its baseline, seed by seed."""
+    """One number of an arm, or of its baseline, for each seed."""
     name, checkpoint = _named(study, arm, baseline)
     if key in READINGS:
         return [run.readings[checkpoint, key] for run in runs[name]]
@@ -245,26 +254,26 @@ def _readings(study: Question, runs: Runs, arm: str, baseline: str, key: str) ->
 
 
 def _side(study: Question, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
-    """The evaluations of an arm, or of its baseline, seed by seed."""
+    """The evaluations of an arm, or of its baseline, for each seed."""
     name, checkpoint = _named(study, arm, baseline)
     return {f"{run.experiment} {checkpoint}": run.evaluations[checkpoint] for run in runs[name]}
 
 
 def _named(study: Question, arm: str, baseline: str) -> tuple[str, str]:
-    """The arm whose runs hold one side of a comparison, and the checkpoint of them."""
+    """The arm and the checkpoint of one side of a comparison."""
     name = arm if baseline in (*TRAINED, "") else baseline
     return name, baseline if baseline in TRAINED else study.arms[name].checkpoint
 
 
 def _run_keys(study: Question, arm: str) -> list[tuple[str, str]]:
-    """What is read of the runs of an arm beside their answers: checkpoint and key."""
+    """The readings of an arm's runs, as checkpoint and key."""
     sides = [(c, side) for c in study.claims.values() if c.metric in READINGS for side in {"", c.baseline}]
     found = [(*_named(study, claim.arm, side), claim.metric) for claim, side in sides]
     return [*dict.fromkeys((checkpoint, key) for name, checkpoint, key in found if name == arm)]
 
 
 def _row(study: Question, arm: str, seed: int, run: Run) -> dict[str, Any]:
-    """The values of one run as a row of a frame: metrics, the end of its training, and what the training cost."""
+    """The values of one run as a row: metrics, the end of its training log, and the cost of training."""
     checkpoint = study.arms[arm].checkpoint
     evaluation = run.evaluations[checkpoint]
     keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params), *CHECKED))
@@ -280,7 +289,7 @@ def _log(plan: Plan, arm: str) -> str:
 
 
 def _read(plan: Plan, arm: str) -> tuple[str, ...]:
-    """The outputs of the graph that the comparison reads of a run. Nothing else is read later."""
+    """The complete list of stage outputs that the comparison reads from a run."""
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
     answers = [answers_path(paths, name) for name in plan.study.checkpoints(arm)]
     stages = plan.trained(checkpoint)

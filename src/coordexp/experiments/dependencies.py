@@ -1,8 +1,9 @@
-"""What an experiment depends on: one of an older commit still answers for this commit if nothing of that changed.
+"""The dependencies of an experiment: one from an older commit is still valid if none of its dependencies changed.
 
-The `dvc.lock` of an experiment says what every stage ran with, its files under `inputs/` with which values and which
-code. Both are compared with what the working tree would run now, for the stages that lead to the files that are read.
-Given data are compared by git, because `dvc.lock` of the working tree may be older than they are.
+The `dvc.lock` of an experiment records the commands, dependencies and outputs of every stage; its files under `inputs/`
+record parameters and code hashes. Both are compared with what the working tree would run now, for the stages upstream
+of the files that the comparison reads. Source data are compared by their git ids, because the `dvc.lock` of the working
+tree may be older than the data.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from coordexp.inputs import (
 
 Lock = Mapping[str, Mapping[str, Any]]  # the `stages` of a dvc.lock
 INPUTS = "inputs"
-GitIds = Mapping[str, str]  # path -> what git calls its content, for paths that git holds
+GitIds = Mapping[str, str]  # path -> git's object id, for paths that git tracks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,17 @@ class Past:
     inputs_md5: Mapping[str, str]  # by the path of the file
 
     def made(self, path: str) -> str:
-        """The hash of an output, in DVC's terms; the empty string where no stage made it."""
+        """DVC's hash of an output; empty if no stage made it."""
         outs = (by_path(entry, "outs") for entry in self.lock.values())
         return next((str(found[path].get("md5")) for found in outs if path in found), "")
 
     def outs(self, path: str) -> list[Mapping[str, Any]]:
-        """The outputs that are at a path, hold it, or lie below it, as the lock file has them."""
+        """The entries in the lock file of outputs that are at a path, above it, or below it."""
         outs = (out for entry in self.lock.values() for out in entry.get("outs", []))
         return [out for out in outs if overlap(out["path"], path)]
 
     def torn(self, stages: Collection[str]) -> str:
-        """What one of these stages read and is no longer so in the same revision; the empty string if nothing."""
+        """A dependency of these stages that changed within the same revision after they ran; empty if there is none."""
         made = {item["path"]: item for entry in self.lock.values() for item in entry.get("outs", [])}
         for name in stages:
             for path, item in by_path(self.lock.get(name, {}), "deps").items():
@@ -67,7 +68,7 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One value, or the code of some stages, that two runs differ in."""
+    """A difference between two runs: one parameter, or the code of some stages."""
 
     key: str
     old: Any
@@ -81,7 +82,7 @@ class Change:
 
 
 def changes(old: Past, new: Past) -> list[Change]:
-    """What two runs differ in, parameters first: each key once, with the stages that read it."""
+    """The differences between two runs, parameters first: each key once, with the stages that read it."""
     found: dict[str, Change] = {}
     for stage in sorted(old.inputs.keys() & new.inputs.keys()):
         then, now = old.inputs[stage], new.inputs[stage]
@@ -94,7 +95,7 @@ def changes(old: Past, new: Past) -> list[Change]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage that an experiment would run, and why; it runs only if `upstream` comes out different, where given."""
+    """A stage that an experiment would run, and why; with `upstream`, only if the output of that stage changes."""
 
     stage: str
     reason: str
@@ -103,17 +104,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ParameterFiles:
-    """params.yaml and the file of the profile that it names, as they were when read."""
+    """The contents of params.yaml and of the file of its profile."""
 
     root: Path
     params: Mapping[str, Any]
     profile: Mapping[str, Any]
     profile_file: str
-    is_other: bool = False  # another profile than the one that params.yaml names
+    is_other: bool = False  # whether the profile is not the one in params.yaml
 
     @classmethod
     def of(cls, root: Path, profile: str = "") -> ParameterFiles:
-        """Read both files of a repository, of the profile that params.yaml names, or of another; raises ConfigError."""
+        """Read both files, for the given profile or for the one in params.yaml; raises ConfigError."""
         params = read_yaml(root / PARAMS_FILE)
         committed = str(params.get("profile"))
         chosen = profile or committed
@@ -122,11 +123,11 @@ class ParameterFiles:
 
     @property
     def profile_name(self) -> str:
-        """The profile that experiments run."""
+        """The profile of the experiments."""
         return str(self.params["profile"])
 
     def differs(self, target: str, text: str) -> bool:
-        """Whether `-S [FILE:]KEY=VALUE` sets another value than the files do."""
+        """Whether `-S [FILE:]KEY=VALUE` changes the value in the files."""
         file, _, key = target.rpartition(":")
         node: Any = self.profile if file == self.profile_file else self.params
         for part in key.lstrip("+").split("."):
@@ -134,23 +135,23 @@ class ParameterFiles:
         return bool(node != parse_value(text))
 
     def under(self, settings: Iterable[tuple[str, str]], name: str) -> tuple[Params, Profile]:
-        """Parameters and profile as `-S [FILE:]KEY=VALUE`, given as pairs of target and text, would leave them.
+        """Parameters and profile after applying `-S [FILE:]KEY=VALUE`, given as pairs of target and text.
 
         Raises:
-            ConfigError: a value is not accepted, naming `name`; the profile, or a file that no stage reads, is set.
+            ConfigError: a value is invalid (the message contains `name`), or it sets the profile or another file.
         """
         changes: dict[str, dict[str, Any]] = {PARAMS_FILE: {}, self.profile_file: {}}
         for target, text in settings:
             file, colon, key = target.rpartition(":")
             if colon and file not in changes:
                 raise ConfigError(
-                    f"-S {file}:...: the stages read {PARAMS_FILE} and {self.profile_file}; other files change nothing."
+                    f"-S {file}:...: the stages read only {PARAMS_FILE} and {self.profile_file}. Set a key of these."
                 )
-            changes[file if colon else PARAMS_FILE][key.lstrip("+")] = parse_value(text)  # as Hydra's `+key`
+            changes[file if colon else PARAMS_FILE][key.lstrip("+")] = parse_value(text)  # Hydra writes `+key`
         params = with_changes(self.params, changes[PARAMS_FILE], f"{self.root / PARAMS_FILE} with {name}")
         if params.profile != self.params["profile"]:
             raise ConfigError(
-                "-S profile: experiments are compared within one profile; choose it in params.yaml and commit."
+                "-S profile: experiments are compared within one profile; set it in params.yaml and commit."
             )
         path = self.root / self.profile_file
         return params, parse_profile(
@@ -160,12 +161,12 @@ class ParameterFiles:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """What the working tree would run an experiment with."""
+    """The stages, source data and parameters with which the working tree would run an experiment."""
 
-    graph: Mapping[str, StagePlan]  # every stage, but for the one that writes their inputs
-    plans: Mapping[str, StagePlan]  # those of them that lead to what is read
+    graph: Mapping[str, StagePlan]  # all stages except the one that writes their inputs
+    plans: Mapping[str, StagePlan]  # those upstream of the files in `read`
     read: tuple[str, ...]
-    given: tuple[str, ...]  # dependencies of the plans that no stage makes
+    given: tuple[str, ...]  # source data: dependencies of the plans that no stage makes
     ids: GitIds
     lock: Lock
     table: StageTable
@@ -174,10 +175,10 @@ class Present:
 
     @classmethod
     def of(cls, root: Path, profile: str, read: Sequence[str], ids_of: Callable[[Sequence[str]], GitIds]) -> Present:
-        """Read the working tree at `root`; `read` are the outputs that the comparison needs.
+        """Read the working tree at `root`; `read` lists the outputs that the comparison needs.
 
         Raises:
-            ConfigError: no stage makes one of them.
+            ConfigError: no stage makes one of these outputs.
         """
         every = stage_plans(root, profile)
         leading = _leading_to(every, read)
@@ -193,33 +194,33 @@ class Present:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The stages that make what is read."""
+        """The stages that make the files in `read`."""
         return tuple(name for name, plan in self.plans.items() if any(map(plan.makes, self.read)))
 
     def told(self, overrides: Sequence[str]) -> Mapping[str, Inputs]:
-        """What the stages would be told, by the stem of their file; raises ConfigError as `ParameterFiles.under`."""
+        """The inputs of the stages, by the stem of their file; raises ConfigError as `ParameterFiles.under`."""
         if (key := tuple(overrides)) not in self._told:
             pairs = [override.partition("=")[::2] for override in overrides]
             self._told[key] = self.table.inputs(*self.files.under(pairs, " ".join(overrides)))
         return self._told[key]
 
     def told_stage(self, stage: str, overrides: Sequence[str]) -> Inputs:
-        """What one stage would be told."""
+        """The inputs of one stage."""
         file = self.graph[stage].inputs
         return self.told(overrides).get(file.stem, {}) if file else {}
 
     def lineage(self, stage: str, overrides: Sequence[str]) -> str:
-        """What a stage and all before it would be told: alike, they come out alike."""
+        """The inputs of a stage and of all stages upstream: if these are equal, the outputs are equal."""
         leading = _leading_to(self.graph, self.graph[stage].outs)
         return repr([(name, self.told_stage(name, overrides)) for name in leading])
 
     def change(self, past: Past, overrides: Sequence[str]) -> str:
-        """What is not as the experiment had it, were it run now with these overrides; the empty string if nothing."""
+        """The first difference between an experiment and a run with these overrides now; empty if there is none."""
         for path in self.given:
             if path in self.ids or path in past.ids:
                 if self.ids.get(path) != past.ids.get(path):
                     return path
-            elif _hashes(self.lock, path) != _hashes(past.lock, path):  # given by DVC, not by git
+            elif _hashes(self.lock, path) != _hashes(past.lock, path):  # tracked by DVC instead of git
                 return path
         for name, plan in self.plans.items():
             if reason := _stage_change(name, plan, past, self.told_stage(name, overrides)):
@@ -227,7 +228,7 @@ class Present:
         return past.torn(self.plans) or self._other_result(past)
 
     def steps(self, past: Past | None, overrides: Sequence[str]) -> list[Step]:
-        """The stages that an experiment would run after `past`, or without one after a run of the committed values."""
+        """The stages that an experiment would run after `past` (default: after a run of the committed values)."""
         found: dict[str, Step] = {}
         for name, plan in self.graph.items():
             told = self.told_stage(name, overrides)
@@ -249,7 +250,7 @@ class Present:
         return any(self.graph[upstream].makes(dep) for dep in plan.deps)
 
     def _other_result(self, past: Past) -> str:
-        """Where the working tree has another result of a stage with the same inputs, and later stages read it."""
+        """An output that later stages read and that differs in the working tree although its stage has equal inputs."""
         read = {dep for plan in self.plans.values() for dep in plan.deps}
         for name in self.plans:
             then, now = past.lock[name], self.lock.get(name)
@@ -262,10 +263,12 @@ class Present:
 
 
 def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str, StagePlan]:
-    """The stages that make these files, and all before them, in the order of dvc.yaml."""
+    """The stages that make these files, and all stages upstream, in the order of dvc.yaml."""
     for path in read:
         if not any(plan.makes(path) for plan in plans.values()):
-            raise ConfigError(f"dvc.yaml: no stage makes {path}, which the comparison reads. Is this the repository?")
+            raise ConfigError(
+                f"dvc.yaml: no stage makes {path}, which the comparison needs. Run this in the coordexp repository."
+            )
     found: set[str] = set()
     waiting = list(read)
     while waiting:
@@ -277,7 +280,7 @@ def _leading_to(plans: Mapping[str, StagePlan], read: Iterable[str]) -> dict[str
 
 
 def _stage_change(name: str, plan: StagePlan, past: Past, told: Inputs) -> str:
-    """Why a stage would run again whatever the stages before it do; the empty string if it would not."""
+    """Why a stage would run again regardless of the stages upstream; empty if it would not."""
     if (entry := past.lock.get(name)) is None:
         return f"stage {name}"
     if entry["cmd"] != plan.cmd:
@@ -299,5 +302,5 @@ def _inputs(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _hashes(lock: Lock, path: str) -> list[Mapping[str, Any]]:
-    """What a dvc.lock says of one dependency, for every stage that has it."""
+    """The entries in a dvc.lock for one dependency, from every stage that has it."""
     return [deps[path] for entry in lock.values() if path in (deps := by_path(entry, "deps"))]

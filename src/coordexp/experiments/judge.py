@@ -31,11 +31,11 @@ def evaluate(
     results: Annotated[
         Path | None, typer.Argument(exists=True, dir_okay=False, help="A gt_vs_pred.jsonl, as decoding writes it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where to write all metrics, as JSON.")] = Path("metrics.json"),
+    out: Annotated[Path, typer.Option(help="Output file for all metrics, as JSON.")] = Path("metrics.json"),
     truth: TruthFile = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(exists=True, help="Of any detector: a file, or a folder of YOLO text."),
+        typer.Option(exists=True, help="Predictions of any detector: a file, or a folder of YOLO text files."),
     ] = None,
     form: FormOption = None,
     labels: LabelsFile = None,
@@ -47,10 +47,10 @@ def evaluate(
     mapping: MappingOption = "normalised",
     tables: Annotated[Path | None, typer.Option(help="Folder for tables by class, size, score and image.")] = None,
 ) -> None:
-    """Judge predictions by all metrics: a gt_vs_pred.jsonl, or --truth with --predictions of any detector.
+    """Evaluate predictions: a gt_vs_pred.jsonl, or --truth with --predictions of any detector.
 
-    AP, F1, error causes, blind controls, parsing, duplicates, calibration, and 95% intervals; a short table is printed,
-    everything goes into --out.
+    Computes AP, F1, error types, blind controls, parsing, duplicates, calibration, and 95% intervals. Prints a short
+    table and writes all metrics to --out.
     """
     from coordexp.evaluation.evaluator import rounded
     from coordexp.evaluation.registry import view
@@ -59,12 +59,12 @@ def evaluate(
     files = [path for path in (results, predictions) if path]
     if len(files) != 1 or (predictions and not truth) or (truth and annotations):
         raise ConfigError(
-            "expected a gt_vs_pred.jsonl, or --truth ANNOTATIONS with --predictions FILE; --annotations goes with "
-            "the first."
+            "expected either a gt_vs_pred.jsonl (optionally with --annotations), or --truth ANNOTATIONS with "
+            "--predictions FILE."
         )
     reading = Reading(truth, form, labels, categories, annotations, mapping)
     (evaluation,) = evaluations = _evaluate(files, reading)
-    _say_what_outranks(files, evaluations)
+    _print_warnings(files, evaluations)
     write_json(out, rounded(evaluation.metrics, 12))
     if tables:
         from coordexp.evaluation.suite import write_tables
@@ -84,7 +84,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="A B ...",
-            help="Files of predictions, the first of them the reference; or two experiments, branches, commits or "
+            help="Prediction files, the first one is the reference; or two experiments, branches, commits or "
             "`workspace`, the older first.",
         ),
     ] = None,
@@ -94,15 +94,16 @@ def compare(
     labels: LabelsFile = None,
     categories: CategoriesFile = None,
     mapping: MappingOption = "normalised",
-    images: Annotated[int, typer.Option(min=0, help="Of two files: most changed images to list.")] = 10,
-    plot: Annotated[Path | None, typer.Option(help="Of files: draw the differences, a PNG.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="For two files: number of most changed images to list.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="For files: plot the differences into this PNG.")] = None,
     checkpoint: Checkpoint = "stage2",
-    out: Annotated[Path | None, typer.Option(help="Of revisions: write the answer here, as Markdown.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For revisions: write the result here, as Markdown.")] = None,
 ) -> None:
-    """Is one better than the other, or is it noise?
+    """Compare predictions: is one set better than the other, or is the difference noise?
 
-    Files: the paired differences to the first on the same images, with 95% bootstrap intervals. Two revisions, the
-    older first as in `git diff`: what B changed beside A, by their predictions in DVC's cache.
+    For files, prints the paired differences from the first on the same images, with 95% bootstrap intervals. For two
+    revisions, the older first as in `git diff`, shows what B changed relative to A, by their predictions in DVC's
+    cache.
     """
     names = [*map(str, predictions or ()), *(sides or ())]
     if len(names) < 2:
@@ -110,11 +111,11 @@ def compare(
     files = [Path(name) for name in names]
     if not truth and not any(file.exists() for file in files):
         if len(names) > 2:
-            raise ConfigError(f"found {len(names)} revisions, expected two; a study over more is `coordexp ab`.")
+            raise ConfigError(f"found {len(names)} revisions, expected two. For more, use `coordexp ab`.")
         compare_revisions(names[0], names[1], checkpoint, out)
         return
     if missing := [file for file in files if not file.exists()]:
-        raise ConfigError(f"{missing[0]}: no such file. Expected files of predictions, or two revisions.")
+        raise ConfigError(f"{missing[0]}: no such file. Expected prediction files, or two revisions.")
     evaluations = _evaluate(files, Reading(truth, form, labels, categories, None, mapping))
     _show_comparison(files, evaluations, images, plot)
 
@@ -133,16 +134,16 @@ def _evaluate(files: Sequence[Path], reading: Reading) -> list[Evaluation]:
     ]
 
 
-def _say_what_outranks(files: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
-    """What makes any score meaningless, before the scores."""
+def _print_warnings(files: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
+    """Print the faults that make scores meaningless, before the scores."""
     from coordexp.evaluation.blind import MARGIN, learned_nothing
     from coordexp.evaluation.parse import faults_of
 
     for file, evaluation in zip(files, evaluations, strict=True):
         if faults := faults_of(evaluation.metrics):
-            print(f"{file} is not judged: {', '.join(faults)}.")
+            print(f"{file}: the scores are not meaningful: {', '.join(faults)}.")
         if why := learned_nothing(evaluation.value(MARGIN), evaluation.metrics["interval"][MARGIN]):
-            print(f"{file} shows no learning: {why} (answers given without seeing the picture).")
+            print(f"{file} shows no learning: {why} (a blind control does not see the image).")
 
 
 def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], images: int, plot: Path | None) -> None:
@@ -152,7 +153,7 @@ def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], i
     first, *others = evaluations
     keys = view("compared", first.params)
     effects = [{key: paired_effect([other], [first], key) for key in keys} for other in others]
-    _say_what_outranks(files, evaluations)
+    _print_warnings(files, evaluations)
     letters = [chr(ord("A") + n) if n < 26 else f"#{n + 1}" for n in range(len(files))]
     print("\n".join(f"{letter}: {file}" for letter, file in zip(letters, files, strict=True)))
     print(f"{first.table.n_images} images, {int(first.table.n_gt_I.sum())} objects")
@@ -175,7 +176,7 @@ def _show_comparison(files: Sequence[Path], evaluations: Sequence[Evaluation], i
         reference, *names = labels_of(files)
         panels = {f"{name} - {reference}": found for name, found in zip(names, effects, strict=True)}
         write_forest(plot, panels, keys)
-        print(f"differences drawn: {plot}")
+        print(f"plot of the differences: {plot}")
 
 
 def _difference(effect: Effect | None) -> list[str]:

@@ -1,7 +1,7 @@
-"""The eval callback from outside: called with each resume state that a training run saves, in a process of its own.
+"""The eval callback in a separate process, which evaluates each state that a training run saves.
 
-The same dev images and the same decoding as in training, with mAP beside the counts, and on as many images as wanted.
-The folder holds what the callback leaves in training (coordexp.training.eval_callback), and `curve.tsv`.
+It uses the same dev images and decoding as training, also computes mAP, and can use more images. Its folder has the
+same files as that of the callback in training (coordexp.training.eval_callback), and `curve.tsv`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coordexp.training.eval_callback import EvalCallback, make_eval_callback
 from coordexp.training.state_files import generations
 
 STAGES = TRAINED
-RESAMPLES = 100  # intervals are not shown; the least that the evaluator takes
+RESAMPLES = 100  # the evaluator's minimum, as intervals are not shown
 
 
 def start_folder(run: RunConfig, stage: str) -> Path:
@@ -35,7 +35,7 @@ def start_folder(run: RunConfig, stage: str) -> Path:
 
 
 def open_monitor(run: RunConfig, stage: str, images: int | None, out: Path, device: str = AUTO) -> EvalCallback:
-    """The eval callback of a stage with a model of its own, to be given the weights of one state after another."""
+    """The eval callback of a stage with its own model, into which `follow` loads the weights of each state."""
     categories = read_categories(run.paths.records / "categories.json")
     params = run.params.eval.model_copy(update={"bootstrap_resamples": RESAMPLES})
 
@@ -45,19 +45,19 @@ def open_monitor(run: RunConfig, stage: str, images: int | None, out: Path, devi
 
     checkpoint = load_for_inference(start_folder(run, stage), device)
     assert checkpoint.coord is not None
-    apply_tuning(checkpoint.model, run.profile.tuning, checkpoint.coord)  # what a state holds is what trains
+    apply_tuning(checkpoint.model, run.profile.tuning, checkpoint.coord)  # a state holds only the trainable weights
     callback = make_eval_callback(run, stage, checkpoint, 0, images)
     return replace(callback, folder=out, curve=out / "curve.tsv", measure=measure)
 
 
 def find_state(root: Path, stage: str) -> Path:
-    """The resume folder of the stage that was written last; raises DataError if there is none."""
+    """The most recent resume folder of a stage; raises DataError if there is none."""
     # "stage1-*" also matches the control.
     folders = [path for path in (root / ".resume").glob(f"{stage}-*") if stage != "stage1" or not _is_of_control(path)]
     own = sorted((saved[0] for path in folders if (saved := generations(path))), key=lambda path: path.stat().st_mtime)
     if not own:
         raise DataError(
-            f"{root / '.resume'}: no state of {stage}. A stage saves one about every minute while it runs; start it, "
+            f"{root / '.resume'}: no saved state of {stage}. A running stage saves one about every minute: start it, "
             "wait, and run this again."
         )
     return own[-1].parent
@@ -68,13 +68,13 @@ def _is_of_control(folder: Path) -> bool:
 
 
 def follow(callback: EvalCallback, state_folder: Path, start: str, poll_seconds: float) -> Iterator[dict[str, Any]]:
-    """Evaluate every new state until the run ends and removes its folder; yields the row of each.
+    """Evaluate every new state until the run ends and removes its folder; yield the row of each.
 
-    `start` identifies the weights that the model of the callback has (`start_hash`).
+    `start` identifies the present weights of the callback's model (`start_hash`).
 
     Raises:
         DamagedArtefactError: no state is intact.
-        CheckpointError: it is of a run that started from other weights.
+        CheckpointError: the run started from other weights.
     """
     seen, done = -1.0, -1
     while True:
@@ -92,8 +92,8 @@ def follow(callback: EvalCallback, state_folder: Path, start: str, poll_seconds:
         except (CheckpointError, DamagedArtefactError, FileNotFoundError):
             if generations(state_folder) == saved:
                 raise
-            continue  # the run went on, or ended, between looking and reading
+            continue  # the run saved a new state, or ended, since the list of states was read
         seen = changed
-        if state.step != done:  # otherwise the newest one is damaged, and this is the one before
+        if state.step != done:  # otherwise the newest state is damaged, and this is the previous one
             done = state.step
             yield callback.evaluate(done)

@@ -1,4 +1,4 @@
-"""A running `dvc exp run`, read line by line: which stage, how far, for how long; shown meanwhile, its times kept."""
+"""Progress of a running `dvc exp run`, read line by line from its output; records the time of each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SAID_EVERY_SECONDS = 30.0  # in a log; a terminal shows every change
+SAID_EVERY_SECONDS = 30.0  # for a log; a terminal shows every change
 _STARTED = re.compile(r"Running stage '([^']+)'")
 _PASSED = re.compile(r"Stage '[^']+' (?:is cached|didn't change)|(?:Updating|Generating) lock file ")
 _COUNTED = re.compile(r"\b(?:step (\d+)/(\d+)|generated (\d+) of (\d+) images)\b")
@@ -21,21 +21,21 @@ _COUNTED = re.compile(r"\b(?:step (\d+)/(\d+)|generated (\d+) of (\d+) images)\b
 
 @dataclass(slots=True)
 class Progress:
-    """What the lines of a run have told so far; `say` gets a plain line now and then."""
+    """The state of a run according to its output; `say` gets a plain line at intervals."""
 
     name: str
-    estimates: Mapping[str, float]  # measured seconds of earlier runs by stage
+    estimates: Mapping[str, float]  # seconds by stage, measured in earlier runs
     say: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
-    seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran to their end
+    seconds: dict[str, float] = field(default_factory=dict)  # by finished stage
     stage: str = ""
     counted: str = ""
-    done: float | None = None  # fraction of the running stage, once it says so
+    done: float | None = None  # fraction of the running stage, once it reports one
     _since: float = 0.0
     _said: float = 0.0
 
     def read(self, line: str) -> None:
-        """Take in one line of DVC or of a stage."""
+        """Process one line of output from DVC or a stage."""
         if found := _STARTED.search(line):
             self.finish_stage()
             self.stage, self.counted, self.done, self._since = found[1], "", None, self.clock()
@@ -50,15 +50,15 @@ class Progress:
                 self._say()
 
     def finish_stage(self) -> None:
-        """The running stage, if there is one, came to its end."""
+        """Record the end of the running stage, if there is one."""
         if self.stage:
             self.seconds[self.stage] = round(self.clock() - self._since, 1)
             self.stage, self.done = "", None
 
     def words(self) -> str:
-        """One line: the running stage, how far it is, the time it took and the time that it took before."""
+        """One line with the running stage, its progress, the elapsed time and the expected time."""
         if not self.stage:
-            return f"{self.name}: DVC prepares or files the run"
+            return f"{self.name}: DVC is preparing or saving the run"
         estimate = self.estimates.get(self.stage)
         elapsed = duration(self.clock() - self._since) + (f" of about {duration(estimate)}" if estimate else "")
         return ", ".join(part for part in (f"{self.name}: {self.stage}", self.counted, elapsed) if part)
@@ -69,7 +69,7 @@ class Progress:
             self.say(self.words())
 
     def shown(self) -> AbstractContextManager[object]:
-        """While this is entered, a terminal shows a bar of the running stage and the present line."""
+        """A context in which a terminal shows a progress bar of the running stage."""
         if not sys.stderr.isatty():
             return nullcontext()
         from rich.console import Console
@@ -87,7 +87,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time in at most five letters: 45s, 3m20s, 12m, 2h05m, 130h."""
+    """A time in at most five characters: 45s, 3m20s, 12m, 2h05m, 130h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, left = divmod(minutes, 60)
     if hours:
@@ -98,11 +98,11 @@ def duration(seconds: float) -> str:
 
 
 def total(times: Sequence[float | None]) -> str:
-    """The sum of measured times; says so if some were not measured."""
+    """The sum of the measured times; mentions unmeasured ones."""
     known = [seconds for seconds in times if seconds is not None]
     if not known:
         return "an unknown time" if times else "no time"
-    return duration(sum(known)) + ("" if len(known) == len(times) else " and what was never measured")
+    return duration(sum(known)) + ("" if len(known) == len(times) else " plus stages without a measured time")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +115,16 @@ class Ended:
 
 
 def stream(command: list[str], root: Path, log: Path, progress: Progress, environment: Mapping[str, str]) -> Ended:
-    """Run a program to its end; every line goes into `log` and to `progress`.
+    """Run a program to its end; every line of its output goes to `log` and `progress`.
 
-    Asked to stop, it lets the stage save its state first. A terminal sends its signal to all processes; one that comes
-    to this process alone is passed on.
+    On SIGINT, wait until the stage has saved its state. A terminal sends the signal to all processes; a signal to this
+    process alone is passed on.
     """
     lines: list[str] = []
     stopped = False
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        log.open("w", encoding="utf-8") as file,  # in place, so that it can be followed
+        log.open("w", encoding="utf-8") as file,  # written in place, so that `tail -f` can follow it
         subprocess.Popen(
             command,
             cwd=root,
@@ -157,7 +157,7 @@ def stream(command: list[str], root: Path, log: Path, progress: Progress, enviro
 
 
 def _interrupt_below(pid: int) -> None:
-    """Send SIGINT to a process and to all that it started."""
+    """Send SIGINT to a process and all of its descendants."""
     waiting = [pid]
     while waiting:
         pid = waiting.pop()
@@ -165,5 +165,5 @@ def _interrupt_below(pid: int) -> None:
         try:
             waiting += map(int, children.read_text(encoding="ascii").split())
             os.kill(pid, signal.SIGINT)
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue

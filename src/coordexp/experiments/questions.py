@@ -1,4 +1,4 @@
-"""The questions of configs/questions/: which are asked, and each one from its file to its page."""
+"""The questions in configs/questions/: selecting them, and from a question's file to its page."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ RULE = ("arm", "baseline", "metric", "expected", "than", "margin")
 def choose_questions(
     root: Path, names: Sequence[str], every: bool, arms: Sequence[str], seeds: int | None, profile: str
 ) -> dict[str, Question]:
-    """The questions asked for by name, or all of the profile, with their arms, repetitions and profile as asked.
+    """The named questions, or all of the profile, restricted to the given arms, seeds and profile.
 
     Raises:
-        ConfigError: no such question or arm, or names together with all.
+        ConfigError: an unknown question or arm, or names together with `every`.
     """
     if bool(names) == every or (arms and len(names) != 1):
-        raise ConfigError("answer: expected IDs or --all, and --arm with one ID. `coordexp answer --list` names them.")
+        raise ConfigError("answer: expected IDs or --all; --arm needs one ID. `coordexp answer --list` lists the IDs.")
     asked = {name: load_question(name, root) for name in names or question_names(root)}
     if every:
         own = profile or ParameterFiles.of(root).profile_name
@@ -47,15 +47,15 @@ def choose_questions(
 
 
 def _changed(question: Question, changes: Mapping[str, Any]) -> Question:
-    """What trains nothing is not repeated, whatever is asked."""
+    """The question with these changes; one without training is never repeated."""
     repeated = {**changes, "seeds": 1} if question.budget == "decoding" else changes
     return question.model_copy(update=dict(repeated))
 
 
 def question_lines(root: Path, profile: str) -> list[str]:
-    """Every question with its arms, its budget, the rule that answers it, and its answer, if there is one.
+    """Every question with its arms, budget, decision rule and, if it has been run, its answer.
 
-    At the end, why some parameters have no question.
+    At the end, the parameters without a question, with the reason.
     """
     answers = {row.name: row for row in stored_answers(root)}
     lines = []
@@ -67,16 +67,16 @@ def question_lines(root: Path, profile: str) -> list[str]:
         lines.append(f"  arms: {', '.join(question.arms)}; {times}; {BUDGETS[question.budget]}")
         rules = [rule_words(claim.model_dump()) for claim in question.claims.values()]
         more = f", and {len(rules) - 1} more" if len(rules) > 1 else ""
-        lines.append(f"  rule: {rules[0]}{more}" if rules else "  no rule: measured")
+        lines.append(f"  rule: {rules[0]}{more}" if rules else "  no rule: measurement only")
         lines.append(f"  {answers[name].answer}  {answers[name].page}" if name in answers else "  not answered yet")
-    return [*lines, "", "Not asked:", *(f"  {key}: {why}" for key, why in UNASKED.items())]
+    return [*lines, "", "Parameters without a question:", *(f"  {key}: {why}" for key, why in UNASKED.items())]
 
 
 def answer_question(repository: Repository, question: Question, name: str) -> tuple[Path, str]:
-    """Run what is missing and write the pages, anew after each seed; returns the page and the answer in a sentence.
+    """Run missing experiments and write the pages after each seed; returns the page and the answer in a sentence.
 
     Raises:
-        ConfigError, Interrupted, CoordExpError: as `run_study`; a rule changed after it was answered.
+        ConfigError, Interrupted, CoordExpError: as `run_study`; also if a rule changed after it was evaluated.
     """
     own, asked = (_profile(repository.root, one) for one in (load_question(name, repository.root), question))
     place, tried = (ANSWERS, "") if asked == own else (ANSWERS / asked, f" --profile {asked}")
@@ -98,7 +98,10 @@ def _profile(root: Path, question: Question) -> str:
 
 
 def _check_rules(path: Path, question: Question, name: str) -> None:
-    """Raise ConfigError if a claim was judged by another rule before: by now its numbers are known."""
+    """Raise ConfigError if a claim was evaluated by another rule before.
+
+    The rules are preregistered: a rule that is changed after its numbers are known can be fitted to them.
+    """
     before = KEPT_NUMBERS.read_object(path) if path.is_file() else {}
     sides = {*question.arms, *TRAINED, ""}
     for old in before.get("claims", []):
@@ -108,7 +111,7 @@ def _check_rules(path: Path, question: Question, name: str) -> None:
         if now != then and {then["arm"], then["baseline"]} <= sides:  # else left out by --arm
             changed = [f"{p} {then[p]!r}, now {now[p]!r}" for p in RULE if now[p] != then[p]] if now else ["it is gone"]
             raise ConfigError(
-                f"{QUESTIONS / name}.yaml: claims.{key} is not the rule that {path} was judged by: "
-                f"{'; '.join(changed)}. A rule is fixed before its numbers are seen: take the change back, or ask by "
-                "another name."
+                f"{QUESTIONS / name}.yaml: claims.{key} differs from the rule by which {path} was evaluated: "
+                f"{'; '.join(changed)}. A rule is fixed before its numbers are known: undo the change, or use another "
+                "name for the question."
             )

@@ -1,7 +1,7 @@
-"""What is read of a run beside its answers on val: numbers that need its checkpoint, its kept steps, or its probes.
+"""Readings of a run: numbers that need its checkpoint, its kept steps, or its log, not only its answers on val.
 
-Each is one number of one checkpoint and the same number in every resample of the images, as any metric is, so that one
-rule of verdicts serves all. What a model has to be asked for is kept beside the files of the revision.
+Like a metric, a reading is one number of one checkpoint, and the same number in every resample of the images, so the
+same rule gives verdicts. Answers that a reading generates are stored, so that it generates them once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from coordexp.config.profile import Profile
 from coordexp.config.run import RunConfig
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
+from coordexp.evaluation.best_of_k import oracle_k, vote
 from coordexp.evaluation.bootstrap import resample_weights
-from coordexp.evaluation.comparison import Reading
+from coordexp.evaluation.comparison import Reading, reading
+from coordexp.evaluation.evaluator import evaluate
 from coordexp.evaluation.f1 import greedy_pairs
 from coordexp.evaluation.measures import Statistic, ratio
 from coordexp.experiments.runs import KEPT, WORKSPACE, Repository
@@ -31,27 +33,28 @@ from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.artefacts import write_sealed
 from coordexp.infra.code_hash import code_hash
 from coordexp.infra.foreign import Gate
-from coordexp.infra.logs import read_rows
+from coordexp.infra.logs import diagnostic_sums, read_rows
 from coordexp.infra.provenance import fingerprint
 from coordexp.infra.random_streams import generator
 from coordexp.models.loading import load_format
 from coordexp.packing.samples import Sample, SampleStore
+from coordexp.records.categories import read_categories
 from coordexp.records.descriptions import normalise_desc
 from coordexp.records.gt_vs_pred import ImageResult, Prediction, own_lines
 from coordexp.reporting.training import MEANINGS, SHAPES
 from coordexp.rollout.engine import Generation
 from coordexp.rollout.opening import generate_answers
-from coordexp.rollout.stages import decode_request, make_reader
+from coordexp.rollout.stages import decode_kept, decode_request, make_reader
 from coordexp.text.codecs import AnswerEncoder, Role, TextObject, get_codec
 
-SAME_IOU = 0.5  # from which two answers have an object of one name in common
-PROBE = Gate("objects in common by image, as they were counted", DataError, "Delete it: it is asked again.")
-FEWEST_OBJECTS = 3  # of an answer that has two to put in another order and one to go on with
+SAME_IOU = 0.5  # minimum IoU at which two answers have an object of one name in common
+PROBE = Gate("stored counts of common objects by image", DataError, "Delete it: the answers are generated again.")
+FEWEST_OBJECTS = 3  # minimum objects in an answer: two to permute and one as the rest
 
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """A run: its revision, what it was told, and `draws`, which says what resamples are drawn."""
+    """A run: its revision, parameters and profile; `draws` holds the parameters of the resampling."""
 
     repository: Repository
     revision: str
@@ -61,21 +64,21 @@ class RunFiles:
 
     @property
     def paths(self) -> ProfilePaths:
-        """Places in the graph."""
+        """Paths in the graph."""
         return ProfilePaths(self.params.profile)
 
     @property
     def root(self) -> Path:
-        """Where files of the revision lie, at their places in the graph."""
+        """The folder that holds the files of the revision, at their paths in the graph."""
         root = self.repository.root
         return root if self.revision == WORKSPACE else root / KEPT / self.revision
 
     def fetch(self, path: Path) -> Path:
-        """A file or folder of the graph; raises DataError."""
+        """Fetch a file or folder of the graph; raises DataError."""
         return self.repository.fetch(self.revision, path.as_posix())
 
     def config(self) -> RunConfig:
-        """The run as the stages see it, pictures included, with the files that were fetched."""
+        """The run configuration for the fetched files, including the images."""
         place = self.paths.raw
         if not (self.root / place).exists():
             ours, theirs = (self.repository.past(r).made(place.as_posix()) for r in (WORKSPACE, self.revision))
@@ -88,7 +91,7 @@ class RunFiles:
         return RunConfig(params=self.params, profile=self.profile, paths=paths)
 
     def reading(self, statistic: Statistic, n_images: int) -> Reading | None:
-        """The number that a statistic of images is, with its resamples."""
+        """The value of a statistic of images, with its resamples."""
         weights_BI = resample_weights(n_images, self.draws.eval.bootstrap_resamples, self.draws.seed)
         value = float(statistic(np.ones((1, n_images)))[0])
         return None if np.isnan(value) else Reading(value, statistic(weights_BI))
@@ -96,7 +99,7 @@ class RunFiles:
 
 @dataclass(frozen=True, slots=True)
 class RunReading:
-    """One kind of number; `paths` are the outputs of the graph that it needs."""
+    """One kind of reading; `paths` are the stage outputs that it needs."""
 
     meaning: str
     unit: str
@@ -105,7 +108,7 @@ class RunReading:
     read: Callable[[RunFiles, str], Reading | None]
 
 
-# How far coordinates are off under the model's own context, beside the annotated one.
+# Coordinate errors in the model's own context compared with the annotated context.
 
 
 def _context_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
@@ -113,10 +116,10 @@ def _context_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
 
 
 def _context_drift(files: RunFiles, checkpoint: str) -> Reading | None:
-    """Error of the last forward of channel A minus that of the first, in bins, over objects of dev after the last step.
+    """Error in bins of the last forward of channel A minus the first, over the objects of dev, after the last step.
 
-    The first reads the annotated coordinates, each later one what the one before it said: the same slots of the same
-    images under the same weights.
+    The first forward has the annotated coordinates as context, each later one the predictions of the previous forward.
+    Slots, images and weights are the same.
     """
     last = _last_rows(files, checkpoint, "A1")
     names = sorted(name for name in last[0] if name[:1] == "A" and name[1:].isdigit())
@@ -128,17 +131,16 @@ def _context_drift(files: RunFiles, checkpoint: str) -> Reading | None:
 
 
 def _last_rows(files: RunFiles, checkpoint: str, *columns: str) -> list[dict[str, Any]]:
-    """What the eval callback read of each dev image after the last step."""
+    """The rows of the eval callback for each dev image after the last step."""
     rows = read_rows(files.fetch(files.paths.run(checkpoint) / CONTEXT_ROWS), {*columns})
     return [row for row in rows if row["step"] == max(other["step"] for other in rows)]
 
 
 def _coordinates(name: str, files: RunFiles, checkpoint: str) -> Reading | None:
-    """Mean of a diagnostic over the annotated coordinates of dev, in the annotated context, after the last step."""
+    """The mean of a diagnostic over the annotated coordinates of dev, in the annotated context, after the last step."""
     last = _last_rows(files, checkpoint, "A1", "coord_diag")
-    found = [row["coord_diag"].get("A1", {}).get(name) for row in last]
-    n_I = np.array([0 if value is None else len(row["A1"]) for row, value in zip(last, found, strict=True)])
-    return files.reading(ratio(n_I * np.array([value or 0.0 for value in found]), n_I), len(last))
+    sums_I, counts_I = map(np.array, diagnostic_sums(last, "A1", name))
+    return files.reading(ratio(sums_I, counts_I), len(last))
 
 
 # Whether F1 and mAP rise together while a stage trains.
@@ -149,12 +151,15 @@ def _step_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
 
 
 def _f1_with_map(files: RunFiles, checkpoint: str) -> Reading | None:
-    """Correlation of F1 and mAP on dev over the kept steps of a stage."""
+    """The correlation of F1 and mAP on dev over the kept steps of a stage."""
     for path in _step_paths(files.paths, checkpoint):
         files.fetch(Path(path))
     run = files.config()
     if not (run.paths.run(checkpoint) / KEPT_STEPS).is_dir():
-        raise DataError(f"{run.paths.run(checkpoint)}: holds no checkpoints of earlier steps; set keep_every_steps.")
+        raise DataError(
+            f"{run.paths.run(checkpoint)}: no checkpoints of earlier steps. Set monitor.keep_every_steps, and train "
+            "again."
+        )
     points = evaluate_steps(run, checkpoint, files.root / "steps" / checkpoint, files.repository.say, files.draws)
     pairs = ("f1.full_50", "coco.mAP")
     values = [[point.evaluation.value(key) for key in pairs] for point in points]
@@ -165,28 +170,28 @@ def _f1_with_map(files: RunFiles, checkpoint: str) -> Reading | None:
 
 
 def _correlation(values_SB2: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of two values over S steps, (B,); NaN where one of them never changes."""
+    """(B,) Pearson correlation of two values over S steps; NaN if one of them is constant."""
     centred = values_SB2 - values_SB2.mean(axis=0)
     product_B = (centred[..., 0] * centred[..., 1]).sum(axis=0)
     norm_B = np.sqrt((centred**2).sum(axis=0).prod(axis=-1))
     return np.divide(product_B, norm_B, out=np.full_like(product_B, np.nan), where=norm_B > 0)
 
 
-# Whether the rest of an answer depends on the order in which its beginning was said.
+# Whether the rest of an answer depends on the order of the objects at its beginning.
 
 
-def _order_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+def _answer_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
     return [paths.run(checkpoint).as_posix(), (paths.norm1000 / "val.parquet").as_posix()]
 
 
 def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
-    """F1 of what a model goes on to say after its own objects in another order, beside what it said.
+    """F1 between the rest of an answer and the rest that the model generates after a permuted beginning.
 
-    The first half of each answer, two objects at least, is permuted and given as the beginning of the answer. In the
-    order of the answer itself, greedy decoding would repeat the rest: agreement 1. Crowded images count as much as
-    their objects are many.
+    The first half of each answer, at least two objects, is permuted and given as the beginning of a new answer. With
+    the original order, greedy decoding would repeat the rest exactly, an agreement of 1. Images count in proportion to
+    their number of objects.
     """
-    for path in _order_paths(files.paths, checkpoint):
+    for path in _answer_paths(files.paths, checkpoint):
         files.fetch(Path(path))
     results = own_lines(read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode))
     told = {"decode": files.params.decode.model_dump(), "seed": files.draws.seed, "code": code_hash(__name__)}
@@ -203,17 +208,20 @@ def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
 def _permuted_rests(
     run: RunConfig, checkpoint: str, results: Sequence[ImageResult], seed: int
 ) -> Mapping[str, tuple[int, int]]:
-    """By image id: objects that both rests have in common, and objects of both rests; of images with enough objects."""
+    """By image id, the objects common to both rests and the objects of both; for images with enough objects."""
     folder = run.paths.run(checkpoint)
     form = load_format(folder)
     if form.codec == "digits":
-        raise DataError(f"{folder}: answers in digits, expected coordinate tokens; ask this of json or tags.")
+        raise DataError(
+            f"{folder}: the answers have digits, expected coordinate tokens. Use text.codec json or tags for this "
+            "reading."
+        )
     encoder = AnswerEncoder(form.tokenizer, get_codec(form.codec))
     store = SampleStore(run.paths.norm1000 / "val.parquet")
     samples = {sample.image_id: sample for sample in (store[i] for i in range(len(store))) if not sample.probe}
     asked = [result for result in results if len(result.pred) >= FEWEST_OBJECTS]
     begun = [_begun(samples[result.image_id], result, encoder, seed) for result in asked]
-    # The grammar counts from the beginning of an answer, servers from the end of a question: neither goes on with one.
+    # The grammar walks an answer from its start, and servers build their own prompt, so neither can continue an answer.
     plain = {"grammar": "none", "corners": "any", "duplicate_iou": 1.0}
     request = decode_request(run, form.codec)
     request = replace(request, params=request.params.model_copy(update=plain), keep_probs=False)
@@ -232,16 +240,54 @@ def _permuted_rests(
     return rows
 
 
+# The value of several sampled answers.
+
+SAMPLES, SUPPORT = 8, 2  # sampled answers per image; minimum votes for an object
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 1.0, "beams": 1, "grammar": "any", "corners": "valid"}
+
+
+def _sampled_answers(files: RunFiles, checkpoint: str) -> list[list[ImageResult]]:
+    """K sampled answers per val image; kept, so that a second reading generates none."""
+    for path in _answer_paths(files.paths, checkpoint):
+        files.fetch(Path(path))
+    run = files.config()
+    decode = run.params.decode.model_copy(update=SAMPLED)
+    run = replace(run, params=run.params.model_copy(update={"decode": decode}))
+    return [own_lines(results) for results in decode_kept(run, checkpoint, SAMPLES)]
+
+
+def _recall_gain(files: RunFiles, checkpoint: str) -> Reading | None:
+    """Recall of an oracle that takes each object from any of K samples, minus the mean recall of one sample."""
+    found = oracle_k(_sampled_answers(files, checkpoint))
+    return files.reading(ratio(found.any_I - found.one_I, found.n_gt_I), len(found.n_gt_I))
+
+
+def _vote_gain(files: RunFiles, checkpoint: str) -> Reading | None:
+    """mAP of the objects on which samples agree, minus that of the run's own answers."""
+    voted = vote(_sampled_answers(files, checkpoint), SUPPORT)
+    own = read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode)
+    files.fetch(Path(categories_path(files.paths)))
+    categories = read_categories(files.config().paths.records / "categories.json")
+    judged = files.params.eval.model_copy(update={"bootstrap_resamples": files.draws.eval.bootstrap_resamples})
+    ours, theirs = (
+        reading(evaluate(results, categories, judged, files.params.matching, files.draws.seed), "coco.mAP")
+        for results in (voted, own)
+    )
+    if ours is None or theirs is None:
+        return None
+    return Reading(ours.value - theirs.value, ours.samples_B - theirs.samples_B)
+
+
 def _n_begun(result: ImageResult) -> int:
     return max(2, len(result.pred) // 2)
 
 
 def _begun(sample: Sample, result: ImageResult, encoder: AnswerEncoder, seed: int) -> tuple[Sample, Any]:
-    """The sample with the first half of its answer, permuted, at the end of its prompt; and the tokens of that half."""
+    """The sample with the permuted first half of its answer at the end of its prompt; and the tokens of that half."""
     objects = [TextObject(p.desc, _bins(p)) for p in result.pred[: _n_begun(result)]]
     order = generator(seed, "probe/order", result.image_id).permutation(len(objects))
     if (np.diff(order) > 0).all():
-        order = order[::-1]  # the order of the answer itself says nothing
+        order = order[::-1]  # the original order would test nothing
     answer = encoder.encode([objects[i] for i in order])
     end = int(np.flatnonzero(answer.roles == Role.COORD)[-1]) + 1
     ids = answer.ids[:end]
@@ -250,7 +296,7 @@ def _begun(sample: Sample, result: ImageResult, encoder: AnswerEncoder, seed: in
 
 def _bins(prediction: Prediction) -> tuple[int, int, int, int]:
     if prediction.bins is None:
-        raise DataError("predictions without bins: this is about answers in coordinate tokens. Decode them here.")
+        raise DataError("the predictions have no bins, expected answers in coordinate tokens. Decode them again.")
     return prediction.bins
 
 
@@ -258,7 +304,7 @@ _Named = Sequence[tuple[str, tuple[int, int, int, int]]]
 
 
 def _in_common(before: _Named, after: _Named) -> int:
-    """Pairs of one name whose boxes overlap enough, each object once."""
+    """The number of pairs with equal names and enough overlap, each object used once."""
     if not before or not after:
         return 0
     iou = pairwise_iou(*(decode_norm([bins for _, bins in side]) for side in (before, after)))
@@ -290,8 +336,17 @@ READINGS = {
         _f1_with_map,
     ),
     "order.agreement": RunReading(
-        "F1 of what a model says after the first half of its own answer in another order, beside what it said; IoU "
+        "F1 between the rest of an answer and the rest generated after its first half in another order; IoU "
         f"{SAME_IOU:g}, names included",
-        "0..1", "higher", _order_paths, _order_agreement,
+        "0..1", "higher", _answer_paths, _order_agreement,
+    ),
+    "samples.recall_gain": RunReading(
+        f"recall at IoU .50 of an oracle over {SAMPLES} sampled answers per image minus the mean recall of one", "0..1",
+        "higher", _answer_paths, _recall_gain,
+    ),
+    "samples.vote_gain": RunReading(
+        f"mAP of the objects that at least {SUPPORT} of {SAMPLES} sampled answers agree on minus mAP of the run's own "
+        "answers",
+        "0..1", "higher", _answer_paths, _vote_gain,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""All numbers of a question: verdicts first, then claims, effects, values and cost, by seed, curves overlaid."""
+"""The detail page of a question: verdicts, claims, effects, values and cost, results by seed, and training curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coordexp.reporting.markdown import MISSING, escape, number, table
 from coordexp.reporting.questions import ALIKE, measured
 from coordexp.reporting.style import figure_style, new_figure, save_figure
 
-# Okabe and Ito 2008, the first arm in grey.
+# The palette of Okabe and Ito (2008), with gray for the first arm.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PANELS = {
     "raw/softce": "softCE, unweighted (nats)",
@@ -26,16 +26,17 @@ PANELS = {
     "raw/text_ce": "text CE, unweighted (nats)",
 }
 RULE = (
-    f"Fixed before any number was seen: `{PRIMARY}` decides. An arm is **better** or **worse** than its baseline when "
-    "the interval of its paired difference, over images and training seeds, excludes 0; otherwise there is **no "
-    "difference shown**: none that this budget could show. The intervals of {arms} hold together with 95 % confidence "
-    "(Bonferroni). The smallest effect that could be shown is the true difference that this budget would have found "
-    "with 80 % probability. The other metrics are context and decide nothing."
+    f"The rule was fixed before any number was known: the verdict depends on `{PRIMARY}`. An arm is **better** or "
+    "**worse** than its baseline if the interval of the paired difference, over images and training seeds, excludes 0. "
+    "Otherwise **no difference** is **shown** with this budget. The intervals of {arms} hold jointly with 95 % "
+    "confidence (Bonferroni). The minimum detectable effect is the true difference that this budget would have found "
+    "with 80 % probability. The other metrics are context and do not affect the verdict."
 )
 CLAIM_RULE = (
-    "A claim is **confirmed** if its 95 % interval lies on the side that it says (or within the margin, if it says "
-    "that nothing changes), **refuted** if it lies on the other (or outside of the margin), and otherwise **not "
-    "shown**. Each claim stands alone: of 20 about nothing, one is expected to look like something."
+    "A claim is **confirmed** if its 95 % interval lies entirely on the claimed side of 0 (or within the margin, for a "
+    "claim of no change), **refuted** if it lies entirely on the other side (or outside the margin), and otherwise "
+    "**not shown**. The claims are not corrected for multiple comparisons: of 20 claims without a true effect, one is "
+    "expected to be confirmed or refuted by chance."
 )
 COSTS = ("seconds", "tokens", "compute")
 Numbers = Mapping[str, Any]
@@ -45,7 +46,7 @@ def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], o
     """Write `<name>.md` and `<name>.png` from the numbers of `run_study`; returns the path of the text.
 
     Args:
-        logs: arm -> the training logs of its checkpoint, one a seed.
+        logs: arm -> the training logs of its checkpoint, one per seed.
     """
     draw_curves(
         logs, {name: arm["checkpoint"] for name, arm in numbers["arms"].items()}, out_dir / f"{numbers['name']}.png"
@@ -56,7 +57,7 @@ def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], o
 
 
 def report_markdown(numbers: Numbers) -> str:
-    """The whole text; every number in it is one of `numbers`."""
+    """The whole page; all of its numbers are from `numbers`."""
     n_arms = len(numbers["effects"])
     claims = ["## Claims", CLAIM_RULE, _claims_table(numbers["claims"])] if numbers["claims"] else []
     parts = [
@@ -67,19 +68,19 @@ def report_markdown(numbers: Numbers) -> str:
         *claims,
         "## Effects",
         _effects_table(numbers),
-        "`SE images` and `SE seeds` are the two parts of the standard error: more images shrink the first, more seeds "
+        "`SE images` and `SE seeds` are the two parts of the standard error: more images reduce the first, more seeds "
         "the second.",
         _context_table(numbers),
         "## Values and cost",
         _arms_table(numbers, False),
-        "Means over seeds. Diagnostics of training are means over its last tenth:",
+        "Values are means over seeds. Training diagnostics are means over the last tenth of the steps:",
         _arms_table(numbers, True),
-        "Seconds and tokens are those of the training that the arms change, for one seed; seconds are measured "
-        "when it runs, so a stage from the cache has none. Compute is the tokens that were trained on, and a third for "
-        "each token that rollouts read or wrote.",
+        "Seconds and tokens are those of the training stages that the arms change, per seed. Seconds are measured only "
+        "when a stage runs, so a stage from the cache has none. Compute is the number of training tokens, plus a third "
+        "of the tokens that rollouts read or generated.",
         f"![Losses by arm]({numbers['name']}.png)",
-        "Thin: one seed. Thick: their mean, smoothed over a twentieth of the steps. Losses are unweighted, so that "
-        "arms with different weights can be compared.",
+        "Thin lines are single seeds; thick lines are their mean, smoothed over a twentieth of the steps. Losses are "
+        "unweighted, so that arms with different weights are comparable.",
         "## By seed",
         _seeds_table(numbers),
     ]
@@ -87,7 +88,7 @@ def report_markdown(numbers: Numbers) -> str:
 
 
 def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
-    """One arm in words."""
+    """The verdict on one arm in a sentence."""
     found = row["metrics"][PRIMARY]
     subject = f"`{row['arm']}` against `{row['baseline']}`"
     if "delta" not in found:
@@ -96,19 +97,19 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     covered = f"{numbers['n_images']} images, {seeds} seeds" if seeds > 1 else f"{numbers['n_images']} images, one seed"
     text = f"{subject}: **{found['verdict']}**: `{PRIMARY}` {measured(found)} ({covered})"
     if found["verdict"] == Verdict.IDENTICAL.value:
-        return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}), so nothing can be told from it."
+        return f"{subject}: **{found['verdict']}** (`{PRIMARY}`, {covered}): the change has no effect on val."
     if found["verdict"] == Verdict.NO_DIFFERENCE.value:
-        text += f"; the smallest effect it could have shown is {number(found['smallest'])}"
+        text += f"; the minimum detectable effect is {number(found['smallest'])}"
     if found["verdict"] == Verdict.NOT_JUDGED.value:
         why = "; ".join(f"{run}: {', '.join(words)}" for run, words in row["faults"].items())
-        return f"{text}, because of the answers of {why}."
+        return f"{text}, because of faulty answers in {why}."
     if seeds == 1 and numbers["seed_keys"]:
-        text += ". With one seed the interval knows nothing of training noise; a repetition may say otherwise"
+        text += ". With one seed the interval does not include training noise; a repetition may give another result"
     return f"{text}{_unlike_tokens(row, numbers)}."
 
 
 def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
-    """What to know where the two sides trained on different numbers of tokens."""
+    """A remark if the two sides trained on different numbers of tokens."""
     tokens = pd.DataFrame(numbers["runs"]).groupby("arm")["tokens"].mean()
     if row["baseline"] not in tokens or not tokens[row["baseline"]]:
         return ""
@@ -118,13 +119,13 @@ def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
 
 def _what_ran(numbers: Numbers) -> str:
     keys = " and ".join(f"`{key}`" for key in numbers["seed_keys"])
-    repeated = f"{numbers['seeds']} repetitions of each arm by {keys}" if keys else "nothing is trained again"
+    repeated = f"{numbers['seeds']} repetitions of each arm, varying {keys}" if keys else "no training"
     checkpoints = dict.fromkeys(f"`{arm['checkpoint']}`" for arm in numbers["arms"].values())
     return (
         f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, checkpoint {', '.join(checkpoints)}, "
-        f"{numbers['n_images']} images; {repeated}. Arms with one seed see the same data in the same order. A baseline "
-        "that is a checkpoint is that of the arm's own run: `stage1-control` is stage 1 continued for the tokens that "
-        "the stage 2 of that run took."
+        f"{numbers['n_images']} images; {repeated}. With equal seeds, all arms see the same data in the same order. A "
+        "baseline that is a checkpoint belongs to the arm's own run: `stage1-control` is stage 1 continued with the "
+        "budget of that run's stage 2."
     )
 
 
@@ -148,7 +149,7 @@ def _effects_table(numbers: Numbers) -> str:
         found = row["metrics"][PRIMARY]
         errors = [number(found.get(name)) for name in ("se_images", "se_seeds", "smallest")]
         rows.append([f"`{row['arm']}`", f"`{row['baseline']}`", measured(found), *errors, f"**{found['verdict']}**"])
-    header = ["arm", "baseline", f"`{PRIMARY}`", "SE images", "SE seeds", "could have shown", "verdict"]
+    header = ["arm", "baseline", f"`{PRIMARY}`", "SE images", "SE seeds", "detectable", "verdict"]
     return table(header, rows, "llrrrrl")
 
 
@@ -159,7 +160,7 @@ def _context_table(numbers: Numbers) -> str:
 
 
 def _arms_table(numbers: Numbers, of_training: bool) -> str:
-    """Means over seeds, of answers or of training; one that is undefined for a seed has none."""
+    """Means over seeds of metrics, or of training values; undefined if the value of any seed is undefined."""
     frame = pd.DataFrame(numbers["runs"]).drop(columns=["experiment", "seed"])
     means = frame.groupby("arm", sort=False).agg(lambda column: pd.to_numeric(column).mean(skipna=False))
     logged_columns = [name for name in means if "/" in name]
@@ -183,12 +184,12 @@ def _seeds_table(numbers: Numbers) -> str:
     rows = [
         [f"`{run['experiment']}`", f"`{run['arm']}`", str(run["seed"]), number(run[PRIMARY])] for run in numbers["runs"]
     ]
-    header = ["experiment (`dvc exp apply` puts it into the workspace)", "arm", "seed", f"`{PRIMARY}`"]
+    header = ["experiment (for `dvc exp apply`)", "arm", "seed", f"`{PRIMARY}`"]
     return table(header, rows, "llrr")
 
 
 def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], stages: Mapping[str, str], path: Path) -> None:
-    """One row of panels for each stage; every arm in its colour, in the panels that all arms log."""
+    """Draw one row of panels per stage, with one color per arm; only panels that all arms log."""
     shown = [c for c in PANELS if all(len(logged(log, c)) for runs in logs.values() for log in runs)] or [*PANELS][:1]
     rows = list(dict.fromkeys(stages.values()))
     with figure_style():

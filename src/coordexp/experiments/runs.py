@@ -1,9 +1,9 @@
-"""The repository as experiments see it: revisions, what each ran with, its files, and new runs.
+"""The repository for experiments: revisions, their dependencies, their files, and new runs.
 
-DVC is called as a program. It reuses every stage whose inputs did not change, runs in a temporary copy, so that the
-workspace stays as it is, and files each finished run as an experiment under the commit that it started from. A run is
-not made again, whatever commit it started from, as long as what it depends on is the same. Files of a revision are
-taken from DVC's cache once, and kept under `runs/revisions/<revision>/` at the path that they have in the graph.
+DVC is called as a program. It reuses every stage whose inputs did not change, runs in a temporary copy, so the
+workspace does not change, and stores each finished run as an experiment under the commit that it started from. A run is
+reused, from any commit, as long as its dependencies are the same. Files of a revision are copied from DVC's cache once,
+to `runs/revisions/<revision>/` followed by their path in the graph.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from coordexp.inputs import INPUTS as INPUT_FILES
 from coordexp.inputs import PARAMS_FILE
 
 SHOWN_LINES = 15
-RUN_RECORD = Gate("the record of a run", DataError, "Delete it: only how long its stages took is lost.")
-KEPT = Path("runs/revisions")  # files by revision, and how long its stages took
-WORKSPACE = "workspace"  # in place of a revision
+RUN_RECORD = Gate("the record of a run", DataError, "Delete it: only the times of its stages are lost.")
+KEPT = Path("runs/revisions")  # files by revision, and the times of its stages
+WORKSPACE = "workspace"  # used instead of a revision
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _EXIT_CODE = re.compile(r"exited with (\d+)")
 _ERRORS: Mapping[int, type[CoordExpError]] = {
@@ -58,41 +58,40 @@ _ERRORS: Mapping[int, type[CoordExpError]] = {
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A finished run: an experiment, or a commit that holds one."""
+    """A finished run: an experiment, or a commit."""
 
     name: str
     revision: str
-    start: str = ""  # the commit that an experiment started from
+    start: str = ""  # the commit from which an experiment started
     unix_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """The repository that experiments run in; `say` gets one line for each thing that takes time."""
+    """The repository in which experiments run; `say` gets one line per slow operation."""
 
     root: Path
     say: Callable[[str], None]
     _pasts: dict[str, Past] = field(default_factory=dict, repr=False)
 
     def commit(self) -> Experiment:
-        """The commit that experiments start from. What stages write may differ from it: a run of the graph did that.
+        """The commit from which experiments start. Outputs of stages may differ from it, after a run of the graph.
 
         Raises:
-            ConfigError: no git repository, or other tracked files differ from the commit.
+            ConfigError: this is not a git repository, or other tracked files differ from the commit.
         """
         head = self.run("git", "rev-parse", "--verify", "HEAD")
         if head.returncode:
             raise ConfigError(
-                f"{self.root.resolve()}: no git commit to start from. Run this in the repository.\n{_end(head.stderr)}"
+                f"{self.root.resolve()}: no git commit found. Run this in the repository.\n{_end(head.stderr)}"
             )
         written = [f":(exclude){path}" for path in WRITTEN_BY_STAGES]
         changed = self._git("status", "--porcelain", "--untracked-files=no", "--", ".", *written).splitlines()
         if changed:
             raise ConfigError(
-                f"{len(changed)} tracked files differ from the commit, for example {changed[0][3:]}. An experiment is "
-                "the commit plus its parameters, so that it can be made again: give values by -S, and commit first "
-                "(git commit -am ...), or go back to the commit (git restore --staged --worktree . && dvc "
-                "checkout --force)."
+                f"{len(changed)} tracked files differ from the commit, for example {changed[0][3:]}. An experiment "
+                "must be reproducible from the commit and its parameters. Give values with -S, and commit first (git "
+                "commit -am ...), or undo the changes (git restore --staged --worktree . && dvc checkout --force)."
             )
         branch = self.run("git", "symbolic-ref", "--short", "--quiet", "HEAD").stdout.strip()
         revision = head.stdout.strip()
@@ -105,10 +104,10 @@ class Repository:
             yield
 
     def resolve(self, name: str) -> Experiment:
-        """A revision by its name: `workspace`, what git knows, or an experiment under any commit, the newest first.
+        """A revision by name: `workspace`, a git revision, or the newest experiment with that name under any commit.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such revision.
         """
         if name == WORKSPACE:
             return Experiment(WORKSPACE, WORKSPACE, self._git("rev-parse", "HEAD").strip())
@@ -119,12 +118,12 @@ class Repository:
         known = [one.name for one in self.experiments("*")]
         known += self._git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads", "refs/tags").split()
         raise ConfigError(
-            f"{name!r}: no file, no revision that git knows, and no experiment.{closest(name, known)} "
-            "`coordexp runs --all` lists the experiments."
+            f"{name!r}: not a file, git revision or experiment.{closest(name, known)} `coordexp runs --all` lists the "
+            "experiments."
         )
 
     def experiments(self, *names: str) -> list[Experiment]:
-        """Experiments under any commit whose name is like one of `names`, the newest first."""
+        """Experiments under any commit whose name matches one of the patterns `names`, newest first."""
         form = "--format=%(refname:lstrip=2) %(objectname) %(committerdate:unix)"
         patterns = [f"refs/exps/*/*/{name}" for name in names]
         lines = self._git("for-each-ref", "--sort=-committerdate", form, *patterns).splitlines()
@@ -136,18 +135,18 @@ class Repository:
         ]
 
     def present(self, profile: str, read: Sequence[str]) -> Present:
-        """What an experiment would depend on now; raises ConfigError if no stage makes one of the files to be read."""
+        """The dependencies of an experiment that would run now; raises ConfigError if no stage makes a needed file."""
         return Present.of(self.root, profile, read, lambda paths: self._ids("HEAD", paths))
 
     def find(
         self, overrides: Sequence[str], present: Present, first: Sequence[Experiment]
     ) -> tuple[Experiment | None, str]:
-        """A finished run with the same dependencies whose files can be had, and what changed since those tried first.
+        """A finished run with the same dependencies and available files, or None and what changed since `first`.
 
         Args:
-            overrides: what `dvc exp run -S` is given.
-            present: what it would depend on now.
-            first: tried before all other experiments.
+            overrides: the arguments of `dvc exp run -S`.
+            present: the dependencies of a run now.
+            first: candidates to try before all other experiments.
         """
         changed = ""
         revisions = {one.revision for one in first}
@@ -155,7 +154,7 @@ class Repository:
             change = present.change(self.past(found.revision, present), overrides)
             if not change and self._has(found, present.read):
                 return found, ""
-            changed = change if found.revision in revisions and found.start else changed  # a commit is no former arm
+            changed = change if found.revision in revisions and found.start else changed  # a commit is not an old arm
         return None, changed
 
     def experiment(
@@ -166,43 +165,41 @@ class Repository:
         first: Sequence[Experiment] = (),
         targets: Sequence[str] = (),
     ) -> Experiment:
-        """The experiment with these values; run unless there is one, under any name, with the same dependencies.
+        """The experiment with these values; runs it unless one with the same dependencies exists under any name.
 
         Args:
-            name: of a new experiment.
-            overrides: what `dvc exp run -S` is given.
-            present: what it would depend on now.
-            first: tried before all other experiments.
-            targets: the stages to run, all without any.
+            name: name of a new experiment.
+            overrides: the arguments of `dvc exp run -S`.
+            present: the dependencies of a run now.
+            first: candidates to try before all other experiments.
+            targets: the stages to run; by default all.
 
         Raises:
-            Interrupted: it was stopped; the next call goes on from the states that the stages saved.
-            CoordExpError: a stage failed, by its exit code.
+            Interrupted: it was stopped; the next call resumes from the states that the stages saved.
+            CoordExpError: a stage failed; the class depends on its exit code.
         """
         found, changed = self.find(overrides, present, first)
         if found:
-            self.say(f"{name}: there already" + (f", as {found.name}" if found.name != name else ""))
+            self.say(f"{name}: exists" + (f" as {found.name}" if found.name != name else ""))
             return found
-        why = f" (again: {changed} changed)" if changed else ""
+        why = f" (runs again: {changed} changed)" if changed else ""
         self.say(f"{name}: {' '.join(overrides) or 'no change'}{why}")
         made = self._new(name, overrides, targets, present.files.profile_name)
         if edited := present.change(self.past(made.revision, present), overrides):
             raise TrainingError(
-                f"{made.name}: {edited} changed in the working tree while experiments ran, so they cannot be compared. "
-                "Commit or undo the change, and run the same command again: what it does not touch is not run again."
+                f"{made.name}: {edited} changed in the working tree while experiments ran, so they are not comparable. "
+                "Commit or undo the change, and run the same command again: unaffected runs are not repeated."
             )
         return made
 
     def fetch(self, revision: str, path: str) -> Path:
-        """A file or folder of the graph as it was at a revision, taken from DVC's cache once; raises DataError."""
+        """A file or folder of the graph at a revision, copied from DVC's cache once; raises DataError."""
         if revision == WORKSPACE:
             if not (self.root / path).exists():
-                raise DataError(
-                    f"{path}: not in the workspace. Run `dvc repro`, or `dvc checkout`, or name a revision."
-                )
+                raise DataError(f"{path}: not in the workspace. Run `dvc repro` or `dvc checkout`, or use a revision.")
             return self.root / path
         target = self.root / KEPT / revision / path
-        # A folder is there, too, where something in it was fetched alone.
+        # The folder alone proves nothing: it also exists if only a part of it was fetched.
         is_whole = self.root / KEPT / revision / "whole" / path.replace("/", "%2F")
         if target.is_file() or (target.is_dir() and is_whole.is_file()):
             return target
@@ -216,8 +213,8 @@ class Repository:
         if damaged := next(filter(None, (cache.difference(new, path, out) for out in outs)), ""):
             remove(new)
             raise DamagedArtefactError(
-                f"{damaged} of {revision[:12]}: not the content that dvc.lock recorded; DVC's cache is damaged. "
-                "`coordexp verify --repair` removes what is; then `dvc pull` it, or run the revision again."
+                f"{damaged} of {revision[:12]}: the content differs from dvc.lock, so DVC's cache is damaged. Remove "
+                "the damage with `coordexp verify --repair`; then `dvc pull`, or run the revision again."
             )
         if new.is_dir():
             remove(target)
@@ -233,12 +230,12 @@ class Repository:
             raise DataError(
                 f"{path} of {revision[:12]} cannot be read; dvc get ended with {done.returncode}:\n"
                 f"{_end(done.stdout + done.stderr)}\n"
-                "If it is on a remote, `dvc pull` (of a commit) or `dvc exp pull` fetches it. If the cache lost it "
-                "(dvc gc), run the revision again."
+                "If it is on a remote, fetch it with `dvc pull` (for a commit) or `dvc exp pull`. If it was removed "
+                "from the cache (dvc gc), run the revision again."
             )
 
     def _has(self, found: Experiment, paths: Sequence[str]) -> bool:
-        """Whether the files of a revision can be had; says which cannot."""
+        """Whether the files of a revision are available; reports a missing one."""
         try:
             for path in paths:
                 self.fetch(found.revision, path)
@@ -248,7 +245,7 @@ class Repository:
         return True
 
     def text(self, revision: str, path: str) -> str:
-        """A file that git holds; raises ConfigError if it does not."""
+        """The text of a file that git tracks; raises ConfigError if it does not."""
         if revision == WORKSPACE:
             return (self.root / path).read_text(encoding="utf-8")
         return self._git("show", f"{revision}:./{path}")
@@ -261,11 +258,11 @@ class Repository:
         return parse_params(where, parse_yaml(self.text(revision, PARAMS_FILE), where))
 
     def past(self, revision: str, present: Present | None = None) -> Past:
-        """What a revision ran with."""
+        """The dependencies with which a revision ran."""
         given = present.given if present else ()
         key = " ".join((revision, *given))
         if key not in self._pasts:
-            alone = self._pasts.get(revision) or self._past(revision)  # its lock file takes long to read
+            alone = self._pasts.get(revision) or self._past(revision)  # cached, because parsing the lock file is slow
             self._pasts[revision] = alone
             self._pasts[key] = replace(alone, ids=self._ids(revision, given))
         return self._pasts[key]
@@ -288,12 +285,12 @@ class Repository:
         )
 
     def seconds(self, revision: str) -> dict[str, float]:
-        """How long the stages that a revision ran took, where this repository ran it; those restored took none."""
+        """Seconds by stage of a revision that this repository ran; restored stages have no entry."""
         file = self.root / KEPT / revision / "seconds.json"
         return RUN_RECORD.read_object(file).get("stages", {}) if file.is_file() else {}
 
     def estimates(self, profile: str) -> dict[str, float]:
-        """Seconds by stage of the last run that was measured, in the workspace or as an experiment."""
+        """Seconds by stage, from the last measured run in the workspace or of an experiment."""
         runs = ProfilePaths(profile, self.root).run_record("*")
         files = [*runs.parent.glob(runs.name), *(self.root / KEPT).glob("*/seconds.json")]
         found: dict[str, float] = {}
@@ -306,7 +303,7 @@ class Repository:
         return found
 
     def short_name(self, revision: str) -> str:
-        """A branch or tag that is this revision, or the start of its number."""
+        """A branch or tag at this revision, or the start of its hash."""
         form = "--format=%(refname:lstrip=2)"
         named = self._git("for-each-ref", "--points-at", revision, form, "refs/heads", "refs/tags").split()
         return named[0] if named else revision[:8]
@@ -316,7 +313,7 @@ class Repository:
         return bool(self.experiments(name))
 
     def _new(self, name: str, overrides: Sequence[str], targets: Sequence[str], profile: str) -> Experiment:
-        if self.is_taken(name):  # with other dependencies, for example after stage 1 was trained again
+        if self.is_taken(name):  # by a run with other dependencies, for example from before stage 1 changed
             name = next(free for n in count(2) if not self.is_taken(free := f"{name}-{n}"))
         assignments = [part for override in overrides for part in ("--set-param", override)]
         log = self.root / "runs" / "experiments" / f"{name}.log"
@@ -333,13 +330,13 @@ class Repository:
         return self.run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", name).stdout.strip()
 
     def _names(self, revision: str, *paths: str) -> list[str]:
-        """The files at these paths that git holds at a revision, or now in the workspace."""
+        """The files at these paths that git tracks at a revision, or in the workspace."""
         listing = ["ls-files"] if revision == WORKSPACE else ["ls-tree", "-r", "--name-only", revision]
         names = self._git(*listing[:1], "-z", *listing[1:], "--", *paths).split("\0")
         return [name for name in names if name and (revision != WORKSPACE or (self.root / name).is_file())]
 
     def _ids(self, revision: str, paths: Sequence[str]) -> dict[str, str]:
-        """Path -> id of the content, for those paths that git holds at a revision."""
+        """Path -> git's object id, for the paths that git tracks at a revision."""
         entries = self._git("ls-tree", "-z", revision, "--", *paths).split("\0") if paths else []
         pairs = (entry.split("\t", 1) for entry in entries if entry)
         return {path: fields.split()[2] for fields, path in pairs}
@@ -351,7 +348,7 @@ class Repository:
         return done.stdout
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a program that is installed beside this interpreter, or on the path."""
+        """Run a program from the folder of this interpreter, or from the path."""
         return subprocess.run(
             command,
             cwd=self.root,
@@ -369,15 +366,15 @@ class Repository:
 
 
 def _failure(name: str, ended: Ended, log: Path) -> CoordExpError:
-    """What a run that left no experiment amounts to: the exit code of its stage says it."""
-    output = f"{_end(ended.output)}\nAll of its output is in {log}."
+    """The error of a run without an experiment, by the exit code of its stage."""
+    output = f"{_end(ended.output)}\nThe complete output is in {log}."
     codes = _EXIT_CODE.findall(ended.output)
     if ended.stopped or "interrupted:" in ended.output:
-        return Interrupted(f"{name} was stopped; run the same command again, it resumes.\n{output}")
+        return Interrupted(f"{name} was stopped; run the same command again to resume.\n{output}")
     if "Unable to acquire lock" in ended.output:
-        return BusyError(f"{name}: another DVC command holds this repository; wait for it, run again.\n{output}")
+        return BusyError(f"{name}: another DVC command has locked this repository; wait, then run again.\n{output}")
     kind = _ERRORS.get(int(codes[-1]) if codes else 1, TrainingError)
-    return kind(f"{name}: dvc exp run ended with {ended.code} and left no experiment:\n{output}")
+    return kind(f"{name}: dvc exp run ended with {ended.code} without an experiment:\n{output}")
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Sides of a comparison, each one evaluated run or several, and what their paired difference amounts to.
+"""The sides of a comparison, each with one or several evaluated runs, and the effect between them.
 
-A side maps "experiment checkpoint" to its evaluation, seed by seed in the same order as the other side. Answers,
-categories and what training took are those of the run's own revision, never of the workspace. Answers are stored as
-they were decoded, so any readout and any rule of evaluation is applied to them here, without the graph.
+A side maps "experiment checkpoint" to its evaluation, one per seed, in the same order as the other side. Answers,
+categories and training cost come from the run's own revision, never from the workspace. Answers are stored as decoded,
+so any readout and any evaluation parameters are applied here, without running the graph.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def categories_path(paths: ProfilePaths) -> str:
 
 
 def compute_path(paths: ProfilePaths) -> str:
-    """What stage 2 took, an output of the graph."""
+    """The cost of stage 2, an output of the graph."""
     return paths.run("stage2-compute.json").as_posix()
 
 
 def read_answers(
     repository: Repository, revision: str, paths: ProfilePaths, checkpoint: str, decode: DecodeParams
 ) -> list[ImageResult]:
-    """The answers of a checkpoint on val under a readout. They are kept as read, and their distributions let go of.
+    """The answers of a checkpoint on val under a readout. The result is stored, and the distributions are deleted.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: the answers are not available.
     """
     path = answers_path(paths, checkpoint)
     folder = repository.fetch(revision, path)
@@ -70,38 +70,39 @@ def read_answers(
     kept = repository.root / KEPT / revision / "scored" / f"{checkpoint}-{fingerprint(readout, [])}.jsonl"
     if not kept.is_file():
         was_read = read_summary(folder)["codec"] != "digits" and not (folder / DISTRIBUTIONS).is_file()
-        if was_read:  # under another readout
+        if was_read:  # under another readout, after which the distributions were deleted
             remove(folder)
             folder = repository.fetch(revision, path)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_results(kept, (scored(answer, decode) for answer in read_decoded(folder)))
-        let_go(folder / DISTRIBUTIONS)  # gigabytes, over many runs
+        let_go(folder / DISTRIBUTIONS)  # over many runs they take gigabytes
     return list(read_results(kept))
 
 
 def evaluate_revision(
     repository: Repository, revision: str, checkpoint: str, params: Params, draws: Params
 ) -> Evaluation:
-    """A checkpoint of a revision on val, read and judged by `params`; `draws` says which resamples, for all sides.
+    """Evaluate a checkpoint of a revision on val by `params`; `draws` has the resampling parameters of all sides.
 
     Raises:
-        DataError: its files cannot be had.
+        DataError: its files are not available.
     """
     paths = ProfilePaths(params.profile)
     results = read_answers(repository, revision, paths, checkpoint, params.decode)
     categories = read_categories(repository.fetch(revision, categories_path(paths)))
-    judged = params.eval.model_copy(update={"bootstrap_resamples": draws.eval.bootstrap_resamples})
-    return evaluate(results, categories, judged, params.matching, draws.seed)
+    # Pairing needs the same resamples on all sides, so seed and number are common to them.
+    common = params.eval.model_copy(update={"bootstrap_resamples": draws.eval.bootstrap_resamples})
+    return evaluate(results, categories, common, params.matching, draws.seed)
 
 
 def tokens_trained(repository: Repository, revision: str, profile: str, stage: str) -> int:
-    """What a training stage trained on; raises DataError if its record cannot be had."""
+    """The training tokens of a stage; raises DataError if its record is not available."""
     path = repository.fetch(revision, (ProfilePaths(profile).run(stage) / RUN_METADATA).as_posix())
     return _number(TRAINED, path, TRAINED.read_object(path).get("tokens"), "tokens")
 
 
 def rollout_tokens(repository: Repository, revision: str, profile: str) -> int:
-    """What the rollouts of stage 2 read and wrote; raises DataError as `tokens_trained`."""
+    """The tokens that rollouts of stage 2 read and generated; raises DataError as `tokens_trained`."""
     path = repository.fetch(revision, compute_path(ProfilePaths(profile)))
     return _number(COMPUTE, path, COMPUTE.read_sealed(path).get("rollout_tokens"), "rollout_tokens")
 
@@ -113,10 +114,11 @@ def _number(gate: Gate, path: Path, value: Any, name: str) -> int:
 
 
 def effect_row(arm: str, baseline: str, ours: Side, theirs: Side, level: float = LEVEL) -> dict[str, Any]:
-    """The effects of an arm beside its baseline, with verdicts.
+    """The effects of an arm relative to its baseline, with verdicts.
 
-    Only the primary metric decides, at `level`. Nothing is decided, and `faults` says why, if answers of a side are
-    cut, loop or do not parse, or if neither side beats blind answers. Raises DataError if the sides cannot be paired.
+    Only the primary metric is decisive, at `level`. There is no verdict, and `faults` has the reasons, if answers of a
+    side are truncated, loop or do not parse, or if no side beats the blind controls. Raises DataError if the sides
+    cannot be paired.
     """
     unsound = faults({**ours, **theirs}) or _blind({**ours, **theirs})
     row: dict[str, Any] = {"arm": arm, "baseline": baseline, "faults": unsound, "metrics": {}}
@@ -136,17 +138,17 @@ def side_effect(ours: Side, theirs: Side, key: str, level: float = LEVEL) -> Eff
 
 
 def has(evaluation: Evaluation, key: str) -> bool:
-    """Whether a metric was evaluated: `eval` may ask for other thresholds of duplicates."""
+    """Whether a metric was evaluated: `eval` may set other duplicate thresholds."""
     area, metric = key.split(".")
     return key in MEASURES or metric in evaluation.metrics.get(area, {})
 
 
 def _blind(sides: Side) -> dict[str, list[str]]:
-    """Why no run of any side beats blind answers, in words; empty if one does."""
+    """Why no run of any side beats the blind controls, in words; empty if one does."""
     found = {name: learned_nothing(e.value(MARGIN), e.metrics["interval"].get(MARGIN)) for name, e in sides.items()}
     return {name: [why] for name, why in found.items()} if found and all(found.values()) else {}
 
 
 def faults(side: Side) -> dict[str, list[str]]:
-    """What is wrong with the answers of each run of a side, in words; runs whose answers are sound are left out."""
+    """The faults of the answers of each run of a side, in words; runs without faults are omitted."""
     return {name: words for name, found in side.items() if (words := faults_of(found.metrics))}

@@ -1,7 +1,7 @@
-"""The full evaluator on dev by step of a training stage, from checkpoints that it kept (`monitor.keep_every_steps`).
+"""The full evaluation on dev by training step, from kept checkpoints (`monitor.keep_every_steps`).
 
-Answers are kept by step and taken again while the weights and the request are the same, so an interrupted evaluation
-goes on.
+Answers are stored by step and reused while the weights and the request are the same, so an interrupted evaluation
+resumes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from coordexp.rollout.engine import READOUT_KEYS
 from coordexp.rollout.scoring import read_decoded, read_summary, scored
 from coordexp.rollout.stages import decode_split
 
-METADATA = Gate("what a training stage writes", DataError, "Run the stage again.")
+METADATA = Gate("the metadata of a training stage", DataError, "Run the stage again.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
-    """A stage after some step: its answers on dev, and what they amount to."""
+    """A stage after some step: its answers on dev, and their evaluation."""
 
     step: int
     results: list[ImageResult]
@@ -37,14 +37,14 @@ class Point:
 
 
 def step_folders(run: RunConfig, stage: str) -> dict[int, Path]:
-    """The checkpoints of a finished stage by the steps that they had taken, the last one among them.
+    """The checkpoints of a finished stage by step, including the final one.
 
     Raises:
-        DataError: the stage did not run.
+        DataError: the stage has not run.
     """
     folder = run.paths.run(stage)
     if not (folder / RUN_METADATA).is_file():
-        raise DataError(f"{folder}: no checkpoint there. Run `dvc repro` (or `dvc checkout`) first.")
+        raise DataError(f"{folder}: no checkpoint found. Run `dvc repro` (or `dvc checkout`) first.")
     metadata = METADATA.read_json(folder / RUN_METADATA)
     kept = {int(path.name.removeprefix("step_")): path for path in (folder / KEPT_STEPS).glob("step_*")}
     return dict(sorted((kept | {int(metadata["steps"]): folder}).items()))
@@ -53,7 +53,10 @@ def step_folders(run: RunConfig, stage: str) -> dict[int, Path]:
 def evaluate_steps(
     run: RunConfig, stage: str, out: Path, say: Callable[[str], None], draws: Params | None = None
 ) -> list[Point]:
-    """Every kept checkpoint of a stage on all of dev, answers below `out`; `draws` says which resamples, if others."""
+    """Evaluate every kept checkpoint of a stage on all of dev; answers go below `out`.
+
+    `draws` has the resampling parameters (default: those of the run).
+    """
     draws = draws or run.params
     params = run.params.eval.model_copy(update={"bootstrap_resamples": draws.eval.bootstrap_resamples})
     categories = read_categories(run.paths.records / "categories.json")
@@ -70,7 +73,7 @@ def evaluate_steps(
 
 
 def _holds(answers: Path, folder: Path, run: RunConfig) -> bool:
-    """Whether a folder holds the answers of these weights to this request."""
+    """Whether a folder has the answers of these weights to this request."""
     if not (answers / DECODE_SUMMARY).is_file():  # written last
         return False
     found, asked = read_summary(answers), run.params.decode.model_dump(mode="json", exclude=READOUT_KEYS)

@@ -1,15 +1,15 @@
-"""`coordexp verify`: is everything that is stored what was written, and if not, where is a good copy?
+"""`coordexp verify`: check all stored files against their hashes, and find intact copies of damaged ones.
 
-What is compared, each file once, by its bytes and never by its time stamp:
+Every file is compared once, by its bytes and never by its time stamp:
 
     DVC's cache     the name of an entry is the md5 of its content
-    the workspace   every output that dvc.lock records, by the md5 there; below data/ and runs/ also what it does not
-                    record, by the lists of hashes that the stages leave (infra/artefacts.py)
-    .resume         saved states, fresh rollouts and kept answers by their lists, journals line by line
-    pictures        those of the data sets and of the shards, by the sha256 that the raw stage recorded
+    the workspace   every output recorded in dvc.lock, by its md5; other files below data/ and runs/ by the lists of
+                    hashes that the stages write (infra/artefacts.py)
+    .resume         saved states, fresh rollouts and stored answers by their lists, journals line by line
+    images          those of the data sets and of the shards, by the sha256 that the raw stage recorded
 
-Where the workspace is linked to the cache (`cache.type` hardlink, symlink, reflink), both may be one file: DVC trusts
-what it linked, so it calls a damaged file up to date and checks it out again. Here it is found as both.
+If the workspace is linked to the cache (`cache.type` hardlink, symlink, reflink), both may be the same file. DVC trusts
+linked files, so it reports a damaged one as up to date and checks it out again. Here it is reported in both places.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ _SEALED = Gate("a file with its hash in it", DamagedArtefactError, "Run the stag
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that is not what was written: where, what, and what was done or is to be done about it."""
+    """A damaged file: its location, the damage, and the remedy or repair."""
 
     where: str
     what: str
     remedy: str
-    is_mended: bool = False
+    is_repaired: bool = False
 
     def __str__(self) -> str:
-        return f"{'mended' if self.is_mended else 'DAMAGED'}  {self.where}: {self.what}. {self.remedy}"
+        return f"{'repaired' if self.is_repaired else 'DAMAGED'}  {self.where}: {self.what}. {self.remedy}"
 
 
 @dataclass(slots=True)
 class Verified:
-    """What was looked at, a line for each area, and all that is wrong."""
+    """What was checked, one line per area, and all faults."""
 
     looked_at: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong any more."""
-        return all(fault.is_mended for fault in self.faults)
+        """Whether all faults are repaired."""
+        return all(fault.is_repaired for fault in self.faults)
 
 
 Outputs = Mapping[str, tuple[str, Mapping[str, Any]]]  # path of an output -> its stage, and its entry in dvc.lock
@@ -68,7 +68,7 @@ Outputs = Mapping[str, tuple[str, Mapping[str, Any]]]  # path of an output -> it
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A repository, what runs programs in it, DVC's cache of it, and the outputs that dvc.lock records."""
+    """A repository, a function that runs programs in it, its DVC cache, and the outputs in dvc.lock."""
 
     root: Path
     run: Run
@@ -77,7 +77,7 @@ class _Stored:
 
 
 def recorded_outputs(root: Path, run: Run) -> Outputs:
-    """The outputs that dvc.lock records, without those that git holds."""
+    """The outputs in dvc.lock, without those that git tracks."""
     lock = root / "dvc.lock"
     stages = read_yaml(lock)["stages"] if lock.is_file() else {}
     outs = {out["path"]: (name, out) for name, stage in stages.items() for out in stage.get("outs", [])}
@@ -86,10 +86,10 @@ def recorded_outputs(root: Path, run: Run) -> Outputs:
 
 
 def verify(root: Path, run: Run, repair: bool, say: Callable[[str], None]) -> Verified:
-    """Look at everything that is stored in a repository.
+    """Verify everything that is stored in a repository.
 
-    With `repair`, damaged entries leave DVC's cache, damaged files and states the workspace and `.resume`, and what has
-    a good copy is put back from there: the workspace, the cache, DVC's remote.
+    With `repair`, damaged entries are removed from DVC's cache, damaged files from the workspace, and damaged states
+    from `.resume`. Files with an intact copy in the workspace, the cache or DVC's remote are restored.
     """
     found, stored = Verified(), _Stored(root, run, DvcCache.of(root, run), recorded_outputs(root, run))
     say("DVC's cache ...")
@@ -97,12 +97,12 @@ def verify(root: Path, run: Run, repair: bool, say: Callable[[str], None]) -> Ve
     say("workspace ...")
     broken = _check_workspace(stored, found)
     if repair:
-        _mend(stored, bad, broken)
-        _judge(stored, bad, broken, found)
+        _repair(stored, bad, broken)
+        _report_repairs(stored, bad, broken, found)
     say(".resume ...")
     _check_resume(root / RESUME, repair, found)
-    say("pictures ...")
-    _check_pictures(root, found)
+    say("images ...")
+    _check_images(root, found)
     return found
 
 
@@ -114,7 +114,7 @@ def _check_cache(cache: DvcCache, found: Verified) -> dict[str, Path]:
         named = path.parent.name + path.name
         if cache.md5_of(path) != named.removesuffix(".dir"):
             bad[named] = path
-            found.faults.append(Fault(str(path), "its content does not have the md5 that is its name", _AGAIN))
+            found.faults.append(Fault(str(path), "the md5 of its content differs from its name", _AGAIN))
     found.looked_at.append(f"DVC's cache: {n} entries, {_size(n_bytes)}, {len(bad)} damaged")
     return bad
 
@@ -130,17 +130,17 @@ def _check_workspace(stored: _Stored, found: Verified) -> dict[str, tuple[str, s
     for path, (stage, out) in stored.outputs.items():
         files = cache.files_of(out)
         if not (root / path).exists() or files is None:
-            continue  # not checked out; or only its own list can tell
+            continue  # not checked out; or the cache lacks its list, and only its own hashes can be checked
         listed.add(path)
         changed = {name for name, md5 in files.items() if not _is(cache, root / name, md5)}
         n_files += len(files)
         if changed and _is_another_result(root / path, changed, path):
-            found.looked_at.append(f"{path}: whole, but not the result that dvc.lock records: see `dvc status`")
+            found.looked_at.append(f"{path}: intact, but not the result in dvc.lock: see `dvc status`")
             continue
         for name in sorted(changed):
             broken[name] = stage, files[name]
-            what = "not the content that dvc.lock records" if (root / name).exists() else "gone"
-            found.faults.append(Fault(name, what, "`coordexp verify --repair` restores it, or says what to run"))
+            what = "the content differs from dvc.lock" if (root / name).exists() else "missing"
+            found.faults.append(Fault(name, what, "`coordexp verify --repair` restores it, or names a command"))
     lists = [path for tree in _TREES for path in sorted((root / tree).rglob(HASHES))]
     own = [path.parent for path in lists if not any(path.is_relative_to(root / out) for out in listed)]
     for folder in own:
@@ -155,12 +155,12 @@ def _check_workspace(stored: _Stored, found: Verified) -> dict[str, tuple[str, s
 def _is(cache: DvcCache, path: Path, md5: str) -> bool:
     try:
         return path.is_file() and cache.md5_of(path) == md5
-    except OSError:  # it cannot be read
+    except OSError:  # unreadable
         return False
 
 
 def _is_another_result(path: Path, changed: Iterable[str], name: str) -> bool:
-    """Whether an output that differs from dvc.lock is what its stage wrote, later than that."""
+    """Whether an output that differs from dvc.lock is an intact, later result of its stage."""
     if (path / HASHES).is_file():
         return f"{name}/{HASHES}" in changed and not any(damage(path))
     try:
@@ -169,7 +169,7 @@ def _is_another_result(path: Path, changed: Iterable[str], name: str) -> bool:
         return False
 
 
-def _mend(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]]) -> None:
+def _repair(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]]) -> None:
     root, run, cache, outputs = stored.root, stored.run, stored.cache, stored.outputs
     good = _copies(stored, {*bad, *(md5 for _, md5 in broken.values())})
     for path in bad.values():
@@ -178,7 +178,7 @@ def _mend(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[s
         if not cache.holds(md5):
             cache.add(path, md5)
     for name, (_, md5) in broken.items():
-        if cache.holds(md5) or _is_damaged(root / name):  # DVC would take it for what it linked there
+        if cache.holds(md5) or _is_damaged(root / name):  # otherwise DVC would treat it as its own, intact link
             remove(root / name)
     cache.forget()
     wanted = {path for path, (_, out) in outputs.items() if any(_within(name, path) for name in broken)}
@@ -192,7 +192,7 @@ def _mend(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[s
 
 
 def _is_damaged(path: Path) -> bool:
-    """Whether a file that differs from dvc.lock is damaged for sure, as its own hash says."""
+    """Whether a file that differs from dvc.lock is certainly damaged, by its own hash."""
     try:
         verified(path)
     except DamagedArtefactError:
@@ -201,7 +201,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _copies(stored: _Stored, wanted: set[str]) -> dict[str, Path]:
-    """Good files of the workspace, and of revisions that were fetched, by their md5, for those that are wanted."""
+    """Intact files of the workspace and of fetched revisions, by md5, for the wanted md5s."""
     root, cache = stored.root, stored.cache
     found: dict[str, Path] = {}
     for _, out in stored.outputs.values():
@@ -219,25 +219,27 @@ def _is_there(cache: DvcCache, out: Mapping[str, Any]) -> bool:
     return files is not None and all(map(cache.holds, files.values()))
 
 
-def _judge(stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]], found: Verified) -> None:
-    """Say of each fault what became of it."""
+def _report_repairs(
+    stored: _Stored, bad: Mapping[str, Path], broken: Mapping[str, tuple[str, str]], found: Verified
+) -> None:
+    """Replace each fault by one with the outcome of the repair."""
     root, cache = stored.root, stored.cache
     of_entry = {str(path): md5 for md5, path in bad.items()}
     for place, fault in enumerate(found.faults):
         if md5 := of_entry.get(fault.where):
             kept = cache.holds(md5)
             users = [stage for stage, out in stored.outputs.values() if md5 in _named(cache, out)]
-            again = f"; run again what made it: dvc repro {' '.join(sorted(set(users)))}" if users and not kept else ""
-            remedy = "restored from a good copy" if kept else f"removed from the cache{again}"
+            again = f"; make it again: dvc repro {' '.join(sorted(set(users)))}" if users and not kept else ""
+            remedy = "restored from an intact copy" if kept else f"removed from the cache{again}"
             found.faults[place] = Fault(fault.where, fault.what, remedy, kept or not users)
         elif fault.where in broken:
             stage, md5 = broken[fault.where]
             if _is(cache, root / fault.where, md5):
-                found.faults[place] = Fault(fault.where, fault.what, "restored from a good copy", True)
+                found.faults[place] = Fault(fault.where, fault.what, "restored from an intact copy", True)
             else:
                 is_gone = not os.path.lexists(root / fault.where)
                 gone, again = (", and the file was removed", "") if is_gone else ("", "--force --single-item ")
-                remedy = f"no good copy is left{gone}; run again what made it: dvc repro {again}{stage}"
+                remedy = f"there is no intact copy{gone}; make it again: dvc repro {again}{stage}"
                 found.faults[place] = Fault(fault.where, fault.what, remedy)
 
 
@@ -250,32 +252,32 @@ def _within(name: str, path: str) -> bool:
 
 
 def _check_resume(resume: Path, repair: bool, found: Verified) -> None:
-    """Saved states and what else has a list; a damaged one is removed, so that its run goes on from what is before."""
+    """Check saved states and other folders with hashes; remove damaged ones, so that runs use earlier states."""
     states = {state for folder in resume.glob("*") for state in generations(folder)}
     folders = sorted(states | {path.parent for path in resume.rglob(HASHES)})
     for folder in folders:
         for line in list(damage(folder))[:1]:
             where, _, what = line.partition(": ")
-            remedy = "removed: the run goes on from the state before, or at step 0" if repair else _AGAIN
+            remedy = "removed: the run resumes from the previous state, or from step 0" if repair else _AGAIN
             found.faults.append(Fault(where, what.partition(". ")[0], remedy, repair))
             if repair:
                 remove(folder)
     n_lines = sum(_check_journal(path, repair, found) for path in sorted(resume.rglob("generations*.jsonl")))
-    found.looked_at.append(f".resume: {len(folders)} states and sets, {n_lines} answers in journals")
+    found.looked_at.append(f".resume: {len(folders)} folders with hashes, {n_lines} answers in journals")
 
 
 def _check_journal(path: Path, repair: bool, found: Verified) -> int:
     rows, damaged = journal_rows(path)
     if damaged:
-        what = f"{len(damaged)} lines are damaged; the first is {damaged[0]}"
-        found.faults.append(Fault(str(path), what, "What they answered is asked again", True))
+        what = f"{len(damaged)} lines are damaged; the first: {damaged[0]}"
+        found.faults.append(Fault(str(path), what, "Their answers are generated again", True))
     if damaged and repair:
         write_text(path, "".join(json.dumps(sealed_row(row)) + "\n" for row in rows.values()))
     return len(rows)
 
 
-def _check_pictures(root: Path, found: Verified) -> None:
-    """The pictures of each raw folder, in files and in shards, by their recorded sha256."""
+def _check_images(root: Path, found: Verified) -> None:
+    """Check the images of each raw folder, in files and in shards, by their recorded sha256."""
     n = 0
     for manifest in sorted((root / "data").glob(f"*/raw/{MANIFEST}")):
         folder = manifest.parent
@@ -288,22 +290,22 @@ def _check_pictures(root: Path, found: Verified) -> None:
         for name, recorded in ((f"{s}/{f.name}", f) for s, rows in facts.items() for f in rows.values()):
             if recorded.sha256:
                 n += 1
-                found.faults += _picture_fault(folder, name, recorded.sha256)
-    found.looked_at.append(f"pictures: {n}")
+                found.faults += _image_fault(folder, name, recorded.sha256)
+    found.looked_at.append(f"images: {n}")
 
 
-def _picture_fault(folder: Path, name: str, expected: str) -> list[Fault]:
+def _image_fault(folder: Path, name: str, expected: str) -> list[Fault]:
     try:
         source = record_source(folder, name)
         digest = image_sha256(source)
     except DamagedArtefactError as error:
         return [Fault(name, str(error), "")]
     except CoordExpError as error:
-        return [Fault(name, str(error).rstrip("."), "Restore it from where the data set comes from")]
+        return [Fault(name, str(error).rstrip("."), "Restore it from the source of the data set")]
     if digest == expected:
         return []
     what = f"sha256 {digest[:16]}, but the raw stage recorded {expected[:16]}"
-    remedy = "Restore it from where the data set comes from; if it was meant to change, dvc repro --force raw"
+    remedy = "Restore it from the source of the data set; if the change is intended, run dvc repro --force raw"
     return [Fault(f"{name} ({os.fspath(source) if isinstance(source, Path) else source})", what, remedy)]
 
 

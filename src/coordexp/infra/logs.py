@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BIN_ERROR = "coord_diag/expected_bin_mae"  # mean |E[k] - target| in bins: comparable under any weights
+COORD_SUM = "coord_reg"  # `loss/coord_reg` is the weighted sum of all coordinate terms
 LOG = Gate("a log of one JSON object a line", DataError, "If the log was cut, run the stage again.")
 END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the rows
 
@@ -69,6 +70,15 @@ def ends(log: pd.DataFrame, column: str) -> tuple[float, float] | None:
         return None
     n = max(1, round(END_FRACTION * len(values)))
     return float(values.iloc[:n].mean()), float(values.iloc[-n:].mean())
+
+
+def diagnostic_sums(rows: Iterable[Mapping[str, Any]], context: str, name: str) -> tuple[list[float], list[int]]:
+    """Sum of a diagnostic over the coordinates of each image in one context, and how many coordinates it covers.
+
+    `rows` are those of the eval callback, one per image; each holds the mean over the image's coordinates.
+    """
+    found = [(row["coord_diag"].get(context, {}).get(name), len(row[context])) for row in rows]
+    return [n * (mean or 0.0) for mean, n in found], [0 if mean is None else n for mean, n in found]
 
 
 def smoothed(values: pd.Series, window: int) -> pd.Series:

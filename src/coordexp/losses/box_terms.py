@@ -1,10 +1,10 @@
 """Loss terms on boxes decoded from coordinate slots: SmoothL1, L1, GIoU, CIoU, log size.
 
-Boxes are xyxy in [0, 1]. Predicted corners may arrive in any order: they are ordered per axis and clamped to the image,
-so a swapped pair is a box like any other and keeps its gradient. Areas are guarded by `_ratio`, side lengths by
-MIN_SIDE: a box without area has a finite loss and a finite gradient.
+Boxes are xyxy in [0, 1]. Predicted corners may arrive in any order. They are sorted per axis and clamped to the image,
+so a box with swapped corners is valid and keeps its gradient. `_ratio` protects the areas and MIN_SIDE the side
+lengths: a box without area has a finite loss and a finite gradient.
 
-B boxes. Float32 inside (float64 stays float64).
+B boxes. Computation is in float32 (float64 inputs stay float64).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.terms import at_least_float32, term
 
-MIN_SIDE = 0.1 / NUM_BINS  # a tenth of a bin; shorter sides count as this long in logarithms and aspect ratios
+MIN_SIDE = 0.1 / NUM_BINS  # a tenth of a bin: the shortest side in logarithms and aspect ratios
 MIN_AREA = 1e-12  # far below one square bin (1e-6)
 CIOU_EPS = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
 class BoxPairs:
-    """B predicted boxes beside their ground truth, both ordered; `smoothl1_beta_bins` as in `smooth_l1`."""
+    """B predicted boxes and their ground truth, corners sorted; `smoothl1_beta_bins` as in `smooth_l1`."""
 
     pred_B4: Tensor
     target_B4: Tensor
@@ -34,7 +34,7 @@ class BoxPairs:
 
 
 def box_pairs(pred_boxes_B4: Tensor, target_boxes_B4: Tensor, smoothl1_beta_bins: float) -> BoxPairs:
-    """From decoded and annotated boxes, xyxy in [0, 1] with corners in any order (B may be 0)."""
+    """Pair decoded boxes with annotated ones, xyxy in [0, 1], corners in any order (B may be 0)."""
     pred_B4 = ordered_boxes(at_least_float32(pred_boxes_B4))
     return BoxPairs(pred_B4, ordered_boxes(target_boxes_B4.detach().to(pred_B4)), smoothl1_beta_bins)
 
@@ -50,9 +50,10 @@ def ordered_boxes(boxes_B4: Tensor) -> Tensor:
 def smooth_l1(pred_B4: Tensor, target_B4: Tensor, smoothl1_beta_bins: float) -> Tensor:
     """(B,) mean over the 4 coordinates of e^2 / (2 beta) below beta, |e| - beta / 2 above.
 
-    beta is given in bins because the errors are: in [0, 1] units every error is below the customary beta of 1, so the
-    loss is always e^2 / 2 (5e-5 for 10 bins) and its gradient thousands of times weaker than that of CIoU. With a beta
-    of some bins the gradient reaches its full 1 / 4 per coordinate as soon as an edge is off by more than that.
+    This is the Huber loss of Fast R-CNN (Girshick 2015, arXiv:1504.08083, eq. 3) with beta in bins. In [0, 1] units
+    every error is below the customary beta of 1, so the loss would always be e^2 / 2 (5e-5 for 10 bins) and its
+    gradient thousands of times weaker than that of CIoU. With a beta of a few bins the gradient reaches its full 1 / 4
+    per coordinate as soon as an edge is off by more than beta.
     """
     beta = smoothl1_beta_bins / NUM_BINS
     return F.smooth_l1_loss(pred_B4, target_B4, beta=beta, reduction="none").mean(-1)
@@ -81,7 +82,7 @@ def giou(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
 def ciou_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
     """(B,) 1 - IoU + rho^2 / c^2 + alpha v of ordered boxes (Zheng et al. 2020, arXiv:1911.08287, eqs. 7-11).
 
-    alpha is a weight of the aspect term, not something to optimise: it is detached, as in the paper.
+    alpha weights the aspect-ratio term and is not optimized: it is detached, as in the paper.
     """
     iou_B, _ = _iou_and_union(pred_B4, target_B4)
     centre_gap_B2 = (pred_B4[:, :2] + pred_B4[:, 2:] - target_B4[:, :2] - target_B4[:, 2:]) / 2
@@ -94,7 +95,7 @@ def ciou_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
 
 @term("bbox_log_wh", "box")
 def log_size_loss(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
-    """(B,) SmoothL1 (beta = 1 nat, a factor of e) of log width plus that of log height: scale-free size error."""
+    """(B,) SmoothL1 of log width plus SmoothL1 of log height (beta = 1 nat, a factor of e): a scale-free size error."""
     log_B2, target_log_B2 = _sides(pred_B4).log(), _sides(target_B4).log()
     return F.smooth_l1_loss(log_B2, target_log_B2, beta=1.0, reduction="none").sum(-1)
 
@@ -112,7 +113,7 @@ def _area(boxes_B4: Tensor) -> Tensor:
 
 
 def _hull_sides(pred_B4: Tensor, target_B4: Tensor) -> Tensor:
-    """(B, 2) width and height of the smallest box round both."""
+    """(B, 2) width and height of the smallest box that encloses both."""
     top_left_B2 = torch.minimum(pred_B4[:, :2], target_B4[:, :2])
     return torch.maximum(pred_B4[:, 2:], target_B4[:, 2:]) - top_left_B2
 
@@ -128,9 +129,9 @@ def _aspect_angle(boxes_B4: Tensor) -> Tensor:
 
 
 def _ratio(numerator_B: Tensor, denominator_B: Tensor) -> Tensor:
-    """numerator / denominator, and 0 with zero gradient where the denominator vanishes.
+    """numerator / denominator; 0 with zero gradient where the denominator vanishes.
 
-    The inner `where` keeps 0 / 0 out of the graph: masking only the result would leave NaN in the gradient.
+    The inner `where` keeps 0 / 0 out of the graph: masking the result alone would leave NaN in the gradient.
     """
     empty_B = denominator_B <= MIN_AREA  # False for NaN, so NaN passes through
     safe_B = torch.where(empty_B, torch.ones_like(denominator_B), denominator_B)

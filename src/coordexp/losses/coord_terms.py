@@ -1,19 +1,19 @@
-"""Coordinate slots: soft targets, loss terms (the CoordExp objective) and what is logged of their distributions.
+"""Coordinate slots: soft targets, loss terms (the CoordExp objective) and diagnostics of the distributions.
 
 For one slot with logits z over V, coordinate slice s, temperature T: p = softmax(s / T) over the K = 1000 bins,
 P = softmax(z / T) over V, m = P(coordinate ids), target distribution q, rounded target bin t.
 
     softce    -sum q log p                    gradient on s  (p - q) / T
     w1        sum |CDF_p - CDF_q| / (K - 1)   bounded by sd(p) / (T (K - 1)): refines, cannot repair
-    gate      -log m                          the only term that sees the other V - K ids
-    coord_ce  -log p_t, always at T = 1       coord_ce + gate at T = 1 is ordinary cross-entropy, exactly
+    gate      -log m                          the only term that depends on the other V - K ids
+    coord_ce  -log p_t, always at T = 1       coord_ce + gate at T = 1 is exactly ordinary cross-entropy
     entropy   -sum p log p                    weight > 0 discourages several modes, < 0 overconfidence
 
-Target distributions q come from unrounded target bins y in [0, 999]; sigma and truncate are in bins. Array ends cut the
-kernel and the rest is renormalised: no reflection, no wrap, so near a border the mean of a broad target lies inward of
-the target (1.3 bins at bin 0 for sigma 2).
+Target distributions q are built from unrounded target bins y in [0, 999]; sigma and truncate are in bins. The first and
+last bin cut off the kernel, and the rest is renormalized without reflection or wrap-around. Near a border the mean of a
+broad target therefore lies inward of the target (1.3 bins at bin 0 for sigma 2).
 
-N slots, V vocabulary, K bins, W bins of a window, M metrics, H histogram cells. Everything is float32 inside (float64
+N slots, V vocabulary, K bins, W bins of a window, M metrics, H histogram cells. Computation is in float32 (float64
 stays float64).
 """
 
@@ -34,22 +34,22 @@ from coordexp.losses.terms import at_least_float32, term
 
 COORD_METRICS = (
     "p_gt_mean",  # p_t of the rounded target bin t
-    "acc_top5",  # share of slots where fewer than 5 bins are likelier than t
-    "margin_mean",  # log p_t - log of the best other bin; falls under a soft target, whose optimum is no peak
-    "expected_bin_mae",  # |E[k] - y| in bins, y unrounded (older notes of others report E|k - t| under this name)
-    "w1_to_delta",  # E|k - t| / (K - 1): the distance to the hard target, in the unit of the w1 term
+    "acc_top5",  # fraction of slots where fewer than 5 bins are more probable than t
+    "margin_mean",  # log p_t - log of the best other bin; falls under a soft target, whose optimum is not a peak
+    "expected_bin_mae",  # |E[k] - y| in bins, y unrounded (other projects report E|k - t| under this name)
+    "w1_to_delta",  # E|k - t| / (K - 1): distance to the hard target, in the unit of the w1 term
     "softce_kl",  # KL(q || p) = softCE - H(q), nats: the part of softCE that can reach 0
     "coord_vocab_mass_mean",  # m = P(coordinate ids)
 )
-# What more is said of held-out slots: whether distributions have one peak, and whether their widths can be believed.
+# Reported for held-out slots only: whether distributions have one peak, and whether their widths are calibrated.
 SHAPE_METRICS = (
     "gate",  # -log m, nats
     "second_peak",  # slots with a second peak: see `distribution_shape`
-    "mean_off_peak",  # slots whose E[k] lies where the distribution is thin ("mean collapse")
-    "coverage_50",  # slots whose y lies in the central 50 % of p; 0.5 if its width can be believed
-    "coverage_90",  # the same of 90 %
+    "mean_off_peak",  # slots whose E[k] lies where the distribution has little mass ("mean collapse")
+    "coverage_50",  # slots whose y lies in the central 50 % of p; 0.5 if the width is calibrated
+    "coverage_90",  # the same for 90 %
 )
-LEAST_PEAK_MASS = 0.1  # of a second peak
+LEAST_PEAK_MASS = 0.1  # that a second peak needs
 COVERAGES = (0.5, 0.9)
 TOP_BINS = 5
 CELL_BINS = 0.25  # resolution of the error quantiles
@@ -57,13 +57,13 @@ NUM_CELLS = int(MAX_BIN / CELL_BINS) + 1
 
 
 class CoordSlots:
-    """N supervised coordinate slots: what terms and diagnostics ask of them, each computed once and when asked for.
+    """N supervised coordinate slots: the inputs of terms and diagnostics, each computed once, on first use.
 
     Args:
         logits_NK: logits of the coordinate ids (N may be 0); any float dtype.
         text_log_odds_N: log((1 - m) / m) at the temperature.
         target_bins_N: unrounded target bins in [0, 999].
-        params: target family, sigma and truncate of q; temperature T of everything but `log_p_at_1_NK`.
+        params: target family, sigma and truncate of q; temperature T, which applies to all but `log_p_at_1_NK`.
     """
 
     def __init__(
@@ -117,8 +117,9 @@ def soft_cross_entropy(log_p_NK: Tensor, q_NK: Tensor) -> Tensor:
 def wasserstein1(p_NK: Tensor, q_NK: Tensor) -> Tensor:
     """(N,) W1 between two distributions over bins, divided by K - 1: W1(delta_a, delta_b) = |a - b| / 999, in [0, 1].
 
-    In one dimension W1 is the L1 distance of the CDFs. Accumulating p - q, instead of subtracting two CDFs, keeps the
-    float32 rounding small where both are near 1. The last entry is 1 - 1 and is left out.
+    In one dimension W1 is the L1 distance between the CDFs (Peyre and Cuturi 2019, arXiv:1803.00567, section 2.6), so
+    no transport problem is solved. The cumulative sum of p - q, unlike the difference of two CDFs, keeps float32
+    rounding small where both CDFs are near 1. The last entry is 1 - 1 and is left out.
     """
     return (p_NK - q_NK).cumsum(-1)[:, :-1].abs().sum(-1) / MAX_BIN
 
@@ -126,12 +127,14 @@ def wasserstein1(p_NK: Tensor, q_NK: Tensor) -> Tensor:
 @term("gate", "coord")
 def gate(text_log_odds_N: Tensor) -> Tensor:
     """(N,) -log m >= 0: logsumexp over the vocabulary minus logsumexp over the coordinate slice."""
+    # m = sigmoid(-odds). The difference of the two logsumexps would lose all digits as m approaches 1, because they
+    # agree in all of them; logsigmoid of the log-odds keeps relative precision there and has a bounded gradient.
     return -F.logsigmoid(-text_log_odds_N)
 
 
 @term("coord_ce", "coord")
 def hard_cross_entropy(log_p_at_1_NK: Tensor, label_N: Tensor) -> Tensor:
-    """(N,) -log p_t in nats, for integer target bins (N,)."""
+    """(N,) -log p_t in nats for the integer target bins."""
     return -log_p_at_1_NK.gather(-1, label_N[:, None]).squeeze(-1)
 
 
@@ -142,14 +145,14 @@ def entropy(log_p_NK: Tensor) -> Tensor:
 
 
 def rounded_bins(target_bins_N: Tensor) -> Tensor:
-    """(N,) int64 target bins t: the nearest bin, clamped to 0..999. The bin that the hard label and the text name."""
+    """(N,) int64 target bins t: the nearest bin in 0..999, which is also the token in the text."""
     return target_bins_N.round().clamp(0, MAX_BIN).long()
 
 
 def soft_target(
     target_bins_N: Tensor, kind: str, sigma: float, truncate: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(N, K) target distributions for unrounded target bins (N,), of the family `kind`; rows sum to 1."""
+    """(N, K) target distributions of the family `kind` for unrounded target bins (N,); rows sum to 1."""
     match kind:
         case "gaussian":
             return gaussian_target(target_bins_N, sigma, truncate, dtype)
@@ -157,21 +160,21 @@ def soft_target(
             return triangular_target(target_bins_N, truncate, dtype)
         case "two_bin":
             return two_bin_target(target_bins_N, dtype)
-    raise AssertionError(f"target {kind!r} is no family")
+    raise AssertionError(f"target {kind!r} is not a family of target distributions")
 
 
 def gaussian_target(target_bins_N: Tensor, sigma: float, truncate: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q(k) ~ exp(-((k - t) / sigma)^2 / 2) for |k - t| <= truncate, centred on the rounded bin t."""
+    """q(k) ~ exp(-((k - t) / sigma)^2 / 2) for |k - t| <= truncate, centered on the rounded bin t."""
     return _windowed(target_bins_N, truncate, lambda distance: torch.exp(-0.5 * (distance / sigma) ** 2), dtype)
 
 
 def triangular_target(target_bins_N: Tensor, truncate: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q(k) ~ truncate + 1 - |k - t|, so that `truncate` is the last distance with mass, as for the Gaussian."""
+    """q(k) ~ truncate + 1 - |k - t|: as for the Gaussian, `truncate` is the largest distance with mass."""
     return _windowed(target_bins_N, truncate, lambda distance: truncate + 1 - distance, dtype)
 
 
 def two_bin_target(target_bins_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mass 1 - f on floor(y) and f on the next bin: mean(q) == y exactly, also between bins.
+    """Mass 1 - f on floor(y) and f on the next bin, so that mean(q) == y exactly, between bins as well.
 
     Distribution focal loss (Li et al. 2020, arXiv:2006.04388, eq. 6). y = 999 is bin 998 with f = 1.
     """
@@ -183,18 +186,18 @@ def two_bin_target(target_bins_N: Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 def target_entropy(target_NK: Tensor) -> Tensor:
-    """(N,) entropy H(q) in nats: the floor of softCE. KL(q || p) = softCE - H(q) is what can reach 0."""
+    """(N,) entropy H(q) in nats: the lower bound of softCE. KL(q || p) = softCE - H(q) can reach 0."""
     return -torch.xlogy(target_NK, target_NK).sum(-1)
 
 
 def _windowed(target_bins_N: Tensor, truncate: int, kernel: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-    """(N, K) kernel(|k - t|) for |k - t| <= truncate, renormalised.
+    """(N, K) kernel(|k - t|) for |k - t| <= truncate, renormalized.
 
-    Only a window of W bins round t is computed and then scattered: ten times faster than evaluating all K.
+    Only a window of W bins around t is computed and then scattered: ten times faster than evaluating all K.
     """
     width = min(2 * truncate + 1, NUM_BINS)
     t_N1 = rounded_bins(target_bins_N)[:, None]
-    # Near a border the window shifts inward, so that its bins are distinct and exist.
+    # Near a border the window shifts inward, so that all of its bins exist and are distinct.
     first_N1 = (t_N1 - truncate).clamp(0, NUM_BINS - width)
     bins_NW = first_N1 + torch.arange(width, device=t_N1.device)
     distance_NW = (bins_NW - t_N1).abs()
@@ -204,15 +207,16 @@ def _windowed(target_bins_N: Tensor, truncate: int, kernel: Callable[[Tensor], T
 
 
 def _scattered(bins_NW: Tensor, mass_NW: Tensor) -> Tensor:
-    """(N, K) zeros with mass_NW at bins_NW; the bins of a row are distinct."""
+    """(N, K) zeros with mass_NW at bins_NW, whose bins are distinct within a row."""
     return mass_NW.new_zeros(len(mass_NW), NUM_BINS).scatter(-1, bins_NW, mass_NW)
 
 
 @dataclass(frozen=True, slots=True)
 class CoordDiagnostics:
-    """Sums over coordinate slots: add those of micro-batches and processes, then summarise.
+    """Sums over coordinate slots: add them over micro-batches and processes, then call `summary`.
 
-    sums_M: sums of COORD_METRICS. slots: number of slots. abs_err_cells_H: histogram of |E[k] - y| in CELL_BINS cells.
+    sums_M: sums of COORD_METRICS. slots: number of slots. abs_err_cells_H: histogram of |E[k] - y| in cells of
+    CELL_BINS.
     """
 
     sums_M: Tensor
@@ -225,7 +229,7 @@ class CoordDiagnostics:
         )
 
     def summary(self) -> dict[str, float]:
-        """Means by name, the 90th percentile `expected_bin_abs_err_p90`, and `coord_tokens`; no means without slots."""
+        """Means by name, the 90th percentile `expected_bin_abs_err_p90`, and `coord_tokens`; for 0 slots only that."""
         slots = float(self.slots)
         if slots == 0:
             return {"coord_tokens": 0.0}
@@ -236,7 +240,7 @@ class CoordDiagnostics:
 
 @torch.no_grad()
 def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
-    """Diagnostics of N coordinate slots, on the CPU and without a gradient."""
+    """Diagnostics of N coordinate slots, on the CPU and without gradient."""
     values = _slot_values(slots)
     abs_err_N = values["expected_bin_mae"]
     cells_N = (abs_err_N / CELL_BINS).long().clamp(0, NUM_CELLS - 1)
@@ -249,7 +253,7 @@ def slot_diagnostics(slots: CoordSlots) -> CoordDiagnostics:
 
 @torch.no_grad()
 def held_out_diagnostics(slots: CoordSlots) -> dict[str, float]:
-    """Means of COORD_METRICS and SHAPE_METRICS over the slots; empty without slots."""
+    """Means of COORD_METRICS and SHAPE_METRICS over the slots; empty if there are no slots."""
     if not len(slots.label_N):
         return {}
     values = {**_slot_values(slots), "gate": gate(slots.text_log_odds_N), **distribution_shape(slots)}
@@ -259,10 +263,10 @@ def held_out_diagnostics(slots: CoordSlots) -> dict[str, float]:
 def distribution_shape(slots: CoordSlots) -> dict[str, Tensor]:
     """(N,) 1 or 0 by name: the last four of SHAPE_METRICS.
 
-    The mass near a bin is that within LOCAL_RADIUS_BINS of it, and the peak where it is largest. A second peak has at
-    least LEAST_PEAK_MASS near it, and between it and the peak lies a bin with at most half as much. E[k] is off the
-    peak where at most half as much mass is near it as near the peak: between two peaks an expectation says a place
-    that the model does not believe in. A bin is uniform mass over [k - 1/2, k + 1/2].
+    The mass near a bin is the mass within LOCAL_RADIUS_BINS of it; the peak is the bin where this is largest. A second
+    peak has at least LEAST_PEAK_MASS near it, and a bin with at most half as much lies between it and the peak. E[k] is
+    off the peak if the mass near it is at most half the mass near the peak: between two peaks, the expectation is a
+    position to which the model assigns little probability. A bin is uniform mass over [k - 1/2, k + 1/2].
     """
     p_NK, width = slots.p_NK, 2 * LOCAL_RADIUS_BINS + 1
     bins_K = torch.arange(NUM_BINS, device=p_NK.device)
@@ -270,7 +274,7 @@ def distribution_shape(slots: CoordSlots) -> dict[str, Tensor]:
     peak_N1 = near_NK.argmax(-1, keepdim=True)
     right_NK = near_NK.masked_fill(bins_K < peak_N1, torch.inf).cummin(-1).values
     left_NK = near_NK.masked_fill(bins_K > peak_N1, torch.inf).flip(-1).cummin(-1).values.flip(-1)
-    valley_NK = torch.minimum(left_NK, right_NK)  # least mass near any bin from the peak to here
+    valley_NK = torch.minimum(left_NK, right_NK)  # smallest mass near any bin between the peak and here
     mean_N1 = (p_NK * bins_K).sum(-1, keepdim=True).round().long()
     y_N1 = slots.target_bins_N.to(p_NK)[:, None]
     t_N1 = slots.label_N[:, None]
@@ -306,7 +310,7 @@ def expected_bin_errors(slots: CoordSlots) -> Tensor:
 
 
 def histogram_quantile(cells_H: Tensor, quantile: float) -> float:
-    """Quantile in bins of a histogram with cells of CELL_BINS, linear within a cell; off by at most one cell."""
+    """Quantile in bins of a histogram with cells of CELL_BINS, linear within a cell; exact to within one cell."""
     cdf_H = cells_H.double().cumsum(0)
     wanted = quantile * float(cdf_H[-1])
     cell = int((cdf_H < wanted).sum())

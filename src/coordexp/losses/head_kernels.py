@@ -1,10 +1,11 @@
-"""What the pass through the head makes of a chunk of logits, as two Triton kernels: a fraction of the memory traffic of
-torch's single operations, which are the reference (losses/vocabulary_terms.py).
+"""Two Triton kernels that reduce a chunk of logits in the fused head (losses/vocabulary_terms.py).
 
-The first reads the logits once, for the masses of each slot; the second once more, and writes the gradient in the
-format of the product that follows. A device on which they do not give the reference's numbers goes without them.
+They need a fraction of the memory traffic of the equivalent torch operations, which remain the reference. The first
+kernel reads the logits once and computes the probability masses of each slot. The second reads them again and writes
+the gradient in the dtype of the matrix product that follows. A device on which the kernels do not reproduce the
+reference uses the torch operations.
 
-R slots, V vocabulary, K coordinate ids; logits are float32, the slots first.
+R slots, V vocabulary, K coordinate ids; logits are float32 with the slot dimension first.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-BLOCK = 4096  # ids that a program holds at a time
-_NOTHING = tl.constexpr(float("-inf"))  # the log of no mass
+BLOCK = 4096  # ids that one program holds at a time
+_NOTHING = tl.constexpr(float("-inf"))  # log of zero mass
 
 
 @triton.jit
@@ -34,7 +35,9 @@ def _mass_kernel(
     end: tl.constexpr,
     size: tl.constexpr,
 ) -> None:
-    """Of one slot: the log of the mass on text ids and on coordinate ids, both without its token, and its logit."""
+    """For one slot: log mass on the text ids and on the coordinate ids, both without its own token, and its logit."""
+    # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3): a running maximum rescales the sum,
+    # so the logits are read once. int64, because slots * vocabulary may exceed 2^31.
     row = tl.program_id(0).to(tl.int64)
     own = tl.load(ids + row)
     top, mass = _NOTHING, 0.0
@@ -74,7 +77,7 @@ def _gradient_kernel(
     end: tl.constexpr,
     size: tl.constexpr,
 ) -> None:
-    """Of one slot and a block of ids: the derivative by its mass, times the id's part of that mass."""
+    """For one slot and a block of ids: the derivative with respect to its mass times the id's fraction of that mass."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * size + tl.arange(0, size)
     found = tl.load(logits + row * n_ids + at, mask=at < n_ids, other=_NOTHING)
@@ -86,7 +89,7 @@ def _gradient_kernel(
 
 
 def masses(logits_RV: Tensor, ids_R: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Logs (R,) of the mass on text ids and on coordinate ids, both without the slot's token, and the token's logit."""
+    """(R,) log mass on text ids, the same on coordinate ids, both without the slot's token, and the token's logit."""
     n_slots, n_ids = logits_RV.shape
     text_R, coord_R, token_R = (logits_RV.new_empty(n_slots) for _ in range(3))
     _mass_kernel[(n_slots,)](logits_RV, ids_R, text_R, coord_R, token_R, n_ids, span.start, span.stop, size=BLOCK)
@@ -102,7 +105,7 @@ def gradient(
     derivatives: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient (R, V) on the logits, from the derivatives by text mass, coordinate mass and token."""
+    """(R, V) gradient of the logits, from the derivatives with respect to text mass, coordinate mass and token."""
     n_slots, n_ids = logits_RV.shape
     out_RV = torch.empty(logits_RV.shape, dtype=dtype, device=logits_RV.device)
     by = [x_R.contiguous() for x_R in derivatives]
@@ -113,7 +116,7 @@ def gradient(
 
 
 def hold_on(device: torch.device) -> bool:
-    """Whether they compile there and give torch's numbers for a few random slots; logged."""
+    """Whether the kernels compile on a device and reproduce torch's results for a few random slots; logged."""
     generator, span = torch.Generator().manual_seed(0), slice(6000, 7000)
     logits_RV = torch.randn(4, 9000, generator=generator).mul(5).to(device)
     ids_R = torch.tensor([3, 6500, 8999, 6000], device=device)
@@ -122,7 +125,7 @@ def hold_on(device: torch.device) -> bool:
         text_R, coord_R, token_R = masses(logits_RV, ids_R, span)
         found_RV = gradient(logits_RV, ids_R, span, text_R, coord_R, tuple(by), torch.float32)
     except (RuntimeError, triton.TritonError) as error:  # of compiler or driver
-        log.warning("head: Triton's kernels do not run on %s (%s); torch's operations instead", device, error)
+        log.warning("head: the Triton kernels do not run on %s (%s); using torch operations instead", device, error)
         return False
     others_RV = logits_RV.scatter(1, ids_R[:, None], -torch.inf)
     coords_RK = others_RV[:, span].clone()
@@ -134,7 +137,7 @@ def hold_on(device: torch.device) -> bool:
     pairs = zip((text_R, coord_R, token_R, found_RV), wanted, strict=True)
     holds = all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in pairs)
     if holds:
-        log.info("head: Triton's kernels on %s give the numbers of torch's operations, and are used", device)
+        log.info("head: the Triton kernels match torch on %s and are used", device)
     else:
-        log.warning("head: Triton's kernels on %s give other numbers than torch's operations, and are not used", device)
+        log.warning("head: the Triton kernels differ from torch on %s; using torch operations instead", device)
     return holds

@@ -1,16 +1,16 @@
-"""Reading one value out of a distribution over the 1000 bins: the rules of box losses, soft context and decoding.
+"""Readout rules: one value from a distribution over the 1000 bins, for box losses, soft context and decoding.
 
-    argmax             value of the centre bin: quantised, no gradient
-    expectation        sum_k p_k v_k: differentiable; lies between the modes of a two-peaked p
+    argmax             value of the center bin: quantized, no gradient
+    expectation        sum_k p_k v_k: differentiable; falls between the modes of a bimodal p
     straight_through   argmax forward, expectation backward (Bengio et al. 2013, arXiv:1308.3432)
-    local_expectation  expectation in a window round the centre bin: sub-bin and mode-safe
-    top_k              expectation over the k likeliest bins
-    median             where the CDF crosses 1/2: minimises the expected absolute error
+    local_expectation  expectation in a window around the center bin: sub-bin resolution within one mode
+    top_k              expectation over the k most probable bins
+    median             where the CDF crosses 1/2: minimizes the expected absolute error
 
-What is read is up to the values: bin k stands for the coordinate k / 1000 in a box loss, for position k in decoding,
-for its embedding in soft context. The centre bin is the likeliest one, in decoding the emitted one.
+The caller supplies the value of each bin: bin k stands for the coordinate k / 1000 in a box loss, for position k in
+decoding, and for its embedding in soft context. The center bin is the most probable one; in decoding, the emitted one.
 
-K bins; `...` any leading shape (slots, or boxes x 4); D numbers a value.
+K bins; `...` any leading shape (slots, or boxes x 4); D numbers per value.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LOCAL_RADIUS_BINS = 8
 
 
 def read_coordinates(rule: ReadoutRule, logits_K: Tensor, temperature: float, top_k: int) -> Tensor:
-    """(..., K) logits -> (...) coordinates in [0, 1). Float32 inside (float64 stays float64).
+    """(..., K) logits -> (...) coordinates in [0, 1), computed in float32 (float64 stays float64).
 
-    The gradient of the expectation on logit k is p_k (k / 1000 - value) / temperature.
+    The gradient of the expectation with respect to logit k is p_k (k / 1000 - value) / temperature.
     """
     assert temperature > 0, f"temperature {temperature}: expected > 0"
     probs_K = (at_least_float32(logits_K) / temperature).softmax(-1)
@@ -39,14 +39,14 @@ def read_coordinates(rule: ReadoutRule, logits_K: Tensor, temperature: float, to
 def read(
     rule: ReadoutRule, probs_K: Tensor, values: Tensor, top_k: int | None = None, center_bins: Tensor | None = None
 ) -> Tensor:
-    """(..., K) distributions -> (...) or (..., D), by the shape of the values: (K,) or (K, D).
+    """(..., K) distributions -> (...) for values of shape (K,), (..., D) for values of shape (K, D).
 
     Args:
-        rule: see above.
+        rule: one of the rules in the module docstring.
         probs_K: sums to 1 over K.
-        values: what each bin stands for.
-        top_k: bins that `top_k` keeps; no other rule asks for it.
-        center_bins: (...) integers; the likeliest bins (the lowest one of a tie) if not given.
+        values: the value of each bin.
+        top_k: number of bins that the rule `top_k` keeps; the other rules ignore it.
+        center_bins: (...) integers; by default the most probable bins, the lowest one on a tie.
     """
     if rule == "expectation":
         return _mean(probs_K, values)
@@ -75,10 +75,10 @@ def _normalised(mass_K: Tensor) -> Tensor:
 
 
 def _window(probs_K: Tensor, center: Tensor) -> Tensor:
-    """The distribution within LOCAL_RADIUS_BINS of the centre m; all of it at m if the window holds no mass.
+    """The distribution renormalized to within LOCAL_RADIUS_BINS of the center m; a point mass at m if that is empty.
 
-    At the borders the window shrinks to the largest one symmetric round m, else a target cut off at the border would
-    be read inward of its peak.
+    At the borders the window shrinks to the largest one that is symmetric around m. Otherwise a distribution that the
+    border cuts off would be read inward of its peak.
     """
     last = probs_K.shape[-1] - 1
     bins_K, m = torch.arange(last + 1, device=probs_K.device), center[..., None]
@@ -89,7 +89,11 @@ def _window(probs_K: Tensor, center: Tensor) -> Tensor:
 
 
 def _median(probs_K: Tensor, values: Tensor) -> Tensor:
-    """Bin k is uniform mass over [k - 1/2, k + 1/2]; between two bins their values are interpolated."""
+    """Where the CDF crosses 1/2, with the mass of bin k uniform over [k - 1/2, k + 1/2].
+
+    The position between two bins interpolates their values.
+    """
+    # Half of the last entry, not 0.5: a float32 cumulative sum need not end at exactly 1.
     cdf_K = probs_K.cumsum(-1)
     half = cdf_K[..., -1:] / 2
     crossing = (cdf_K < half).sum(-1, keepdim=True)

@@ -1,21 +1,24 @@
-"""The terms that see the whole vocabulary, from hidden states and the head, without the logits of all slots.
+"""Terms over the whole vocabulary, computed from hidden states and the head without storing all logits.
 
-One pass of the slots through the head, a chunk of them at a time, gives the sums of the terms and the gradients of
-hidden states and head; what is ever stored of the logits is one chunk. For each slot of a chunk it finds three
-numbers: the log of the mass on the text ids, that on the coordinate ids, and the logit of the slot's own token, which
-is kept out of both. The terms are functions of these, and so are the derivatives that turn the chunk's logits, in
-place, into the gradient on them.
+One pass sends the slots through the head, one chunk at a time, and computes both the sums of the terms and the
+gradients of hidden states and head; at most one chunk of logits exists at any time. The idea is that of cut
+cross-entropy (Wijmans et al. 2024, arXiv:2411.09009) and Liger's fused linear cross-entropy (Hsu et al. 2024,
+arXiv:2410.10989), extended to several terms. For each slot the pass reduces the logits to three numbers: the log mass
+on the text ids, the log mass on the coordinate ids, and the logit of the slot's own token, which counts in neither
+mass. The terms are functions of these three, and their derivatives turn the chunk's logits, in place, into its
+gradient.
 
-Gradients are found in that pass for the factors that the caller expects each sum to get in the loss (weight / count,
-known beforehand). If a backward pass asks for that, or a multiple, they are handed over; if it asks for something else
-(the gradient of one term alone, a second backward pass), the pass is run again for what it asks.
+The pass computes gradients for the factor that each sum is expected to have in the loss (weight / count, known in
+advance). A backward pass that asks for these factors, or a common multiple of them, receives these gradients. Any other
+request (the gradient of one term alone, a second backward pass) runs the pass again.
 
-On a CPU logits lie with the vocabulary first: its matrix library repacks the head for each chunk, and does it a third
-faster if the head is the left factor. On a GPU each slot's logits lie together, chunks are as large as memory allows
-(each of them reads the head twice, and reads and writes its gradient), and products are taken of bfloat16 factors.
+On a CPU the logits are stored with the vocabulary dimension first: the matrix library repacks the head for every chunk,
+which is a third faster if the head is the left factor. On a GPU the logits of a slot are contiguous, the products use
+bfloat16 factors, and chunks are as large as memory allows, because each chunk reads the head twice and reads and writes
+its gradient.
 
-N slots, R slots of a chunk, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are wanted,
-S terms. Logits and sums are float32 (float64 stays float64), whatever the factors of the products are.
+N slots, R slots of a chunk, V vocabulary, D hidden size, K coordinate ids, M slots whose coordinate logits are
+returned, S terms. Logits and sums are float32 (float64 stays float64), whatever the dtype of the factors.
 """
 
 from __future__ import annotations
@@ -36,21 +39,21 @@ from torch.autograd.function import once_differentiable
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.losses.terms import TERMS, sum_slots, term
 
-# Of Qwen3-VL's vocabulary 256 slots at a time (157 MB): 3 % of the logits of 8,192 tokens, and long enough that adding
-# to the head's gradient once for each chunk is cheap. Of a small vocabulary all slots at once.
+# With Qwen3-VL's vocabulary, 256 slots at a time (157 MB): 3 % of the logits of 8,192 tokens, yet enough to make one
+# addition to the head's gradient per chunk cheap. With a small vocabulary, all slots at once.
 CHUNK_LOGITS = 256 * 152_936
-# On a GPU so many slots at most (more gain nothing); fewer, if a chunk would take more than its part of what is free.
+# The maximum on a GPU: larger chunks are no faster. A chunk takes at most 1 / _FREE_PART of the free memory.
 GPU_CHUNK_SLOTS = 2048
 _FREE_PART = 8
-LOGIT_BYTES = 4 + 2  # in float32, and as the factor of the products of the gradient
-# -log of the smallest remaining mass that is still penalised more: beyond it a gate or an unlikelihood is flat, so one
-# hopeless slot cannot dominate a batch.
+LOGIT_BYTES = 4 + 2  # float32, plus the bfloat16 factor of the gradient products
+# Text gate and unlikelihood are capped at the penalty for a remaining mass of 1e-6, so that a single extreme slot
+# cannot dominate a batch.
 MAX_PENALTY = -math.log(1e-6)
 
 
 @term("text_ce", "text")
 def cross_entropy(token_log_odds_N: Tensor) -> Tensor:
-    """(N,) -log P of the slot's token, from its log-odds log(P / (1 - P)): exact where P is near 0 or 1."""
+    """(N,) -log P of the slot's token, from its log-odds log(P / (1 - P)), which are accurate near P = 0 and 1."""
     return -F.logsigmoid(token_log_odds_N)
 
 
@@ -62,32 +65,32 @@ def text_gate(text_log_odds_N: Tensor) -> Tensor:
 
 @term("reordered_ce", "reordered")
 def reordered_cross_entropy(token_log_odds_N: Tensor) -> Tensor:
-    """(N,) -log P of a coordinate token over the whole vocabulary: ordinary cross-entropy, no soft target."""
+    """(N,) -log P of a coordinate token over the whole vocabulary: ordinary cross-entropy without a soft target."""
     return cross_entropy(token_log_odds_N)
 
 
 @term("duplicate_unlikelihood", "unlikely")
 def unlikelihood(token_log_odds_N: Tensor) -> Tensor:
-    """(N,) -log max(1 - P, 1e-6) with P of the unwanted token (Welleck et al. 2020, arXiv:1908.04319, eq. 1).
+    """(N,) -log max(1 - P, 1e-6) for the unwanted token (Welleck et al. 2020, arXiv:1908.04319, eq. 1).
 
-    It pushes that token down, whatever comes instead; no gradient where clamped.
+    It makes that token less probable without naming a replacement; no gradient where clamped.
     """
     return F.softplus(token_log_odds_N).clamp(max=MAX_PENALTY)
 
 
 def chunk_slots(vocab_size: int, free_bytes: int | None = None) -> int:
-    """How many slots go through the head at a time, on a GPU with so many bytes free, or None for a CPU."""
+    """Number of slots per chunk, for a GPU with `free_bytes` of free memory, or for a CPU if that is None."""
     on_cpu = max(1, CHUNK_LOGITS // vocab_size)
     if free_bytes is None:
         return on_cpu
     fitting = free_bytes // (_FREE_PART * LOGIT_BYTES * vocab_size)
-    # Powers of two: sums do not change with every byte.
+    # A power of two, so that the order of summation does not depend on every byte of free memory.
     return min(GPU_CHUNK_SLOTS, max(min(on_cpu, GPU_CHUNK_SLOTS // 8), 1 << max(0, fitting.bit_length() - 1)))
 
 
 @cache
 def _kernels(gpu: torch.device) -> ModuleType | None:
-    """Triton's, which comes with torch for CUDA, if they do there what they should."""
+    """The Triton kernels, if Triton (part of torch for CUDA) is installed and they match torch on this GPU."""
     if find_spec("triton") is None:
         return None
     from coordexp.losses import head_kernels
@@ -96,7 +99,7 @@ def _kernels(gpu: torch.device) -> ModuleType | None:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """What a GPU, and torch's pool of its memory, have free."""
+    """Free memory of a GPU, including the unused part of torch's pool; None for a CPU."""
     if device.type != "cuda":
         return None
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -105,11 +108,11 @@ def _free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSlots:
-    """What N slots ask of the whole vocabulary.
+    """N slots whose terms need the whole vocabulary.
 
-    token_ids_N: the token to predict, or to push down; any id where no term looks at it.
-    weights: weight of each slot in a term, (N,) >= 0, by the term's name; a term that is not here is not computed.
-    n_coord: the first so many slots also give their K coordinate logits.
+    token_ids_N: the token to predict or to make less probable; any id where no term uses it.
+    weights: term name -> (N,) weight >= 0 of each slot; a term without an entry is not computed.
+    n_coord: the pass also returns the K coordinate logits of this many leading slots.
     """
 
     token_ids_N: Tensor
@@ -125,16 +128,16 @@ class HeadSlots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProducts:
-    """How the products with the head are taken: format of their factors, layout of the logits, and slots at a time."""
+    """How to multiply by the head: dtype of the factors, layout of the logits, and slots per chunk."""
 
     factors: torch.dtype
     slots_first: bool
     chunk: int
-    kernels: ModuleType | None = None  # losses/head_kernels.py, where they serve
+    kernels: ModuleType | None = None  # losses/head_kernels.py where it is usable
 
     @classmethod
     def on(cls, weight_VD: Tensor, factors: torch.dtype | None = None) -> HeadProducts:
-        """What suits the device of the head; factors are float32, or float64 like it, unless told otherwise."""
+        """The best choice for the device of the head; factors are float32 (float64 for a float64 head) by default."""
         return cls(
             factors=factors or torch.promote_types(weight_VD.dtype, torch.float32),
             slots_first=weight_VD.is_cuda,
@@ -144,9 +147,9 @@ class HeadProducts:
 
 
 class HeadSweep:
-    """A pass over N slots; its results are attributes.
+    """One pass over N slots; the results are attributes.
 
-    `trained` is the head (V, D), or its coordinate rows (K, D) if the rest of `whole_VD` is frozen.
+    `trained` is the head (V, D), or only its coordinate rows (K, D) if the rest of `whole_VD` is frozen.
     """
 
     def __init__(
@@ -161,17 +164,17 @@ class HeadSweep:
         self._kernels: Any = how.kernels if dtype == torch.float32 else None
         self._trained_rows = slice(None) if whole_VD is None else slots.span
         size = min(how.chunk, len(hidden_ND))
-        self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # a last chunk may be narrower
+        self._logits = hidden_ND.new_empty(len(weight_VD) * size, dtype=dtype)  # the only logits; reused by all chunks
         self._chunk = size
         self._factors_S: Tensor | None = None
         self.sums_S = self._logits.new_zeros(len(slots.weights))
         self.coord_MK = self._logits.new_empty(slots.n_coord, NUM_BINS)
         self.text_log_odds_N = self._logits.new_empty(len(hidden_ND))
         self.grad_hidden_ND: Tensor | None = None
-        self.grad_trained: Tensor | None = None  # (V, D), or (K, D) of the coordinate rows alone
+        self.grad_trained: Tensor | None = None  # (V, D), or (K, D) for the coordinate rows alone
 
     def run(self, factors_S: Tensor | None, of_hidden: bool, of_trained: bool) -> None:
-        """Go through all slots; with factors, also find the gradients of sum(factors * sums)."""
+        """Process all slots; with factors, also compute the gradients of sum(factors * sums)."""
         self._factors_S = factors_S
         if factors_S is not None:
             new = self._logits.new_empty if len(self._hidden_ND) else self._logits.new_zeros
@@ -194,7 +197,7 @@ class HeadSweep:
                 self._add_gradients(grad_VR, rows)
 
     def _reduce_by_kernels(self, logits_VR: Tensor, rows: slice) -> Tensor:
-        """As `_reduce`, which is the reference; the gradient is in the format of the factors."""
+        """Like `_reduce`, which is the reference; the gradient has the dtype of the factors."""
         span, ids_R, logits_RV = self._slots.span, self._slots.token_ids_N[rows], logits_VR.t()
         text_R, coord_R, token_R = self._kernels.masses(logits_RV, ids_R, span)
         is_coord_R = (ids_R >= span.start) & (ids_R < span.stop)
@@ -205,9 +208,10 @@ class HeadSweep:
         return self._kernels.gradient(logits_RV, ids_R, span, text_R, coord_R, derivatives, dtype).t()
 
     def _reduce(self, logits_VR: Tensor, rows: slice) -> Tensor:
-        """Add up the terms of a chunk, and turn its logits into the gradient of the weighted sum on them."""
+        """Add up the terms of a chunk and overwrite its logits with the gradient of the weighted sum."""
         span, token_1R = self._slots.span, self._slots.token_ids_N[None, rows]
         token_R = logits_VR.gather(0, token_1R)[0]
+        # Without the slot's own token, both masses stay accurate when its probability approaches 1.
         logits_VR.scatter_(0, token_1R, -torch.inf)
         coord_KR = logits_VR[span].clone()
         logits_VR[span] = -torch.inf
@@ -218,6 +222,7 @@ class HeadSweep:
         coord_R = coord_KR.logsumexp(0)
         by_text_R, by_coord_R, by_token_R = self._slot_terms(text_R, coord_R, token_R, is_coord_R, rows)
         if self._factors_S is not None:
+            # d logsumexp / d logit is softmax: each id gets the derivative of its mass times its fraction of the mass.
             logits_VR.mul_(by_text_R / mass_R)
             logits_VR[span] = coord_KR.sub_(coord_R).exp_().mul_(by_coord_R)
             logits_VR.scatter_(0, token_1R, by_token_R[None])
@@ -226,7 +231,7 @@ class HeadSweep:
     def _slot_terms(
         self, text_R: Tensor, coord_R: Tensor, token_R: Tensor, is_coord_R: Tensor, rows: slice
     ) -> tuple[Tensor, ...]:
-        """Terms from the three numbers of each slot; returns the derivatives of the weighted sum by them."""
+        """Add up the terms from the three numbers of each slot; returns the derivatives of the weighted sum by them."""
         factors_S, weights = self._factors_S, self._slots.weights
         with torch.set_grad_enabled(factors_S is not None):
             masses = [m_R.detach().requires_grad_() for m_R in (text_R, coord_R, token_R)]
@@ -237,7 +242,7 @@ class HeadSweep:
                 return tuple(torch.zeros_like(m_R) for m_R in masses)
             sums_S = torch.stack(sums)
             self.sums_S += sums_S.detach()
-            if factors_S is None:  # nobody will look
+            if factors_S is None:  # the caller ignores the derivatives
                 return tuple(masses)
             loss = sums_S @ factors_S.to(sums_S)
             return torch.autograd.grad(loss, masses, allow_unused=True, materialize_grads=True)
@@ -252,9 +257,10 @@ class HeadSweep:
 
 
 def _log_odds(text_N: Tensor, coord_N: Tensor, token_N: Tensor, is_coord_N: Tensor) -> SimpleNamespace:
-    """What terms take: log(P / (1 - P)) of a slot's token and log((1 - m) / m); both masses are without the token.
+    """The inputs of the terms: log(P / (1 - P)) of a slot's token, and log((1 - m) / m).
 
-    Without it, the odds of the token against all others are exact where its probability is near 0 or 1.
+    Both given masses exclude the token. The odds of the token against all other ids are therefore accurate where its
+    probability is near 0 or 1.
     """
     all_text_N = torch.where(is_coord_N, text_N, torch.logaddexp(text_N, token_N))
     all_coord_N = torch.where(is_coord_N, torch.logaddexp(coord_N, token_N), coord_N)
@@ -264,7 +270,7 @@ def _log_odds(text_N: Tensor, coord_N: Tensor, token_N: Tensor, is_coord_N: Tens
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
     """out = left @ right, or out += left @ right; accumulated in the dtype of `out`."""
-    if not left.is_cuda:  # it alone multiplies halves so
+    if not left.is_cuda:  # only CUDA multiplies bfloat16 factors into a float32 result
         left, right = left.to(out.dtype), right.to(out.dtype)
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
@@ -282,22 +288,22 @@ def vocabulary_sums(
     coord_rows_KD: Tensor | None = None,
     how: HeadProducts | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Sums of the terms by name, coordinate logits (M, K), and log((1 - m) / m) of all N slots without a graph.
+    """Sums of the terms by name, coordinate logits (M, K), and log((1 - m) / m) of all N slots, detached.
 
     The logits are hidden_ND @ weight_VD.T; for a temperature, divide the hidden states by it.
 
     Args:
         hidden_ND: hidden states at the slots (N may be 0).
         weight_VD: weight of the head, which has no bias.
-        slots: what is asked at each slot.
-        expected: factor of each sum in the loss, by name; None if no gradient, or one of unknown factors, is wanted.
-        coord_rows_KD: the coordinate rows of `weight_VD`, if they alone train: then they get its gradient.
-        how: the products; default `HeadProducts.on` the device, with factors as they come.
+        slots: what to compute at each slot.
+        expected: factor of each sum in the loss, by name; None without gradient, or if the factors are not known yet.
+        coord_rows_KD: the coordinate rows of `weight_VD`, if only these are trained: they receive the gradient.
+        how: how to multiply; by default `HeadProducts.on` the device, with the dtype of the head on a GPU.
     """
     vocab_size = len(weight_VD)
     assert slots.first_coord_id >= 0, f"first coordinate id {slots.first_coord_id}: expected >= 0"
     assert vocab_size >= slots.span.stop, f"coordinate ids {slots.span} exceed {vocab_size} logits"
-    assert vocab_size > NUM_BINS + 1, "no text id is left beside a slot's own token"
+    assert vocab_size > NUM_BINS + 1, "no text id other than a slot's own token is left"
     factors_S = None
     if expected is not None and torch.is_grad_enabled():
         factors_S = torch.tensor([float(expected[name]) for name in slots.weights], dtype=torch.float64)
@@ -346,9 +352,9 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the sums: those of the forward pass if they are what is asked for, else by a pass of their own."""
+    """Gradients of the sums: those of the forward pass if it expected these factors, otherwise from another pass."""
     hidden_ND, trained, whole_VD = ctx.saved_tensors
-    if grad_S is None:  # of the coordinate logits alone
+    if grad_S is None:  # only the coordinate logits have a gradient
         dtype = torch.promote_types(trained.dtype, torch.float32)
         of_hidden, of_trained = (
             torch.zeros_like(given, dtype=dtype) if is_needed else None
@@ -358,7 +364,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
     if ctx.gradients is not None:
         factor = _common_factor(grad_S, ctx.factors_S)
         if factor is not None:
-            found, ctx.gradients = ctx.gradients, None  # handed over: whoever gets them may write into them
+            found, ctx.gradients = ctx.gradients, None  # given away, because the receiver may modify them in place
             of_hidden, of_trained = (g if g is None or factor == 1 else g.mul_(factor) for g in found)
             return of_hidden, of_trained
     sweep = HeadSweep(hidden_ND, trained, whole_VD, ctx.slots, ctx.how)
@@ -367,7 +373,7 @@ def _gradients(ctx: Any, grad_S: Tensor | None) -> tuple[Tensor | None, Tensor |
 
 
 def _common_factor(found_S: Tensor, expected_S: Tensor) -> float | None:
-    """c with found = c * expected, up to rounding; None if there is none."""
+    """c such that found = c * expected up to rounding (a scaled loss gives c != 1); None if there is no such c."""
     rounding = 8 * torch.finfo(found_S.dtype).eps
     found, expected = found_S.tolist(), expected_S.tolist()
     if not expected:

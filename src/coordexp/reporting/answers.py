@@ -19,6 +19,7 @@ from coordexp.evaluation.bootstrap import interval, resample_weights
 from coordexp.evaluation.effect import Verdict, effect
 from coordexp.evaluation.protocol import iou_key
 from coordexp.evaluation.table import Floats, Ints
+from coordexp.infra.logs import diagnostic_sums
 from coordexp.reporting.inputs import TRAINED, Json, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, number, percent, table, with_interval
 from coordexp.reporting.training import MEANINGS, OTHER_UNITS, SHAPES, w1_fraction
@@ -280,9 +281,7 @@ def _shape_mean(
     data: ReportData, rows: Sequence[Json], context: str, name: str
 ) -> tuple[float | None, list[float] | None]:
     """Mean over the coordinate slots of all images, with its interval over images."""
-    found = [(len(row[context]), row["coord_diag"].get(context, {}).get(name)) for row in rows]
-    counts_I = np.array([n if value is not None else 0 for n, value in found], np.float64)
-    sums_I = np.array([n * (value or 0.0) for n, value in found], np.float64)
+    sums_I, counts_I = (np.array(column, np.float64) for column in diagnostic_sums(rows, context, name))
     mean, resampled = _ratio(sums_I, counts_I, _reading_weights(data, len(rows)))
     return mean, interval(resampled, mean, is_share=name not in OTHER_UNITS)
 
@@ -396,7 +395,7 @@ def _on_the_answers(data: ReportData) -> list[Suggestion]:
     if bounds is not None and bounds[0] >= HEADROOM_WORTH:
         headroom = with_interval(metric(data.metrics, "stage2", "confidence.headroom_mAP"), bounds)
         because, learn = f"a perfect ranking would add {headroom} mAP", "how much of it a score on file already gains"
-        made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "make decoding-study", learn))
+        made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "coordexp answer score", learn))
     return made + _on_parsing(data)
 
 

@@ -72,7 +72,6 @@ class ReportInputs:
     drops: Path
     categories: Path
     image_root: Path
-    decoding_study: Path  # made on demand: may be absent
     baseline: Baseline | None = None  # of the experiment, if this is one
 
     @classmethod
@@ -90,7 +89,6 @@ class ReportInputs:
             drops=paths.records / "drops.json",
             categories=paths.records / "categories.json",
             image_root=paths.raw,
-            decoding_study=paths.reports / "decoding.json",
             baseline=baseline,
         )
 
@@ -116,7 +114,6 @@ class ReportData:
     packing: Json
     upper_bound: Json
     drops: Json
-    decoding_study: Json | None
     categories: tuple[Category, ...]
 
     @property
@@ -152,7 +149,6 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         packing=read_json(inputs.packing_stats, "pack"),
         upper_bound=read_json(inputs.upper_bound, "coco-eval"),
         drops=read_json(inputs.drops, "convert"),
-        decoding_study=read_json(inputs.decoding_study, "") if inputs.decoding_study.is_file() else None,
         categories=read_categories(_existing(inputs.categories, "convert")),
     )
 

@@ -42,7 +42,6 @@ from coordexp.reporting.decision import (
     standing_lines,
     write_pictures,
 )
-from coordexp.reporting.decoding_tables import decoding_section
 from coordexp.reporting.figures_coordinates import Strip, choose_strips, write_coordinate_figures
 from coordexp.reporting.figures_evaluation import write_evaluation_figures
 from coordexp.reporting.figures_training import write_training_figures
@@ -203,7 +202,6 @@ def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any
         "omission_table": tables.omission_table(data.details),
         "worst_duplicates": tables.worst_duplicates_table(data.details[SHOWN]),
         "scores_table": tables.scores_table(data.details),
-        "decoding_study": decoding_section(data.decoding_study, data.decodes, level=3),
         "published": "" if composed else tables.published_markdown(metrics),
         "count_table": tables.metrics_table(data, "counts"),
         "errors_table": tables.metrics_table(data, "errors"),

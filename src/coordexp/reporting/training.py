@@ -14,7 +14,7 @@ from coordexp.config.block import field_specs
 from coordexp.config.schema import Params
 from coordexp.errors import DataError
 from coordexp.evaluation.table import Floats
-from coordexp.infra.logs import BIN_ERROR, ends, logged
+from coordexp.infra.logs import BIN_ERROR, COORD_SUM, ends, logged
 from coordexp.reporting.markdown import MISSING, percent, significant, table
 
 MEANINGS = {
@@ -41,7 +41,6 @@ OTHER_UNITS = (
     "margin_mean",
     "gate",
 )  # nats and bins; what else there is, is in [0, 1]
-COORD_SUM = "coord_reg"
 SLOTS = "coord_diag/coord_tokens"
 CORRELATED = ("raw/softce", "raw/w1", "raw/gate", "raw/coord_ce", "raw/text_ce", BIN_ERROR)
 ZERO_FLOOR_DIAGNOSTICS = ("softce_kl", "w1_to_delta", "expected_bin_mae", "expected_bin_abs_err_p90")

@@ -1,12 +1,13 @@
-"""Beam search over the model in memory: for each picture the likeliest of several answers written side by side.
+"""Beam search with the model in memory: for each image, the most probable of several answers decoded in parallel.
 
-The rules are those of transformers' `generate` (length penalty 1, no early stopping): of the continuations of all beams
-the likeliest 2 W are looked at; those of the first W that end become candidates for the answer, by log-probability per
-token; the first W that do not end go on. It is over when W have ended and the likeliest open beam is, per token so far,
-no likelier than any of them, or at the token budget. What scores need is kept as by slot_decoder.py. Nothing is
-drafted: the beams of a picture go on side by side, one token a forward.
+The rules are those of transformers' `generate` (length penalty 1, no early stopping). Each step considers the 2 W most
+probable continuations of all beams. Those of the first W that end become candidates for the answer, ranked by
+log-probability per token; the first W that do not end remain open. The search stops when W candidates exist and the
+best open beam has no higher log-probability per token than any of them, or at the token budget. Scores get the same
+probabilities as in slot_decoder.py. There is no drafting: the beams of an image advance together, one token per
+forward.
 
-Shapes: W beams of a picture, R open beams of all pictures, V vocabulary, K bins.
+Shapes: W beams per image, R open beams of all images, V vocabulary, K bins.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from coordexp.text.grammar_walk import AnswerWalk
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Beam:
-    """An answer that is being written, and its log-probability under penalty and masks."""
+    """An unfinished answer and its log-probability under penalty and masks."""
 
     written: Written
-    held: frozenset[int]  # the different tokens of prompt and answer
+    held: frozenset[int]  # distinct tokens of prompt and answer
     walk: AnswerWalk | None
     score: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """The beams of one picture, in the slots from `W * place among the open searches`; all of the same length."""
+    """The beams of one image, in the slots from W times its index among the open searches; all of equal length."""
 
     place: int  # among the samples
     rope: int  # rotary position of the token that runs next
     beams: list[_Beam]
-    ended: list[tuple[float, Written]] = field(default_factory=list)  # log-probability per token; the best first
+    ended: list[tuple[float, Written]] = field(default_factory=list)  # with log-probability per token, best first
 
 
 class BeamSearch(Decoder):
-    """Answers of a checkpoint to a request by `decode.beams` beams, of as many pictures at a time as `slots` hold."""
+    """Generates answers with `decode.beams` beams, for as many images at a time as fit into `slots`."""
 
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample], seeds: Sequence[int] | None = None) -> list[Generation]:
-        """One generation per sample, in their order; nothing is drawn, whatever the seeds."""
+        """One generation per sample, in their order; deterministic, so the seeds have no effect."""
         width = self._request.params.beams
         n_open = min(max(1, self._slots // width), len(samples))
         cache = SlotCache(self._model, n_open * width)
@@ -77,7 +78,7 @@ class BeamSearch(Decoder):
     def _begin(
         self, cache: SlotCache, prompts: Prompts, samples: Sequence[Sample], chosen: Sequence[int], first: int
     ) -> list[_Search]:
-        """Read prompts, and take the first token of each beam."""
+        """Run the prompts, and choose the first token of each beam."""
         width = self._request.params.beams
         logits_RV, ropes = prompts.read(cache, [width * (first + i) for i in range(len(chosen))])
         searches = []
@@ -89,7 +90,7 @@ class BeamSearch(Decoder):
         return searches
 
     def _step(self, cache: SlotCache, searches: Sequence[_Search]) -> None:
-        """Run the last token of every open beam; a slot without a beam runs along for nothing."""
+        """Run the last token of every open beam; slots without a beam run a dummy token."""
         width, device = self._request.params.beams, cache.keys.device
         ids = [[b.written.ids[-1] for b in s.beams] + [self._end_id] * (width - len(s.beams)) for s in searches]
         ids_R1 = torch.tensor(ids, device=device).reshape(-1, 1)
@@ -104,7 +105,7 @@ class BeamSearch(Decoder):
         self._take(cache, searches, 0, slot_logits(self._model, hidden_R1D[:, 0], torch.tensor(open_, device=device)))
 
     def _take(self, cache: SlotCache, searches: Sequence[_Search], first: int, logits_RV: Tensor) -> None:
-        """Continue the beams of searches, of which the first one is the `first` of all open ones."""
+        """Extend the beams of these searches, whose indices among the open searches start at `first`."""
         logits_RV = logits_RV.float()
         beams = [beam for search in searches for beam in search.beams]
         allowed_RT = None
@@ -119,7 +120,8 @@ class BeamSearch(Decoder):
             cache.reorder(i * self._request.params.beams, parents)
 
     def _continue(self, search: _Search, scores_WV: Tensor, logits_WV: Tensor) -> list[int]:
-        """Make the next beams of a search, and end some; returns which of the former ones each of them continues."""
+        """Choose the next beams of a search and finish others; returns the index of the beam that each one extends."""
+        # 2 W candidates are enough: before the budget, each beam ends in one token only, so W open ones remain.
         width, n_tokens = self._request.params.beams, scores_WV.shape[1]
         best, places = scores_WV.flatten().topk(min(2 * width, scores_WV.numel()))
         is_possible = best > -torch.inf
@@ -154,7 +156,7 @@ class BeamSearch(Decoder):
         return is_full and best.score / len(best.written.ids) <= search.ended[-1][0]
 
     def _close(self, cache: SlotCache, searches: list[_Search], i: int) -> None:
-        """Free the slots of a search: the last open search moves into them."""
+        """Free the slots of a search by moving the last open search into them."""
         last, width = searches.pop(), self._request.params.beams
         if i < len(searches):
             for j in range(width):

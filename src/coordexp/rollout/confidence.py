@@ -1,4 +1,4 @@
-"""Confidence by name: from the probabilities of the model to one number per object, in (0, 1] but for odd input.
+"""Confidence scores by name: from the model's probabilities to one number per object, normally in (0, 1].
 
 Shapes: N objects, 4 coordinates x1, y1, x2, y2, K bins, Q quadrature nodes.
 """
@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 SCORES = ("constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality")
-# Which of them need a distribution over bins at each slot, which numbers spelled in digits do not have.
+# Scores that need a distribution over bins at each slot, which numbers spelled in digits do not have.
 DISTRIBUTIONAL = frozenset({"spread", "expected_iou", "quality"})
 
-COORD_FRACTION = 0.7  # of the coordinates in `mix`; the rest is the name
-NODES = 8  # per coordinate: 8^4 boxes an object; the error is measured by the tests
+COORD_FRACTION = 0.7  # weight of the coordinates in `mix`; the rest is that of the name
+NODES = 8  # per coordinate: 8^4 boxes per object; the tests measure the error
 _OBJECTS_PER_BLOCK = 64  # bounds the memory of the 8^4 boxes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What the model knows about the objects of one answer.
+    """The model's probabilities for the objects of one answer.
 
-    `coord_logprobs_N4` and `desc_logprob_N` (mean over the name's tokens) in nats; `boxes_N4` are the decoded boxes in
-    bins, `probs_N4K` the distributions at their slots, None for a codec that has none.
+    `coord_logprobs_N4` and `desc_logprob_N` (mean over the tokens of the category name) are in nats; `boxes_N4` are the
+    decoded boxes in bins; `probs_N4K` are the distributions at their slots, None for a codec without bins.
     """
 
     coord_logprobs_N4: Floats
@@ -38,13 +38,13 @@ class Evidence:
 def score_objects(evidence: Evidence) -> dict[str, Floats]:
     """All scores of `SCORES` that the evidence supports, each of shape (N,).
 
-    constant       1: the control, under which AP depends on nothing but order
+    constant       1: the control, under which AP depends on the order alone
     coord_logprob  geometric mean of the four coordinate probabilities
     desc_logprob   geometric mean of the probabilities of the name's tokens
     mix            weighted mean of the two
-    spread         exp(-4 mean sd / sqrt(w h)): an sd costs about its fraction of the box's side, per side
-    expected_iou   expectation of the IoU of the decoded box with boxes drawn from the four distributions
-    quality        expected_iou times desc_logprob: right place and right name
+    spread         exp(-4 mean sd / sqrt(w h)): each of the four sds lowers it by about its fraction of the side length
+    expected_iou   expected IoU of the decoded box with boxes sampled from the four distributions
+    quality        expected_iou times desc_logprob: correct box and correct name
     """
     coord_N = np.exp(evidence.coord_logprobs_N4.mean(axis=1)) if len(evidence.boxes_N4) else np.empty(0)
     desc_N = np.exp(evidence.desc_logprob_N)
@@ -62,14 +62,14 @@ def score_objects(evidence: Evidence) -> dict[str, Floats]:
 
 
 def slot_sd(probs_N4K: NDArray[np.floating]) -> Floats:
-    """Standard deviation of each slot's distribution, in bins, shape (N, 4)."""
+    """(N, 4) standard deviation of each slot's distribution, in bins."""
     k = np.arange(probs_N4K.shape[-1], dtype=np.float64)
     mean_N4 = probs_N4K @ k
     return np.sqrt(np.clip(probs_N4K @ k**2 - mean_N4**2, 0, None))
 
 
 def spread(boxes_N4: Floats, probs_N4K: NDArray[np.floating]) -> Floats:
-    """Score of the widths of the four distributions relative to the box, shape (N,); see `score_objects`."""
+    """(N,) score from the widths of the four distributions relative to the box; see `score_objects`."""
     if not len(boxes_N4):
         return np.empty(0)
     sides_N2 = np.clip(boxes_N4[:, 2:] - boxes_N4[:, :2], 1.0, None)
@@ -77,10 +77,11 @@ def spread(boxes_N4: Floats, probs_N4K: NDArray[np.floating]) -> Floats:
 
 
 def expected_iou(boxes_N4: Floats, probs_N4K: NDArray[np.floating], nodes: int = NODES) -> Floats:
-    """E[IoU(box, B)] with the coordinates of B drawn from their slots' distributions independently, shape (N,).
+    """(N,) E[IoU(box, B)], where the coordinates of B are sampled independently from the distributions of their slots.
 
-    The slots are conditioned on what was emitted before them, so independence is an approximation. A drawn B without
-    area counts 0. Quadrature: each distribution is cut into `nodes` strata of equal mass, represented by their means.
+    Independence is an approximation, because each slot is conditioned on the coordinates emitted before it. A sampled B
+    without area counts as IoU 0. Quadrature: each distribution is divided into `nodes` strata of equal mass, which are
+    represented by their means.
     """
     out_N = np.empty(len(boxes_N4))
     for first in range(0, len(boxes_N4), _OBJECTS_PER_BLOCK):
@@ -90,10 +91,10 @@ def expected_iou(boxes_N4: Floats, probs_N4K: NDArray[np.floating], nodes: int =
 
 
 def stratum_means(probs_NCK: NDArray[np.floating], nodes: int) -> Floats:
-    """Means of the equal-mass strata of distributions over K bins, shape (N, C, nodes).
+    """(N, C, nodes) means of the equal-mass strata of distributions over K bins.
 
-    With F the distribution function and M(k) = sum_{j<=k} j p_j, the integral of the quantile function up to u is
-    M at the last full bin plus its part of the next; stratum means are scaled differences of it.
+    With M(k) = sum_{j<=k} j p_j, the integral of the quantile function up to u is M at the last full bin plus a part of
+    the next bin. Stratum means are scaled differences of this integral.
     """
     k = np.arange(probs_NCK.shape[-1], dtype=np.float64)
     probs = probs_NCK.astype(np.float64)
@@ -111,7 +112,7 @@ def stratum_means(probs_NCK: NDArray[np.floating], nodes: int) -> Floats:
 
 
 def _mean_iou(boxes_N4: Floats, nodes_N4Q: Floats) -> Floats:
-    """Mean IoU of each box with all Q^4 boxes of its nodes."""
+    """Mean IoU of each box with the Q^4 boxes of its nodes."""
     (overlap_x, side_x), (overlap_y, side_y) = (_axis_pairs(boxes_N4, nodes_N4Q, axis) for axis in (0, 1))
     area_N = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(axis=1)
     intersection = overlap_x[:, :, None] * overlap_y[:, None, :]
@@ -121,7 +122,7 @@ def _mean_iou(boxes_N4: Floats, nodes_N4Q: Floats) -> Floats:
 
 
 def _axis_pairs(boxes_N4: Floats, nodes_N4Q: Floats, axis: int) -> tuple[Floats, Floats]:
-    """Overlap with the box, and length, of all drawn intervals of one axis, each (N, Q^2); turned ones are empty."""
+    """(N, Q^2) overlap with the box, and length, of all sampled intervals of one axis; inverted ones are empty."""
     low, high = nodes_N4Q[:, axis, :, None], nodes_N4Q[:, axis + 2, None, :]
     start, end = boxes_N4[:, axis, None, None], boxes_N4[:, axis + 2, None, None]
     side = np.clip(high - low, 0, None)

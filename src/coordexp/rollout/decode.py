@@ -1,4 +1,4 @@
-"""From generations to parsed answers: what was emitted, how likely the model finds it, and what is annotated."""
+"""From generations to parsed answers: the emitted objects, the model's probabilities for them, and the annotation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coordexp.text.symbols import TokenTable
 
 @dataclass(frozen=True, slots=True)
 class AnswerReader:
-    """How to read this model's answers; `identity` goes into every line."""
+    """Parses the answers of one model; `identity` goes into every line."""
 
     table: TokenTable
     codec: str
@@ -31,7 +31,7 @@ class AnswerReader:
         return parse_answer(generation.ids, self.table, self.codec)
 
     def decoded(self, sample: Sample, generation: Generation, rescored: Rescored, text: str) -> Decoded:
-        """One parsed answer with what its scores need; `text` is for people to read."""
+        """One parsed answer with the probabilities that scores need; `text` is the readable form."""
         answer = self.parse(generation)
         result = ImageResult(
             image_id=sample.image_id,
@@ -59,7 +59,7 @@ def ground_truth(sample: Sample) -> tuple[GroundTruth, ...]:
 
 
 def coord_positions(answer: ParsedAnswer) -> NDArray[np.int64]:
-    """The answer tokens that are coordinates, (N, 4)."""
+    """(N, 4) positions of the coordinate tokens in the answer."""
     return np.array([o.coord_positions for o in answer.objects], np.int64).reshape(-1, 4)
 
 
@@ -68,7 +68,7 @@ def _emitted(
 ) -> tuple[Prediction, ...]:
     """Parsed objects with their emitted boxes and log-probabilities, without scores.
 
-    A coordinate written as digits spans one token a digit: its log-probability is their sum.
+    A coordinate written in digits has one token per digit; its log-probability is the sum over these tokens.
     """
     emitted_N4 = np.array([o.bins for o in objects], np.float64).reshape(-1, 4)
     boxes_N4 = decode_boxes(emitted_N4, sample.width, sample.height)

@@ -1,6 +1,6 @@
-"""The engine protocol: whatever generates token ids for samples, how it is asked, and the journal of what it answered.
+"""The engine protocol: generators of token ids for samples, their requests, and the journal of their answers.
 
-The journal keeps finished generations on disk as they come, so that an interrupted run goes on where it stopped.
+The journal writes each finished generation to disk, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
 
-Question = tuple[str, int, int, bytes]  # name, width and height of a picture; prompt
+Question = tuple[str, int, int, bytes]  # name, width and height of an image; prompt
 
-LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of the journal, whose lines hold their own hash beside them
-READOUT_KEYS = {"score", "box", "box_top_k"}  # of `decode`: how an answer is judged, not how it is generated
+LINE_KEYS = {"key", "ids", "finish_reason", "probs"}  # of a journal line, in addition to the hash of the line
+READOUT_KEYS = {"score", "box", "box_top_k"}  # keys of `decode` that affect reading an answer, not generating it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
-    """How answers are generated: the parameters, and beside them the codec, the seed and, for `grammar: closed`, the
-    only names that are allowed.
+    """How answers are generated: decode parameters, codec, seed and, for `grammar: closed`, the allowed names.
 
-    An engine that knows how likely the model finds what it emits says so, unless nobody will read it (`keep_probs`).
+    With `keep_probs`, an engine that computes the probabilities of the emitted tokens returns them.
     """
 
     params: DecodeParams
@@ -57,19 +56,19 @@ class DecodeRequest:
     keep_probs: bool = True
 
     def identity(self) -> str:
-        """All of it that decides what is generated, as text; a beam alone is no search."""
+        """Everything that determines the generated tokens, as text; `beams: 1` counts as no beam search."""
         idle = {"beams"} if self.params.beams == 1 else set()
         return json.dumps([self.params.model_dump(exclude=READOUT_KEYS | idle), self.codec, self.seed, self.names])
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> AnswerGrammar | None:
-        """What answers must keep to; None if any token may come."""
+        """The grammar of the answers; None if every token is allowed."""
         if self.params.grammar == "none":
             return None
         return AnswerGrammar(tokenizer, self.codec, self.params, self.names)
 
 
 def greedy(max_new_tokens: int, box: str, score: str) -> DecodeParams:
-    """Greedy decoding without constraints, for callers that take no parameters."""
+    """Parameters of greedy decoding without constraints, for callers without decode parameters."""
     return DecodeParams.model_validate(
         {
             "max_new_tokens": max_new_tokens,
@@ -89,38 +88,37 @@ def greedy(max_new_tokens: int, box: str, score: str) -> DecodeParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenProbs:
-    """How likely the model finds what was emitted, at temperature 1 and before penalties and masks: what re-scoring
-    would say.
+    """The model's probabilities of the emitted tokens, at temperature 1, without penalties and masks, as in re-scoring.
 
-    Shapes: A tokens, C of them coordinates, K bins. `logprobs_A` in nats; `coord_probs_CK` sums to 1, None for a codec
-    without coordinate tokens.
+    Shapes: A tokens, C of them coordinates, K bins. `logprobs_A` is in nats. `coord_probs_CK` sums to 1 over K; it is
+    None for a codec without coordinate tokens.
     """
 
     logprobs_A: NDArray[np.float64]
     coord_probs_CK: NDArray[np.float16] | None
 
     def to_json(self) -> dict[str, Any]:
-        """All bits, as JSON values."""
+        """JSON values without loss of precision."""
         probs = self.coord_probs_CK
         packed = None if probs is None else base64.b64encode(zlib.compress(probs.tobytes(), level=1)).decode()
         return {"logprobs": self.logprobs_A.tolist(), "coord_probs": packed}
 
     @classmethod
     def from_json(cls, value: Any, n_tokens: int) -> TokenProbs:
-        """What `to_json` made; raises ValueError saying what is wrong with it."""
+        """The inverse of `to_json`; raises ValueError with the reason if the value is invalid."""
         if not isinstance(value, dict) or value.keys() != {"logprobs", "coord_probs"}:
-            raise ValueError("the probabilities are no object of logprobs and coord_probs")
+            raise ValueError("the probabilities are not an object with logprobs and coord_probs")
         logprobs, packed = value["logprobs"], value["coord_probs"]
         if not isinstance(logprobs, list) or [type(p) for p in logprobs] != [float] * n_tokens:
             raise ValueError(f"the log-probabilities are {reprlib.repr(logprobs)}, expected {n_tokens} numbers")
         if packed is None:
             return cls(np.array(logprobs), None)
         try:
-            # A few bytes can unpack to gigabytes: of what is stored, no more than a distribution for each token.
+            # A few bytes can unpack to gigabytes, so at most one distribution per token is unpacked.
             stream = zlib.decompressobj()
             content = stream.decompress(base64.b64decode(packed, validate=True), 2 * NUM_BINS * n_tokens + 1)
             if not stream.eof:
-                raise ValueError("they are cut, or more than there are tokens")
+                raise ValueError("they are truncated, or more than the tokens")
             probs = np.frombuffer(content, np.float16).reshape(-1, NUM_BINS)
         except (TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"the distributions cannot be read ({error})") from error
@@ -131,7 +129,7 @@ class TokenProbs:
 class Generation:
     """Generated ids of one image, without prompt and padding; a finished answer ends with the end-of-turn id.
 
-    `probs` is None if the engine does not know them, or was told that nobody needs them.
+    `probs` is None if the engine does not compute them, or if the request does not need them.
     """
 
     ids: NDArray[np.int32]
@@ -140,23 +138,23 @@ class Generation:
 
     @classmethod
     def from_json(cls, ids: Any, finish_reason: Any, vocabulary_size: int) -> Generation:
-        """A generation of JSON values from outside; raises ValueError saying what is wrong with them."""
+        """A generation from untrusted JSON values; raises ValueError with the reason if they are invalid."""
         if not is_token_ids(ids):
             raise ValueError(f"the ids are {reprlib.repr(ids)}, expected a list of token ids")
         if ids and max(ids) >= vocabulary_size:
-            raise ValueError(f"there is the id {reprlib.repr(max(ids))}, expected ids below {vocabulary_size}")
+            raise ValueError(f"the largest id is {reprlib.repr(max(ids))}, expected ids below {vocabulary_size}")
         if finish_reason not in ("stop", "length"):
             raise ValueError(f"the finish reason is {reprlib.repr(finish_reason)}, expected 'stop' or 'length'")
         return cls(np.array(ids, np.int32), finish_reason)
 
 
 def is_token_ids(value: Any) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of integers from 0; neither true nor 1.0 is one."""
+    """Whether a JSON value is a list of integers >= 0; true and 1.0 are not integers."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 class Engine(Protocol):
-    """Generates answers; results come in the order of the samples, whatever the order of work."""
+    """Generates answers; the results are in the order of the samples, whatever the order of the work."""
 
     def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample."""
@@ -164,10 +162,10 @@ class Engine(Protocol):
 
 
 def request_key(sample: Sample, request: DecodeRequest, image_root: Path) -> str:
-    """What decides an answer of given weights: the picture's name and bytes, its size, prompt and request.
+    """Hash of what determines an answer for given weights: the image's name, bytes and size, the prompt, the request.
 
     Raises:
-        DataError: the picture cannot be read.
+        DataError: the image cannot be read.
     """
     content = record_sha256(image_root, sample.image)[:16]
     size = f"{sample.resized_width}x{sample.resized_height}"
@@ -176,14 +174,14 @@ def request_key(sample: Sample, request: DecodeRequest, image_root: Path) -> str
 
 
 def question_of(sample: Sample) -> Question:
-    """What of a sample a model sees: its picture at its size, and the prompt."""
+    """The part of a sample that the model sees: its image at its size, and the prompt."""
     return sample.image, sample.resized_width, sample.resized_height, sample.prompt_ids.tobytes()
 
 
 def answer_seeds(samples: Sequence[Sample], seed: int) -> list[int]:
-    """The seed of each answer: `seed`, and of a sample that is listed again `seed` + 1, + 2, ...
+    """The seed of each answer: `seed`, and `seed` + 1, + 2, ... for repetitions of a sample.
 
-    So several draws for one image are those of several runs.
+    Several answers to one image thus equal those of several runs.
     """
     listed: Counter[tuple[int, Question]] = Counter()
     seeds = []
@@ -195,9 +193,9 @@ def answer_seeds(samples: Sequence[Sample], seed: int) -> list[int]:
 
 
 class Journal:
-    """One JSON line per finished generation; safe to append to from several threads.
+    """One JSON line per finished generation; several threads may append.
 
-    Of several processes each writes a file of its own (`of_process`), and any of them reads all.
+    With several processes, each writes its own file (`of_process`), and each reads all files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -207,18 +205,18 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def of_process(self, number: int) -> Journal:
-        """The journal that a further process appends to, beside this one; read with it."""
+        """The journal of another process, next to this one; `read` includes it."""
         return Journal(self.path.with_stem(f"{self.path.stem}-{number}"))
 
     def read(self, vocabulary_size: int) -> dict[str, Generation]:
-        """The finished generations by key. Damaged lines are dropped: what they answered is generated again."""
+        """The finished generations by key. Damaged lines are dropped, and their answers generated again."""
         done: dict[str, Generation] = {}
         for path in self._files():
             done |= _read_journal(path, vocabulary_size)
         return done
 
     def append(self, key: str, generation: Generation) -> None:
-        """Add a finished generation; it is on disk when this returns."""
+        """Append a finished generation; it is on disk when this returns."""
         row = {
             "key": key,
             "ids": generation.ids.tolist(),
@@ -226,7 +224,7 @@ class Journal:
             "probs": generation.probs and generation.probs.to_json(),
         }
         with self._lock, self.path.open("a", encoding="utf-8") as out:
-            # A cut line of an earlier run must not swallow this one.
+            # A truncated last line of a killed run must not swallow this one.
             out.write(("\n" if _ends_mid_line(self.path) else "") + json.dumps(sealed_row(row)) + "\n")
             out.flush()
             os.fsync(out.fileno())
@@ -242,7 +240,7 @@ class Journal:
 
 
 def journal_rows(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The rows of a journal that are what was written, by their line, and what is wrong with each other line."""
+    """The intact rows of a journal by line number, and the reason for each damaged line."""
     rows, damaged = {}, []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -264,15 +262,15 @@ def _read_journal(path: Path, vocabulary_size: int) -> dict[str, Generation]:
         done[key] = generation
     if damaged:
         log.warning(
-            "%s: %d damaged lines, whose answers are generated again; the first is %s", path, len(damaged), damaged[0]
+            "%s: %d damaged lines, whose answers are generated again; the first: %s", path, len(damaged), damaged[0]
         )
     return done
 
 
 def _finished(row: dict[str, Any], vocabulary_size: int) -> tuple[str, Generation]:
-    """Key and generation of a row; raises ValueError if it is none that `append` wrote for this vocabulary."""
+    """Key and generation of a row; raises ValueError unless `append` wrote it for this vocabulary."""
     if row.keys() != LINE_KEYS or not isinstance(row["key"], str):
-        raise ValueError(f"it is no object of {', '.join(sorted(LINE_KEYS))}")
+        raise ValueError(f"it is not an object with {', '.join(sorted(LINE_KEYS))}")
     generation = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
     if row["probs"] is None:
         return row["key"], generation

@@ -1,4 +1,4 @@
-"""The engine in memory: the model as it is, decoded by slots (rollout/slot_decoder.py), in fixed groups of samples."""
+"""The in-memory engine: decodes fixed groups of samples in slots (rollout/slot_decoder.py) with the loaded model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from coordexp.text.grammar import AnswerGrammar
 
 log = logging.getLogger(__name__)
 
-# Samples of a group, in units of those that are open together. Slots are empty at the end of a group alone, so a large
-# one wastes less; what an interruption costs is one group of each process.
+# Samples per group, in multiples of the answers that are open at a time. Slots run empty only at the end of a group, so
+# a large group wastes less; an interruption costs at most one group per process.
 GROUP_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Samples that are answered together, by whichever process, and the seeds of their answers.
+    """Samples that one process answers together, and the seeds of their answers.
 
-    Which these are decides the last bits of every number, so it depends on the samples alone.
+    The composition of a batch affects the last bits of every number. It therefore depends on the samples alone, not on
+    the number of processes.
     """
 
     samples: Sequence[Sample]
@@ -39,7 +40,7 @@ class Group:
     batch_images: int
 
     def keys(self, request: DecodeRequest) -> list[str]:
-        """A journal key for each answer; the whole group is in it."""
+        """The journal key of each answer; it depends on the whole group."""
         own = [
             request_key(sample, replace(request, seed=seed), self.image_root)
             for sample, seed in zip(self.samples, self.seeds, strict=True)
@@ -49,7 +50,7 @@ class Group:
 
 
 class GroupEngine(ABC):
-    """Answers group by group, in this process or in others; `batch_images` answers are open at a time in each.
+    """Answers group by group, in this process or in others, each with `batch_images` open answers at a time.
 
     With a journal, finished groups survive an interruption.
     """
@@ -60,7 +61,7 @@ class GroupEngine(ABC):
         self._journal = journal
 
     def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
-        """One generation per sample; groups hold prompts of similar length, results keep the samples' order."""
+        """One generation per sample, in their order; a group has prompts of similar length."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].prompt_length, i))
         seeds, size = answer_seeds(samples, request.seed), GROUP_BATCHES * self._batch_images
         places = [order[first : first + size] for first in range(0, len(order), size)]
@@ -79,7 +80,7 @@ class GroupEngine(ABC):
     def stream(
         self, parts: Iterable[Sequence[Sample]], request: DecodeRequest, image_root: Path
     ) -> Iterator[list[Generation]]:
-        """The answers of each part, in order, as they are ready; a part is a group, and its pictures lie here."""
+        """The answers of each part, in order, as soon as they are ready; each part is a group, with its own images."""
         groups = (self._group(part, answer_seeds(part, request.seed)) for part in parts)
         return self._answers((replace(group, image_root=image_root) for group in groups), request)
 
@@ -89,7 +90,7 @@ class GroupEngine(ABC):
     def _kept(
         self, places: Sequence[Sequence[int]], groups: Sequence[Group], request: DecodeRequest
     ) -> dict[int, Generation]:
-        """The answers of groups that the journal holds whole, by place."""
+        """The answers of groups that are complete in the journal, by sample index."""
         done = self._journal.read(self._vocabulary_size()) if self._journal else {}
         kept: dict[int, Generation] = {}
         for part, group in zip(places, groups, strict=True) if done else ():
@@ -100,19 +101,19 @@ class GroupEngine(ABC):
 
     @abstractmethod
     def _answers(self, groups: Iterable[Group], request: DecodeRequest) -> Iterator[list[Generation]]:
-        """The answers of each group, in order; in the journal before they are given."""
+        """The answers of each group, in order, written to the journal before they are returned."""
 
     @abstractmethod
     def _vocabulary_size(self) -> int:
-        """How many token ids the model can emit."""
+        """The number of token ids that the model can emit."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the processes that answer, if there are any beside this one."""
+        """End the worker processes, if there are any."""
 
 
 class HfEngine(GroupEngine):
-    """Answers by the model in memory; the weights are used as they are at the time of the call."""
+    """Generates with the model in memory and its current weights."""
 
     def __init__(
         self, checkpoint: Checkpoint, image_root: Path, batch_images: int, journal: Journal | None = None
@@ -131,17 +132,17 @@ class HfEngine(GroupEngine):
         return len(input_table(self._checkpoint.model).weight)
 
     def close(self) -> None:
-        """Nothing to end: the model belongs to the caller."""
+        """No-op: the model belongs to the caller."""
 
 
 def answer_group(
     checkpoint: Checkpoint, group: Group, request: DecodeRequest, grammar: AnswerGrammar | None
 ) -> list[Generation]:
-    """The answers of a group by a model in memory, which goes on training afterwards if it was."""
+    """The answers of a group by a model in memory, which returns to its previous mode."""
     model, was_training = checkpoint.model, checkpoint.model.training
     decoder = SlotDecoder if request.params.beams == 1 else BeamSearch
     model.eval()
-    with inference_plan(model.device).autocast(model):  # also when asked from within a training step
+    with inference_plan(model.device).autocast(model):  # also when called from within a training step
         opened = decoder(checkpoint, checkpoint.collator(group.image_root), request, grammar, group.batch_images)
         generations = opened.decode(group.samples, group.seeds)
     model.train(was_training)
@@ -149,7 +150,7 @@ def answer_group(
 
 
 def keep(group: Group, generations: Sequence[Generation], request: DecodeRequest, journal: Journal | None) -> None:
-    """Put the answers of a group into a journal."""
+    """Append the answers of a group to a journal."""
     if journal:
         for key, generation in zip(group.keys(request), generations, strict=True):
             journal.append(key, generation)

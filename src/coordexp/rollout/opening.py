@@ -1,4 +1,4 @@
-"""Answers of a checkpoint by the engine that a profile asks for, and the model in memory afterwards."""
+"""Generate the answers of a checkpoint with the engine that the profile selects."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def generate_answers(
     samples: Sequence[Sample],
     request: DecodeRequest,
 ) -> tuple[list[Generation], Checkpoint | None, float]:
-    """Answers of the checkpoint in `folder`, the checkpoint if this process generated them, and the seconds it took.
+    """Answers of the checkpoint in `folder`, the loaded checkpoint if this process generated them, and the seconds.
 
-    With `rollout.engine: vllm` no model is loaded beside a server of ours: both would not fit on one GPU. Answers are
-    kept until all are there, so that a failed run goes on from them, and a second one at the same work waits for it.
+    With `rollout.engine: vllm` this process does not load the model, because it would not fit on a GPU together with a
+    server. Answers are kept until all are complete, so a failed run resumes; a second run of the same work waits for
+    the first.
     """
     asked = [request.identity(), request.keep_probs, [sample.image_id for sample in samples]]
     key = fingerprint({"code": code_hash(__name__), "asked": asked}, weight_files(folder))
@@ -70,9 +71,9 @@ def ask_servers(
     samples: Sequence[Sample],
     request: DecodeRequest,
 ) -> tuple[list[Generation], float]:
-    """Answers of the checkpoint in `folder` by the servers of the profile, and the seconds of generating.
+    """Answers of the checkpoint in `folder` from the servers of the profile, and the seconds of generation.
 
-    Servers of our own have left when this returns.
+    Servers that this call started have stopped when it returns.
     """
     weights = Weights.of(folder)
     with ExitStack() as running:

@@ -1,6 +1,6 @@
-"""Rollouts: what the model answered on training images (on file, ids alone), and what stage 2 makes of it in memory.
+"""Rollouts: the model's answers on training images. Files hold token ids; stage 2 parses and matches them in memory.
 
-On file is what was generated. Parsing and matching, whose parameters are stage 2's, come after.
+Parsing and matching depend on parameters of stage 2, so their results are not stored.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from coordexp.text.parser import ParsedAnswer
 
 log = logging.getLogger(__name__)
 MOST_UNUSABLE = 0.1
-GENERATIONS = Gate("what the stage `rollout` writes", DataError, "Run that stage again.")
+GENERATIONS = Gate("rollouts as the stage `rollout` writes them", DataError, "Run that stage again.")
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutObject:
-    """A parsed object of a rollout: text, bins, and where its coordinates are among the generated tokens."""
+    """A parsed object of a rollout: name, bins, and the positions of its coordinates among the generated tokens."""
 
     desc: str
     bins: tuple[int, int, int, int]
@@ -44,9 +44,9 @@ class RolloutObject:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One rollout after the E-step. `pairs` are accepted (prediction, ground truth) indices; both count from 0.
+    """One rollout after the E-step. `pairs` are the accepted (prediction, ground truth) indices, from 0.
 
-    `usable` is False if no container was found: stage 2 then falls back to channel A for this sample.
+    `usable` is False if the parser found no container; stage 2 then uses the ground truth for this sample.
     """
 
     image_id: int
@@ -59,7 +59,7 @@ class Rollout:
 
 
 def parsed_rollout(image_id: int, generation: Generation, answer: ParsedAnswer) -> Rollout:
-    """A generation with its objects, not matched yet."""
+    """A generation with its parsed objects, before matching."""
     return Rollout(
         image_id=image_id,
         ids=tuple(generation.ids.tolist()),
@@ -72,9 +72,9 @@ def parsed_rollout(image_id: int, generation: Generation, answer: ParsedAnswer) 
 
 
 def match_rollouts(rollouts: Sequence[Rollout], samples: Sequence[Sample], matching: MatchingParams) -> list[Rollout]:
-    """Each rollout matched to the (non-crowd) ground truth of its sample, whatever pairs it had.
+    """Match each rollout to the non-crowd ground truth of its sample; previous pairs are replaced.
 
-    Stage 2 does this in each step, where gate and costs may follow a curriculum.
+    Stage 2 does this in each step, because the threshold and costs may follow a curriculum.
     """
     pred, gt, distances = [], [], []
     for rollout, sample in zip(rollouts, samples, strict=True):
@@ -98,7 +98,7 @@ def match_rollouts(rollouts: Sequence[Rollout], samples: Sequence[Sample], match
 def rollout_summary(
     samples: Sequence[Sample], rollouts: Sequence[Rollout], reports: Sequence[ParseReport]
 ) -> dict[str, Any]:
-    """Counts and the training-time matching F1 of matched rollouts; ratios are sums over sums, None over nothing."""
+    """Counts and matching F1 of matched rollouts; ratios are sums over sums, None if the denominator is 0."""
     counts = MatchCounts(
         n_pred=sum(len(r.objects) for r in rollouts),
         n_gt=sum(len(s.descs) - sum(s.iscrowd) for s in samples),
@@ -128,28 +128,28 @@ def rollout_summary(
 
 
 def warn_of_unusable(reports: Sequence[ParseReport]) -> None:
-    """Say loudly that channel B will find little to train on."""
+    """Warn if channel B will have little to train on."""
     images, unusable = len(reports), sum(not report.container_found for report in reports)
     if unusable > MOST_UNUSABLE * images:
         log.warning(
-            "%d of %d rollouts do not parse: channel B falls back to ground truth for them. Expected nearly none: "
-            "train stage 1 longer, or set decode.grammar.",
+            "%d of %d rollouts do not parse, and channel B uses the ground truth for them. Expected almost none: train "
+            "stage 1 longer, or set decode.grammar.",
             unusable,
             images,
         )
     if (truncated := sum(report.truncated for report in reports)) > MOST_UNUSABLE * images:
         log.warning(
-            "%d of %d rollouts are cut at the token budget. Expected nearly none: train stage 1 longer, or raise "
+            "%d of %d rollouts are truncated at the token budget. Expected almost none: train stage 1 longer, or raise "
             "decode.max_new_tokens.",
             truncated,
             images,
         )
     if not any(report.n_valid for report in reports):
-        log.warning("the rollouts hold no object at all: matching finds nothing, and channel B only appends misses.")
+        log.warning("the rollouts have no objects: matching finds nothing, and channel B only appends missed objects.")
 
 
 def write_generations(path: Path, generations: Mapping[int, Generation]) -> None:
-    """One JSON line per image: its id, the generated ids and why they end."""
+    """Write one JSON line per image: its id, the generated ids and the finish reason."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for image_id, generation in generations.items():
             row = {"image_id": image_id, "ids": generation.ids.tolist(), "finish_reason": generation.finish_reason}
@@ -163,8 +163,8 @@ def read_generations(path: Path, vocabulary_size: int) -> dict[int, Generation]:
         try:
             image_id = row["image_id"]
             if type(image_id) is not int or image_id in out:
-                raise ValueError(f"the image id is {shown(image_id)}, expected a number that no other line has")
+                raise ValueError(f"the image id is {shown(image_id)}, expected an integer that occurs once")
             out[image_id] = Generation.from_json(row["ids"], row["finish_reason"], vocabulary_size)
         except (ValueError, KeyError, TypeError) as error:
-            GENERATIONS.refuse(where, f"no rollout: {error}", error)
+            GENERATIONS.refuse(where, f"not a rollout: {error}", error)
     return out

@@ -1,9 +1,8 @@
-"""Re-scoring, for engines that do not say how likely the model finds what they emit: one packed teacher-forced forward
-gives the log-probability of every generated token, and the whole distribution over the coordinate bins where an
-object's coordinates were emitted.
+"""Re-scoring: the model's probabilities of given answers, for engines that do not return them.
 
-Whatever engine produced the ids, and whatever penalties or masks shaped its sampling, these are the model's own
-probabilities at temperature 1 under the training prompt.
+One packed, teacher-forced forward gives the log-probability of every generated token and, at the coordinates of the
+parsed objects, the distribution over the bins. These are the model's own probabilities at temperature 1 under the
+training prompt, whichever engine, penalties or masks produced the tokens.
 
 Shapes: S slots, A answer tokens, N objects of one answer, K bins.
 """
@@ -27,14 +26,14 @@ from coordexp.packing.samples import Sample
 from coordexp.rollout.engine import Generation
 from coordexp.text.codecs import Role
 
-_SLOTS_PER_HEAD = 2048  # the logits of that many slots exist at a time: with Qwen's vocabulary, about 1.2 GB
+_SLOTS_PER_HEAD = 2048  # maximum slots whose logits exist at a time: with Qwen's vocabulary, about 1.2 GB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rescored:
-    """What the model thinks of one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1, None without bins.
+    """The model's probabilities for one answer: `logprobs_A` in nats; `coord_probs_N4K` sums to 1, None without bins.
 
-    The distributions are rounded to float16, as they are stored: in memory and from a file, the same boxes come out.
+    The distributions are rounded to float16, as in files, so that boxes from memory and from a file are equal.
     """
 
     logprobs_A: NDArray[np.float64]
@@ -53,8 +52,8 @@ def rescore(
     """Log-probabilities of all tokens, and distributions at the coordinates of the parsed objects.
 
     Args:
-        coord_positions: per answer (N, 4), the answer tokens that are coordinates; of no use to, and not read for, a
-            checkpoint without coordinate tokens.
+        coord_positions: per answer (N, 4), positions of the coordinate tokens; ignored for a checkpoint without
+            coordinate tokens.
     """
     model = checkpoint.model
     was_training = model.training
@@ -64,6 +63,8 @@ def rescore(
         chunk = slice(first, first + images_per_forward)
         segments = [_all_text(s, g) for s, g in zip(samples[chunk], generations[chunk], strict=True)]
         batch = collator(segments).to(model.device)
+        # One forward over prompt and answer: causal attention gives each token the context that generation gave it, and
+        # segments of a packed row do not attend to one another.
         with inference_plan(model.device).autocast(model):
             hidden = hidden_states(model, batch)
             logprobs = _chosen_logprobs(checkpoint, hidden, batch.text_slots, batch.text_targets)
@@ -77,18 +78,20 @@ def rescore(
 
 
 def kept_while_generating(form: ModelFormat, generation: Generation, positions_N4: NDArray[np.int64]) -> Rescored:
-    """The same of an answer whose engine kept the probabilities; its coordinates stand at `positions_N4`."""
+    """The same for an answer whose engine kept the probabilities; `positions_N4` are its coordinate tokens."""
     probs, coord = generation.probs, form.coord
     assert probs is not None
     if probs.coord_probs_CK is None or coord is None:
         return Rescored(probs.logprobs_A, None)
     is_coord_A = (generation.ids >= coord.first_id) & (generation.ids < coord.end_id)
     assert is_coord_A.sum() == len(probs.coord_probs_CK)
+    # The engine kept a distribution for every coordinate token, those of dropped objects included; the running count
+    # of coordinate tokens is the index of a token's distribution.
     return Rescored(probs.logprobs_A, probs.coord_probs_CK[is_coord_A.cumsum()[positions_N4] - 1])
 
 
 def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, targets_S: Tensor) -> NDArray[np.float64]:
-    """Log-probability of each target at its slot."""
+    """The log-probability of each target at its slot."""
     parts = []
     for slots, targets in zip(slots_S.split(_SLOTS_PER_HEAD), targets_S.split(_SLOTS_PER_HEAD), strict=True):
         logits = slot_logits(checkpoint.model, hidden, slots).float()
@@ -97,7 +100,7 @@ def _chosen_logprobs(checkpoint: Checkpoint, hidden: Tensor, slots_S: Tensor, ta
 
 
 def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64]) -> NDArray[np.float16] | None:
-    """Distribution over the bins at the slots of N boxes, (N, 4, K): the softmax over the coordinate tokens alone."""
+    """(N, 4, K) distributions over the bins at the slots of N boxes: the softmax over the coordinate tokens alone."""
     coord = checkpoint.coord
     if coord is None:
         return None
@@ -110,7 +113,7 @@ def _bin_probs(checkpoint: Checkpoint, hidden: Tensor, slots: NDArray[np.int64])
 
 
 def _all_text(sample: Sample, generation: Generation) -> Segment:
-    """A segment in which every generated token is a slot, so that one gather reads all of them."""
+    """A segment in which every generated token is a slot, so that one gather collects all of them."""
     n = len(generation.ids)
     return Segment(
         sample=sample,
@@ -123,7 +126,7 @@ def _all_text(sample: Sample, generation: Generation) -> Segment:
 
 
 def _split_by_segment(values: NDArray, collator: Collator, segments: Sequence[Segment]) -> list[NDArray]:
-    """Undo the packing: slots are listed row by row, so follow the same rows."""
+    """Undo the packing: the slots are listed row by row, in the order of the packed rows."""
     result: list[NDArray] = [np.empty(0)] * len(segments)
     at = 0
     for row in collator.rows(segments):

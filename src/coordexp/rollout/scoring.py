@@ -1,6 +1,6 @@
-"""From parsed answers with distributions to predictions: the box under `decode.box`, the score under `decode.score`.
+"""From parsed answers with distributions to predictions: the box by `decode.box`, the score by `decode.score`.
 
-This needs no model, so that another readout or score is read from stored answers in seconds.
+This needs no model, so another readout or score takes seconds on stored answers.
 
 Shapes: N objects of one answer, 4 coordinates x1, y1, x2, y2, K bins.
 """
@@ -29,23 +29,25 @@ from coordexp.losses.readout import read
 from coordexp.records.gt_vs_pred import ImageResult, read_results, write_results
 from coordexp.rollout.confidence import DISTRIBUTIONAL, Evidence, score_objects, slot_sd
 
-# `straight_through` reads what `argmax` reads: the rules differ in their gradients alone.
+# `straight_through` is missing because it differs from `argmax` only in its gradient.
 BOX_RULES: tuple[ReadoutRule, ...] = ("argmax", "expectation", "local_expectation", "top_k", "median")
 ANSWERS, DISTRIBUTIONS = "answers.jsonl", "distributions.npy"
-SUMMARY = Gate("how answers were made, as decoding writes it", DataError, "Decode again.")
+SUMMARY = Gate("the summary that decoding writes", DataError, "Decode again.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """One parsed answer: `result` holds the emitted boxes without scores, `probs_N4K` the distribution at each
-    coordinate; float16 and summing to 1 but for its rounding; None for a codec that has none."""
+    """One parsed answer: `result` has the emitted boxes without scores, `probs_N4K` the distributions at coordinates.
+
+    The distributions are float16 and sum to 1 up to rounding; None for a codec without bins.
+    """
 
     result: ImageResult
     probs_N4K: NDArray[np.float16] | None
 
 
 def readable(decode: DecodeParams, has_distributions: bool) -> DecodeParams:
-    """What is possible: numbers spelled in digits have no distribution over bins, so the emitted ones count."""
+    """The parameters adapted to the codec: numbers spelled in digits have no distributions, so argmax applies."""
     if has_distributions:
         return decode
     score = "coord_logprob" if decode.score in DISTRIBUTIONAL else decode.score
@@ -53,7 +55,7 @@ def readable(decode: DecodeParams, has_distributions: bool) -> DecodeParams:
 
 
 def scored(decoded: Decoded, decode: DecodeParams) -> ImageResult:
-    """The answer with its boxes under every rule, and its scores under every scheme that its codec allows."""
+    """The answer with its boxes under every readout rule, and its scores under every scheme that its codec allows."""
     result, probs_N4K = decoded.result, _normalised(decoded.probs_N4K)
     decode = readable(decode, probs_N4K is not None)
     emitted_N4 = np.array([p.bins for p in result.pred], np.float64).reshape(-1, 4)
@@ -93,17 +95,17 @@ def _normalised(probs_N4K: NDArray[np.float16] | None) -> NDArray[np.float32] | 
 def read_bins(
     rule: ReadoutRule, emitted_N4: NDArray[np.float64], probs_N4K: NDArray[np.floating], top_k: int
 ) -> NDArray[np.float64]:
-    """Boxes in bins under one of `BOX_RULES`, fractional, shape (N, 4), within [0, K - 1].
+    """(N, 4) boxes in fractional bins under one of `BOX_RULES`, within [0, K - 1].
 
-    A bin is 0.1 % of the image side; the distribution round the emitted one says where inside and beside it the edge
-    lies. An axis on which a rule would turn the box over (x2 <= x1, as two broad distributions can) keeps its emitted
+    A bin is 0.1 % of the image side. The distribution around the emitted bin locates the edge with a finer resolution.
+    An axis on which a rule would invert the box (x2 <= x1, which two broad distributions can cause) keeps its emitted
     bins.
 
     Args:
-        rule: a name of `BOX_RULES`; `argmax` is the emitted bins as they are.
+        rule: a name in `BOX_RULES`; `argmax` means the emitted bins.
         emitted_N4: the emitted bins, 0..K-1.
         probs_N4K: the distribution at each slot; sums to 1 over K.
-        top_k: bins that `top_k` keeps.
+        top_k: number of bins that the rule `top_k` keeps.
     """
     probs = torch.from_numpy(probs_N4K).double()
     bins_K = torch.arange(probs.shape[-1], dtype=torch.float64)
@@ -113,13 +115,13 @@ def read_bins(
 
 
 def as_box(values: Sequence[float] | NDArray) -> Box:
-    """Four pixels (or bins), rounded to what files hold."""
+    """Four values in pixels or bins, rounded to the precision of files."""
     x1, y1, x2, y2 = (round(float(v), 4) for v in values)
     return x1, y1, x2, y2
 
 
 def write_decoded(folder: Path, decoded: Sequence[Decoded], summary: dict[str, Any]) -> None:
-    """Answers as lines, their distributions as one array in the same order, and how they were made."""
+    """Write answers as lines, their distributions as one array in the same order, and the summary of decoding."""
     held = [answer.probs_N4K for answer in decoded if answer.probs_N4K is not None]
     with sealing(folder):
         write_results(folder / ANSWERS, [answer.result for answer in decoded])
@@ -130,7 +132,7 @@ def write_decoded(folder: Path, decoded: Sequence[Decoded], summary: dict[str, A
 
 
 def read_decoded(folder: Path) -> Iterator[Decoded]:
-    """What `write_decoded` wrote; raises DataError if answers and distributions do not belong together."""
+    """The answers that `write_decoded` wrote; raises DataError if answers and distributions do not match."""
     path, at = verified(folder / DISTRIBUTIONS), 0
     probs = _mapped(path) if path.is_file() else None
     for result in read_results(folder / ANSWERS):
@@ -138,26 +140,30 @@ def read_decoded(folder: Path) -> Iterator[Decoded]:
         yield Decoded(result, None if probs is None else np.asarray(probs[at:end]))
         at = end
     if probs is not None and at != len(probs):
-        raise DataError(f"{path}: distributions of {len(probs)} objects, but {ANSWERS} holds {at}. Decode again.")
+        raise DataError(
+            f"{path}: holds the distributions of {len(probs)} objects, but {ANSWERS} has {at} objects. Decode again."
+        )
 
 
 def _mapped(path: Path) -> NDArray[np.float16]:
     try:
         probs = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); it was cut or edited. Decode again.") from error
+        raise DataError(f"{path}: cannot be read ({error}); it was truncated or edited. Decode again.") from error
     if probs.dtype != np.float16 or probs.shape[1:] != (4, NUM_BINS):
-        raise DataError(f"{path}: holds {probs.dtype} {probs.shape}, expected float16 (objects, 4, {NUM_BINS}).")
+        raise DataError(
+            f"{path}: holds {probs.dtype} {probs.shape}, expected float16 (objects, 4, {NUM_BINS}). Decode again."
+        )
     return probs
 
 
 def score_folder(folder: Path, decode: DecodeParams, out: Path) -> None:
-    """Turn stored answers into the hand-over file of the evaluation, beside how they were made."""
+    """Turn stored answers into the predictions file of the evaluation, and copy the summary of decoding."""
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / GT_VS_PRED, (scored(decoded, decode) for decoded in read_decoded(folder)))
     write_json(out / DECODE_SUMMARY, read_summary(folder))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """How the answers of a folder were made: checkpoint, codec, identity, settings, images, tokens."""
+    """The summary of decoding: checkpoint, codec, identity, settings, images, tokens."""
     return SUMMARY.read_object(folder / DECODE_SUMMARY)

@@ -1,4 +1,4 @@
-"""`coordexp serve`: the servers that stages start for a checkpoint, as commands to copy, or running until Ctrl-C."""
+"""`coordexp serve`: print the commands of the servers that a stage would start, or run them until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LOOK_SECONDS = 2.0
 
 
 def print_commands(run: RunConfig, folder: Path, host: str, port: int) -> None:
-    """One line a server, for a shell on a machine with the same paths; the key is that of the environment, or new."""
+    """Print one shell line per server, for a machine with the same paths; the key is the environment's or a new one."""
     key = os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(24)
     for place, command in enumerate(_commands(run, folder), port):
         print(command.shell(host, place, key))
 
 
 def run_servers(run: RunConfig, folder: Path, host: str, port: int) -> None:
-    """Start them, print what a profile and the shell of a stage need when all are up, and wait.
+    """Start the servers; when all are up, print the lines for the profile and the shell of a stage; then wait.
 
-    Profiles are in git, so the key is no part of the URLs. One that the environment gave is known, and not printed.
+    Profiles are in git, so their URLs do not contain the key. A key from the environment is not printed.
 
     Raises:
-        ServerError: one does not come up, or ends.
+        ServerError: a server does not start, or ends.
     """
     commands, given = _commands(run, folder), os.environ.get(KEY_VARIABLE, "")
     key = given or secrets.token_urlsafe(24)
@@ -47,7 +47,7 @@ def run_servers(run: RunConfig, folder: Path, host: str, port: int) -> None:
                 time.sleep(LOOK_SECONDS)
         except KeyboardInterrupt:
             return
-    raise ServerError(f"a server of {folder} ended by itself; the others were stopped.")
+    raise ServerError(f"a server of {folder} ended unexpectedly; the others were stopped. Start them again.")
 
 
 def _commands(run: RunConfig, folder: Path) -> list[ServerCommand]:

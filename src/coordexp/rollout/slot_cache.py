@@ -1,4 +1,4 @@
-"""What the decoders in memory share: prompts read into the slots of a cache, and what is kept of each token.
+"""The common part of the in-memory decoders: a cache of slots, the prompts, and the record of each token.
 
 Shapes: R open answers, T tokens that an answer runs in one step, V vocabulary, K bins, L cache columns, H key heads, D
 head size, N tokens of packed prompts.
@@ -30,11 +30,15 @@ from coordexp.text.codecs import END_OF_TURN
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.vocabulary import token_id
 
-_MORE_COLUMNS = 64  # that the cache grows by at least: each time, it is copied
+_MORE_COLUMNS = 64  # minimum growth of the cache, which is copied each time it grows
 
 
 class SlotCache(Cache):
-    """Keys and values of several answers of different lengths; slots 0..R-1 hold the open ones."""
+    """Keys and values of several answers of different lengths; slots 0..R-1 hold the open answers.
+
+    Each answer is left-aligned in its slot and has its own length, so answers join and leave without padding the
+    others. A mask per query hides the columns beyond the length.
+    """
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, slots: int) -> None:
         super().__init__(layers=[])
@@ -47,7 +51,7 @@ class SlotCache(Cache):
         self._seen: tuple[int, int] | None = None
 
     def fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next forward is of packed prompts, which go into these slots."""
+        """Prepare for a forward over packed prompts, which go into these slots."""
         self._reserve(max(lengths))
         self.lengths[list(slots)] = lengths
         rows, columns = np.repeat(slots, lengths), np.concatenate([np.arange(n) for n in lengths])
@@ -55,9 +59,10 @@ class SlotCache(Cache):
         self._write_at(rows[None], columns[None])
 
     def extend(self, n_open: int, n_tokens: int) -> Tensor:
-        """The next forward is of so many more tokens of each open answer; which columns each sees, (R, T, L).
+        """Prepare for a forward over `n_tokens` more tokens of each open answer; returns the (R, T, L) attention mask.
 
-        `lengths` stay: how many of the tokens count is for the caller to say.
+        `lengths` does not change: the caller adds the number of accepted tokens. Keys of rejected drafts stay beyond
+        the length until later tokens overwrite them.
         """
         columns_RT = self.lengths[:n_open, None] + np.arange(n_tokens)
         width = int(columns_RT.max()) + 1
@@ -67,7 +72,7 @@ class SlotCache(Cache):
         return torch.arange(width, device=self.keys.device) <= self._columns[..., None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """transformers' interface: takes (B, H, T, D) states, gives what the queries attend to."""
+        """transformers' cache interface: store (B, H, T, D) states, return those that the queries attend to."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self._rows, :, self._columns] = key_states.transpose(1, 2).to(keys.dtype)
         values[self._rows, :, self._columns] = value_states.transpose(1, 2).to(values.dtype)
@@ -77,13 +82,13 @@ class SlotCache(Cache):
         return keys[:n_open, :, :width], values[:n_open, :, :width]
 
     def copy(self, source: int, target: int) -> None:
-        """Put what one slot holds into another."""
+        """Copy the contents of one slot into another."""
         n = self.lengths[target] = self.lengths[source]
         for states in (self.keys, self.values):
             states[:, target, :, :n] = states[:, source, :, :n]
 
     def reorder(self, first: int, sources: Sequence[int]) -> None:
-        """Fill the slots from `first` with what others hold, counted from there."""
+        """Fill the slots from `first` on with the contents of slots `first + source`."""
         taken, targets = [first + source for source in sources], slice(first, first + len(sources))
         n = self.lengths[taken].max(initial=0)
         self.lengths[targets] = self.lengths[taken]
@@ -101,9 +106,9 @@ class SlotCache(Cache):
 
 
 class Prompts:
-    """The prompts of samples, which go into the slots of a cache in their order.
+    """Runs the prompts of samples, in order, into the slots of a cache.
 
-    Their pictures are read in a thread, `most` ahead. A question that is asked several times in a row is read once.
+    A thread loads images, at most `most` ahead. Consecutive equal prompts are computed once.
     """
 
     def __init__(
@@ -114,7 +119,7 @@ class Prompts:
         self._pictures = ahead(self._read_pictures(), max(1, most))
 
     def read(self, cache: SlotCache, slots: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Fill these slots by the next prompts; logits (R, V) and rotary position of the first token of each answer."""
+        """Run the next prompts into these slots; returns (R, V) logits and the rotary position of each first token."""
         asked = self._samples[self._at : self._at + len(slots)]
         self._at += len(slots)
         pictures = [next(self._pictures) for _ in asked]
@@ -136,7 +141,7 @@ class Prompts:
         return logits_RV[read_as], [ropes[source] for source in read_as]
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop loading images."""
         self._pictures.close()
 
     def _read_pictures(self) -> Iterator[NDArray[np.float32]]:
@@ -149,18 +154,18 @@ class Prompts:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Written:
-    """Tokens of an answer, and where it is asked for how likely the model finds them, and the bins at coordinates."""
+    """Tokens of an answer and, if requested, their log-probabilities and the distributions at coordinates."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     coord_probs: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> Written:
-        """The same, to go on in another way."""
+        """A copy that can be extended independently."""
         return Written(ids=[*self.ids], logprobs=[*self.logprobs], coord_probs=[*self.coord_probs])
 
     def append(self, token: int, logprob: float | None, probs_K: Tensor | None) -> None:
-        """Add a token, and what is known of it."""
+        """Add a token and its probabilities."""
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
@@ -169,7 +174,7 @@ class Written:
 
 
 class Decoder(ABC):
-    """Answers of a checkpoint to a request; how they are searched for is the subclass's."""
+    """Generates the answers of a checkpoint to a request; the subclass defines the search."""
 
     def __init__(
         self,
@@ -179,24 +184,24 @@ class Decoder(ABC):
         grammar: AnswerGrammar | None,
         slots: int,
     ) -> None:
-        """Up to `slots` answers, or beams of them, are open at a time."""
+        """`slots` is the maximum number of answers (or beams) that are open at a time."""
         config, coord = checkpoint.model.config, checkpoint.coord
         self._model, self._collator, self._request, self._grammar = checkpoint.model, collator, request, grammar
-        self._slots = slots
+        self._slots, self._tokenizer = slots, checkpoint.tokenizer
         self._room = request.params.max_new_tokens
         self._end_id = token_id(checkpoint.tokenizer, END_OF_TURN)
         has_coords = coord is not None and request.codec != "digits"
         self._coord_ids = range(coord.first_id, coord.end_id) if coord and has_coords else range(0)
-        # They stand for pictures: an answer that holds one could not be read by the model again.
+        # Image and video tokens are placeholders for visual input. The model could not re-read an answer with one.
         self._choice = TokenChoice(request.params, [config.image_token_id, config.video_token_id])
-        self.forwards = 0  # over tokens of open answers, for measurements
+        self.forwards = 0  # number of forwards over open answers, for measurements
 
     @abstractmethod
     def decode(self, samples: Sequence[Sample], seeds: Sequence[int] | None = None) -> list[Generation]:
-        """One generation per sample, in their order; drawn ones by `seeds`, or else by `answer_seeds`."""
+        """One generation per sample, in their order; sampling uses `seeds`, by default `answer_seeds`."""
 
     def _known(self, logits_RV: Tensor, ids_R: Tensor) -> list[tuple[float | None, Tensor | None]]:
-        """How likely the model finds each of these tokens, and where it is a coordinate, all bins."""
+        """The log-probability of each of these tokens, and the distribution over bins if it is a coordinate."""
         if not self._request.keep_probs:
             return [(None, None)] * len(ids_R)
         logprobs_R = logits_RV.gather(1, ids_R[:, None])[:, 0] - logits_RV.logsumexp(1)
@@ -222,7 +227,7 @@ class Decoder(ABC):
 
 
 def prompt_segment(sample: Sample) -> Segment:
-    """A segment of the prompt alone."""
+    """A segment that consists of the prompt alone."""
     no_ids, no_boxes = np.empty(0, np.int32), np.empty((0, 4), np.int64)
     no_weights = np.empty(0, np.float32)
     return Segment(sample, no_ids, np.empty(0, np.uint8), no_weights, no_boxes, no_boxes.astype(np.float32))

@@ -1,10 +1,10 @@
-"""Batched decoding over the model in memory, in which no forward is spent on an answer that has ended.
+"""Batched decoding with the model in memory, with continuous batching: finished answers take part in no forward.
 
-Prompts and pictures are read packed, without padding, into the slots of a cache. Each step then runs the next tokens of
-every open answer: the last one that was chosen, and those that are sure to follow it under a grammar. An answer that
-ends gives its slot away at once; the last open answer moves into it, so that the open ones are always the first.
-What scores need is kept on the way: how likely the model finds each token, and where a coordinate was emitted, how
-likely it finds every bin.
+Prompts and images are packed without padding into the slots of a cache. Each step then runs the next tokens of every
+open answer: the last chosen token, and those that must follow it under a grammar or are drafted. When an answer ends,
+its slot is free at once: the last open answer moves into it, so that the open answers always occupy the first slots
+(as in Orca's iteration-level scheduling, Yu et al. 2022, OSDI). The decoder records the probabilities that scores need:
+the log-probability of each token, and the distribution over all bins at each coordinate.
 
 Shapes: R open answers, T tokens that an answer runs in one step, V vocabulary, K bins, A tokens of one answer, C
 coordinates in it, L cache columns, H key heads, D head size, N tokens of packed prompts.
@@ -23,47 +23,43 @@ from torch import Tensor
 
 from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import next_hidden_states, slot_logits
-from coordexp.models.loading import Checkpoint
-from coordexp.packing.collator import Collator
 from coordexp.packing.samples import Sample
 from coordexp.rollout.draft import FormatDraft
-from coordexp.rollout.engine import DecodeRequest, Generation, answer_seeds
+from coordexp.rollout.engine import Generation, answer_seeds
 from coordexp.rollout.slot_cache import Decoder, Prompts, SlotCache, Written
-from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.grammar_walk import AnswerWalk
 
-_REFUSALS = 3  # of drafts, after which an answer gets no more: it is not written as the training answers are
-_REFILL = 8  # prompts are read when this fraction (one in so many) of the slots is free: one forward for several
+_REFUSALS = 3  # rejected drafts after which an answer gets none: it does not follow the format of the training answers
+_REFILL = 8  # prompts run when 1 / _REFILL of the slots is free, so that one forward serves several
 
 
 @dataclass(slots=True, eq=False)
 class OpenAnswer(Written):
-    """An answer that is being written."""
+    """An unfinished answer."""
 
-    place: int  # among the samples
+    place: int  # index of its sample
     rope: int  # rotary position of the token that runs next
-    held: set[int]  # the different tokens of prompt and answer
+    held: set[int]  # distinct tokens of prompt and answer
     walk: AnswerWalk | None
     random: torch.Generator | None
-    forced: list[int] = field(default_factory=list)  # what must follow; the walk stands behind it
-    allowed_T: NDArray[np.bool_] | None = None  # behind that
+    forced: list[int] = field(default_factory=list)  # tokens that must follow; the walk has already passed them
+    allowed_T: NDArray[np.bool_] | None = None  # tokens that are allowed after `forced`
     n_coords: int = 0
     ends_in_coord: bool = False
-    refusals: int = 0  # of drafts, at their first token
+    refusals: int = 0  # drafts that were rejected at their first token
 
     def __post_init__(self) -> None:
         self._look_ahead()
 
     def run(self, draft: FormatDraft | None, room: int) -> list[int]:
-        """The tokens of the next step: the last one, and those that must or are likely to follow, in a whole answer of
-        at most `room` tokens."""
+        """The tokens of the next step: the last one and its forced or drafted successors, within `room` in total."""
         ahead: Sequence[int] = self.forced
         if draft and not ahead and self.refusals < _REFUSALS:
             ahead = draft.after(self.ids, self.n_coords, self.ends_in_coord)
         return [self.ids[-1], *ahead[: room - len(self.ids) - 1]]
 
     def take(self, token: int, is_coord: bool) -> None:
-        """Go on behind a token that was appended, the forced one if there is one."""
+        """Update the state after a token was appended (the forced one, if there is one)."""
         self.held.add(token)
         self.n_coords += is_coord
         self.ends_in_coord = is_coord
@@ -74,6 +70,8 @@ class OpenAnswer(Written):
             self._look_ahead()
 
     def _look_ahead(self) -> None:
+        # Where the grammar allows a single token, no logits are needed to choose it: collect these tokens up to the
+        # next real choice, so that one forward runs them all.
         while self.walk and not self.walk.ended:
             self.allowed_T = self.walk.allowed()
             if np.count_nonzero(self.allowed_T) > 1:
@@ -83,23 +81,13 @@ class OpenAnswer(Written):
 
 
 class SlotDecoder(Decoder):
-    """Answers of a checkpoint to a request, each token the likeliest or a drawn one."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        collator: Collator,
-        request: DecodeRequest,
-        grammar: AnswerGrammar | None,
-        slots: int,
-    ) -> None:
-        super().__init__(checkpoint, collator, request, grammar, slots)
-        self._draft = FormatDraft(checkpoint.tokenizer, request.codec) if self._coord_ids else None
+    """Generates answers by greedy decoding or sampling."""
 
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample], seeds: Sequence[int] | None = None) -> list[Generation]:
-        """One generation per sample, in their order; drawn ones by `seeds`, or else by `answer_seeds`."""
+        """One generation per sample, in their order; sampling uses `seeds`, by default `answer_seeds`."""
         cache = SlotCache(self._model, min(self._slots, len(samples)))
+        draft = FormatDraft(self._tokenizer, self._request.codec) if self._coord_ids else None
         seeds = seeds or answer_seeds(samples, self._request.seed)
         waiting = list(range(len(samples)))
         open_: list[OpenAnswer] = []
@@ -114,7 +102,7 @@ class SlotDecoder(Decoder):
                     self._take(begun, logits_RV)
                     open_ += begun
                 else:
-                    self._step(cache, open_)
+                    self._step(cache, open_, draft)
                 for slot in reversed(range(len(open_))):
                     if self._ended(open_[slot].ids):
                         ended = _close(cache, open_, slot)
@@ -128,9 +116,9 @@ class SlotDecoder(Decoder):
         held = set(sample.prompt_ids.tolist()) if self._choice.penalizes else set()
         return OpenAnswer(place, rope, held, AnswerWalk(self._grammar) if self._grammar else None, random)
 
-    def _step(self, cache: SlotCache, answers: Sequence[OpenAnswer]) -> None:
-        """Run the next tokens of every open answer, and take what follows each of them."""
-        runs = [answer.run(self._draft, self._room) for answer in answers]
+    def _step(self, cache: SlotCache, answers: Sequence[OpenAnswer], draft: FormatDraft | None) -> None:
+        """Run the next tokens of every open answer, and append the tokens that follow."""
+        runs = [answer.run(draft, self._room) for answer in answers]
         n_R = np.array([len(run) for run in runs])
         width, device = int(n_R.max()), cache.keys.device
         ids_RT = torch.tensor([run + [self._end_id] * (width - len(run)) for run in runs], device=device)
@@ -141,6 +129,8 @@ class SlotDecoder(Decoder):
         hidden_RTD = next_hidden_states(self._model, ids_RT, rope_RT, mask_RTL, cache)
         self.forwards += 1
         rows, t = list(range(len(answers))), 0
+        # Token t of a run counts if it is the token that was chosen after the previous ones. The first mismatch ends
+        # the run of its answer; the columns behind it are ignored by the mask and overwritten later.
         while rows:
             slots = torch.tensor([row * width + t for row in rows], device=device)
             self._take([answers[row] for row in rows], slot_logits(self._model, hidden_RTD.flatten(0, 1), slots))
@@ -151,7 +141,7 @@ class SlotDecoder(Decoder):
             rows = [row for row in rows if self._goes_on(answers[row], runs[row], t)]
 
     def _goes_on(self, answer: OpenAnswer, run: Sequence[int], t: int) -> bool:
-        """Whether the token at `t` of a run is the one that was taken: then what it made of the cache counts."""
+        """Whether token `t` of a run is the chosen one, so that its cache column is valid."""
         if t >= len(run) or self._ended(answer.ids):
             return False
         is_right = answer.ids[-1] == run[t]
@@ -159,7 +149,7 @@ class SlotDecoder(Decoder):
         return is_right
 
     def _take(self, answers: Sequence[OpenAnswer], logits_RV: Tensor) -> None:
-        """Append the next token to each answer: the forced one, or one that is chosen by its logits."""
+        """Append the next token to each answer: the forced one, or one chosen by its logits."""
         logits_RV = logits_RV.float()
         ids_R = torch.tensor([answer.forced[0] if answer.forced else -1 for answer in answers])
         free = (ids_R < 0).nonzero()[:, 0]
@@ -184,7 +174,7 @@ class SlotDecoder(Decoder):
 
 
 def _close(cache: SlotCache, answers: list[OpenAnswer], slot: int) -> OpenAnswer:
-    """Free a slot: the last open answer moves into it."""
+    """Free a slot by moving the last open answer into it."""
     last = answers.pop()
     if slot == len(answers):
         return last

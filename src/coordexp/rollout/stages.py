@@ -1,4 +1,4 @@
-"""Decoding as runs: rollouts on the training split, and answers of a checkpoint on val."""
+"""The decoding stages: rollouts on the training split, and the answers of a checkpoint on val."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.opening import generate_answers
 from coordexp.rollout.records import warn_of_unusable, write_generations
 from coordexp.rollout.rescore import Rescored, kept_while_generating, rescore
-from coordexp.rollout.scoring import SUMMARY, Decoded, read_decoded, scored, write_decoded
+from coordexp.rollout.scoring import Decoded, read_decoded, scored, write_decoded
 from coordexp.text.symbols import TokenTable
 
 log = logging.getLogger(__name__)
 
-RESCORE_TOKENS = 512  # of a row in which answers are read again
+RESCORE_TOKENS = 512  # row length for re-scoring
 
 
 def decode_request(run: RunConfig, codec: str) -> DecodeRequest:
-    """What a run asks of an engine; for the closed grammar with the names of the data set."""
+    """The request of a run to an engine; for the closed grammar, with the category names of the data set."""
     return DecodeRequest(params=run.params.decode, codec=codec, seed=run.params.seed, names=allowed_names(run))
 
 
 def allowed_names(run: RunConfig) -> tuple[str, ...]:
-    """For the closed grammar all names of the data set, also those that no training image shows; else none."""
+    """For the closed grammar all category names of the data set, including those unseen in training; otherwise none."""
     if run.params.decode.grammar != "closed":
         return ()
     return tuple(category.name for category in read_categories(run.paths.records / "categories.json"))
 
 
 def asked_format(run: RunConfig, folder: Path) -> ModelFormat:
-    """The format of a checkpoint of the run as pictures are given to it.
+    """The format of a checkpoint of the run, with the image limits of the run.
 
-    The base brings limits of its own, but is asked about pictures of the size that norm1000 gave them.
+    The base model has limits of its own, but gets images of the size that norm1000 determined.
     """
     model = run.profile.model
     is_base = folder.resolve() == model_folder(model.path).resolve()
@@ -59,13 +59,13 @@ def asked_format(run: RunConfig, folder: Path) -> ModelFormat:
 
 
 def make_reader(checkpoint: ModelFormat, identity: dict[str, str] | None = None) -> AnswerReader:
-    """A reader of this checkpoint's answers."""
+    """The reader of this checkpoint's answers."""
     table = TokenTable.from_tokenizer(checkpoint.tokenizer, checkpoint.coord)
     return AnswerReader(table, checkpoint.codec, identity or {})
 
 
 def decode_identity(folder: Path, sample: Sample, request: DecodeRequest) -> dict[str, str]:
-    """Short hashes of weights, prompt and decode request: two files with equal identities are comparable."""
+    """Short hashes of weights, prompt and decode request; files with equal identities are comparable."""
     prompt = hashlib.sha256(sample.prompt_ids.tobytes()).hexdigest()[:16]
     decode = hashlib.sha256(request.identity().encode()).hexdigest()[:16]
     return {"model": fingerprint({}, answer_files(folder)), "prompt": prompt, "decode": decode}
@@ -94,9 +94,9 @@ def read_answers(
     image_root: Path,
     batch_images: int,
 ) -> list[Decoded]:
-    """Parse answers, whichever engine gave them; in the order of the samples.
+    """Parse the answers of any engine, in the order of the samples.
 
-    Those whose engine did not keep how likely they are, are re-scored: then `form` is a `Checkpoint`.
+    Answers without probabilities are re-scored, for which `form` must be a `Checkpoint`.
     """
     positions = [coord_positions(reader.parse(g)) for g in generations]
     bare = [i for i, generation in enumerate(generations) if generation.probs is None]
@@ -120,7 +120,7 @@ def read_answers(
 
 
 def run_rollouts(run: RunConfig) -> int:
-    """Write stage-1 answers on training images, as they were generated; returns how many."""
+    """Generate and write the answers of stage 1 on training images; returns their number."""
     folder = run.paths.run("stage1")
     form = load_format(folder)
     store = SampleStore(run.paths.norm1000 / "train.parquet")
@@ -140,7 +140,7 @@ def run_rollouts(run: RunConfig) -> int:
 
 
 def record_rate(run: RunConfig, stage: str, n_images: int, seconds: float) -> None:
-    """Leave how fast answers came in the record of a run: a plan of the next one counts with it."""
+    """Write the speed of generation to the run record, for time estimates of later runs."""
     facts = {"engine": run.profile.rollout.engine, "images": n_images, "generate_seconds": round(seconds, 2)}
     add_to_run_record(run.paths.run_record(stage), facts)
 
@@ -148,12 +148,12 @@ def record_rate(run: RunConfig, stage: str, n_images: int, seconds: float) -> No
 def decode_split(
     run: RunConfig, name: str, folder: Path, out: Path, draws: int = 1, split: Literal["val", "dev"] = "val"
 ) -> dict[str, Any]:
-    """Write to `out` the answers of one checkpoint on a split, with the distributions that scores need.
+    """Write the answers of one checkpoint on a split to `out`, with the distributions that scores need.
 
-    Several `draws` for each image, at a temperature above 0, are those of several seeds, and go into `out`/0, /1, ...
-    Of val there are as many images as `eval.images` says.
+    Several `draws` per image (at a temperature above 0) equal those of runs with several seeds; they go to `out`/0, /1,
+    and so on. On val, `eval.images` limits the number of images.
 
-    Returns the summary that is written beside them, and under `generate_seconds` how long generating took.
+    Returns the summary, which is also written, and the time of generation as `generate_seconds`.
     """
     form = asked_format(run, folder)
     store, request = SampleStore(run.paths.norm1000 / f"{split}.parquet"), decode_request(run, form.codec)
@@ -168,7 +168,7 @@ def decode_split(
         run.profile, form, folder, run.paths.raw, batch_images, samples, request
     )
     if checkpoint is None and any(generation.probs is None for generation in generations):
-        checkpoint = place_for_inference(folder, form)  # a server of ours has left by now: there is room for the model
+        checkpoint = place_for_inference(folder, form)  # our servers have stopped, so the model fits into memory
     decoded = read_answers(
         checkpoint or form, make_reader(form, identity), samples, generations, run.paths.raw, batch_images
     )
@@ -185,10 +185,11 @@ def decode_split(
     return summary | {"generate_seconds": round(seconds, 2)}
 
 
-def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[ImageResult]], dict[str, Any]]:
-    """Each of the draws on val of a checkpoint of the run, scored, and the summary, for studies beside the graph.
+def decode_kept(run: RunConfig, name: str, draws: int = 1) -> list[list[ImageResult]]:
+    """The scored answers of a checkpoint of the run on val, one list per draw; for comparisons outside the graph.
 
-    Answers are kept under what decides them, so that an interrupted study goes on, and another readout is free.
+    Answers are kept under everything that determines them. An interrupted comparison therefore resumes, and another
+    readout generates nothing.
     """
     folder, decode = run.paths.run(name), run.params.decode
     asked = {"decode": decode.model_dump(exclude=READOUT_KEYS), "seed": run.params.seed, "draws": draws}
@@ -198,6 +199,5 @@ def decode_kept(run: RunConfig, name: str, draws: int = 1) -> tuple[list[list[Im
     with holding(kept, f"answers of {name}"):
         if not (kept / "done.json").is_file():
             write_sealed(kept / "done.json", decode_split(run, name, folder, kept / "draws", draws))
-    summary = SUMMARY.read_sealed(kept / "done.json")
     folders = [kept / "draws" / str(draw) for draw in range(draws)] if draws > 1 else [kept / "draws"]
-    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders], summary
+    return [[scored(answer, decode) for answer in read_decoded(one)] for one in folders]

@@ -1,6 +1,7 @@
-"""Which token an answer takes next: penalty and masks on the logits, then the likeliest token or a drawn one.
+"""The choice of the next token: penalty and masks on the logits, then argmax or sampling.
 
-The rules, and the order in which they apply, are those of transformers' logits processors.
+The rules and their order are those of transformers' logits processors. The repetition penalty is that of CTRL (Keskar
+et al. 2019, arXiv:1909.05858, section 4.1), top_p that of nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751).
 
 Shapes: R answers, V vocabulary.
 """
@@ -27,21 +28,21 @@ class TokenChoice:
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn: then `choose` takes random numbers."""
+        """Whether tokens are sampled, so that `choose` needs random numbers."""
         return self._temperature > 0
 
     @property
     def penalizes(self) -> bool:
-        """Whether it matters which tokens an answer and its prompt hold."""
+        """Whether there is a penalty on tokens that the prompt or answer already contains."""
         return self._penalty != 1
 
     def scores(self, logits_RV: Tensor, held: Sequence[Collection[int]], allowed_RT: Tensor | None = None) -> Tensor:
-        """Logits (R, V) under the rules, -inf where a token must not come.
+        """(R, V) logits under the rules, -inf for forbidden tokens.
 
         Args:
-            logits_RV: float32, of the model; they stay as they are.
-            held: the different tokens of each prompt and answer so far; read if there is a penalty.
-            allowed_RT: tokens that a grammar allows. It may be narrower than V: what lies beyond is forbidden.
+            logits_RV: logits of the model in float32; not modified.
+            held: the distinct tokens of each prompt and answer so far; used if there is a penalty.
+            allowed_RT: tokens that the grammar allows. If it is narrower than V, the remaining tokens are forbidden.
         """
         scores_RV = logits_RV.clone()
         if self.penalizes:
@@ -56,9 +57,10 @@ class TokenChoice:
         return scores_RV
 
     def choose(self, scores_RV: Tensor, uniform_R: Tensor | None) -> Tensor:
-        """(R,) token ids; `uniform_R` are the numbers in [0, 1) that draw them, float32.
+        """(R,) token ids; `uniform_R` are float32 random numbers in [0, 1), one per row.
 
-        What a number draws depends on its own row alone, unlike with `torch.multinomial`.
+        Inverse transform sampling: the token of a row depends on its own random number alone, so an answer does not
+        depend on the other answers of its batch. `torch.multinomial` does not have this property.
         """
         if not self.draws:
             return scores_RV.argmax(-1)
@@ -74,7 +76,7 @@ class TokenChoice:
         scores_RV[at] = torch.where(found < 0, found * self._penalty, found / self._penalty)
 
     def _nucleus(self, scores_RV: Tensor) -> Tensor:
-        """Without the least likely tokens that together have at most 1 - top_p."""
+        """Mask the least probable tokens whose total probability is at most 1 - top_p."""
         if self._top_p >= 1:
             return scores_RV
         ascending_RV, places_RV = scores_RV.sort(-1)

@@ -1,6 +1,7 @@
-"""The command of a vLLM server: what a stage starts, and what `coordexp serve` prints or starts.
+"""The command of a vLLM server, which a stage starts and `coordexp serve` prints or starts.
 
-What the server's own interpreter sees decides: its torch may be another build than ours, with or without CUDA.
+The devices are those that the server's own interpreter detects: its torch may be another build than ours, with or
+without CUDA.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from coordexp.infra.provenance import fingerprint, weight_files
 from coordexp.packing.pixels import PixelSpec
 from coordexp.rollout.vllm_http import KEY_VARIABLE
 
-PROMPT_ROOM = 256  # tokens of a prompt beside its image
-# Tokens that must repeat before what followed them is drafted. One: what follows a coordinate never stood there before.
+PROMPT_ROOM = 256  # tokens of a prompt in addition to its image
+# Tokens that must match before their continuation is drafted. The minimum is 1, because a longer match that includes a
+# coordinate has hardly ever occurred before.
 NGRAM_LONGEST, NGRAM_SHORTEST = 4, 1
 CPU = "cpu"
 _PROBE = "import torch; print(torch.cuda.device_count())"
@@ -39,30 +41,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a checkpoint folder; servers that hold them call their model `name`, which carries the hash."""
+    """The weights of a checkpoint folder; `name`, the model name of their servers, contains their hash."""
 
     folder: Path
     name: str
 
     @classmethod
     def of(cls, folder: Path) -> Weights:
-        """Reads all of them."""
+        """The weights of a folder; reads all of them for the hash."""
         return cls(folder, f"coordexp-{fingerprint({}, weight_files(folder))}")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """How one server is started: arguments and what is added to the environment. Place and API key come at a start."""
+    """How to start one server: arguments and additional environment. Address and API key are added at the start."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
 
     def at(self, host: str, port: int) -> tuple[str, ...]:
-        """The arguments with the place to listen at."""
+        """The arguments with the address to listen on."""
         return (*self.argv, "--host", host, "--port", str(port))
 
     def shell(self, host: str, port: int, key: str) -> str:
-        """One line for a shell. The key is no argument: every user of the machine can read those."""
+        """One line for a shell. The key is not an argument, because every user of the machine can read arguments."""
         variables = {**self.environment, KEY_VARIABLE: key}
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in variables.items()), shlex.join(self.at(host, port))])
 
@@ -73,14 +75,14 @@ def server_commands(
     """The servers of a checkpoint, one for each device or tensor-parallel group of devices.
 
     Args:
-        rollout: the interpreter with vLLM, and how its servers are placed.
-        weights: what is served.
-        pixels: the image format; a base model is asked about other sizes than its own files say.
-        decode: what requests may ask for.
+        rollout: the interpreter with vLLM, and the placement of its servers.
+        weights: the weights to serve.
+        pixels: the image format; a base model gets other image sizes than its own files specify.
+        decode: the options that requests will use.
 
     Raises:
-        ConfigError: there is no such interpreter, or the devices that are asked for are not there.
-        ServerError: the interpreter does not run, or does not import torch.
+        ConfigError: the interpreter or a requested device does not exist.
+        ServerError: the interpreter does not run, or cannot import torch.
     """
     python, serve = Path(rollout.vllm_python), rollout.serve
     if not python.is_file():
@@ -94,30 +96,31 @@ def server_commands(
 
 
 def device_groups(serve: ServeConfig, visible: Sequence[str]) -> list[tuple[str, ...]]:
-    """The devices of each server, from those that its interpreter sees; raises ConfigError if they do not suffice."""
+    """The devices of each server, from those that its interpreter detects; raises ConfigError if one is missing."""
     wanted = list(visible or (CPU,)) if serve.devices == "auto" else serve.devices.split(",")
     missing = [name for name in wanted if name != CPU and name not in visible]
     if missing:
         raise ConfigError(
-            f"rollout.serve.devices names {', '.join(missing)}, but the interpreter of the servers sees "
-            f"{', '.join(visible) or 'no GPU'}. Name those it sees, or auto; a CPU build sees none: `make vllm`."
+            f"rollout.serve.devices names {', '.join(missing)}, but the interpreter of the servers detects "
+            f"{', '.join(visible) or 'no GPU'}. Name detected devices, or set auto. A CPU build of torch detects no "
+            "GPU; `make vllm` installs the CUDA build."
         )
     size = serve.tensor_parallel
     if len(wanted) % size:
         raise ConfigError(
-            f"rollout.serve: {len(wanted)} devices ({', '.join(wanted)}) are no whole number of groups of "
-            f"tensor_parallel {size}. Change one of them."
+            f"rollout.serve: {len(wanted)} devices ({', '.join(wanted)}) cannot be divided into groups of "
+            f"tensor_parallel {size}. Change one of the two."
         )
     return [tuple(wanted[first : first + size]) for first in range(0, len(wanted), size)]
 
 
 def _visible_devices(python: Path) -> list[str]:
-    """The GPUs that the torch of this interpreter sees, named as in CUDA_VISIBLE_DEVICES."""
+    """The GPUs that the interpreter's torch detects, named as in CUDA_VISIBLE_DEVICES."""
     seen = _probe(python)
     if seen == 0 and _DRIVER.exists():
         log.warning(
-            "this machine has an NVIDIA driver, but the torch of %s sees no GPU: servers run on the CPU. `make vllm` "
-            "installs the CUDA build.",
+            "this machine has an NVIDIA driver, but the torch of %s detects no GPU, so the servers run on the CPU. "
+            "`make vllm` installs the CUDA build.",
             python,
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -125,7 +128,7 @@ def _visible_devices(python: Path) -> list[str]:
 
 
 def _probe(python: Path) -> int:
-    """How many GPUs the torch of an interpreter sees."""
+    """The number of GPUs that an interpreter's torch detects."""
     try:
         done = subprocess.run([str(python), "-c", _PROBE], capture_output=True, timeout=_PROBE_SECONDS, check=False)
     except OSError as error:
@@ -136,25 +139,25 @@ def _probe(python: Path) -> int:
     if done.returncode or not last.isdigit():
         said = (done.stderr or done.stdout).strip().rpartition(b"\n")[2]
         raise ServerError(
-            f"{python}: its torch cannot be asked for GPUs (exit code {done.returncode}): {excerpt(said)}. Expected "
-            "the environment of `make vllm`."
+            f"{python}: its torch does not report the GPUs (exit code {done.returncode}): {excerpt(said)}. Expected "
+            "the environment that `make vllm` builds."
         )
     return int(last)
 
 
 def _arguments(serve: ServeConfig, weights: Weights, pixels: PixelSpec, decode: DecodeParams) -> list[str]:
     image_tokens = pixels.max_pixels // pixels.factor**2
-    size = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}  # areas, despite the names
+    size = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}  # areas in pixels, despite the names
     arguments = ["--model", str(weights.folder.resolve()), "--served-model-name", weights.name]
     arguments += ["--max-model-len", str(image_tokens + PROMPT_ROOM + decode.max_new_tokens)]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0})]
     arguments += ["--mm-processor-kwargs", json.dumps({"size": size})]
-    arguments += ["--generation-config", "vllm"]  # what a folder prefers would change answers: each request says it all
+    arguments += ["--generation-config", "vllm"]  # ignore the folder's sampling defaults: each request sets all options
     if serve.max_num_seqs:
         arguments += ["--max-num-seqs", str(serve.max_num_seqs)]
     if decode.needs_walk:
         arguments += ["--logits-processors", "coordexp.rollout.vllm_processor:AnswerProcessor"]
-        # The processor must have seen every token before it judges the next; overlapped scheduling does not grant it.
+        # The processor must receive every token before it masks the next one; asynchronous scheduling breaks that.
         arguments += ["--no-async-scheduling"]
     elif serve.ngram_tokens:
         drafts = {"method": "ngram", "num_speculative_tokens": serve.ngram_tokens}

@@ -1,8 +1,8 @@
 """The vLLM engine: answers over HTTP from servers that hold the checkpoint.
 
-What is asked for is exactly what the Hugging Face engine computes: the same resized pixels (sent losslessly), the same
-prompt tokens (compared, for another template or image size would shift every box), the same constraints. Order and
-results do not depend on timing.
+A request specifies exactly the computation of the in-memory engine: the same resized pixels (sent losslessly), the same
+prompt tokens (checked in the reply, because another template or image size would shift every box), and the same
+constraints. Order and results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from coordexp.text.vocabulary import token_id
 
 log = logging.getLogger(__name__)
 
-CONSTRAINTS_KEY = "coordexp_constraints"  # of the extra arguments that the server's logits processor reads
+CONSTRAINTS_KEY = "coordexp_constraints"  # the extra argument for the server's logits processor
 
 
 class VllmEngine:
@@ -49,7 +49,7 @@ class VllmEngine:
         *,
         vocabulary_size: int | None = None,
     ) -> None:
-        """`vocabulary_size` counts the model's logits, which may be more than the tokenizer's tokens (the default)."""
+        """`vocabulary_size` is the number of logits, which may exceed the number of tokens (the default)."""
         self._pool = pool
         self._tokenizer = tokenizer
         self._image_root = image_root
@@ -60,18 +60,18 @@ class VllmEngine:
         self._end_id = token_id(tokenizer, END_OF_TURN)
 
     def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
-        """One generation per sample; answers of an interrupted run are taken from the journal.
+        """One generation per sample; answers of an interrupted run come from the journal.
 
         Raises:
-            DataError: the picture of a sample cannot be read.
-            ServerError: no server is left that answers as asked, with the prompt that we see.
+            DataError: the image of a sample cannot be read.
+            ServerError: no server is left that gives valid answers to the same prompt tokens.
         """
         requests = [replace(request, seed=seed) for seed in answer_seeds(samples, request.seed)]
         keys = [request_key(sample, one, self._image_root) for sample, one in zip(samples, requests, strict=True)]
         done = self._journal.read(self._vocabulary_size)
         todo = [i for i, key in enumerate(keys) if key not in done]
         if len(todo) < len(samples):
-            log.info("%d of %d answers are there from an earlier run", len(samples) - len(todo), len(samples))
+            log.info("%d of %d answers exist from an earlier run", len(samples) - len(todo), len(samples))
         self._pool.check()
         common = self._common(request)
         started = time.monotonic()
@@ -84,14 +84,14 @@ class VllmEngine:
                         rate = finished / (time.monotonic() - started)
                         log.info("generated %d of %d images, %.1f images/s", finished, len(todo), rate)
             finally:
-                workers.shutdown(cancel_futures=True)  # after a failure, do not ask what nobody will read
+                workers.shutdown(cancel_futures=True)  # after a failure, cancel the pending requests
         return [done[key] for key in keys]
 
     def _common(self, request: DecodeRequest) -> dict[str, Any]:
-        """What all requests share. The grammar goes to the server's own decoder, geometry to our logits processor.
+        """The common part of all requests. The server enforces the grammar, our logits processor the geometry.
 
-        Without geometry no processor is loaded, so under a grammar alone an answer that reaches its budget is cut,
-        where the engine in memory closes it in time.
+        Without geometric constraints the processor is not loaded. An answer under a grammar alone that reaches its
+        budget is then truncated, whereas the in-memory engine closes it in time.
         """
         params = request.params
         body: dict[str, Any] = {
@@ -102,7 +102,7 @@ class VllmEngine:
             "top_k": -1,
             "repetition_penalty": params.repetition_penalty,
             "stop_token_ids": [self._end_id],
-            "bad_words": [IMAGE_TOKEN],  # it stands for a picture: such an answer could not be read again
+            "bad_words": [IMAGE_TOKEN],  # a placeholder for visual input: the model could not re-read such an answer
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
@@ -118,7 +118,7 @@ class VllmEngine:
             {"type": "image_url", "image_url": {"url": self._data_url(sample)}},
             {"type": "text", "text": question_text(self._tokenizer, sample.prompt_ids)},
         ]
-        # A seed per picture: what is sampled depends neither on the server nor on what else it is doing.
+        # One seed per image: the sampled answer depends neither on the server nor on its other requests.
         seed = stream_seed(request.seed, "decode/request", sample.image_id)
         body = common | {"seed": seed, "messages": [{"role": "user", "content": content}]}
         expected = Expected(

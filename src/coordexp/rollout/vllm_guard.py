@@ -1,9 +1,9 @@
-"""Runs a server and ends it when the process that wanted it is gone, even if that was killed.
+"""Runs a server and ends it when the parent process is gone, even if that was killed.
 
     python vllm_guard.py PARENT_PID TEMPORARY_FOLDER COMMAND...
 
-It leads the process group of the server and of its workers. As long as the parent lives it does nothing but wait, and
-exits as the server does. It is run as a file, by an interpreter without our packages.
+It is the leader of the process group of the server and its workers. While the parent lives, it only waits, and exits
+with the server's exit code. It runs as a file, in an interpreter without our packages.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STOP_SECONDS = 20.0
 
 
 def guard(parent: int, folder: str, command: Sequence[str]) -> int:
-    """Wait for the command and return its exit code; without a parent, end the whole group and remove the folder."""
-    # A group's SIGTERM is meant for the server, which may take its time. A handler is not inherited, SIG_IGN would be.
+    """Wait for the command and return its exit code; if the parent ends, end the whole group and remove the folder."""
+    # SIGTERM to the group is for the server, which may need time. A child does not inherit a handler, unlike SIG_IGN.
     signal.signal(signal.SIGTERM, _go_on)
     try:
         process = subprocess.Popen(command)
@@ -38,12 +38,12 @@ def guard(parent: int, folder: str, command: Sequence[str]) -> int:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)  # workers that are left, and this process
+    os.killpg(0, signal.SIGKILL)  # remaining workers and this process
     return 1
 
 
 def _go_on(number: int, frame: FrameType | None) -> None:
-    """Let the group's SIGTERM pass by."""
+    """Ignore the SIGTERM of the group."""
 
 
 if __name__ == "__main__":

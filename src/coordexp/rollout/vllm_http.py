@@ -1,7 +1,7 @@
-"""One HTTP request to a server that the user named, within limits of time and size.
+"""One HTTP request to a server that the user configured, with limits of time and size.
 
-The connection is made straight to that server: no proxy of the environment is asked and no redirect is followed, so
-that pictures go nowhere else. Only the standard library: requests are few and large.
+The connection goes directly to that server, without proxies from the environment and without following redirects, so
+that images go nowhere else. The standard library suffices, because requests are few and large.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 
 from coordexp.infra.printable import excerpt
 
-KEY_VARIABLE = "VLLM_API_KEY"  # as vLLM calls it: the key of a server, and of URLs that hold none
-MAX_REPLY_BYTES = 8 << 20  # thousands of token ids with their text are below 1 MB
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's name: the key of a server, and the default key for URLs
+MAX_REPLY_BYTES = 8 << 20  # thousands of token ids with their text need less than 1 MB
 _CHUNK_BYTES = 1 << 16
 
 
 class ServerFault(Exception):
-    """What one server did wrong at one request, in words; another try, or another server, may do better."""
+    """Why one request to one server failed; another try, or another server, may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens. `url` has no key in it and may be shown; a `key` is sent as a bearer token."""
+    """The address of a server. `url` is without the key and may be shown; `key` is sent as a bearer token."""
 
     url: str
     is_secure: bool
@@ -36,13 +36,13 @@ class Address:
     key: str = field(default="", repr=False)
 
     def without_key(self) -> Address:
-        """The same place, asked as a stranger would."""
+        """The same address without credentials."""
         return replace(self, key="")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete reply; `location` is where a redirect wanted to lead."""
+    """A complete reply; `location` is the target of a redirect."""
 
     status: int
     body: bytes
@@ -53,10 +53,10 @@ def parse_address(url: str, key: str = "") -> Address:
     """The address in `http(s)://[:KEY@]HOST[:PORT][/PATH]`, with `key` if the URL has none.
 
     Raises:
-        ValueError: saying what is wrong, without the key.
+        ValueError: with the reason, which does not contain the key.
     """
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError("it holds a character that no URL has")
+        raise ValueError("it contains a character that is invalid in a URL")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise ValueError("it does not begin with http:// or https://")
@@ -65,7 +65,7 @@ def parse_address(url: str, key: str = "") -> Address:
     is_secure = parts.scheme == "https"
     key = urllib.parse.unquote(parts.password or "") or key
     if not key.isascii() or not key.isprintable():
-        raise ValueError("its key holds a character that no header has")
+        raise ValueError("its key contains a character that is invalid in a header")
     path = parts.path.rstrip("/")
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
     return Address(shown, is_secure, parts.hostname, parts.port or (443 if is_secure else 80), path, key)
@@ -75,7 +75,7 @@ def exchange(address: Address, path: str, content: bytes | None, seconds: float)
     """GET a path of the server, or POST JSON to it; sending and receiving together take at most `seconds`.
 
     Raises:
-        ServerFault: no connection, no complete HTTP reply in time, or one of more than MAX_REPLY_BYTES.
+        ServerFault: no connection, no complete HTTP reply in time, or a reply of more than MAX_REPLY_BYTES.
     """
     ends_at = time.monotonic() + seconds
     kind = http.client.HTTPSConnection if address.is_secure else http.client.HTTPConnection
@@ -94,7 +94,7 @@ def exchange(address: Address, path: str, content: bytes | None, seconds: float)
             return Reply(response.status, _body(response), response.getheader("Location", ""))
     except TimeoutError as error:
         raise ServerFault(f"no complete reply within {seconds:g} s") from error
-    # UnicodeError: a host name that DNS cannot hold.
+    # UnicodeError: a host name that cannot be encoded for DNS.
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise ServerFault(f"no reply: {excerpt(repr(error))}") from error
     finally:
@@ -106,14 +106,14 @@ def _body(response: http.client.HTTPResponse) -> bytes:
     while block := response.read1(_CHUNK_BYTES):
         received += block
         if len(received) > MAX_REPLY_BYTES:
-            raise ServerFault(f"a reply of more than {MAX_REPLY_BYTES >> 20} MB, where an answer has far less")
+            raise ServerFault(f"a reply of more than {MAX_REPLY_BYTES >> 20} MB; an answer has far less")
     if response.length:
         raise http.client.IncompleteRead(bytes(received), response.length)
     return bytes(received)
 
 
 class _Response(http.client.HTTPResponse):
-    """A reply whose reads all end at one moment, however slowly its lines and bytes drip in."""
+    """A reply with one deadline for all reads, however slowly its bytes arrive."""
 
     def __init__(self, sock: socket.socket, ends_at: float) -> None:
         super().__init__(sock)
@@ -123,7 +123,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _UntilDeadline(io.RawIOBase):
-    """A stream from a socket that gives every read the time that is left; the socket's own limit is for each anew."""
+    """A socket stream that limits every read to the remaining time; the socket's own timeout restarts at each read."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, ends_at: float) -> None:
         self._raw = raw
@@ -143,7 +143,7 @@ class _UntilDeadline(io.RawIOBase):
 
 
 def _seconds_until(moment: float) -> float:
-    """Raises TimeoutError if it has passed."""
+    """The remaining seconds; raises TimeoutError if the moment has passed."""
     left = moment - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""The part of the constraints that a server's grammar cannot express, as a logits processor that vLLM loads.
+"""A logits processor, loaded by vLLM, for the constraints that a server's grammar cannot express.
 
 It runs in the server's process and environment, and reads the constraints from the extra arguments of each request.
 """
@@ -19,11 +19,11 @@ from coordexp.config.schema import DecodeParams
 from coordexp.text.grammar import AnswerGrammar
 from coordexp.text.grammar_walk import AnswerWalk
 
-CONSTRAINTS_KEY = "coordexp_constraints"  # as in vllm_engine.py, which needs packages that a server may lack
+CONSTRAINTS_KEY = "coordexp_constraints"  # repeated from vllm_engine.py, whose imports a server may lack
 
 
 class AnswerProcessor(AdapterLogitsProcessor):
-    """Follows each constrained request through its grammar; requests without constraints pass untouched."""
+    """Masks the logits of each constrained request by its grammar; other requests pass unchanged."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
@@ -31,7 +31,7 @@ class AnswerProcessor(AdapterLogitsProcessor):
         self._grammars: dict[str, AnswerGrammar] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """It forbids tokens, so greedy answers change too."""
+        """False: the masks change greedy answers too."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Callable[[list[int], Tensor], Tensor] | None:

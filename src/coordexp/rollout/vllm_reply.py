@@ -1,4 +1,4 @@
-"""From the bytes of a chat completion to a generation: everything a server sends is checked before it is used."""
+"""From the bytes of a chat completion to a generation; everything that a server sends is checked before use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from coordexp.rollout.vllm_http import ServerFault
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an answer must fit: the model that was asked, our own prompt, the ids that it has, the budget asked for, the
-    end-of-turn id, and the id that stands for a picture and may not be said."""
+    """What a valid answer must match: model name, prompt tokens, range of ids and token budget.
+
+    `end_id` ends an answer; `image_id`, the placeholder for visual input, must not occur in it.
+    """
 
     model: str
     prompt_ids: Sequence[int]
@@ -32,12 +34,12 @@ def read_completion(body: bytes, expected: Expected) -> Generation:
     """The generation in a reply.
 
     Raises:
-        ServerFault: the reply is not the chat completion that was asked for; says where it differs.
+        ServerFault: the reply is not the requested chat completion; the message names the difference.
     """
     completion = _json_object(body)
     choices = completion.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise ServerFault(f"a reply without one item in 'choices': {excerpt(body)}")
+        raise ServerFault(f"a reply without exactly one item in 'choices': {excerpt(body)}")
     if completion.get("model") != expected.model:
         said = excerpt(reprlib.repr(completion.get("model")))
         raise ServerFault(f"an answer of the model {said}, expected {expected.model}")
@@ -45,7 +47,7 @@ def read_completion(body: bytes, expected: Expected) -> Generation:
     prompt_ids = completion.get("prompt_token_ids")
     if not is_token_ids(prompt_ids):
         raise ServerFault(
-            f"'prompt_token_ids' is {excerpt(reprlib.repr(prompt_ids))}, expected token ids; the server must know "
+            f"'prompt_token_ids' is {excerpt(reprlib.repr(prompt_ids))}, expected token ids; the server must support "
             "return_token_ids"
         )
     if prompt_ids != list(expected.prompt_ids):
@@ -68,7 +70,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ServerFault(f"a reply nested too deeply: {excerpt(body)}") from error
     if not isinstance(value, dict):
-        raise ServerFault(f"a reply that is no JSON object: {excerpt(body)}")
+        raise ServerFault(f"a reply that is not a JSON object: {excerpt(body)}")
     return value
 
 
@@ -76,16 +78,16 @@ def _generation(token_ids: Any, reason: Any, expected: Expected) -> Generation:
     try:
         found = Generation.from_json(token_ids, reason, expected.vocabulary_size)
     except ValueError as error:
-        raise ServerFault(f"an answer that is none: {excerpt(str(error))}") from error
+        raise ServerFault(f"an invalid answer: {excerpt(str(error))}") from error
     if not 0 < len(found.ids) <= expected.max_new_tokens:
         raise ServerFault(f"{len(found.ids)} tokens, expected 1 to {expected.max_new_tokens}")
     if expected.image_id in found.ids:
-        raise ServerFault(f"an answer with the id {expected.image_id}, which stands for a picture")
+        raise ServerFault(f"an answer with the id {expected.image_id}, the placeholder for an image")
     ends = np.flatnonzero(found.ids == expected.end_id)
     if len(ends):
         return Generation(found.ids[: ends[0] + 1], "stop")
     if reason == "length" and len(found.ids) < expected.max_new_tokens:
-        raise ServerFault(f"an answer cut after {len(found.ids)} tokens, expected {expected.max_new_tokens}")
+        raise ServerFault(f"an answer truncated after {len(found.ids)} tokens, expected {expected.max_new_tokens}")
     return Generation(found.ids, "length")
 
 

@@ -1,7 +1,7 @@
-"""vLLM servers of our own: started in the environment that `make vllm` builds, and stopped with us.
+"""vLLM servers that this process starts, in the environment that `make vllm` builds, and stops when it ends.
 
-Every start has its own API key. Only the servers that we started know it, so nothing else that listens on a port is
-taken for one, and nobody else on this machine can ask them.
+Every start has its own API key, which only these servers know. Another program on the same port is therefore not
+mistaken for a server, and other users of the machine cannot send requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOCAL = "127.0.0.1"
 STARTUP_SECONDS = 900.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.5
-# What torchrun and others tell the processes that they start; vLLM and torch.distributed in it would believe it.
+# Variables that torchrun sets for its processes. A server must not see them: torch.distributed in vLLM would use them.
 LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 LAUNCHED_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _GUARD = Path(__file__).with_name("vllm_guard.py")
@@ -41,7 +41,7 @@ _LISTENERS, _LISTENING = (Path("/proc/net/tcp"), Path("/proc/net/tcp6")), "0A"
 
 @dataclass(frozen=True, slots=True)
 class VllmServer:
-    """A running server; `url` holds its key, as ServerPool takes it, and `process` leads its process group."""
+    """A running server; `url` contains its key, as ServerPool expects, and `process` leads its process group."""
 
     url: str = field(repr=False)
     process: subprocess.Popen[bytes]
@@ -52,16 +52,16 @@ class VllmServer:
 def vllm_servers(
     commands: Sequence[ServerCommand], *, host: str = LOCAL, port: int | None = None, key: str = ""
 ) -> Iterator[list[VllmServer]]:
-    """Run servers until the block ends, or this process does, however it ends; all are up when the block begins.
+    """Run servers until the block, or this process, ends in any way; all are up when the block begins.
 
     Args:
-        commands: `vllm_command.server_commands` makes them. All start at once.
-        host: address to listen at.
-        port: of the first server, the others take the next ones; None takes what is free.
-        key: what requests must bring along; without, each server has a new one.
+        commands: from `vllm_command.server_commands`; all start at once.
+        host: address to listen on.
+        port: port of the first server; the others use the next ones. None means any free ports.
+        key: API key that requests need; by default each server gets a new one.
 
     Raises:
-        ServerError: a port is taken, or a server does not come up; the end of its log is in the message.
+        ServerError: a port is in use, or a server does not start; the message contains the end of its log.
     """
     wanted = [0] * len(commands) if port is None else range(port, port + len(commands))
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def _started(command: ServerCommand, host: str, port: int, key: str) -> Iterator
         with output.open("wb") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), folder, *command.at(host, port)],
-                # The key is no argument: every user of the machine can read those.
+                # The key is not an argument, because every user of the machine can read arguments.
                 env={**_inherited(), **command.environment, KEY_VARIABLE: key},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -96,20 +96,20 @@ def _started(command: ServerCommand, host: str, port: int, key: str) -> Iterator
 
 
 def _inherited() -> dict[str, str]:
-    """Our environment without the place that a launcher gave us in a training: a server is a process of its own."""
+    """Our environment without the variables of a training launcher: a server is not part of the training run."""
     return {k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(LAUNCHED_PREFIXES)}
 
 
 def _reachable(host: str) -> str:
-    """Where a server on this machine answers that listens at `host`."""
+    """The local address of a server that listens on `host`."""
     return LOCAL if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
 
 
 @contextmanager
 def _held_port(host: str, port: int) -> Iterator[int]:
-    """A port for one server, 0 for any that is free, which nobody else is given until the block ends.
+    """Reserve a port for one server (0 means any free port) until the block ends.
 
-    It is bound here and never listened at, which a server that may reuse an address can do meanwhile.
+    This process binds the port without listening on it. A server with SO_REUSEADDR can listen there meanwhile.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,8 +117,8 @@ def _held_port(host: str, port: int) -> Iterator[int]:
             holder.bind((host, port))
         except OSError as error:
             raise ServerError(
-                f"a vLLM server cannot have {host}:{port}: {error.strerror or error}. Stop what listens there, or give "
-                "another address or port."
+                f"a vLLM server cannot use {host}:{port}: {error.strerror or error}. Stop the program that listens "
+                "there, or choose another address or port."
             ) from error
         yield holder.getsockname()[1]
 
@@ -126,22 +126,22 @@ def _held_port(host: str, port: int) -> Iterator[int]:
 def _wait_until_up(server: VllmServer) -> None:
     address, started = parse_address(server.url), time.monotonic()
     while True:
-        # The process first: when it is gone, whatever answers on its port is somebody else.
+        # Check the process first: if it has ended, another program answers on its port.
         code, waited = server.process.poll(), time.monotonic() - started
         if code is None and _is_ours(address):
             log.info("vLLM server %s is up after %.0f s", address.url, waited)
             return
         if code is not None or waited > STARTUP_SECONDS:
-            state = f"exited with code {code}" if code is not None else "is not up, or another process has its port"
+            state = f"exited with code {code}" if code is not None else "is not up, or another process uses its port"
             tail = "\n".join(map(excerpt, server.log_file.read_text(errors="replace").splitlines()[-15:]))
             raise ServerError(f"the vLLM server {state}, after {waited:.0f} s. The end of its log:\n{tail}")
         time.sleep(POLL_SECONDS)
 
 
 def _is_ours(address: Address) -> bool:
-    """Whether what listens there asks for a key and takes ours; vLLM's health check asks nobody for one.
+    """Whether the program on that port requires a key and accepts ours. (vLLM's health check requires none.)
 
-    No other user's process is ever given the key.
+    The key is never sent to another user's process.
     """
     if _others_listen(address.port):
         return False
@@ -153,7 +153,7 @@ def _is_ours(address: Address) -> bool:
 
 
 def _others_listen(port: int) -> bool:
-    """Whether a process of another user listens at this port; False on a system whose kernel does not say."""
+    """Whether a process of another user listens on this port; False on a system without /proc/net/tcp."""
     for table in _LISTENERS:
         for line in table.read_text(encoding="ascii").splitlines()[1:] if table.is_file() else ():
             _, local, _, state, _, _, _, uid, *_ = line.split()

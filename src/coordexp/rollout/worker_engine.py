@@ -1,7 +1,8 @@
-"""The engine in memory, several times: processes of this machine, each with the model on a device of its own.
+"""The in-memory engine in several processes of this machine, each with the model on its own device.
 
-Groups of samples go to whichever process is free, and come back in their order; a group is answered alike by all of
-them, so that the number of processes changes no byte. Each process keeps its finished groups in a journal of its own.
+A group of samples goes to the next free process; results are returned in order. The answers of a group do not depend on
+the process, so the number of processes does not change a byte. Each process writes its finished groups to its own
+journal.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from coordexp.rollout.hf_engine import Group, GroupEngine, answer_group, keep
 from coordexp.text.grammar import AnswerGrammar
 
 _SIGNAL_COMES_S = 0.2
-_WAITING = 2  # groups for each process that are under way or wait for it
+_WAITING = 2  # groups per process that are running or queued
 
 
 def decode_devices(processes: int, wanted: str = "auto") -> list[str]:
-    """The devices of the processes that decode on this machine; the GPUs in turn, or the device that is wanted.
+    """The devices of the decoding processes on this machine: the GPUs in turn, or the device in `wanted`.
 
     Args:
-        processes: how many (`launch.processes`); 0 is one for each GPU, or one without any.
-        wanted: as of `choose_device`.
+        processes: their number (`launch.processes`); 0 means one per GPU, or one if there is none.
+        wanted: as in `choose_device`.
 
     Raises:
         ConfigError: there is no such device.
@@ -48,7 +49,7 @@ def decode_devices(processes: int, wanted: str = "auto") -> list[str]:
 
 
 class WorkerEngine(GroupEngine):
-    """Answers of the checkpoint in a folder by a process on each of `devices`, which start with the first group.
+    """Generates with the checkpoint in a folder, in one process per device; they start with the first group.
 
     They hold the model until `close`, or until this process ends.
     """
@@ -65,20 +66,20 @@ class WorkerEngine(GroupEngine):
         super().__init__(image_root, batch_images, journal)
         self._folder = folder
         self._n = len(devices)
-        # A fork of this process would take its threads and its GPU along; one server imports the libraries for all.
+        # A fork of this process would copy its threads and GPU context. The fork server imports the libraries once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         places = context.SimpleQueue()
         for number, device in enumerate(devices, 1):
             places.put((device, journal.of_process(number).path if journal else None))
         limits = form.pixels.min_pixels, form.pixels.max_pixels
-        # On a CPU the number of threads decides the last bits: there it is that of this process.
+        # On a CPU the number of threads affects the last bits, so workers use the same number as this process.
         on_cpu = choose_device(devices[0]).type == "cpu"
         threads = torch.get_num_threads() if on_cpu else max(1, usable_cores() // self._n)
         self._pool = ProcessPoolExecutor(self._n, context, _start, (places, folder, limits, threads))
 
     def close(self) -> None:
-        """End the processes, after the groups that are under way."""
+        """End the processes after their running groups."""
         self._pool.shutdown(cancel_futures=True)
 
     def _answers(self, groups: Iterable[Group], request: DecodeRequest) -> Iterator[list[Generation]]:
@@ -91,13 +92,13 @@ class WorkerEngine(GroupEngine):
             while coming:
                 yield coming.popleft().result()
         except BrokenProcessPool as error:
-            time.sleep(_SIGNAL_COMES_S)  # if SIGTERM to all of them ended it, this process is interrupted by now
+            time.sleep(_SIGNAL_COMES_S)  # if SIGTERM to all processes was the cause, it interrupts this one now
             raise ProcessError(
-                f"one of the {self._n} processes that decode {self._folder} ended before its work was done: killed, "
-                "out of memory, or by a fault that is printed above. A stage keeps the answers of whole groups: run "
-                "the same command again, with fewer processes if memory was short."
+                f"one of the {self._n} processes that decode {self._folder} ended before its work was done: it was "
+                "killed, ran out of memory, or failed with the error above. A stage keeps the answers of finished "
+                "groups: run the same command again, with fewer processes if memory was short."
             ) from error
-        except (KeyboardInterrupt, Interrupted):  # what is under way is not waited for: the journals have the rest
+        except (KeyboardInterrupt, Interrupted):  # do not wait for running groups; the journals have the finished ones
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -111,7 +112,7 @@ class WorkerEngine(GroupEngine):
 
 @dataclass(slots=True)
 class _Worker:
-    """What a worker process holds."""
+    """The state of a worker process."""
 
     checkpoint: Checkpoint
     journal: Journal | None
@@ -123,7 +124,7 @@ _worker: _Worker | None = None  # in a worker process
 
 
 def _start(places: SimpleQueue[tuple[str, Path | None]], folder: Path, limits: tuple[int, int], threads: int) -> None:
-    """Make this process a worker: it takes the next device, and loads the model there."""
+    """Turn this process into a worker: take the next device and load the model there."""
     global _worker
     begin_worker()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""From checked parameters to the objects of a training stage. The only place that knows both sides."""
+"""Build the objects of a training stage from validated parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coordexp.training.sharding import will_shard
 
 
 def load_for_training(folder: Path, sharding: str, precision: Literal["bf16", "fp32"]) -> Checkpoint:
-    """A checkpoint in float32 on the device of this process; on the CPU if it is to be sharded, layer by layer."""
+    """Load a checkpoint in float32 onto the device of this process, or onto the CPU if it will be sharded by layer."""
     training_plan(precision, world().device).adopt()
     checkpoint = load_checkpoint(folder)
     if not will_shard(sharding):
@@ -25,14 +25,17 @@ def load_for_training(folder: Path, sharding: str, precision: Literal["bf16", "f
 
 
 def first_coord_id(checkpoint: Checkpoint) -> int:
-    """Id of bin 0; raises CheckpointError for a checkpoint without coordinate tokens."""
+    """Token id of bin 0; raises CheckpointError for a checkpoint without coordinate tokens."""
     if checkpoint.coord is None:
-        raise CheckpointError("this checkpoint has no coordinate tokens; train on the one norm1000 wrote (init/).")
+        raise CheckpointError(
+            "the checkpoint has no coordinate tokens, expected the one that the stage norm1000 writes (init/). Train "
+            "from that one."
+        )
     return checkpoint.coord.first_id
 
 
 def own_slice(profile: Profile) -> RankSlice:
-    """The rows of every step that this process runs."""
+    """The slice of every step's rows that this process runs."""
     return RankSlice(world().rank, world().size, profile.launch.rows_per_forward)
 
 

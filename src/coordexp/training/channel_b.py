@@ -1,14 +1,15 @@
-"""Channel B targets: from a matched rollout to the segments that stage 2 trains on (the M-step's data).
+"""Channel B targets: from a matched rollout to the segments that stage 2 trains on (the data of the M-step).
 
 Two passes (`passes: two`):
     self-context  the rollout's own tokens; only the coordinates of accepted matches are supervised, against GT
-    completion    GT reordered: matched objects at the rank of their prediction, missed ones appended (or sorted in),
-                  extras dropped; text is supervised everywhere, coordinates of the missed objects only
-so each ground-truth object gets its geometry exactly once: in the model's own context if it was found, else in the
-completion. With `reordered_ce_weight` all coordinate tokens of the completion get their cross-entropy besides.
+    completion    the reordered GT: matched objects in the order of their predictions, then the missed objects
+                  (appended, or sorted in), without false positives; all text is supervised, but only the coordinates
+                  of missed objects
+Each ground-truth object thus gets its geometry loss exactly once: in the model's own context if it was found, otherwise
+in the completion. With `reordered_ce_weight`, all coordinate tokens of the completion also get a cross-entropy loss.
 
-One pass (`passes: one`): the valid predictions re-serialised as context, then the missed objects. Unmatched predictions
-are context only: with incomplete labels, many of them are real.
+One pass (`passes: one`): the valid predictions, serialized again as context, then the missed objects. Unmatched
+predictions are context without supervision: with incomplete annotations, many of them are real objects.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NO_TOKENS = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An object of the one-pass target: its text, the ground truth it stands for and the prediction it is, if any."""
+    """An object of the one-pass target: its text, and the indices of its ground truth and its prediction, if any."""
 
     text: TextObject
     truth: int | None
@@ -50,7 +51,7 @@ class _Truth:
 
 
 def channel_b_segments(sample: Sample, rollout: Rollout, encoder: AnswerEncoder, params: Stage2Params) -> list[Segment]:
-    """Segments of one sample; a rollout that did not parse falls back to teacher forcing on the ground truth."""
+    """Segments of one sample; if its rollout did not parse, teacher forcing on the ground truth instead."""
     if not rollout.usable:
         return [teacher_segment(sample)]
     truth = _truth(sample)
@@ -72,7 +73,9 @@ def _truth(sample: Sample) -> _Truth:
 
 
 def self_context_segment(sample: Sample, rollout: Rollout, unlikely: NDArray[np.int64] = _NO_TOKENS) -> Segment:
-    """The rollout as it was generated; no text loss, the box of each accepted match, in the order of its `pairs`."""
+    """The rollout as generated: no text loss, and a box target per accepted match, in the order of `pairs`."""
+    # The tokens are those that were sampled, not an encoding of the parsed objects: coordinates are to improve in the
+    # very context that inference produces. Text weights of 0 keep the model from imitating its own errors.
     ids = np.array(rollout.ids, np.int32)
     positions = [rollout.objects[i].coord_positions for i, _ in rollout.pairs]
     return Segment(
@@ -87,10 +90,10 @@ def self_context_segment(sample: Sample, rollout: Rollout, unlikely: NDArray[np.
 
 
 def _diverging_tokens(rollout: Rollout, encoder: AnswerEncoder) -> NDArray[np.int64]:
-    """Where duplicates part from the clean answer, in the tokens as they were generated.
+    """Positions where duplicates diverge from the answer without them, in the generated tokens.
 
-    Found in the canonical tokens of the objects. A generated answer that differs from those before such a position (an
-    object was dropped, or a name was split otherwise) has other tokens there, and the position is left out.
+    They are computed on the canonical encoding of the objects. If the generated tokens differ from that encoding before
+    such a position (an object was dropped, or a category name was tokenized differently), the position is left out.
     """
     canonical = encoder.encode([TextObject(o.desc, o.bins) for o in rollout.objects])
     generated = np.array(rollout.ids, np.int32)
@@ -102,25 +105,25 @@ def _diverging_tokens(rollout: Rollout, encoder: AnswerEncoder) -> NDArray[np.in
 
 
 def marks_duplicates(params: Stage2Params) -> bool:
-    """Whether the token that begins a duplicate is to become unlikely."""
+    """Whether the token that begins a duplicate gets an unlikelihood loss."""
     return params.duplicate_unlikelihood_weight > 0
 
 
 def stop_weight(params: Stage2Params, over_generated: bool) -> float:
-    """Weight of the token by which an answer stops; another one where there are too many objects."""
+    """Weight of the token that ends an answer; scaled by `over_close_weight` for an over-generated rollout."""
     return params.eos_weight * (params.over_close_weight if over_generated else 1.0)
 
 
 def is_over_generated(rollout: Rollout, n_true: int) -> bool:
-    """Whether the rollout has more (valid) objects than are annotated."""
+    """Whether the rollout has more valid objects than the annotation."""
     return len(rollout.objects) > n_true
 
 
 def missed_objects(rollout: Rollout, n_true: int, params: Stage2Params) -> list[int]:
-    """Ground truth that the target adds to what was found.
+    """Indices of the ground truth that the target adds to the matched objects.
 
-    With `over_generation: truncate`, none where the rollout has too many objects already and any of them is right: the
-    target then ends early, so that it teaches to stop rather than to go on.
+    With `over_generation: truncate`, nothing is added to a rollout that has too many objects and at least one match.
+    The target then ends early and teaches the model to stop.
     """
     matched = {j for _, j in rollout.pairs}
     if params.over_generation == "truncate" and matched and is_over_generated(rollout, n_true):
@@ -130,6 +133,8 @@ def missed_objects(rollout: Rollout, n_true: int, params: Stage2Params) -> list[
 
 def completion_order(rollout: Rollout, boxes_M4: NDArray, params: Stage2Params) -> list[int]:
     """Ground-truth indices in the order of the completion: matched ones by prediction rank, missed ones by policy."""
+    # Matched objects keep the order in which the model found them. A fixed order would penalize a correct answer for
+    # naming the objects in another sequence, although they form a set.
     order = [j for _, j in sorted(rollout.pairs)] + missed_objects(rollout, len(boxes_M4), params)
     return [order[i] for i in reading_order(boxes_M4[order])] if params.missed == "sorted" and order else order
 
@@ -141,6 +146,7 @@ def _completion(
     over_generated = is_over_generated(rollout, len(truth.objects))
     answer = encoder.encode([truth.objects[j] for j in order])
     matched = {j for _, j in rollout.pairs}
+    # Coordinate targets for missed objects only: matched ones already have theirs in the self-context segment.
     rows = [rank for rank, j in enumerate(order) if j not in matched]
     weights = np.isin(answer.roles, (Role.STRUCT, Role.DESC, Role.CLOSE)).astype(np.float32)
     weights[encoder.stop_position(answer)] = stop_weight(params, over_generated)
@@ -159,7 +165,7 @@ def _completion(
 def _clean_prefix(
     sample: Sample, rollout: Rollout, truth: _Truth, encoder: AnswerEncoder, params: Stage2Params
 ) -> Segment:
-    """Predictions re-serialised (matched: scaffold and GT boxes; extras: context), then missed objects in full."""
+    """Serialized predictions (matched: scaffold and GT boxes; false positives: context), then the missed objects."""
     partner = dict(rollout.pairs)
     n_true = len(truth.objects)
     predicted = [
@@ -189,7 +195,7 @@ def _clean_prefix(
 
 
 def _prefix_weights(entries: Sequence[_Entry], answer: EncodedAnswer) -> NDArray[np.float32]:
-    """Scaffold of matched predictions, scaffold and name of missed objects, and the close."""
+    """Text weights: the scaffold of matched predictions, scaffold and name of missed objects, and the close."""
     weights = (answer.roles == Role.CLOSE).astype(np.float32)
     for rank, entry in enumerate(entries):
         if entry.truth is not None:

@@ -1,8 +1,11 @@
-"""What a training run goes on from after a stop: its last two states, and the log up to each.
+"""Saved states, from which an interrupted training run resumes: the last two, and the position in the log of each.
 
-A state holds what steps change: trained weights, their moments, and the random generators of every process. Frozen
-weights are those of the checkpoint that the run started from, whose hash the state records. The files are described in
-training/state_files.py; whoever reads a state verifies it first, and goes back to the one before if it is damaged.
+A state holds everything that a step changes: trained weights, optimizer moments, and the random generators of every
+process. Frozen weights come from the checkpoint that the run started from; the state records their hash. The files are
+described in training/state_files.py. A state is verified before it is used; if it is damaged, the previous one is used.
+
+Resuming must give the same bytes as an uninterrupted run. Hence the random generators are part of the state, the data
+order is a function of the step (training/schedule.py), and the log is truncated to the position that the state records.
 """
 
 from __future__ import annotations
@@ -40,15 +43,15 @@ from coordexp.training.state_files import (
 
 log = logging.getLogger(__name__)
 
-WRITING_S = 3600.0  # longer than any disk needs for what one process holds
-KEPT = 2  # states of a run: the newest, and one to go back to
+WRITING_S = 3600.0  # longer than any disk needs to write the state of one process
+KEPT = 2  # states per run: the newest and one to fall back to
 _MOST_PROCESSES = 2**16
 Scalars = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class LogEnd:
-    """How far the log goes up to a state, and the hash of that part."""
+    """Size of the log at the time of a state, and the hash of its contents."""
 
     log_bytes: int
     log_sha256: str
@@ -59,23 +62,23 @@ NO_LOG = LogEnd(0, hashlib.sha256().hexdigest())
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """Where training stood: the next step to run, and everything that the steps before it changed."""
+    """A loaded state: the next step to run, and everything that the previous steps changed."""
 
     saved: SavedState
 
     @property
     def step(self) -> int:
-        """The step that runs next."""
+        """The next step to run."""
         return int(self.saved.facts["step"])
 
     @property
     def start(self) -> str:
-        """What the run started from, as `save_state` was told; frozen weights are there."""
+        """The identity of the starting weights, as given to `save_state`; frozen weights come from there."""
         return str(self.saved.facts["start"])
 
     @property
     def log_end(self) -> LogEnd:
-        """The end of the log of the steps before."""
+        """The end of the log after the previous steps."""
         return LogEnd(self.saved.facts["log_bytes"], self.saved.facts["log_sha256"])
 
     @property
@@ -85,26 +88,26 @@ class ResumeState:
 
     @property
     def optimizer(self) -> dict[str, Any]:
-        """Moments and counters, as `<weight>/<name>`."""
+        """Moments and counters by `<weight>/<name>`."""
         moments = {name: self.saved.read(f"optimizer/{name}") for name in self.saved.names("optimizer")}
         return moments | self.saved.facts["scalars"]
 
     @property
     def torch_rng(self) -> Tensor:
-        """The CPU's random generator of process 0."""
+        """The state of the CPU random generator of process 0."""
         return self.saved.read("random/0/cpu")
 
     def check_start(self, start: str) -> None:
         """Raise CheckpointError unless the run started from these weights."""
         if start != self.start:
             raise CheckpointError(
-                f"{self.saved.folder}: of a run that started from weights with hash {self.start!r}, but those here "
-                f"have {start!r}. Expected the same: put them back, or delete {self.saved.folder.parent} to start at "
-                "step 0."
+                f"{self.saved.folder}: the run started from weights with hash {self.start!r}, but the present weights "
+                f"have hash {start!r}. Expected the same weights: restore them, or delete {self.saved.folder.parent} "
+                "to start at step 0."
             )
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Put everything back to where it stood, each process what is its own."""
+        """Restore model, optimizer and random generators, each process its own part."""
         self.load_weights(model)
         named = _trained(model)
         parts = [self._state_of(part, named) for part in _parts(optimizer)]
@@ -115,25 +118,25 @@ class ResumeState:
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
-        """Give the model the trained weights; what is frozen it must have.
+        """Load the trained weights; the model must already have the frozen ones.
 
         Raises:
-            CheckpointError: the state is that of another model, or of one that trains other parts.
+            CheckpointError: the state belongs to another model, or to one with other trained parameters.
         """
         named, found = _trained(model), set(self.saved.names("model"))
         other = {name for name in found & named.keys() if self.saved.shape(f"model/{name}") != tuple(named[name].shape)}
         if wrong := sorted((found ^ named.keys()) | other):
             raise CheckpointError(
-                f"{self.saved.folder}: of another model: {len(wrong)} trained weights differ in name or shape (first "
-                f"{wrong[0]}). Expected the state of this very run; delete {self.saved.folder.parent} to start at step "
-                "0."
+                f"{self.saved.folder}: the state belongs to another model: {len(wrong)} trained weights differ in name "
+                f"or shape (first {wrong[0]}). Expected a state of this run; delete {self.saved.folder.parent} to "
+                "start at step 0."
             )
         for name, weight in named.items():
             weight.copy_(self._own(f"model/{name}", weight))
         self.saved.close()
 
     def _state_of(self, optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What `load_state_dict` of one optimizer takes; its groups stay those of the configuration."""
+        """The argument of `load_state_dict` of one optimizer; its groups stay those of the configuration."""
         names = {id(weight): name for name, weight in named.items()}
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state = {i: entry for i, w in enumerate(weights) if (entry := self._moments(names.get(id(w)), w))}
@@ -146,7 +149,7 @@ class ResumeState:
         return moments | {key.rpartition("/")[2]: v for key, v in scalars.items() if key.rpartition("/")[0] == name}
 
     def _own(self, name: str, like: Tensor) -> Tensor:
-        """What this process keeps of a tensor: its rows, if that has the shape of a weight which is spread by rows."""
+        """This process's part of a tensor: its own rows if the tensor has the shape of a weight sharded by rows."""
         if isinstance(like, DTensor) and self.saved.shape(name) == tuple(like.shape):
             return from_own_rows(self.saved.read(name, *own_rows(like)), like)
         return self.saved.read(name)
@@ -156,7 +159,7 @@ class ResumeState:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What steps may change, by name, each tensor once: weights that train, and buffers."""
+    """Everything that steps may change, by name, each tensor once: trainable weights and buffers."""
     named: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if value.requires_grad or not isinstance(value, nn.Parameter):
@@ -165,11 +168,11 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
-    return getattr(optimizer, "parts", (optimizer,))  # of Muon with AdamW
+    return getattr(optimizer, "parts", (optimizer,))  # `MuonWithAdamW` has two
 
 
 def trained_sha256(model: nn.Module) -> str:
-    """Hash of what steps have made of a model that is not sharded; for the same start, of all of its weights."""
+    """Hash of the trained weights of an unsharded model; with the starting weights it identifies the whole model."""
     digest = hashlib.sha256()
     for name, value in sorted(_trained(model).items()):
         digest.update(name.encode())
@@ -178,9 +181,9 @@ def trained_sha256(model: nn.Module) -> str:
 
 
 def seed_process(step: int) -> None:
-    """Seed the generators of this process for going on at a step where none are saved; every process gets others.
+    """Seed this process's generators for a step without saved ones, differently in every process.
 
-    The main process at step 0 keeps what the seed of the run gave it.
+    The main process at step 0 keeps the generator state that the seed of the run gave it.
     """
     if index := step * _MOST_PROCESSES + world().rank:
         torch.manual_seed(stream_seed(torch.initial_seed(), "train/process", index))
@@ -200,23 +203,23 @@ def _set_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def save_state(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, start: str = "") -> None:
-    """Save the state from which `step` runs next, whole or not at all; all processes must call it.
+    """Save, atomically, the state from which `step` runs next; all processes must call it.
 
-    `start` identifies the checkpoint that frozen weights are taken from.
+    `start` identifies the checkpoint that provides the frozen weights.
 
     Raises:
-        OSError: the disk is full or not writable; the states before this one are still there.
+        OSError: the disk is full or not writable; the previous states still exist.
     """
     with StateSaver(folder, start) as saver:
         saver.save(step, model, optimizer, dict(enumerate(gather(generators()))))
 
 
 class StateSaver:
-    """Saves states while training goes on: a copy at once, files from a thread. Errors come out at the next call."""
+    """Saves states while training continues: copies at once, writes files in a thread. The next call raises errors."""
 
     def __init__(self, folder: Path, start: str, resumed: ResumeState | None = None) -> None:
         self._folder, self._start = folder, start
-        # Oldest first; newer ones than the state that was gone on from are damaged.
+        # Oldest first. States newer than the one resumed from are damaged.
         self._good = [resumed.saved.folder] if resumed else generations(folder)[::-1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save-state")
         self._writing: Future[None] | None = None
@@ -238,17 +241,17 @@ class StateSaver:
 
     @property
     def cost_s(self) -> float:
-        """What the last save took from training; on a CPU, which thread and steps share, also the thread's part."""
+        """Training time that the last save cost; on a CPU, including the thread, which competes with the steps."""
         return self._cost_s + (self._cpu_s if world().device.type == "cpu" else 0.0)
 
     def wait(self) -> None:
-        """Return when the state is on disk, or raise what kept it from there."""
+        """Return when the state is on disk, or raise the error that prevented it."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
     def check(self) -> None:
-        """Raise what kept the last state from the disk, if that is known by now."""
+        """Raise the error that prevented writing the last state, if it has occurred by now."""
         if self._writing and self._writing.done():
             self.wait()
 
@@ -262,9 +265,9 @@ class StateSaver:
         *,
         alone: bool = False,
     ) -> None:
-        """Copy the state from which `step` runs next, with `generators` by process, and begin to write it.
+        """Copy the state from which `step` runs next, with the generators of each process, and start writing it.
 
-        All processes must call it; unless it is called `alone`, by one that has everything.
+        All processes must call it, except with `alone`: then only the one that holds the whole model.
         """
         started = time.monotonic()
         self.wait()
@@ -280,7 +283,7 @@ class StateSaver:
         self._cost_s = time.monotonic() - started
 
     def _copy(self, name: str, values: Tensor) -> Tensor:
-        """A copy on the CPU, in memory that is kept for the next one; pinned for a GPU, which fills it much faster."""
+        """A copy on the CPU, in memory reused for the next state; pinned memory makes copies from a GPU much faster."""
         copy = self._copies.get(name)
         if copy is None or copy.shape != values.shape:
             copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
@@ -290,7 +293,7 @@ class StateSaver:
     def _write(
         self, step: int, held: Mapping[str, Rows], facts: Mapping[str, Any], meetings: tuple[Meeting, ...]
     ) -> None:
-        """In the thread: every process its part, then the main one the hashes, which all wait for."""
+        """In the thread: every process writes its part, then the main one writes the hashes while the others wait."""
         cpu_s = time.thread_time()
         temporary = self._folder / f".{generation_name(step)}.tmp"
         try:
@@ -300,7 +303,7 @@ class StateSaver:
                 self._write_together(step, temporary, held, facts, *meetings)
         finally:
             if world().is_main:
-                remove(temporary)  # half a state on a full disk is in the way
+                remove(temporary)  # half a state would only take space on a full disk
         self._cpu_s = time.thread_time() - cpu_s
 
     def _write_together(
@@ -322,7 +325,8 @@ class StateSaver:
         hashes.wait([0])
 
     def _publish(self, step: int, temporary: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
-        """Give the folder its hashes and its name, and remove states that are no longer needed."""
+        """Write the hashes, rename the folder, and remove states that are no longer needed."""
+        # The rename is the commit point: a folder with this name is complete. Older states go only after that.
         final = self._folder / generation_name(step)
         publish_state(temporary, facts, parts)
         replace_folder(temporary, final)
@@ -334,7 +338,7 @@ class StateSaver:
 
 
 def _contents(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], Scalars]:
-    """All that a step changes, by name; what of an optimizer is no tensor stands apart."""
+    """Everything that a step changes, by name: tensors, and the optimizer values that are not tensors."""
     named = _trained(model)
     tensors = {f"model/{name}": value.detach() for name, value in named.items()}
     scalars: Scalars = {}
@@ -349,35 +353,35 @@ def _contents(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor]
 
 
 def load_state(folder: Path, log_path: Path | None = None) -> ResumeState | None:
-    """The newest state of a run that is intact, or None if there is none at all. Nothing in it is executed.
+    """The newest intact state of a run, or None if there are no states. No code from the state is executed.
 
-    All processes must call it: each verifies some of the files, and they agree on the state. With `log_path` the log
-    up to the state is verified as well.
+    All processes must call it: each verifies some of the files, and they agree on one state. With `log_path`, the log
+    up to the state is verified too.
 
     Raises:
-        DamagedArtefactError: no state is intact; they were written whole, so the disk or another program changed them.
+        DamagedArtefactError: no state is intact. States are written atomically, so something else changed them.
     """
     damage: list[str] = []
     for path in gather(generations(folder))[0]:
         found = _verified(path, log_path)
         if any_process(isinstance(found, DamagedArtefactError)):
             is_own = isinstance(found, DamagedArtefactError)
-            damage.append(str(found) if is_own else f"{path}: damaged, says another process.")
+            damage.append(str(found) if is_own else f"{path}: damaged, according to another process.")
             continue
         if damage:
-            log.warning("%s Going on from the state before, %s.", " ".join(damage), path.name)
+            log.warning("%s Resuming from the previous state, %s.", " ".join(damage), path.name)
         assert isinstance(found, ResumeState)
         return found
     if damage:
         raise DamagedArtefactError(
-            f"{' '.join(damage)} Expected what an interrupted run saved, and no other state is intact; delete {folder} "
-            "to start this stage at step 0."
+            f"{' '.join(damage)} Expected the state that an interrupted run saved, and no other state is intact; "
+            f"delete {folder} to start this stage at step 0."
         )
     return None
 
 
 def _verified(folder: Path, log_path: Path | None) -> ResumeState | DamagedArtefactError:
-    """A state whose files are what was written, as far as this process looks at them; else what is wrong."""
+    """The state if the files that this process checks are unchanged, otherwise the error."""
     try:
         saved = open_state(folder)
         saved.verify(saved.parts[world().rank :: world().size])
@@ -386,11 +390,11 @@ def _verified(folder: Path, log_path: Path | None) -> ResumeState | DamagedArtef
     state = ResumeState(saved)
     if log_path and world().is_main and log_end(log_path, state.log_end.log_bytes) != state.log_end:
         end = state.log_end.log_bytes
-        return DamagedArtefactError(f"{log_path}: its first {end} bytes are not those that {folder.name} records.")
+        return DamagedArtefactError(f"{log_path}: its first {end} bytes do not match the hash in {folder.name}.")
     return state
 
 
 def log_end(path: Path, size: int) -> LogEnd:
-    """The end of a log that is cut to this size."""
+    """The end of a log truncated to `size` bytes."""
     content = path.read_bytes()[:size] if path.is_file() else b""
     return LogEnd(len(content), hashlib.sha256(content).hexdigest())

@@ -1,14 +1,14 @@
-"""How far coordinates are off on held-out images, by the context that they are read in.
+"""Coordinate errors on held-out images, by the context in which the model reads the coordinates.
 
-A training log says it of the images in training, each under other weights: neither two of its epochs nor two runs can
-be compared by it. The eval callback reads the same dev images at every evaluation instead, under
+The training log reports errors on training images, each under different weights, so neither two of its epochs nor two
+runs are comparable. The eval callback measures the same dev images at every evaluation instead, in these contexts:
 
     A1         the annotated answer, as in stage 1
-    A2 .. AN   the soft self-context of channel A, where stage 2 has one
+    A2 .. AN   the soft self-context of channel A, if stage 2 uses one
     own        the model's own greedy answer, as in channel B: the objects that it locates (`dev_answers.PAIRING`)
 
-and leaves one row an image and evaluation; of the first two it also says what the distributions look like. Each image
-is a forward of its own: what else is read, and by how many processes, changes no bit.
+It writes one row per image and evaluation; for A1 to AN the row also describes the distributions. Each image has a
+forward of its own, so the other images and the number of processes do not change a bit of the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ErrorRow = dict[str, Any]  # see `ContextErrors.row`
 
 @dataclass(frozen=True, slots=True)
 class ContextErrors:
-    """Reads one dev image after another by the weights as they are."""
+    """Measures one dev image after another with the current weights."""
 
     checkpoint: Checkpoint
     criterion: Criterion
@@ -52,7 +52,7 @@ class ContextErrors:
 
     @classmethod
     def of(cls, run: RunConfig, stage: str, checkpoint: Checkpoint, reader: AnswerReader) -> ContextErrors:
-        """The measure of a stage; stage 1 and the control depend on no parameter of stage 2, so they read no A2."""
+        """For a stage; stage 1 and the control depend on no parameter of stage 2, so they have no A2."""
         criterion = Criterion(
             params=run.params, weights={TEXT: 1.0}, first_coord_id=first_coord_id(checkpoint), steps=1
         )
@@ -62,9 +62,10 @@ class ContextErrors:
 
     @torch.no_grad()
     def row(self, sample: Sample, generation: Generation) -> ErrorRow:
-        """The row of one image: nats and tokens of its annotated text, and bins of each object by context, or None.
+        """The row of one image: nats and tokens of its annotated text, and error in bins per object by context.
 
-        `coord_diag` holds means over the coordinate slots by context of channel A (`losses/coord_terms.py`).
+        The error is None for an object that the model's own answer does not locate. `coord_diag` has means over the
+        coordinate slots for each context of channel A (`losses/coord_terms.py`).
         """
         with inference_plan(self.checkpoint.model.device).autocast(self.checkpoint.model):
             return {"image_id": sample.image_id, **self._annotated(sample), OWN: self._own(sample, generation)}
@@ -110,7 +111,7 @@ def _errors(slots: CoordSlots) -> list[float]:
 
 
 def mean_errors(rows: Sequence[ErrorRow]) -> dict[str, float]:
-    """Bins by context, over the objects of all images that have a value in it; a context without any is left out."""
+    """Mean error in bins by context, over the objects that have a value; a context without values is left out."""
     contexts = [name for name in rows[0] if isinstance(rows[0][name], list)] if rows else []
     found = {name: [e for row in rows for e in row[name] if e is not None] for name in contexts}
     return {name: sum(errors) / len(errors) for name, errors in found.items() if errors}

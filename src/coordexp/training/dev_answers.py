@@ -1,7 +1,7 @@
-"""Answers of a model in training to a few dev images: counts over them, and a picture of some.
+"""Answers of a model in training to a few dev images: counts over all of them, and a figure of some.
 
-The pairing is that of training (`matching`), gated at IoU .50 with names ignored; a located object is right if the
-normalised names agree too. Evaluation proper, with AP and intervals, is for finished checkpoints.
+The pairing is that of training (`matching`), with a threshold of IoU .50 and category names ignored. A located object
+is correct if the normalized names agree too. The full evaluation, with AP and intervals, is for finished checkpoints.
 
 Shapes: P pairs, N predictions.
 """
@@ -47,7 +47,7 @@ _COLUMNS = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """One answer: objects without crowd regions, pairs of (prediction, object), which of those share their name."""
+    """One evaluated answer: objects without crowd regions, (prediction, object) pairs, and which pairs share a name."""
 
     result: ImageResult
     objects: tuple[GroundTruth, ...]
@@ -68,9 +68,9 @@ def judge_answer(result: ImageResult) -> Judged:
 
 
 def count_answers(answers: Sequence[Judged]) -> dict[str, float | None]:
-    """Counts over all answers, and the ratios of their sums; precision, recall and F1 ask for box and name.
+    """Counts over all answers, and the ratios of their sums; precision, recall and F1 require box and name.
 
-    A ratio is None where there is nothing to judge, as in `MatchCounts`.
+    A ratio is None if its denominator is 0, as in `MatchCounts`.
     """
     n_pred, n_gt = sum(len(a.result.pred) for a in answers), sum(len(a.objects) for a in answers)
     n_located, n_right = sum(len(a.pairs) for a in answers), sum(int(a.right_P.sum()) for a in answers)
@@ -97,18 +97,18 @@ def count_answers(answers: Sequence[Judged]) -> dict[str, float | None]:
 
 
 def duplicate_pairs(result: ImageResult) -> int:
-    """Pairs of predictions that are one object twice, by the measure of training (`duplicates.same_object`)."""
+    """Number of prediction pairs that are duplicates by the rule of training (`duplicates.same_object`)."""
     boxes_N4 = as_boxes([p.bbox_xyxy_px for p in result.pred])
     return int(same_object(boxes_N4, [p.desc for p in result.pred]).sum())
 
 
 def draw_answers(answers: Sequence[Judged], image_root: Path, title: str) -> Image.Image:
-    """The first few images, annotated beside predicted; `title` stands over the predictions."""
+    """The first few images, annotations next to predictions; `title` is the heading of the predictions."""
     return grid([answer_tile(answer, image_root, title) for answer in answers[:DRAWN_IMAGES]], _COLUMNS)
 
 
 def answer_tile(answer: Judged, image_root: Path, title: str) -> Image.Image:
-    """One image, annotated beside predicted; `title` stands over the predictions."""
+    """One image, annotations next to predictions; `title` is the heading of the predictions."""
     image = read_record_rgb(image_root, answer.result.image)
     shrink = min(1.0, _PANEL_PX / max(image.size))
     if shrink < 1:

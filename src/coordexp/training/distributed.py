@@ -1,15 +1,16 @@
-"""One training run in several processes: each runs its share of a step's rows, then the gradients are summed.
+"""One training run in several processes: each runs its slice of a step's rows, then the gradients are summed.
 
-Every loss is divided by the counts of the whole step (`step.step_counts`), which each process knows from the
-plan alone. So the sum of the gradients is that of one process on all rows, weighted by tokens and not by processes,
-however unequal the shares are. Each process holds all weights and the optimizer state, or with `launch.sharding: fsdp2`
-its shard of them (training/sharding.py); only process 0 writes.
+Every loss is divided by the counts of the whole step (`step.step_counts`), which each process knows from the plan. The
+sum of the gradients therefore equals the gradient of one process on all rows, weighted by tokens rather than by
+processes, however unequal the slices are. Each process holds all weights and the optimizer state, or its shard of them
+with `launch.sharding: fsdp2` (training/sharding.py). Only process 0 writes.
 
-torchrun, or `launch` in coordexp.training.launch, starts the processes and tells them who they are.
+torchrun, or `launch` in coordexp.training.launch, starts the processes and sets their ranks.
 
-Sums are for steps, whose parts take the same time everywhere. Work of unequal length (`shared_out`: answers, fresh
-rollouts) ends in a meeting at the processes' key-value store: who waits there sees whether the others still get on, and
-says for whom it waits. A collective would be silent, and NCCL ends a run that waits too long for good reason.
+Collectives are used for steps, whose parts take about equal time in all processes. Work of unequal length
+(`shared_out`: answers, fresh rollouts) ends in a `Meeting` at the key-value store of the processes. A waiting process
+sees there whether the others are still making progress, and logs which ones it waits for. A collective would wait
+silently, and NCCL would abort after its timeout even if the wait is legitimate.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ from coordexp.losses.coord_terms import CoordDiagnostics
 
 log = logging.getLogger(__name__)
 
-# A process that died closes its connections, which ends the others at once; this is for one that hangs in a step.
+# A process that dies closes its connections, which ends the others at once. The timeout is for one that hangs.
 TIMEOUT = timedelta(minutes=20)
-BEAT_EVERY_S = 5.0  # a process at work shows at most so often that it gets on
-SILENCE_S = 300.0  # one that has not shown it for so long is given up
-SAID_EVERY_S = 60.0  # who waits says so
-BUCKET_NUMBERS = 2**26  # gradients are summed in pieces of this size: 256 MiB of float32
+BEAT_EVERY_S = 5.0  # minimum interval between heartbeats of a working process
+SILENCE_S = 300.0  # without a heartbeat for this long, a process counts as hanging
+SAID_EVERY_S = 60.0  # interval of the log line of a waiting process
+BUCKET_NUMBERS = 2**26  # gradients are summed in buckets of this many numbers: 256 MiB of float32
 _SUMMED = ("tokens", "samples", "time/wait_s")
 _SUMMED_AREAS = ("loss/", "raw/")
 
 Made = TypeVar("Made")
 Item = TypeVar("Item")
-COMPUTE = "compute_in_forward"  # a method of a sharded model: gathers like `forward`, then calls what it is given
+COMPUTE = "compute_in_forward"  # method of a sharded model: gathers the weights like `forward`, then calls its argument
 
-Logged = float | str | CoordDiagnostics  # a number, the channel as a letter, or diagnostics as sums that add up
-Row = dict[str, Logged]  # of a part of a step
-LogRow = dict[str, float | str]  # of a whole step
+Logged = float | str | CoordDiagnostics  # a number, the letter of the channel, or diagnostics as additive sums
+Row = dict[str, Logged]  # for a part of a step
+LogRow = dict[str, float | str]  # for a whole step
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among those of the run, and where its model lives."""
+    """The rank of this process, the number of processes, and the device of its model."""
 
     rank: int
     size: int
@@ -71,7 +72,7 @@ class World:
 
 @cache
 def world() -> World:
-    """Join the other processes, if torchrun started any, and say who this one is; all calls give the same answer."""
+    """Join the other processes, if a launcher started several; every call returns the same object."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device()
     if size > 1:
@@ -86,25 +87,25 @@ def world() -> World:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only its rows of the weights."""
+    """Whether each process holds only its rows of the weights."""
     return isinstance(model, FSDPModule)
 
 
 def in_forward(model: nn.Module, compute: Callable[[], Made]) -> Made:
-    """What `compute` makes of the model, whose weights are in place until the losses in it were back-propagated.
+    """Call `compute` while the model's weights are gathered; they stay gathered until its losses were back-propagated.
 
-    Everything that reads weights, the head included, belongs into `compute`; losses are found in dataclasses, too.
+    Everything that reads weights, including the head, belongs in `compute`. Its result may hold losses in dataclasses.
     """
     return cast(Made, getattr(model, COMPUTE)(compute)) if is_sharded(model) else compute()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes in place; one that a process did not compute counts as zero."""
+    """Sum the gradients over all processes, in place; a missing gradient counts as zero."""
     if world().size == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
     for parameter in trained:
-        if parameter.grad is None:  # every process must bring the same tensors in the same order
+        if parameter.grad is None:  # a collective needs the same tensors in the same order from every process
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([p.grad for p in trained if p.grad is not None]):
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
@@ -126,7 +127,7 @@ def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def any_process(flag: bool) -> bool:
-    """True on every process if it is true on one: a signal may reach only some of them, or between two steps."""
+    """True on every process if it is true on any, because a signal may reach only some of them."""
     if world().size == 1:
         return flag
     votes = torch.tensor(float(flag), device=world().device)
@@ -136,32 +137,33 @@ def any_process(flag: bool) -> bool:
 
 @cache
 def _store() -> dist.Store:
-    """The key-value store that the launcher named, which all processes reach."""
+    """The launcher's key-value store, which all processes can reach."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 
 
 @cache
 def _board() -> dist.Store:
-    """The same store by a connection of its own: while a collective is set up, the other one may be held."""
+    """The same store over a second connection: setting up a collective may block the first."""
     return cast(dist.Store, _store().clone())  # type: ignore[attr-defined]  # the stubs lack it
 
 
-_MEETINGS = count()  # all processes meet in the same order
+_MEETINGS = count()  # equal numbers denote the same meeting, as all processes create them in the same order
 
 
 class Meeting:
-    """A point that every process comes to when it likes, bringing a word; made in the same order on each of them.
+    """A barrier to which every process brings a string, each in its own time.
 
-        with meeting:               # what is raised in here tells the others not to wait for this process
+        with meeting:               # an exception in here tells the others not to wait for this process
             meeting.come(work())
         words = meeting.wait()
 
-    Once made, any thread may come and wait, while another one computes.
+    All processes must create their meetings in the same order. After that, any thread may call `come` and `wait` while
+    another one computes.
     """
 
     def __init__(self, what: str, silence_s: float | None = None) -> None:
-        """`silence_s` is how long a process may show nothing; SILENCE_S if it is not said."""
+        """`silence_s` is the longest time without a heartbeat; the default is SILENCE_S."""
         self._what, self._number = what, next(_MEETINGS)
         self._silence_s = SILENCE_S if silence_s is None else silence_s
         self._word = ""
@@ -173,7 +175,7 @@ class Meeting:
             self._bring("-")
 
     def come(self, word: str = "") -> None:
-        """Tell the others that this process is done."""
+        """Tell the other processes that this one is done."""
         self._word = word
         self._bring(f"+{word}")
 
@@ -182,10 +184,10 @@ class Meeting:
             _board().set(self._key(world().rank), word)
 
     def wait(self, ranks: Iterable[int] | None = None) -> list[str]:
-        """Wait for these processes, or all; returns what they brought.
+        """Wait for these processes (default: all); returns their strings.
 
         Raises:
-            TrainingError: a process failed, or has not shown for too long that it gets on.
+            TrainingError: a process failed, or sent no heartbeat for too long.
         """
         if world().size == 1:
             return [self._word]
@@ -198,12 +200,13 @@ class Meeting:
             lives |= {rank: (beat, now) for rank in missing if (beat := _last_beat(rank)) != lives[rank][0]}
             if silent := [rank for rank in missing if now - lives[rank][1] > self._silence_s]:
                 raise TrainingError(
-                    f"{self._what}: process {silent[0]} of {world().size} has shown no sign of life for "
-                    f"{self._silence_s:.0f} s. The last states are kept: look at that process, then run this again."
+                    f"{self._what}: process {silent[0]} of {world().size} has sent no heartbeat for "
+                    f"{self._silence_s:.0f} s. The saved states are kept: check that process, then run the same "
+                    "command again."
                 )
             if now - said > SAID_EVERY_S:
                 said = now
-                log.info("%s: waiting for processes %s since %.0f s", self._what, missing, now - started)
+                log.info("%s: waiting for processes %s for %.0f s", self._what, missing, now - started)
         words = [_board().get(self._key(rank)).decode() for rank in wanted]
         if failed := [rank for rank, word in zip(wanted, words, strict=True) if word == "-"]:
             raise TrainingError(f"{self._what}: process {failed[0]} of {world().size} failed; its message is above.")
@@ -215,7 +218,7 @@ class Meeting:
 
 @contextmanager
 def showing_life(model: nn.Module) -> Iterator[None]:
-    """Show the others with each forward of the model that this process gets on."""
+    """Send a heartbeat with each forward of the model, at most every BEAT_EVERY_S."""
     shown, beats = time.monotonic() - BEAT_EVERY_S, count()
 
     def show(*_: object) -> None:
@@ -236,7 +239,7 @@ def showing_life(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def beating() -> Iterator[None]:
-    """Show the others that this process gets on while it waits for something that has a deadline of its own."""
+    """Send heartbeats while this process waits for something that has its own deadline."""
     ended = Event()
 
     def beat() -> None:
@@ -258,10 +261,10 @@ def beating() -> Iterator[None]:
 
 
 def from_main(what: str, work: Callable[[], list[Made]]) -> list[Made]:
-    """What the main process makes, on every process.
+    """The result of `work` in the main process, on every process.
 
     Raises:
-        TrainingError: the main process failed, or hangs.
+        TrainingError: the main process failed or hangs.
     """
     if world().size == 1:
         return work()
@@ -282,10 +285,10 @@ def _last_beat(rank: int) -> bytes:
 def shared_out(
     what: str, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Made]], model: nn.Module
 ) -> list[Made]:
-    """What `work` makes of the items, in their order, on every process; each works on those that it is dealt.
+    """Apply `work` to the items, divided among the processes; returns all results, in order, on every process.
 
     Raises:
-        TrainingError: another process failed at its part, or hangs.
+        TrainingError: another process failed or hangs.
     """
     rank, size = world().rank, world().size
     if size == 1:
@@ -300,7 +303,7 @@ def shared_out(
 
 
 def gather(own: Made) -> list[Made]:
-    """What each process brings, by rank; a collective call."""
+    """The values of all processes, by rank; a collective call."""
     if world().size == 1:
         return [own]
     parts: list[Made] = [own] * world().size
@@ -309,7 +312,7 @@ def gather(own: Made) -> list[Made]:
 
 
 def gathered_row(row: Row) -> LogRow:
-    """The log row of the whole step, from those of all processes; diagnostics are summarised as `<name>/<metric>`."""
+    """The log row of the whole step from those of all processes; diagnostics are summarized as `<name>/<metric>`."""
     if world().size > 1:
         row = merge_rows(gather(row))
     logs: LogRow = {}
@@ -322,7 +325,7 @@ def gathered_row(row: Row) -> LogRow:
 
 
 def merge_rows(rows: Sequence[Row]) -> Row:
-    """Join the rows of parts of one step: losses, counts and diagnostics add up; the rest is the same in every part."""
+    """Merge the rows of parts of one step: losses, counts and diagnostics add up; the rest is equal in all parts."""
     merged: Row = {}
     for row in rows:
         for name, value in row.items():

@@ -1,6 +1,6 @@
-"""Duplicates in a rollout, and the one token where each of them parts from the answer without it.
+"""Duplicates in a rollout, and the token at which each of them diverges from the answer without it.
 
-Only that token is to blame: what leads to it is shared with the clean answer, what follows is its consequence.
+Only that token gets a loss: the tokens before it are shared with the clean answer, and those after it follow from it.
 
 Shapes: N objects.
 """
@@ -22,9 +22,9 @@ DUPLICATE_IOU = 0.9
 
 
 def duplicate_ranks(rollout: Rollout) -> list[int]:
-    """Unmatched objects that repeat an earlier one: the same normalised name and an IoU of at least DUPLICATE_IOU.
+    """Unmatched objects that repeat an earlier one: the same normalized name and an IoU of at least DUPLICATE_IOU.
 
-    Never by place alone: boxes of two names may well coincide.
+    The box alone does not make a duplicate: objects of two categories may share a box.
     """
     boxes_N4 = as_boxes(decode_norm([o.bins for o in rollout.objects]))
     repeats_N = same_object(boxes_N4, [o.desc for o in rollout.objects]).any(axis=1)
@@ -33,16 +33,17 @@ def duplicate_ranks(rollout: Rollout) -> list[int]:
 
 
 def same_object(boxes_N4: Boxes, descs: Sequence[str]) -> NDArray[np.bool_]:
-    """Which earlier objects j each object i repeats, shape (N, N), true only for j < i."""
+    """(N, N) whether object i repeats object j; true only for j < i."""
     names_N = np.array([normalise_desc(desc) for desc in descs])
     same_NN = (pairwise_iou(boxes_N4, boxes_N4) >= DUPLICATE_IOU) & (names_N[:, None] == names_N[None, :])
     return np.tril(same_NN, -1)
 
 
 def divergence_positions(answer: EncodedAnswer, ranks: Collection[int]) -> NDArray[np.int64]:
-    """For each object in `ranks`, the position of its first token that differs from what would stand there without it.
+    """For each object in `ranks`, the position of its first token that differs from the answer without the object.
 
-    That is the next object not in `ranks`, or the close. An object whose tokens all agree has no such position.
+    That answer continues with the next object not in `ranks`, or with the close. An object whose tokens all agree has
+    no such position.
     """
     found = []
     for rank in sorted(ranks):
@@ -57,7 +58,7 @@ def divergence_positions(answer: EncodedAnswer, ranks: Collection[int]) -> NDArr
 
 
 def _clean_continuation(answer: EncodedAnswer, rank: int, ranks: Collection[int]) -> int:
-    """Where the answer goes on after an object and the ones in `ranks` that follow it."""
+    """The position where the answer continues after an object and the objects in `ranks` that follow it."""
     later = sorted({int(i) for i in answer.object_index if i > rank} - set(ranks))
     if later:
         return int(np.flatnonzero(answer.object_index == later[0])[0])

@@ -1,17 +1,17 @@
-"""The eval callback: a fixed few images of dev, answered, counted and drawn, always the same ones.
+"""The eval callback: predictions for a small, fixed set of dev images, counted and drawn.
 
-The training loop calls it every so many steps; `coordexp monitor` calls it with the states that a run saves. Training
-computes what it would compute without it: the random generators and the mode of the model are put back, and nothing
-that a step reads is written. In training its files lie beside the resume state, so that an interrupted run keeps them,
-and go into the checkpoint folder at the end:
+The training loop calls it at regular steps; `coordexp monitor` calls it with the states that a run saves. It does not
+change the results of training: it restores the random generators and the mode of the model, and writes nothing that a
+step reads. During training its files are next to the resume state, so that an interrupted run keeps them. At the end
+they go into the checkpoint folder:
 
-    monitor.jsonl                       one line an evaluation: step, counts, ratios, seconds
-    context_errors.jsonl                one line an image and evaluation: errors of coordinates by context
-    monitor/step_000050.jpg             annotated beside predicted, some of the images
+    monitor.jsonl                       one line per evaluation: step, counts, ratios, seconds
+    context_errors.jsonl                one line per image and evaluation: coordinate errors by context
+    monitor/step_000050.jpg             annotations next to predictions, for some of the images
     monitor_answers/step_000050.jsonl   all answers (gt_vs_pred), for `coordexp report --html`
 
-The curve of `dvc plots` is written anew each time. Of several processes each answers some batches of images, the same
-ones however many there are, and the main one counts and draws all of them.
+Each evaluation rewrites the curve for `dvc plots`. With several processes, each one answers some of the batches; the
+batches do not depend on the number of processes. The main process counts and draws all answers.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from coordexp.training.recorder import stopping_at_once
 log = logging.getLogger(__name__)
 
 ROWS, PICTURES, ANSWERS = "monitor.jsonl", "monitor", "monitor_answers"
-BOUNDED = ("f1", "precision", "recall")  # in the curve with the bounds of their intervals, `_lo` and `_hi`
+BOUNDED = ("f1", "precision", "recall")  # the curve also has the bounds of their intervals, `_lo` and `_hi`
 CURVE_COLUMNS = (
     *(f"{name}{bound}" for name in BOUNDED for bound in ("", "_lo", "_hi")),
     *("f1_boxes", "predictions", "right", "false", "missed", "dup_pairs_90"),
 )
-MEASURED = ("map", "map_50")  # of evaluation proper, where it is at hand
-_LONGEST = 2  # answers are cut at so many times the longest annotated one: a runaway must not stop the training
+MEASURED = ("map", "map_50")  # from the full evaluation, where it is available
+_LONGEST = 2  # token budget in multiples of the longest annotated answer: a loop must not hold up training
 _JPEG_QUALITY = 90
 
 Measure = Callable[[Sequence[ImageResult]], Mapping[str, float | None]]
@@ -68,11 +68,11 @@ Measure = Callable[[Sequence[ImageResult]], Mapping[str, float | None]]
 
 @dataclass(kw_only=True)
 class EvalCallback(Callback):
-    """Evaluates after every `every_steps`-th step and after the last one; never by itself, if that is 0.
+    """Evaluates after every `every_steps`-th step and after the last one; 0 means only when `evaluate` is called.
 
-    `measure` adds MEASURED to the counts, in rows and curve; training, which lies below evaluation, adds nothing.
-    `contexts` reads the same images under several contexts; a model without coordinate tokens has none.
-    `folder` is where everything is kept while a run lasts.
+    `measure` adds MEASURED to rows and curve. Training passes none: its layer may not import evaluation.
+    `contexts` measures the same images in several contexts; a model without coordinate tokens has none.
+    `folder` holds all files during a run.
     """
 
     checkpoint: Checkpoint
@@ -89,7 +89,7 @@ class EvalCallback(Callback):
     measure: Measure = lambda _results: {}
 
     def on_train_begin(self, done_steps: int) -> None:
-        """Forget evaluations after a step that will run again, show those that stay, and make up for one cut short."""
+        """Delete evaluations of steps that will run again, and repeat one that was interrupted."""
         if world().is_main:
             self._forget_after(done_steps)
         is_missing = world().is_main and self._is_due(done_steps) and done_steps not in self._steps()
@@ -118,13 +118,13 @@ class EvalCallback(Callback):
             self.evaluate(done_steps)
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Answer, count and draw with the weights as they are; returns the row, which replaces one of the same step.
+        """Answer, count and draw with the current weights; returns the row, which replaces one of the same step.
 
-        All processes must call it; those beside the main one get an empty row.
+        All processes must call it; all but the main one get an empty row.
         """
         started = time.monotonic()
 
-        # Batches are cut here, not by process: answers can depend on what is decoded beside them.
+        # Batches do not depend on the number of processes: answers can depend on what else is in their batch.
         size = self.batch_images
         batches = [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
         with undisturbed(self.checkpoint.model), stopping_at_once():
@@ -152,11 +152,11 @@ class EvalCallback(Callback):
         )
         if read:
             shown = ", ".join(f"{name} {error:.1f}" for name, error in mean_errors(read).items())
-            log.info("coordinates off on dev after step %d, bins by context: %s", step, shown or "no object")
+            log.info("coordinate error on dev after step %d, bins by context: %s", step, shown or "no object")
         return row
 
     def _answer(self, batches: Sequence[Sequence[Sample]]) -> list[list[tuple[ImageResult, ErrorRow | None]]]:
-        """The answer to each image of each batch, and what it says under several contexts."""
+        """The answer to each image of each batch, and its coordinate errors by context."""
 
         def read(samples: Sequence[Sample]) -> Iterator[tuple[ImageResult, ErrorRow | None]]:
             predicted = predict_samples(
@@ -168,16 +168,16 @@ class EvalCallback(Callback):
         return [list(read(samples)) for samples in batches]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The evaluations so far, by step."""
+        """The rows of all evaluations so far, by step."""
         path = self.folder / ROWS
         return read_rows(path) if path.is_file() else []
 
     def seconds(self) -> float:
-        """What all evaluations took."""
+        """Total time of all evaluations."""
         return round(sum(row["seconds"] for row in self.rows()), 1)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy everything but the seconds into the folder of the finished checkpoint."""
+        """Copy everything except the timing into the folder of the finished checkpoint."""
         write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in without_clock(self.rows())))
         shutil.copyfile(self.folder / CONTEXT_ROWS, folder / CONTEXT_ROWS)
         for name in (PICTURES, ANSWERS):
@@ -193,9 +193,9 @@ class EvalCallback(Callback):
             write_text(self.folder / CONTEXT_ROWS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows in the folder, and the curve where `dvc plots` looks: with intervals, without what never repeats.
+        """Write the rows to the folder, and the curve for `dvc plots`: with intervals, without timing.
 
-        A value that is undefined is null in the rows and an empty cell in the curve.
+        An undefined value is null in the rows and an empty cell in the curve.
         """
         write_text(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
         measured = [name for name in MEASURED if any(name in row for row in rows)]
@@ -205,7 +205,7 @@ class EvalCallback(Callback):
 
 
 def _bounds(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The 95 % interval of each BOUNDED ratio of an evaluation."""
+    """The bounds of the 95 % interval of each BOUNDED ratio."""
     intervals = MatchCounts(row["predictions"], row["objects"], row["right"]).intervals
     return {
         f"{name}{bound}": rounded_ratio(value)
@@ -216,7 +216,7 @@ def _bounds(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the mode and the random generators of CPU and GPU are what they were."""
+    """Evaluation mode within the block; afterwards, mode and random generators (CPU and GPU) are restored."""
     was_training = model.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -230,7 +230,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def make_eval_callback(
     run: RunConfig, stage: str, checkpoint: Checkpoint, steps: int, images: int | None = None
 ) -> EvalCallback:
-    """The eval callback of one training stage: the first `images` of dev (the profile's number) in one random order."""
+    """The eval callback of a training stage, on a random sample of `images` dev images (default: the profile's)."""
     store = SampleStore(run.paths.norm1000 / "dev.parquet")
     order = generator(run.params.seed, "monitor/images").permutation(len(store))
     samples = [store[int(i)] for i in np.sort(order[: images or run.profile.monitor.images])]

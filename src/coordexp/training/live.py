@@ -1,7 +1,7 @@
-"""What shows a training run while it runs, and decides nothing of it: a bar on a terminal, and trackers by name.
+"""Live display of a training run: a progress bar on a terminal, and experiment trackers by name.
 
-`COORDEXP_TRACK=dvclive,trackio` in the environment of a stage names trackers; what they are given goes into no output.
-A run that resumes is shown from its first step on: trackers start anew and are given what the log holds.
+`COORDEXP_TRACK=dvclive,trackio` in the environment of a stage selects trackers. They do not affect the run or its
+outputs. When a run resumes, trackers start anew and receive the log from the first step on.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _NOT_MEASURED = {"step", "images", "objects", "seconds"}
 
 
 class Tracker(Protocol):
-    """A program that keeps numbers and pictures by step."""
+    """A program that records numbers and figures by step."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Keep the numbers of one step."""
+        """Record the numbers of one step."""
         ...
 
     def picture(self, name: str, file: Path, step: int) -> None:
-        """Keep a picture of one step."""
+        """Record a figure of one step."""
         ...
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """End the recording."""
         ...
 
 
 class DvcLive:
-    """Files that VS Code, `dvc plots` and DVC Studio show; it makes no experiment of its own."""
+    """Files for VS Code, `dvc plots` and DVC Studio; it does not create a DVC experiment."""
 
     def __init__(self, folder: Path, name: str) -> None:
         from dvclive import Live
@@ -60,7 +60,7 @@ class DvcLive:
         self._live.step = step
         for key, value in values.items():
             self._live.log_metric(key, value)
-        if time.monotonic() - self._summed_up > 1:  # most of what a step costs
+        if time.monotonic() - self._summed_up > 1:  # `sync` is the expensive part of a step
             self._live.sync()
             self._summed_up = time.monotonic()
 
@@ -72,7 +72,7 @@ class DvcLive:
 
 
 class TensorBoard:
-    """Event files, beside those of earlier runs, whose steps they replace."""
+    """Event files next to those of earlier runs, whose steps they replace."""
 
     def __init__(self, folder: Path, name: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -91,12 +91,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """W&B, or trackio, which takes the same calls."""
+    """W&B, and the base of trackio, which has the same interface."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._module = self._imported()
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_DIR", str(folder))  # otherwise it writes into the working directory
+        os.environ.setdefault("WANDB_DIR", str(folder))  # by default it writes into the working directory
         self._run: Any = self._module.init(project=PROJECT, name=name)
 
     @staticmethod
@@ -131,34 +131,34 @@ TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {
 
 
 def open_trackers(names: Sequence[str], folder: Path, title: str) -> list[Tracker]:
-    """Start trackers by their names; what is written here goes below `folder`.
+    """Start trackers by name; local files go below `folder`.
 
     Raises:
-        ConfigError: an unknown name, or its package is not installed.
+        ConfigError: an unknown name, or the package of a tracker is not installed.
     """
     opened: list[Tracker] = []
     for name in names:
         if name not in TRACKERS:
             known = ", ".join(sorted(TRACKERS))
-            raise ConfigError(f"no tracker is called {name!r}; expected some of {known}.{closest(name, TRACKERS)}")
+            raise ConfigError(f"unknown tracker {name!r}; expected names among {known}.{closest(name, TRACKERS)}")
         try:
             opened.append(TRACKERS[name](folder, title))
         except ImportError as error:
-            raise ConfigError(f"the tracker {name} is not installed ({error}); pip install {name}.") from error
+            raise ConfigError(f"the tracker {name} is not installed ({error}). Run `pip install {name}`.") from error
     return opened
 
 
 class Tracked(Callback):
-    """Gives every step and every evaluation of a run to trackers."""
+    """Passes every step and every evaluation of a run to the trackers."""
 
     def __init__(self, open_all: Callable[[], Sequence[Tracker]], evals: EvalCallback) -> None:
-        """The trackers start with the run."""
+        """`open_all` starts the trackers when training begins."""
         self._open, self._evals = open_all, evals
         self._trackers: Sequence[Tracker] = ()
-        self._evaluated = -1  # the last step that was given
+        self._evaluated = -1  # the last step whose evaluation was passed on
 
     def on_train_begin(self, done_steps: int) -> None:
-        """Start, with what the log of a resumed run holds."""
+        """Start the trackers and pass on the log of a resumed run."""
         self._trackers = self._open()
         log = self._evals.folder / TRAIN_LOG
         for row in read_rows(log, growing=True) if log.is_file() else ():
@@ -167,13 +167,13 @@ class Tracked(Callback):
         self._give_evaluations()
 
     def on_log(self, row: LogRow) -> None:
-        """Give the losses and diagnostics of a step."""
+        """Pass on the losses and diagnostics of a step."""
         numbers = {k: v for k, v in row.items() if k.startswith(LOGGED) and isinstance(v, int | float)}
         for tracker in self._trackers:
             tracker.log({f"train/{key}": value for key, value in numbers.items()}, int(row["step"]))
 
     def on_step_end(self, done_steps: int) -> None:
-        """Give the evaluation, if there was one."""
+        """Pass on the evaluation, if there was one."""
         self._give_evaluations()
 
     def _give_evaluations(self) -> None:
@@ -189,7 +189,7 @@ class Tracked(Callback):
 
 
 def give_evaluation(trackers: Sequence[Tracker], name: str, row: Mapping[str, Any], folder: Path) -> None:
-    """What the eval callback measured after a step, and its picture in `folder`."""
+    """Pass on the results of the eval callback after a step, and its figure in `folder`."""
     measured = {f"{name}/{k}": v for k, v in row.items() if k not in _NOT_MEASURED and v is not None}
     picture = folder / PICTURES / f"step_{row['step']:06d}.jpg"
     for tracker in trackers:
@@ -199,7 +199,7 @@ def give_evaluation(trackers: Sequence[Tracker], name: str, row: Mapping[str, An
 
 
 class Bar(Callback):
-    """Moves a bar."""
+    """Updates the progress bar."""
 
     def __init__(self, at: Callable[[int], None]) -> None:
         self._at = at
@@ -215,7 +215,7 @@ class Bar(Callback):
 
 @contextmanager
 def shown(evals: EvalCallback, profile: str, stage: str) -> Iterator[Callback]:
-    """The eval callback of a stage with what shows the run: of several processes, the main one's."""
+    """The eval callback of a stage, in the main process together with progress bar and trackers."""
     if not world().is_main:
         yield evals
         return

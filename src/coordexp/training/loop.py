@@ -1,7 +1,7 @@
 """The training loop: one optimizer step after another over a `Task`, with resume, logging and a clean stop.
 
-What a step trains on and which losses it takes is the task's business; the loop owns optimizer, schedule, precision,
-gradient clipping, the resume state and the log. Every stage, and the pretraining of the embedded base model, runs it.
+The task defines the data and the losses of a step. The loop owns the optimizer, schedule, precision, gradient clipping,
+resume state and log. Every stage runs it, and so does the pretraining of the embedded base model.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The loss of one forward, still attached to its graph, and what to log of it."""
+    """The loss of one forward, attached to its graph, and its log values."""
 
     loss: Tensor
     logs: Mapping[str, Logged]
 
 
 class Task(Protocol):
-    """What is trained. `micro_batches` yields losses whose sum is the loss of the step."""
+    """The data and losses of a run; the losses that `micro_batches` yields add up to the loss of the step."""
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """Run the forwards of one step; each loss is back-propagated before the next is computed."""
+        """Run the forwards of one step; each loss is backpropagated before the next one is computed."""
         ...
 
     def items(self, step: int) -> Mapping[str, Any]:
-        """What one step trains on, for a message: JSON values."""
+        """The training items of one step, as JSON values for a message."""
         ...
 
 
 class Callback:
-    """What is called between two steps, by every process, here nothing; it may not change what the steps compute."""
+    """Hooks that every process calls between steps, here no-ops. A hook must not change the results of steps."""
 
     def on_train_begin(self, done_steps: int) -> None:
-        """So many steps are done: the run starts, or goes on."""
+        """The run starts, or resumes after `done_steps` steps."""
 
     def on_log(self, row: LogRow) -> None:
-        """A step was logged: what the training log holds of it."""
+        """A step was logged; `row` is its row in the training log."""
 
     def on_step_end(self, done_steps: int) -> None:
-        """So many steps are done, and no gradient is held."""
+        """`done_steps` steps are done, and no gradient is held."""
 
 
 @dataclass(frozen=True, slots=True)
 class Callbacks(Callback):
-    """Several callbacks, one after another."""
+    """Several callbacks, called in order."""
 
     each: tuple[Callback, ...]
 
@@ -115,16 +115,16 @@ def train(
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
-    States are saved at most every `save_every_seconds`, and less often where they would take more than
-    SAVING_FRACTION of the time. `start` identifies the weights that the model has now: frozen ones are not saved.
-    `schedule` is the factor on `optim.lr` by step; without one it warms up and falls as a cosine. The callback is
-    called after every step, before a state is saved: what it keeps of a step is never behind the state. If after the
-    last step something is `lacking` to write the result, the state is saved, so that only that is left to do.
+    States are saved at most every `save_every_seconds`, and less often if saving would take more than SAVING_FRACTION
+    of the time. `start` identifies the present weights of the model, because frozen ones are not saved. `schedule`
+    maps a step to the factor on `optim.lr`; the default is a linear warm-up followed by a cosine. The callback runs
+    after every step and before a state is saved, so its files are never older than the state. If `lacking` reports
+    after the last step that the result cannot be written, the state is saved, so that a later call only writes it.
 
     Raises:
-        Interrupted: on SIGINT or SIGTERM, after saving; the same call goes on from there.
-        TrainingError: the loss or gradient of a step is not finite; what it trained on is kept in `state_folder`.
-        OSError: what is lacking, or keeps a state from the disk.
+        Interrupted: on SIGINT or SIGTERM, after saving; the same call resumes.
+        TrainingError: the loss or gradient of a step is not finite; its training items are kept in `state_folder`.
+        OSError: the error that `lacking` reports, or that a state could not be written.
     """
     schedule = schedule or cosine_schedule(optim.steps, optim.warmup_steps)
     optimizer = build_optimizer(model, optim)
@@ -137,20 +137,21 @@ def train(
         StopRequest().watching() as stop,
         Recorder(state_folder, log_path, start, save_every_seconds, resumed) as disk,
     ):
+        run = _Run(model, optimizer, task, optim, disk, state_folder)
         try:
             callback.on_train_begin(done)
             while done < optim.steps and not stopped:
                 factor = schedule(done)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
-                row = _take_step(model, optimizer, task, optim, done, optim.lr * factor, disk, state_folder)
+                row = _take_step(run, done, optim.lr * factor)
                 done += 1
                 callback.on_log(row)
                 callback.on_step_end(done)
                 stopped = any_process(stop.signal is not None) and done < optim.steps
                 if any_process(disk.is_due()) or stopped:
                     disk.save(done, model, optimizer)
-        except Interrupted as error:  # at once (`stopping_at_once`): the other processes may be anywhere
+        except Interrupted as error:  # raised within `stopping_at_once`: the other processes may be anywhere
             disk.save_alone(done, model, optimizer)
             raise Interrupted(f"{error} after step {done} of {optim.steps}; run it again.") from error
         if stopped:
@@ -159,32 +160,35 @@ def train(
         fault = lacking() if world().is_main else None
         if any_process(fault is not None):
             disk.save(optim.steps, model, optimizer)
-            raise fault or OSError(errno.ENOSPC, "another process found no room")
+            raise fault or OSError(errno.ENOSPC, "another process reported a full disk")
 
 
-def _take_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    task: Task,
-    optim: OptimConfig,
-    step: int,
-    lr: float,
-    disk: Recorder,
-    state_folder: Path,
-) -> dict[str, float | str]:
-    """One optimizer step, its row in the log; raises as `train`."""
-    started = time.monotonic()
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What every step of one call of `train` uses."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    task: Task
+    optim: OptimConfig
+    disk: Recorder
+    state_folder: Path
+
+
+def _take_step(run: _Run, step: int, lr: float) -> dict[str, float | str]:
+    """Take one optimizer step and log it; returns the log row. Raises as `train`."""
+    started, optim = time.monotonic(), run.optim
     try:
-        row = _run_step(model, task, step, optim.precision)
-        norm = _clipped_norm(model, optim.max_grad_norm)
+        row = _run_step(run.model, run.task, step, optim.precision)
+        norm = _clipped_norm(run.model, optim.max_grad_norm)
     except TrainingError as error:
-        disk.save_alone(step, model, optimizer)
-        raise _kept_for_replay(error, task, step, state_folder) from error
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        run.disk.save_alone(step, run.model, run.optimizer)
+        raise _kept_for_replay(error, run.task, step, run.state_folder) from error
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     row |= {"step": step, "lr": lr, "grad_norm": norm}
     row["time/step_s"] = seconds = time.monotonic() - started
-    disk.log(row)
+    run.disk.log(row)
     if (step + 1) % optim.log_every == 0 or step + 1 == optim.steps:
         log.info("%s", _console_line(row, step + 1, optim.steps, seconds))
     return row
@@ -193,7 +197,7 @@ def _take_step(
 def _resumed(
     model: nn.Module, optimizer: Optimizer, state_folder: Path, log_path: Path, start: str
 ) -> ResumeState | None:
-    """The state to go on from, everything put back to where it stood; without one, None."""
+    """Load the saved state into model, optimizer and generators; None if there is no state."""
     state = load_state(state_folder, log_path)
     if state is None:
         seed_process(0)
@@ -207,7 +211,8 @@ def _resumed(
 def _run_step(model: nn.Module, task: Task, step: int, precision: Literal["bf16", "fp32"]) -> LogRow:
     rows: list[Row] = []
     plan = training_plan(precision, next(model.parameters()).device)
-    # Autocast keeps its copy of each weight to the end of the step, which would undo what sharding saves.
+    # Autocast caches a bfloat16 copy of each weight until the end of the step. For sharded weights, that would hold the
+    # whole model in memory.
     with plan.autocast(model, keeps_copies=not is_sharded(model)):
         for micro in task.micro_batches(step):
             value = float(micro.loss.detach())
@@ -220,23 +225,24 @@ def _run_step(model: nn.Module, task: Task, step: int, precision: Literal["bf16"
 
 
 def _clipped_norm(model: nn.Module, limit: float) -> float:
-    """Sum the gradients of all processes, scale them down to the limit, and return their norm before."""
-    if not is_sharded(model):  # otherwise the backward pass did
+    """Sum the gradients of all processes, clip them to the limit, and return their norm before clipping."""
+    if not is_sharded(model):  # FSDP sums in the backward pass
         sum_gradients(model.parameters())
     total = nn.utils.clip_grad_norm_(model.parameters(), limit)
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
-        raise TrainingError(f"the norm of the gradient is {norm}, though the loss is finite.")
+        raise TrainingError(f"the gradient norm is {norm}, although the loss is finite.")
     return norm
 
 
 def _kept_for_replay(error: TrainingError, task: Task, step: int, folder: Path) -> TrainingError:
-    """Put what the failing step trained on beside the resume state; the new error says where."""
+    """Write the training items of the failing step next to the resume state; the returned error names the file."""
     path = folder / f"failed-process-{world().rank}.json"
     write_json(path, {"step": step, "error": str(error), "items": task.items(step)})
     return TrainingError(
-        f"step {step}: {error} What it trained on is in {path}, beside the state before it, so that the same command "
-        "meets it again. Expected finite numbers: look at those images and answers, or lower the learning rate."
+        f"step {step}: {error} Its training items are in {path}, next to the state before the step, so the same "
+        "command reproduces the failure. Expected finite numbers: check those images and answers, or lower the "
+        "learning rate."
     )
 
 

@@ -1,4 +1,9 @@
-"""Optimizers by name: AdamW, or Muon on the matrices with AdamW on the rest."""
+"""Optimizers by name: AdamW, or Muon for the matrices with AdamW for the rest.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalizes the momentum of a hidden matrix by a
+Newton-Schulz iteration. The scaling to the update size of AdamW, which lets both share one learning rate, is that of
+Moonlight (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+"""
 
 from __future__ import annotations
 
@@ -15,15 +20,15 @@ from coordexp.models.adapters import EMBEDDING, HEAD, part_of
 from coordexp.training.distributed import is_sharded
 from coordexp.training.sharding import WholeMatrixMuon
 
-# Rows of an embedding or head are looked up, not multiplied, and biases, norms and convolutions are no matrices:
-# Muon's orthogonalised update is meant for hidden matrices only.
+# Muon's orthogonalized update is meant for hidden matrices only. Rows of an embedding or head are looked up rather than
+# multiplied, and biases, norms and convolutions are not matrices.
 _NOT_FOR_MUON = (EMBEDDING, HEAD, "pos_embed", "patch_embed", "auxiliary_head")
 _LIKE_ADAMW = "match_rms_adamw"
-STACK_NUMBERS = 1 << 24  # most numbers in one stack of matrices: large ones gain nothing by it and would cost memory
+STACK_NUMBERS = 1 << 24  # maximum numbers per stack of matrices: for large matrices stacking only costs memory
 
 
 class StackedMuon(Muon):
-    """torch's Muon for `match_rms_adamw`, matrices of equal shape in stacks: few batched products, the same update."""
+    """torch's Muon with `match_rms_adamw`, on stacks of equally shaped matrices: few batched products, same update."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -42,11 +47,12 @@ class StackedMuon(Muon):
             directions = torch.baddbmm(directions, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), directions, beta=a)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5  # to the root mean square of an update of AdamW
+            # An orthogonal matrix has RMS 1 / sqrt(max(shape)), an update of AdamW about 0.2 (Moonlight, eq. 4).
+            rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5
             matrix.add_(_wide(matrix, direction), alpha=-rate)
 
     def _direction(self, matrix: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """The gradient with Nesterov momentum, lying, in bf16 and of norm 1."""
+        """The gradient with Nesterov momentum in bf16, as a wide matrix of norm 1, so that Newton-Schulz converges."""
         gradient, state = matrix.grad, self.state[matrix]
         assert gradient is not None
         if not state:
@@ -57,12 +63,12 @@ class StackedMuon(Muon):
 
 
 def _wide(matrix: Tensor, update: Tensor) -> Tensor:
-    """An update of the matrix turned so that it has no more rows than columns, or turned back."""
+    """Transpose an update of a tall matrix, so that it has at most as many rows as columns; also the inverse."""
     return update.T if matrix.shape[0] > matrix.shape[1] else update
 
 
 def _stacks(matrices: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Matrices of one shape, lying or standing, together."""
+    """Group matrices of equal shape, up to transposition."""
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for matrix in matrices:
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
@@ -72,9 +78,10 @@ def _stacks(matrices: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 class MuonWithAdamW(Optimizer):
-    """Two optimizers behind one interface, so that schedulers and checkpoints see a single one.
+    """Two optimizers behind one interface, so that schedulers and checkpoints handle a single one.
 
-    `param_groups` are the very dictionaries of the two: a scheduler that writes a learning rate writes it there.
+    `param_groups` holds the same dictionary objects as the two parts, so a scheduler that sets a learning rate sets it
+    in the part.
     """
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
@@ -99,17 +106,17 @@ class MuonWithAdamW(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both states and share their groups again (loading replaces the group dictionaries)."""
+        """Restore both states and share their groups again, because loading replaces the dictionaries."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
-    """The optimizer over the trainable parameters.
+    """The optimizer of the trainable parameters.
 
-    Muon takes AdamW's learning rate, so one `lr` serves both optimizers; each part of the model and
-    the rows of embedding and head have a factor on it. Weight decay is for Muon's matrices and those rows.
+    Muon uses AdamW's learning rate, so one `lr` serves both. Each part of the model, and the rows of embedding and
+    head, have a factor on it. Weight decay applies to Muon's matrices and to those rows.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rows = [(name, p) for name, p in named if _is_of_rows(name)]
@@ -133,7 +140,7 @@ def _is_of_rows(name: str) -> bool:
 
 
 def _groups(named: Sequence[Named], optim: OptimConfig, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups, one for each learning rate."""
+    """Parameter groups, one per learning rate."""
     by_factor: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named:
         factor = getattr(optim, f"{'coord_row' if _is_of_rows(name) else part_of(name)}_lr_factor")
@@ -144,17 +151,18 @@ def _groups(named: Sequence[Named], optim: OptimConfig, weight_decay: float) -> 
 def _adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> Optimizer:
     if optim.optimizer == "adamw_8bit":
         return _eight_bit_adamw()(groups, betas=optim.betas)
-    # On CUDA torch's default makes a temporary copy of all second moments: 4 bytes a parameter that may not be there.
+    # On CUDA, torch's default makes a temporary copy of all second moments: 4 bytes per parameter that may not be free.
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
     return AdamW(groups, betas=optim.betas, fused=True if on_cuda else None)
 
 
 def _eight_bit_adamw() -> Callable[..., Optimizer]:
-    """AdamW whose moments take one byte each (Dettmers et al., 2110.02861)."""
+    """AdamW with moments of one byte each (Dettmers et al. 2022, arXiv:2110.02861)."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            "optimizer is 'adamw_8bit', which needs bitsandbytes and a GPU: pip install bitsandbytes, or set adamw."
+            "optimizer is 'adamw_8bit', which needs bitsandbytes and a GPU. Run `pip install bitsandbytes`, or set "
+            "optimizer: adamw."
         ) from error
     return AdamW8bit

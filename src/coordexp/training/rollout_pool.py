@@ -1,12 +1,12 @@
-"""The rollouts that channel B trains on: those on file, and fresh ones every so many steps, matched anew in each step.
+"""The rollouts that channel B trains on: those on file, or periodically refreshed ones, matched again in each step.
 
-A fresh set is generated before the first step of channel B in each window of `every` steps, by the weights of that
-moment, for the images of that window alone. Of several answers to an image the one that matches best is kept. The set
-is written to the resume folder before it is used: a resumed run reads it, and goes on exactly as if it had not been
-interrupted. Of several processes each answers some of the images.
+A fresh set is generated before the first step of channel B in each window of `every` steps, with the weights at that
+step, and only for the images of that window. If an image gets several answers, the one that matches best is kept. The
+set is written to the resume folder before it is used, so a resumed run reads it and continues exactly as if it had not
+been interrupted. With several processes, each one answers some of the images.
 
-The model in training generates itself; or servers do, which are given its weights as a checkpoint. That is the way for
-weights that are sharded, too: vLLM's own transfers (NCCL, CUDA IPC) would need vLLM in the interpreter that trains.
+Either the model in training generates the answers, or servers that load its weights from a checkpoint. Sharded weights
+need the servers: vLLM's own weight transfers (NCCL, CUDA IPC) would require vLLM in the training interpreter.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from coordexp.training.sharding import plain_weights
 log = logging.getLogger(__name__)
 
 ROLLOUTS, COMPUTE, ANSWERS = "rollouts.jsonl", "compute.json", "answers"
-BILL = Gate("what fresh rollouts took", DataError, "Delete the folder to start this stage at step 0.")
+BILL = Gate("the token counts of fresh rollouts", DataError, "Delete the folder to start this stage at step 0.")
 MatchSchedule = Callable[[int], MatchingParams]
 
 
 def match_schedule(params: Params, steps: int) -> MatchSchedule:
-    """Matching by step: that of `matching`, approached linearly over the curriculum's fraction of the steps."""
+    """Matching parameters by step: a linear ramp to those of `matching` over the curriculum's fraction of the steps."""
     final, stage2 = params.matching, params.stage2
     ramp_steps = round(stage2.curriculum_fraction * steps)
     gate = ramp(stage2.gate_from, final.gate_threshold, ramp_steps)
@@ -65,7 +65,7 @@ class Refresh:
 
 
 def plan_refreshes(items_by_step: Mapping[int, Sequence[int]], every: int) -> list[Refresh]:
-    """The fresh sets of a run, from what each step of channel B trains on; none in the first window, or if 0 steps."""
+    """The fresh sets of a run, from the samples of each step of channel B; the first window has none, nor `every` 0."""
     windows: dict[int, list[int]] = {}
     for step in sorted(items_by_step):
         if every > 0 and step >= every:
@@ -78,9 +78,9 @@ def plan_refreshes(items_by_step: Mapping[int, Sequence[int]], every: int) -> li
 
 @dataclass(frozen=True, slots=True)
 class ServedEngine:
-    """Servers of the weights in training: they are written as a checkpoint, served, asked, and the servers leave.
+    """Writes the weights in training as a checkpoint, starts servers on it, generates, and stops the servers.
 
-    `weights` are the model's by name where it does not hold them as plain ones itself: sharded, or beside adapters.
+    `weights` are given by name if the model does not hold plain weights itself, because it is sharded or has adapters.
     """
 
     run: RunConfig
@@ -91,7 +91,7 @@ class ServedEngine:
     def generate(self, samples: Sequence[Sample], request: DecodeRequest) -> list[Generation]:
         """One generation per sample."""
         profile, served = self.run.profile, self.folder / "served"
-        remove(served)  # of a run that was killed
+        remove(served)  # left by a killed run
         save_checkpoint(served, self.checkpoint, self.weights)
         batch_images = profile.rollout.batch_images
         generations, _, _ = generate_answers(
@@ -102,21 +102,22 @@ class ServedEngine:
 
 
 def engine_of_now(run: RunConfig, checkpoint: Checkpoint, folder: Path) -> Engine:
-    """What generates with the weights of this moment, where the profile says so; a collective call."""
+    """The engine that generates with the current weights; a collective call."""
     if run.profile.rollout.engine == "hf":
-        # Of an interrupted set, what these very weights have answered; steps that run again come to the same ones.
+        # The hash of the weights names the journal, so an interrupted set resumes only with the same weights, which
+        # repeated steps reproduce.
         journal = Journal(folder / f"{ANSWERS}-{trained_sha256(checkpoint.model)[:12]}.jsonl")
         own = journal.of_process(world().rank)
         return HfEngine(checkpoint, run.paths.raw, run.profile.rollout.batch_images, own)
     model = checkpoint.model
     weights = plain_weights(model)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the allocator holds back is the servers' for now
+        torch.cuda.empty_cache()  # leave the memory that the allocator caches to the servers
     return ServedEngine(run, checkpoint, weights, folder)
 
 
 class Refresher:
-    """Generates, keeps and reads back fresh sets. `engine_of_now` runs the weights of its call, on all processes."""
+    """Generates, stores and reloads fresh sets. `engine_of_now` returns an engine with the current weights."""
 
     def __init__(
         self,
@@ -132,10 +133,10 @@ class Refresher:
         n_further: int = 0,
         matching: MatchSchedule | None = None,
     ) -> None:
-        """`model` is the one whose forwards show that the engine gets on.
+        """The forwards of `model` serve as heartbeats of the engine.
 
-        Beside the answer to `request`, `n_further` to the request `further` are asked for, and the one is kept that
-        matches best.
+        In addition to the answer to `request`, the engine generates `n_further` answers to the request `further`; the
+        answer that matches best is kept.
         """
         assert not n_further or (further and matching), "several answers need a request and a matching"
         self._refreshes = refreshes
@@ -152,11 +153,11 @@ class Refresher:
 
     @property
     def steps(self) -> frozenset[int]:
-        """The steps before which a set is generated."""
+        """The steps before which a fresh set is generated."""
         return frozenset(refresh.step for refresh in self._refreshes)
 
     def load(self, step: int) -> None:
-        """Have the set of a step at hand: generated if no file holds it, by the weights of this moment."""
+        """Load the set of a step; generate it with the current weights if it is not on disk."""
         refresh = self._current(step)
         if refresh is None or (self._loaded and self._loaded[0] == refresh):
             return
@@ -164,7 +165,7 @@ class Refresher:
         self._loaded = refresh, {i: self._rollout(i, g) for i, g in generations.items()}, compute
 
     def at(self, step: int) -> tuple[dict[int, Rollout], dict[str, float]] | None:
-        """The loaded set of a step by image, and what generating it took if it is made for this step.
+        """The loaded set by image, and its token counts if this is the step for which it was generated.
 
         None before the first refresh.
         """
@@ -188,11 +189,12 @@ class Refresher:
         return self._folder / f"rollouts-{refresh.step}"
 
     def _kept(self, refresh: Refresh, step: int) -> tuple[dict[int, Generation], dict[str, float]] | None:
-        """The set that an interrupted run left; None if it left none and the weights are those to generate with.
+        """The set that an interrupted run saved; None if there is none and this is the step to generate it.
 
         Raises:
-            DamagedArtefactError: the set is damaged, or gone.
+            DamagedArtefactError: the set is damaged or missing.
         """
+        # After the first step of its window the set must exist: the weights that generated it are gone.
         place = self._place(refresh)
         if step == refresh.step and not any_process(world().is_main and (place / HASHES).exists()):
             return None
@@ -208,11 +210,11 @@ class Refresher:
         samples = [self._store[i] for i in refresh.items]
         seed = stream_seed(self._request.seed, "decode/fresh-rollouts", refresh.step)
         first = replace(self._request, seed=seed, keep_probs=False)
-        # Each sample as often as answers of one kind are wanted: they get seeds of their own.
+        # A sample is repeated once per answer of a kind; each repetition gets a seed of its own.
         asked = [(first, 1)]
         if self._further:
             asked.append((replace(self._further[0], seed=seed, keep_probs=False), len(self._further)))
-        # Whatever an engine draws, training goes on with its own numbers.
+        # The random numbers of training must not depend on how many the engine draws.
         with torch.random.fork_rng(), stopping_at_once():
             what = f"fresh rollouts of step {refresh.step}"
             engine = self._engine_of_now()
@@ -243,7 +245,7 @@ class Refresher:
         return by_image, compute
 
     def _best(self, samples: Sequence[Sample], answers: Sequence[Sequence[Generation]], step: int) -> list[Generation]:
-        """Of the answers to each image the one with the highest F1 in matching, then IoU; of equals the first."""
+        """For each image the answer with the highest F1 in matching, then the highest IoU, then the lowest index."""
         if self._matching is None or not self._further:
             return [answered[0] for answered in answers]
         matching = self._matching(step)
@@ -259,14 +261,14 @@ class Refresher:
 
 
 def _merit(rollout: Rollout, n_true: int) -> tuple[float, float]:
-    """F1 of a matched rollout, and the mean IoU of its pairs; an empty answer to an image without objects is right."""
+    """F1 of a matched rollout and mean IoU of its pairs; F1 is 1 for an empty answer to an image without objects."""
     total = len(rollout.objects) + n_true
     f1 = 2 * len(rollout.pairs) / total if total else 1.0
     return f1, sum(rollout.pair_ious) / max(1, len(rollout.pairs))
 
 
 class RolloutPool:
-    """Rollouts by step, matched with the gate and the costs of the step."""
+    """Rollouts by step, matched with the threshold and costs of the step."""
 
     def __init__(
         self, on_file: Mapping[int, Rollout], matching: MatchSchedule, refresher: Refresher | None = None
@@ -277,16 +279,16 @@ class RolloutPool:
 
     @property
     def refresh_steps(self) -> frozenset[int]:
-        """The steps whose rollouts are made by the weights before them."""
+        """The steps before which fresh rollouts are generated."""
         return self._refresher.steps if self._refresher else frozenset()
 
     def refresh(self, step: int) -> None:
-        """Generate or read what `at` will give for a step. All processes must call it, outside of any thread."""
+        """Generate or load the set that `at` returns for a step. All processes must call it, in the main thread."""
         if self._refresher:
             self._refresher.load(step)
 
     def at(self, step: int, samples: Sequence[Sample]) -> tuple[dict[int, Rollout], dict[str, float]]:
-        """Matched rollouts of these samples by image, and numbers to log; `refresh` of this step comes before."""
+        """Matched rollouts of these samples by image, and values to log; call `refresh` for the step first."""
         matching = self._matching(step)
         fresh = self._refresher.at(step) if self._refresher else None
         rollouts, logs = (self._on_file, {}) if fresh is None else fresh

@@ -1,4 +1,4 @@
-"""What every training stage does around its task: load, train with resume, write checkpoint, log and metadata."""
+"""The common part of all training stages: train with resume, then write checkpoint, log and metadata."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ CURVE_POINTS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One training run: its stage, how it steps, and what identifies it.
+    """One training run: its stage, its optimizer settings, and what identifies it.
 
-    `settings` holds every parameter that changes the result, `inputs` the files it reads; both are fingerprinted.
+    `settings` holds every parameter that changes the result, `inputs` the files that it reads; both are fingerprinted.
     """
 
     run: RunConfig
@@ -64,47 +64,47 @@ class Session:
 
     @property
     def tracked(self) -> dict[str, Any]:
-        """Everything that is set and changes the result."""
+        """All settings that change the result."""
         return {**self.settings, "tuning": self.run.profile.tuning.model_dump()}
 
     def state_folder(self) -> Path:
-        """Where this very run keeps what an interrupted one goes on from."""
-        # A state that older code left is not gone on with.
+        """The folder of this run's saved states, from which it resumes after an interruption."""
+        # The key includes the code: a state that other code saved is not resumed.
         key = fingerprint({**self.tracked, "code": code_hash(__package__)}, self.inputs.values())
         return resume_folder(self.stage, key)
 
     def start(self) -> str:
-        """What identifies the weights that the run starts from."""
+        """The identity of the weights that the run starts from."""
         return fingerprint({}, [path for name, path in self.inputs.items() if name.partition("/")[0] == START])
 
 
 def start_hash(folder: Path) -> str:
-    """What `Session.start` gives for a run that starts from this checkpoint."""
+    """The value of `Session.start` for a run that starts from this checkpoint."""
     return fingerprint({}, weight_files(folder))
 
 
 def start_files(folder: Path) -> dict[str, Path]:
-    """The weights that a run starts from, as inputs by name."""
+    """The weight files that a run starts from, by input name."""
     files = weight_files(folder)
     return {START: files[0]} if len(files) == 1 else {f"{START}/{path.name}": path for path in files}
 
 
 @dataclass(frozen=True, slots=True)
 class Keeper(Callback):
-    """Keeps the checkpoint after every `every_steps`-th step but the last, complete: it loads as the last one does."""
+    """Keeps a complete checkpoint after every `every_steps`-th step except the last; it loads like the final one."""
 
     checkpoint: Checkpoint
     folder: Path
-    every_steps: int  # 0 is never
+    every_steps: int  # 0 means never
     steps: int
 
     @property
     def n_kept(self) -> int:
-        """How many checkpoints a whole run keeps."""
+        """Number of checkpoints that a complete run keeps."""
         return max(0, self.steps - 1) // self.every_steps if self.every_steps else 0
 
     def on_train_begin(self, done_steps: int) -> None:
-        """Forget checkpoints of steps that will run again."""
+        """Delete checkpoints of steps that will run again."""
         for path in self.folder.glob("step_*") if world().is_main else ():
             if int(path.name.removeprefix("step_")) > done_steps:
                 remove(path)
@@ -125,18 +125,17 @@ class Keeper(Callback):
 def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: EvalCallback) -> dict[str, Any]:
     """Train and write the checkpoint folder; returns the summary that went into `run_metadata.json`.
 
-    If another process runs the same session, this one waits for its end.
-
-    Of several processes, all train; the main one writes, and the others return an empty summary.
+    If another command runs the same session, this one waits until it ends. With several processes, all of them train;
+    the main one writes, and the others return an empty summary.
 
     Raises:
-        Interrupted: on SIGINT or SIGTERM, with the state saved; the same call goes on from there.
+        Interrupted: on SIGINT or SIGTERM, with the state saved; the same call resumes.
     """
     torch.manual_seed(stream_seed(session.seed, "train/torch"))
     profile, state = session.run.profile, session.state_folder()
     assert checkpoint.coord is not None
     plan, shards = training_plan(session.optim.precision, world().device), will_shard(profile.launch.sharding)
-    # Shards of one layer are of one format.
+    # FSDP needs one dtype per layer.
     undo = apply_tuning(checkpoint.model, profile.tuning, checkpoint.coord, plan.trained if shards else plan.frozen)
     if shards:
         shard_model(checkpoint.model, session.optim.precision)
@@ -146,8 +145,8 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
     n_bytes = sum(4 * p.numel() for p in checkpoint.model.parameters())
     lacking = partial(lacking_room, out, (1 + keeper.n_kept) * n_bytes)
     if fault := lacking():
-        raise fault  # hours before it would come
-    log.info("%s: %s parameters train", session.stage, f"{count_trainable(checkpoint.model):,}")
+        raise fault  # now instead of after hours of training
+    log.info("%s: %s trainable parameters", session.stage, f"{count_trainable(checkpoint.model):,}")
     with ExitStack() as held:
         from_main(f"the state of {session.stage}", lambda: _hold(held, state, session.stage))
         hold_threads(state, log, writes=world().is_main)
@@ -160,7 +159,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
         weights = whole_weights(checkpoint.model) if is_sharded(checkpoint.model) else None
         if not world().is_main:
             return {}
-        undo()  # a checkpoint is plain weights, adapters merged
+        undo()  # a checkpoint holds plain weights, with adapters merged
         try:
             return _finish(session, state, checkpoint, weights, callback)
         finally:
@@ -168,7 +167,7 @@ def run_session(session: Session, checkpoint: Checkpoint, task: Task, callback: 
 
 
 def _hold(held: ExitStack, state: Path, stage: str) -> list[None]:
-    """Hold the state of a run in the main process, for all of them; another run of the same is waited for."""
+    """Lock the state of a run, in the main process on behalf of all; wait for another command that holds it."""
     held.enter_context(holding(state, stage))
     keep_within_budget(resume_root())
     return []
@@ -181,7 +180,7 @@ def _finish(
     weights: dict[str, Tensor] | None,
     callback: EvalCallback,
 ) -> dict[str, Any]:
-    """Put the checkpoint with log, results and metadata into its place, and forget the resume state."""
+    """Write the checkpoint with log, results and metadata to its final folder, and delete the saved states."""
     log_path, out = state / TRAIN_LOG, session.run.paths.run(session.stage)
     temporary = _temporary(out)
     remove(temporary)
@@ -205,14 +204,14 @@ def _finish(
 
 
 def _temporary(out: Path) -> Path:
-    """Where a checkpoint is written, until it is whole."""
+    """The folder in which a checkpoint is written until it is complete."""
     return out.with_name(f"{out.name}.tmp")
 
 
 def summarise_log(path: Path) -> dict[str, Any]:
     """Totals of a training log: steps, samples, tokens, and the mean loss of the last tenth.
 
-    `tokens` went through a training forward; those that fresh rollouts read and wrote are counted apart.
+    `tokens` counts tokens of training forwards; tokens that fresh rollouts read and generated are counted separately.
     """
     table = read_log(path)
     last = ends(table, "loss/total")
@@ -227,29 +226,30 @@ def summarise_log(path: Path) -> dict[str, Any]:
 
 
 def summed_seconds(path: Path) -> dict[str, float]:
-    """Seconds in steps, and of these (a sum over processes) those in which one waited for its batches."""
+    """Seconds spent in steps, and seconds spent waiting for batches (summed over processes)."""
     table = read_log(path)
     names = {"step_seconds": "time/step_s", "wait_seconds": "time/wait_s"}
     return {name: round(float(logged(table, column).sum()), 1) for name, column in names.items()}
 
 
 def warn_of_collapse(path: Path) -> None:
-    """Say loudly that a model no longer, or not yet, answers a coordinate slot with a coordinate token."""
+    """Warn if the model does not predict coordinate tokens in coordinate slots."""
     mass = ends(read_log(path), "coord_diag/coord_vocab_mass_mean")
     if mass and mass[1] < LEAST_COORD_MASS:
         log.warning(
-            "the probability of coordinate tokens where one belongs is %.3f at the end of training, expected above %s: "
-            "answers will not parse. Raise gate_weight, or train longer.",
+            "at the end of training, the probability of coordinate tokens in coordinate slots is %.3f, expected above "
+            "%s: answers will not parse. Raise gate_weight, or train longer.",
             mass[1],
             LEAST_COORD_MASS,
         )
 
 
 def write_curve(log_path: Path, out: Path, names: Sequence[str] = (), every: int = 0) -> None:
-    """Columns of a training log by step as TSV: means over `every` steps, empty where a name was not logged.
+    """Write columns of a training log as TSV: means over `every` steps, empty where a name was not logged.
 
-    Without names: the mean error of E[k] in bins and every term of the objective without its weight, so that runs under
-    other weights compare. `every` 0 makes at most CURVE_POINTS rows: git holds the curves of every experiment.
+    The default columns are the mean error of E[k] in bins and every unweighted term of the objective, so that runs
+    with different weights are comparable. `every` 0 gives at most CURVE_POINTS rows, because the curves of every
+    experiment are kept in git.
     """
     log = read_log(log_path)
     unweighted = [column for column in log.columns if column.startswith("raw/")]

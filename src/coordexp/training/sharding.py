@@ -1,14 +1,15 @@
-"""Weights, gradients and optimizer state spread over the processes of a run (FSDP2; Zhao et al., 2304.11277).
+"""Weights, gradients and optimizer state sharded over the processes of a run (FSDP2; Zhao et al., arXiv:2304.11277).
 
-Each process keeps its rows of every tensor. A layer is gathered when its forward or backward needs it and let go of
-afterwards; its gradients are summed, not averaged, into the process that keeps the rows, because every loss is already
-divided by the counts of the whole step. Embedding, head and whatever else is no layer stay gathered from the forward of
-a micro-batch to the end of its backward: the head is read outside of the model's own forward (`in_forward`).
+Each process keeps its rows of every tensor. A layer is gathered for its forward and its backward and released
+afterwards. Its gradients are summed, not averaged, into the process that keeps the rows, because every loss is already
+divided by the counts of the whole step. Embedding, head and other parts outside the layers stay gathered from the
+forward of a micro-batch to the end of its backward, because the head is used outside the model's own forward
+(`in_forward`).
 
-The checkpoint is that of one process (`whole_weights`). Of a resume state every process writes and reads its own rows
-(training/state_files.py), so a run goes on with another number of processes, sharded or not. torch's own
-torch.distributed.checkpoint does not serve here: its metadata are a pickle, nothing in its files is hashed, and its
-helpers gather tied weights twice and take an optimizer step in order to have a state that they can read.
+The checkpoint has the format of an unsharded run (`whole_weights`). In a resume state every process writes and reads
+its own rows (training/state_files.py), so a run can resume with another number of processes, sharded or not.
+torch.distributed.checkpoint is not used: its metadata are a pickle, its files are not hashed, and its helpers gather
+tied weights twice and take an optimizer step to obtain a state that they can load into.
 """
 
 from __future__ import annotations
@@ -31,24 +32,26 @@ from coordexp.training.state_files import Rows
 
 
 def will_shard(sharding: str) -> bool:
-    """Whether `launch.sharding` has any effect: one process has nobody to share with."""
+    """Whether `launch.sharding` has any effect: a single process is never sharded."""
     return sharding == "fsdp2" and world().size > 1
 
 
 def shard_model(model: Qwen3VLForConditionalGeneration, precision: str) -> None:
-    """Keep this process's rows of every weight, in place and on its device; what is frozen must be so already.
+    """Shard the model in place: keep this process's rows of every weight, on its device. Freeze weights before.
 
-    The whole model is moved to the device layer by layer, so that only the rest must fit there whole. Under `bf16` a
-    layer is gathered in bfloat16, in which autocast would compute with it anyway: half of what is sent. Sums of
-    gradients are float32. What is no layer (embedding, head, mergers) is gathered as it is: its outputs stay float32.
+    The model moves to the device layer by layer, so only the parts outside the layers must fit there whole. With
+    `bf16`, a layer is gathered in bfloat16, the dtype in which autocast computes anyway, which halves the traffic.
+    Gradients are summed in float32. Parts outside the layers (embedding, head, mergers) are gathered in their own
+    dtype, so that their outputs stay float32.
     """
     mesh = _mesh()
     gathered = torch.bfloat16 if precision == "bf16" else torch.float32
     of_layers = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*model.model.language_model.layers, *model.model.visual.blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy() if part is model else of_layers)
+        # FSDP averages gradients by default. The losses are already divided by the counts of all processes.
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        part.set_force_sum_reduction_for_comms(True)  # gloo does not implement the scaled sum
 
     def compute(wanted: Callable[[], Made]) -> Made:
         return wanted()
@@ -58,9 +61,9 @@ def shard_model(model: Qwen3VLForConditionalGeneration, precision: str) -> None:
 
 
 def _mesh() -> DeviceMesh:
-    """All processes in one row; on several nodes, each node keeps all rows, spread over its own processes.
+    """One dimension for a single node; on several nodes, each node keeps all rows, sharded over its own processes.
 
-    Gathers then stay within a node, and only sums of gradients go between them (HSDP).
+    Weights are then gathered within a node, and only sums of gradients cross nodes (HSDP).
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world().size))
     if local == world().size:
@@ -71,9 +74,9 @@ def _mesh() -> DeviceMesh:
 
 
 def plain_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] | None:
-    """What of a model in training a checkpoint holds by name, where the model itself does not hold it as plain weights.
+    """The weights of a checkpoint by name, if the model is sharded or has adapters; None if it holds plain weights.
 
-    A collective call; what the main process gets counts.
+    A collective call; only the result in the main process is meaningful.
     """
     if is_sharded(model):
         return whole_weights(model)
@@ -81,9 +84,9 @@ def plain_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] |
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model as one process would have it, on the CPU; a collective call.
+    """The unsharded state of a sharded model, on the CPU; a collective call.
 
-    Only the main process is given it, the others get an empty dictionary. Tied weights are one tensor under two names.
+    Only the main process receives it; the others get an empty dictionary. Tied weights are one tensor with two names.
     """
     gathered: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -95,9 +98,9 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def held_rows(tensor: Tensor) -> Rows | None:
-    """What this process writes of a tensor: its own rows, or all of one that every process holds if it is the main one.
+    """The rows of a tensor that this process writes: its own, or, in the main process, all of a replicated tensor.
 
-    None if another process writes them, or there are none.
+    None if another process writes them, or if there are none.
     """
     if not isinstance(tensor, DTensor):
         return Rows(tensor, 0, tuple(tensor.shape)) if world().is_main else None
@@ -107,7 +110,7 @@ def held_rows(tensor: Tensor) -> Rows | None:
 
 
 def own_rows(tensor: DTensor) -> tuple[int, int]:
-    """The first row that this process keeps of a tensor, and how many: equal parts but for the last."""
+    """The first row of a tensor that this process keeps, and the number of rows; all parts but the last are equal."""
     (sharded,) = (dim for dim in range(tensor.device_mesh.ndim) if dim not in _copied(tensor))
     chunk = -(-tensor.shape[0] // tensor.device_mesh.size(sharded))
     first = min(tensor.shape[0], chunk * tensor.device_mesh.get_local_rank(sharded))
@@ -117,34 +120,34 @@ def own_rows(tensor: DTensor) -> tuple[int, int]:
 
 
 def from_own_rows(rows: Tensor, like: DTensor) -> DTensor:
-    """A tensor that is spread as another one of its shape, of the rows that this process keeps."""
+    """A sharded tensor from this process's rows, laid out like another one of the same shape."""
     return DTensor.from_local(
         rows.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
 
 
 def _copied(tensor: DTensor) -> list[int]:
-    """Dimensions of the mesh along which all processes hold the same."""
+    """Dimensions of the mesh along which the tensor is replicated."""
     return [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
 
 
 def _whole(value: Tensor) -> Tensor:
-    """The whole tensor on the CPU of the main process; the others take part and keep nothing."""
+    """The whole tensor on the CPU, in the main process; the others take part in the collective and keep nothing."""
     whole = value.full_tensor() if isinstance(value, DTensor) else value
     return whole.cpu() if world().is_main else torch.empty(0)
 
 
 def _rows(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's rows; all processes hold the same whole tensor, so nothing is sent."""
+    """This process's rows; all processes hold the same whole tensor, so there is no communication."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class WholeMatrixMuon(Muon):
-    """Muon on sharded matrices: its update is made of the whole matrix, so each is gathered, updated and cut again.
+    """Muon for sharded matrices. The orthogonalization needs the whole matrix, which is gathered, updated and split.
 
-    Every process computes every update. What is gathered is one matrix at a time, three times its size.
+    Every process computes every update. One matrix is gathered at a time, which takes three times its size.
     """
 
     @torch.no_grad()

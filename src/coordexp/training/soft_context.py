@@ -1,11 +1,11 @@
 """Soft self-context (channel A): several forwards in which coordinate inputs come from the model's own predictions.
 
-Forward 0 sees the ground-truth coordinate embeddings. Each later forward replaces, at every supervised coordinate
-token, the input embedding by one made from the previous forward's distribution at its slot (all slots at once, Jacobi
-style). `n_softctx_iter` counts all forwards, so 1 is plain teacher forcing.
+Forward 0 uses the ground-truth coordinate embeddings. Each later forward replaces the input embedding of every
+supervised coordinate token by one made from the previous forward's distribution at its slot. All slots are replaced at
+once, as in a Jacobi iteration. `n_softctx_iter` counts all forwards, so 1 is plain teacher forcing.
 
-Text is anchored on forward 0 and geometry on the last one. Under `em_detach` gradients do not flow through the context
-embeddings, but both anchored forwards keep theirs: running forward 0 without gradient would leave text untrained.
+The text loss uses forward 0 and the coordinate loss the last forward. With `em_detach`, gradients do not flow through
+the context embeddings, but both of these forwards keep their graphs: without that of forward 0, text would not train.
 
 Shapes: N coordinate slots, K bins, D hidden size.
 """
@@ -26,7 +26,7 @@ from coordexp.packing.collator import PackedBatch
 
 
 def context_embeddings(slice_logits_NK: Tensor, table_KD: Tensor, temperature: float, mode: ReadoutRule) -> Tensor:
-    """Input embeddings (N, D) read from coordinate distributions; see losses/readout.py."""
+    """(N, D) input embeddings read from coordinate distributions by a rule of losses/readout.py."""
     return read(mode, (slice_logits_NK.float() / temperature).softmax(-1), table_KD.float())
 
 
@@ -38,9 +38,9 @@ def self_contexts(
     first_coord_id: int,
     n_forwards: int,
 ) -> Iterator[Tensor]:
-    """Hidden states (B * T, D) of the second to the last of `n_forwards`, given those of the first."""
+    """Hidden states (B * T, D) of the second to the last of `n_forwards` forwards, given those of the first."""
     last = first
-    coord_tokens_N = batch.coord_slots + 1  # the token that a slot predicts stands right after it
+    coord_tokens_N = batch.coord_slots + 1  # a slot predicts the next token
     span = slice(first_coord_id, first_coord_id + NUM_BINS)
     for _ in range(n_forwards - 1):
         table_KD = coordinate_rows(input_table(model), span)

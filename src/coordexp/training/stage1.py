@@ -1,4 +1,4 @@
-"""Stage 1 and the control that continues it, as runs: which data, which steps."""
+"""Stage 1 and the control that continues it: the data and steps of both runs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from coordexp.training.session import Session, run_session, start_files
 from coordexp.training.step import Criterion, TeacherTask
 
 COMPUTE = Gate("the compute of stage 2, as that stage writes it", DataError, "Run it again: dvc repro stage2.")
-FORWARD_COST = 1 / 3  # of a token's forward, beside forward and backward
+# A backward pass costs about twice its forward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so a token that is
+# only read or generated costs a third of a training token.
+FORWARD_COST = 1 / 3
 SHARED_KEYS = ("seed", "target", "sigma", "truncate", "temperature", "anneal")
 
 
 def train_stage1(run: RunConfig) -> dict[str, Any]:
-    """Teacher forcing from the initial checkpoint on the planned packs."""
+    """Train with teacher forcing on the planned packs, from the initial checkpoint."""
     checkpoint = load_for_training(run.paths.init, run.profile.launch.sharding, run.profile.stage1.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
     optim = run.profile.stage1
@@ -44,7 +46,7 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
 
 
 def train_control(run: RunConfig) -> dict[str, Any]:
-    """Stage 1 continued with stage 2's optimizer, schedule and number of steps, for its compute or its tokens."""
+    """Continue stage 1 with the optimizer, schedule and number of steps of stage 2, for its compute or its tokens."""
     start = run.paths.run("stage1")
     checkpoint = load_for_training(start, run.profile.launch.sharding, run.profile.stage2.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
@@ -92,11 +94,11 @@ def _teach(
 
 
 def read_compute(paths: ProfilePaths) -> dict[str, int]:
-    """What stage 2 took: steps, tokens of its training forwards, and tokens that its rollouts read and wrote."""
+    """The cost of stage 2: steps, tokens of training forwards, and tokens that its rollouts read and generated."""
     return COMPUTE.read_sealed(paths.run("stage2-compute.json"))
 
 
 def control_tokens(compute: Mapping[str, int], budget: Literal["compute", "tokens"]) -> int:
-    """The training tokens of the control for what stage 2 took; one that is only read or written costs a forward."""
+    """The control's training tokens for the cost of stage 2; a rollout token counts as FORWARD_COST training tokens."""
     rollouts = compute["rollout_tokens"] if budget == "compute" else 0
     return compute["tokens"] + round(FORWARD_COST * rollouts)

@@ -1,4 +1,4 @@
-"""Stage 2 as a run: which data, which objective, which steps."""
+"""Stage 2: the data, objective and steps of the run."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from coordexp.training.step import Criterion
 
 
 def train_stage2(run: RunConfig) -> dict[str, Any]:
-    """Channels A and B from the stage-1 checkpoint and the rollouts on file; also writes what compute it took.
+    """Train channels A and B from the stage-1 checkpoint and the rollouts on file; also writes its cost.
 
-    The bill is in tokens: of training forwards, and of what all rollouts, those on file among them, read and wrote.
+    The cost is counted in tokens: those of training forwards, and those that all rollouts, including the ones on file,
+    read and generated.
     """
     _check_refresh(run)
     session = _session(run)
@@ -78,29 +79,29 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     if world().is_main:
         on_file = sum(store[i].prompt_length + len(rollouts[store[i].image_id].ids) for i in rolled_out)
         fresh = sum(summary[f"refresh_{name}"] for name in GENERATION_TOKENS)
-        bill = {"steps": summary["steps"], "tokens": summary["tokens"], "rollout_tokens": on_file + fresh}
-        write_sealed(run.paths.run("stage2-compute.json"), bill)
-        add_to_run_record(run.paths.run_record("stage2"), bill)
+        cost = {"steps": summary["steps"], "tokens": summary["tokens"], "rollout_tokens": on_file + fresh}
+        write_sealed(run.paths.run("stage2-compute.json"), cost)
+        add_to_run_record(run.paths.run_record("stage2"), cost)
     return summary
 
 
 def _check_refresh(run: RunConfig) -> None:
-    """Raise ConfigError if fresh rollouts are asked for that nothing could generate."""
+    """Raise ConfigError if fresh rollouts are requested but no engine can generate them."""
     refresh_steps, sharding, rollout = run.params.stage2.refresh_steps, run.profile.launch.sharding, run.profile.rollout
     if refresh_steps and rollout.engine == "hf" and sharding != "none":
         raise ConfigError(
-            f"stage2.refresh_steps is {refresh_steps}, but launch.sharding is {sharding} and rollout.engine hf: "
-            "sharded weights do not generate in memory. Set rollout.engine: vllm, refresh_steps: 0 or sharding: none."
+            f"stage2.refresh_steps is {refresh_steps}, but launch.sharding is {sharding} and rollout.engine is hf, "
+            "which cannot generate with sharded weights. Set rollout.engine: vllm, refresh_steps: 0 or sharding: none."
         )
     if refresh_steps and rollout.engine == "vllm" and rollout.servers != START:
         raise ConfigError(
-            f"stage2.refresh_steps is {refresh_steps}, but rollout.servers is {list(rollout.servers)}: no server "
-            "elsewhere holds the weights in training. Set rollout.servers: [start], refresh_steps: 0 or engine: hf."
+            f"stage2.refresh_steps is {refresh_steps}, but rollout.servers is {list(rollout.servers)}: external "
+            "servers do not have the weights in training. Set rollout.servers: [start], refresh_steps: 0 or engine: hf."
         )
 
 
 def _rollouts_on_file(run: RunConfig, checkpoint: Checkpoint, store: SampleStore) -> dict[int, Rollout]:
-    """The rollouts of the stage `rollout`, parsed; writes what matching finds in them before any training."""
+    """The parsed rollouts of the stage `rollout`; writes a summary of their matching before any training."""
     generations = read_generations(run.paths.rollouts, len(input_table(checkpoint.model).weight))
     reader = make_reader(checkpoint)
     answers = {image_id: reader.parse(generation) for image_id, generation in generations.items()}
@@ -140,7 +141,7 @@ def _refresher(
     plan: list[StepPlan],
     matching: MatchSchedule,
 ) -> Refresher | None:
-    """What makes fresh rollouts; None if they are off."""
+    """The generator of fresh rollouts; None if they are off."""
     if run.params.stage2.refresh_steps == 0:
         return None
     folder, stage2 = session.state_folder(), run.params.stage2

@@ -38,10 +38,10 @@ def plan_steps(
     seed: int,
     refresh_steps: int = 0,
 ) -> list[StepPlan]:
-    """Channel and samples of every step: A draws from the whole split, B from the samples that have a rollout.
+    """Channel and samples of every step: A samples from the whole split, B from the samples with a rollout.
 
-    From `refresh_steps` on (0: never) B draws from the samples that have none, as long as there are any: their answers
-    are made by then, and repeating the others would measure how well they are remembered.
+    From step `refresh_steps` on (0: never), B samples from those without a rollout, if there are any: fresh rollouts
+    exist by then, and training on the same images again would measure memorization.
     """
     unseen = sorted({*range(n_samples)} - {*rolled_out}) if refresh_steps else []
 
@@ -68,7 +68,7 @@ def plan_segments(
     encoder: AnswerEncoder,
     params: Stage2Params,
 ) -> tuple[list[Segment], Row]:
-    """Segments of one step and what channel B found: objects matched and missed, extras, fallbacks."""
+    """Segments of one step, and the log of channel B: matches, false negatives, false positives, fallbacks."""
     if plan.channel == "A":
         return [teacher_segment(source.get(i, step)) for i in plan.items], {"channel": "A"}
     samples: list[Sample] = [source.store[i] for i in plan.items]  # rollouts were matched in the stored order
@@ -113,16 +113,16 @@ class Stage2Task(StepTask):
         self._plan = plan
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """The batches of the step, after fresh rollouts where they are due."""
+        """The batches of the step, after generating fresh rollouts if they are due."""
         self._rollouts.refresh(step)
         yield from super().micro_batches(step)
 
     def n_forwards(self, step: int) -> int:
-        """Channel B already runs on the model's own context; soft self-context is channel A's."""
+        """Several forwards for channel A only: channel B already runs on the model's own context."""
         return self._params.n_softctx_iter if self._plan[step].channel == "A" else 1
 
     def segments(self, step: int) -> tuple[list[Segment], list[list[int]], Row]:
-        """The segments of the step's channel, with what channel B found and what fresh rollouts took."""
+        """The segments of the step, with the log of channel B and the token counts of fresh rollouts."""
         plan = self._plan[step]
         rollouts: Mapping[int, Rollout] = {}
         compute: Row = {}
@@ -133,6 +133,6 @@ class Stage2Task(StepTask):
         return segments, self._collator.rows(segments), compute | found
 
     def items(self, step: int) -> Mapping[str, Any]:
-        """Channel and images of a step."""
+        """Channel and image ids of a step."""
         plan = self._plan[step]
         return {"channel": plan.channel, "images": [self._source.store[i].image_id for i in plan.items]}

@@ -1,12 +1,12 @@
-"""Saved states on disk: tensors by rows in safetensors files, one of each writing process, and their hashes.
+"""Saved states on disk: tensors by rows in safetensors files, one file per writing process, and their hashes.
 
-    state-000120/part-000.safetensors   what process 0 holds: rows of sharded tensors, all of the others
-    state-000120/part-001.safetensors   likewise of process 1; only if the model is sharded
-    state-000120/facts.json             what is no tensor
+    state-000120/part-000.safetensors   from process 0: its rows of sharded tensors, and all other tensors
+    state-000120/part-001.safetensors   from process 1: its rows; only if the model is sharded
+    state-000120/facts.json             everything that is not a tensor
     state-000120/coordexp.sha256        written last: the hashes of these files (infra/artefacts.py)
 
-A folder gets its name when all of it is on disk. Rows are found again whatever wrote them, so any number of processes
-reads what any other number saved, and each of them only the rows that it needs.
+A folder gets its final name when it is complete on disk. An index maps each tensor to the parts that hold its rows, so
+any number of processes can read a state that any other number saved, and each reads only the rows that it needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROWS = "rows"  # key in the header of a part
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive rows of a tensor, counted from 0 along its first dimension; a scalar is its own only row."""
+    """Consecutive rows of a tensor, counted from 0 along its first dimension; a scalar is a single row."""
 
     values: Tensor
     first: int
@@ -45,17 +45,17 @@ class Rows:
 
 
 def generation_name(step: int) -> str:
-    """Name of the folder of the state from which `step` runs next."""
+    """The folder name of the state from which `step` runs next."""
     return f"state-{step:06d}"
 
 
 def generations(folder: Path) -> list[Path]:
-    """The saved states of a run, newest first, whatever their condition."""
+    """The saved states of a run, newest first, including damaged ones."""
     return sorted(folder.glob(_GENERATIONS), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def write_part(folder: Path, rank: int, held: Mapping[str, Rows]) -> dict[str, str]:
-    """Write what one process holds; returns the sha256 by file name, nothing if it holds nothing.
+    """Write the rows of one process; returns the sha256 by file name, empty if it has no rows.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -74,27 +74,27 @@ def write_part(folder: Path, rank: int, held: Mapping[str, Rows]) -> dict[str, s
 
 
 def publish_state(folder: Path, facts: Mapping[str, Any], parts: Mapping[str, str]) -> None:
-    """Write facts and hashes, which make a state of the parts."""
+    """Write facts and hashes, which turn the parts into a complete state."""
     write_json(folder / FACTS, dict(facts))
     write_hashes(folder, {**parts, FACTS: file_sha256(folder / FACTS)})
 
 
 def open_state(folder: Path) -> SavedState:
-    """The facts of a state; its parts are not looked at yet.
+    """Open a state and read its facts, without reading its parts.
 
     Raises:
         DamagedArtefactError: hashes or facts are missing or damaged.
     """
     hashes = read_hashes(folder)
     if hashes is None:
-        raise DamagedArtefactError(f"{folder}: has no list of hashes, which is written last.")
+        raise DamagedArtefactError(f"{folder}: the list of hashes, which is written last, is missing.")
     hashes.check(FACTS)
     return SavedState(folder, _FACTS.read_object(folder / FACTS), hashes)
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """One saved state: its facts, and tensors that are read from the parts when they are asked for."""
+    """One saved state: its facts, and tensors that are read from the parts on demand."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -103,23 +103,23 @@ class SavedState:
 
     @property
     def parts(self) -> list[str]:
-        """The files with tensors."""
+        """The names of the files with tensors."""
         return sorted(name for name in self.hashes.digests if name != FACTS)
 
     def verify(self, names: Sequence[str]) -> None:
-        """Raise DamagedArtefactError unless these parts are the ones that were written."""
+        """Raise DamagedArtefactError unless these parts match their hashes."""
         for name in names:
             self.hashes.check(name)
 
     def names(self, area: str) -> list[str]:
-        """Tensors below `area/`, without it."""
+        """The names of tensors below `area/`, without that prefix."""
         return sorted(name.removeprefix(f"{area}/") for name in self._index if name.startswith(f"{area}/"))
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """A tensor on the CPU, or `count` of its rows from `first` on."""
+        """A tensor on the CPU, or `count` of its rows starting at `first`."""
         shape, places = self._index[name]
         if not shape:
-            return self._open(places[0][1]).get_tensor(name).clone()  # a view would keep the file
+            return self._open(places[0][1]).get_tensor(name).clone()  # a view would keep the file open
         end = shape[0] if count is None else first + count
         pieces = [
             self._open(part).get_slice(name)[max(first, start) - start : min(end, start + rows) - start]
@@ -131,12 +131,12 @@ class SavedState:
         return found
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a whole tensor; None if there is none of this name."""
+        """The shape of a whole tensor; None if there is no tensor of this name."""
         return self._index[name][0] if name in self._index else None
 
     @cached_property
     def _index(self) -> dict[str, tuple[tuple[int, ...], list[tuple[int, str, int]]]]:
-        """By tensor: its shape, and the first row, the part and the number of rows of each piece."""
+        """Tensor name -> its shape, and first row, part and number of rows of each piece."""
         index: dict[str, tuple[tuple[int, ...], list[tuple[int, str, int]]]] = {}
         for part in self.parts:
             for name, (first, *shape) in json.loads(self._open(part).metadata()[_ROWS]).items():
@@ -145,7 +145,7 @@ class SavedState:
         return {name: (shape, sorted(places)) for name, (shape, places) in index.items()}
 
     def close(self) -> None:
-        """Let go of the files, which take their room on the disk as long as they are held."""
+        """Close the files: deleted ones occupy disk space as long as they are open."""
         self._files.clear()
 
     def _open(self, part: str) -> Any:  # safetensors has no types

@@ -1,8 +1,8 @@
 """A training step on one screen: batch -> forwards -> terms -> weighted sum -> logs.
 
-    segments of the step           what is trained on, and what in it is supervised     (StepTask.segments)
-    counts of the step             what each term's sum is divided by                   (step_counts)
-    batches of this process        laid out a step ahead, in a thread                   (Prefetcher)
+    segments of the step           the training text, and which tokens are supervised   (StepTask.segments)
+    counts of the step             the denominator of each term                         (step_counts)
+    batches of this process        prepared one step ahead, in a thread                 (Prefetcher)
     hidden states of each batch    one forward, or several under soft self-context      (forward)
     sums of the terms              from hidden states, head and targets                 (term_sums)
     loss                           sum over terms of weight * sum / count               (micro_batch)
@@ -25,6 +25,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from coordexp.config.schema import Params
 from coordexp.geometry.bins import NUM_BINS
 from coordexp.infra.device import factor_dtype, without_autocast
+from coordexp.infra.logs import COORD_SUM
 from coordexp.infra.prefetch import Prefetcher
 from coordexp.losses.box_terms import box_pairs
 from coordexp.losses.coord_terms import CoordSlots, rounded_bins, slot_diagnostics
@@ -52,15 +53,14 @@ from coordexp.training.soft_context import self_contexts
 
 Counts = Mapping[Place, float]
 TEXT = "text_ce"
-ANCHOR = "a1_"  # before the names of terms of the first of several forwards
-COORD_SUM = "coord_reg"  # what is logged of all coordinate terms together
+ANCHOR = "a1_"  # prefix of the terms of the first of several forwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """What a stage minimises: the terms with their weights, and the parameters that they are taken at.
+    """The objective of a stage: its terms with their weights, and the parameters that they use.
 
-    `steps` is the length of the run, of which annealing takes its fractions.
+    `steps` is the length of the run; the fractions of `anneal` refer to it.
     """
 
     params: Params
@@ -76,12 +76,12 @@ class Criterion:
 
     @classmethod
     def stage2(cls, params: Params, first_coord_id: int, steps: int) -> Criterion:
-        """All terms, with the weights at the top level and in the block of stage 2."""
+        """All terms, with the weights from the top level and from the `stage2` block."""
         weights = term_weights(params, params.stage2)
         return cls(params=params, weights=weights, first_coord_id=first_coord_id, steps=steps)
 
     def at(self, step: int) -> Criterion:
-        """The criterion of one step: a wider target is cut off as much farther out."""
+        """The criterion of one step under annealing; the truncation of the target scales with its sigma."""
         params, anneal = self.params, self.params.anneal
         if not (anneal.sigma_fraction or anneal.temperature_fraction):
             return self
@@ -91,14 +91,14 @@ class Criterion:
         return replace(self, params=params.model_copy(update=changes))
 
     def anchor(self) -> Criterion:
-        """What the first of several forwards is trained on beside its text: some coordinate supervision."""
+        """The coordinate supervision of the first of several forwards, in addition to its text loss."""
         factor = self.params.stage2.a1_coord_weight
         weights = {name: factor * weight for name, weight in self.weights.items() if supervises_coordinates(name)}
         return replace(self, weights=weights)
 
 
 class StepTask(ABC):
-    """Trains on one planned step after another; a stage says which segments a step has."""
+    """Runs one planned step after another; a subclass defines which segments a step has."""
 
     def __init__(
         self,
@@ -119,18 +119,18 @@ class StepTask(ABC):
 
     @abstractmethod
     def segments(self, step: int) -> tuple[list[Segment], Sequence[Sequence[int]], Row]:
-        """The segments of a step, which of them share a row, and what is logged of them; runs in a thread."""
+        """The segments of a step, the segments in each row, and values to log; runs in a thread."""
 
     @abstractmethod
     def items(self, step: int) -> Mapping[str, Any]:
-        """What one step trains on, for a message: JSON values."""
+        """The training items of one step, as JSON values for a message."""
 
     def n_forwards(self, step: int) -> int:
-        """Forwards over each batch of a step."""
+        """Number of forwards over each batch of a step."""
         return 1
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """This process's batches of a step, each with its loss; over all processes the losses add up to the step's."""
+        """This process's batches of a step, each with its loss; the sum over all processes is the loss of the step."""
         criterion, n_forwards = self._criterion.at(step), self.n_forwards(step)
         monitored = monitored_parameters(self._model, self._grad_monitor_every, step)
         for (on_cpu, counts, logs), waited in self._batches.take(step):
@@ -146,7 +146,7 @@ class StepTask(ABC):
 
 
 class TeacherTask(StepTask):
-    """Each step trains on given samples, laid out in the rows that the plan gave them."""
+    """Teacher forcing: each step trains on the packs that the plan assigns to it."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class TeacherTask(StepTask):
         self._packs_by_step = packs_by_step
 
     def segments(self, step: int) -> tuple[list[Segment], list[list[int]], Row]:
-        """The annotated answer of every sample in the packs of the step."""
+        """The annotated answers of all samples in the packs of the step."""
         segments: list[Segment] = []
         rows = []
         for pack in self._packs_by_step[step]:
@@ -172,14 +172,15 @@ class TeacherTask(StepTask):
         return segments, rows, {}
 
     def items(self, step: int) -> Mapping[str, Any]:
-        """The images of each pack of a step."""
+        """The image ids of each pack of a step."""
         return {"packs": [[self._source.store[i].image_id for i in pack] for pack in self._packs_by_step[step]]}
 
 
 def step_counts(segments: Sequence[Segment]) -> Counts:
-    """Slots of one optimizer step by place, from its segments: known before any forward runs.
+    """Number of slots in one optimizer step by place, known from its segments before any forward runs.
 
-    Shared by all micro-batches of the step, which makes accumulating k of them equal to one large batch.
+    All micro-batches of the step share these denominators, so accumulating k of them equals one large batch. Averaging
+    the means of unequal micro-batches instead would weight their tokens unequally.
     """
     boxes = sum(len(s.box_tokens) for s in segments)
     return {
@@ -200,7 +201,7 @@ def micro_batch(
     n_forwards: int = 1,
     monitored: Sequence[nn.Parameter] = (),
 ) -> MicroBatch:
-    """The loss of one batch and what is logged of it; with `monitored` parameters, also each term's gradient."""
+    """The loss of one batch and its log values; with `monitored` parameters, also the gradient norm of each term."""
     weighted, logs = in_forward(model, partial(forward, model, criterion, batch, counts, n_forwards))
     assert weighted, f"no term has a weight: {dict(criterion.weights)}"
     if monitored:
@@ -232,9 +233,9 @@ def forward(
 def weigh(
     sums: Mapping[str, Tensor], weights: Mapping[str, float], counts: Counts, prefix: str = ""
 ) -> tuple[dict[str, Tensor], Row]:
-    """weight * sum / count of each term with a weight; logs `loss/<term>` after weighting and `raw/<term>` before.
+    """weight * sum / count of each term with a nonzero weight; logs `loss/<term>` (weighted) and `raw/<term>`.
 
-    The sum of the weighted coordinate terms is logged beside them, as `loss/coord_reg`.
+    `loss/coord_reg` is the sum of the weighted coordinate terms.
     """
     weighted: dict[str, Tensor] = {}
     logs: Row = {}
@@ -260,9 +261,9 @@ def term_sums(
 ) -> tuple[dict[str, Tensor], CoordSlots]:
     """Sums of the criterion's terms over one batch, and its coordinate slots.
 
-    `text_hidden` and `coord_hidden` (B * T, D) differ only under soft self-context, where text is anchored on the first
-    forward and coordinates on the last; without `text_hidden` there are the terms of coordinate slots alone. With the
-    `counts` of the step, gradients are found on the way through the head, and otherwise in a second pass.
+    `text_hidden` and `coord_hidden` (B * T, D) differ only under soft self-context, where the text loss uses the first
+    forward and the coordinate loss the last. Without `text_hidden`, only the terms of coordinate slots are computed.
+    With the `counts` of the step, the pass through the head also computes gradients; otherwise a second pass does.
     """
     params, weights = criterion.params, criterion.weights
     products = factor_dtype(coord_hidden)
@@ -287,10 +288,10 @@ def _vocabulary_sums(
     counts: Counts | None,
     products: torch.dtype,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Terms that see the whole vocabulary, in one pass through the head; logits and text log-odds of coordinate slots.
+    """Terms over the whole vocabulary, in one pass through the head; also logits and log-odds of coordinate slots.
 
-    Slots of each place are looked at under the temperature of its terms: dividing hidden states by it divides logits.
-    Coordinate slots come first. Text slots come twice if the gate on them has another temperature than cross-entropy.
+    Each place uses the temperature of its terms: dividing the hidden states by it divides the logits. Coordinate slots
+    come first. Text slots occur twice if the temperature of the text gate is not that of the cross-entropy.
     """
     head_VD, temperature = head_table(model), criterion.params.temperature
     labels = criterion.first_coord_id + rounded_bins(batch.coord_targets)
@@ -318,7 +319,7 @@ def _vocabulary_sums(
         terms = {
             t.name: w for place, w in places.items() for t in computed(criterion.weights, place) if t.sees_vocabulary
         }
-        if terms or not hidden:  # nobody looks at other slots without a term
+        if terms or not hidden:  # the logits of coordinate slots are needed in any case, others only for a term
             chosen = hidden_flat.index_select(0, slots)
             hidden.append(chosen if at == 1 else chosen / at)
             ids.append(token_ids)
@@ -338,11 +339,12 @@ def _vocabulary_sums(
     return sums, coord_NK * temperature, odds[: head_slots.n_coord]
 
 
-_Asked = tuple[Tensor, Tensor, Tensor, float, dict[Place, Tensor]]  # hidden states, slots, tokens, temperature, weights
+# Hidden states, slots, tokens, temperature, weights by place.
+_Asked = tuple[Tensor, Tensor, Tensor, float, dict[Place, Tensor]]
 
 
 def monitored_parameters(model: nn.Module, every: int, step: int) -> list[nn.Parameter]:
-    """The trainable parameters in every `every`-th step, none in the others; 0 is never."""
+    """The trainable parameters in every `every`-th step, none in other steps; `every` 0 means never."""
     due = every > 0 and step % every == 0
     return [p for p in model.parameters() if p.requires_grad] if due else []
 
@@ -350,10 +352,10 @@ def monitored_parameters(model: nn.Module, every: int, step: int) -> list[nn.Par
 def gradient_logs(weighted: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> Row:
     """`grad/<term>_norm` of each weighted term and `grad/<term>_cos_text`, its cosine with the gradient of text_ce.
 
-    The graph is kept for the backward pass of the step; nothing is accumulated into `.grad`, no random number is drawn.
-    A cosine with a zero gradient is undefined and left out. One term is differentiated at a time, so that no more than
-    two gradients are held. Of a step in several forwards or processes, the log holds what the main process found in its
-    first forward.
+    The graph survives for the backward pass of the step; `.grad` and the random generators do not change. The cosine
+    with a zero gradient is undefined and left out. Terms are differentiated one at a time, so at most two gradients
+    are in memory. In a step with several micro-batches or processes, the log has the values of the main process's
+    first micro-batch.
     """
     text = list(_gradient(weighted[TEXT], parameters)) if TEXT in weighted else []
     text_norm = _norm(text)

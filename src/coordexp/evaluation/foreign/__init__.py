@@ -1,1 +1,1 @@
-"""Annotations and predictions of anybody, as the evaluator reads them: no model of ours, no torch."""
+"""Readers of other people's annotations and predictions, for the evaluator; without our models, without torch."""

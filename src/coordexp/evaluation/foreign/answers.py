@@ -1,6 +1,6 @@
-"""Raw answers of other vision-language models as boxes, with the counters by which our own answers are judged.
+"""Parser for raw answers of other vision-language models, with the same statistics as for our own answers.
 
-| family | what its answer looks like | numbers |
+| family | format of the answer | numbers |
 |---|---|---|
 | `qwen3-vl` | JSON, `{"bbox_2d": [x1, y1, x2, y2], "label": ...}` | 0..1000 of each side |
 | `qwen2.5-vl` | the same | pixels of the image |
@@ -9,8 +9,8 @@
 | `paligemma` | `<loc0123><loc0045><loc0800><loc0900> dog ; ...` (y1 x1 y2 x2) | 0..1023 bins |
 | `florence-2` | `dog<loc_12><loc_45><loc_800><loc_900>...` (x1 y1 x2 y2) | 0..999 bins |
 
-A list that was cut keeps its whole objects and counts as truncated; an object that cannot be used is dropped and
-counted by reason, as in text.parser.
+A truncated list keeps its complete objects and counts as truncated; an unusable object is dropped and counted by
+reason, as in text.parser.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 @dataclass(frozen=True, slots=True)
 class AnsweredObject:
-    """One object of an answer, box in float pixels xyxy."""
+    """One object of an answer; the box is xyxy in float pixels."""
 
     label: str
     bbox_xyxy_px: Box
@@ -40,7 +40,7 @@ class AnsweredObject:
 
 @dataclass(frozen=True, slots=True)
 class ForeignAnswer:
-    """The objects of one answer in their order, and how its text could be read."""
+    """The objects of one answer, in order, and its parse report."""
 
     objects: tuple[AnsweredObject, ...]
     report: ParseReport
@@ -48,7 +48,7 @@ class ForeignAnswer:
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """One object as written: four numbers xyxy, not yet in pixels; None what could not be read."""
+    """One object as written, with four numbers xyxy before conversion to pixels; unreadable parts are None."""
 
     label: Any
     xyxy: tuple[float, ...] | None
@@ -62,7 +62,7 @@ def read_answer(text: str, family: Family, width: int, height: int) -> ForeignAn
         raw, found, cut = _read_marked(text, family)
     parts = {"qwen3-vl": 1000.0, "gemini": 1000.0, "rex-omni": 1000.0, "florence-2": 1000.0, "paligemma": 1024.0}
     scale = (1.0, 1.0) if family == "qwen2.5-vl" else (width / parts[family], height / parts[family])
-    # Florence-2 names a bin by its number and means its centre; the others mean its lower edge.
+    # Florence-2's bins stand for their centers, those of the others for their lower edges.
     shift = 0.5 if family == "florence-2" else 0.0
     objects: list[AnsweredObject] = []
     dropped: Counter[str] = Counter()
@@ -76,7 +76,7 @@ def read_answer(text: str, family: Family, width: int, height: int) -> ForeignAn
 
 
 def _made(raw: _Raw, scale: tuple[float, float], shift: float) -> AnsweredObject | str:
-    """The object in pixels, or the parser's reason for dropping it."""
+    """The object in pixels, or the reason for dropping it."""
     if not isinstance(raw.label, str) or not raw.label.strip():
         return "missing_desc"
     if raw.xyxy is None or len(raw.xyxy) != 4 or not all(map(math.isfinite, raw.xyxy)):
@@ -88,7 +88,7 @@ def _made(raw: _Raw, scale: tuple[float, float], shift: float) -> AnsweredObject
 
 
 def _read_json(text: str, key: str, y_first: bool) -> tuple[list[_Raw], bool, bool]:
-    """Objects of the first JSON list, or single object, of the text, whether there was one, and whether it was cut."""
+    """Objects of the first JSON list (or single object) in the text, whether there is one, whether it is truncated."""
     start = min((i for i in (text.find("["), text.find("{")) if i >= 0), default=-1)
     if start < 0:
         return [], False, False
@@ -134,7 +134,7 @@ _ENDS = re.compile(r"</?s>|<pad>|<bos>|<eos>|<\|im_end\|>|<\|endoftext\|>")  # a
 
 
 def _read_marked(text: str, family: Family) -> tuple[list[_Raw], bool, bool]:
-    """Objects between a family's own marker tokens; an answer that says nothing says that nothing is there."""
+    """Objects between a family's marker tokens; an empty answer is valid and has no objects."""
     is_empty = not _ENDS.sub("", text).strip()
     if family == "rex-omni":
         found = [(m["label"], group) for m in _REX.finditer(text) for group in m["boxes"].split(",")]
@@ -156,7 +156,7 @@ def _marked(label: str, boxes: str, y_first: bool = False) -> _Raw:
 
 
 def _fours(boxes: str) -> Iterator[tuple[float, ...]]:
-    """Florence-2 lists the boxes of one label one after another."""
+    """Split the numbers into boxes: Florence-2 lists all boxes of a label without separator."""
     numbers = [float(v) for v in _NUMBER.findall(boxes)]
     for first in range(0, len(numbers), 4):
         yield tuple(numbers[first : first + 4])

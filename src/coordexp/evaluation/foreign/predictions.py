@@ -1,15 +1,15 @@
-"""Predictions of any detector, judged against a Truth.
+"""Predictions of any detector, joined with the annotations of a `Truth`.
 
-| form | what a file holds |
+| form | contents of the file |
 |---|---|
 | `coco` | COCO results, `[{"image_id", "category_id", "bbox": [x, y, w, h], "score"}]`, or instances with scores |
 | `lines` | `coordexp predict --out` or `--json`: `{"image", "objects": [{"desc", "bbox_xyxy_px", "score"}]}` |
-| `gt_vs_pred` | this project's own evaluation file |
+| `gt_vs_pred` | this project's predictions file |
 | `yolo` | a folder of `<image>.txt`, lines `class cx cy w h score` in fractions of the image |
 | `csv` | columns `image`, `label`, `x1`, `y1`, `x2`, `y2` in pixels and `score`; as JSON a list of such rows |
 | a family of `answers.py` | raw answers of a vision-language model: `{"image", "answer"}` |
 
-Images are found by id, path, file name or stem, labels by name or through a mapping.
+Images are identified by id, path, file name or stem, labels by name or through a mapping.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from coordexp.records.gt_vs_pred import ImageResult, ParseReport, Prediction, re
 from coordexp.records.prediction_log import checked_row
 
 PREDICTIONS = Gate("predictions of a detector", DataError, "docs/evaluate.md lists the forms.", max_bytes=1 << 32)
-NO_SCORE = 1.0  # of every answer of a model that gives none: AP then ranks by image and order of generation
+NO_SCORE = 1.0  # score of all objects of a model without scores: AP then ranks by image and generation order
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What was predicted in one image; `parse` and the text only of detectors that answer in text."""
+    """The predictions for one image; only detectors that answer in text have `parse` and `raw_text`."""
 
     pred: list[Prediction] = field(default_factory=list)
     parse: ParseReport | None = None
@@ -45,7 +45,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The results of all images of a Truth, and what a reader should know of how they were read."""
+    """The results of all images of a `Truth`, and notes for the reader."""
 
     results: list[ImageResult]
     notes: tuple[str, ...]
@@ -54,16 +54,16 @@ class Predictions:
 def read_predictions(
     path: Path, truth: Truth, form: Form | None = None, labels: Mapping[str, str] | None = None
 ) -> Predictions:
-    """Read a file or folder of predictions and lay them beside the annotations.
+    """Read a file or folder of predictions and join them with the annotations.
 
     Args:
-        path: what a detector wrote.
-        truth: what it is judged against; an image without predictions is judged as left empty.
-        form: one of these forms; None recognises all but the raw answers of a model.
-        labels: their label -> ours, for those that differ.
+        path: the output of a detector.
+        truth: the annotations; an annotated image without predictions counts as empty.
+        form: one of the forms above; None recognizes all except raw answers of a model.
+        labels: their label -> ours, for labels that differ.
 
     Raises:
-        DataError: an image, class id or box that cannot be one, or no score; named by file and line or entry.
+        DataError: an invalid image, class id or box, or a missing score; named by file and line or entry.
     """
     form = form or recognize(path)
     answered = _answered(path, truth, form)
@@ -75,7 +75,7 @@ def read_predictions(
 
 
 def recognize(path: Path) -> Form:
-    """The form of a file by its suffix and its first bytes; raises DataError if it is none of them."""
+    """The form of a file, from its suffix and first line; raises DataError if it is unknown."""
     if path.is_dir():
         return "yolo"
     if path.suffix == ".csv":
@@ -89,8 +89,8 @@ def recognize(path: Path) -> Form:
     if {"image", "objects"} <= keys:
         return "lines"
     raise DataError(
-        f"{path}:1: keys {sorted(keys)[:8]}; expected those of gt_vs_pred or of `predict --out`, or name the form of "
-        f"raw answers: --form {' | '.join(FAMILIES)}."
+        f"{path}:1: keys {sorted(keys)[:8]}; expected those of gt_vs_pred or of `predict --out`. For raw answers of a "
+        f"model, set --form {' | '.join(FAMILIES)}."
     )
 
 
@@ -114,14 +114,14 @@ def _result(image: TruthImage, found: Answered | None, labels: Mapping[str, str]
 
 def _notes(path: Path, truth: Truth, form: Form, answered: Mapping[int, Answered]) -> Iterator[str]:
     silent = sum(image.image_id not in answered for image in truth.images)
-    if silent and form not in ("coco", "csv"):  # those say nothing of an image without a detection
-        yield f"{path}: nothing of {silent} of {len(truth.images)} images; they are judged as left empty."
+    if silent and form not in ("coco", "csv"):  # these have no entry for an image without detections
+        yield f"{path}: no entry for {silent} of {len(truth.images)} images; they are evaluated as empty."
     if form in FAMILIES:
-        yield f"{path}: answers carry no scores; AP ranks them by image and order of generation."
+        yield f"{path}: the answers have no scores; AP ranks them by image and generation order."
 
 
 def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
-    """Results with the annotations' own ids; or instances, whose ids are their own and which are joined by names."""
+    """COCO results, with the ids of the annotations; or instances with their own ids, which are joined by name."""
     source = PREDICTIONS.read_json(path)
     if isinstance(source, dict) and isinstance(source.get("annotations"), list):
         try:
@@ -147,7 +147,7 @@ def _of_coco(path: Path, truth: Truth) -> dict[int, Answered]:
         if not isinstance(category, int | str) or category not in names:
             raise DataError(
                 f"{where}: category_id {category!r} is none of the {len(names)} ids that the annotations declare "
-                f"({_some(sorted(names))}). Detectors often count classes from 0: map them to the annotations' ids."
+                f"({_some(sorted(names))}). Detectors often count classes from 0; convert to the annotations' ids."
             )
         desc, box = names[category], xywh_box(row.get("bbox"), where)
         answered.setdefault(image_id, Answered()).pred.append(Prediction(desc, box, score=_score(row, where)))
@@ -160,11 +160,12 @@ def _of_lines(path: Path, truth: Truth) -> dict[int, Answered]:
     for where, row in _json_lines(path):
         image_id = truth.image_id(row.get("image"), where)
         if image_id in answered:
-            raise DataError(f"{where}: image {row['image']!r} appears twice; each is judged once.")
+            raise DataError(f"{where}: image {row['image']!r} appears twice, expected one line per image.")
         if "width" in row and (row["width"], row.get("height")) != sizes[image_id]:
             raise DataError(
                 f"{where}: predicted on {row['width']} x {row.get('height')} px, annotated as "
-                f"{sizes[image_id][0]} x {sizes[image_id][1]}; boxes of one are not boxes of the other."
+                f"{sizes[image_id][0]} x {sizes[image_id][1]} px; the boxes have different coordinates. Predict on the "
+                "annotated images."
             )
         objects = row.get("objects")
         if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
@@ -184,11 +185,11 @@ def _of_results(path: Path, truth: Truth) -> dict[int, Answered]:
 
 
 def _of_yolo(folder: Path, truth: Truth) -> dict[int, Answered]:
-    """`class cx cy w h score`, classes counted from 0 in the order of the annotations' ids."""
+    """Lines `class cx cy w h score`; classes count from 0 in the order of the annotations' ids."""
     sizes = truth.sizes_wh_px
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise DataError(f"{folder}: no *.txt with predictions; expected one for each image.")
+        raise DataError(f"{folder}: no *.txt with predictions; expected one file per image.")
     answered: dict[int, Answered] = {}
     for file in files:
         image_id = truth.image_id(file.stem, str(file))
@@ -205,10 +206,10 @@ def _yolo_prediction(line: str, truth: Truth, scale: tuple[int, ...], where: str
         label, cx, cy, w, h, score = (float(v) for v in line.split())
     except ValueError as error:
         raise DataError(
-            f"{where}: {line.strip()!r}, expected `class cx cy w h score` (save with confidences: save_conf=True)."
+            f"{where}: {line.strip()!r}, expected `class cx cy w h score` (with save_conf=True, YOLO writes the score)."
         ) from error
     if not label.is_integer() or not 0 <= label < len(truth.categories):
-        raise DataError(f"{where}: class {label:g}, the annotations have {len(truth.categories)} from 0 on.")
+        raise DataError(f"{where}: class {label:g}, expected 0 to {len(truth.categories) - 1} as in the annotations.")
     fractions = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     box = xyxy_box([fraction * side for fraction, side in zip(fractions, scale, strict=True)], where)
     return Prediction(truth.categories[int(label)].name, box, score=_score({"score": score}, where))
@@ -235,7 +236,7 @@ def _of_csv(path: Path, truth: Truth) -> dict[int, Answered]:
 def _of_rows(
     rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Sequence[str], path: Path, truth: Truth
 ) -> dict[int, Answered]:
-    """One prediction a row, each with its place for messages."""
+    """One prediction per row; each row comes with its location for messages."""
     answered: dict[int, Answered] = {}
     names = {key: next((n for n in forms if n in columns), "") for key, forms in _COLUMNS.items()}
     if absent := [key for key, name in names.items() if not name]:
@@ -255,7 +256,7 @@ def _of_answers(path: Path, truth: Truth, family: Family) -> dict[int, Answered]
     for where, row in _json_lines(path):
         text = next((row[key] for key in _ANSWER_KEYS if key in row), None)
         if not isinstance(text, str):
-            raise DataError(f"{where}: no text under any of the keys {', '.join(_ANSWER_KEYS)}.")
+            raise DataError(f"{where}: no text found, expected one under one of the keys {', '.join(_ANSWER_KEYS)}.")
         image_id = truth.image_id(row.get("image", row.get("image_id")), where)
         found = read_answer(text, family, *sizes[image_id])
         pred = [Prediction(o.label, o.bbox_xyxy_px, score=NO_SCORE) for o in found.objects]
@@ -319,7 +320,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def labels_of(files: Sequence[Path]) -> list[str]:
-    """A short name for each file: its stem, or the folder of a run's own file, with what tells it from the others."""
+    """A short, unique name for each file: its stem, or the folder of a run's predictions file."""
     parts = [
         file.resolve().parent.parts if file.name == GT_VS_PRED else file.resolve().with_suffix("").parts
         for file in files

@@ -1,4 +1,4 @@
-"""Files of predictions of one data set: `evaluate`, `compare`, `report` and `browse` read them by the same options."""
+"""The options by which `evaluate`, `compare`, `report` and `browse` read prediction files of one data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PredictionFiles = Annotated[
 ]
 FormOption = Annotated[
     Form | None,
-    typer.Option("--form", help="What the predictions are  [default: recognised; name raw answers]"),
+    typer.Option("--form", help="Format of the predictions  [default: recognized, except raw answers]"),
 ]
 LabelsFile = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help='JSON {"their label": "ours"} for labels that differ.')
@@ -37,18 +37,18 @@ CategoriesFile = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="categories.json of the data set  [default: the annotated names]"),
 ]
-MappingOption = Annotated[NameMapping, typer.Option("--mapping", help="From a description to its category.")]
+MappingOption = Annotated[NameMapping, typer.Option("--mapping", help="How descriptions map to categories.")]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How files of predictions are read: beside annotations; without them each is a gt_vs_pred that holds its own."""
+    """How to read prediction files: joined with `truth`, or, without it, as gt_vs_pred files with annotations."""
 
     truth: Path | None = None
     form: Form | None = None
     labels: Path | None = None
     categories: Path | None = None
-    annotations: Path | None = None  # of gt_vs_pred files, to check their images; LVIS adds its labels
+    annotations: Path | None = None  # to check the images of gt_vs_pred files; LVIS also adds its labels
     mapping: NameMapping = "normalised"
 
     @property
@@ -61,7 +61,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """What was read of each file, the categories of all, and what a reader should know of it."""
+    """The results of each file, the common categories, and notes for the reader."""
 
     results: list[list[ImageResult]]
     categories: Sequence[Category]
@@ -70,10 +70,10 @@ class Sides:
 
 
 def read_sides(files: Sequence[Path], reading: Reading) -> Sides:
-    """Read files of one data set; without a list of categories, the names annotated in any of them.
+    """Read files of one data set; without a list of categories, the annotated names of all files are the categories.
 
     Raises:
-        ConfigError: how foreign predictions are read, without annotations for them.
+        ConfigError: options for foreign predictions without annotations.
         DataError: as `read_truth`, `read_predictions` and `read_results`.
     """
     from coordexp.evaluation.categories import annotated_categories
@@ -85,7 +85,7 @@ def read_sides(files: Sequence[Path], reading: Reading) -> Sides:
 
     notes: list[str] = []
     if not reading.truth and (reading.form or reading.labels):
-        raise ConfigError("--form and --labels say how predictions of --truth are read; give --truth ANNOTATIONS.")
+        raise ConfigError("--form and --labels apply only with --truth; add --truth ANNOTATIONS.")
     if reading.truth:
         truth = read_truth(reading.truth)
         labels = read_labels(reading.labels) if reading.labels else None

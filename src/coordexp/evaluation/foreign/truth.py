@@ -1,7 +1,7 @@
-"""What predictions are judged against: COCO or LVIS instances, a YOLO data.yaml, records, or a gt_vs_pred file.
+"""Annotations for the evaluation: COCO or LVIS instances, a YOLO data.yaml, records, or a gt_vs_pred file.
 
-Nothing is left out of an annotation file: a policy that drops tiny boxes belongs to training, not to a number that is
-compared with other people's.
+All annotations of a file are used. Policies such as dropping tiny boxes belong to training, not to numbers that are
+compared with those of others.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from coordexp.records.convert import convert_file
 from coordexp.records.gt_vs_pred import LARGEST_PX, GroundTruth, read_results
 from coordexp.records.schema import Record, checked_area_px2, checked_flag, read_records
 
-ANNOTATIONS = Gate("annotations of a data set", DataError, "Name those of the predicted images.", max_bytes=1 << 32)
+ANNOTATIONS = Gate(
+    "annotations of a data set", DataError, "Give the annotations of the predicted images.", max_bytes=1 << 32
+)
 EXPECTED = (
-    "expected COCO or LVIS instances (.json), records or gt_vs_pred lines (.jsonl), or a YOLO data.yaml; other formats "
-    "become records by `coordexp convert`"
+    "expected COCO or LVIS instances (.json), records or gt_vs_pred lines (.jsonl), or a YOLO data.yaml; convert other "
+    "formats to records with `coordexp convert`"
 )
 
 
@@ -82,12 +84,12 @@ class Truth:
         known = ", ".join(repr(image.image) for image in self.images[:3])
         raise DataError(
             f"{where}: image {key!r} is not in {self.path}, which holds {len(self.images)} images such as {known}. "
-            "Predictions are judged against the annotations of their own split."
+            "Use the annotations of the split of the predictions."
         )
 
 
 def _names(images: Sequence[TruthImage]) -> dict[str, int]:
-    """Path, file name and stem -> image id; -1 where several images share one."""
+    """Path, file name and stem -> image id; -1 if several images share one."""
     forms = [{image.image, PurePosixPath(image.image).name, PurePosixPath(image.image).stem} - {""} for image in images]
     times = Counter(chain.from_iterable(forms))
     full = Counter(image.image for image in images)
@@ -95,7 +97,7 @@ def _names(images: Sequence[TruthImage]) -> dict[str, int]:
     for image, own in zip(images, forms, strict=True):
         for name in own:
             names[name] = image.image_id if times[name] == 1 else -1
-    for image in images:  # a whole path is meant before a file name
+    for image in images:  # a full path takes precedence over a file name
         names[image.image] = image.image_id if full[image.image] == 1 else -1
     return names
 
@@ -104,7 +106,7 @@ def read_truth(path: Path) -> Truth:
     """Read the annotations of a data set.
 
     Raises:
-        DataError: the file holds something else, or an image, box, area or flag that cannot be one; named by place.
+        DataError: the file has another format, or an invalid image, box, area or flag; the message names the location.
     """
     if path.suffix in {".yaml", ".yml"}:
         converted = convert_file("yolo", path, path.parent, "val")
@@ -125,7 +127,7 @@ def _of_lines(path: Path) -> Truth:
 
 
 def _of_records(path: Path, records: Sequence[Record]) -> Truth:
-    """Records without ids are numbered in their order."""
+    """Records without ids are numbered in order."""
     names = sorted({o.desc for record in records for o in record.objects})
     categories = tuple(Category(number, name, split=None) for number, name in enumerate(names, 1))
     images = tuple(_of_record(record, number) for number, record in enumerate(records, 1))
@@ -139,7 +141,7 @@ def _of_record(record: Record, number: int) -> TruthImage:
 
 
 def _of_instances(path: Path, source: Any) -> Truth:
-    """COCO's instances layout, as pycocotools reads it: every annotation counts, `area` is the annotated one."""
+    """COCO's instances layout, as pycocotools reads it: every annotation counts, with its annotated `area`."""
     if not isinstance(source, dict) or not all(isinstance(source.get(k), list) for k in _INSTANCES_KEYS):
         found = f"a {type(source).__name__}" if not isinstance(source, dict) else f"the keys {sorted(source)[:8]}"
         raise DataError(f"{path}: found {found}; {EXPECTED}.")
@@ -180,7 +182,7 @@ def _ground_truth(row: Mapping[str, Any], name: str, where: str) -> GroundTruth:
 
 
 def xywh_box(value: Any, where: str) -> Box:
-    """A COCO box as float pixels xyxy; raises DataError unless it is four finite numbers of no negative side."""
+    """A COCO box as float pixels xyxy; raises DataError unless it is four finite numbers with nonnegative sides."""
     try:
         x, y, w, h = (float(v) for v in value)
     except (TypeError, ValueError) as error:
@@ -189,7 +191,7 @@ def xywh_box(value: Any, where: str) -> Box:
 
 
 def xyxy_box(values: Any, where: str) -> Box:
-    """Float pixels xyxy; raises DataError unless they are four finite numbers in order, none beyond LARGEST_PX."""
+    """A box as float pixels xyxy; raises DataError unless it is four finite, ordered numbers within LARGEST_PX."""
     try:
         x1, y1, x2, y2 = (float(v) for v in values)
     except (TypeError, ValueError) as error:
@@ -203,9 +205,9 @@ def xyxy_box(values: Any, where: str) -> Box:
 def _with_ids(images: tuple[TruthImage, ...], where: str) -> tuple[TruthImage, ...]:
     times = Counter(image.image_id for image in images)
     if not images:
-        raise DataError(f"{where}: no image; there is nothing to judge.")
+        raise DataError(f"{where}: no image, expected at least one.")
     if twice := [image_id for image_id, n in times.items() if n > 1]:
-        raise DataError(f"{where}: image id {twice[0]} appears {times[twice[0]]} times; each image is judged once.")
+        raise DataError(f"{where}: image id {twice[0]} appears {times[twice[0]]} times, expected once.")
     return images
 
 

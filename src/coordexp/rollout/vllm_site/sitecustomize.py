@@ -1,7 +1,7 @@
 """Start-up hook of the vLLM server's interpreter; Python imports it because its folder is on PYTHONPATH.
 
-torchvision's wheels register two CUDA operators in a library that does not load beside a CPU build of torch, and then
-fail to import. Declaring the operators beforehand lets it load; nothing here calls them. Only this process does it.
+torchvision's wheels register two CUDA operators in a library that does not load with a CPU build of torch, so that the
+import fails. Declaring the operators first lets it succeed; they are never called. Only the server process does this.
 """
 
 import torch
