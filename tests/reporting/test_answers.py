@@ -47,7 +47,7 @@ def test_does_stage_2_beat_the_control(
 ) -> None:
     row = answer(with_difference(data, lo, hi), "beat the control")
     assert words in row
-    assert ("could show 0.020" in row) == (words == "**not shown**")
+    assert ("minimum detectable difference 0.020" in row) == (words == "**not shown**")
 
 
 def test_an_unshown_difference_asks_for_more_seeds_and_a_shown_one_does_not(

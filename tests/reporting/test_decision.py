@@ -45,9 +45,9 @@ def with_map(data: ReportData, **bounds: tuple[float, float] | None) -> ReportDa
 @pytest.mark.parametrize(
     ("control", "stage1", "words"),
     [
-        (BETTER, BETTER, "**Take stage 2**"),
+        (BETTER, BETTER, "**Use stage 2**"),
         (BETTER, NEITHER, "**Keep stage 1**"),
-        (NEITHER, BETTER, "**Train on; stage 2 is not shown to be why**"),
+        (NEITHER, BETTER, "**Continue training; no benefit of stage 2 itself is shown**"),
         (NEITHER, NEITHER, "**Keep stage 1**"),
         (WORSE, BETTER, "**Continue stage 1 instead of stage 2**"),
         (WORSE, NEITHER, "**Continue stage 1 instead of stage 2**"),
@@ -84,7 +84,7 @@ def test_the_headline_states_what_could_have_been_shown(data: ReportData) -> Non
     comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
     line = headline(dataclasses.replace(data, comparison=comparison), "stage2_vs_control")
     assert line.startswith("**No difference shown** between stage 2 and the control: mAP ")
-    assert "difference +0.004 [-0.008, +0.016]; these images could show about 0.012" in line
+    assert "difference +0.004 [-0.008, +0.016]; minimum detectable difference about 0.012" in line
 
 
 def test_five_rows_and_the_dearest_error_first(data: ReportData) -> None:
