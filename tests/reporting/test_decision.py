@@ -68,8 +68,8 @@ def test_nothing_learned_comes_before_everything(data: ReportData) -> None:
         metrics.at["blind.margin_AP50", name], metrics.at["interval.blind.margin_AP50", name] = 0.0, [-0.1, 0.1]
     better = with_map(data, stage2_vs_control=BETTER, stage2_vs_stage1=BETTER, stage1_vs_base=BETTER)
     lines = decision(dataclasses.replace(better, metrics=metrics))
-    assert lines[0].startswith("**Nothing was learned**, so there is nothing to decide")
-    assert all("has learned nothing that this data set shows" in line for line in lines[1:4])
+    assert lines[0].startswith("**Nothing was learned**, so there is no decision to make")
+    assert all("this data set does not show that it learned anything" in line for line in lines[1:4])
     assert not [line for line in lines if "is **better**" in line and "stage 2" in line.lower()]
 
 
@@ -108,7 +108,7 @@ def test_every_standing_question_is_in_one_of_two_lines(data: ReportData) -> Non
 def test_failed_checks_are_named_and_others_counted() -> None:
     checks = [Check("one holds", True, ""), Check("two fails", False, ""), Check("three is open", None, "")]
     line = checks_line(checks)
-    assert line.startswith("1 of 3 checks hold; **1 failed**: two fails; 1 cannot be told")
+    assert line.startswith("1 of 3 checks hold; **1 failed**: two fails; 1 cannot be determined")
     assert "one holds" not in line
 
 
