@@ -85,3 +85,38 @@ def test_labels_of_a_crowd_do_not_cover_each_other() -> None:
     for i, (ax1, ay1, ax2, ay2) in enumerate(placed):
         for bx1, by1, bx2, by2 in placed[:i]:
             assert min(ax2, bx2) <= max(ax1, bx1) or min(ay2, by2) <= max(ay1, by1)
+
+
+def test_a_label_never_covers_another_while_there_is_a_free_place() -> None:
+    """Boxes on top of each other leave no free place that touches them; the picture has many."""
+    same = [(100.0, 80.0, 160.0, 120.0)] * 14
+    placed: list[tuple[float, float, float, float]] = []
+    for box in same:
+        placed.append(place_label((75, 15), box, (300, 200), placed, same))
+    for i, (ax1, ay1, ax2, ay2) in enumerate(placed):
+        for bx1, by1, bx2, by2 in placed[:i]:
+            assert min(ax2, bx2) <= max(ax1, bx1) or min(ay2, by2) <= max(ay1, by1)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_neither_of_two_boxes_at_one_place_hides_the_other(shift: int, order: tuple[int, int]) -> None:
+    red = BoxStyle((204, 30, 32))
+    boxes = [[20, 20, 90, 90], [20 + shift, 20, 90 + shift, 90]]
+    styles = [GREEN, red]
+    picture = draw_detections(
+        blank(128, 128), [boxes[i] for i in order], ["", ""], styles=[styles[i] for i in order], scale=1
+    )
+    assert all(len(painted(picture, style.colour)) > 80 for style in styles)
+
+
+def test_a_small_box_is_over_a_large_one_in_any_order() -> None:
+    boxes, styles = [[10, 10, 120, 120], [50, 5, 70, 30]], [GREEN, BoxStyle((204, 30, 32))]
+    pictures = [
+        draw_detections(
+            blank(128, 128), [boxes[i] for i in order], ["", ""], styles=[styles[i] for i in order], scale=1
+        )
+        for order in ((0, 1), (1, 0))
+    ]
+    crossing = [np.asarray(picture)[10, 50].tolist() for picture in pictures]
+    assert crossing == [[204, 30, 32]] * 2

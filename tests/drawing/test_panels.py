@@ -5,21 +5,43 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from coordexp.drawing.panels import grid, side_by_side
+from coordexp.drawing.panels import BAR_PX, CAUSES, GAP_PX, MISSED, RIGHT, grid, side_by_side
 
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 255, 0)
 
 
-def test_panels_stand_in_order_between_titles_and_legend() -> None:
-    picture = side_by_side([("a", Image.new("RGB", (40, 30), RED)), ("b", Image.new("RGB", (50, 30), BLUE))])
-    assert picture.size == (40 + 6 + 50, 30 + 2 * 18)
-    pixels = np.asarray(picture)[18:48]
-    assert (pixels[:, :40] == RED).all()
-    assert (pixels[:, 40:46] == 255).all()
-    assert (pixels[:, 46:] == BLUE).all()
+def test_two_panels_are_next_to_each_other_between_titles_and_legend() -> None:
+    panels = [(name, Image.new("RGB", (400, 30), colour)) for name, colour in (("a", RED), ("b", BLUE))]
+    pixels = np.asarray(side_by_side(panels))
+    assert pixels.shape == (BAR_PX + 30 + BAR_PX, 400 + GAP_PX + 400, 3)
+    assert (pixels[BAR_PX : BAR_PX + 30, :400] == RED).all()
+    assert (pixels[BAR_PX : BAR_PX + 30, 400 : 400 + GAP_PX] == 255).all()
+    assert (pixels[BAR_PX : BAR_PX + 30, 400 + GAP_PX :] == BLUE).all()
 
 
-def test_a_grid_gives_each_row_and_column_the_room_that_its_largest_tile_needs() -> None:
+def test_of_three_panels_the_first_has_a_row_for_itself_and_the_legend_beside_it() -> None:
+    panels = [(name, Image.new("RGB", (400, 200), colour)) for name, colour in (("a", RED), ("b", BLUE), ("c", GREEN))]
+    pixels = np.asarray(side_by_side(panels, CAUSES))
+    assert pixels.shape == (2 * (BAR_PX + 200), 400 + GAP_PX + 400, 3)
+    assert (pixels[BAR_PX : BAR_PX + 200, :400] == RED).all()
+    second_row = slice(2 * BAR_PX + 200, None)
+    assert (pixels[second_row, :400] == BLUE).all()
+    assert (pixels[second_row, 400 + GAP_PX :] == GREEN).all()
+    assert shows(pixels[: BAR_PX + 200, 400 + GAP_PX :], MISSED.colour)
+
+
+def test_a_legend_is_whole_whatever_the_width_of_the_panels() -> None:
+    for width in (150, 300, 900):
+        pixels = np.asarray(side_by_side([("a", Image.new("RGB", (width, 30), BLUE))], CAUSES))
+        assert shows(pixels, RIGHT.colour)
+        assert shows(pixels, MISSED.colour)  # the last entry
+
+
+def shows(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((pixels == colour).all(axis=-1).any())
+
+
+def test_a_row_and_a_column_of_a_grid_are_as_large_as_their_largest_tile() -> None:
     tiles = [Image.new("RGB", size, colour) for size, colour in (((10, 20), RED), ((30, 5), BLUE), ((25, 8), GREEN))]
     picture = np.asarray(grid(tiles, columns=2))
     assert picture.shape == (20 + 6 + 8, 25 + 6 + 30, 3)

@@ -16,7 +16,7 @@ from coordexp.config.paths import CHECKPOINTS, ProfilePaths
 from coordexp.config.profile import ScenesConfig
 from coordexp.config.run import RunConfig
 from coordexp.evaluation.suite import evaluate_run
-from coordexp.geometry.bins import encode_boxes
+from coordexp.geometry.bins import NUM_BINS, encode_boxes
 from coordexp.infra.artefacts import write_sealed
 from coordexp.losses.coord_terms import COORD_METRICS, SHAPE_METRICS
 from coordexp.records.categories import Category
@@ -25,6 +25,7 @@ from coordexp.records.mixing import SetNames, probes
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.training import target_entropy_nats
+from coordexp.rollout.scoring import Decoded, write_decoded
 from coordexp.training.dev_answers import count_answers, judge_answer
 from toyworld.composer import compose_scene
 from toyworld.sprites import SpriteCatalog, load_catalog
@@ -104,6 +105,8 @@ def build_run(
         paths.evaluation(name).mkdir(parents=True)
         write_results(paths.evaluation(name) / "gt_vs_pred.jsonl", results)
         write_json(paths.evaluation(name) / "decode.json", {"codec": "json", "images": images, "tokens": 9})
+        if name == CHECKPOINTS[-1]:
+            write_decoded(paths.decoded(name), [_decoded(result) for result in results], {"codec": "json"})
     evaluate_run(inputs.run.params, paths)
     _write_small_files(inputs)
     _write_logs(inputs, steps, has_objects=any(_objects(record) for record in records))
@@ -171,7 +174,7 @@ def _answer(
         height=record.height,
         gt=tuple(GroundTruth(o.desc, o.bbox_xyxy_px, bool(o.metadata.get("iscrowd"))) for o in record.objects),
         pred=pred,
-        raw_text="{}",
+        raw_text=_text(pred),
         parse=ParseReport(True, len(pred), {"bbox_invalid": 1} if broken else {}),
         finish_reason="stop",
         n_generated_tokens=20 * len(pred),
@@ -179,6 +182,13 @@ def _answer(
         probe=(probe := record.metadata.get("probe", "")),
         asked=tuple(record.metadata["prompt"]["names"]) if probe else (),
     )
+
+
+def _text(pred: tuple[Prediction, ...]) -> str:
+    def box(p: Prediction) -> list[str]:
+        return [f"<|coord_{k}|>" for k in p.bins or ()]
+
+    return json.dumps({"objects": [{"desc": p.desc, "bbox_2d": box(p)} for p in pred]}) + "<|im_end|>"
 
 
 def _objects(record: Record) -> list[ObjectRecord]:
@@ -200,6 +210,14 @@ def _prediction(name: str, box: np.ndarray, score: float, record: Record) -> Pre
         coord_sd_bins=spread,
         boxes_xyxy_px={"argmax": box, "expectation": box, "median": box},
     )
+
+
+def _decoded(result: ImageResult) -> Decoded:
+    """An answer with a normal distribution over the bins at each coordinate, of the mean and spread on file."""
+    bins = np.array([p.bins for p in result.pred], np.float64).reshape(-1, 4, 1)
+    spread = np.array([p.coord_sd_bins for p in result.pred], np.float64).reshape(-1, 4, 1)
+    weights = np.exp(-0.5 * ((np.arange(NUM_BINS) - bins) / spread) ** 2)
+    return Decoded(result, (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float16))
 
 
 def _write_small_files(inputs: ReportInputs) -> None:

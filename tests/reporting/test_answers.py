@@ -47,14 +47,12 @@ def test_does_stage_2_beat_the_control(
 ) -> None:
     row = answer(with_difference(data, lo, hi), "beat the control")
     assert words in row
-    assert ("could show 0.020" in row) == (words == "**not shown**")
+    assert ("minimum detectable difference 0.020" in row) == (words == "**not shown**")
 
 
-def test_an_unshown_difference_asks_for_more_seeds_and_a_shown_one_does_not(
-    data: ReportData, inputs: ReportInputs
-) -> None:
+def test_only_an_unshown_difference_suggests_more_seeds(data: ReportData, inputs: ReportInputs) -> None:
     asked = suggestions(with_difference(data, -0.01, 0.03))[0]
-    assert "below 0.020 are invisible" in asked.because
+    assert "cannot show mAP differences below 0.020" in asked.because
     better = suggestions(with_difference(data, 0.01, 0.03))
     assert all("control shown" not in s.rule for s in better)
 
@@ -105,13 +103,13 @@ def pairs(first: float, second: float, spread: float = 1.0, images: int = 12) ->
     ("n_forwards", "rows", "words", "evidence"),
     [
         (2, pairs(20, 40), "**yes**", "stage2 A2 - stage2 A1, objects in both: +20."),
-        (2, pairs(40, 20), "**no, A2 is nearer**", ": -20."),
-        (2, pairs(20, 20.1, spread=30), "**not shown**", "12 dev images: bins off"),
+        (2, pairs(40, 20), "**no, A2 has smaller errors**", ": -20."),
+        (2, pairs(20, 20.1, spread=30), "**not shown**", "12 dev images: error in bins"),
         (2, pairs(20, 40, images=7), "**not shown**", "7 dev images, fewer than the 8"),
         (2, [reading(100, 1, A1=[20.0, 20.0])], "**not shown**", "no object was read in both contexts"),
         (2, [], "**not shown**", "no dev image was read at the end of stage2"),
         (2, None, "**not shown**", "no dev image was read at the end of stage2"),
-        (1, pairs(20, 40), "**none to measure**", "one forward"),
+        (1, pairs(20, 40), "**not applicable**", "one forward"),
     ],
 )
 def test_the_last_forward_is_compared_with_the_first_on_held_out_objects(
@@ -132,19 +130,19 @@ def test_only_the_last_evaluation_of_a_stage_is_read(data: ReportData) -> None:
 @pytest.mark.parametrize(
     ("question", "stage1", "control", "stage2", "words"),
     [
-        ("farther off in its own answers", (20, 20), (20, 20), (20, 28), "**yes**"),
-        ("farther off in its own answers", (20, 20), (20, 20), (20, 12), "**no, it is nearer**"),
-        ("see better in its own answers", (20, 30), (20, 30), (20, 25), "**yes**"),
-        ("see better in its own answers", (20, 30), (20, 30), (20, 36), "**no, it is farther off**"),
-        ("see better in its own answers", (20, 40), (20, 30), (20, 30), "**not shown**"),  # stage 1 has no say
+        ("larger errors in its own answers", (20, 20), (20, 20), (20, 28), "**yes**"),
+        ("larger errors in its own answers", (20, 20), (20, 20), (20, 12), "**no, smaller errors**"),
+        ("smaller errors in its own answers", (20, 30), (20, 30), (20, 25), "**yes**"),
+        ("smaller errors in its own answers", (20, 30), (20, 30), (20, 36), "**no, larger errors**"),
+        ("smaller errors in its own answers", (20, 40), (20, 30), (20, 30), "**not shown**"),  # stage 1 does not matter
         ("forget coordinates", (20, 30), (5, 5), (26, 30), "**yes**"),  # the control has none here
-        ("forget coordinates", (26, 30), (20, 30), (20, 30), "**no, it is nearer**"),
+        ("forget coordinates", (26, 30), (20, 30), (20, 30), "**no, smaller errors**"),
     ],
 )
 def test_contexts_and_stages_are_compared_on_the_same_objects(
     data: ReportData, question: str, stage1: Any, control: Any, stage2: Any, words: str
 ) -> None:
-    """(A1, own) of each stage, more or less. An object that one side lacks would turn every answer, and has no say."""
+    """(A1, own) of each stage, more or less. Objects that one side lacks would reverse every answer, and do not count."""
     rows = {
         stage: [
             reading(STEPS[stage], i, A1=[a1 + (-1) ** i, a1], own=[own - (-1) ** i, alone])
@@ -159,7 +157,7 @@ def test_contexts_and_stages_are_compared_on_the_same_objects(
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [([1.0] * 12, "**yes**"), ([-1.0] * 12, "**no, it is likelier**"), ([1.0, -1.0] * 6, "**not shown**")],
+    [([1.0] * 12, "**yes**"), ([-1.0] * 12, "**no, it is more probable**"), ([1.0, -1.0] * 6, "**not shown**")],
 )
 def test_text_is_compared_with_stage_1_token_by_token(data: ReportData, more: list[float], words: str) -> None:
     before = [reading(400, i, A1=[1.0, 1.0]) for i in range(12)]
@@ -167,7 +165,7 @@ def test_text_is_compared_with_stage_1_token_by_token(data: ReportData, more: li
     assert words in answer(with_readings(data, stage1=before, stage2=after), "forget text")
 
 
-def test_what_only_training_steps_could_say_is_not_said(data: ReportData) -> None:
+def test_training_steps_alone_change_no_answer(data: ReportData) -> None:
     """Whatever the log of stage 2 shows of coordinates, no answer and no suggestion moves."""
     logs = copy.deepcopy(data.logs)
     logs["stage2"][[c for c in logs["stage2"] if c.startswith("coord_diag")]] *= 3
@@ -176,8 +174,8 @@ def test_what_only_training_steps_could_say_is_not_said(data: ReportData) -> Non
     assert suggestions(other) == suggestions(data)
 
 
-@pytest.mark.parametrize(("everywhere", "words"), [(1, "**yes**"), (-1, "**no, they shrink**"), (0, "**not shown**")])
-def test_duplicates_grow_if_the_interval_over_images_says_so(
+@pytest.mark.parametrize(("everywhere", "words"), [(1, "**yes**"), (-1, "**no, they decrease**"), (0, "**not shown**")])
+def test_duplicates_increase_only_if_the_interval_over_images_excludes_0(
     data: ReportData, inputs: ReportInputs, everywhere: int, words: str
 ) -> None:
     rows = copy.deepcopy(data.per_image)
@@ -187,7 +185,7 @@ def test_duplicates_grow_if_the_interval_over_images_says_so(
         rows["stage2"].iloc[0, rows["stage2"].columns.get_loc("dup_pairs_90")] += 3
     other = dataclasses.replace(data, per_image=rows)
     assert words in answer(other, "duplicates")
-    assert ("duplicates grow" in {s.rule for s in suggestions(other)}) == (words == "**yes**")
+    assert ("duplicates increase" in {s.rule for s in suggestions(other)}) == (words == "**yes**")
 
 
 @pytest.mark.parametrize(
@@ -196,11 +194,11 @@ def test_duplicates_grow_if_the_interval_over_images_says_so(
         (0.05, [0.04, 0.06], 0.5, "**could be better**"),
         (0.03, [0.02, 0.04], 0.5, "**not shown**"),
         (0.01, [0.0, 0.02], 0.5, "**yes**"),
-        (0.0002, [0.0, 0.0004], 0.0003, "**not shown**"),  # next to nothing is found, so there is nothing to rank
+        (0.0002, [0.0, 0.0004], 0.0003, "**not shown**"),  # almost no object is found, so there is nothing to rank
         (None, None, None, "not defined on this data"),
     ],
 )
-def test_the_score_ranks_well_if_an_interval_says_so_and_there_is_something_to_rank(
+def test_the_score_ranks_well_only_with_an_interval_and_enough_map_to_rank(
     data: ReportData, inputs: ReportInputs, headroom: Any, bounds: Any, perfect: Any, words: str
 ) -> None:
     metrics = copy.deepcopy(data.metrics)
@@ -238,4 +236,4 @@ def test_every_suggested_ab_test_is_one_that_can_be_run(
 
 
 def test_no_rule_fired_is_said() -> None:
-    assert suggestions_table([]) == "No rule asks for an experiment."
+    assert suggestions_table([]) == "No rule suggests an experiment."

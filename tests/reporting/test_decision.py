@@ -45,9 +45,9 @@ def with_map(data: ReportData, **bounds: tuple[float, float] | None) -> ReportDa
 @pytest.mark.parametrize(
     ("control", "stage1", "words"),
     [
-        (BETTER, BETTER, "**Take stage 2**"),
+        (BETTER, BETTER, "**Use stage 2**"),
         (BETTER, NEITHER, "**Keep stage 1**"),
-        (NEITHER, BETTER, "**Train on; stage 2 is not shown to be why**"),
+        (NEITHER, BETTER, "**Continue training; no benefit of stage 2 itself is shown**"),
         (NEITHER, NEITHER, "**Keep stage 1**"),
         (WORSE, BETTER, "**Continue stage 1 instead of stage 2**"),
         (WORSE, NEITHER, "**Continue stage 1 instead of stage 2**"),
@@ -68,8 +68,8 @@ def test_nothing_learned_comes_before_everything(data: ReportData) -> None:
         metrics.at["blind.margin_AP50", name], metrics.at["interval.blind.margin_AP50", name] = 0.0, [-0.1, 0.1]
     better = with_map(data, stage2_vs_control=BETTER, stage2_vs_stage1=BETTER, stage1_vs_base=BETTER)
     lines = decision(dataclasses.replace(better, metrics=metrics))
-    assert lines[0].startswith("**Nothing was learned**, so there is nothing to decide")
-    assert all("has learned nothing that this data set shows" in line for line in lines[1:4])
+    assert lines[0].startswith("**Nothing was learned**, so there is no decision to make")
+    assert all("this data set does not show that it learned anything" in line for line in lines[1:4])
     assert not [line for line in lines if "is **better**" in line and "stage 2" in line.lower()]
 
 
@@ -84,7 +84,7 @@ def test_the_headline_states_what_could_have_been_shown(data: ReportData) -> Non
     comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
     line = headline(dataclasses.replace(data, comparison=comparison), "stage2_vs_control")
     assert line.startswith("**No difference shown** between stage 2 and the control: mAP ")
-    assert "difference +0.004 [-0.008, +0.016]; these images could show about 0.012" in line
+    assert "difference +0.004 [-0.008, +0.016]; minimum detectable difference about 0.012" in line
 
 
 def test_five_rows_and_the_dearest_error_first(data: ReportData) -> None:
@@ -108,7 +108,7 @@ def test_every_standing_question_is_in_one_of_two_lines(data: ReportData) -> Non
 def test_failed_checks_are_named_and_others_counted() -> None:
     checks = [Check("one holds", True, ""), Check("two fails", False, ""), Check("three is open", None, "")]
     line = checks_line(checks)
-    assert line.startswith("1 of 3 checks hold; **1 failed**: two fails; 1 cannot be told")
+    assert line.startswith("1 of 3 checks hold; **1 failed**: two fails; 1 cannot be determined")
     assert "one holds" not in line
 
 

@@ -41,7 +41,7 @@ def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, 
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_an_experiment_with_another_weight_has_two_floors(inputs: ReportInputs, tmp_path: Path) -> None:

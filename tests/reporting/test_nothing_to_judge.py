@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.evaluation.effect import Verdict
 from coordexp.records.categories import read_categories
 from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.records.schema import Record
@@ -88,8 +89,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_first_lines_say_how_the_answers_fail(text: str) -> None:
     decided, why, *_ = (line for line in text.splitlines()[1:] if line)
-    assert decided.startswith("- **No decision**: answers of stage2 are not judged")
-    assert why.startswith("- **stage2 is not judged**: 100 % of the answers are truncated at the token budget")
+    assert decided.startswith("- **No decision**: stage2 cannot be evaluated")
+    assert why.startswith("- **stage2 is not evaluated**: 100 % of the answers are truncated at the token budget")
     assert "of the answers loop" in why
     assert "`coordexp ab -S stage2.b_ratio" not in text  # of such answers only how to mend them
 
@@ -97,18 +98,19 @@ def test_the_first_lines_say_how_the_answers_fail(text: str) -> None:
 def test_nothing_is_claimed_of_it(text: str) -> None:
     head = text.split("## What costs AP50")[0]
     [against_stage1] = [line for line in head.splitlines() if line.startswith("- Stage 2 against stage 1")]
-    assert "**not judged**: mAP 0." in against_stage1
+    assert "**not evaluated**: mAP 0." in against_stage1
     assert "better" not in against_stage1
     assert "F1" not in against_stage1
-    assert "- **No decision**: answers of stage2 are not judged" in head
-    assert "- **stage2 against stage1**: not judged: `coco.mAP`" in text
+    assert "- **No decision**: stage2 cannot be evaluated" in head
+    assert "- **stage2 against stage1**: not evaluated: `coco.mAP`" in text
     answers = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| Does")}
-    assert "**not judged**" in answers["| Does stage 2 beat the control?"]
-    assert "**not judged**" in answers["| Does the score rank well?"]
+    assert "**not evaluated**" in answers["| Does stage 2 beat the control?"]
+    assert "**not evaluated**" in answers["| Does the score rank well?"]
     for line in text.splitlines():
         if line.startswith("| stage2 - "):
-            assert line.endswith("| not judged |") or "| not defined |" in line or len(line.split("|")) > 9, line
-    assert "**stage2 against stage1**: mAP is not judged, F1 is not judged." in text
+            ends = line.endswith((f"| {Verdict.NOT_JUDGED.value} |", "| not defined |"))
+            assert ends or len(line.split("|")) > 9, line
+    assert "**stage2 against stage1**: mAP is not evaluated, F1 is not evaluated." in text
     assert "| ? | Stage 2 is not shown to be worse than stage 1 (mAP) |" in text
 
 
@@ -121,7 +123,7 @@ def test_two_forwards_are_not_called_the_ground_truth_context(text: str) -> None
 
 
 def test_other_checkpoints_are_judged_as_ever(text: str) -> None:
-    assert "**stage1 is not judged**" not in text
+    assert "**stage1 is not evaluated**" not in text
 
 
 def test_sound_answers_leave_the_first_line_to_the_comparison(report: Path, inputs: ReportInputs) -> None:
@@ -129,4 +131,4 @@ def test_sound_answers_leave_the_first_line_to_the_comparison(report: Path, inpu
     first = next(line for line in text.splitlines()[1:] if line)
     assert first.startswith("- **")
     assert "stage" in first.lower()
-    assert "is not judged" not in text
+    assert "is not evaluated" not in text

@@ -212,15 +212,15 @@ class TestInABrowser:
 
     def test_a_person_sorts_filters_and_opens_an_image(self, browser: Browser) -> None:
         assert browser.evaluate(ROWS) == [3, 4, 2, 1, 5]  # by F1 of the first run, lowest first
-        browser.click(HEAD.format("missed 1"))
+        browser.click(HEAD.format("FN 1"))
         assert browser.evaluate(ROWS)[0] == 4
-        browser.click(HEAD.format("missed 1"))
+        browser.click(HEAD.format("FN 1"))
         assert browser.evaluate(ROWS)[-1] == 4
         for failure, expected in {
             "duplicates": [2],
-            "wrong names": [3],
-            "false boxes": [],
-            "answers that do not parse whole": [4],
+            "classification errors": [3],
+            "background false positives": [],
+            "answers with parse errors": [4],
             "first run better": [1, 2, 5],
             "no error": [],  # the second run has none right
         }.items():
@@ -241,19 +241,20 @@ class TestInABrowser:
         tops = f"{PICTURES}.map(f => Math.round(f.getBoundingClientRect().top))"
         assert len(set(browser.evaluate(tops))) == 1  # annotation and both runs side by side, whatever the captions
 
-    def test_a_run_is_chosen_by_its_name_and_judges_the_annotation(self, browser: Browser) -> None:
+    def test_a_run_is_selected_by_name_and_marks_the_annotations(self, browser: Browser) -> None:
         browser.click(ROW.format(1))
         dashed = "document.querySelectorAll('figure.truth rect.dashed').length"
         assert browser.evaluate(dashed) == 0
         browser.click("document.querySelectorAll('#totals td:first-child')[1]")
         assert browser.evaluate("document.getElementById('run').value") == "two"
         assert browser.evaluate(dashed) == 1
-        assert "judged by two" in browser.evaluate("document.querySelector('figure.truth figcaption').textContent")
-        assert browser.evaluate(HEAD.format("missed 2") + ".title") == "two"
+        caption = browser.evaluate("document.querySelector('figure.truth figcaption').textContent")
+        assert "found or missed by two" in caption
+        assert browser.evaluate(HEAD.format("FN 2") + ".title") == "false negatives, two"
         choose(browser, "failure", "duplicates")
         assert browser.evaluate(ROWS) == []  # they are of the other run
 
-    def test_panes_show_what_the_filter_asks_for(self, browser: Browser) -> None:
+    def test_boxes_outside_the_filter_are_faint(self, browser: Browser) -> None:
         browser.click(ROW.format(2))
         faded = f"{PICTURES}.map(s => [...s.querySelectorAll('rect')].map(r => r.classList.contains('faded')))"
         assert browser.evaluate(faded) == [[False], [False, False], []]
@@ -264,30 +265,30 @@ class TestInABrowser:
         choose(browser, "size", "small objects")
         assert browser.evaluate(faded)[0] == [True, False]  # the cat is of medium size
 
-    def test_a_score_and_a_size_are_chosen_and_the_address_says_so(self, browser: Browser, page: Path) -> None:
+    def test_score_and_size_filters_are_in_the_address(self, browser: Browser, page: Path) -> None:
         browser.click(ROW.format(2))
         assert browser.evaluate(BOXES) == 2
         choose(browser, "score", "0.6")
         assert browser.evaluate(BOXES) == 0
         words = "document.querySelector('figure.run figcaption').textContent"
-        assert "0 right, 0 false, 1 missed; 2 below the score" in browser.evaluate(words)
-        choose(browser, "failure", "wrong names")
+        assert "0 correct, 0 FP, 1 FN; 2 below the minimum score" in browser.evaluate(words)
+        choose(browser, "failure", "classification errors")
         assert browser.evaluate(ROWS) == []  # none of this score
         choose(browser, "failure", "all images")
         choose(browser, "size", "small objects")
         assert sorted(browser.evaluate(ROWS)) == [4, 5]
         browser.click(HEAD.format("obj."))
         assert browser.evaluate("location.hash") == "#size=small+objects&score=0.6&sort=-2&id=4"
-        browser.open(page, "#run=two&failure=answers+that+do+not+parse+whole&id=4")
+        browser.open(page, "#run=two&failure=answers+with+parse+errors&id=4")
         assert browser.evaluate(ROWS) == []
         browser.evaluate("location.hash = '#failure=duplicates&score=0.1&id=2'")  # sent to who has the page open
         browser.evaluate("new Promise(done => setTimeout(done, 100))")
         assert browser.evaluate(ROWS) == [2]
-        assert browser.evaluate("document.getElementById('least').textContent") == "0.10"
+        assert browser.evaluate("document.getElementById('minimum').textContent") == "0.10"
         browser.open(page, "#failure=nothing&id=99&score=7&name=%3Cb%3E&sort=0&view=a,b,c")
         assert len(browser.evaluate(ROWS)) == 5
 
-    def test_all_panes_are_zoomed_together_and_the_address_keeps_it(self, browser: Browser, page: Path) -> None:
+    def test_all_panels_zoom_together_and_the_address_keeps_the_view(self, browser: Browser, page: Path) -> None:
         browser.click(ROW.format(2))
         views = f"[...new Set({PICTURES}.map(s => s.getAttribute('viewBox')))]"
         assert browser.evaluate(views) == ["0 0 100 80"]

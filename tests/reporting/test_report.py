@@ -26,6 +26,7 @@ from coordexp.records.gt_vs_pred import read_results
 from coordexp.reporting.asked import ASKED
 from coordexp.reporting.decision import DIFFERENCES, EXAMPLES, MAX_BYTES, MAX_FILES, MAX_LINES
 from coordexp.reporting.inputs import TRAINED, Baseline, ReportInputs
+from coordexp.reporting.method import METHOD
 from coordexp.reporting.report import DETAILS, FOLDERS, PAGE, SUBJECTS, build_report
 from reporting.synthetic import changed, everything_said, write_json, write_record
 
@@ -144,11 +145,12 @@ def test_links_lead_to_what_the_stage_writes_and_every_picture_is_shown(report: 
 
 def test_what_git_holds_is_small_and_keeps_its_names(report: Path) -> None:
     pictures = list((report.parent / "pictures").iterdir())
-    assert DIFFERENCES in {path.name for path in pictures} <= {DIFFERENCES, ASKED, *EXAMPLES.values()}
+    assert {DIFFERENCES, METHOD} <= {path.name for path in pictures} <= {DIFFERENCES, METHOD, ASKED, *EXAMPLES.values()}
     assert len(pictures) >= 4  # a rule may find no image of its kind
     assert len(pictures) <= MAX_FILES
     assert sum(path.stat().st_size for path in pictures) <= MAX_BYTES
     assert report.stat().st_size <= 10_000
+    assert (report.parent / "pictures" / METHOD).stat().st_size <= 150_000  # the README shows it
     assert len(report.read_text(encoding="utf-8").splitlines()) <= MAX_LINES - 10  # for what may go wrong in a run
 
 

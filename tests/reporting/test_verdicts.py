@@ -84,17 +84,17 @@ def test_f1_without_objects_is_undefined() -> None:
 RISES = {"delta": 0.1, "lo": 0.05, "hi": 0.15, "p_superior": 1.0}
 
 
-def test_sharper_boxes_with_worse_counts_read_as_parting() -> None:
+def test_better_boxes_with_worse_counts_move_map_and_f1_in_opposite_directions() -> None:
     new, old = areas(100, 80, 20, 0.5, 0.60), areas(101, 40, 19, 0.4, 0.48)
     assert explained(new, old, RISES, {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}) == (
-        "**stage2 against stage1**: mAP and F1 part: mAP rises, F1 falls. 1 fewer right box, 40 more false boxes, "
-        "1 more missed object."
+        "**stage2 against stage1**: mAP and F1 move in opposite directions: mAP rises, F1 falls. "
+        "1 fewer true positive, 40 more false positives, 1 more false negative."
     )
     alone = explained(new, old, RISES, {**RISES, "lo": -0.05})
-    assert "part" not in alone
+    assert "opposite" not in alone
     assert "mAP rises, F1 shows no difference." in alone
 
 
 def test_an_undefined_map_is_not_explained() -> None:
     text = explained(areas(1, 0, 0, None, None), areas(1, 0, 0, None, None), None, None)
-    assert "mAP is not defined, F1 is not defined. No change in right boxes, no change in false boxes" in text
+    assert "mAP is not defined, F1 is not defined. No change in true positives, no change in false positives" in text

@@ -1,6 +1,6 @@
-"""Boxes with names and scores drawn on a picture, legible also on pictures of 100 pixels.
+"""Boxes with category names and scores on an image, legible on images of 100 pixels too.
 
-Small pictures are enlarged first, then boxes, then labels are drawn: a label goes where it covers least.
+Small images are enlarged first, then the boxes are drawn, then the labels: a label goes where it covers least.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,8 +30,8 @@ NAME_COLOURS: tuple[Rgb, ...] = (
 )  # fmt: skip
 READABLE_SIDE_PX = 512
 MAX_SCALE = 4
-_HALO: Rgb = (20, 20, 20)
-_DASH_PX, _GAP_PX = 6, 4
+_CASING: Rgb = (255, 255, 255)
+_DASH_PX, _GAP_PX = 9, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,12 @@ class BoxStyle:
 
 
 def name_style(name: str) -> BoxStyle:
-    """The colour of a name: the same in every picture and every process."""
+    """The color of a category name, the same in every picture and every process."""
     return BoxStyle(NAME_COLOURS[zlib.crc32(name.encode()) % len(NAME_COLOURS)])
 
 
 def readable_scale(width: int, height: int) -> int:
-    """Whole factor that brings the longer side near 512 px: 4 for pictures of 128 px, 1 for photographs."""
+    """Whole factor that brings the longer side near 512 px: 4 for images of 128 px, 1 for photographs."""
     return max(1, min(MAX_SCALE, round(READABLE_SIDE_PX / max(width, height))))
 
 
@@ -58,19 +59,24 @@ def draw_detections(
     scores: Sequence[float | None] | None = None,
     styles: Sequence[BoxStyle] | None = None,
     scale: int | None = None,
+    font_px: int | None = None,
 ) -> Image.Image:
-    """Draw labelled boxes on an enlarged copy of a picture.
+    """Draw labeled boxes on an enlarged copy of an image.
+
+    Large boxes come first, and where a box runs along the outline of an earlier one it is dashed, so that no box hides
+    another.
 
     Args:
         image: any mode; the copy is RGB.
         boxes_xyxy_px: boxes (N, 4) in pixels of `image`.
-        labels: N names.
+        labels: N category names.
         scores: N scores, shown with two digits; None shows none.
-        styles: N styles; None colours by name.
-        scale: whole factor of enlargement; None chooses one by the size of the picture.
+        styles: N styles; None colors by category name.
+        scale: whole factor of enlargement; None chooses one by the size of the image.
+        font_px: size of the labels in output pixels; None chooses one by the size of the output.
 
     Returns:
-        a new picture of `scale` times the size.
+        a new image of `scale` times the size.
     """
     scale = scale or readable_scale(*image.size)
     canvas = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -79,37 +85,56 @@ def draw_detections(
     chosen = list(styles) if styles is not None else [name_style(label) for label in labels]
     shown = list(scores) if scores is not None else [None] * len(boxes)
     assert len(boxes) == len(labels) == len(chosen) == len(shown), "one label, style and score per box"
-    width = max(2, round(max(canvas.size) / 180))
-    for box, style in zip(boxes, chosen, strict=True):
-        _rectangle(draw, box, style, width)
+    width = max(3, round(max(canvas.size) / 180))
+    large_first = sorted(range(len(boxes)), key=lambda i: -_area(boxes[i]))
+    for place, i in enumerate(large_first):
+        _outline(draw, boxes[i], chosen[i], width, [boxes[j] for j in large_first[:place]])
     texts = [
         (printable(label), "" if score is None else f" {score:.2f}") for label, score in zip(labels, shown, strict=True)
     ]
-    _labels(draw, canvas.size, boxes, texts, chosen)
+    _labels(draw, canvas.size, boxes, texts, chosen, font(font_px or max(13, round(max(canvas.size) / 56))))
     return canvas
 
 
-def label_font(picture_side_px: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which covers most scripts written with letters, in a size that suits the picture."""
-    return _font(max(11, round(picture_side_px / 70)))
-
-
 @lru_cache(maxsize=8)
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
+def font(size_px: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which covers most scripts written with letters."""
     # matplotlib ships the file, so that pictures look the same on every machine.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
 
 
-def _rectangle(draw: ImageDraw.ImageDraw, box: Rect, style: BoxStyle, width: int) -> None:
+def _outline(draw: ImageDraw.ImageDraw, box: Rect, style: BoxStyle, width: int, below: Sequence[Rect]) -> None:
+    """One box over those `below`: a casing, then the color, in dashes where a side runs along one of theirs."""
     x1, y1, x2, y2 = box
-    if not style.dashed:
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=_HALO, width=width + 2)
-        draw.rectangle(box, outline=style.colour, width=width)
-        return
-    for start, end in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
-        draw.line((*start, *end), fill=_HALO, width=width + 2)
-        for first, last in _dashes(start, end):
-            draw.line((*first, *last), fill=style.colour, width=width)
+    sides = (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2)))
+    shared = [any(_runs_along(side, other, width) for other in below) for side in sides]
+    for side, covers in zip(sides, shared, strict=True):
+        if not covers:
+            _line(draw, side, _CASING, width + 3)
+    for side, covers in zip(sides, shared, strict=True):
+        for piece in _dashes(*side) if covers or style.dashed else [side]:
+            _line(draw, piece, style.colour, width)
+
+
+def _line(draw: ImageDraw.ImageDraw, side: tuple[Point, Point], colour: Rgb, width: int) -> None:
+    """A line along an axis with square ends, so that two meet in a full corner."""
+    (x1, y1), (x2, y2) = ((round(x) - width // 2, round(y) - width // 2) for x, y in side)
+    draw.rectangle((x1, y1, x2 + width - 1, y2 + width - 1), fill=colour)
+
+
+def _runs_along(side: tuple[Point, Point], box: Rect, width: int) -> bool:
+    """Whether a side lies on a parallel side of `box` within a line's width, over a third of its length or more."""
+    (ax, ay), (bx, by) = side
+    x1, y1, x2, y2 = box
+    if ay == by:
+        near, common = min(abs(ay - y1), abs(ay - y2)), min(bx, x2) - max(ax, x1)
+    else:
+        near, common = min(abs(ax - x1), abs(ax - x2)), min(by, y2) - max(ay, y1)
+    return near <= width + 2 and common > max(bx - ax, by - ay) / 3
+
+
+def _area(box: Rect) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def _dashes(start: Point, end: Point) -> list[tuple[Point, Point]]:
@@ -132,29 +157,44 @@ def _labels(
     boxes: list[Rect],
     texts: list[tuple[str, str]],
     styles: list[BoxStyle],
+    typeface: ImageFont.FreeTypeFont,
 ) -> None:
-    font = label_font(max(size))
+    """Small boxes choose first: they leave their labels the fewest places."""
     placed: list[Rect] = []
-    for box, (name, score), style in zip(boxes, texts, styles, strict=True):
-        text = _fitting(name, score, font, size[0] - 5)
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        spot = place_label((right - left + 5, bottom - top + 4), box, size, placed, boxes)
+    for i in sorted(range(len(boxes)), key=lambda i: _area(boxes[i])):
+        text = _fitting(*texts[i], typeface, size[0] - 8)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=typeface)
+        spot = place_label((right - left + 8, bottom - top + 6), boxes[i], size, placed, boxes)
         placed.append(spot)
-        draw.rectangle(spot, fill=style.colour)
-        draw.text((spot[0] + 2 - left, spot[1] + 2 - top), text, font=font, fill=_ink(style.colour))
+        if not _touches(spot, boxes[i]):
+            _leader(draw, spot, boxes[i], styles[i].colour)
+        draw.rectangle(spot, fill=styles[i].colour)
+        draw.text((spot[0] + 4 - left, spot[1] + 3 - top), text, font=typeface, fill=_ink(styles[i].colour))
 
 
-def _fitting(name: str, score: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """The label, its name cut with an ellipsis if it is wider than the picture."""
+def _touches(a: Rect, b: Rect) -> bool:
+    return a[0] <= b[2] + 1 and b[0] <= a[2] + 1 and a[1] <= b[3] + 1 and b[1] <= a[3] + 1
+
+
+def _leader(draw: ImageDraw.ImageDraw, label: Rect, box: Rect, colour: Rgb) -> None:
+    """A line from a label that found no place at its box to the nearest point of that."""
+    start = ((label[0] + label[2]) / 2, (label[1] + label[3]) / 2)
+    end = (min(max(start[0], box[0]), box[2]), min(max(start[1], box[1]), box[3]))
+    draw.line((*start, *end), fill=_CASING, width=4)
+    draw.line((*start, *end), fill=colour, width=2)
+
+
+def _fitting(name: str, score: str, typeface: ImageFont.FreeTypeFont, width_px: int) -> str:
+    """The label; a name that makes it wider than the picture is cut with an ellipsis."""
     text = name + score
-    while name and font.getlength(text) > width_px:
+    while name and typeface.getlength(text) > width_px:
         name = name[:-1]
         text = f"{name}…{score}"
     return text
 
 
 def _ink(colour: Rgb) -> Rgb:
-    """Black or white, whichever is further in luminance (ITU-R BT.601)."""
+    """Black or white, whichever differs more in luminance (ITU-R BT.601)."""
     red, green, blue = colour
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
@@ -162,27 +202,42 @@ def _ink(colour: Rgb) -> Rgb:
 def place_label(
     label_wh: tuple[float, float], box: Rect, size: tuple[int, int], placed: Sequence[Rect], boxes: Sequence[Rect]
 ) -> Rect:
-    """Where a label of one box goes: touching the box, inside the picture, covering least.
+    """Where a label of one box goes: inside the picture, off other labels, and covering as little as can be.
 
-    Covering another label weighs far more than covering an object, and of equal spots the first is taken: above, below,
-    inside, beside.
+    It touches the box (above, below, inside, next to it; of equal spots the first) unless every such spot is on another
+    label: then it is the free spot nearest to the box, if there is one.
     """
     w, h = label_wh
-    x1, y1, x2, y2 = box
-    corners = [
-        (x1, y1 - h), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x1, y1), (x1, y2 - h),
-        (x2, y1), (x1 - w, y1), (x2, y2 - h), (x1 - w, y2 - h),
-    ]  # fmt: skip
 
     def inside(left: float, top: float) -> Rect:
         left, top = max(0.0, min(left, size[0] - w)), max(0.0, min(top, size[1] - h))
         return left, top, left + w, top + h
 
-    def cost(spot: Rect) -> float:
-        hidden_labels = sum(_overlap(spot, other) for other in placed)
-        return 20 * hidden_labels + sum(_overlap(spot, other) for other in boxes)
+    def hidden(spot: Rect) -> float:
+        return sum(_overlap(spot, other) for other in placed)
 
-    return min((inside(*corner) for corner in corners), key=cost)
+    def cost(spot: Rect) -> float:
+        return 20 * hidden(spot) + sum(_overlap(spot, other) for other in boxes)
+
+    best = min((inside(*corner) for corner in _spots_at(box, w, h)), key=cost)
+    if not hidden(best):
+        return best
+    tops, lefts = np.arange(0, max(1, size[1] - h), h / 2), np.arange(0, max(1, size[0] - w), w / 4)
+    free = [spot for top in tops.tolist() for left in lefts.tolist() if not hidden(spot := inside(left, top))]
+    return min(free, key=lambda spot: (_gap(spot, box), cost(spot)), default=best)
+
+
+def _spots_at(box: Rect, w: float, h: float) -> list[Point]:
+    """Upper left corners of labels that touch a box, the preferred ones first."""
+    x1, y1, x2, y2 = box
+    along_x, along_y = (x1, x2 - w, (x1 + x2 - w) / 2), (y1, y2 - h, (y1 + y2 - h) / 2)
+    spots = [(x, y) for y in (y1 - h, y2, y1, y2 - h) for x in along_x]
+    return spots + [(x, y) for x in (x2, x1 - w) for y in along_y]
+
+
+def _gap(a: Rect, b: Rect) -> float:
+    """Distance of two rectangles along the axes, 0 if they touch."""
+    return max(0.0, a[0] - b[2], b[0] - a[2]) + max(0.0, a[1] - b[3], b[1] - a[3])
 
 
 def _overlap(a: Rect, b: Rect) -> float:

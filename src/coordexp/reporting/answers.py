@@ -1,9 +1,8 @@
-"""Answers to the questions that every run is asked, and the experiments that follow from them; all by rule.
+"""Answers to the standing questions of every run, and the experiments that follow from them; all by rule.
 
-A rule reads metrics and held-out readings, never a person's mind: the same numbers always give the same sentence. What
-is said of a checkpoint rests on images that it was not trained on, with an interval; where that does not carry an
-answer, it is "not shown". A training log answers nothing: its images, and the weights they meet, change from step to
-step.
+Rules read metrics and held-out readings: the same numbers always give the same sentence. A statement about a checkpoint
+rests on images that it was not trained on, with an interval; where the interval does not support an answer, the answer
+is "not shown". A training log answers no question: its images and weights change from step to step.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from coordexp.reporting.markdown import MISSING, number, percent, table, with_in
 from coordexp.reporting.training import MEANINGS, OTHER_UNITS, SHAPES, w1_fraction
 from coordexp.reporting.verdicts import Difference, checkpoint_faults, compared, difference_from, verdict_of
 
-W1_INERT = 0.01  # share of softCE + W1 below which a heavier W1 is worth a test
-HEADROOM_WORTH = 0.03  # mAP that a better ranking could gain, from which a score is worth a study
-RANKABLE_MAP = 0.1  # under a perfect ranking; below it a small headroom says nothing about the score
+W1_INERT = 0.01  # fraction of softCE + W1 below which a larger weight of W1 is worth a test
+HEADROOM_WORTH = 0.03  # mAP that a better ranking could gain, from which the score is worth a study
+RANKABLE_MAP = 0.1  # under a perfect ranking; below it a small headroom is no evidence about the score
 PARSE_WORTH = 0.99
-LEAST_IMAGES = 8  # with objects to compare; resamples of fewer are nearly all alike, whatever the truth
+MIN_IMAGES = 8  # with objects to compare; resamples of fewer are nearly all alike, whatever the truth
 OWN, FIRST = "own", "A1"
-NOT_SHOWN = "not shown"
+NOT_SHOWN, NOT_EVALUATED = "not shown", "not evaluated"
 UNDEFINED = ("not defined on this data", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A standing question, its answer in a few words, and what that rests on."""
+    """A standing question, its answer in a few words, and the evidence."""
 
     question: str
     answer: str
@@ -45,13 +44,13 @@ class Answer:
 
     @property
     def shown(self) -> bool:
-        """Whether the data carry an answer."""
-        return self.answer not in (NOT_SHOWN, UNDEFINED[0], "not judged")
+        """Whether the data support an answer."""
+        return self.answer not in (NOT_SHOWN, UNDEFINED[0], NOT_EVALUATED)
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """One experiment: why, by which rule, the command, and what will be known after it that is not known now."""
+    """One experiment: the reason, the rule, the command, and what it will show."""
 
     because: str
     rule: str
@@ -60,7 +59,7 @@ class Suggestion:
 
 
 def improved_and_flat(data: ReportData) -> list[str]:
-    """For each comparison, which of the compared metrics rose, which fell, and which show no difference."""
+    """For each comparison, the metrics that rose, that fell, and that show no difference."""
     lines = []
     for name, (new, old) in COMPARISONS.items():
         groups: dict[Verdict, list[str]] = {}
@@ -70,7 +69,7 @@ def improved_and_flat(data: ReportData) -> list[str]:
                 shown += f" {found}"
             groups.setdefault(verdict_of(found), []).append(shown)
         parts = [f"{word}: {', '.join(groups[verdict])}" for verdict, word in _MOVES.items() if verdict in groups]
-        lines.append(f"**{new} against {old}**: {'; '.join(parts) or 'nothing is defined'}.")
+        lines.append(f"**{new} against {old}**: {'; '.join(parts) or 'no metric is defined'}.")
     return lines
 
 
@@ -78,21 +77,21 @@ _MOVES = {
     Verdict.BETTER: "improved",
     Verdict.WORSE: "fell",
     Verdict.NO_DIFFERENCE: "no difference shown",
-    Verdict.NOT_JUDGED: "not judged",
+    Verdict.NOT_JUDGED: NOT_EVALUATED,
 }
 
 
 def standing_answers(data: ReportData) -> list[Answer]:
-    """The standing questions; only what held-out data carry is answered."""
+    """The standing questions, answered only where held-out data support it."""
     questions: dict[str, Callable[[ReportData], tuple[str, str]]] = {
         "Does stage 2 beat the control?": _beats_control,
         "Does the self-context (A2) drift from the annotated context (A1)?": _drift,
-        "Is stage 2 farther off in its own answers than in annotated ones?": _exposure,
-        "Does stage 2 see better in its own answers than the control?": _own_answers,
+        "Does stage 2 have larger errors in its own answers than in annotated ones?": _exposure,
+        "Does stage 2 have smaller errors in its own answers than the control?": _own_answers,
         "Does stage 2 forget coordinates that stage 1 knew?": _forgets_coordinates,
         "Does stage 2 forget text that stage 1 knew?": _forgets_text,
-        "Does W1 matter?": _w1_matters,
-        "Do duplicates grow?": _duplicates,
+        "Does W1 have an effect?": _w1_matters,
+        "Do duplicates increase?": _duplicates,
         "Does the score rank well?": _ranking,
     }
     return [Answer(question, *rule(data)) for question, rule in questions.items()]
@@ -112,19 +111,19 @@ def _beats_control(data: ReportData) -> tuple[str, str]:
     found = _main(data)
     if found is None:
         return UNDEFINED
-    words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is worse", Verdict.NOT_JUDGED: "not judged"}
+    words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is worse", Verdict.NOT_JUDGED: NOT_EVALUATED}
     return words.get(found.verdict, NOT_SHOWN), f"mAP {found}{_reach(found)}"
 
 
 def _reach(found: Difference) -> str:
-    return f"; could show {found.reach}" if found.verdict == Verdict.NO_DIFFERENCE else ""
+    return f"; minimum detectable difference {found.reach}" if found.verdict == Verdict.NO_DIFFERENCE else ""
 
 
-# Held-out readings: what the eval callback read of the same dev images at the end of each stage.
+# Held-out readings: errors of the eval callback on the same dev images at the end of each stage.
 
 
 def last_reading(data: ReportData, stage: str) -> dict[int, Json]:
-    """The rows of a stage's last evaluation by image; empty if it left none."""
+    """The rows of a stage's last evaluation by image; empty if there are none."""
     rows = data.contexts[stage] or ()
     last = max((row["step"] for row in rows), default=None)
     return {row["image_id"]: row for row in rows if row["step"] == last}
@@ -135,7 +134,7 @@ def _reading_weights(data: ReportData, n_images: int) -> Ints:
 
 
 def _ratio(sums_I: Floats, counts_I: Floats, weights_BI: Ints) -> tuple[float | None, Floats]:
-    """Sum over sum, of the images and of each resample (B,), NaN over nothing."""
+    """Ratio of sums over the images and over each resample (B,); NaN where the denominator is 0."""
     sums_B, counts_B = weights_BI @ sums_I, weights_BI @ counts_I
     resampled = np.divide(sums_B, counts_B, out=np.full(len(sums_B), np.nan), where=counts_B > 0)
     return float(sums_I.sum() / counts_I.sum()) if counts_I.sum() else None, resampled
@@ -150,9 +149,9 @@ def reading_mean(data: ReportData, rows: Sequence[Json], context: str) -> tuple[
 
 
 def reading_difference(data: ReportData, new: tuple[str, str], old: tuple[str, str]) -> Difference | None:
-    """Mean error in bins of (stage, context) minus another, over the objects known in both; `better` is farther off.
+    """Mean error in bins of (stage, context) minus another, objects known in both; `better` is a larger error.
 
-    Paired by object, resampled by image with the seed and number of the evaluation; None where nothing is in both.
+    Paired by object, resampled by image with the seed and number of the evaluation; None if no object is in both.
     """
     (new_stage, new_context), (old_stage, old_context) = new, old
     new_rows, old_rows = last_reading(data, new_stage), last_reading(data, old_stage)
@@ -168,7 +167,7 @@ def reading_difference(data: ReportData, new: tuple[str, str], old: tuple[str, s
 
 
 def text_difference(data: ReportData) -> Difference | None:
-    """Nats a token of annotated text, stage 2 minus stage 1, on the same images; `better` is more of them."""
+    """Nats per token of annotated text, stage 2 minus stage 1, on the same images; `better` means more nats."""
     new, old = (last_reading(data, stage) for stage in ("stage2", "stage1"))
     shared = sorted(new.keys() & old.keys())
     return _difference(
@@ -185,23 +184,23 @@ def _difference(data: ReportData, sums_I: Sequence[float], counts_I: Sequence[fl
     return difference_from(None if found is None else asdict(found))
 
 
-def _read(data: ReportData, new: tuple[str, str], old: tuple[str, str], farther: str, nearer: str) -> tuple[str, str]:
-    """The answer that a difference of errors gives, and what it rests on."""
+def _read(data: ReportData, new: tuple[str, str], old: tuple[str, str], larger: str, smaller: str) -> tuple[str, str]:
+    """The answer that follows from a difference of errors, and its evidence."""
     found = reading_difference(data, new, old)
     if found is None:
         return NOT_SHOWN, _no_reading(data, (new, old))
     named = " - ".join(f"{stage} {context}" for stage, context in (new, old))
-    evidence = f"bins off, {named}, objects in both: {found}{_reach(found)}"
-    return _worded(data, new[0], found, {Verdict.BETTER: farther, Verdict.WORSE: nearer}, evidence)
+    evidence = f"error in bins, {named}, objects in both: {found}{_reach(found)}"
+    return _worded(data, new[0], found, {Verdict.BETTER: larger, Verdict.WORSE: smaller}, evidence)
 
 
 def _worded(
     data: ReportData, stage: str, found: Difference, words: Mapping[Verdict, str], evidence: str
 ) -> tuple[str, str]:
-    """The word for a difference of readings, unless there are too few images for any."""
+    """The word for a difference of readings, unless there are too few images."""
     images = len(last_reading(data, stage))
-    enough = images >= LEAST_IMAGES
-    few = "" if enough else f", fewer than the {LEAST_IMAGES} that carry an interval"
+    enough = images >= MIN_IMAGES
+    few = "" if enough else f", fewer than the {MIN_IMAGES} that an interval needs"
     return (words.get(found.verdict, NOT_SHOWN) if enough else NOT_SHOWN), f"{images} dev images{few}: {evidence}"
 
 
@@ -215,28 +214,28 @@ def _no_reading(data: ReportData, asked: Sequence[tuple[str, str]]) -> str:
 def _drift(data: ReportData) -> tuple[str, str]:
     n_forwards = data.run.params.stage2.n_softctx_iter
     if n_forwards == 1:
-        return "none to measure", "n_softctx_iter is 1: channel A is one forward, in the annotated context"
-    return _read(data, ("stage2", f"A{n_forwards}"), ("stage2", FIRST), "yes", "no, A2 is nearer")
+        return "not applicable", "n_softctx_iter is 1: channel A is one forward, in the annotated context"
+    return _read(data, ("stage2", f"A{n_forwards}"), ("stage2", FIRST), "yes", "no, A2 has smaller errors")
 
 
 def _exposure(data: ReportData) -> tuple[str, str]:
-    return _read(data, ("stage2", OWN), ("stage2", FIRST), "yes", "no, it is nearer")
+    return _read(data, ("stage2", OWN), ("stage2", FIRST), "yes", "no, smaller errors")
 
 
 def _own_answers(data: ReportData) -> tuple[str, str]:
-    return _read(data, ("stage2", OWN), ("stage1-control", OWN), "no, it is farther off", "yes")
+    return _read(data, ("stage2", OWN), ("stage1-control", OWN), "no, larger errors", "yes")
 
 
 def _forgets_coordinates(data: ReportData) -> tuple[str, str]:
-    return _read(data, ("stage2", FIRST), ("stage1", FIRST), "yes", "no, it is nearer")
+    return _read(data, ("stage2", FIRST), ("stage1", FIRST), "yes", "no, smaller errors")
 
 
 def _forgets_text(data: ReportData) -> tuple[str, str]:
     found = text_difference(data)
     if found is None:
         return NOT_SHOWN, _no_reading(data, (("stage2", FIRST), ("stage1", FIRST)))
-    words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is likelier"}
-    return _worded(data, "stage2", found, words, f"nats a token of annotated text, stage2 - stage1: {found}")
+    words = {Verdict.BETTER: "yes", Verdict.WORSE: "no, it is more probable"}
+    return _worded(data, "stage2", found, words, f"nats per token of annotated text, stage2 - stage1: {found}")
 
 
 def readings_table(data: ReportData) -> str:
@@ -256,12 +255,12 @@ def readings_table(data: ReportData) -> str:
         ]
         for (stage, step), found in by_step.items()
     ]
-    header = ["read after", "step", "images", "objects", *names, "objects in its own answers", "text, nats a token"]
+    header = ["read after", "step", "images", "objects", *names, "objects in its own answers", "text, nats per token"]
     return table(header, rows) if rows else ""
 
 
 def shapes_table(data: ReportData) -> str:
-    """What distributions at annotated coordinates look like after each stage, with intervals; empty if unread."""
+    """Shape of the distributions at annotated coordinates after each stage, with intervals; empty if not measured."""
     columns: dict[str, dict[str, str]] = {}
     for stage in TRAINED:
         rows = [*last_reading(data, stage).values()]
@@ -291,16 +290,16 @@ def _nats(rows: Sequence[Mapping[str, float]]) -> str:
     return f"{sum(row['text_ce'] for row in rows) / n_tokens:.3f}" if n_tokens else MISSING
 
 
-# Questions that the evaluation on val answers.
+# Questions answered by the evaluation on val.
 
 
 def _w1_matters(data: ReportData) -> tuple[str, str]:
-    """A share of the loss is no effect on boxes, so it answers nothing beyond whether there is a term at all."""
+    """A fraction of the loss is not an effect on boxes; it only shows whether the term is trained at all."""
     params, share = data.run.params, w1_fraction(data.logs["stage2"])
     if share is None:
         return "not in this run", f"w1_weight {params.w1_weight:g}, softce_weight {params.softce_weight:g}"
     evidence = f"{percent(share)} of softCE + W1 at the end of stage 2, w1_weight {params.w1_weight:g}"
-    return NOT_SHOWN, f"{evidence}; only an A/B test over the weight tells"
+    return NOT_SHOWN, f"{evidence}; only an A/B test of the weight can tell"
 
 
 def more_duplicates(data: ReportData) -> Difference | None:
@@ -319,12 +318,12 @@ def _duplicates(data: ReportData) -> tuple[str, str]:
     if found is None:
         return UNDEFINED
     means = ", ".join(f"{name} {number(float(_pairs_I(data, name).mean()))}" for name in TRAINED)
-    answer = {Verdict.BETTER: "yes", Verdict.WORSE: "no, they shrink"}.get(found.verdict, NOT_SHOWN)
+    answer = {Verdict.BETTER: "yes", Verdict.WORSE: "no, they decrease"}.get(found.verdict, NOT_SHOWN)
     return answer, f"pairs per image: {means}; stage2 - stage1-control {found}{_reach(found)}"
 
 
 def _ranking(data: ReportData) -> tuple[str, str]:
-    """Whether the interval of what a perfect ranking would add lies on one side of HEADROOM_WORTH."""
+    """Whether the interval of the gain from a perfect ranking lies on one side of HEADROOM_WORTH."""
     headroom = metric(data.metrics, "stage2", "confidence.headroom_mAP")
     bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if headroom is None or bounds is None:
@@ -332,19 +331,19 @@ def _ranking(data: ReportData) -> tuple[str, str]:
     perfect = metric(data.metrics, "stage2", "confidence.perfect_ranking_mAP")
     evidence = f"a perfect ranking of the same boxes would add {with_interval(headroom, bounds)} mAP"
     if checkpoint_faults(data.metrics, "stage2"):
-        return "not judged", evidence
+        return NOT_EVALUATED, evidence
     if bounds[0] >= HEADROOM_WORTH:
         return "could be better", evidence
     if perfect < RANKABLE_MAP:
-        return NOT_SHOWN, f"{evidence}, and reach {number(perfect)}: there is too little to rank"
-    return ("yes" if bounds[1] < HEADROOM_WORTH else NOT_SHOWN), f"{evidence}; worth it: {HEADROOM_WORTH:g}"
+        return NOT_SHOWN, f"{evidence}, for a total of {number(perfect)}: there is too little to rank"
+    return ("yes" if bounds[1] < HEADROOM_WORTH else NOT_SHOWN), f"{evidence}; worth a study from {HEADROOM_WORTH:g}"
 
 
 # Experiments.
 
 
 def suggestions(data: ReportData) -> list[Suggestion]:
-    """Experiments that the numbers ask for, most decisive first; of unsound answers only how to make them sound."""
+    """Experiments that the numbers suggest, most decisive first; of answers that do not parse, how to fix that."""
     if checkpoint_faults(data.metrics, "stage2"):
         return _on_parsing(data)
     return [
@@ -356,9 +355,9 @@ def suggestions(data: ReportData) -> list[Suggestion]:
 
 
 def _seeds_reach(found: Difference, seeds: int) -> str:
-    """What so many seeds would know; training noise adds to it, as far as it differs from that of images."""
+    """What this number of seeds would show; training noise adds to it."""
     after = f"{found.half_width / seeds**0.5:.1g}"
-    return f"the difference within ±{after} at best, now ±{found.reach}, and how far seeds differ"
+    return f"the difference within ±{after} at best, now ±{found.reach}, and the spread over seeds"
 
 
 def _on_the_difference(found: Difference | None) -> list[Suggestion]:
@@ -367,10 +366,10 @@ def _on_the_difference(found: Difference | None) -> list[Suggestion]:
     if found.verdict == Verdict.WORSE:
         rule, because = "stage 2 is worse than the control", f"mAP {found} against the control, with one seed"
         command = "coordexp ab -S stage2.b_ratio=0.0,0.25,0.5 --seeds 3"
-        return [Suggestion(because, rule, command, f"whether own rollouts are what costs: {_seeds_reach(found, 3)}")]
-    because = f"mAP differences below {found.reach} are invisible to one seed and this many images"
+        return [Suggestion(because, rule, command, f"whether the rollouts are the cause: {_seeds_reach(found, 3)}")]
+    because = f"one seed and this number of images cannot show mAP differences below {found.reach}"
     command = "coordexp ab -S stage2.b_ratio=0.0,0.5 --seeds 5"
-    return [Suggestion(because, "no difference to the control shown", command, _seeds_reach(found, 5))]
+    return [Suggestion(because, "no difference from the control shown", command, _seeds_reach(found, 5))]
 
 
 def _on_the_objective(data: ReportData) -> list[Suggestion]:
@@ -379,22 +378,23 @@ def _on_the_objective(data: ReportData) -> list[Suggestion]:
         return []
     heavier = [f"{data.run.params.w1_weight * factor:g}" for factor in (1, 10, 100)]
     command = f"coordexp ab -S w1_weight={','.join(heavier)} --seeds 3"
-    learn = f"the first effect of W1 on boxes; at {percent(share)} of the loss this run could have none"
-    return [Suggestion(f"W1 is {percent(share)} of softCE + W1", f"share below {percent(W1_INERT)}", command, learn)]
+    learn = f"whether W1 has an effect on boxes; at {percent(share)} of the loss it may have none in this run"
+    return [Suggestion(f"W1 is {percent(share)} of softCE + W1", f"fraction below {percent(W1_INERT)}", command, learn)]
 
 
 def _on_the_answers(data: ReportData) -> list[Suggestion]:
     made = []
     duplicates = more_duplicates(data)
     if duplicates is not None and duplicates.verdict == Verdict.BETTER:
-        because = f"{duplicates} duplicate pairs per image against the control"
+        because = f"{duplicates} duplicate pairs per image compared with the control"
         command = "coordexp ab -S stage2.missed=append,sorted --seeds 3"
-        learn = f"whether appended objects are said twice: {_seeds_reach(duplicates, 3)}"
-        made.append(Suggestion(because, "duplicates grow", command, learn))
+        learn = f"whether appended objects are predicted twice: {_seeds_reach(duplicates, 3)}"
+        made.append(Suggestion(because, "duplicates increase", command, learn))
     bounds = bounds_of(data.metrics, "stage2", "confidence.headroom_mAP")
     if bounds is not None and bounds[0] >= HEADROOM_WORTH:
         headroom = with_interval(metric(data.metrics, "stage2", "confidence.headroom_mAP"), bounds)
-        because, learn = f"a perfect ranking would add {headroom} mAP", "how much of it a score on file already gains"
+        because = f"a perfect ranking would add {headroom} mAP"
+        learn = "how much of it one of the stored scores already gains"
         made.append(Suggestion(because, f"headroom from {HEADROOM_WORTH:g}", "coordexp answer score", learn))
     return made + _on_parsing(data)
 
@@ -402,9 +402,9 @@ def _on_the_answers(data: ReportData) -> list[Suggestion]:
 def _on_parsing(data: ReportData) -> list[Suggestion]:
     rate = metric(data.metrics, "stage2", "parse.parse_rate")
     if rate < PARSE_WORTH and data.run.params.decode.grammar == "none":
-        because = f"{percent(1 - rate)} of the answers do not parse whole"
+        because = f"{percent(1 - rate)} of the answers do not parse completely"
         command = "coordexp ab -S decode.grammar=none,any --seeds 1"
-        learn = f"what a grammar wins back, at most those {percent(1 - rate)}"
+        learn = f"how many of these a grammar recovers, at most {percent(1 - rate)}"
         return [Suggestion(because, f"parse rate below {PARSE_WORTH:g}", command, learn)]
     return []
 
@@ -413,21 +413,21 @@ def _on_the_contexts(data: ReportData) -> list[Suggestion]:
     made = []
     forgotten = reading_difference(data, ("stage2", FIRST), ("stage1", FIRST))
     if forgotten is not None and forgotten.verdict == Verdict.BETTER:
-        because = f"{forgotten} bins on held-out objects against stage 1, in the annotated context"
+        because = f"{forgotten} bins on held-out objects compared with stage 1, in the annotated context"
         command = "coordexp ab -S softce_weight=1.0,2.0 --seeds 3"
-        learn = f"whether more weight on coordinates keeps them: {_seeds_reach(forgotten, 3)}"
+        learn = f"whether a larger weight on coordinates prevents this: {_seeds_reach(forgotten, 3)}"
         made.append(Suggestion(because, "coordinates are forgotten", command, learn))
     if data.run.params.stage2.n_softctx_iter == 1:
         command = "coordexp ab -S stage2.n_softctx_iter=1,2 --seeds 3"
-        learn = "how far A2 drifts from A1, and whether training on it gains mAP"
+        learn = "how far A2 drifts from A1, and whether training on it improves mAP"
         made.append(Suggestion("channel A is one forward", "no self-context in this run", command, learn))
     return made
 
 
 def suggestions_table(found: Sequence[Suggestion], *, rules: bool = False) -> str:
-    """The suggestions as a table, with the rule of each if asked for; says so where none fired."""
+    """The suggestions as a table, with their rules if `rules` is true; a sentence if no rule fired."""
     if not found:
-        return "No rule asks for an experiment."
+        return "No rule suggests an experiment."
     rows = [[s.because, f"`{s.command}`", s.learn, *[s.rule] * rules] for s in found]
-    header = ["because", "experiment", "what is known after it", *["rule"] * rules]
+    header = ["reason", "experiment", "what it will show", *["rule"] * rules]
     return table(header, rows, "l" * len(header))

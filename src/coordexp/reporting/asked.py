@@ -1,7 +1,7 @@
-"""Two answers to questions about names, chosen by rule: one that training never wrote, and one that is not there.
+"""Two answers to prompts with category names, selected by rule: one unseen in training, one absent from the image.
 
-Chosen are pictures of the answers that are right, at random by a seed that asks for the same pictures in all runs; how
-many are right is said beside them, so that a picture is an example and no claim.
+Both are sampled from the correct answers by the seed, so that all runs prefer the same images. The caption gives the
+number of correct answers, so that a panel is an example and not a claim.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import numpy as np
 from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, readable_scale
-from coordexp.drawing.panels import RIGHT, RIGHT_SIGN, side_by_side
+from coordexp.drawing.panels import CAUSES, FONT_PX, RIGHT, RIGHT_SIGN, side_by_side
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.files import write_bytes
 from coordexp.infra.random_streams import generator
 from coordexp.records.categories import Category, Split
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.records.images import read_record_rgb
+from coordexp.reporting.gallery import reduced, with_palette
 from coordexp.reporting.markdown import escape
 
 ASKED = "asked.png"
 FOUND_IOU = 0.5
-PANEL_PX = 224  # largest side of a photo
-COLOURS = 48  # so that git holds it
+PANEL_PX = 224  # longer side of an image before enlargement
+COLOURS = 128  # so that git holds it
 TITLE_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One kind of question, the first of its pictures that is answered right, and how many of all are."""
+    """One kind of prompt, its first image with a correct answer, and the number of correct answers."""
 
     title: str
     n_right: int
@@ -42,21 +43,19 @@ class Asked:
 
     @property
     def caption(self) -> str:
-        """What the picture is an example of, in numbers."""
-        chosen = (
-            "" if self.shown is None else f"; shown, at random among these: “{escape(', '.join(self.shown.asked))}”"
-        )
-        return f"**{self.title}**: right in {self.n_right} of {self.n_all} questions{chosen}"
+        """The numbers behind the example."""
+        chosen = "" if self.shown is None else f"; shown, sampled from these: “{escape(', '.join(self.shown.asked))}”"
+        return f"**{self.title}**: {self.n_right} of {self.n_all} prompts answered correctly{chosen}"
 
 
 def choose_asked(results: Sequence[ImageResult], categories: Sequence[Category], seed: int) -> list[Asked]:
-    """The two kinds of question; empty if the results answer none of either."""
+    """The two kinds of prompt; empty if the results contain neither."""
     tiers: Mapping[str, Split | None] = {category.name: category.split for category in categories}
     unseen = [r for r in results if r.probe == "one" and tiers.get(r.asked[0]) == "strict"]
     absent = [r for r in results if r.probe == "hard"]
     asked = [
-        _chosen("A phrase in no picture or text of any training, asked for alone", unseen, _all_found, seed),
-        _chosen("Names that are not there, each sharing a word with one that is", absent, _is_silent, seed),
+        _chosen("Category unseen in text and images of all training, prompted with alone", unseen, _all_found, seed),
+        _chosen("Categories absent from the image, each sharing a word with a present one", absent, _is_silent, seed),
     ]
     return [kind for kind in asked if kind.n_all]
 
@@ -70,7 +69,7 @@ def _chosen(title: str, results: Sequence[ImageResult], is_right: Callable[[Imag
 
 
 def _all_found(result: ImageResult) -> bool:
-    """Whether every object of the asked name has a box of its own under that name, and nothing else has one."""
+    """Whether each object of the prompted category has one box of that name, and there is no other box."""
     true = [g.bbox_xyxy_px for g in result.gt if g.desc in result.asked and not g.iscrowd]
     if len(true) != len(result.pred) or any(p.desc not in result.asked for p in result.pred):
         return False
@@ -83,26 +82,26 @@ def _is_silent(result: ImageResult) -> bool:
 
 
 def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
-    """Draw the answers side by side, small enough for git; nothing if none is right."""
+    """Draw the answers side by side, small enough for git; no file if none is correct."""
     panels = [(_title(kind.shown), _panel(kind.shown, image_root)) for kind in asked if kind.shown]
     if not panels:
         return
     out = io.BytesIO()
-    picture = side_by_side(panels).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture = with_palette(side_by_side(panels, CAUSES[:1]))
     picture.save(out, "PNG", optimize=True)
     write_bytes(path, out.getvalue())
 
 
 def _title(result: ImageResult) -> str:
     more = f" and {len(result.asked) - TITLE_NAMES} more" if len(result.asked) > TITLE_NAMES else ""
-    return f"asked for: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' (answer: none)'}"
+    return f"prompt: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' (answer: none)'}"
 
 
 def _panel(result: ImageResult, image_root: Path) -> Image.Image:
     image = read_record_rgb(image_root, result.image)
     shrink = min(1.0, PANEL_PX / max(image.size))
     image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
-    image = image.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
+    image = reduced(image, COLOURS).convert("RGB")
     boxes = np.array([p.bbox_xyxy_px for p in result.pred]).reshape(-1, 4) * shrink
     labels, scores = [RIGHT_SIGN + p.desc for p in result.pred], [p.score for p in result.pred]
-    return draw_detections(image, boxes, labels, scores, [RIGHT] * len(labels), readable_scale(*image.size))
+    return draw_detections(image, boxes, labels, scores, [RIGHT] * len(labels), readable_scale(*image.size), FONT_PX)

@@ -1,4 +1,4 @@
-"""The verification checklist: claims a reader would otherwise have to take on trust, each with its evidence."""
+"""The verification checklist: claims that a reader would otherwise take on trust, each with its evidence."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from coordexp.reporting.verdicts import compared
 
 PARSE_RATE = 0.99
 COORD_MASS = 0.95
-CONTROL_SHARE = 0.9  # of the tokens of stage 2 that the control must have trained on
-FLOOR_TOLERANCE = 0.05  # borders cut the target, so its entropy is a little lower there
+CONTROL_FRACTION = 0.9  # of the tokens of stage 2, the minimum that the control must have trained on
+BOUND_TOLERANCE = 0.05  # the border truncates the target, so its entropy is slightly lower there
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the checklist; `passed` is None where the files do not tell."""
+    """One line of the checklist; `passed` is None if the files do not determine it."""
 
     claim: str
     passed: bool | None
@@ -35,7 +35,7 @@ class Check:
 
     @property
     def mark(self) -> str:
-        """✔, ✘, or ? where the files do not tell."""
+        """✔, ✘, or ? if the files do not determine it."""
         return "?" if self.passed is None else "✔" if self.passed else "✘"
 
 
@@ -74,7 +74,7 @@ def _same_images(_data: ReportData, outcomes: OutcomesBy) -> Check:
         np.array_equal(t.image_ids_I, first.image_ids_I) and np.array_equal(t.gt_boxes_G4, first.gt_boxes_G4)
         for t in tables
     )
-    evidence = f"{first.n_images} images, {int(first.n_gt_I.sum())} objects in each prediction file"
+    evidence = f"{first.n_images} images, {int(first.n_gt_I.sum())} objects in each predictions file"
     return Check("All checkpoints answered the same images", same, evidence if same else "images or annotations differ")
 
 
@@ -85,35 +85,35 @@ def _counts_agree(data: ReportData, outcomes: OutcomesBy) -> Check:
         counted = outcomes[name].matches.counts(MATCH_IOU, "full").sum(axis=0).tolist()
         if counted != [metric(data.metrics, name, key) for key in keys]:
             differing.append(f"{name}: {counted}")
-    agreed = "right, false and missed boxes recounted from gt_vs_pred.jsonl"
-    evidence = f"recounted otherwise: {'; '.join(differing)}" if differing else agreed
-    return Check("metrics.json counts what the prediction files hold", not differing, evidence)
+    agreed = "true positives, false positives and false negatives recounted from gt_vs_pred.jsonl"
+    evidence = f"recounted differently: {'; '.join(differing)}" if differing else agreed
+    return Check("The counts in metrics.json agree with the predictions files", not differing, evidence)
 
 
 def _one_decode(data: ReportData, _outcomes: OutcomesBy) -> Check:
-    # The base model writes digits, another codec, so its identity differs by design.
+    # The base model answers with digits, another codec, so its identity differs by design.
     found = {row.identity.get("decode") for name in TRAINED for row in data.results[name]}
     known = sorted(value for value in found if value is not None)
-    evidence = f"decode identity {', '.join(known)}" if known else "the prediction files carry no decode identity"
-    return Check("The trained checkpoints were decoded under one setting", len(found) == 1 if known else None, evidence)
+    evidence = f"decode identity {', '.join(known)}" if known else "the predictions files have no decode identity"
+    claim = "The trained checkpoints were decoded with the same settings"
+    return Check(claim, len(found) == 1 if known else None, evidence)
 
 
 def _answers_parse(data: ReportData, _outcomes: OutcomesBy) -> Check:
     rates = {name: metric(data.metrics, name, "parse.parse_rate") for name in TRAINED}
     evidence = ", ".join(f"{name} {number(rate)}" for name, rate in rates.items())
-    claim = f"At least {percent(PARSE_RATE)} of the answers parse whole"
+    claim = f"At least {percent(PARSE_RATE)} of the answers parse completely"
     return Check(claim, min(rates.values()) >= PARSE_RATE, evidence)
 
 
 def _answers_hold_objects(data: ReportData, _outcomes: OutcomesBy) -> Check:
     found = {name: metric(data.metrics, name, "coco.n_pred") or 0 for name in CHECKPOINTS}
     evidence = ", ".join(f"{name} {count:,.0f} boxes" for name, count in found.items())
-    return Check("Every checkpoint found something", min(found.values()) > 0, evidence)
+    return Check("Every checkpoint predicts at least one box", min(found.values()) > 0, evidence)
 
 
 def _coordinate_mass_holds(data: ReportData, _outcomes: OutcomesBy) -> Check:
-    share = percent(COORD_MASS)
-    claim = f"Where a coordinate belongs, in training, at least {share} of the probability is on coordinate tokens"
+    claim = f"In training, coordinate tokens have at least {percent(COORD_MASS)} of the probability at coordinate slots"
     found = {name: ends(data.logs[name], "coord_diag/coord_vocab_mass_mean") for name in TRAINED}
     masses = {name: values[1] for name, values in found.items() if values}
     if not masses:
@@ -137,7 +137,7 @@ def _is_whole(log: pd.DataFrame) -> bool:
 def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy) -> Check:
     params = data.run.params
     entropy = target_entropy_nats(params.target, params.sigma, params.truncate)
-    claim = "softCE minus KL is the entropy of the target: loss and target agree"
+    claim = "softCE minus KL equals the entropy of the target: loss and target agree"
     measured = {}
     for name in TRAINED:
         softce, kl = ends(data.logs[name], "raw/softce"), ends(data.logs[name], "coord_diag/softce_kl")
@@ -146,30 +146,32 @@ def _softce_above_floor(data: ReportData, _outcomes: OutcomesBy) -> Check:
     if not measured:
         return Check(claim, None, "softCE is not trained")
     evidence = ", ".join(f"{name} {value:.3f}" for name, value in measured.items()) + f"; entropy {entropy:.3f}"
-    return Check(claim, all(abs(value / entropy - 1) <= FLOOR_TOLERANCE for value in measured.values()), evidence)
+    return Check(claim, all(abs(value / entropy - 1) <= BOUND_TOLERANCE for value in measured.values()), evidence)
 
 
 def _schedule_realised(data: ReportData, _outcomes: OutcomesBy) -> Check:
     log = data.logs["stage2"]
     wanted = math.floor(len(log) * Fraction(str(data.run.params.stage2.b_ratio)))
     found = int((log["channel"] == "B").sum())
-    return Check("Channel B got its share of steps", found == wanted, f"{found} of {len(log)} steps, planned {wanted}")
+    evidence = f"{found} of {len(log)} steps, planned {wanted}"
+    return Check("Channel B had its fraction of the steps", found == wanted, evidence)
 
 
 def _control_is_fair(data: ReportData, _outcomes: OutcomesBy) -> Check:
     control, stage2 = (
         required(data.metadata[name], "tokens", f"{name}/run_metadata.json") for name in ("stage1-control", "stage2")
     )
-    share = control / stage2
-    evidence = f"{control:,} tokens against {stage2:,} ({percent(share)})"
-    return Check("The control trained on as much as stage 2", share >= CONTROL_SHARE, evidence)
+    fraction = control / stage2
+    evidence = f"{control:,} tokens against {stage2:,} ({percent(fraction)})"
+    claim = f"The control trained on at least {percent(CONTROL_FRACTION)} of the tokens of stage 2"
+    return Check(claim, fraction >= CONTROL_FRACTION, evidence)
 
 
 def _below_upper_bound(data: ReportData, _outcomes: OutcomesBy) -> Check:
     claim = "No checkpoint exceeds the upper bound of the codec"
     upper_bound = required(data.upper_bound, "mAP", "upper_bound.json")
     if upper_bound is None:
-        return Check(claim, None, "no object is annotated")
+        return Check(claim, None, "the data have no annotated object")
     best = max(metric(data.metrics, name, "coco.mAP") or 0.0 for name in CHECKPOINTS)
     evidence = f"best mAP {number(best)}, upper bound {number(upper_bound)}"
     return Check(claim, best <= upper_bound, evidence)

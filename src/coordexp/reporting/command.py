@@ -1,4 +1,4 @@
-"""`coordexp report` and `coordexp browse`: answers to look at, on a page or in FiftyOne."""
+"""`coordexp report` and `coordexp browse`: browse predictions on a page or in FiftyOne."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ ImageFolder = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder of images  [default: the profile's]")
 ]
 ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of params.yaml]")]
-Limit = Annotated[int, typer.Option(min=1, help="Most images; those with the lowest F1 are kept.")]
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number of images; those with the lowest F1 are kept.")]
 
 
 def report(
-    html: Annotated[Path, typer.Option(help="The page to write: one file, to be opened in a browser or sent around.")],
+    html: Annotated[Path, typer.Option(help="The page to write: one file that opens in any browser.")],
     results: ResultFiles = None,
     truth: TruthFile = None,
     predictions: PredictionFiles = None,
@@ -54,11 +54,11 @@ def report(
     images: ImageFolder = None,
     profile: ProfileName = None,
     limit: Limit = 500,
-    side: Annotated[int, typer.Option(min=32, help="Longer side of the pictures, in pixels.")] = 256,
+    side: Annotated[int, typer.Option(min=32, help="Longer side of the images, in pixels.")] = 256,
 ) -> None:
-    """Browse predictions: a sortable table, boxes, scores, coordinates, filters, up to six runs side by side.
+    """Write a page to browse predictions: sortable table, boxes, scores, coordinates, filters, up to six runs.
 
-    Of the profile's own answers it also shows commit, time and machine of each stage, where the run left a record.
+    For the predictions of the profile, the page also shows commit, time and machine of each stage that left a record.
     """
     from coordexp.reporting.page import PageSettings, write_page
     from coordexp.reporting.provenance import run_records
@@ -81,12 +81,12 @@ def browse(
     images: ImageFolder = None,
     profile: ProfileName = None,
     limit: Limit = 5000,
-    name: Annotated[str, typer.Option(help="Of the data set in FiftyOne while the app is open.")] = "coordexp",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the app answers.")] = 5151,
+    name: Annotated[str, typer.Option(help="Name of the data set in FiftyOne while the app is open.")] = "coordexp",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the app.")] = 5151,
 ) -> None:
-    """Browse predictions in FiftyOne, with the fields of the page: cause, score, bins, F1, false, missed, duplicates.
+    """Browse predictions in FiftyOne, with the fields of the page: error type, score, bins, F1, counts, duplicates.
 
-    FiftyOne comes with the extra `browse`.
+    The extra `browse` installs FiftyOne.
     """
     from coordexp.reporting.fiftyone_app import browse_answers
 
@@ -97,7 +97,7 @@ def browse(
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Runs of the same images by their labels, and where the images are."""
+    """Runs on the same images by their labels, and the folder of the images."""
 
     runs: Mapping[str, Sequence[ImageResult]]
     categories: Sequence[Category]
@@ -108,7 +108,7 @@ class _Answers:
 def _answers(
     predictions: Sequence[Path], results: Sequence[Path], reading: Reading, images: Path | None, profile: str | None
 ) -> _Answers:
-    """The files, read as `evaluate` reads them; without any, the answers of the profile, by its categories."""
+    """The files, read as `evaluate` reads them; without files, the predictions of the profile with its categories."""
     from coordexp.config.loading import load_params
     from coordexp.evaluation.foreign.predictions import labels_of
     from coordexp.records.categories import read_categories

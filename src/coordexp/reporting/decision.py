@@ -1,7 +1,7 @@
-"""Page one: the decision that a run supports by a rule fixed beforehand, the numbers it rests on, and its pictures.
+"""Page one: the decision that a run supports under a rule fixed in advance, its evidence, and its figures.
 
-The pictures are the few that git holds, small and under names that stay, because every experiment commits them anew;
-all others are in DVC's cache.
+Git holds only these figures. They are small and have stable names, because every experiment commits them again; DVC
+stores all others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from coordexp.reporting.markdown import MISSING, decimals, escape, number, table
 from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.verdicts import checkpoint_faults, compared, nothing_learned, verdict_of, warnings
 
-MAX_FILES, MAX_BYTES = 8, 100_000  # of the pictures
+MAX_FILES, MAX_BYTES = 8, 350_000  # of the pictures
 MAX_LINES = 80
 DIFFERENCES = "differences.png"
 EXAMPLES = {  # rule of the gallery -> its first image
@@ -33,27 +33,27 @@ _COLOURS = 8  # of the forest plot: lines and text need few
 _ROWS = {
     "coco.mAP": "mAP",
     "coco.AP75": "AP75",
-    "f1.full_50": "F1 of boxes and names, IoU .50",
-    "held_out.mAP": "mAP of names that training never showed",
-    "blind.margin_AP50": "AP50 above the best blind answer",
+    "f1.full_50": "F1, IoU .50",
+    "held_out.mAP": "mAP, held-out categories",
+    "blind.margin_AP50": "AP50 above the best blind control",
 }
 _SUBJECTS = {"stage1": "stage 1", "stage2": "stage 2", "stage1-control": "the control", "base": "the base model"}
 
 
 def decision(data: ReportData) -> list[str]:
-    """What to do, what outranks every number, and the three comparisons that it rests on, one sentence each."""
+    """The decision, warnings that outrank every number, and the three comparisons behind it, one sentence each."""
     return [_decided(data), *warnings(data.metrics), *(headline(data, name) for name in COMPARISONS)]
 
 
 def _decided(data: ReportData) -> str:
-    """What to take into use, by the verdicts on mAP."""
+    """Which checkpoint to use, by the verdicts on mAP."""
     if all(nothing_learned(data.metrics, name) for name in TRAINED):
-        return "**Nothing was learned**, so there is nothing to decide: mend the data or the training first."
+        return "**Nothing was learned**, so there is no decision to make: fix the data or the training first."
     learned = verdict_of(compared(data, "stage1_vs_base")["coco.mAP"])
     if learned == Verdict.UNDEFINED:
         return "**No decision**: mAP is not defined on this data."
     if unsound := [name for name in ("stage1", "stage2") if checkpoint_faults(data.metrics, name)]:
-        return f"**No decision**: answers of {' and '.join(unsound)} are not judged; they have to end and parse first."
+        return f"**No decision**: {' and '.join(unsound)} cannot be evaluated until its answers end and parse."
     if learned not in (Verdict.BETTER, Verdict.NOT_JUDGED):
         return (
             "**Nothing was learned**: stage 1 is not shown to be better than the base model. Train it before stage 2."
@@ -61,25 +61,25 @@ def _decided(data: ReportData) -> str:
     over_control, over_stage1 = (
         verdict_of(compared(data, name)["coco.mAP"]) for name in ("stage2_vs_control", "stage2_vs_stage1")
     )
-    return _CHOICES.get((over_control, over_stage1), "**No decision**: a side of a comparison is not judged.")
+    return _CHOICES.get((over_control, over_stage1), "**No decision**: one side of a comparison is not evaluated.")
 
 
 _B, _W, _N = Verdict.BETTER, Verdict.WORSE, Verdict.NO_DIFFERENCE
 _CHOICES = {  # stage 2 against the control, and against stage 1
-    (_B, _B): "**Take stage 2**: it beats stage 1, and the control of equal compute.",
+    (_B, _B): "**Use stage 2**: it beats both stage 1 and the control of equal compute.",
     (_B, _N): "**Keep stage 1**: stage 2 beats the control of equal compute, but is not shown to beat stage 1.",
-    (_B, _W): "**Keep stage 1**: stage 2 loses less than the control, but it loses.",
-    (_N, _B): "**Train on; stage 2 is not shown to be why**: it beats stage 1, but not the control of equal compute.",
-    (_N, _N): "**Keep stage 1**: stage 2 is not shown to beat it, nor the control of equal compute.",
-    (_N, _W): "**Keep stage 1**: stage 2 is worse, and no better than the control of equal compute.",
+    (_B, _W): "**Keep stage 1**: stage 2 is worse than stage 1, though better than the control of equal compute.",
+    (_N, _B): "**Continue training; no benefit of stage 2 itself is shown**: it beats stage 1, but not the control.",
+    (_N, _N): "**Keep stage 1**: stage 2 is shown to beat neither stage 1 nor the control of equal compute.",
+    (_N, _W): "**Keep stage 1**: stage 2 is worse, and not shown to be better than the control of equal compute.",
     (_W, _B): "**Continue stage 1 instead of stage 2**: the control of equal compute gains more.",
-    (_W, _N): "**Continue stage 1 instead of stage 2**: the control of equal compute is better, stage 2 gains nothing.",
-    (_W, _W): "**Drop stage 2**: it is worse than stage 1 and than the control of equal compute.",
+    (_W, _N): "**Continue stage 1 instead of stage 2**: the control is better, and stage 2 is not shown to gain.",
+    (_W, _W): "**Drop stage 2**: it is worse than both stage 1 and the control of equal compute.",
 }
 
 
 def headline(data: ReportData, comparison: str) -> str:
-    """One comparison in plain words, with the numbers it rests on."""
+    """One comparison in words, with its numbers."""
     new, old = COMPARISONS[comparison]
     subject, other = _SUBJECTS[new].capitalize(), _SUBJECTS[old]
     differences = compared(data, comparison)
@@ -91,17 +91,17 @@ def headline(data: ReportData, comparison: str) -> str:
         case Verdict.NO_DIFFERENCE:
             claim = f"**No difference shown** between {subject.lower()} and {other}"
         case Verdict.NOT_JUDGED:
-            claim = f"{subject} against {other} is **not judged**"
+            claim = f"{subject} against {other} is **not evaluated**"
         case verdict:
             claim = f"{subject} is **{verdict.value}** than {other}"
     shows = found.verdict == Verdict.NO_DIFFERENCE and found.half_width > 0
-    reach = f"; these images could show about {found.reach}" if shows else ""
-    of_boxes_and_names = "" if of_f1 == Verdict.NOT_JUDGED else f" F1 of boxes and names: {of_f1.value}."
-    return f"{claim}: mAP {values}, difference {found}{reach}.{of_boxes_and_names}"
+    reach = f"; minimum detectable difference about {found.reach}" if shows else ""
+    in_f1 = "" if of_f1 == Verdict.NOT_JUDGED else f" F1: {of_f1.value}."
+    return f"{claim}: mAP {values}, difference {found}{reach}.{in_f1}"
 
 
 def _rounded(data: ReportData, checkpoint: str, key: str) -> str:
-    """The value alone, in the digits of its interval."""
+    """The value alone, with the digits of its interval."""
     value, bounds = metric(data.metrics, checkpoint, key), bounds_of(data.metrics, checkpoint, key)
     return number(value) if value is None or bounds is None else f"{value:.{decimals(bounds)}f}"
 
@@ -122,7 +122,7 @@ def main_table(data: ReportData) -> str:
 
 
 def error_budget(data: ReportData) -> str:
-    """What AP50 would gain if an oracle mended one cause alone, dearest for stage 2 first; digits are those of AP50."""
+    """AP50 gained if an oracle corrected one error type alone, costliest for stage 2 first; in the digits of AP50."""
     ordered = sorted(_CAUSES, key=lambda name: -(metric(data.metrics, "stage2", f"errors.{name}_cost") or 0.0))
     rows = [
         [
@@ -132,16 +132,16 @@ def error_budget(data: ReportData) -> str:
         ]
         for name in ordered
     ]
-    return table(["what stands between AP50 and 1", *TRAINED, "of stage2"], rows)
+    return table(["error type", *TRAINED, "stage2, count"], rows)
 
 
 _CAUSES = {
-    "classification": "right place, wrong name",
-    "localization": "right name, badly placed",
-    "both": "badly placed and wrong name",
-    "duplicate": "an object found twice",
-    "background": "nothing is there",
-    "missed": "objects that no box finds",
+    "classification": "classification (correct box, wrong name)",
+    "localization": "localization (correct name, IoU under .5)",
+    "both": "both (wrong name, IoU under .5)",
+    "duplicate": "duplicate",
+    "background": "background",
+    "missed": "missed objects",
 }
 
 
@@ -152,7 +152,7 @@ def _cost(data: ReportData, checkpoint: str, cause: str) -> str:
 
 
 def standing_lines(answers: Sequence[Answer]) -> list[str]:
-    """The standing questions in two lines: what is shown, and what is not."""
+    """The standing questions in two lines: answered, and not shown."""
     shown = [f"{a.question} **{a.answer}**" for a in answers if a.shown]
     others = [a.question.rstrip("?") for a in answers if not a.shown]
     lines = [f"Shown: {' · '.join(shown)}."] if shown else []
@@ -160,17 +160,17 @@ def standing_lines(answers: Sequence[Answer]) -> list[str]:
 
 
 def checks_line(checks: Sequence[Check]) -> str:
-    """How many checks hold, and which do not."""
+    """The number of checks that hold, and those that do not."""
     failed = [check.claim for check in checks if check.passed is False]
     untold = [check.claim for check in checks if check.passed is None]
     parts = [f"{sum(check.passed is True for check in checks)} of {len(checks)} checks hold"]
     parts += [f"**{len(failed)} failed**: {'; '.join(failed)}"] if failed else []
-    parts += [f"{len(untold)} cannot be told from the files: {'; '.join(untold)}"] if untold else []
+    parts += [f"{len(untold)} cannot be determined from the files: {'; '.join(untold)}"] if untold else []
     return "; ".join(parts)
 
 
 def answered_questions(folder: Path) -> str:
-    """Links to the pages of `coordexp answer`, as seen from the report, by their titles; empty without any."""
+    """Links from the report to the pages of `coordexp answer`, by their titles; empty if there are none."""
     pages = sorted(folder.glob("*.md")) if folder.is_dir() else []
     return " · ".join(f"[{escape(_title(page))}](../{folder.name}/{page.name})" for page in pages)
 
@@ -189,7 +189,7 @@ def examples(picks: Sequence[GalleryPick]) -> dict[str, GalleryPick]:
 def write_pictures(
     data: ReportData, outcomes: Mapping[str, Outcomes], picks: Sequence[GalleryPick], image_root: Path, folder: Path
 ) -> None:
-    """Draw all pictures of page one into `folder`."""
+    """Draw the forest plot and the examples of page one into `folder`."""
     panels = {f"{new} - {old}": compared(data, name) for name, (new, old) in COMPARISONS.items()}
     write_forest(folder / DIFFERENCES, panels, list(NAMES), _COLOURS)
     for pick in examples(picks).values():

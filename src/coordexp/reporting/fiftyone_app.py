@@ -1,4 +1,4 @@
-"""The answers of the page in FiftyOne's app: one sample an image, one field of boxes a run, by the page's own data."""
+"""The data of the page in FiftyOne's app: one sample per image, one field of boxes per run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 TRUTH = "annotation"
 RESERVED = {TRUTH, "id", "image_id", "filepath", "tags", "metadata", "created_at", "last_modified_at"}
-# In the page's data, and as a field of a sample.
+# Key in the data of the page -> field of a sample.
 COUNTS = {"f1": "f1", "fp": "false", "miss": "missed", "dup": "duplicate_pairs", "parse": "parses"}
-ABOUT = ("cause", "bins", "logprob", "sd")  # of a prediction, beside label, box and score
+ABOUT = ("cause", "bins", "logprob", "sd")  # of a prediction, in addition to label, box and score
 
 
 def browse_answers(
@@ -36,11 +36,11 @@ def browse_answers(
 ) -> None:
     """Open the app on runs of the same images, by their labels, and wait until it is closed.
 
-    Pictures that are no files of their own are written to a temporary folder meanwhile.
+    Images that are not separate files are written to a temporary folder in the meantime.
 
     Raises:
-        ConfigError: FiftyOne or its database is not installed, or it has a data set of this name.
-        DataError: runs on different images, or an image that is not there.
+        ConfigError: FiftyOne or its database is not installed, or it already has a data set of this name.
+        DataError: runs on different images, or an image that does not exist.
     """
     fiftyone = _fiftyone()
     try:
@@ -48,7 +48,7 @@ def browse_answers(
     except fiftyone.core.config.FiftyOneConfigError as error:
         raise ConfigError(f"FiftyOne cannot reach its database: {str(error).strip()}") from error
     if taken:
-        raise ConfigError(f"--name {name}: FiftyOne has a data set of this name. Choose another, or delete that one.")
+        raise ConfigError(f"--name {name}: FiftyOne already has this data set. Choose another name, or delete it.")
     data = page_data(results, categories, params, limit)
     with TemporaryDirectory(prefix="coordexp-") as folder:
         rows = [(_picture(image_root, row["image"], row["id"], Path(folder)), row) for row in data["images"]]
@@ -74,7 +74,7 @@ def _fiftyone() -> ModuleType:
 
 
 def _picture(image_root: Path, image: str, image_id: int, folder: Path) -> str:
-    """The file of an image; one out of an archive, or seen in another way than it lies there, is written first."""
+    """The file of an image; an image from an archive, or a view of one, is written first."""
     name, view = split_view(image)
     source = record_source(image_root, name)
     if isinstance(source, Path) and source.is_file() and view is WHOLE_PICTURE:
@@ -109,13 +109,13 @@ def _prediction(fiftyone: ModuleType, pred: Mapping[str, Any], row: Mapping[str,
 
 
 def _object(fiftyone: ModuleType, box: Mapping[str, Any], row: Mapping[str, Any], **about: Any) -> Any:
-    """One box in FiftyOne's frame: [x, y, width, height] in fractions of the image."""
+    """One box in FiftyOne's format: [x, y, width, height] in fractions of the image."""
     (x1, y1, x2, y2), w, h = box["box"], row["w"], row["h"]
     return fiftyone.Detection(label=box["desc"], bounding_box=[x1 / w, y1 / h, (x2 - x1) / w, (y2 - y1) / h], **about)
 
 
 def field_names(labels: Sequence[str]) -> list[str]:
-    """The labels of runs as FiftyOne takes names of fields, each another one."""
+    """Distinct names of fields that FiftyOne accepts, from the labels of runs."""
     found: list[str] = []
     for label in labels:
         name = re.sub(r"\W+", "_", label, flags=re.ASCII).strip("_")

@@ -1,7 +1,7 @@
-"""The forest plot: paired differences with their intervals, a panel for each comparison, a row for each metric.
+"""The forest plot: paired differences with their intervals, a panel per comparison, a row per metric.
 
-Panels have scales of their own, because comparisons differ in size by an order of magnitude. The numbers stand beside
-their marks; colour and marker say the verdict.
+Each panel has its own scale, because comparisons differ in size by an order of magnitude. The numbers are next to their
+marks; color and marker show the verdict.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from matplotlib.figure import Figure
 
 from coordexp.evaluation.effect import Verdict
 from coordexp.reporting.markdown import with_interval
-from coordexp.reporting.style import INK, figure_style, new_figure, save_figure
+from coordexp.reporting.style import INK, WIDTH_IN, figure_style, new_figure, save_figure
 
 NAMES = {
     **{"coco.mAP": "mAP", "coco.AP50": "AP50", "coco.AP75": "AP75"},
-    **{"f1.full_50": "F1, boxes and names", "f1.loc_50": "F1, boxes alone"},
-    **{"known.mAP": "mAP, names seen in training", "held_out.mAP": "mAP, names held out"},
+    **{"f1.full_50": "F1", "f1.loc_50": "F1, class-agnostic"},
+    **{"known.mAP": "mAP, seen in training", "held_out.mAP": "mAP, held out"},
 }
-_LOOKS = {Verdict.BETTER: ("#0072B2", "^"), Verdict.WORSE: ("#D55E00", "v")}  # told apart by the color blind, too
+_LOOKS = {Verdict.BETTER: ("#0072B2", "^"), Verdict.WORSE: ("#D55E00", "v")}  # distinct to color-blind readers too
 _PLAIN = (INK, "o")
-_ROW_IN, _PANEL_IN = 0.21, 0.55  # inches of a row, and of a panel around its rows
+_ROW_IN, _PANEL_IN = 0.22, 0.6  # inches of a row, and of a panel around its rows
 
 
 class Estimate(Protocol):
@@ -46,7 +46,7 @@ Panels = Mapping[str, Mapping[str, Estimate | None]]  # title -> metric -> diffe
 def write_forest(path: Path, panels: Panels, keys: Sequence[str], colours: int = 256) -> None:
     """Draw the differences of these metrics as PNG, one panel below the other.
 
-    Undefined ones, and those that are the same in every resample, are left out.
+    Differences that are undefined, or the same in every resample, are left out.
     """
     with figure_style():
         save_figure(_forest(panels, keys), path, colours)
@@ -58,12 +58,12 @@ def _forest(panels: Panels, keys: Sequence[str]) -> Figure:
         for title, differences in panels.items()
     }
     heights = [_PANEL_IN + _ROW_IN * max(1, len(rows)) for rows in known.values()]
-    figure = new_figure(8.4, sum(heights) + 0.35)
+    figure = new_figure(WIDTH_IN, sum(heights) + 0.4)
     axes = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, rows) in zip(axes, known.items(), strict=True):
         ax.set_title(title, loc="left", fontweight="bold")
         _panel(ax, rows)
-    axes[-1].set_xlabel("difference, 95 % interval (paired over images); ▲ better, ▼ worse, ● no difference shown")
+    axes[-1].set_xlabel("difference with 95 % interval, paired over images\n▲ better   ▼ worse   ● no difference shown")
     return figure
 
 
@@ -74,6 +74,7 @@ def _panel(ax: Axes, rows: Mapping[str, Estimate]) -> None:
         ax.plot(found.delta, y, color=colour, marker=marker, markersize=5.5)
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.margins(x=0.06)
+    ax.locator_params(axis="x", nbins=6)
     ax.set_yticks(range(len(rows)), [NAMES.get(key, key) for key in rows])
     ax.set_ylim(max(1, len(rows)) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
@@ -87,7 +88,7 @@ def _panel(ax: Axes, rows: Mapping[str, Estimate]) -> None:
         ax.text(
             0.5,
             0.5,
-            "nothing differs, or nothing is defined on this data",
+            "no metric differs, or none is defined on this data",
             ha="center",
             va="center",
             transform=ax.transAxes,

@@ -1,4 +1,4 @@
-"""The gallery: ground truth beside prediction, for images that a rule chose and nobody picked."""
+"""The gallery: annotations next to predictions, for images selected by rule, not by hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, readable_scale
 from coordexp.drawing.panels import (
+    BOTH_SIGN,
+    CAUSES,
     DUPLICATE_SIGN,
     FALSE,
     FALSE_SIGN,
+    FONT_PX,
     MISSED,
     RIGHT,
     RIGHT_SIGN,
@@ -33,6 +36,7 @@ _SIGNS = {
     Cause.RIGHT: RIGHT_SIGN,
     Cause.CLASSIFICATION: WRONG_NAME_SIGN,
     Cause.LOCALIZATION: SHIFTED_SIGN,
+    Cause.BOTH: BOTH_SIGN,
     Cause.DUPLICATE: DUPLICATE_SIGN,
 }
 SHOWN, BEFORE = "stage2", "stage1"
@@ -42,9 +46,10 @@ RULES = ("most duplicates", "most misses", CHANGE, "random")
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes of a picture, and what may be tried: largest side of the photo and number of its colours, best first.
+    """Bytes of a panel picture, and what may be tried: longer side of the image and number of its colors, best first.
 
-    Small photos are enlarged after. With a `palette` labels and boxes share one with the photo: a third of the bytes.
+    Small images are enlarged after that. With a `palette`, labels and boxes share one with the image: a third of the
+    bytes.
     """
 
     max_bytes: int
@@ -52,37 +57,38 @@ class Budget:
     palette: bool
 
 
-GALLERY = Budget(80_000, ((512, None), (512, 128), (400, 64), (320, 32), (256, 24)), palette=False)
+# Fewer colors than these can hide a small object in its background: rather the image gets smaller.
+GALLERY = Budget(150_000, ((512, None), (512, 192), (448, 128), (384, 128), (320, 96)), palette=False)
 EXAMPLE = Budget(
-    17_500, ((512, 96), (512, 64), (512, 48), (400, 32), (320, 24), (256, 16), (192, 16), (128, 12)), palette=True
+    40_000, ((512, None), (512, 160), (448, 128), (384, 96), (320, 96), (256, 96), (192, 96)), palette=True
 )
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryPick:
-    """One picture of the gallery and the rule that chose it."""
+    """One image of the gallery and the rule that selected it."""
 
     rule: str
     image_id: int
 
     @property
     def file_name(self) -> str:
-        """By image alone: another rank or rule is no other name."""
+        """By image alone: another rank or rule does not change the name."""
         return f"{self.image_id}.png"
 
 
 def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: int, seed: int) -> list[GalleryPick]:
-    """Choose images of the stage-2 checkpoint, an equal number by each rule, no image twice.
+    """Select images of the stage-2 checkpoint, the same number by each rule, no image twice.
 
-    Duplicates and misses are ranked by their number, change by the difference in errors (false and missed) between
-    stage 1 and stage 2; ties go to the lower image id. What a rule cannot fill goes to the random rule.
+    Duplicates and misses are ranked by their number. Change is ranked by the difference in errors (false positives and
+    false negatives) between stage 1 and stage 2. Ties go to the lower image id; the random rule fills the rest.
 
     Raises:
         DataError: the per-image tables do not hold the same images, or lack a column.
     """
     shown, before = (_checked(per_image[checkpoint], checkpoint, dup_key) for checkpoint in (SHOWN, BEFORE))
     if not shown.index.equals(before.index):
-        raise DataError(f"per_image.json of {SHOWN} and {BEFORE} hold different images; run `dvc repro coco-eval`.")
+        raise DataError(f"per_image.json of {SHOWN} and {BEFORE} contain different images; run `dvc repro coco-eval`.")
     scores = {
         "most duplicates": shown[dup_key],
         "most misses": shown["fn_50"],
@@ -92,7 +98,7 @@ def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: in
     for rule, score in scores.items():
         left = score[(score > 0) & ~score.index.isin(chosen)].sort_values(ascending=False, kind="stable")
         chosen |= dict.fromkeys(left.index[: count // len(RULES)].tolist(), rule)
-    # One order of all images, so that runs that err on other images still draw nearly the same ones.
+    # One order of all images, so that runs that err on different images still show nearly the same ones.
     order = generator(seed, "gallery/images").permutation(shown.index.to_numpy()).tolist()
     drawn = [image_id for image_id in order if image_id not in chosen]
     chosen |= dict.fromkeys(drawn[: max(0, count - len(chosen))], "random")
@@ -100,7 +106,7 @@ def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: in
 
 
 def n_errors(per_image: pd.DataFrame) -> pd.Series:
-    """False and missed boxes of each image."""
+    """False positives and false negatives of each image."""
     return per_image["fp_50"] + per_image["fn_50"]
 
 
@@ -111,7 +117,7 @@ def _checked(per_image: pd.DataFrame, checkpoint: str, dup_key: str) -> pd.DataF
 
 
 def image_names(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path) -> list[str]:
-    """The image of each pick; raises DataError naming one that is not there."""
+    """The image of each pick; raises DataError naming an image that does not exist."""
     names = [outcomes[SHOWN].of_image(pick.image_id)[0].image for pick in picks]
     for name in names:
         record_sha256(image_root, name)
@@ -121,7 +127,7 @@ def image_names(picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], 
 def write_gallery(
     picks: Sequence[GalleryPick], outcomes: Mapping[str, Outcomes], image_root: Path, folder: Path
 ) -> None:
-    """Draw every pick into `folder`; raises DataError naming an image file that is not there."""
+    """Draw every pick into `folder`; raises DataError naming an image file that does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for pick, name in zip(picks, image_names(picks, outcomes, image_root), strict=True):
         shown = (BEFORE, SHOWN) if pick.rule == CHANGE else (SHOWN,)
@@ -131,7 +137,7 @@ def write_gallery(
 
 
 def write_example(pick: GalleryPick, outcomes: Mapping[str, Outcomes], image_root: Path, path: Path) -> None:
-    """Annotation beside the answer of SHOWN, or of a change the answer BEFORE beside it; small enough for git."""
+    """Annotations next to the answer of SHOWN; for a change, the answer of BEFORE next to it. Small enough for git."""
     image = read_record_rgb(image_root, outcomes[SHOWN].of_image(pick.image_id)[0].image)
     is_change = pick.rule == CHANGE
     shown = (BEFORE, SHOWN) if is_change else (SHOWN,)
@@ -142,13 +148,13 @@ def write_example(pick: GalleryPick, outcomes: Mapping[str, Outcomes], image_roo
 def _small_picture(
     image: Image.Image, image_id: int, outcomes: dict[str, Outcomes], budget: Budget, annotated: bool = True
 ) -> bytes:
-    """PNG within the budget, or its last quality: photos lose colours, then size, until it fits; boxes stay sharp."""
+    """PNG within the budget, or of its last quality: the image loses colors, then size; boxes stay sharp."""
     data = b""
     for panel_px, colours in budget.qualities:
         out = io.BytesIO()
         picture = draw_outcomes(image, image_id, outcomes, panel_px, colours, annotated)
-        if budget.palette and colours is not None:
-            picture = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        if budget.palette:
+            picture = with_palette(picture)
         picture.save(out, "PNG", optimize=True)
         data = out.getvalue()
         if len(data) <= budget.max_bytes:
@@ -164,24 +170,41 @@ def draw_outcomes(
     colours: int | None = None,
     annotated: bool = True,
 ) -> Image.Image:
-    """Panels side by side: ground truth, judged by the last checkpoint given, then each checkpoint's predictions."""
+    """Panels: annotations, found or missed by the last checkpoint given, then the predictions of each checkpoint."""
     shrink = min(1.0, panel_px / max(image.size))
     if shrink < 1:
         size = (round(image.width * shrink), round(image.height * shrink))
         image = image.resize(size, Image.Resampling.LANCZOS)
     if colours is not None:
-        image = image.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
+        image = reduced(image, colours).convert("RGB")
     last = list(outcomes)[-1]
     panels = [("annotated", _truth_panel(image, image_id, outcomes[last], shrink))] if annotated else []
     panels += [(f"predicted, {name}", _prediction_panel(image, image_id, o, shrink)) for name, o in outcomes.items()]
-    return side_by_side(panels)
+    return side_by_side(panels, CAUSES)
+
+
+def reduced(image: Image.Image, colours: int) -> Image.Image:
+    """A palette image by median cut, which keeps colors of small objects that an octree merges with the background."""
+    return image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+
+
+def with_palette(picture: Image.Image) -> Image.Image:
+    """A palette image of panels, in which boxes and labels keep their colors however few pixels have them."""
+    inks = ((RIGHT.colour, 255), (FALSE.colour, 255), (MISSED.colour, 0), ((255, 255, 255), 0))
+    steps = [[round(c + (ink - c) * step / 4) for c in colour] for colour, ink in inks for step in range(5)]
+    kept = [channel for colour in steps for channel in colour]
+    holder = Image.new("P", (1, 1))
+    holder.putpalette((reduced(picture, 256 - len(steps)).getpalette() or [])[: 3 * (256 - len(steps))] + kept)
+    return picture.quantize(palette=holder, dither=Image.Dither.NONE)
 
 
 def _truth_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
     result, _, rows = outcomes.of_image(image_id)
     styles = [RIGHT if found else MISSED for found in outcomes.found_G[rows].tolist()]
     boxes = outcomes.table.gt_boxes_G4[rows] * shrink
-    return draw_detections(image, boxes, [g.desc for g in result.gt], None, styles, readable_scale(*image.size))
+    return draw_detections(
+        image, boxes, [g.desc for g in result.gt], None, styles, readable_scale(*image.size), FONT_PX
+    )
 
 
 def _prediction_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shrink: float) -> Image.Image:
@@ -191,4 +214,4 @@ def _prediction_panel(image: Image.Image, image_id: int, outcomes: Outcomes, shr
     styles = [RIGHT if cause == Cause.RIGHT else FALSE for cause in causes]
     boxes = outcomes.table.pred_boxes_P4[rows] * shrink
     scores = [p.score for p in result.pred]
-    return draw_detections(image, boxes, labels, scores, styles, readable_scale(*image.size))
+    return draw_detections(image, boxes, labels, scores, styles, readable_scale(*image.size), FONT_PX)

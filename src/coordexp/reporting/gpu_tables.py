@@ -1,4 +1,4 @@
-"""Bytes and hours of GPUs for the documents: by arithmetic, and measured where `make gpu-check` left results."""
+"""GPU memory and hours for the documents: predicted, and measured where `make gpu-check` left results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = Path("benchmarks/results/gpu/results.jsonl")
 MEASURED = Gate("a figure that `make gpu-check` measured", DataError, "Restore the file: git checkout.")
 PREDICTED = "predicted"
 
-# The step of the tables of memory: one pack, of it the visual tokens; all others are supervised.
+# The step in the memory tables: the tokens of one pack and the visual tokens among them; all others are supervised.
 PACK_TOKENS, IMAGE_TOKENS = 8192, 5120
 PROCESSES = 8
 _FULL = TuningConfig(
@@ -52,7 +52,7 @@ _MEMORY_COLUMNS = ("weights, gradients, moments", "whole step")
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A profile of the table of hours, with what its data are: tokens of a sample and of an answer, val images."""
+    """A profile of the table of hours, with tokens per sample and per answer, and the number of val images."""
 
     profile: str
     size: str
@@ -69,21 +69,21 @@ _PLANS = (
     _Plan("lvis-qwen3vl-4b", "4b", 650, 340, 19_809, ("step-lora", "4b, as committed")),
     _Plan("coco-val2017", "2b", 490, 190, 500, _CHECKED_2B),
 )
-# Of one forward of decoding, launch-bound up to a batch of 64; a guess.
+# Of one decoding forward, launch-bound up to a batch of 64; an assumption.
 LAUNCH_SECONDS_A_LAYER = 0.035 / 28
 _DECODED = ("decoding", "bf16, batch 64")  # of 2B
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A figure of a GPU, and which one on which day."""
+    """A measurement on a GPU: its value, the GPU and the date."""
 
     value: float
     where: str
 
 
 def measured(root: Path) -> dict[tuple[str, str], Measured]:
-    """The figures by section and name; of several cards or days the last. Empty where nothing was measured."""
+    """The measurements by section and name, the last one of each. Empty if there are none."""
     path = root / RESULTS
     lines = MEASURED.json_lines(path) if path.is_file() else ()
     rows = [row for _, row in lines if row["status"] == "measured" and not row["card"].startswith("CPU")]
@@ -94,7 +94,7 @@ Figures = Mapping[tuple[str, str], Measured]
 
 
 def one_device_table(found: Figures) -> str:
-    """What one device holds, by size of the model and by what trains, and the peak that was seen."""
+    """Memory of one device by model size and trained part, and the measured peak."""
     rows = []
     for size, tuning, optimizer, trains, name in _ONE_DEVICE:
         peak = found.get((name[0], f"{name[1]}: peak")) if name else None
@@ -104,7 +104,7 @@ def one_device_table(found: Figures) -> str:
 
 
 def sharded_table() -> str:
-    """What each of several processes holds with sharded states, beside one process without; nothing measures it."""
+    """Memory per process with sharded states, next to one process without; not measured."""
     from coordexp.doctor.memory import sharded_memory
     from coordexp.models.sizes import qwen3_vl_config
 

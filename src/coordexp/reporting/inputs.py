@@ -1,7 +1,7 @@
-"""What a report is made from: the files of one profile, read once and checked.
+"""The inputs of a report: the files of one profile, read once and checked.
 
-A report reads files only, never a model. A file that is missing, or is not what its stage writes, stops it with the
-name of the stage to run.
+A report reads files only, never a model. If a file is missing or is not what its stage writes, the report stops and
+names the stage to run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from coordexp.config.paths import (
     CHECKPOINTS,
@@ -32,8 +34,10 @@ from coordexp.infra.logs import read_log, read_rows
 from coordexp.infra.provenance import decides_answer
 from coordexp.records.categories import Category, read_categories
 from coordexp.records.gt_vs_pred import ImageResult, own_lines, read_results
+from coordexp.rollout.scoring import ANSWERS, read_decoded
 
 Json = dict[str, Any]
+Distributions: TypeAlias = NDArray[np.float16]  # (N predictions, 4 coordinates, 1000 bins)
 Metrics: TypeAlias = pd.DataFrame  # "area.metric" by checkpoint; intervals under "interval.area.metric"
 TRAINED = ("stage1", "stage1-control", "stage2")
 EVALUATION_KEYS = frozenset(
@@ -45,7 +49,7 @@ CONTEXT_KEYS = frozenset({"image_id", "text_ce", "text_tokens", "A1", "own"})
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The commit that an experiment started from, as far as it holds the files."""
+    """The commit that an experiment started from, as far as it has the files."""
 
     revision: str
     experiment: str  # its name; empty where DVC gives none
@@ -55,9 +59,9 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportInputs:
-    """The run that a report is about, and where its files lie.
+    """The run that a report covers, and the paths of its files.
 
-    `evaluations` holds a folder per checkpoint (gt_vs_pred.jsonl, per_image.json, pr_curve.json, details.json,
+    `evaluations` contains a folder per checkpoint (gt_vs_pred.jsonl, per_image.json, pr_curve.json, details.json,
     decode.json), `runs` one per training stage (train_log.jsonl, monitor.jsonl, context_errors.jsonl,
     run_metadata.json). Image paths of the records are relative to `image_root`.
     """
@@ -72,11 +76,12 @@ class ReportInputs:
     drops: Path
     categories: Path
     image_root: Path
+    decoded: Path  # answers of the last checkpoint with their distributions
     baseline: Baseline | None = None  # of the experiment, if this is one
 
     @classmethod
     def of(cls, run: RunConfig, baseline: Baseline | None = None) -> ReportInputs:
-        """The files where the stages of a profile write them."""
+        """The files at the paths where the stages of a profile write them."""
         paths = run.paths
         return cls(
             run=run,
@@ -89,26 +94,28 @@ class ReportInputs:
             drops=paths.records / "drops.json",
             categories=paths.records / "categories.json",
             image_root=paths.raw,
+            decoded=paths.decoded(CHECKPOINTS[-1]),
             baseline=baseline,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
-    """Everything read; mappings are keyed by checkpoint or training stage."""
+    """All inputs; mappings are keyed by checkpoint or training stage."""
 
     run: RunConfig
     metrics: Metrics
     comparison: dict[str, dict[str, Json | None]]  # comparison -> metric -> delta, lo, hi, p_superior
     results: dict[str, list[ImageResult]]
-    probes: list[ImageResult]  # further questions, answered by the last checkpoint
+    probes: list[ImageResult]  # further prompts, answered by the last checkpoint
+    distributions: dict[int, Distributions]  # of the last checkpoint by image id; empty where its codec has none
     per_image: dict[str, pd.DataFrame]  # by image id
     pr_curves: dict[str, Json]
     details: dict[str, Json]
     decodes: dict[str, Json]
     logs: dict[str, pd.DataFrame]
-    dev_rows: dict[str, list[Json] | None]  # what the eval callback found; None if the run left no file of it
-    contexts: dict[str, list[Json] | None]  # its errors of coordinates by context, one row an image and evaluation
+    dev_rows: dict[str, list[Json] | None]  # results of the eval callback; None if the run wrote no file
+    contexts: dict[str, list[Json] | None]  # its errors of coordinates by context, one row per image and evaluation
     metadata: dict[str, Json]
     rollout: Json
     packing: Json
@@ -118,7 +125,7 @@ class ReportData:
 
     @property
     def settings(self) -> EvalParams:
-        """How the predictions were judged."""
+        """How the predictions were evaluated."""
         return self.run.params.eval
 
 
@@ -126,7 +133,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
     """Read all files of a report.
 
     Raises:
-        DataError: a file or a checkpoint is missing or broken; it names the file and the stage that writes it.
+        DataError: a file or a checkpoint is missing or damaged; names the file and the stage that writes it.
     """
     metrics = read_json(inputs.metrics, "coco-eval")
     folders = {name: inputs.evaluations / name for name in CHECKPOINTS}
@@ -137,6 +144,7 @@ def load_report_data(inputs: ReportInputs) -> ReportData:
         comparison={name: _comparison(metrics, name, inputs.metrics) for name in COMPARISONS},
         results={name: own_lines(found) for name, found in lines.items()},
         probes=[line for line in lines[CHECKPOINTS[-1]] if line.probe],
+        distributions=_distributions(inputs.decoded),
         per_image={name: _per_image(folder / "per_image.json") for name, folder in folders.items()},
         pr_curves={name: read_json(folder / "pr_curve.json", "coco-eval") for name, folder in folders.items()},
         details={name: read_json(folder / "details.json", "coco-eval") for name, folder in folders.items()},
@@ -179,7 +187,7 @@ def bounds_of(metrics: Metrics, checkpoint: str, key: str) -> list[float] | None
 
 
 def read_json(path: Path, stage: str) -> Json:
-    """Read a JSON object that `stage` writes; raises DataError if there is none."""
+    """Read a JSON object that `stage` writes; raises DataError if it does not exist."""
     value = _json(path, stage)
     if not isinstance(value, dict):
         raise DataError(f"{path}: found a {type(value).__name__}, expected a JSON object. Run `dvc repro {stage}`.")
@@ -210,7 +218,7 @@ def _gate(stage: str) -> Gate:
 
 
 def _metadata(folder: Path, stage: str) -> Json:
-    """What a checkpoint says of its run, with the hashes of the files that decide what it answers."""
+    """The run metadata of a checkpoint, with the hashes of the files that determine its answers."""
     hashes = read_hashes(folder)
     digests = hashes.digests if hashes else {}
     files = {name: digest[:16] for name, digest in digests.items() if decides_answer(name)}
@@ -240,6 +248,16 @@ def _comparison(metrics: Json, name: str, path: Path) -> dict[str, Json | None]:
 
 def _lines(path: Path) -> list[ImageResult]:
     return sorted(read_results(_existing(path, "coco-eval")), key=lambda result: result.image_id)
+
+
+def _distributions(folder: Path) -> dict[int, Distributions]:
+    """By image id, of the answers to the first prompt of each image; the file stays on disk until one is used."""
+    _existing(folder / ANSWERS, f"decode@{CHECKPOINTS[-1]}")
+    return {
+        decoded.result.image_id: decoded.probs_N4K
+        for decoded in read_decoded(folder)
+        if decoded.probs_N4K is not None and not decoded.result.probe
+    }
 
 
 def _rows(path: Path, keys: frozenset[str]) -> list[Json] | None:

@@ -12,11 +12,11 @@ from coordexp.infra.printable import printable
 
 Align = Literal["l", "r"]
 MISSING = "n/a"
-MOST_DECIMALS = 4  # of metrics.json
+MAX_DECIMALS = 4  # of metrics.json
 _RULES = {"l": ":---", "r": "---:"}
 # What GitHub reads as markup inside a line; `<`, `>` and `&` become entities before.
 _MARKUP = re.compile(r"([\\`*_\[\]|~$])")
-# What GitHub makes a link or a mention of, whatever is escaped in it: addresses, people, issues. Not inside of code.
+# What GitHub turns into a link or a mention even if escaped (addresses, people, issues), except inside code.
 _LIVE = re.compile(r"://|\bwww\.|\b(?:mailto|xmpp):|@\w|#\d|\bGH-\d", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ def code(text: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A metric as metrics.json holds it: floats with the four digits they are written with, None as n/a."""
+    """A metric as in metrics.json: floats with the four digits of that file, None as n/a."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -48,23 +48,23 @@ def number(value: Any) -> str:
 
 
 def decimals(bounds: Sequence[float]) -> int:
-    """Digits after the point that an interval carries: its half-width has two digits if they are below 36, else one.
+    """Digits after the point that an interval supports: two digits of its half-width if they are below 36, else one.
 
-    The rule of the Particle Data Group. A bound beside 0 gets more, so that its sign is seen; none has more than four.
+    The rule of the Particle Data Group. A bound close to 0 has more, so that its sign shows; the maximum is four.
     """
     half_width = (bounds[1] - bounds[0]) / 2
     if half_width <= 0:
-        return MOST_DECIMALS
+        return MAX_DECIMALS
     exponent = math.floor(math.log10(half_width))
     leading = half_width / 10**exponent
     digits = (1 if leading < 3.55 else 0) - exponent
-    while digits < MOST_DECIMALS and any(bound and not round(bound, max(0, digits)) for bound in bounds):
+    while digits < MAX_DECIMALS and any(bound and not round(bound, max(0, digits)) for bound in bounds):
         digits += 1
-    return min(max(digits, 0), MOST_DECIMALS)
+    return min(max(digits, 0), MAX_DECIMALS)
 
 
 def with_interval(value: float | None, bounds: Sequence[float] | None, *, sign: bool = False) -> str:
-    """A number and its interval in brackets, in as many digits as that carries; without an interval `number`."""
+    """A number and its interval in brackets, in the digits that the interval supports; without an interval `number`."""
     if value is None or bounds is None:
         return signed(value) if sign and value is not None else number(value)
     shown = f"{'+' if sign else ''}.{decimals(bounds)}f"
@@ -81,8 +81,13 @@ def significant(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is one."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def percent(value: float) -> str:
-    """A share as whole percent, or with one digit below 10 %."""
+    """A fraction as whole percent, or with one digit below 10 %."""
     if 0 < abs(value) < 0.0005:
         return "under 0.1 %"
     return f"{100 * value:.0f} %" if abs(value) >= 0.0995 else f"{100 * value:.1f} %"

@@ -1,4 +1,4 @@
-"""What became of every box of one checkpoint: error causes by COCO's matching, and the pairs of the F1 metrics.
+"""The outcome of every box of one checkpoint: error types under COCO's matching, and the pairs of the F1 metrics.
 
 Legend: G annotated objects, P predictions, M matched pairs; rows as in the DetectionTable.
 """
@@ -20,21 +20,21 @@ from coordexp.evaluation.table import Bools, DetectionTable, Ints, build_table
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult
 
-MATCH_IOU = 0.5  # a box is right from here on
-LOWEST_IOU = 0.3  # pairs below it are not looked at
+MATCH_IOU = 0.5  # from here on a box is correct
+LOWEST_IOU = 0.3  # pairs below it are ignored
 UNKNOWN_NAME = "(other name)"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """Every prediction's cause (a `Cause`) and every object's discovery, at IoU 0.5."""
+    """The error type of every prediction (a `Cause`), and whether each object is found, at IoU 0.5."""
 
     results: tuple[ImageResult, ...]  # by image id
     table: DetectionTable
     matches: GreedyMatches
     cause_P: Ints
     object_P: Ints  # the object that a prediction belongs to (-1: none), as in ErrorCauses
-    found_G: Bools  # matched by a box of the right name
+    found_G: Bools  # matched by a box of the correct name
 
     def of_image(self, image_id: int) -> tuple[ImageResult, slice, slice]:
         """The image's result and the rows of its predictions and objects."""
@@ -46,7 +46,7 @@ class Outcomes:
         return self.results[image], preds, objects
 
     def confusions(self) -> Counter[tuple[str, str]]:
-        """(annotated name, predicted name) -> predictions of the wrong name on an object, IoU 0.5."""
+        """(annotated name, predicted name) -> predictions with a classification error, IoU 0.5."""
         names = [category.name for category in self.table.index.categories]
         pairs: Counter[tuple[str, str]] = Counter()
         for pred in np.flatnonzero(self.cause_P == Cause.CLASSIFICATION).tolist():
@@ -55,13 +55,13 @@ class Outcomes:
         return pairs
 
     def named_right(self) -> Counter[str]:
-        """Annotated name -> objects matched at IoU 0.5 with the right name."""
+        """Annotated name -> objects matched at IoU 0.5 with the correct name."""
         names = [category.name for category in self.table.index.categories]
         return Counter(names[category] for category in self.table.gt_category_G[self.found_G].tolist())
 
 
 def judge(results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams = STANDARD) -> Outcomes:
-    """Match the predictions of one checkpoint, names mapped as `params` say.
+    """Match the predictions of one checkpoint, with names mapped as `params` specifies.
 
     Raises:
         DataError: the results break their contract.

@@ -1,9 +1,8 @@
-"""One self-contained HTML page to browse predictions: no network, no server, pictures and data inside the file.
+"""One self-contained HTML page for browsing predictions: no network, no server, images and data inside the file.
 
-A row for each image, sortable; a click shows annotation and predictions with scores and what is on file of the
-coordinate distributions, all panes zoomed together; filters by run, name, failure, size and score. The address says
-what is seen. The text is made by the page's own script from the data below it, by way of text nodes, so that no name
-can act as markup.
+It has a sortable row per image. A click shows annotations and predictions with scores and the stored statistics of the
+coordinate distributions; all panels zoom together. Filters select by run, name, error type, size and score, and the
+address contains the state. The page's own script writes all text through text nodes, so that no name can act as markup.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _DATA = "/*DATA*/"
 
 @dataclass(frozen=True, slots=True)
 class PageSettings:
-    """What bounds the size of the page: the number of images and their longer side in pixels."""
+    """Bounds on the size of the page: the number of images and their longer side in pixels."""
 
     images: int = 500
     side_px: int = 256
@@ -60,11 +59,11 @@ def write_page(
 ) -> int:
     """Write the page of up to MAX_RUNS runs, by their labels, on the same images; returns its size in bytes.
 
-    With more images than `page.images` those with the lowest F1 of the first run are kept, and the page says so.
+    With more images than `page.images`, those with the lowest F1 of the first run are kept, and the page reports this.
     `records` are the run records of the stages: commit, time and machine.
 
     Raises:
-        DataError: no run or too many, runs on different images, or an image that is not there.
+        DataError: no run or too many, runs on different images, or an image that does not exist.
     """
     if not 1 <= len(results) <= MAX_RUNS:
         raise DataError(f"found {len(results)} files of predictions, expected one to {MAX_RUNS}.")
@@ -79,7 +78,7 @@ def write_page(
 
 
 def render_page(data: dict[str, Any]) -> str:
-    """The page around its data, every text of it printable; `<` is escaped, so that none can end the script element."""
+    """The page with its data; all text is printable, and `<` is escaped so that no text can end the script element."""
     template = resources.files("coordexp.reporting").joinpath("templates", "page.html").read_text(encoding="utf-8")
     assert template.count(_DATA) == 1
     text = json.dumps(printable_tree(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -89,12 +88,12 @@ def render_page(data: dict[str, Any]) -> str:
 def page_data(
     results: Mapping[str, Sequence[ImageResult]], categories: Sequence[Category], params: EvalParams, limit: int
 ) -> dict[str, Any]:
-    """Everything the page shows but the pictures: labels, totals, names, and a row for each image with its boxes."""
+    """Everything on the page except the images: labels, totals, names, and a row per image with its boxes."""
     outcomes = {label: judge(rows, categories, params) for label, rows in results.items()}
     labels = list(results)
     ids = {label: tuple(r.image_id for r in outcome.results) for label, outcome in outcomes.items()}
     if len(set(ids.values())) > 1:
-        raise DataError(f"{' and '.join(labels)} hold different images; only answers to the same images can be paired.")
+        raise DataError(f"{' and '.join(labels)} contain different images; only the same images can be paired.")
     dup_key = f"dup_pairs_{iou_key(min(params.duplicate_ious))}"
     tables = {label: _rows(outcome, params) for label, outcome in outcomes.items()}
     order = sorted(ids[labels[0]], key=lambda i: (tables[labels[0]][i]["f1_full_50"], i))[:limit]
@@ -107,7 +106,7 @@ def page_data(
 
 
 def _totals(results: Sequence[ImageResult], categories: Sequence[Category], params: EvalParams) -> list[list[Any]]:
-    """Name, value and 95 % interval of what sums up a run, over all of its images; None where it is undefined."""
+    """Name, value and 95 % interval of the summary metrics of a run over all its images; None if undefined."""
     found, specs = evaluate(results, categories, params, STANDARD_MATCHING, STANDARD_SEED), metric_specs(params)
     rows = []
     for key in TOTALS:
@@ -156,7 +155,7 @@ def _image(
 
 
 def _prediction(pred: Prediction, cause: Cause, place: int | None) -> dict[str, Any]:
-    """What is on file of a prediction; `object` is the place of the annotated object that its cause relates it to."""
+    """The stored values of a prediction; `object` is the place of the object that its error type refers to."""
     shown: dict[str, Any] = {"desc": pred.desc, "box": _tenths(pred.bbox_xyxy_px), "cause": cause.name.lower()}
     shown |= {"object": place, "score": None if pred.score is None else round(pred.score, 4)}
     shown["bins"] = list(pred.bins or ())
@@ -170,7 +169,7 @@ def _prediction(pred: Prediction, cause: Cause, place: int | None) -> dict[str, 
 
 
 def _provenance(record: Json) -> list[str]:
-    """The cells of one stage: name, commit, when it ended, seconds, machine; empty where the record does not say."""
+    """The cells of one stage: name, commit, end time, seconds, machine; empty where the record has no value."""
     git, machine = record.get("git") or {}, record.get("hardware") or {}
     state = {True: ", with uncommitted changes", None: ", state unknown"}.get(git.get("dirty"), "")
     seconds = record.get("wall_seconds")
@@ -192,7 +191,7 @@ def _inline(image_root: Path, name: str, page: PageSettings) -> str:
     try:
         image = read_record_rgb(image_root, name)
     except DataError as error:
-        raise DataError(f"{error} The predictions name it: if it lies elsewhere, say where with --images.") from error
+        raise DataError(f"{error} If it is in another folder, pass that folder with --images.") from error
     image.thumbnail((page.side_px, page.side_px), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=page.jpeg_quality, optimize=True)

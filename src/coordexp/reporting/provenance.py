@@ -1,10 +1,10 @@
-"""Where the numbers come from: parameters, data, inputs; and what an experiment changed.
+"""The origin of the numbers: parameters, data, inputs; and what an experiment changed.
 
-What a report shows is the same wherever and whenever it is made. Commit, clock, machine and cost of the last run of a
-stage stand in its run record, which only the page to browse shows.
+The content of a report does not depend on where or when it is made. Commit, time, machine and cost of the last run of a
+stage are in its run record, which only the browsing page shows.
 
-Inside `dvc exp run`, DVC names the commit that it started from in DVC_EXP_BASELINE_REV; outside of an experiment there
-is no baseline.
+Inside `dvc exp run`, DVC sets DVC_EXP_BASELINE_REV to the commit that the experiment started from; outside of an
+experiment there is no baseline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HASHES = ("inputs", "files")
 
 
 def what_ran(data: ReportData) -> str:
-    """One line: profile, seed, data, and what training went through."""
+    """One line: profile, seed, data, and the amount of training."""
     params = data.run.params
     n_images, n_objects = (metric(data.metrics, "stage2", key) for key in ("coco.n_images", "coco.n_gt"))
     trained = ", ".join(
@@ -44,7 +44,7 @@ def what_ran(data: ReportData) -> str:
 
 
 def runs_table(metadata: Mapping[str, Json]) -> str:
-    """What each training stage went through, and the hashes of what it read and wrote."""
+    """The steps, samples and tokens of each training stage, and the hashes of its inputs and outputs."""
     leaves = {name: dict(flatten({k: metadata[name].get(k, {}) for k in (*_OF_A_RUN, *_HASHES)})) for name in TRAINED}
     fields = dict.fromkeys(key for name in TRAINED for key in leaves[name])
     rows = [[f"`{key}`", *(_leaf(leaves[name].get(key)) for name in TRAINED)] for key in fields]
@@ -63,7 +63,7 @@ def _leaf(value: Any) -> str:
 
 
 def decode_table(decodes: Mapping[str, Json]) -> str:
-    """What each checkpoint answered, in which codec."""
+    """Codec, images and tokens of the answers of each checkpoint."""
     fields = ("codec", "images", "tokens")
     rows = [
         [name, *(_leaf(required(decodes[name], field, f"{name}/{DECODE_SUMMARY}")) for field in fields)]
@@ -73,7 +73,7 @@ def decode_table(decodes: Mapping[str, Json]) -> str:
 
 
 def weights_table(params: Params) -> str:
-    """Weights of the objective, every key that ends in `_weight`: stage 1 (and the control) beside stage 2."""
+    """Weights of the objective, every key that ends in `_weight`: stage 1 (and the control) next to stage 2."""
     leaves = [(key.split("."), value) for key, value in flatten(params.model_dump()) if key.endswith("_weight")]
     stage1 = {key[-1]: f"{value:g}" for key, value in leaves if key[0] == "stage1"}
     stage2 = {key[-1]: f"{value:g}" for key, value in leaves if key[0] != "stage1"}
@@ -110,14 +110,14 @@ def settings_delta(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[tupl
 
 
 def experiment_line(baseline: Baseline, settings: Mapping[str, Any]) -> str:
-    """What an experiment changed against the commit it started from, and the command that says what came of it."""
+    """What an experiment changed compared with its starting commit, and the command that shows the effect."""
     delta = settings_delta({**settings, **baseline.profile}, baseline.settings)
     changed = [f"`{key}` {_value(old)} -> {_value(new)}" for key, old, new in delta if key != "profile"]
     revision, name = baseline.revision[:7], baseline.experiment or "EXPERIMENT"
     return (
         f"**Experiment{f' {escape(name)}' if baseline.experiment else ''} on {revision}**: "
-        f"{', '.join(changed) or 'no parameter differs'}. What it changed, with intervals: "
-        f"`coordexp compare {revision} {name}`. All below is about this run alone."
+        f"{', '.join(changed) or 'no parameter differs'}. For the effect, with intervals, run "
+        f"`coordexp compare {revision} {name}`. Everything below covers this run alone."
     )
 
 

@@ -1,10 +1,10 @@
-"""The short page of an answered question, and which questions are answered: `reports/answers/`.
+"""The short page of an answered question, and the list of answered questions: `reports/answers/`.
 
-<id>.md    the answer in words, its rule, what was measured, what it cost; made from
+<id>.md    the answer in words, its rule, the measurement, the cost; made from
 <id>.json  every number
 <id>.png   the intervals that the rule reads
 
-On another profile than its own a question is tried: the same files, in a folder named after that profile.
+On a profile other than its own a question is only tried: the same files are in a folder named after that profile.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from coordexp.errors import DataError
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
 from coordexp.reporting.markdown import MISSING, escape, number, table, with_interval
-from coordexp.reporting.style import INK, figure_style, new_figure, save_figure
+from coordexp.reporting.style import INK, WIDTH_IN, figure_style, new_figure, save_figure
 
 ANSWERS = Path("reports/answers")
 KEPT_NUMBERS = Gate("what `coordexp answer` writes", DataError, "Ask the question again.")
-ALIKE = 0.1  # budgets that differ by a larger fraction are said
+ALIKE = 0.1  # budgets that differ by a larger fraction are reported
 # What the interval of a claim shows -> the short answer to it.
 SHORT = {"confirmed": "yes", "refuted": "no"}
 BUDGETS = {
-    "tokens": "alike: training tokens",
-    "compute": "alike: compute, training tokens and a third for each token that rollouts read or wrote",
-    "decoding": "nothing is trained for it",
+    "tokens": "equal training tokens",
+    "compute": "equal compute: training tokens, plus a third per token that rollouts read or generated",
+    "decoding": "no training",
     "none": "no budget",
 }
 _SIGNS = {"higher": ">", "lower": "<"}
@@ -50,7 +50,7 @@ class Answered:
 
 
 def stored_answers(root: Path = Path()) -> list[Answered]:
-    """The questions that `reports/answers/` answers, by name; raises DataError where a file of numbers is damaged."""
+    """The questions that `reports/answers/` answers, by name; raises DataError if a file of numbers is damaged."""
     found = []
     for path in sorted((root / ANSWERS).glob("*.json")):
         numbers = KEPT_NUMBERS.read_object(path)
@@ -66,7 +66,7 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
 
 
 def write_answer(numbers: Numbers, folder: Path, command: str) -> Path:
-    """Write page and picture of a question from its numbers; returns the path of the page, which names its command."""
+    """Write the page and the figure of a question from its numbers; returns the path of the page."""
     draw_claims(numbers["claims"], folder / f"{numbers['name']}.png")
     path = folder / f"{numbers['name']}.md"
     write_text(path, answer_markdown(numbers, command))
@@ -74,7 +74,7 @@ def write_answer(numbers: Numbers, folder: Path, command: str) -> Path:
 
 
 def answer_sentence(numbers: Numbers) -> str:
-    """What the first claim says of the question."""
+    """The answer of the first claim."""
     return claim_sentence(numbers["claims"][0]) if numbers["claims"] else "measured, without a rule"
 
 
@@ -84,7 +84,7 @@ def claim_sentence(claim: Numbers) -> str:
         case "confirmed":
             return claim["yes"] or f"Yes: {claim['text']}."
         case "refuted":
-            return claim["no"] or f"No, it is not so that {claim['text']}."
+            return claim["no"] or f"No: refuted that {claim['text']}."
         case "not shown":
             return claim["open"] or f"Not shown: {claim['text']}."
         case other:
@@ -99,11 +99,11 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
         [escape(claim["text"]), rule_words(claim), _values(claim), measured(claim), _short(claim)]
         for claim in numbers["claims"]
     ]
-    header = ["claim", "rule, fixed before", "measured", "difference, 95 % interval", "answer"]
+    header = ["claim", "rule, fixed in advance", "measured", "difference, 95 % interval", "answer"]
     lines += [table(header, rows, "llrrl")] if rows else []
     lines += [
         f"Asked by: {escape(numbers['source'])}. {_what_ran(numbers)} {_budget(numbers)}".strip(),
-        f"{_cost(numbers)} `{command}` makes this page and runs what is missing; all numbers: "
+        f"{_cost(numbers)} `{command}` writes this page and runs what is missing. All numbers: "
         f"[details/{numbers['name']}.md](details/{numbers['name']}.md).",
     ]
     lines += [escape(numbers["note"])] if numbers["note"] else []
@@ -113,7 +113,7 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
 
 
 def rule_words(claim: Numbers) -> str:
-    """The rule of a claim in short: what must lie on which side."""
+    """The rule of a claim in short."""
     ours, metric = f"`{claim['arm']}`", f"`{claim['metric']}`"
     if claim["expected"] == "same":
         theirs = f"`{claim['baseline']}`" if claim["baseline"] else f"{claim['than']:g}"
@@ -123,7 +123,7 @@ def rule_words(claim: Numbers) -> str:
 
 
 def measured(found: Numbers) -> str:
-    """A difference with its interval, in the digits that this carries."""
+    """A difference with its interval, in the digits of the interval."""
     return with_interval(found["delta"], (found["lo"], found["hi"]), sign=True) if "delta" in found else MISSING
 
 
@@ -141,12 +141,12 @@ def _what_ran(numbers: Numbers) -> str:
         f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, {numbers['n_images']} val images, {seeds}."
     )
     if numbers["seeds"] == 1 and numbers["seed_keys"]:
-        text += " With one seed the interval knows nothing of training noise."
+        text += " With one seed the interval does not include training noise."
     return text
 
 
 def _budget(numbers: Numbers) -> str:
-    """What both sides got alike, and where that is not so."""
+    """The budget that both sides share, and by how much sides differ."""
     budget, words = numbers["budget"], BUDGETS[numbers["budget"]].capitalize()
     if budget not in ("tokens", "compute"):
         return f"{words}." if budget == "decoding" else ""
@@ -165,12 +165,12 @@ def _cost(numbers: Numbers) -> str:
     known = [seconds for seconds in runs.values() if seconds]
     words = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     if not known:
-        return f"{words}, there already or from the cache."
-    return f"{words}; {len(known)} of them trained here, for {sum(known) / 60:.0f} minutes."
+        return f"{words}, from the repository or the cache."
+    return f"{words}; {len(known)} of them were trained here, in {sum(known) / 60:.0f} minutes."
 
 
 def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
-    """The interval of every claim beside what it is compared with, one panel a metric; nothing without a claim."""
+    """The interval of every claim with its reference, one panel per metric; no file without a claim."""
     shown = [claim for claim in claims if "delta" in claim]
     if not shown:
         path.unlink(missing_ok=True)
@@ -180,7 +180,7 @@ def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
         by_metric.setdefault(claim["metric"], []).append(claim)
     heights = [0.5 + 0.28 * len(group) for group in by_metric.values()]
     with figure_style():
-        figure = new_figure(8.0, 0.6 + sum(heights))
+        figure = new_figure(WIDTH_IN, 0.6 + sum(heights))
         panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         for ax, (metric, group) in zip(panels, by_metric.items(), strict=True):
             delta, lo, hi = (np.array([claim[name] for claim in group]) for name in ("delta", "lo", "hi"))

@@ -2,9 +2,9 @@
 
     python -m coordexp.reporting.reference        # from the repository root
 
-rewrites both, the tables of memory and hours in docs/production.md and docs/scaling.md, and README's results and
-picture. The last two are of the run in the working tree, and stay as they are where its outputs are not. No page holds
-a value of params.yaml: an experiment that changes one must not make the documents wrong.
+rewrites both, the tables of memory and hours in docs/production.md and docs/scaling.md, and the results in README. The
+results come from the run in the working tree; without its outputs README stays as it is. No page contains a value of
+params.yaml, so that an experiment that changes one does not make the documents wrong.
 """
 
 from __future__ import annotations
@@ -53,104 +53,104 @@ END = "<!-- end of results -->"
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
 
 _TIERS = {
-    "seen": "names that training wrote",
-    "phrase": "pairs that pretraining drew, but never wrote",
-    "strict": "pairs that were never drawn nor written",
+    "seen": "seen in training",
+    "phrase": "unseen in text (pretraining images contain them)",
+    "strict": "unseen in text and images",
 }
 
 _PARAMETERS_INTRO = """\
-Experiments vary `params.yaml`; `configs/<profile>.yaml` says where and how big. Every key must be present and none has
-a default in the code, so the two files are the whole truth about a run. An unknown key, a value of another type and a
-value out of range stop the first stage, `check`, before anything is run or removed, with a message that names the key
-in full.
-`dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, `-S configs/tiny.yaml:stage1.steps=600` one
-of a profile: both files have blocks `stage1` and `stage2`, of different keys. `make preset PRESET=mixture` runs a named
-recipe of `configs/presets/` (`mixture`, `note_a_only`, `pure_ce`, `raw_digits`, `seed`). What the terms compute:
-[concepts.md](concepts.md).
+`params.yaml` contains what experiments vary; `configs/<profile>.yaml` sets data, paths and sizes. Every key must be
+present, and the code has no defaults, so these two files describe a run completely. If a key is unknown, or a value has
+the wrong type or is out of range, the first stage, `check`, stops before anything is run or removed, and its message
+gives the full key.
+`dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, and
+`-S configs/tiny.yaml:stage1.steps=600` a key of a profile: both files have blocks `stage1` and `stage2`, with different
+keys. `make preset PRESET=mixture` runs a named recipe of `configs/presets/` (`mixture`, `note_a_only`, `pure_ce`,
+`raw_digits`, `seed`). [concepts.md](concepts.md) explains what the terms compute.
 
-A profile may hold only what differs from another one, which it names: `extends: coco-qwen3vl-4b`, or `base/qwen3vl` for
-`configs/base/qwen3vl.yaml`, which need not be whole. Blocks merge, key by key; lists, `source.sets`, `model.files`
-and a `source` of another `kind` are taken whole from the file that states them last.
+A profile may contain only its differences from another profile: `extends: coco-qwen3vl-4b`, or `base/qwen3vl` for
+`configs/base/qwen3vl.yaml`, which may be incomplete. Blocks merge key by key; lists, `source.sets`, `model.files`
+and a `source` of another `kind` come as a whole from the last file that sets them.
 
-A changed value runs the stages under "read by" again, as `pipelines/inputs.yaml` declares, and of those under "then"
-each whose inputs came out different (`decode` is all four, `decode@base` to `decode@stage2`; `check` runs always).
-`profile` is part of every command and path; `model.path` is where the files of the model lie, which pins identify."""
+A changed value reruns the stages under "read by", as `pipelines/inputs.yaml` declares. Of the stages under "then",
+those rerun whose inputs changed (`decode` stands for all four, `decode@base` to `decode@stage2`; `check` always runs).
+`profile` is part of every command and path; `model.path` is the folder of the model files, which the pins identify."""
 
 _UNASKED = """\
-Every other key of `params.yaml`, and every choice of one that lists its choices, is in an arm of a question of
+Every other key of `params.yaml`, and every choice of a key with listed choices, is in an arm of a question in
 `configs/questions/` (`coordexp answer --list`)."""
 
 _TERMS = """\
-In the order of the loss: the sum of weight * (sum over slots or boxes) / (their count in the whole step). A term whose
-weight is 0 is not computed, but for box terms, which are always logged. Stage 1 takes `text_ce` at weight 1 and has no
-term without a key in its block."""
+The loss is the sum over terms, in this order, of weight * (sum over slots or boxes) / (their count in the whole step).
+A term of weight 0 is not computed, except for box terms, which are always logged. Stage 1 uses `text_ce` at weight 1
+and only the terms that have a key in its block."""
 
 _METRICS_INTRO = """\
-`runs/<profile>/eval/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
-`stage1-control` and `stage2`, rounded to four digits when written. A metric that the data leave undefined (no object of
-that kind, no prediction) is `null`, never an invented 0. Two digits at the end of a name are an IoU threshold:
-`full_50` is taken at IoU .50. How predictions are matched: [concepts.md](concepts.md).
+`runs/<profile>/eval/metrics.json` contains `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
+`stage1-control` and `stage2`, rounded to four digits when written. A metric that is undefined on the data (no object of
+that kind, no prediction) is `null`, not 0. Two digits at the end of a name are an IoU threshold: `full_50` is at
+IoU .50. [concepts.md](concepts.md) explains how predictions are matched.
 
 `dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys:
 {headline} of each trained checkpoint, and
-`comparison.stage2_vs_control.coco.mAP` with its interval. All of metrics.json between two revisions:
-`dvc metrics diff HEAD --targets runs/<profile>/eval/metrics.json`; with intervals: `coordexp compare`."""
+`comparison.stage2_vs_control.coco.mAP` with its interval. To compare all of metrics.json between two revisions, use
+`dvc metrics diff HEAD --targets runs/<profile>/eval/metrics.json`; with intervals, `coordexp compare`."""
 
 _COMPARISON = """\
 At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and
-`hi` (95 % interval of the paired bootstrap), `p_superior` (share of resamples in which the first is better, ties
-counted half)."""
+`hi` (95 % interval of the paired bootstrap), `p_superior` (fraction of resamples in which the first is better; a
+tie counts as half)."""
 
 _LOGS = """\
-`train_log.jsonl` beside each trained checkpoint holds one JSON object for every step: `step`, `loss/total`,
+`train_log.jsonl` next to each trained checkpoint contains one JSON object per step: `step`, `loss/total`,
 `loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
 `loss/coord_reg` (the sum of the weighted coordinate terms), `lr` (the peak rate times the schedule), `grad_norm`
 (before clipping), `tokens`, `samples`; in stage 2 also
-`channel` and, in steps of channel B, what it met, `stage2_ab/*_total`, and what fresh rollouts read and wrote,
-`rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
+`channel` and, in steps of channel B, its counters `stage2_ab/*_total`, and the tokens that fresh rollouts read and
+generated, `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
 `grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
-`grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below are taken at the supervised coordinate
-slots of the step, of all its forwards and processes, 90th percentiles too; those of a first forward beside the last are
-`coord_diag_a1/*`. Terms on boxes are logged as `raw/bbox_*` also where their weight is 0. While a stage runs, its
-log in `.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the part of it in which processes waited for
-their batches (a sum over processes); their sums stand in `runs/<profile>/<stage>.run.json`.
+`grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below cover the supervised coordinate slots of
+the step over all its forwards and processes, 90th percentiles too; with several forwards, those of the first are
+`coord_diag_a1/*`. Box terms are logged as `raw/bbox_*` even if their weight is 0. While a stage runs, its log in
+`.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the part of it in which processes waited for their
+batches (summed over processes); the sums are in `runs/<profile>/<stage>.run.json`.
 
-`monitor.jsonl` beside it holds one object for every call of the eval callback (`monitor.every_steps`), over the same
-few dev images: `step`, `images`, `objects`, `predictions`, `right` (box at IoU .50 and name), `false`, `missed`,
-`precision`, `recall`, `f1`, `f1_boxes` (names ignored), `matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`,
-`tokens_mean`. The pairing is that of training, not the evaluator's.
+`monitor.jsonl` in the same folder contains one object per call of the eval callback (`monitor.every_steps`), on the
+same few dev images: `step`, `images`, `objects`, `predictions`, `right` (true positives: box at IoU .50 and name),
+`false`, `missed`, `precision`, `recall`, `f1`, `f1_boxes` (class-agnostic), `matched_iou_mean`, `dup_pairs_90`,
+`parse_rate`, `truncated`, `tokens_mean`. Pairs are matched as in training, not as in the evaluator.
 
-`context_errors.jsonl` holds one object for every image of every such call, read by the weights of that step in a
-forward of its own (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
-annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, in the
-annotated context `A1`, in the soft self-context `A2` and on where channel A has several forwards, and in the model's
-own greedy answer `own`, null where no prediction locates the object. Stage 1 and the control have no `A2`.
-Its `coord_diag` holds, by context `A1`, `A2` and on, means over the image's coordinate slots of the diagnostics below;
-the readings `coord.*` of questions are their means over dev in the context `A1`."""
+`context_errors.jsonl` contains one object per image of every such call, measured in a separate forward with the weights
+of that step (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
+annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, by context: the
+annotated context `A1`; the soft self-context `A2` and higher if channel A has several forwards; and `own`, the model's
+own greedy answer, null if no prediction locates the object. Stage 1 and the control have no `A2`.
+`coord_diag` contains, by context `A1`, `A2` and higher, means of the diagnostics below over the image's coordinate
+slots; the readings `coord.*` of questions are their means over dev in the context `A1`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
     "lvis": "Only with LVIS labels: a run on one `lvis` set, `coordexp evaluate --annotations` (`evaluation/lvis.py`).",
-    "known": "The part of COCO AP that belongs to names seen in training.",
-    "held_out": "The part of COCO AP that belongs to names that no training split holds.",
+    "known": "COCO AP over the categories seen in training.",
+    "held_out": "COCO AP over the categories that are in no training split.",
     "vocabulary": (
-        "Only with probes (prompt `mixed`): COCO AP by how names are held out (`records/categories.py`) and by what "
-        "was asked, answers beside rivals, and refusals (`evaluation/vocabulary.py`)."
+        "Only with probes (prompt `mixed`): COCO AP by how categories are held out (`records/categories.py`) and by "
+        "prompt, predictions among similar names, and refusals (`evaluation/vocabulary.py`)."
     ),
-    "vocabulary_blind": "The same numbers of the same answers dealt to other images: what is reached without looking.",
-    "f1": "One-to-one matching by falling IoU, names ignored when pairing (`evaluation/f1.py`).",
-    "protocol": "Only classes that the image shows, beside the full vocabulary, and the gap (`evaluation/matched.py`).",
-    "rollout": "The matching of training, under its own name (`evaluation/training_matching.py`).",
+    "vocabulary_blind": "Blind control of `vocabulary`: the same predictions shuffled across images.",
+    "f1": "One-to-one matching by decreasing IoU, class-agnostic pairing (`evaluation/f1.py`).",
+    "protocol": "Only classes present in the image, the full vocabulary, and the gap (`evaluation/matched.py`).",
+    "rollout": "The matching used in training (`evaluation/training_matching.py`).",
     "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
-    "input": "How predicted names were mapped, and input that is odd but judged (`evaluation/table.py`).",
-    "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
+    "input": "How predicted names were mapped, and unusual input that is evaluated (`evaluation/table.py`).",
+    "set": "Properties of the answer as a set (`evaluation/set_behaviour.py`).",
     "guarded": (
-        "Headline and set behaviour after NMS: of boxes of one name that overlap by the lowest duplicate IoU, the "
-        "first stays (`evaluation/matched.py`)."
+        "Headline and set metrics after NMS: of boxes with the same name that overlap by at least the lowest "
+        "duplicate IoU, the first stays (`evaluation/matched.py`)."
     ),
-    "confidence": "What the scores know (`evaluation/confidence.py`).",
-    "errors": "Why predictions are wrong, and what each cause costs: TIDE's six errors (`evaluation/error_causes.py`).",
-    "blind": "Answers given without seeing the picture (`evaluation/blind.py`); a checkpoint must exceed them.",
+    "confidence": "Quality of the scores (`evaluation/confidence.py`).",
+    "errors": "The six error types of TIDE and the cost of each (`evaluation/error_causes.py`).",
+    "blind": "Predictions made without the image (`evaluation/blind.py`); a checkpoint must exceed them.",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
 }
 _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
@@ -158,7 +158,7 @@ _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """What each stage reads of the parameters, and of the others."""
+    """Which parameters each stage reads, and the order of the stages."""
 
     declarations: Sequence[Declaration]
     plans: Mapping[str, StagePlan]
@@ -186,14 +186,14 @@ def parameters_markdown(graph: Graph) -> str:
         _TERMS,
         terms_table(),
         "## Removed keys",
-        "Keys of earlier designs are refused with their remedy.",
+        "Keys of earlier designs are rejected with their remedy.",
         table(["key", "remedy"], removed, "ll"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def terms_table() -> str:
-    """Every registered term: its weight, where it is taken, its function and what it is."""
+    """Every registered term: weight, place, function and meaning."""
     from coordexp.losses.terms import TERMS  # loads torch, which the commands that import this module do without
 
     specs = {spec.key.split(".")[-1]: spec for spec in field_specs(Params) if not spec.key.startswith("stage1.")}
@@ -250,13 +250,13 @@ def metrics_markdown() -> str:
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in view("compared", STANDARD))),
         "## Bad input",
-        "Decided in `evaluation/table.py`: an error, by exit code 2 and a message naming the place, for what "
-        "would make a number wrong; a counter for what a model may well answer.",
+        "Defined in `evaluation/table.py`: input that would make a number wrong is an error, with exit code 2 and a "
+        "message that gives the place; input that a model may well produce is counted.",
         table(["input", "outcome", "why"], [[_cell(b.what), _cell(b.outcome), _cell(b.why)] for b in BAD_INPUT], "lll"),
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),
-        "Of held-out slots alone, in `context_errors.jsonl` (`losses/coord_terms.py:distribution_shape`):",
+        "For held-out slots only, in `context_errors.jsonl` (`losses/coord_terms.py:distribution_shape`):",
         table(["diagnostic", "meaning"], [[f"`{name}`", _cell(words)] for name, words in SHAPES.items()], "ll"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -270,12 +270,12 @@ def _area(area: str, specs: Iterable[MetricSpec]) -> Iterator[str]:
 
 
 def _cell(words: str) -> str:
-    """Our own words, which may hold Markdown, as one cell; readable in the source too."""
+    """Text of the repository, which may contain Markdown, as one cell; readable in the source too."""
     return words.replace("|", "\\|").replace("<", "&lt;")
 
 
 def results(profile: str, root: Path) -> str | None:
-    """Tables of a run: metrics by checkpoint, and AP by how names are held out. None where its outputs are not."""
+    """Tables of a run: metrics by checkpoint, and AP by how categories are held out. None without its outputs."""
     path = ProfilePaths(profile, root).metrics
     if not path.is_file():
         return None
@@ -295,22 +295,22 @@ def _results_table(metrics: Metrics) -> str:
 
 
 def _names_table(metrics: Metrics) -> str:
-    """AP at IoU .50 of the last checkpoint with its 95 % interval: a row for each tier, a column for each question."""
+    """AP at IoU .50 of the last checkpoint with its 95 % interval: a row per tier, a column per prompt."""
     name, rows = CHECKPOINTS[-1], []
     for tier, meaning in _TIERS.items():
         keys = [f"vocabulary{area}_{tier}_AP50" for area in (".everything", ".list", "_blind.list")]
         rows.append([meaning, *(with_interval(metric(metrics, name, k), bounds_of(metrics, name, k)) for k in keys)])
     head = [
         f"AP50 of {name}",
-        "asked for everything",
-        "asked with a list",
-        "with a list, answers dealt to other images",
+        "prompted for all objects",
+        "prompted with a list",
+        "list, predictions shuffled across images",
     ]
     return table(head, rows)
 
 
 def with_block(page: str, begin: str, end: str, block: str, name: str) -> str:
-    """A page with what stands between two markers replaced; raises DataError if they are not there once."""
+    """A page with the text between two markers replaced; raises DataError unless each marker is there once."""
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(page)) != 1:
         raise DataError(f"{name}: expected one block between {begin!r} and {end!r}.")

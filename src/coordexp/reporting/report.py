@@ -1,10 +1,10 @@
-"""The report: read everything, draw the pictures, write the text.
+"""The report: read all inputs, draw the figures, write the text.
 
     build_report(ReportInputs.of(run), Path("reports/tiny"))
 
-progress.md is the decision note, whole in git with the few small files of pictures/. All numbers and pictures behind
-it are in details/ (a page for each subject), figures/ and gallery/, which DVC keeps. Nothing holds a time or place of
-its own: the same inputs give the same bytes.
+progress.md is the decision note; git holds it with the few small files of pictures/. The numbers and figures behind it
+are in details/ (a page per subject), figures/ and gallery/, which DVC stores. No file contains a time or place, so that
+the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from coordexp.reporting.gallery import (
     write_gallery,
 )
 from coordexp.reporting.inputs import Baseline, ReportData, ReportInputs, load_report_data, metric, required
-from coordexp.reporting.markdown import escape, number, percent, table
+from coordexp.reporting.markdown import counted, escape, number, percent, table
+from coordexp.reporting.method import METHOD, choose_method, write_method
 from coordexp.reporting.monitor import (
     checkpoint_counts_table,
     monitor_sentence,
@@ -100,20 +101,24 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
     strips = choose_strips(outcomes[SHOWN])
     asked = choose_asked(data.probes, data.categories, params.seed)
+    method = choose_method(outcomes[SHOWN], data.distributions, params.matching, params.seed)
     context = _context(inputs, data, outcomes, picks, strips, dup_key)
+    context["method_file"] = METHOD if method else ""
     context |= {"asked": [kind.caption for kind in asked], "asked_file": ASKED if any(k.shown for k in asked) else ""}
     context |= {"questions": answered_questions(out_dir.parent / "answers")}
     texts = {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
-    for folder in FOLDERS:  # no picture of an older report stays
+    for folder in FOLDERS:  # remove the figures of an older report
         shutil.rmtree(out_dir / folder, ignore_errors=True)
     write_training_figures(data.logs, params, out_dir / "figures")
     write_monitor_figure(data, out_dir / "figures" / "monitor.png")
     write_evaluation_figures(data, outcomes, out_dir / "figures")
-    write_coordinate_figures(outcomes, strips, out_dir / "figures")
+    write_coordinate_figures(outcomes, strips, data.distributions, inputs.image_root, out_dir / "figures")
     write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
     write_pictures(data, outcomes, picks, inputs.image_root, out_dir / "pictures")
     write_asked(asked, inputs.image_root, out_dir / "pictures" / ASKED)
-    for name, text in texts.items():  # after their pictures: what they show is there
+    if method:
+        write_method(method, data.distributions, params.matching, inputs.image_root, out_dir / "pictures" / METHOD)
+    for name, text in texts.items():  # after their figures: whatever a page shows exists
         write_text(out_dir / name, text)
     return out_dir / PAGE
 
@@ -154,7 +159,7 @@ def _context(
 
 
 def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
-    """What the first page says."""
+    """The first page."""
     return {
         "profile": data.run.params.profile,
         "decision": decision(data),
@@ -168,9 +173,9 @@ def _summary(data: ReportData, baseline: Baseline | None) -> dict[str, Any]:
 
 
 def _scores(data: ReportData, outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
-    """What was found, and why F1 and mAP are what they are."""
+    """The results, and what explains F1 and mAP."""
     metrics, settings, shown = data.metrics, data.settings, outcomes[SHOWN]
-    composed = data.run.profile.source.kind == "scenes"  # which no published number is about
+    composed = data.run.profile.source.kind == "scenes"  # no published number covers these
     return {
         "checkpoint_table": tables.metrics_table(data, "checkpoints"),
         "comparison_table": comparison_table(data),
@@ -258,16 +263,16 @@ def _training(data: ReportData) -> list[dict[str, str]]:
 def _upper_bound(data: ReportData) -> str:
     upper_bound = required(data.upper_bound, "mAP", "upper_bound.json")
     if not upper_bound:
-        return "nothing: no object is annotated."
+        return "nothing: the data have no annotated object."
     reached = {name: (metric(data.metrics, name, "coco.mAP") or 0.0) / upper_bound for name in CHECKPOINTS}
     f1_95 = required(data.upper_bound, "f1_95", "upper_bound.json")
     score = f"mAP {number(upper_bound)} and F1 at IoU .95 of {number(f1_95)}"
     shown = ", ".join(f"{name} {percent(fraction)}" for name, fraction in reached.items())
-    return f"{score}. Of that mAP the checkpoints reach: {shown}."
+    return f"{score}. The checkpoints reach these fractions of that mAP: {shown}."
 
 
 def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[dict[str, Any]]:
-    """The chosen pictures under their rule."""
+    """The selected panels under their rule."""
     return [
         {
             "rule": rule,
@@ -286,25 +291,26 @@ def _gallery(data: ReportData, picks: list[GalleryPick], dup_key: str) -> list[d
 
 
 def _examples(data: ReportData, picks: list[GalleryPick], dup_key: str) -> str:
-    """The pictures of page one under their rules, two beside each other; a rule that chose none says so."""
+    """The panels of page one, one below the other; a rule that selected no image is reported as such."""
     chosen = examples(picks)
-    cells = []
+    rows = []
     for rule, file in EXAMPLES.items():
-        said = "no image of this kind"
+        caption = "no image of this kind"
         if pick := chosen.get(rule):
-            said = f"{_caption(data, pick, dup_key)}<br>![image {pick.image_id}](pictures/{file})"
-        cells.append(f"**{rule.capitalize()}**: {said}")
-    return table(["", ""], [cells[:2], cells[2:]], "ll")
+            caption = f"{_caption(data, pick, dup_key)}<br>![image {pick.image_id}](pictures/{file})"
+        rows.append([f"**{rule.capitalize()}**: {caption}"])
+    return table(["rule, image, counts of stage 2"], rows)
 
 
 def _caption(data: ReportData, pick: GalleryPick, dup_key: str) -> str:
-    """Counts of stage 2 and, where it chose the image, of the change."""
+    """Counts of stage 2 and, if the image was selected for it, the change from stage 1."""
     row = data.per_image[SHOWN].loc[pick.image_id]
     caption = (
-        f"{escape(row['image'])} (id {pick.image_id}): objects {row['n_gt']}, predictions {row['n_pred']}; "
-        f"right {row['tp_50']}, false {row['fp_50']}, missed {row['fn_50']}, duplicate pairs {row[dup_key]}"
+        f"{escape(row['image'])} (id {pick.image_id}): {counted(row['n_gt'], 'object')}, "
+        f"{counted(row['n_pred'], 'prediction')}; {row['tp_50']} correct, {counted(row['fp_50'], 'false positive')}, "
+        f"{counted(row['fn_50'], 'false negative')}, {counted(row[dup_key], 'duplicate pair')}"
     )
     if pick.rule == "biggest change":
         before, after = (n_errors(data.per_image[name])[pick.image_id] for name in (BEFORE, SHOWN))
-        caption += f"; errors {before} in stage 1, {after} in stage 2"
+        caption += f"; {before} errors in stage 1, {after} in stage 2"
     return caption

@@ -1,4 +1,7 @@
-"""One look for all figures: colours that stay with their checkpoint, readable by colour-blind people."""
+"""One style for all figures: colors that stay with their checkpoint, readable by color-blind people.
+
+A figure is at most `WIDTH_IN` wide: scaled to a phone, its text is still about 8 px high.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from PIL import Image
 from coordexp.infra.files import replacing
 from coordexp.infra.printable import printable_lines
 
-# Okabe and Ito 2008; line style and marker repeat what the colour says.
+# Okabe and Ito 2008; line style and marker repeat what the color says.
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"
-_DPI = 100
+WIDTH_IN = 6.8
+_DPI = 200  # twice what a screen shows of a figure of this width
 _RC: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -44,7 +48,7 @@ _RC: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class LineLook:
-    """How one checkpoint or channel looks in every figure."""
+    """Color, line and marker of one checkpoint or channel, the same in every figure."""
 
     colour: str
     line: str
@@ -62,7 +66,7 @@ CHANNEL_LOOKS = {"A": LineLook("#D55E00", "-", "o"), "B": LineLook("#7A2E00", "-
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw with the house style, whatever the user's matplotlibrc says."""
+    """Draw in this style, whatever the user's matplotlibrc sets."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)  # type: ignore[arg-type]
@@ -70,12 +74,12 @@ def figure_style() -> Iterator[None]:
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """A figure without any window system behind it."""
+    """A figure that needs no window system."""
     return Figure(figsize=(width_in, height_in), dpi=_DPI)
 
 
 def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
-    """Write a small palette PNG without the program's version in it, so that equal input gives equal bytes."""
+    """Write a small palette PNG without the version of the program, so that equal input gives equal bytes."""
     for text in figure.findobj(Text):
         text.set_text(printable_lines(text.get_text()))
     raw = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Tables of metrics.json, each number in the digits of that file; the rows are views of the registry."""
+"""Tables of metrics.json; the rows are views of the registry."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _CONFUSED_ROWS = 8
 def metrics_table(data: ReportData, name: str) -> str:
     """The metrics of a view as rows, checkpoints as columns, with the 95 % interval where there is one.
 
-    A reason for which the parser dropped nothing has no row. What the evaluation did not measure, because the data set
-    has no such names or asks no such question, is named below.
+    A reason for which the parser dropped nothing has no row. Metrics that the evaluation did not measure, because the
+    data set has no such categories or prompts, are listed below the table.
     """
     specs, rows = metric_specs(data.settings, vocabulary=True), []
     optional = name == "vocabulary"
@@ -65,10 +65,10 @@ def measures_table(data: ReportData, outcomes: Mapping[str, Outcomes], area: str
 
 
 def goals_table(data: ReportData) -> str:
-    """Each goal of the profile beside what the trained checkpoints reach; empty if there are none.
+    """Each goal of the profile next to the values of the trained checkpoints; empty if there are none.
 
     Raises:
-        ConfigError: a goal is about a metric that this evaluation does not have.
+        ConfigError: a goal names a metric that this evaluation does not have.
     """
     names = [name for name in CHECKPOINTS if name != "base"]
     known, rows = metric_specs(data.settings, vocabulary=True), []
@@ -92,7 +92,7 @@ def goals_table(data: ReportData) -> str:
 
 
 def tier_table(data: ReportData) -> str:
-    """What became of the objects of each tier by what was asked; empty without probes."""
+    """Outcomes of the objects of each tier by kind of prompt; empty without probes."""
     if "by_tier" not in data.details[CHECKPOINTS[-1]]:
         return ""
     keys = ("located", "first_word", "last_word", "exact")
@@ -101,7 +101,7 @@ def tier_table(data: ReportData) -> str:
         + [" / ".join(number(row[key]) for key in keys) for row in (first, *others)]
         for first, *others in zip(*_detail(data.details, "by_tier"), strict=True)
     ]
-    return table(["asked", "names", "objects", *CHECKPOINTS], rows, "llr" + "r" * len(CHECKPOINTS))
+    return table(["prompt", "categories", "objects", *CHECKPOINTS], rows, "llr" + "r" * len(CHECKPOINTS))
 
 
 def _cells(metrics: Metrics, key: str) -> list[str]:
@@ -124,7 +124,7 @@ def protocol_table(data: ReportData) -> str:
 
 
 def nms_table(data: ReportData) -> str:
-    """Before and after NMS: if little changes, the metrics do not hide duplicates."""
+    """Before and after NMS: if little changes, the metrics hide no duplicates."""
     rows = [["predictions removed", *_cells(data.metrics, "guarded.n_removed")]]
     for key in view("after NMS", data.settings):
         sides = [[number(metric(data.metrics, name, k)) for k in (key, after_nms(key))] for name in CHECKPOINTS]
@@ -133,7 +133,7 @@ def nms_table(data: ReportData) -> str:
 
 
 def mapping_table(data: ReportData) -> str:
-    """How the predicted names were found among the categories."""
+    """How predicted names were mapped to categories."""
     keys = view("mapping", data.settings)
     rows = [[name, *(number(metric(data.metrics, name, key)) for key in keys)] for name in CHECKPOINTS]
     return table(["predicted names", *(key.removeprefix("input.names_") for key in keys)], rows)
@@ -169,14 +169,14 @@ def _detail(details: Mapping[str, Json], key: str) -> list[list[Json]]:
 
 
 def worst_duplicates_table(details: Json) -> str:
-    """The images with most duplicate pairs of one checkpoint; empty if there are none."""
+    """The images with the most duplicate pairs of one checkpoint; empty if there are none."""
     worst = required(details, "worst_duplicates", "details.json")
     rows = [[str(row[key]) for key in ("image_id", "pairs", "n_pred", "n_gt")] for row in worst]
     return table(["image id", "duplicate pairs", "predictions", "objects"], rows) if rows else ""
 
 
 def scores_table(details: Mapping[str, Json]) -> str:
-    """The mAP that each score would reach, and how well it tells right from false (AUROC)."""
+    """The mAP that each score would reach, and how well it separates true from false positives (AUROC)."""
     by_name = [{row["score"]: row for row in rows} for rows in _detail(details, "scores")]
     scores = dict.fromkeys(score for rows in by_name for score in rows)
     ordered = sorted(scores, key=lambda score: score in (CONSTANT, PERFECT))  # bounds last
@@ -206,7 +206,7 @@ def category_table(details: Json) -> str:
 
 
 def confusion_table(outcomes: Outcomes) -> str:
-    """The most frequent wrong names of located objects; empty if there are none."""
+    """The most frequent classification errors; empty if there are none."""
     confusions = sorted(outcomes.confusions().items(), key=lambda item: (-item[1], item[0]))[:_CONFUSED_ROWS]
     rows = [[escape(truth), escape(predicted), str(n)] for (truth, predicted), n in confusions]
     return table(["annotated", "predicted", "objects"], rows, "llr")
@@ -228,11 +228,11 @@ def upper_bound_table(upper_bound: Json) -> str:
 
 
 def leaves_table(tree: Any, header: Sequence[str]) -> str:
-    """Every leaf of a JSON file as a row: for small statistics that other stages own."""
+    """Every leaf of a JSON file as a row, for small statistics of other stages."""
     return table(header, [[code(key), escape(number(value))] for key, value in flatten(tree)])
 
 
-# Published column -> our metric, by the protocol under which the two may stand in one table.
+# Published column -> our metric, by the protocol under which the two may share a table.
 _OURS = {
     "oracle-class": {f"f1_{level}": f"protocol.positive_full_{level}" for level in ("50", "95", "mean")},
     "full-vocabulary": {name: f"coco.{name}" for name in ("mAP", "AP50", "AP75")},
@@ -247,14 +247,14 @@ def published_tables() -> dict[str, Json]:
     """The tables of published.json by name.
 
     Each has `title`, `source`, `rows`, and either one `protocol` for all rows or `protocols` that the rows refer to by
-    name. AP and F1 are in 0..1. `mark` says how the number is known: paper, source read, or reported and not
+    name. AP and F1 are in 0..1. `mark` is the source of the number: paper, source read, or reported and not
     reproduced.
     """
     return json.loads(files(__package__).joinpath("published.json").read_text(encoding="utf-8"))
 
 
 def published_markdown(metrics: Metrics) -> str:
-    """Every published table with its protocols in words, and stage 2 as its last rows, one for each protocol."""
+    """Every published table with its protocols in words, and stage 2 as its last rows, one per protocol."""
     return "\n\n".join(_published(metrics, published) for published in published_tables().values())
 
 

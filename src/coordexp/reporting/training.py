@@ -1,6 +1,6 @@
-"""What the losses did: where they began, where they ended, and how far they are from what they cannot go below.
+"""The losses of a training log: first and last values, and the distance from their lower bounds.
 
-A log is the table of `infra/logs.py`; its columns stand in the order of the objective.
+A log is the table of `infra/logs.py`; its columns are in the order of the objective.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from coordexp.infra.logs import BIN_ERROR, COORD_SUM, ends, logged
 from coordexp.reporting.markdown import MISSING, percent, significant, table
 
 MEANINGS = {
-    "softce_kl": "softCE minus the target's entropy (nats): what can reach 0",
+    "softce_kl": "softCE minus the target's entropy (nats); can reach 0",
     "expected_bin_mae": "mean error of E[k], bins",
     "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins",
     "p_gt_mean": "probability of the target bin",
-    "acc_top5": "target bin among the five likeliest",
-    "margin_mean": "log-margin of the target bin over the best other; a soft target does not want a peak",
-    "w1_to_delta": "W1 distance to the hard target, share of the axis",
+    "acc_top5": "target bin among the five most probable",
+    "margin_mean": "log-margin of the target bin over the best other bin; a soft target does not favor a peak",
+    "w1_to_delta": "W1 distance to the hard target, fraction of the axis",
     "coord_vocab_mass_mean": "probability of any coordinate token",
 }
-# What is said of held-out slots beside these (`losses/coord_terms.py:distribution_shape`).
+# In addition, for held-out slots (`losses/coord_terms.py:distribution_shape`).
 SHAPES = {
     "gate": "-log P(any coordinate token), nats",
     "second_peak": "distributions with a second peak, fraction",
-    "mean_off_peak": "E[k] where the distribution is thin, fraction: the mean collapse of several peaks",
-    "coverage_50": "target inside the central 50 % of the distribution, fraction; 0.5 if its width can be believed",
-    "coverage_90": "the same of the central 90 %",
+    "mean_off_peak": "E[k] in a low-probability region, fraction: mean collapse between peaks",
+    "coverage_50": "target inside the central 50 % of the distribution, fraction; 0.5 if the width is calibrated",
+    "coverage_90": "the same for the central 90 %",
 }
 OTHER_UNITS = (
     "softce_kl",
     "expected_bin_mae",
     "margin_mean",
     "gate",
-)  # nats and bins; what else there is, is in [0, 1]
+)  # nats and bins; all others are in [0, 1]
 SLOTS = "coord_diag/coord_tokens"
 CORRELATED = ("raw/softce", "raw/w1", "raw/gate", "raw/coord_ce", "raw/text_ce", BIN_ERROR)
 ZERO_FLOOR_DIAGNOSTICS = ("softce_kl", "w1_to_delta", "expected_bin_mae", "expected_bin_abs_err_p90")
-NO_FLOOR = ("total", COORD_SUM, "text_ce", "entropy")  # what they cannot go below is not known, or is no bound
-_FLAT = 0.02  # a smaller relative change above the floor is called flat
-HEADER = ["quantity", "what it is", "first tenth", "last tenth", "floor", "change", "share of loss at end"]
+NO_FLOOR = ("total", COORD_SUM, "text_ce", "entropy")  # their lower bound is not known
+_FLAT = 0.02  # a smaller relative change above the lower bound is reported as flat
+HEADER = ["quantity", "meaning", "first tenth", "last tenth", "lower bound", "change", "fraction of final loss"]
 
 
 def channels(log: pd.DataFrame) -> list[str]:
@@ -65,7 +65,7 @@ def loss_columns(log: pd.DataFrame) -> list[str]:
 
 
 def training_table(log: pd.DataFrame, params: Params, stage: str) -> str:
-    """Weighted losses with floors and shares, raw terms of no weight, and the diagnostics, of one stage or channel."""
+    """Weighted losses with lower bounds and fractions, raw unweighted terms, and diagnostics of a stage or channel."""
     total = ends(log, "loss/total")
     rows = []
     for column in loss_columns(log):
@@ -84,14 +84,14 @@ def training_table(log: pd.DataFrame, params: Params, stage: str) -> str:
 
 
 def term_meaning(term: str) -> str:
-    """What a term of the objective is, in the words of its weight in the parameters."""
+    """The meaning of a term of the objective, in the words of its weight in the parameters."""
     sums = {"total": "sum of all terms", COORD_SUM: "sum of the coordinate terms"}
     meanings = {spec.key.split(".")[-1]: spec.description for spec in field_specs(Params)}
     return sums.get(term) or meanings.get(f"{term}_weight", "")
 
 
 def loss_floor(term: str, params: Params, stage: str) -> float | None:
-    """What a weighted term cannot go below; None where that is not known."""
+    """The lower bound of a weighted term; None if it is not known."""
     if term == "softce":
         weights = params if stage == "stage2" else params.stage1
         return weights.softce_weight * target_entropy_nats(params.target, params.sigma, params.truncate)
@@ -109,7 +109,7 @@ def _row(log: pd.DataFrame, column: str, meaning: str, floor: float | None, tota
 
 
 def change_above_floor(first: float, last: float, floor: float) -> str:
-    """Relative change of the part above the floor, "flat" below 2 %; n/a for a quantity that starts at or below it."""
+    """Relative change of the part above the lower bound, "flat" below 2 %; n/a if the first value is not above it."""
     if first <= floor:
         return MISSING
     change = (last - floor) / (first - floor) - 1
@@ -117,14 +117,14 @@ def change_above_floor(first: float, last: float, floor: float) -> str:
 
 
 def training_sentence(log: pd.DataFrame, params: Params) -> str:
-    """The two numbers that matter: softCE against its floor, and the error in bins; empty if neither was logged."""
+    """The two main numbers: softCE with its lower bound, and the error in bins; empty if neither was logged."""
     entropy = target_entropy_nats(params.target, params.sigma, params.truncate)
     parts = []
     softce, kl = ends(log, "raw/softce"), ends(log, "coord_diag/softce_kl")
     if softce is not None and kl is not None:
         parts.append(
-            f"unweighted softCE went from {softce[0]:.3f} to {softce[1]:.3f} nats against a floor of {entropy:.3f}; "
-            f"the KL above the floor went from {kl[0]:.3f} to {kl[1]:.3f}"
+            f"unweighted softCE went from {softce[0]:.3f} to {softce[1]:.3f} nats with a lower bound of {entropy:.3f}; "
+            f"the KL above the bound went from {kl[0]:.3f} to {kl[1]:.3f}"
         )
     if (mae := ends(log, BIN_ERROR)) is not None:
         parts.append(f"the mean error of the expected coordinate went from {mae[0]:.1f} to {mae[1]:.1f} bins")
@@ -132,7 +132,7 @@ def training_sentence(log: pd.DataFrame, params: Params) -> str:
 
 
 def w1_fraction(log: pd.DataFrame) -> float | None:
-    """W1's part of softCE + W1 in the last tenth of a run; None where one is not trained, or both are 0."""
+    """The fraction of W1 in softCE + W1 in the last tenth of a run; None if one is not trained, or both are 0."""
     softce, w1 = ends(log, "loss/softce"), ends(log, "loss/w1")
     if softce is None or w1 is None or not softce[1] + w1[1]:
         return None
@@ -140,7 +140,7 @@ def w1_fraction(log: pd.DataFrame) -> float | None:
 
 
 def w1_sentence(log: pd.DataFrame) -> str:
-    """W1's part of the coordinate losses at the end; empty if there is none."""
+    """The fraction of W1 in the coordinate losses at the end; empty if there is none."""
     fraction = w1_fraction(log)
     return "" if fraction is None else f"W1 is {percent(fraction)} of softCE + W1 at the end."
 
@@ -148,7 +148,7 @@ def w1_sentence(log: pd.DataFrame) -> str:
 def slot_correlations(log: pd.DataFrame) -> dict[str, float | None]:
     """Pearson's correlation over steps of each loss with the number of coordinate slots in the step.
 
-    A loss is a mean over slots: where a crowded batch is a harder one, its curve rises and falls with the batches.
+    A loss is a mean over slots: if crowded batches are harder, its curve rises and falls with the batches.
     """
     found: dict[str, float | None] = {}
     for column in CORRELATED:
@@ -166,7 +166,7 @@ def correlations_sentence(log: pd.DataFrame) -> str:
 
 
 def counters_table(log: pd.DataFrame) -> str:
-    """What channel B met: counters (`*_total`) summed over its steps, anything else it logged as its ends."""
+    """The log of channel B: counters (`*_total`) summed over its steps, other values at both ends."""
     own = {"lr", "grad_norm", "tokens", "samples", "channel"}
     areas = ("loss/", "raw/", "coord_diag/", "coord_diag_a1/", "grad/", "time/")
     rows = []
@@ -175,13 +175,13 @@ def counters_table(log: pd.DataFrame) -> str:
             rows.append([f"`{name}`", f"{logged(log, name).sum():.0f}", "sum over steps"])
         elif (found := ends(log, name)) is not None:
             rows.append([f"`{name}`", f"{significant(found[0])} to {significant(found[1])}", "first to last tenth"])
-    return table(["logged by channel B", "value", "how"], rows, "lrl")
+    return table(["logged by channel B", "value", "aggregation"], rows, "lrl")
 
 
 def target_entropy_nats(kind: str, sigma: float, truncate: int) -> float:
-    """Entropy of the soft target away from the borders, in nats: the floor of softCE, reached only when p = q.
+    """Entropy of the soft target away from the borders, in nats: the lower bound of softCE, reached only when p = q.
 
-    A two-bin target has no one entropy; its mean over targets that lie anywhere between two bins is exactly 1/2.
+    The entropy of a two-bin target varies; its mean over targets uniform between two bins is exactly 1/2.
     """
     distance = np.abs(np.arange(-truncate, truncate + 1))
     match kind:

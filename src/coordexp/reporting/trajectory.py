@@ -1,12 +1,12 @@
-"""A training stage by step: the full evaluation of its kept checkpoints on dev, and the worst images through all steps.
+"""A training stage by step: the full evaluation of its kept checkpoints on dev, and the worst images at every step.
 
     reports/<profile>/trajectory/<stage>.md            tables; made from
     reports/<profile>/trajectory/<stage>.json          every number
     reports/<profile>/trajectory/<stage>.png           mAP, F1 and counts by step
-    reports/<profile>/trajectory/<stage>_worst.jpg     the worst images: annotated, and predicted after every step
+    reports/<profile>/trajectory/<stage>_worst.jpg     the worst images: annotations, and predictions after every step
 
-The worst images are those of the lowest F1 after the last step, more objects first. They are followed because means
-hide what one picture shows: labels enumerated again and again, boxes found twice, an order that breaks.
+The worst images have the lowest F1 after the last step, more objects first. They are followed because means hide what a
+single image shows: enumerated labels, duplicates, a broken order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coordexp.infra.logs import BIN_ERROR, logged
 from coordexp.infra.provenance import write_json
 from coordexp.records.gt_vs_pred import ImageResult, own_lines
 from coordexp.reporting.markdown import escape, number, percent, table, with_interval
-from coordexp.reporting.style import GREEN, RED, figure_style, new_figure, save_figure
+from coordexp.reporting.style import GREEN, RED, WIDTH_IN, figure_style, new_figure, save_figure
 from coordexp.reporting.training import slot_correlations
 from coordexp.training.dev_answers import answer_tile, judge_answer
 
@@ -38,10 +38,10 @@ Evaluated = Mapping[int, tuple[Sequence[ImageResult], Evaluation]]  # by step
 WORST = 10
 DRAWN = 4  # of the worst images
 DUPLICATE_IOUS = (0.9, 0.95)
-LABELS = 4  # of a histogram that are written out
+LABELS = 4  # of a histogram that are shown
 SCORES = ("coco.mAP", "coco.AP50", "f1.full_50", "f1.precision_50", "f1.recall_50", "rollout.matched_iou_mean")
 COUNTS = ("coco.n_pred", "f1.tp_50", "f1.fp_50", "f1.fn_50", "rollout.gate_rejected")
-NEAR_FRACTION = 0.05  # of the steps of a stage: what its log says near a step is a mean over so many up to it
+NEAR_FRACTION = 0.05  # of the steps of a stage: values of its log at a step are means over this many before it
 LOGGED = (BIN_ERROR, *(f"coord_diag/{n}" for n in ("expected_bin_abs_err_p90", "acc_top5", "p_gt_mean", "margin_mean")))
 LOGGED += ("coord_diag/coord_vocab_mass_mean", "raw/gate", "loss/coord_reg")
 
@@ -79,14 +79,14 @@ def _step_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _logged_row(log: pd.DataFrame, step: int) -> dict[str, Any]:
-    """What training said of its coordinates when it came to a step."""
+    """The coordinate diagnostics of the training log just before a step."""
     first = step - max(1, round(NEAR_FRACTION * len(log)))
     near = log[(log.index >= first) & (log.index < step)]
     return {"step": step, **{name: float(logged(near, name).mean()) for name in LOGGED if len(logged(near, name))}}
 
 
 def follow_worst(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """The worst images after the last step, each with what was said of it after every step."""
+    """The worst images after the last step, each with its answers after every step."""
     last = [*evaluated.values()][-1][1]
     order = sorted(last.per_image, key=lambda row: (row["f1_full_50"], -row["n_gt"], row["image_id"]))
     chosen = [row["image_id"] for row in order if row["n_gt"]][:WORST]
@@ -127,26 +127,26 @@ def trajectory_markdown(numbers: Mapping[str, Any]) -> str:
     parts = [
         f"# {escape(stage)} by step",
         f"Profile `{numbers['profile']}`: the checkpoints that the run kept, on all {numbers['images']} dev images "
-        f"with {numbers['objects']} objects, decoded and judged as val is. [Every number]({stage}.json).",
+        f"with {numbers['objects']} objects, decoded and evaluated like val. [All numbers]({stage}.json).",
         f"![mAP, F1 and counts by step]({stage}.png)",
         "## Scores and counts",
         _steps_table(rows, [*SCORES, *COUNTS], with_bounds=True),
-        "Rejected by the gate are predictions that matching lets near no object.",
-        "## How answers parse, and how they behave as sets",
+        "Predictions rejected by the gate cannot be matched to any object.",
+        "## Parsing and set metrics",
         _steps_table(rows, parse),
         _steps_table(rows, of_set),
-        f"## The {len(numbers['worst'])} worst images through all steps",
-        "Those of the lowest F1 after the last step, more objects first. Duplicates are pairs of one label with an IoU "
-        "of at least .90 and .95; order violations are neighbours in the answer whose (y1, x1) decreases.",
+        f"## The {len(numbers['worst'])} worst images at every step",
+        "The images with the lowest F1 after the last step, more objects first. Duplicates are pairs of one label "
+        "with an IoU of at least .90 or .95; order violations are neighbors in the answer whose (y1, x1) decreases.",
         *(_image_part(row) for row in numbers["worst"]),
         f"![The worst images after each step]({stage}_worst.jpg)",
         "## Coordinates in the training log",
-        f"Means over the {percent(NEAR_FRACTION)} of the steps before each of these, on training images.",
+        f"Means over the last {percent(NEAR_FRACTION)} of the steps before each of these steps, on training images.",
         _logged_table(numbers["logged"]),
         "## Losses and the number of coordinate slots",
         table(["term, before weighting", "correlation with the slots of a step"],
               [[f"`{name}`", number(value)] for name, value in numbers["slots"].items()]),
-        "A term that rises with the slots of a batch has a noisy curve even where the model gets better.",
+        "A term that rises with the slots of a batch has a noisy curve even while the model improves.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -166,7 +166,7 @@ def _logged_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _image_part(row: Mapping[str, Any]) -> str:
-    header = ["step", "predicted", "right", "precision", "recall", "F1", "pairs at .90", "pairs at .95"]
+    header = ["step", "predicted", "true positives", "precision", "recall", "F1", "pairs at .90", "pairs at .95"]
     header += ["order violations", "answer", "labels"]
     keys = ("n_pred", "tp_50", "precision", "recall", "f1_full_50", "dup_pairs_90", "dup_pairs_95", "order_violations")
     rows = [
@@ -178,7 +178,7 @@ def _image_part(row: Mapping[str, Any]) -> str:
 
 
 def _wholeness(row: Mapping[str, Any]) -> str:
-    return "cut" if row["truncated"] else "whole" if row["parse_ok"] else "objects dropped"
+    return "truncated" if row["truncated"] else "complete" if row["parse_ok"] else "objects dropped"
 
 
 def _labels(counts: Mapping[str, int]) -> str:
@@ -189,8 +189,8 @@ def _labels(counts: Mapping[str, int]) -> str:
 
 def _draw_scores(steps: Sequence[int], evaluations: Sequence[Evaluation], path: Path) -> None:
     with figure_style():
-        figure = new_figure(9.6, 3.4)
-        left, right = figure.subplots(1, 2)
+        figure = new_figure(WIDTH_IN, 5.2)
+        left, right = figure.subplots(2, 1)
         for key, colour in (("coco.mAP", "#0072B2"), ("f1.full_50", "#D55E00")):
             values = np.array([np.nan if (v := e.value(key)) is None else v for e in evaluations], np.float64)
             bounds = np.array([e.metrics["interval"][key] or (np.nan, np.nan) for e in evaluations], np.float64)
@@ -198,7 +198,7 @@ def _draw_scores(steps: Sequence[int], evaluations: Sequence[Evaluation], path: 
             left.fill_between(steps, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.2, linewidth=0)
         left.set(title="scores on dev, 95 % intervals over images", xlabel="optimizer step", ylim=(0, None))
         for key, colour, line in (("f1.tp_50", GREEN, "-"), ("f1.fp_50", RED, "--"), ("f1.fn_50", "#E69F00", ":")):
-            label = {"tp": "right", "fp": "false", "fn": "missed"}[key[3:5]]
+            label = {"tp": "true positives", "fp": "false positives", "fn": "false negatives"}[key[3:5]]
             right.plot(steps, [e.value(key) for e in evaluations], line, color=colour, label=label)
         right.set(title="objects and predictions, IoU .50", xlabel="optimizer step", ylim=(0, None))
         for ax in (left, right):

@@ -1,10 +1,10 @@
 """The paired differences of metrics.json with their verdicts, what outranks a verdict, and why F1 and mAP move.
 
-Two identities carry the explanation, so that the parts add up to the whole:
+The explanation rests on two identities, so that the parts add up to the whole:
 
-* F1 = 2 TP / (boxes + objects). Its change is split into what more right boxes give and what the number of boxes takes,
-  each the mean over both orders of changing one after the other (Shapley's rule for two players).
-* mAP = mAP under a perfect ranking - what the actual ranking loses. The first term knows boxes and names only.
+* F1 = 2 TP / (boxes + objects). Its change is split into the effect of the true positives and that of the number of
+  boxes, each the mean over both orders of changing one after the other (Shapley's rule for two players).
+* mAP = mAP under a perfect ranking - what the actual ranking loses. The first term depends on boxes and names only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from coordexp.reporting.inputs import Metrics, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, decimals, signed, table, with_interval
 
 RULE = (
-    "A difference is called **better** or **worse** when its 95 % interval (paired bootstrap over images) excludes 0, "
-    "and **no difference shown** otherwise. The interval covers the choice of images, not of the training seed."
+    "A difference is **better** or **worse** if its 95 % interval (paired bootstrap over images) excludes 0; "
+    "otherwise, **no difference shown**. The interval covers the choice of images, not the training seed."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A paired difference new - old with its 95 % interval; `judged` is False if the answers of a side are unsound."""
+    """A paired difference new - old with its 95 % interval; `judged` is False if a side cannot be evaluated."""
 
     delta: float
     lo: float
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """About the smallest true difference that this many images could tell from 0."""
+        """About the minimum detectable difference with this number of images."""
         return (self.hi - self.lo) / 2
 
     @property
@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def reach(self) -> str:
-        """The half-width, in the digits of the interval."""
+        """The half-width, with the digits of the interval."""
         return f"{self.half_width:.{decimals((self.lo, self.hi))}f}"
 
     def __str__(self) -> str:
@@ -64,7 +64,8 @@ def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> 
 def compared(data: ReportData, name: str) -> dict[str, Difference | None]:
     """Metric -> difference of one comparison, None where it is undefined on either side.
 
-    None is judged if a side's answers are cut, loop or do not parse, or if neither side beats blind answers.
+    None is judged if the answers of a side are truncated, loop or do not parse, or if neither side beats the blind
+    controls.
     """
     sides = COMPARISONS[name]
     judged = not any(checkpoint_faults(data.metrics, checkpoint) for checkpoint in sides)
@@ -78,7 +79,7 @@ def verdict_of(difference: Difference | None) -> Verdict:
 
 
 def checkpoint_faults(metrics: Metrics, checkpoint: str) -> list[str]:
-    """What is wrong with the answers of a checkpoint, in words; raises DataError if the evaluation did not count it."""
+    """The faults of the answers of a checkpoint, in words; raises DataError if the evaluation did not count them."""
     return faults_of({"parse": {key.removeprefix("parse."): metric(metrics, checkpoint, key) for key in FAULTS}})
 
 
@@ -88,24 +89,24 @@ def nothing_learned(metrics: Metrics, checkpoint: str) -> str:
 
 
 def warnings(metrics: Metrics) -> list[str]:
-    """One line for each checkpoint that learned nothing or is not judged, and why; empty if there is none."""
+    """One line with the reason for each checkpoint that learned nothing or is not evaluated; empty if there is none."""
     found = {name: checkpoint_faults(metrics, name) for name in CHECKPOINTS}
     lines = [
-        f"**{name} is not judged**: {', '.join(faults)} (of {metric(metrics, name, 'coco.n_images')} on val; "
-        f"above {100 * MOST_FAULTY:g} %, no score says how well it detects)."
+        f"**{name} is not evaluated**: {', '.join(faults)} (of {metric(metrics, name, 'coco.n_images')} on val; "
+        f"above {100 * MOST_FAULTY:g} %, no score measures how well it detects)."
         for name, faults in found.items()
         if faults
     ]
     blind = {name: nothing_learned(metrics, name) for name in CHECKPOINTS}
     return lines + [
-        f"**{name} has learned nothing that this data set shows**: {why} (answers given without seeing the picture)."
+        f"**{name}: this data set does not show that it learned anything**: {why} (predictions made without the image)."
         for name, why in blind.items()
         if why and not found[name]
     ]
 
 
 def comparison_table(data: ReportData) -> str:
-    """Paired differences with their verdicts; `could show` is the half-width of the interval."""
+    """Paired differences with verdicts and minimum detectable differences (half the width of the interval)."""
     rows = []
     for name, (new, old) in COMPARISONS.items():
         for key, found in compared(data, name).items():
@@ -113,7 +114,7 @@ def comparison_table(data: ReportData) -> str:
             if found is not None:
                 cells = [str(found), f"{found.p_superior:.2f}", found.reach]
             rows.append([f"{new} - {old}", f"`{key}`", *cells, verdict_of(found).value])
-    header = ["difference", "metric", "delta, 95 % interval", "P(superior)", "could show", "verdict"]
+    header = ["difference", "metric", "delta, 95 % interval", "P(superior)", "minimum detectable", "verdict"]
     return table(header, rows, "llrrrl")
 
 
@@ -132,7 +133,7 @@ class CountChange:
 
 
 def f1_of(tp: int, n_boxes: int, n_objects: int) -> float | None:
-    """F1 from right boxes, judged boxes and objects; None without objects."""
+    """F1 from true positives, evaluated boxes and objects; None without objects."""
     return float(f1_from_counts((tp, n_boxes - tp, n_objects - tp))) if n_objects else None
 
 
@@ -166,7 +167,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def explanation_table(metrics: Metrics) -> str:
-    """One row per comparison: the change of mAP and of F1, each in its parts, and the counts behind."""
+    """One row per comparison: the changes of mAP and F1, each in its parts, and the counts behind them."""
     rows = []
     for new, old in COMPARISONS.values():
         change = count_change(metrics[new], metrics[old])
@@ -175,8 +176,8 @@ def explanation_table(metrics: Metrics) -> str:
         of_f1 = (change.f1, change.f1_by_right_boxes, change.f1_by_number_of_boxes)
         counts = (change.right_boxes, change.false_boxes, change.missed)
         rows.append([f"{new} - {old}", *(MISSING if v is None else signed(v) for v in (*of_map, *of_f1, *counts))])
-    changes = ["mAP", "by boxes and names", "by ranking", "F1", "by right boxes", "by number of boxes"]
-    return table(["difference", *changes, "right", "false", "missed"], rows)
+    changes = ["mAP", "by boxes and names", "by ranking", "F1", "by true positives", "by number of boxes"]
+    return table(["difference", *changes, "true positives", "false positives", "false negatives"], rows)
 
 
 _MOVES = {
@@ -184,26 +185,26 @@ _MOVES = {
     Verdict.WORSE: "falls",
     Verdict.NO_DIFFERENCE: "shows no difference",
     Verdict.UNDEFINED: "is not defined",
-    Verdict.NOT_JUDGED: "is not judged",
+    Verdict.NOT_JUDGED: "is not evaluated",
 }
 
 
 def explain(data: ReportData, name: str) -> str:
-    """One or two sentences on one comparison: how mAP and F1 move, and the counts behind."""
+    """One or two sentences on one comparison: how mAP and F1 move, and the counts behind them."""
     new, old = COMPARISONS[name]
     differences = compared(data, name)
     of_map, of_f1 = (verdict_of(differences[key]) for key in ("coco.mAP", "f1.full_50"))
     change = count_change(data.metrics[new], data.metrics[old])
     counts = ", ".join(
         (
-            _count(change.right_boxes, "right box", "right boxes"),
-            _count(change.false_boxes, "false box", "false boxes"),
-            _count(change.missed, "missed object", "missed objects"),
+            _count(change.right_boxes, "true positive", "true positives"),
+            _count(change.false_boxes, "false positive", "false positives"),
+            _count(change.missed, "false negative", "false negatives"),
         )
     )
     moves = f"mAP {_MOVES[of_map]}, F1 {_MOVES[of_f1]}"
     opposed = {of_map, of_f1} == {Verdict.BETTER, Verdict.WORSE}
-    part = "mAP and F1 part: " if opposed else ""
+    part = "mAP and F1 move in opposite directions: " if opposed else ""
     return f"**{new} against {old}**: {part}{moves}. {counts[0].upper()}{counts[1:]}."
 
 
