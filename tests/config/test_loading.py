@@ -151,7 +151,7 @@ def test_a_removed_key_is_refused_with_its_remedy() -> None:
 
 def test_other_keys_of_a_block_with_a_renamed_key_are_still_checked() -> None:
     message = error_of(Params, {"anneal.sigma_fraction": ..., "anneal.sigma_share": 0.5, "anneal.sigma_from": "wide"})
-    assert "  anneal.sigma_share: removed. Use anneal.sigma_fraction, of the same meaning." in message
+    assert "  anneal.sigma_share: removed. Use anneal.sigma_fraction, which has the same meaning." in message
     assert "  anneal.sigma_fraction: missing, expected a number in [0, 1]." in message
     assert "  anneal.sigma_from: found 'wide' (text)" in message
     assert "unknown key" not in message
