@@ -170,7 +170,7 @@ class RecordsConfig(Block):
     )
     min_inside: Fraction = Field(description="minimum fraction of a box that must be inside the image")
     polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
-    max_objects: Count = Field(description="maximum number of objects in a training record; 0 is no limit")
+    max_objects: Count = Field(description="maximum number of objects in a training record; 0 is unlimited")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(
         description="images that are missing, broken, or of another size than annotated"

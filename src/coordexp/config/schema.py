@@ -190,7 +190,7 @@ class DecodeParams(Block):
     )
     corners: Literal["any", "valid"] = Field(description="with a grammar: valid allows only x2 > x1 and y2 > y1")
     duplicate_iou: float = Field(
-        gt=0, le=1, description="with a grammar: maximum IoU with an earlier box of the same name; 1 is no limit"
+        gt=0, le=1, description="with a grammar: maximum IoU with an earlier box of the same name; 1 allows any"
     )
 
     @property
