@@ -1,4 +1,4 @@
-"""The words that messages and documents use for what a field accepts."""
+"""The words in which messages and documents describe what a field accepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coordexp.config.schema import Params
 class Inner(Block):
     """A nested block."""
 
-    share: Fraction = Field(description="a share")
+    fraction: Fraction = Field(description="a fraction")
 
 
 class Example(Block):
@@ -43,17 +43,17 @@ class Example(Block):
         ("name", "non-empty text"),
         ("choice", "one of a, b"),
         ("ious", "a non-empty list, each item a number in (0, 1)"),
-        ("inner", "a block with the keys share"),
+        ("inner", "a block with the keys fraction"),
     ],
 )
-def test_expectation_in_words(name: str, words: str) -> None:
+def test_expectation_describes_type_and_range(name: str, words: str) -> None:
     assert expectation(Example.model_fields[name]) == words
 
 
-def test_field_specs_walk_into_blocks_with_dotted_keys() -> None:
+def test_field_specs_use_dotted_keys_for_nested_blocks() -> None:
     specs = list(field_specs(Example))
-    assert [spec.key for spec in specs][-2:] == ["ious", "inner.share"]
-    assert specs[-1].description == "a share"
+    assert [spec.key for spec in specs][-2:] == ["ious", "inner.fraction"]
+    assert specs[-1].description == "a fraction"
 
 
 @pytest.mark.parametrize("block", [Params, Profile])

@@ -1,4 +1,4 @@
-"""Parameter files: what is accepted, and that every way to get a key wrong is answered with its full name."""
+"""Parameter files: which values are accepted, and that every error message has the full name of the key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def leaves(block: type[Block], prefix: str = "") -> Iterator[tuple[str, FieldInf
         inner = block_kinds(field).get("scenes") or nested_block(field)
         if inner:
             yield from leaves(inner, f"{prefix}{name}.")
-        elif name != "kind":  # the key that tells blocks apart has a test of its own
+        elif name != "kind":  # the discriminator key has a test of its own
             yield prefix + name, field
 
 
@@ -62,7 +62,7 @@ def parse(block: type[Block], tree: dict[str, Any]) -> Any:
 
 
 def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of the tree with one dotted key set (or, for `...`, deleted)."""
+    """A copy of the tree with one dotted key set (or deleted, if the value is `...`)."""
     changed = copy.deepcopy(tree)
     *parents, name = key.split(".")
     node = changed
@@ -76,7 +76,7 @@ def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def error_of(block: type[Block], changes: dict[str, Any], sets: bool = False) -> str:
-    """The message for the repository's file with some keys changed; a profile may be made one on data sets."""
+    """The error message for the repository's file with some keys changed; `sets` gives a profile a datasets source."""
     tree = repository_tree(block)
     if sets:
         changes = {"source": copy.deepcopy(DATASETS), **changes}
@@ -96,7 +96,7 @@ COCO_SET = {
 DATASETS = {"kind": "datasets", "verify": "decode", "sets": {"coco": COCO_SET}}
 
 
-def wrong_types(field: FieldInfo) -> list[Any]:
+def invalid_types(field: FieldInfo) -> list[Any]:
     if field.annotation is float:
         return ["high", True, None, [1.0], math.nan, math.inf]
     if field.annotation is int:
@@ -121,15 +121,15 @@ def out_of_range(field: FieldInfo) -> list[Any]:
     return [past[type(rule)](rule) for rule in field.metadata if type(rule) in past]
 
 
-def test_every_key_can_be_wrong_in_every_way() -> None:
-    """Missing, unknown, of another type, out of range: the message names it in full and says what is expected."""
+def test_every_invalid_key_is_reported_in_full() -> None:
+    """Missing, unknown, of another type, out of range: the message has the full key and what is expected."""
     for block, key, field in LEAVES:
         expected = f"expected {expectation(field)}."
-        if field.is_required():  # a few that came later have a default, so that older profiles go on
+        if field.is_required():  # a few newer keys have a default, so that older profiles stay valid
             assert f"  {key}: missing, {expected}" in error_of(block, {key: ...})
         message = error_of(block, {f"{key}_": 0.25})
         assert f"  {key}_: unknown key, set to 0.25 (a number). Did you mean '{key.split('.')[-1]}'?" in message
-        for value in wrong_types(field):
+        for value in invalid_types(field):
             message = error_of(block, {key: value})
             assert f"  {key}: found " in message, value
             assert f", {expected}" in message, value
@@ -141,7 +141,7 @@ def test_every_key_can_be_wrong_in_every_way() -> None:
             assert "expected" in message, value
 
 
-def test_a_removed_key_is_refused_with_its_remedy_alone_and_in_its_block() -> None:
+def test_a_removed_key_is_refused_with_its_remedy() -> None:
     for block, (removed, remedy) in product(FILES, REMOVED.items()):
         line = f"  {removed}: removed. {remedy}"
         assert line in error_of(block, {removed: None})
@@ -149,22 +149,22 @@ def test_a_removed_key_is_refused_with_its_remedy_alone_and_in_its_block() -> No
             assert line in error_of(block, {f"{removed}.enabled": True})
 
 
-def test_a_key_that_was_renamed_in_a_block_leaves_the_block_checked() -> None:
+def test_other_keys_of_a_block_with_a_renamed_key_are_still_checked() -> None:
     message = error_of(Params, {"anneal.sigma_fraction": ..., "anneal.sigma_share": 0.5, "anneal.sigma_from": "wide"})
-    assert "  anneal.sigma_share: removed. Use anneal.sigma_fraction, of the same meaning." in message
+    assert "  anneal.sigma_share: removed. Use anneal.sigma_fraction, which has the same meaning." in message
     assert "  anneal.sigma_fraction: missing, expected a number in [0, 1]." in message
     assert "  anneal.sigma_from: found 'wide' (text)" in message
     assert "unknown key" not in message
 
 
-def test_a_removed_block_explains_every_child() -> None:
+def test_a_removed_block_explains_every_key_in_it() -> None:
     message = error_of(Params, {"custom.coord_loss": {"l1": 1.0}, "custom.other": 3})
     assert "  custom.coord_loss: removed. Stage 1 no longer decodes" in message
     assert "  custom.other: removed. There is no `custom` block" in message
     assert "unknown key" not in message
 
 
-def test_all_errors_come_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     message = error_of(
         Params, {"softce_wt": 0.2, "sigma": "wide", "stage2.b_ratio": 2, "custom.coord_loss": {}, "seed": ...}
     )
@@ -187,11 +187,11 @@ def test_all_errors_come_at_once() -> None:
         (Profile, "stage2.softce_weight", "'softce_weight' is a key of params.yaml and of params.yaml: stage1."),
     ],
 )
-def test_a_key_in_the_wrong_place_names_the_right_one(block: type[Block], key: str, places: str) -> None:
+def test_a_misplaced_key_names_its_correct_place(block: type[Block], key: str, places: str) -> None:
     assert f"{key}: unknown key, set to 1 (an integer). {places}" in error_of(block, {key: 1})
 
 
-def test_unknown_keys_list_the_valid_ones() -> None:
+def test_unknown_keys_list_the_valid_keys() -> None:
     message = error_of(Params, {"matching.zzz": 1, "qqq": 1})
     assert "(valid keys of matching: lambda_l1, lambda_iou, lambda_sem, semantic, gate, gate_threshold)" in message
     assert "(valid keys at the top level: softce_weight, " in message
@@ -251,36 +251,36 @@ NO_COST = {"matching.lambda_l1": 0, "matching.lambda_iou": 0, "matching.lambda_s
         (
             Profile,
             {"records.dev_images": 40, "source.train_images": 40},
-            "records.dev_images 40 leaves nothing of source.train_images 40 to train on; lower it.",
+            "records.dev_images 40 leaves no training images of source.train_images 40; lower it.",
         ),
         (
             Profile,
             {"launch.sharding": "fsdp2", "tuning.method": "lora"},
-            "launch.sharding fsdp2 does not go with tuning.method lora; set it to full, or launch.sharding to none.",
+            "launch.sharding fsdp2 does not support tuning.method lora; set it to full, or launch.sharding to none.",
         ),
         (
             Profile,
             {"launch.sharding": "fsdp2", "tuning.language": "freeze"},
-            "launch.sharding fsdp2 does not go with tuning.language freeze; set it to train, or launch.sharding",
+            "launch.sharding fsdp2 does not support tuning.language freeze; set it to train, or launch.sharding",
         ),
         (
             Profile,
             {"launch.sharding": "fsdp2", "stage2.optimizer": "adamw_8bit"},
-            "launch.sharding fsdp2 does not go with stage2.optimizer adamw_8bit; set it to adamw or muon, or launch",
+            "launch.sharding fsdp2 does not support stage2.optimizer adamw_8bit; set it to adamw or muon, or launch",
         ),
         (
             Profile,
             {"launch.sharding": "fsdp2", "stage1.grad_monitor_every": 5},
-            "launch.sharding fsdp2 does not go with stage1.grad_monitor_every 5; set it to 0, or launch.sharding",
+            "launch.sharding fsdp2 does not support stage1.grad_monitor_every 5; set it to 0, or launch.sharding",
         ),
         (
             Profile,
             {"launch.sharding": "fsdp2", "monitor.every_steps": 5},
-            "launch.sharding fsdp2 does not go with monitor.every_steps 5; set it to 0, or launch.sharding",
+            "launch.sharding fsdp2 does not support monitor.every_steps 5; set it to 0, or launch.sharding",
         ),
     ],
 )
-def test_rules_over_values(block: type[Block], changes: dict[str, Any], message: str) -> None:
+def test_rules_about_several_values(block: type[Block], changes: dict[str, Any], message: str) -> None:
     assert f"\n  {message}" in error_of(block, changes)
 
 
@@ -310,7 +310,7 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
         ("seed: [1\n", "not valid YAML."),
     ],
 )
-def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -319,7 +319,7 @@ def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_absent_files(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"params\.yaml: no such file"):
         load_params(tmp_path / "params.yaml")
     with pytest.raises(ConfigError, match=r"found 'tinny'.*Did you mean 'tiny'\? Profiles there: .*smoke, tiny"):
@@ -334,7 +334,7 @@ def test_parameters_are_frozen() -> None:
         params.stage1.w1_weight = 1.0
 
 
-def test_the_committed_profiles_load_and_state_every_key_once_or_inherit_it() -> None:
+def test_committed_profiles_set_or_inherit_every_key_once() -> None:
     for name in profile_names(ROOT / "configs"):
         path = ROOT / "configs" / f"{name}.yaml"
         assert load_profile(path).model_dump(mode="json") == profile_tree(path), name
@@ -342,7 +342,9 @@ def test_the_committed_profiles_load_and_state_every_key_once_or_inherit_it() ->
         if EXTENDS in own:
             base = profile_tree(ROOT / "configs" / f"{own.pop(EXTENDS)}.yaml")
             same = {key for key, value in leaf_values(own) if (key, value) in leaf_values(base)}
-            assert {key for key in same if not key.startswith("source.sets.")} == set(), "states what it inherits"
+            assert {key for key in same if not key.startswith("source.sets.")} == set(), (
+                "sets a key to the value that it inherits"
+            )
 
 
 def leaf_values(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -354,7 +356,7 @@ def leaf_values(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def family(folder: Path, **files: str) -> Path:
-    """A copy of tiny.yaml as whole.yaml with some more files beside it; returns child.yaml among them."""
+    """A copy of tiny.yaml as whole.yaml with some more files next to it; returns the path of child.yaml."""
     (folder / "base").mkdir()
     shutil.copy(FILES[Profile], folder / "whole.yaml")
     for name, text in files.items():
@@ -362,8 +364,8 @@ def family(folder: Path, **files: str) -> Path:
     return folder / "child.yaml"
 
 
-def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
-    """Over two generations: blocks merge, a list and a block of named blocks are taken whole."""
+def test_a_profile_inherits_what_it_does_not_set(tmp_path: Path) -> None:
+    """Over two generations: blocks merge, while a list or a block with user-chosen names replaces the inherited one."""
     pin = f"{{bytes: 1, sha256: '{'0' * 64}'}}"
     child = family(
         tmp_path,
@@ -378,7 +380,7 @@ def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
     assert profile.model_dump() == merged
     assert profile.stage1.model_copy(update={"steps": 400, "warmup_steps": 20, "lr": 0.003}) == whole.stage1
     assert profile_names(tmp_path) == ["child", "whole"]
-    block = json.dumps(DATASETS)  # of another kind: nothing of the scenes is left
+    block = json.dumps(DATASETS)  # of another kind, so it replaces the scenes completely
     child.write_text(f"extends: whole\nsource: {block}\nrecords: {{dev_images: 100000}}\n")
     assert isinstance(load_profile(child).source, DatasetsConfig)
     assert profile_tree(child)["source"] == DATASETS
@@ -403,13 +405,13 @@ def test_a_profile_holds_only_what_differs(tmp_path: Path) -> None:
          "stage1.lrr: unknown key, set to 1 (an integer). Did you mean 'lr'?\n*"),
         ("extends: base/middle", "stage1: {steps: 9}", "source: missing, expected a block with the key kind: *"),
         ("extends: base/middle", "extends: child",
-         "extends: {folder}/child.yaml extends {folder}/base/middle.yaml extends {folder}/child.yaml: a circle. *"),
+         "extends: {folder}/child.yaml extends {folder}/base/middle.yaml extends {folder}/child.yaml: a cycle. *"),
         ("extends: base/midle", "{}",
          "extends: found 'base/midle' (text), expected the name of another *. Did you mean 'base/middle'?"),
         ("extends: [whole]", "{}", "extends: found ['whole'] (a list), expected the name of another profile file in *"),
     ],
 )  # fmt: skip
-def test_a_wrong_family_is_refused_by_file_and_key(tmp_path: Path, child: str, middle: str, message: str) -> None:
+def test_errors_in_inherited_files_name_file_and_key(tmp_path: Path, child: str, middle: str, message: str) -> None:
     path = family(tmp_path, child=child, base__middle=middle)
     with pytest.raises(ConfigError) as caught:
         load_profile(path)
@@ -419,7 +421,7 @@ def test_a_wrong_family_is_refused_by_file_and_key(tmp_path: Path, child: str, m
     assert re.search(pattern, found), found
 
 
-def test_params_file_has_every_key_of_the_schema_once() -> None:
+def test_params_yaml_has_every_key_of_the_schema_once() -> None:
     def keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
         for name, value in node.items():
             yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
@@ -427,7 +429,7 @@ def test_params_file_has_every_key_of_the_schema_once() -> None:
     assert sorted(keys(read_yaml(ROOT / "params.yaml"))) == sorted(spec.key for spec in field_specs(Params))
 
 
-def test_data_sets_are_read_by_name() -> None:
+def test_data_sets_are_read_under_their_names() -> None:
     tree = with_value(repository_tree(Profile), "source", copy.deepcopy(DATASETS))
     profile = parse(Profile, with_value(tree, "records.dev_images", 10**6))
     assert isinstance(profile.source, DatasetsConfig)
@@ -440,9 +442,9 @@ DATASET_LEAVES = [
 ]
 
 
-def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
+def test_every_invalid_key_of_a_data_set_is_reported_in_full() -> None:
     for key, field in DATASET_LEAVES:
-        for value in [*wrong_types(field), *out_of_range(field)]:
+        for value in [*invalid_types(field), *out_of_range(field)]:
             message = error_of(Profile, {key: value}, sets=True)
             assert f"  {key}: found " in message, value
             assert f", expected {expectation(field)}." in message, value
@@ -464,8 +466,8 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
         ({"source.sets.coco.root": ...}, "source.sets.coco.root: missing, expected non-empty text."),
         ({"source.sets.coco.roots": 1}, "source.sets.coco.roots: unknown key, set to 1 (an integer). Did you"),
         ({"source.sets.coco.roots": "x"}, "(valid keys of source.sets.coco: format, root, train, val,"),
-        ({"source.sets.COCO 2017": COCO_SET}, "source.sets.COCO 2017: not a name; expected small letters"),
-        ({"source.sets.coco.val": "none"}, "source: no set has a val split; name the annotations of at least one."),
+        ({"source.sets.COCO 2017": COCO_SET}, "source.sets.COCO 2017: not a valid name; expected lowercase letters"),
+        ({"source.sets.coco.val": "none"}, "source: no set has a val split; set the annotations of at least one."),
         (
             {"source.sprites": "x"},
             "source.sprites: unknown key, set to 'x' (text). 'sprites' is a key of configs/<profile>"
@@ -473,7 +475,7 @@ def test_every_key_of_a_data_set_can_be_wrong_in_every_way() -> None:
         ),
     ],
 )
-def test_wrong_data_sets(changes: dict[str, Any], message: str) -> None:
+def test_invalid_data_sets_are_refused(changes: dict[str, Any], message: str) -> None:
     assert f"  {message}" in error_of(Profile, changes, sets=True)
 
 
@@ -486,13 +488,13 @@ def test_wrong_data_sets(changes: dict[str, Any], message: str) -> None:
         (..., "missing, expected one of scenes, datasets."),
     ],
 )
-def test_a_source_of_no_known_kind_is_one_problem(kind: Any, message: str) -> None:
+def test_an_unknown_kind_of_source_is_one_error(kind: Any, message: str) -> None:
     for sets in (True, False):
         problems = error_of(Profile, {"source.kind": kind}, sets=sets).splitlines()[1:]
         assert problems == [f"  source.kind: {message}"]
 
 
-def test_only_the_keys_of_the_chosen_kind_are_wrong() -> None:
+def test_keys_are_checked_against_the_chosen_kind_only() -> None:
     message = error_of(Profile, {"source.max_objects": 0, "source.sets": {}, "source.verify": "decod"})
     assert "  source.max_objects: found 0 (an integer), expected an integer in [1, 100]." in message
     assert f"  (valid keys of source: {', '.join(ScenesConfig.model_fields)})" in message
@@ -503,7 +505,7 @@ def test_only_the_keys_of_the_chosen_kind_are_wrong() -> None:
     )
 
 
-def test_the_short_names_of_readouts_are_resolved() -> None:
+def test_short_names_of_readouts_are_resolved() -> None:
     tree = repository_tree(Params)
     for short, full in (("exp", "expectation"), ("st", "straight_through"), ("hard", "argmax"), ("top_k", "top_k")):
         params = Params.model_validate(with_value(tree, "stage2.coord_decode_mode", short))

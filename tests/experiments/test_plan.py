@@ -80,7 +80,7 @@ def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: 
         (["softce_wt=0.1"], "softce_weight"),
         (["softce_weight=high"], "softce_weight: found 'high'"),
         (["softce_weight=-1"], "softce_weight"),
-        (["softce_weight.x=1"], "is no block"),
+        (["softce_weight.x=1"], "is not a block"),
         (["stage2.seed=1,2"], "use --seeds"),
         (["configs/tiny.yaml:stage2.steps=many"], "stage2.steps: found 'many'"),
         (["configs/tiny.yaml:stage2.step=5"], "stage2.step: unknown key"),

@@ -1,1 +1,1 @@
-"""Typed, strict parameters, read once at the edge of each stage."""
+"""Typed, strict parameters, which each stage reads once, when it starts."""

@@ -1,6 +1,6 @@
-"""The base of every parameter block, and what a field expects, in words.
+"""The base class of parameter blocks, and a description in words of what each field accepts.
 
-The words serve the error messages and the generated parameter reference alike, so the two cannot disagree.
+Error messages and the generated parameter reference share these words, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
-# YAML has lists only; their items stay strict.
+# YAML has lists but no tuples, so the conversion is not strict; the items still are.
 IouList = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, min_length=1)]
 TextList = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
@@ -29,14 +29,14 @@ Betas = Annotated[tuple[_Decay, _Decay], Field(strict=False)]
 
 
 class Block(BaseModel):
-    """A frozen block of parameters: an unknown key, a missing key and a converted type are all errors."""
+    """A frozen block of parameters. An unknown key, a missing key, and a value of another type are errors."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One parameter as documents and messages show it."""
+    """One parameter, as documents and messages show it."""
 
     key: str  # full dotted key
     expected: str  # "a number in [0, 1]"
@@ -44,7 +44,7 @@ class FieldSpec:
 
 
 def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
-    """Yield the leaves of a block in the order of declaration, nested blocks by their dotted keys."""
+    """Yield the leaves of a block in the order of declaration, with dotted keys for nested blocks."""
     for name, field in block.model_fields.items():
         if inner := nested_block(field):
             yield from field_specs(inner, f"{prefix}{name}.")
@@ -64,7 +64,7 @@ def nested_block(field: FieldInfo) -> type[Block] | None:
 
 
 def block_kinds(field: FieldInfo) -> dict[str, type[Block]]:
-    """The block classes of a field that holds one of several, by the value of the key that tells them apart."""
+    """The block classes of a field that holds one of several, by the value of its discriminator key."""
     if not isinstance(field.discriminator, str):
         return {}
     blocks = get_args(field.annotation)
@@ -72,7 +72,7 @@ def block_kinds(field: FieldInfo) -> dict[str, type[Block]]:
 
 
 def named_blocks(field: FieldInfo) -> type[Block] | None:
-    """The block class of a field that maps names of the user's choice to blocks (or is null), else None."""
+    """The block class of a field that maps user-chosen names to blocks (or is null), else None."""
     kinds = [kind for kind in get_args(field.annotation) if get_origin(kind) is dict]
     kind = kinds[0] if accepts_null(field) and kinds else field.annotation
     args = get_args(kind)
@@ -87,7 +87,7 @@ def accepts_null(field: FieldInfo) -> bool:
 
 
 def expectation(field: FieldInfo) -> str:
-    """What a field accepts, in words: type, then range or choices."""
+    """What a field accepts, in words: the type, then the range or the choices."""
     kind = field.annotation
     if inner := named_blocks(field):
         words = f"a block of one or more names, each a block with the keys {', '.join(inner.model_fields)}"
@@ -99,8 +99,8 @@ def expectation(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        least = "a non-empty list" if any(isinstance(m, MinLen) for m in field.metadata) else "a list"
-        size = least if ... in get_args(kind) else f"a list of {len(get_args(kind))}"
+        noun = "a non-empty list" if any(isinstance(m, MinLen) for m in field.metadata) else "a list"
+        size = noun if ... in get_args(kind) else f"a list of {len(get_args(kind))}"
         return f"{size}, each item {expectation(list_item(field))}"
     assert kind in NOUNS, f"no words for the type {kind!r}"
     steps = [f", a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)]

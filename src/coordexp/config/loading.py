@@ -1,4 +1,4 @@
-"""Read parameter files into typed blocks, or say everything that is wrong with them at once."""
+"""Read parameter files into typed blocks, or report all errors in them at once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from coordexp.infra.foreign import Gate, check_text, check_tree, shown
 
 BlockT = TypeVar("BlockT", bound=Block)
 Location = tuple[int | str, ...]
-Origins = dict[Location, Path]  # where a key stands that another file than the one that was asked for states
+Origins = dict[Location, Path]  # the file of each key that the loaded file inherits from another one
 
-EXTENDS = "extends"  # the one key of a profile file that is no parameter: whose keys it inherits
-# Blocks of names that the user chose: another list of data sets, or of pinned files, is no addition to the first.
+EXTENDS = "extends"  # the one key of a profile file that is not a parameter: the file whose keys it inherits
+# Blocks with user-chosen names. They replace each other: two lists of data sets or of pinned files must not merge.
 NAMED_BLOCKS = {spec.key.split(".<name>")[0] for spec in field_specs(Profile) if "<name>" in spec.key}
 
 PARAMETERS = Gate(
@@ -39,13 +39,13 @@ def load_params(path: Path) -> Params:
     """Read `params.yaml`.
 
     Raises:
-        ConfigError: naming the file and, for every wrong key, what was found and what is expected.
+        ConfigError: with the file and, for every invalid key, what was found and what is expected.
     """
     return parse_params(str(path), read_yaml(path))
 
 
 def parse_params(where: str, tree: dict[str, Any]) -> Params:
-    """Check a tree of parameters that was read elsewhere; errors are as for `load_params` and name `where`."""
+    """Validate a tree of parameters that was read elsewhere; errors are those of `load_params` and name `where`."""
     return _parse(Path(where), tree, Params, {})
 
 
@@ -55,11 +55,11 @@ def load_block(path: Path, block: type[BlockT]) -> BlockT:
 
 
 def load_profile(path: Path) -> Profile:
-    """Read one `configs/<profile>.yaml`, with what it extends.
+    """Read one `configs/<profile>.yaml`, including the files that it extends.
 
     Raises:
-        ConfigError: like `load_params`, each inherited value with the file that it stands in; a profile that does not
-            exist, with those there are; one that extends itself.
+        ConfigError: like `load_params`, and for an inherited value also its file; a profile that does not exist, with
+            the list of profiles; a profile that extends itself.
     """
     if not path.is_file():
         names = profile_names(path.parent)
@@ -72,29 +72,29 @@ def load_profile(path: Path) -> Profile:
 
 
 def parse_profile(path: Path, tree: dict[str, Any]) -> Profile:
-    """Check a whole profile, such as a changed `profile_tree`; errors are as for `load_profile` and name `path`."""
+    """Validate a complete profile, such as a changed `profile_tree`; errors are those of `load_profile`, for `path`."""
     return _parse(path, tree, Profile, {})
 
 
 def profile_names(folder: Path) -> list[str]:
-    """The profiles of a folder. What they extend may lie in folders below, and need not be whole."""
+    """The profiles of a folder. Files that they extend may be in subfolders and may be incomplete."""
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def profile_tree(path: Path) -> dict[str, Any]:
-    """All keys of a profile file, inherited ones included, not checked; raises ConfigError if a file cannot be read."""
+    """All keys of a profile file, including inherited ones, unvalidated; raises ConfigError for an unreadable file."""
     return _inherited(path)[0]
 
 
 def _inherited(path: Path) -> tuple[dict[str, Any], Origins]:
-    """The merged tree of a profile, and for every key that it does not state itself the file that does."""
+    """The merged tree of a profile, and for every inherited key the file that sets it."""
     chain = [path]
     layers = [read_yaml(path)]
     while EXTENDS in layers[-1]:
         parent = _parent(chain[-1], layers[-1].pop(EXTENDS), path.parent)
         if parent in chain:
             shown = " extends ".join(map(str, [*chain, parent]))
-            raise ConfigError(f"{path}: {EXTENDS}: {shown}: a circle. Let one of them be whole.")
+            raise ConfigError(f"{path}: {EXTENDS}: {shown}: a cycle. Remove `{EXTENDS}` from one of them.")
         chain.append(parent)
         layers.append(read_yaml(parent))
     tree: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def _inherited(path: Path) -> tuple[dict[str, Any], Origins]:
 
 
 def _parent(child: Path, name: Any, folder: Path) -> Path:
-    """The file that a profile extends; `base/qwen3vl` lies in the folder `base` beside the profiles."""
+    """The file that a profile extends; `base/qwen3vl` is in the folder `base` next to the profiles."""
     known = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
     if isinstance(name, str) and (parent := folder / f"{name}.yaml").is_file():
         return parent
@@ -116,9 +116,9 @@ def _parent(child: Path, name: Any, folder: Path) -> Path:
 
 
 def _extend(tree: dict[str, Any], layer: dict[str, Any], at: Location, file: Path, origins: Origins) -> None:
-    """Lay one file's keys over a tree.
+    """Override a tree with the keys of one file.
 
-    Blocks merge; values, lists, blocks of another `kind` and blocks of names that the user chose replace.
+    Blocks merge. Values, lists, blocks of another `kind`, and blocks with user-chosen names replace what was there.
     """
     for key, value in layer.items():
         location = (*at, key)
@@ -155,7 +155,7 @@ def _parse(path: Path, tree: dict[str, Any], block: type[BlockT], origins: Origi
 
 
 def _inherited_from(location: Location, origins: Origins) -> str:
-    """Where a wrong value stands, if not in the file that the message is about."""
+    """The file of an invalid value, if it is not the one that the message is about."""
     known = (origins[location[:end]] for end in range(len(location), 0, -1) if location[:end] in origins)
     file = next(known, None)
     return f" (in {file})" if file else ""
@@ -167,9 +167,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str, any_keys: bool = False) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name `where` it stands.
+    """The mapping in a YAML 1.2 text, as `read_yaml` reads it; errors name its place `where`.
 
-    Keys of parameters are text; with `any_keys` they may be numbers, as in files of others.
+    Keys of parameters are text. With `any_keys` they may also be numbers, as in foreign files.
     """
     tree = _yaml_value(text, where, any_keys)
     if not isinstance(tree, dict):
@@ -178,30 +178,34 @@ def parse_yaml(text: str, where: str, any_keys: bool = False) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """One value in YAML 1.2, as `-S key=value` gives it; raises ConfigError."""
+    """One value in YAML 1.2, as in `-S key=value`; raises ConfigError."""
     try:
         return _yaml_value(text, "it")
     except ConfigError as error:
         raise ConfigError(
-            f"value {text[:60]!r}: not YAML. Quote it, or write a plain number, word or list.\n  {error}"
+            f"value {text[:60]!r}: not YAML. Quote it, or write a plain number, word, or list.\n  {error}"
         ) from error
 
 
 def _yaml_value(text: str, where: str, any_keys: bool = False) -> Any:
-    """The value of a YAML text: plain values, lists and mappings from text, each written out where it stands."""
+    """The value of a YAML text: plain values, lists, and mappings with text keys, without aliases."""
     try:
         if "&" in text and any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
-            # A few lines of them can stand for more values than fit into memory, or for themselves.
-            raise ConfigError(f"{where}: holds an alias (*name), which is not read. Write the value out in each place.")
+            # A few lines of aliases can expand to more values than fit into memory, or refer to themselves.
+            raise ConfigError(
+                f"{where}: contains an alias (*name), which is not supported. Write the value out in each place."
+            )
         value = YAML(typ="safe", pure=True).load(text)
         check_tree(value, PARAMETERS.max_depth)
         check_text(value)
     except YAMLError as error:
         reason = str(error).split("To suppress", 1)[0].strip()
-        raise ConfigError(f"{where}: not valid YAML. Quote text that holds special characters.\n  {reason}") from error
+        raise ConfigError(
+            f"{where}: not valid YAML. Quote text that contains special characters.\n  {reason}"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{where}: nested deeper than {PARAMETERS.max_depth}, expected blocks and lists.") from error
-    except _YAML_FAULTS as error:  # a value that is not what its tag or its digits promise
+    except _YAML_FAULTS as error:  # a value that contradicts its tag, or digits that are not a number
         raise ConfigError(f"{where}: not valid YAML ({error}). Quote the value, or correct it.") from error
     if not any_keys:
         _check_keys(value, where, ())
@@ -222,7 +226,7 @@ def _check_keys(value: Any, where: str, at: Location) -> None:
 
 def _problems(error: ValidationError, block: type[Block], origins: Origins) -> list[str]:
     errors = error.errors()
-    # A list with a wrong item is reported again as too short: the item says it all.
+    # pydantic also reports a list with an invalid item as too short; the message about the item is enough.
     lists = {e["loc"][:-1] for e in errors if e["loc"] and isinstance(e["loc"][-1], int)}
     lines = [
         _problem(e, block) + _inherited_from(_in_file(e["loc"], block), origins)
@@ -247,22 +251,22 @@ def _problem(error: ErrorDetails, block: type[Block]) -> str:
             return f"{key}: missing, expected {expectation(_field(block, location))}."
         case "union_tag_not_found" | "union_tag_invalid":
             return _unknown_kind(key, _field(block, location), value)
-        case "value_error":  # a rule over several keys
+        case "value_error":  # a rule about several keys
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if location[-1] == "[key]":
-        expected = "non-empty text" if location[:2] == ("model", "files") else "small letters, digits, '-' and '_'"
-        return f"{_dotted(_in_file(location[:-1], block))}: not a name; expected {expected}."
+        expected = "non-empty text" if location[:2] == ("model", "files") else "lowercase letters, digits, '-', '_'"
+        return f"{_dotted(_in_file(location[:-1], block))}: not a valid name; expected {expected}."
     return f"{key}: found {_found(value)}, expected {expectation(_field(block, location))}."
 
 
 def _unknown_kind(key: str, field: FieldInfo, value: dict[str, Any]) -> str:
-    """A block whose own key must say which of several it is, and does not."""
+    """The message for a block whose discriminator key is missing or invalid."""
     name, expected = str(field.discriminator), f"expected one of {', '.join(block_kinds(field))}."
     return f"{key}.{name}: " + (f"found {_found(value[name])}, {expected}" if name in value else f"missing, {expected}")
 
 
 def _hint(location: Location, block: type[Block]) -> str:
-    """Where an unknown key may belong: elsewhere under the same name, or at its side under a similar one."""
+    """Where an unknown key may belong: in another block under the same name, or in this one under a similar name."""
     name = str(location[-1])
     siblings = _block_at(block, location[:-1]).model_fields
     places = [
@@ -292,7 +296,7 @@ def _block_at(block: type[Block], location: Location) -> type[Block]:
             inner = kinds[str(next(parts))]
         elif inner is None:
             inner = named_blocks(field)
-            next(parts, None)  # the name that the user chose
+            next(parts, None)  # the user-chosen name
         assert inner, f"{name} is not a block"
         block = inner
     return block
@@ -301,7 +305,7 @@ def _block_at(block: type[Block], location: Location) -> type[Block]:
 def _field(block: type[Block], location: Location) -> FieldInfo:
     if isinstance(location[-1], int):
         return list_item(_field(block, location[:-1]))
-    if len(location) > 1 and _is_named(block, location[:-1]):  # one of the blocks itself is wrong
+    if len(location) > 1 and _is_named(block, location[:-1]):  # one of the blocks itself is invalid
         return _field(block, location[:-1])
     return _block_at(block, location[:-1]).model_fields[location[-1]]
 
@@ -315,7 +319,7 @@ def _is_named(block: type[Block], location: Location) -> bool:
 
 
 def _in_file(location: Location, block: type[Block]) -> Location:
-    """The location as it stands in the file: pydantic also names the kind of a block that is one of several."""
+    """The location in the file; pydantic's also contains the kind of a block that is one of several."""
     return location[:1] + location[2:] if _has_kinds(block, location) else location
 
 
@@ -324,13 +328,13 @@ def _dotted(location: Location) -> str:
 
 
 def _has_kinds(block: type[Block], location: Location) -> bool:
-    """Whether a location leads into a block that is one of several; only those at the top level are."""
+    """Whether a location leads into a block that is one of several kinds; only top-level blocks are."""
     field = block.model_fields.get(str(location[0])) if len(location) > 1 else None
     return field is not None and bool(block_kinds(field))
 
 
 def _found(value: Any) -> str:
-    """The value and what it is, short enough for one line: "'high' (text)"."""
+    """The value and its type, short enough for one line: "'high' (text)"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):

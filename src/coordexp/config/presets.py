@@ -1,4 +1,4 @@
-"""Named sets of parameters: `configs/presets/<name>.yaml` states the keys of params.yaml that make up a recipe.
+"""Presets: `configs/presets/<name>.yaml` sets the keys of params.yaml that make up a recipe.
 
 `make preset PRESET=mixture` runs one; `python -m coordexp.config.presets mixture` prints it as arguments of
 `dvc exp run`.
@@ -20,26 +20,26 @@ PRESETS = Path("configs/presets")
 
 
 def preset_names(root: Path = Path()) -> list[str]:
-    """Names of the presets under a repository."""
+    """Names of the presets in a repository."""
     return sorted(path.stem for path in (root / PRESETS).glob("*.yaml"))
 
 
 def read_preset(name: str, root: Path = Path()) -> dict[str, Any]:
-    """The changes of a preset by dotted key, checked.
+    """The changes of a preset by dotted key, validated.
 
     Raises:
-        ConfigError: no such preset; a key that params.yaml does not have, or a value that it does not accept.
+        ConfigError: the preset does not exist, or it has an unknown key or a value that is not accepted.
     """
     names = preset_names(root)
     if name not in names:
-        raise ConfigError(f"preset {name!r}: not in {root / PRESETS}.{closest(name, names)} There are: {names}.")
+        raise ConfigError(f"preset {name!r}: not in {root / PRESETS}.{closest(name, names)} Presets: {names}.")
     changes = dict(leaves(read_yaml(root / PRESETS / f"{name}.yaml")))
     with_changes(read_yaml(root / "params.yaml"), changes, f"{PRESETS / name}.yaml")
     return changes
 
 
 def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> Params:
-    """The parameters of a tree (as read from params.yaml) with some dotted keys changed; `where` names their source.
+    """The parameters of a tree (as read from params.yaml) with some dotted keys changed; `where` names the source.
 
     Raises:
         ConfigError: as for params.yaml itself, under the name `where`.
@@ -48,7 +48,7 @@ def with_changes(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str
 
 
 def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A copy of a tree with some dotted keys set; raises ConfigError where a part of a key is no block."""
+    """A copy of a tree with some dotted keys set; raises ConfigError if a part of a key is not a block."""
     changed: dict[str, Any] = json.loads(json.dumps(tree))
     for key, value in changes.items():
         *blocks, name = key.split(".")
@@ -56,7 +56,7 @@ def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any], where: str
         for block in blocks:
             node = node.setdefault(block, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"{where}: {key}: {block!r} is no block of parameters. See docs/parameters.md.")
+                raise ConfigError(f"{where}: {key}: {block!r} is not a block of parameters. See docs/parameters.md.")
         node[name] = value
     return changed
 
@@ -76,7 +76,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def main(names: list[str]) -> int:
-    """Print the arguments of the one named preset, or without a name what presets there are."""
+    """Print the arguments of the named preset, or the names of all presets."""
     try:
         print("\n".join(preset_names()) if not names else " ".join(overrides(read_preset(names[0]))))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What `configs/<profile>.yaml` holds: where and how big."""
+"""The schema of `configs/<profile>.yaml`: data, model, sizes, and machine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from coordexp.config.serving import ServeConfig
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # pixels; 32 is one vision token of Qwen3-VL
 NO_SPLIT = "none"
 AUTO_SPLIT = "auto"
-# It begins the image paths of the set's records.
+# The image paths of the set's records begin with it.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ObjectSide = Annotated[float, Field(gt=0, lt=1)]
-# "coco.mAP >= 0.4": a metric and the least value that it should reach.
+# "coco.mAP >= 0.4": a metric and the minimum that it should reach.
 Goal = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[A-Za-z0-9_]+ >= [0-9]+(\.[0-9]+)?$")]
 Goals = Annotated[tuple[Goal, ...], Field(strict=False)]
 LrFactor = Annotated[float, Field(gt=0, le=100)]
 
 
 class HeldOutConfig(Block):
-    """Fractions of val objects whose labels are held out, by how; the other objects have labels of training."""
+    """Fractions of val objects with held-out labels, by tier. The other objects have labels seen in training."""
 
-    strict: Fraction = Field(description="fraction of val objects with a label in no picture or text of any training")
-    phrase: Fraction = Field(description="fraction with a label that pretraining drew but never wrote")
-    plain_only: Fraction = Field(description="fraction with a colored noun that training knows plain only")
-    never: Fraction = Field(description="fraction with a noun in no picture or text of any training")
+    strict: Fraction = Field(description="fraction of val objects whose label is unseen in text and images")
+    phrase: Fraction = Field(
+        description="fraction whose label is unseen in text: pretraining renders it but never writes it"
+    )
+    plain_only: Fraction = Field(description="fraction with a colored noun that training has only without a color")
+    never: Fraction = Field(description="fraction with a noun that is unseen in text and images")
 
     @model_validator(mode="after")
     def _fractions_of_one_whole(self) -> HeldOutConfig:
@@ -39,16 +41,18 @@ class HeldOutConfig(Block):
 
 
 class RowsConfig(Block):
-    """Rows of neighbours of one label, the one beside the other: where repeated boxes are born."""
+    """Rows of adjacent objects with the same label, which provoke duplicate predictions."""
 
-    most: Count = Field(description="most rows in one scene; each is there with the chance crowd_fraction")
-    objects: int = Field(ge=2, le=40, description="most objects in one row")
-    smallest_fraction: ObjectSide = Field(description="least mean size in a row, of the image's shorter side")
-    largest_fraction: ObjectSide = Field(description="greatest mean size in a row")
-    closest: Annotated[float, Field(gt=0, le=2)] = Field(
-        description="least distance from one object to the next, in widths; below 1 they overlap"
+    most: Count = Field(description="maximum number of rows in a scene; each occurs with probability crowd_fraction")
+    objects: int = Field(ge=2, le=40, description="maximum number of objects in a row")
+    smallest_fraction: ObjectSide = Field(
+        description="minimum mean object size in a row, relative to the shorter image side"
     )
-    farthest: Annotated[float, Field(gt=0, le=2)] = Field(description="greatest distance, in widths")
+    largest_fraction: ObjectSide = Field(description="maximum mean object size in a row")
+    closest: Annotated[float, Field(gt=0, le=2)] = Field(
+        description="minimum distance from one object to the next, in widths; below 1 they overlap"
+    )
+    farthest: Annotated[float, Field(gt=0, le=2)] = Field(description="maximum distance, in widths")
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> RowsConfig:
@@ -63,27 +67,29 @@ class ScenesConfig(Block):
 
     kind: Literal["scenes"] = Field(description="where images and boxes come from")
     sprites: Text = Field(description="folder of the sprites and their names")
-    train_images: PositiveCount = Field(description="images of the training split, before dev is taken from it")
+    train_images: PositiveCount = Field(description="images of the training split, before dev is split off")
     val_images: PositiveCount = Field(description="images of the val split")
-    min_side_px: Side = Field(description="shortest image side")
-    max_side_px: Side = Field(description="longest image side")
-    min_objects: int = Field(ge=1, le=100, description="fewest objects in one scene, as long as there is room")
-    max_objects: int = Field(ge=1, le=100, description="most objects in one scene")
+    min_side_px: Side = Field(description="minimum image side, in pixels")
+    max_side_px: Side = Field(description="maximum image side, in pixels")
+    min_objects: int = Field(ge=1, le=100, description="minimum number of objects in a scene, space permitting")
+    max_objects: int = Field(ge=1, le=100, description="maximum number of objects in a scene")
     count_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="how much less likely each further object is, as a factor; 1 makes all counts alike"
+        description="probability factor per additional object; 1 makes all counts equally likely"
     )
-    max_iou: Fraction = Field(description="highest IoU of two boxes of one scene")
-    smallest_fraction: ObjectSide = Field(description="shortest ordinary object, of the image's shorter side")
-    largest_fraction: ObjectSide = Field(description="longest object, of the image's shorter side")
+    max_iou: Fraction = Field(description="maximum IoU of two boxes in a scene")
+    smallest_fraction: ObjectSide = Field(
+        description="minimum size of an ordinary object, relative to the shorter image side"
+    )
+    largest_fraction: ObjectSide = Field(description="maximum size of an object, relative to the shorter image side")
     small_fraction: Fraction = Field(
-        description="fraction of objects below smallest_fraction, down to two thirds of it"
+        description="fraction of small objects, from two thirds of smallest_fraction up to it"
     )
-    crowd_fraction: Fraction = Field(description="chance of each row of neighbours of one label")
+    crowd_fraction: Fraction = Field(description="probability of each row of adjacent objects with the same label")
     rows: RowsConfig
-    distractors: int = Field(ge=0, le=20, description="most textured shapes without a name in one scene")
-    plain_fraction: Fraction = Field(description="fraction of objects of training labels that are not tinted")
+    distractors: int = Field(ge=0, le=20, description="maximum number of unlabeled textured shapes in a scene")
+    plain_fraction: Fraction = Field(description="fraction of objects with training labels that are not tinted")
     held_out: HeldOutConfig
-    seed_offset: Count = Field(description="added to the seed of composition, so that profiles see other scenes")
+    seed_offset: Count = Field(description="added to the seed of composition, so that profiles get different scenes")
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> ScenesConfig:
@@ -99,32 +105,36 @@ class ScenesConfig(Block):
 
 
 class DatasetConfig(Block):
-    """One data set on disk. Paths are relative to `root`; `none` says that the set has no such split.
+    """One data set on disk. Paths are relative to `root`; `none` means that the set does not have this split.
 
-    `val: auto` takes `records.val_fraction` of the training pictures, chosen by their content.
+    `val: auto` takes `records.val_fraction` of the training images, chosen by their content.
     """
 
     format: Format = Field(description="format of the annotations")
-    root: Text = Field(description="folder of the data set; a relative one starts at the repository")
+    root: Text = Field(description="folder of the data set; a relative path starts at the repository")
     train: Text = Field(description="annotations of the training split, or none")
     val: Text = Field(description="annotations of the val split, none, or auto (taken from train)")
-    train_images: Text = Field(description="folder that file names of the training split start from")
-    val_images: Text = Field(description="folder that file names of the val split start from")
-    weight: float = Field(gt=0, le=100, description="how often each training record is used; a fraction takes a part")
-    prompt: Literal["open", "closed", "listed", "phrase", "mixed"] = Field(
-        description="what training prompts ask for; mixed is open, listed or phrase, and val has probes of all"
+    train_images: Text = Field(description="folder that the file names of the training split start from")
+    val_images: Text = Field(description="folder that the file names of the val split start from")
+    weight: float = Field(
+        gt=0, le=100, description="how often training records are used; 2.5 is twice, and half of them once more"
     )
-    boxes: BoxForm = Field(default="format", description="what the numbers of a box are, if not what the format says")
+    prompt: Literal["open", "closed", "listed", "phrase", "mixed"] = Field(
+        description="what training prompts ask for; mixed: open, listed, or phrase, and val has probes"
+    )
+    boxes: BoxForm = Field(
+        default="format", description="what the numbers of a box are, if the file deviates from its format"
+    )
 
 
 class DatasetsConfig(Block):
-    """Source data: annotated images of the user. Images stay where they are; a manifest names and hashes them.
+    """Source data: annotated images of the user. Images stay where they are; a manifest lists and hashes them.
 
-    `<name>` is chosen by the user, for one or more sets; formats and layouts are in [data.md](data.md).
+    `<name>` is a name of your choice, for one or more sets. [data.md](data.md) describes formats and layouts.
     """
 
     kind: Literal["datasets"] = Field(description="where images and boxes come from")
-    verify: Literal["decode", "header"] = Field(description="unpack every image once, or read only its header")
+    verify: Literal["decode", "header"] = Field(description="decode every image once, or read only its header")
     sets: dict[Name, DatasetConfig] = Field(strict=False, min_length=1, description="the data sets by name")
 
     @model_validator(mode="after")
@@ -132,7 +142,7 @@ class DatasetsConfig(Block):
         for name, config in self.sets.items():
             if config.train == AUTO_SPLIT or (config.val == AUTO_SPLIT and config.train == NO_SPLIT):
                 raise ValueError(
-                    f"sets.{name}: only val may be auto, and it is taken from train; name its annotations."
+                    f"sets.{name}: only val may be auto, and it is taken from train; set the annotations of train."
                 )
         return self
 
@@ -140,7 +150,7 @@ class DatasetsConfig(Block):
     def _both_splits_are_there(self) -> DatasetsConfig:
         for split in ("train", "val"):
             if all(getattr(config, split) == NO_SPLIT for config in self.sets.values()):
-                raise ValueError(f"no set has a {split} split; name the annotations of at least one.")
+                raise ValueError(f"no set has a {split} split; set the annotations of at least one.")
         return self
 
 
@@ -148,48 +158,54 @@ SourceConfig = ScenesConfig | DatasetsConfig
 
 
 class RecordsConfig(Block):
-    """Splits, and what is kept of the unusual."""
+    """Splits, prompts, augmentation, and the policy for unusual annotations."""
 
-    dev_images: PositiveCount = Field(description="images taken from the training split for choosing settings")
+    dev_images: PositiveCount = Field(description="images split off from training, for choosing settings")
     crowd: Literal["ignore", "drop", "as_objects"] = Field(
-        description="crowd and difficult boxes: ignore regions, dropped, or objects like all others"
+        description="crowd and difficult boxes: ignore regions, dropped, or ordinary objects"
     )
     truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
-    min_side_px: float = Field(ge=0.01, le=1000, description="shorter side below which a box is dropped, in pixels")
-    min_inside: Fraction = Field(description="fraction of a box that must lie inside the image")
+    min_side_px: float = Field(
+        ge=0.01, le=1000, description="boxes with a shorter side below this are dropped, in pixels"
+    )
+    min_inside: Fraction = Field(description="minimum fraction of a box that must be inside the image")
     polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
-    max_objects: Count = Field(description="most objects of a training record; 0 is no limit")
+    max_objects: Count = Field(description="maximum number of objects in a training record; 0 is unlimited")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
-    bad_images: Literal["error", "drop"] = Field(description="images that are missing, broken, or of another size")
-    max_lost: Fraction = Field(
-        description="fraction of a split's annotations, and of its images, that may be lost; more stops"
+    bad_images: Literal["error", "drop"] = Field(
+        description="images that are missing, broken, or of another size than annotated"
     )
+    max_lost: Fraction = Field(description="maximum fraction of annotations, and of images, that a split may lose")
     wordings: int = Field(
-        ge=1, le=4, description="wordings of each question that training draws from; dev and val use the first"
+        ge=1, le=4, description="number of wordings per prompt in training; dev and val use the first"
     )
-    listed_names: int = Field(ge=1, le=200, description="prompt listed: most names in one training prompt")
-    listed_present: Fraction = Field(description="prompt listed: fraction of the names present that it lists")
+    listed_names: int = Field(ge=1, le=200, description="prompt: listed: maximum number of names in a training prompt")
+    listed_present: Fraction = Field(description="prompt: listed: fraction of the present names that are listed")
     listed_hard: Fraction = Field(
-        description="prompt listed: fraction of its absent names that share a word with a name present"
+        description="prompt: listed: fraction of its absent names that share a word with a present name"
     )
     negative_rate: Fraction = Field(
-        description="prompts listed, mixed: fraction of those with names that name only absent ones"
+        description="prompt: listed, mixed: fraction of prompts with names whose names are all absent"
     )
-    mixed_listed: Fraction = Field(description="prompt mixed: fraction of training records that list names")
-    mixed_phrase: Fraction = Field(description="prompt mixed: fraction that give one name; the rest ask for everything")
+    mixed_listed: Fraction = Field(description="prompt: mixed: fraction of training records with a list of names")
+    mixed_phrase: Fraction = Field(
+        description="prompt: mixed: fraction with a single name; the rest ask for all objects"
+    )
     missing: Fraction = Field(
         default=0.0,
-        description="fraction of the objects of training records left out, to study incomplete annotation",
+        description="fraction of training objects that are removed, to study incomplete annotation",
     )
-    flip: Fraction = Field(description="fraction of training records that are mirrored, with left and right in words")
+    flip: Fraction = Field(
+        description="fraction of training records that are mirrored, and left and right in their text"
+    )
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
-    overlap: Literal["error", "drop_train"] = Field(description="training images that val holds too, by content")
+    overlap: Literal["error", "drop_train"] = Field(description="training images whose content is also in val")
     same_picture: Literal["merge", "first", "file", "keep"] = Field(
-        default="merge", description="records of one content in a split: join, keep the first, join by file, keep all"
+        default="merge", description="records with the same image content: join, keep first, join by file, or keep all"
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="val: auto: fraction of the training pictures that become val"
+        default=0.1, description="val: auto: fraction of the training images that become val"
     )
 
     @model_validator(mode="after")
@@ -200,7 +216,7 @@ class RecordsConfig(Block):
 
 
 class FilePin(Block):
-    """One file of the pretrained model: only a file of this size and hash is loaded."""
+    """One file of the pretrained model. A file is loaded only if its size and hash match."""
 
     bytes: Count = Field(description="size of the file")
     sha256: Text = Field(description="its SHA-256, 64 hexadecimal digits")
@@ -216,21 +232,23 @@ class FilePin(Block):
 class ModelConfig(Block):
     """The pretrained model and its image size."""
 
-    path: Text = Field(description="folder of the pretrained checkpoint; a relative one starts at the repository")
+    path: Text = Field(description="folder of the pretrained checkpoint; a relative path starts at the repository")
     files: dict[Text, FilePin] | None = Field(
         strict=False,
         min_length=1,
-        description="pins of its files, written by `coordexp doctor --pin`; null: none yet, and no stage loads it",
+        description="pins of its files (`coordexp doctor --pin`); null: none, and no stage loads the model",
     )
-    coord_init: Literal["mean", "digits", "ordinal"] = Field(description="first value of the 1000 coordinate rows")
-    min_pixels: PositiveCount = Field(description="smallest image area the model is given, in pixels")
-    max_pixels: PositiveCount = Field(description="largest image area the model is given, in pixels")
+    coord_init: Literal["mean", "digits", "ordinal"] = Field(
+        description="initial values of the 1000 coordinate embedding rows"
+    )
+    min_pixels: PositiveCount = Field(description="minimum number of pixels of an input image")
+    max_pixels: PositiveCount = Field(description="maximum number of pixels of an input image")
 
     @model_validator(mode="after")
     def _pins_are_of_files_in_the_folder(self) -> ModelConfig:
         for name in self.files or {}:
             if name in (".", "..") or any(character in name for character in "/\\\0"):
-                raise ValueError(f"files: found {name!r}, expected the name of a file in the folder at path.")
+                raise ValueError(f"files: found {name!r}, expected the name of a file in the folder model.path.")
         return self
 
     @model_validator(mode="after")
@@ -247,19 +265,21 @@ class PackingConfig(Block):
 
 
 class TuningConfig(Block):
-    """What of the model trains, in both stages and the control. The coordinate rows always do."""
+    """Which parts of the model train, in both stages and the control. Coordinate embedding rows always train."""
 
-    method: Literal["full", "lora", "dora"] = Field(description="all weights, or low-rank adapters that are merged")
+    method: Literal["full", "lora", "dora"] = Field(
+        description="all weights, or low-rank adapters, which are merged after training"
+    )
     vision: Literal["train", "freeze"] = Field(description="the vision tower")
     projector: Literal["train", "freeze"] = Field(description="the mergers between vision and language")
-    language: Literal["train", "freeze"] = Field(description="the language model with embedding and head")
+    language: Literal["train", "freeze"] = Field(description="the language model, including embedding and head")
     rank: int = Field(ge=1, le=1024, description="lora, dora: rank of an adapter")
     alpha: float = Field(gt=0, le=4096, description="lora, dora: the update is scaled by alpha / rank")
     dropout: float = Field(ge=0, lt=1, description="lora, dora: dropout before an adapter")
     activations: Literal["keep", "recompute"] = Field(
-        description="of the language model: recompute in the backward pass: less memory, slower"
+        description="language model: recompute them in the backward pass (slower, less memory), or keep"
     )
-    vision_activations: Literal["keep", "recompute"] = Field(description="likewise of the vision tower")
+    vision_activations: Literal["keep", "recompute"] = Field(description="the same for the vision tower")
 
     @model_validator(mode="after")
     def _something_is_adapted(self) -> TuningConfig:
@@ -269,26 +289,26 @@ class TuningConfig(Block):
 
 
 class OptimConfig(Block):
-    """How one training stage steps."""
+    """Optimization of one training stage."""
 
     optimizer: Literal["muon", "adamw", "adamw_8bit"] = Field(
-        description="Muon on matrices with AdamW on the rest, or AdamW on all (8-bit: one-byte moments)"
+        description="Muon on matrices and AdamW on the rest, or AdamW on all (8bit: one-byte moments)"
     )
     steps: PositiveCount = Field(description="optimizer steps")
     lr: float = Field(gt=0, le=1, description="peak learning rate")
     coord_row_lr_factor: LrFactor = Field(
-        description="factor on lr in embedding and head, whose coordinate rows start far from their place"
+        description="factor on lr for embedding and head, including the new coordinate rows"
     )
-    vision_lr_factor: LrFactor = Field(description="factor on lr in the vision tower")
-    projector_lr_factor: LrFactor = Field(description="factor on lr in the mergers between vision and language")
-    language_lr_factor: LrFactor = Field(description="factor on lr in the language model, its rows left out")
-    betas: Betas = Field(description="AdamW: decay of its running means of the gradient and of its square")
-    warmup_steps: Count = Field(description="steps of linear warm-up; the rate then falls as a cosine")
+    vision_lr_factor: LrFactor = Field(description="factor on lr for the vision tower")
+    projector_lr_factor: LrFactor = Field(description="factor on lr for the mergers between vision and language")
+    language_lr_factor: LrFactor = Field(description="factor on lr for the language model without embedding and head")
+    betas: Betas = Field(description="AdamW: decay rates of the running means of the gradient and of its square")
+    warmup_steps: Count = Field(description="steps of linear warm-up; a cosine decay follows")
     weight_decay: float = Field(ge=0, le=1, description="decoupled weight decay")
-    precision: Literal["bf16", "fp32"] = Field(description="number format of the forward (bf16: autocast)")
-    max_grad_norm: float = Field(gt=0, le=1000, description="gradient norm above which a step is scaled down")
-    log_every: PositiveCount = Field(description="steps between two lines of the training log")
-    grad_monitor_every: Count = Field(description="steps between two logs of each term's gradient; 0 is never")
+    precision: Literal["bf16", "fp32"] = Field(description="precision of the forward (bf16: autocast)")
+    max_grad_norm: float = Field(gt=0, le=1000, description="gradients are clipped to this norm")
+    log_every: PositiveCount = Field(description="steps between two progress lines on the console")
+    grad_monitor_every: Count = Field(description="steps between two logs of the gradient of each term; 0 is never")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> OptimConfig:
@@ -300,64 +320,64 @@ class OptimConfig(Block):
 class Stage1Config(OptimConfig):
     """Size of stage 1."""
 
-    packs_per_step: PositiveCount = Field(description="packed sequences of one optimizer step")
+    packs_per_step: PositiveCount = Field(description="packed sequences per optimizer step")
 
 
 class RolloutConfig(Block):
-    """What generates, and on how many images of the training split."""
+    """The generation engine, and the rollouts on training images."""
 
-    engine: Literal["hf", "vllm"] = Field(description="what generates, here and in evaluation: transformers or vLLM")
-    vllm_python: Text = Field(description="vllm: interpreter that starts a server; make vllm installs it")
-    servers: TextList = Field(description="vllm: URLs of running servers, or start: those of rollout.serve")
-    requests_per_server: PositiveCount = Field(description="vllm: requests under way at each server")
-    timeout_seconds: float = Field(
-        gt=0, le=86400, description="vllm: time limit of one attempt, from sending to the last byte"
+    engine: Literal["hf", "vllm"] = Field(
+        description="generation engine, in rollouts and evaluation: transformers or vLLM"
     )
-    tries: PositiveCount = Field(description="vllm: attempts at one request before its server is left out")
+    vllm_python: Text = Field(description="vllm: Python interpreter of the server; make vllm installs it")
+    servers: TextList = Field(
+        description="vllm: URLs of running servers, or start, which starts those of rollout.serve"
+    )
+    requests_per_server: PositiveCount = Field(description="vllm: concurrent requests per server")
+    timeout_seconds: float = Field(gt=0, le=86400, description="vllm: time limit of one attempt, until the last byte")
+    tries: PositiveCount = Field(description="vllm: attempts at one request before its server is dropped")
     serve: ServeConfig
-    images: PositiveCount = Field(description="training images that get a rollout")
-    batch_images: PositiveCount = Field(description="hf: images generated together, here and in evaluation")
+    images: PositiveCount = Field(description="number of training images that get a rollout")
+    batch_images: PositiveCount = Field(description="hf: images decoded together, in rollouts and evaluation")
 
     @field_validator("servers")
     @classmethod
     def _keys_stay_out_of_git(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any("@" in url for url in value):  # the message must not show it either
             raise ValueError(
-                "a URL holds a key or a user, and profiles are in git. Leave it out, and set VLLM_API_KEY."
+                "a URL contains a key or a user, and profiles are in git. Remove it, and set VLLM_API_KEY."
             )
         return value
 
 
 class Stage2Config(OptimConfig):
-    """Size of stage 2, and of the control that continues stage 1 for the same compute."""
+    """Size of stage 2, and of the control, which continues stage 1 for the same compute."""
 
-    samples_per_step: PositiveCount = Field(description="images of one optimizer step")
+    samples_per_step: PositiveCount = Field(description="images per optimizer step")
 
 
 class MonitorConfig(Block):
-    """The eval callback of training: a fixed few images of dev, decoded, counted, drawn and read teacher-forced."""
+    """The eval callback: during training, it evaluates a fixed set of a few dev images."""
 
-    every_steps: Count = Field(description="optimizer steps between two evaluations, and one at the end; 0 is never")
-    images: int = Field(
-        ge=1, le=512, description="images of dev, the same ones every time: answered, and read by context"
-    )
+    every_steps: Count = Field(description="optimizer steps between evaluations, plus one at the end; 0 is never")
+    images: int = Field(ge=1, le=512, description="number of dev images, the same every time")
     batch_images: PositiveCount = Field(description="images decoded together")
     keep_every_steps: Count = Field(
-        default=0, description="optimizer steps between two checkpoints that stay; 0 is never"
+        default=0, description="optimizer steps between two checkpoints that are kept; 0 is never"
     )
 
 
 class EvalConfig(Block):
     """Size of the evaluation."""
 
-    images: Count = Field(description="val images that are evaluated; 0 is all")
+    images: Count = Field(description="number of val images; 0 is all")
 
 
 class ReportConfig(Block):
     """Size of the report."""
 
-    gallery_images: PositiveCount = Field(description="pictures of ground truth beside prediction")
-    goals: Goals = Field(description="least values of metrics that the lower bound of the interval should reach")
+    gallery_images: PositiveCount = Field(description="number of gallery panels, ground truth next to prediction")
+    goals: Goals = Field(description="minimum values of metrics, which the lower bound of the interval should reach")
 
 
 class LaunchConfig(Block):
@@ -366,17 +386,17 @@ class LaunchConfig(Block):
     threads: int = Field(
         ge=0,
         le=1024,
-        description="CPU threads of the tensor library; 0 is its own choice within what a container grants",
+        description="CPU threads of the tensor library; 0 is its own choice within the container limit",
     )
     processes: int = Field(
-        ge=0, le=64, description="processes on this machine that train, or decode with engine hf; 0 is one for each GPU"
+        ge=0, le=64, description="processes for training, and for decoding with engine hf; 0 is one per GPU"
     )
-    rows_per_forward: Count = Field(description="packed sequences in one forward; fewer save memory, 0 is all")
+    rows_per_forward: Count = Field(description="packed sequences per forward; fewer need less memory, 0 is all")
     sharding: Literal["none", "fsdp2"] = Field(
-        description="each training process holds all weights and moments, or its fraction of them (fsdp2)"
+        description="each training process holds all weights and moments, or its shard (fsdp2)"
     )
     save_every_seconds: float = Field(
-        ge=0, le=86400, description="least time between two saved states of a training stage"
+        ge=0, le=86400, description="minimum time between two saved states of a training stage"
     )
 
 
@@ -411,7 +431,7 @@ class Profile(Block):
         for key, (found, fitting) in wanted.items():
             if found not in fitting:
                 raise ValueError(
-                    f"launch.sharding {self.launch.sharding} does not go with {key} {found}; set it to "
+                    f"launch.sharding {self.launch.sharding} does not support {key} {found}; set it to "
                     f"{' or '.join(map(str, fitting))}, or launch.sharding to none."
                 )
         return self
@@ -420,7 +440,7 @@ class Profile(Block):
     def _dev_leaves_training_images(self) -> Profile:
         if isinstance(self.source, ScenesConfig) and self.records.dev_images >= self.source.train_images:
             raise ValueError(
-                f"records.dev_images {self.records.dev_images} leaves nothing of source.train_images "
-                f"{self.source.train_images} to train on; lower it."
+                f"records.dev_images {self.records.dev_images} leaves no training images of source.train_images "
+                f"{self.source.train_images}; lower it."
             )
         return self

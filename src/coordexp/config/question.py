@@ -1,7 +1,7 @@
-"""What a question declares: arms, what each is compared with, and the rule by which numbers answer it.
+"""The schema of a question: arms, their baselines, and the rule by which numbers answer the question.
 
-One file of `configs/questions/` is one question; `coordexp answer` runs what is missing. The rule is written down
-before any number is seen: a claim, and what its interval must show.
+One file of `configs/questions/` is one question; `coordexp answer` runs what is missing. The rule is fixed before any
+number is seen: a claim, and what its interval must show.
 """
 
 from __future__ import annotations
@@ -17,89 +17,87 @@ from coordexp.config.loading import load_block
 from coordexp.errors import ConfigError, closest
 
 QUESTIONS = Path("configs/questions")
-# Of every comparison; the first decides, the others are shown beside it.
+# Shown for every comparison. The first one decides.
 METRICS = ("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean", "set.dup_pairs_90")
 PRIMARY = METRICS[0]
 Trained = Literal["stage1", "stage1-control", "stage2"]
 TRAINED: tuple[Trained, ...] = get_args(Trained)
 Budget = Literal["tokens", "compute", "decoding", "none"]
-# Keys of params.yaml that no question varies, and why.
+# Keys of params.yaml that no question varies, and the reason.
 UNASKED = {
-    "profile": "where and how big; a question names its own",
-    "seed": "makes other data, so nothing is paired; repetitions are stage1.seed and stage2.seed",
+    "profile": "a question sets its own profile",
+    "seed": "changes the data, so runs are no longer paired; repetitions vary stage1.seed and stage2.seed",
     "stage1.seed": "varied by every question that trains stage 1",
     "stage2.seed": "varied by every question that trains stage 2",
-    "decode.max_new_tokens": "a limit, not a choice: above the longest annotated answer it changes nothing that parses",
-    "eval.bootstrap_resamples": "precision of the intervals, not of the detector",
-    "eval.f1_ious": "which thresholds are listed beside the headline ones",
-    "eval.duplicate_ious": "which thresholds are listed",
-    "eval.semantic_floor": "tried on COCO's names (evaluation/categories.py); no answer here is near two names",
+    "decode.max_new_tokens": "a limit: above the longest annotated answer it does not change an answer that parses",
+    "eval.bootstrap_resamples": "affects the precision of the intervals, not the detector",
+    "eval.f1_ious": "selects the thresholds that are reported in addition to the headline ones",
+    "eval.duplicate_ious": "selects the thresholds that are reported",
+    "eval.semantic_floor": "tested on COCO's names (evaluation/categories.py); no answer here is near two names",
     "eval.semantic_margin": "as eval.semantic_floor",
 }
 
 
 class Arm(Block):
-    """One training recipe, and what it is compared with."""
+    """One training recipe, and its baseline."""
 
     presets: Texts = Field(
-        default=(), description="recipes of configs/presets that it starts from, the later over the earlier"
+        default=(), description="presets of configs/presets that it starts from; later ones override earlier ones"
     )
-    changes: Texts = Field(
-        default=(), description="KEY=VALUE as `-S` takes them, `configs/${profile}.yaml:KEY` included"
-    )
-    checkpoint: Trained = Field(default="stage2", description="what of the run is evaluated")
+    changes: Texts = Field(default=(), description="KEY=VALUE as for `-S`, including `configs/${profile}.yaml:KEY`")
+    checkpoint: Trained = Field(default="stage2", description="the checkpoint that is evaluated")
     baseline: str = Field(
-        default="", description="an arm, or a checkpoint of the same run; without one it is only measured"
+        default="", description="another arm, or a checkpoint of the same run; without one the arm is only measured"
     )
 
 
 class Claim(Block):
-    """A rule: that a metric of an arm is higher or lower than that of its baseline, or the same within `margin`.
+    """A claim: a metric of an arm is higher than, lower than, or the same as its baseline, the last within `margin`.
 
-    Without a baseline the value itself is compared with `than`. The three sentences are the answers in words.
+    Without a baseline, the value itself is compared with `than`. The three sentences are the answers in words.
     """
 
     text: Text = Field(description="the claim in words")
-    source: Text = Field(description="who says so, or why")
+    source: Text = Field(description="who claims it, or why")
     arm: Text = Field(description="an arm")
-    baseline: str = Field(default="", description="another arm, or a checkpoint of the run of `arm`; or none")
-    expected: Literal["higher", "lower", "same"] = Field(description="of the arm beside its baseline")
-    metric: Text = Field(default=PRIMARY, description="what is higher, lower or the same")
-    than: float = Field(default=0.0, description="without a baseline: what the value is compared with")
-    margin: float = Field(default=0.0, ge=0, description="with `same`: the largest difference that counts as none")
-    yes: str = Field(default="", description="what to say if the interval shows the claim")
-    no: str = Field(default="", description="what to say if it shows the contrary")
-    open: str = Field(default="", description="what to say if it shows neither")
+    baseline: str = Field(default="", description="another arm, or a checkpoint of the run of `arm`, or none")
+    expected: Literal["higher", "lower", "same"] = Field(description="how the arm compares with its baseline")
+    metric: Text = Field(default=PRIMARY, description="the metric that is compared")
+    than: float = Field(default=0.0, description="without a baseline: the value to compare with")
+    margin: float = Field(default=0.0, ge=0, description="with `same`: the maximum difference that counts as none")
+    yes: str = Field(default="", description="the answer if the interval shows the claim")
+    no: str = Field(default="", description="the answer if it shows the opposite")
+    open: str = Field(default="", description="the answer if it shows neither")
 
     @model_validator(mode="after")
     def _same_has_a_margin(self) -> Claim:
         if (self.expected == "same") != (self.margin > 0):
             raise ValueError(f"margin is {self.margin:g}, expected above 0 with `expected: same`, and 0 otherwise.")
         if self.than and self.baseline:
-            raise ValueError(f"than is {self.than:g}, but there is a baseline; leave one of the two out.")
+            raise ValueError(f"than is {self.than:g}, but there is a baseline; remove one of the two.")
         return self
 
 
 class Question(Block):
-    """A question in words, arms in the order of the report, the claims that answer it, and how often arms repeat."""
+    """A question in words, its arms in the order of the report, the claims that answer it, and the number of seeds."""
 
-    question: Text = Field(description="in words")
-    source: Text = Field(default="this repository", description="who asks")
-    profile: str = Field(default="", description="the profile to run; that of params.yaml if none is named")
+    question: Text = Field(description="the question in words")
+    source: Text = Field(default="this repository", description="where the question comes from")
+    profile: str = Field(default="", description="the profile to run; by default the one of params.yaml")
     budget: Budget = Field(
         default="tokens",
-        description="what both sides get alike: training tokens, these and rollouts, only decoding, or nothing",
+        description="what both sides have in common: training tokens, also rollouts, only decoding, or nothing",
     )
     seeds: PositiveCount = Field(default=3, description="repetitions of every arm")
-    note: str = Field(default="", description="what the answer does not show")
-    changes: Texts = Field(default=(), description="KEY=VALUE of all arms, before their own")
+    note: str = Field(default="", description="limits of the answer")
+    changes: Texts = Field(default=(), description="KEY=VALUE of all arms, applied before their own")
     arms: dict[str, Arm] = Field(description="name -> arm")
-    claims: dict[str, Claim] = Field(default_factory=dict, description="name -> claim; the first is the answer's")
+    claims: dict[str, Claim] = Field(default_factory=dict, description="name -> claim; the first one gives the answer")
 
     @model_validator(mode="after")
     def _names_are_there(self) -> Question:
         if taken := sorted(self.arms.keys() & {*TRAINED}):
-            raise ValueError(f"arms: {taken[0]!r} is the name of a checkpoint; name the arm otherwise.")
+            raise ValueError(f"arms: {taken[0]!r} is the name of a checkpoint; rename the arm.")
         named = {f"arms.{name}.baseline": arm.baseline for name, arm in self.arms.items()}
         named |= {f"claims.{name}.baseline": claim.baseline for name, claim in self.claims.items()}
         named = {key: name for key, name in named.items() if name not in ("", *TRAINED)}
@@ -111,10 +109,10 @@ class Question(Block):
         return self
 
     def only(self, names: Iterable[str]) -> Question:
-        """The named arms (all without names), the arms that they are compared with, and the claims about these.
+        """The question with only the named arms (all without names), their baselines, and the claims about these.
 
         Raises:
-            ConfigError: an unknown name.
+            ConfigError: a name is unknown.
         """
         wanted = set(names) or set(self.arms)
         if unknown := sorted(wanted - self.arms.keys()):
@@ -133,7 +131,7 @@ class Question(Block):
 
 
 def question_names(root: Path = Path()) -> list[str]:
-    """Names of the questions under a repository."""
+    """Names of the questions in a repository."""
     return sorted(file.stem for file in (root / QUESTIONS).glob("*.yaml"))
 
 
@@ -142,5 +140,5 @@ def load_question(name: str, root: Path = Path()) -> Question:
     path = root / QUESTIONS / f"{name}.yaml"
     if not path.is_file():
         names = question_names(root)
-        raise ConfigError(f"question {name!r}: no file {path}.{closest(name, names)} There are: {', '.join(names)}.")
+        raise ConfigError(f"question {name!r}: no file {path}.{closest(name, names)} Questions: {', '.join(names)}.")
     return load_block(path, Question)

@@ -1,4 +1,4 @@
-"""What one run of the graph is told, parsed once at its edge and passed as it is."""
+"""The configuration of one run of the graph: parsed once, when a stage starts, and passed on unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coordexp.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Checked parameters, the profile that they name, and the places of its files."""
+    """Validated parameters, the profile that they name, and the paths of its files."""
 
     params: Params
     profile: Profile
@@ -23,22 +23,23 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.profile.rollout.engine == "vllm" and self.params.decode.beams > 1:
             raise ConfigError(
-                f"decode.beams is {self.params.decode.beams}, but rollout.engine is vllm, which searches by no beams. "
+                f"decode.beams is {self.params.decode.beams}, but rollout.engine is vllm, which has no beam search. "
                 "Set beams: 1, or rollout.engine: hf."
             )
         rollout, decode = self.profile.rollout, self.params.decode
         if rollout.engine == "vllm" and rollout.serve.ngram_tokens and decode.needs_walk:
             raise ConfigError(
                 f"rollout.serve.ngram_tokens is {rollout.serve.ngram_tokens}, but decode.corners is {decode.corners} "
-                f"and decode.duplicate_iou {decode.duplicate_iou}: vLLM drafts nothing beside the logits processor "
-                "that these need. Set ngram_tokens: 0, or corners: any and duplicate_iou: 1.0."
+                f"and decode.duplicate_iou {decode.duplicate_iou}: vLLM cannot draft tokens together with the logits "
+                "processor that these need. Set ngram_tokens: 0, or corners: any and duplicate_iou: 1.0."
             )
 
     @classmethod
     def read(cls, params: Path, profile: str | None = None, root: Path | None = None) -> RunConfig:
-        """From the parameter file, the profile that it or `profile` names, and the folder of data/, runs/ and reports/.
+        """Read the parameter file, and the profile that it names (or `profile`, if given).
 
-        Profiles are in configs/ beside the parameter file, and so is everything else unless `root` is given.
+        Profiles are in configs/ next to the parameter file. data/, runs/, and reports/ are there too, unless `root` is
+        given.
         """
         values = load_params(params)
         values = values.model_copy(update={"profile": profile or values.profile})

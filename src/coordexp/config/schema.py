@@ -1,6 +1,6 @@
-"""What `params.yaml` holds: what experiments vary.
+"""The schema of `params.yaml`: the parameters that experiments vary.
 
-No field has a default here: `params.yaml` states every value, so that reading it is knowing the run. Bins are the 1000
+No field has a default here: `params.yaml` sets every value, so the file alone describes the run. Bins are the 1000
 coordinate bins; a `_bins` width of 10 is one percent of the image side.
 """
 
@@ -14,14 +14,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from coordexp.config.block import Block, Count, Fraction, IouList, PositiveCount, Text, Weight
 from coordexp.infra.random_streams import repetition_seed
 
-# A regulariser with two intents: above 0 it is paid for, below 0 it is rewarded.
+# A regularizer of either sign: a weight above 0 penalizes the term, one below 0 rewards it.
 SignedWeight = Annotated[float, Field(ge=-100, le=100)]
 
-# A checkpoint names its default ones too (models/detection_config.py).
+# A checkpoint also stores its default rule and score (models/detection_config.py).
 BoxRule = Literal["argmax", "expectation", "local_expectation", "top_k", "median"]
 ScoreName = Literal["constant", "coord_logprob", "desc_logprob", "mix", "spread", "expected_iou", "quality"]
 
-# How one value is read out of a distribution over bins; losses/readout.py says what each rule does.
+# How one value is read out of a distribution over bins; losses/readout.py defines each rule.
 ReadoutRule = Literal["argmax", "expectation", "straight_through", "local_expectation", "top_k", "median"]
 _READOUT_SYNONYMS = {
     "exp": "expectation",
@@ -43,12 +43,14 @@ BinCount = Annotated[int, Field(ge=1, le=1000)]
 
 
 class CoordSupervision(Block):
-    """Weights of the terms that train coordinate tokens, which the text loss leaves out: one must be above 0."""
+    """Weights of the terms that train coordinate tokens, which the text loss leaves out. One must be above 0."""
 
     softce_weight: Weight = Field(description="cross-entropy against the soft target over the 1000 bins")
-    w1_weight: Weight = Field(description="Wasserstein-1 distance of predicted and target bins, in [0, 1] units")
+    w1_weight: Weight = Field(
+        description="Wasserstein-1 distance between predicted and target distribution, in [0, 1] units"
+    )
     gate_weight: Weight = Field(description="-log P(any coordinate token) at coordinate slots")
-    coord_ce_weight: Weight = Field(description="hard cross-entropy of the one right coordinate token")
+    coord_ce_weight: Weight = Field(description="hard cross-entropy of the target coordinate token")
 
 
 class CoordWeights(CoordSupervision):
@@ -58,16 +60,18 @@ class CoordWeights(CoordSupervision):
 
 
 class AnnealParams(Block):
-    """Wider targets and softer distributions at the start of each training stage; a fraction of 0 turns a ramp off."""
+    """Wider targets and softer distributions at the start of each training stage. A fraction of 0 turns a ramp off."""
 
     sigma_from: float = Field(gt=0, le=200, description="width at step 0, in bins; truncate widens in proportion")
-    sigma_fraction: Fraction = Field(description="fraction of the steps in which the width goes linearly to sigma")
+    sigma_fraction: Fraction = Field(description="fraction of the steps over which the width goes linearly to sigma")
     temperature_from: float = Field(gt=0, le=100, description="temperature at step 0")
-    temperature_fraction: Fraction = Field(description="fraction of the steps in which it goes linearly to temperature")
+    temperature_fraction: Fraction = Field(
+        description="fraction of the steps over which it goes linearly to temperature"
+    )
 
 
 class TextParams(Block):
-    """The answer's text."""
+    """The text of the answers."""
 
     codec: Literal["json", "tags", "digits"] = Field(
         description="answer format: JSON or box markers with coordinate tokens, or JSON with numbers"
@@ -76,158 +80,166 @@ class TextParams(Block):
 
 
 class Stage1Params(CoordWeights):
-    """Stage 1: its own weights of the coordinate objective."""
+    """Stage 1 has its own weights of the coordinate objective."""
 
-    seed: SeedOffset = Field(
-        description="number of the repetition of stage 1 and the control: another order of the same data"
-    )
+    seed: SeedOffset = Field(description="repetition of stage 1 and the control: the same data in another order")
 
 
 class Stage2Params(Block):
-    """Stage 2: channel schedule, soft self-context (channel A) and rollout targets (channel B)."""
+    """Stage 2: channel schedule, soft self-context (channel A), and rollout targets (channel B)."""
 
-    seed: SeedOffset = Field(
-        description="number of the repetition of stage 2: another order of the same data and rollouts"
-    )
+    seed: SeedOffset = Field(description="repetition of stage 2: the same data and rollouts in another order")
     b_ratio: Fraction = Field(description="fraction of steps that train on rollouts (channel B)")
     n_softctx_iter: int = Field(ge=1, le=8, description="forwards of channel A; 1 is plain teacher forcing")
-    softctx_grad_mode: Literal["unroll", "em_detach"] = Field(description="gradient through the earlier forwards")
+    softctx_grad_mode: Literal["unroll", "em_detach"] = Field(
+        description="em_detach cuts the gradient through the context embeddings; unroll keeps it"
+    )
     coord_ctx_embed_mode: Annotated[Literal["argmax", "expectation", "straight_through"], _SHORT_NAMES] = Field(
-        description="embedding of a predicted coordinate (losses/readout.py)"
+        description="channel A: input embedding of a predicted coordinate (losses/readout.py)"
     )
     coord_decode_mode: Annotated[ReadoutRule, _SHORT_NAMES] = Field(
-        description="coordinate that the box losses see (losses/readout.py)"
+        description="how box losses read a coordinate from its distribution (losses/readout.py)"
     )
-    top_k: BinCount = Field(description="bins that coord_decode_mode top_k keeps")
+    top_k: BinCount = Field(description="number of bins that coord_decode_mode: top_k keeps")
     a1_coord_weight: Weight = Field(
-        description="factor on the coordinate objective of the first forward, if channel A has several"
+        description="channel A with several forwards: weight of the coordinate terms of the first one"
     )
     text_ce_weight: Weight = Field(description="cross-entropy of text tokens")
     reordered_ce_weight: Weight = Field(
-        description="channel B, passes two: cross-entropy of coordinates of the reordered annotation"
+        description="channel B, two passes: cross-entropy of coordinates of the reordered annotation"
     )
-    eos_weight: Weight = Field(
-        description="channel B: factor on the cross-entropy of the token by which an answer stops"
+    eos_weight: Weight = Field(description="channel B: factor on the cross-entropy of the stop token")
+    passes: Literal["two", "one"] = Field(
+        description="channel B: one forward for boxes and one for text, or one for both"
     )
-    passes: Literal["two", "one"] = Field(description="channel B: one forward each for boxes and text, or one in all")
-    missed: Literal["append", "sorted"] = Field(description="channel B: where missed objects enter the target")
+    missed: Literal["append", "sorted"] = Field(
+        description="channel B: false negatives go to the end of the target, or into reading order"
+    )
     extras: Literal["context", "drop"] = Field(
-        description="channel B, passes one: unmatched predictions stay as context, or are left out"
+        description="channel B, one pass: unmatched predictions stay as context, or are dropped"
     )
     over_generation: Literal["keep", "truncate"] = Field(
-        description="channel B, too many predictions: add missed objects, or end after the matched"
+        description="channel B, too many predictions: add false negatives, or stop after the matched"
     )
     over_close_weight: Weight = Field(
-        description="channel B, too many predictions: further factor on the token by which it stops"
+        description="channel B, too many predictions: additional factor on the stop token"
     )
     duplicate_unlikelihood_weight: Weight = Field(
-        description="channel B: -log(1 - P) of the token where a duplicate parts from the rest"
+        description="channel B: -log(1 - P) of the first token that makes an object a duplicate"
     )
-    refresh_steps: Count = Field(description="channel B: steps between fresh rollouts of further images; 0 is never")
+    refresh_steps: Count = Field(description="channel B: steps between fresh rollouts; 0 is never")
     refresh_samples: PositiveCount = Field(
-        description="answers to an image of a fresh set; the best matched one is trained on"
+        description="fresh rollouts: answers per image; the one with the highest matching F1 is used"
     )
     refresh_temperature: float = Field(
-        gt=0, le=5, description="sampling temperature of those answers but the first, which is as decode says"
+        gt=0, le=5, description="fresh rollouts: temperature of all answers but the first, which follows decode"
     )
     curriculum_fraction: Fraction = Field(
-        description="channel B: fraction of the steps over which gate and lambda_sem go to those of matching"
+        description="channel B: fraction of the steps over which gate and lambda_sem reach matching.*"
     )
     gate_from: Fraction = Field(description="matching.gate_threshold at step 0 of the curriculum")
     lambda_sem_from: Weight = Field(description="matching.lambda_sem at step 0 of the curriculum")
 
 
 class ControlParams(Block):
-    """The control that continues stage 1 beside stage 2."""
+    """The control: stage 1 continued, as the reference for stage 2."""
 
     budget: Literal["compute", "tokens"] = Field(
-        description="what it gets: the compute of stage 2 with all rollouts, or its training tokens"
+        description="what the control gets: the compute of stage 2 with rollouts, or its training tokens"
     )
 
 
 class MatchingParams(Block):
     """Assignment of predicted to annotated objects."""
 
-    lambda_l1: Weight = Field(description="cost factor of the L1 distance of boxes in [0, 1] units")
-    lambda_iou: Weight = Field(description="cost factor of 1 - GIoU")
-    lambda_sem: Weight = Field(description="cost factor of the distance of two names")
+    lambda_l1: Weight = Field(description="cost weight of the L1 distance between boxes, in [0, 1] units")
+    lambda_iou: Weight = Field(description="cost weight of 1 - GIoU")
+    lambda_sem: Weight = Field(description="cost weight of the distance between two names")
     semantic: Literal["encoder", "lexical"] = Field(
-        description="distance of two names: 1 - cosine of a text encoder, or 1 - shared / all words"
+        description="distance between two names: 1 - cosine of a text encoder, or 1 - shared / all words"
     )
-    gate: Literal["iou", "l1"] = Field(description="what decides, before assignment, that a pair may match at all")
+    gate: Literal["iou", "l1"] = Field(description="criterion for pairs that may match, applied before the assignment")
     gate_threshold: Fraction = Field(
-        description="lowest IoU (gate: iou) or highest mean L1 (gate: l1) of an allowed pair"
+        description="minimum IoU (gate: iou) or maximum mean L1 (gate: l1) of an allowed pair"
     )
 
     @model_validator(mode="after")
     def _cost_is_not_constant(self) -> MatchingParams:
         if not (self.lambda_l1 or self.lambda_iou or self.lambda_sem):
-            raise ValueError("lambda_l1, lambda_iou, lambda_sem are all 0: every assignment costs the same; raise one.")
+            raise ValueError(
+                "lambda_l1, lambda_iou, lambda_sem are all 0: every assignment costs the same; set one above 0."
+            )
         return self
 
 
 class DecodeParams(Block):
     """How answers are generated and scored, in rollouts and in evaluation."""
 
-    max_new_tokens: int = Field(ge=1, le=32768, description="token budget of one answer")
+    max_new_tokens: int = Field(ge=1, le=32768, description="maximum number of tokens in an answer")
     temperature: float = Field(ge=0, le=5, description="sampling temperature; 0 is greedy")
-    top_p: float = Field(gt=0, le=1, description="nucleus of sampling; 1 keeps the whole vocabulary")
-    beams: int = Field(ge=1, le=64, description="width of beam search; 1 takes the likeliest token each time")
+    top_p: float = Field(gt=0, le=1, description="nucleus sampling; 1 keeps the whole vocabulary")
+    beams: int = Field(ge=1, le=64, description="number of beams; 1 takes the most probable token at each position")
     repetition_penalty: float = Field(ge=1, le=2, description="penalty on tokens already in the answer; 1 is none")
     score: ScoreName = Field(description="confidence of an object (rollout/confidence.py)")
     box: Annotated[BoxRule, _SHORT_NAMES] = Field(
-        description="position of an edge: the emitted bin, or read from its distribution (losses/readout.py)"
+        description="edge of a box: the emitted bin, or read from its distribution (losses/readout.py)"
     )
-    box_top_k: BinCount = Field(description="bins that box top_k keeps")
+    box_top_k: BinCount = Field(description="number of bins that box: top_k keeps")
     grammar: Literal["none", "any", "closed"] = Field(
-        description="emit only what parses, with any name or only names of the data set"
+        description="emit only answers that parse, with any name or only names of the data set"
     )
-    corners: Literal["any", "valid"] = Field(description="with a grammar, valid: only x2 > x1 and y2 > y1")
+    corners: Literal["any", "valid"] = Field(description="with a grammar: valid allows only x2 > x1 and y2 > y1")
     duplicate_iou: float = Field(
-        gt=0, le=1, description="with a grammar: highest IoU with an earlier box of the same name; 1 is any"
+        gt=0, le=1, description="with a grammar: maximum IoU with an earlier box of the same name; 1 allows any"
     )
 
     @property
     def needs_walk(self) -> bool:
-        """Whether there are constraints that no context-free grammar can say: geometry, which a walk follows."""
+        """Whether there are geometric constraints, which a context-free grammar cannot express and a walk enforces."""
         return self.corners == "valid" or self.duplicate_iou < 1
 
     @model_validator(mode="after")
-    def _greedy_takes_no_nucleus(self) -> DecodeParams:
+    def _greedy_excludes_nucleus(self) -> DecodeParams:
         if self.temperature == 0 and self.top_p != 1:
             raise ValueError(f"top_p {self.top_p} has no effect at temperature 0; set top_p: 1.0 or raise temperature.")
         return self
 
     @model_validator(mode="after")
-    def _beams_are_not_drawn(self) -> DecodeParams:
+    def _beams_exclude_sampling(self) -> DecodeParams:
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(
-                f"beams {self.beams} look for the likeliest answer, temperature {self.temperature} draws one; set "
-                "temperature: 0.0 or beams: 1."
+                f"beams {self.beams} search for the most probable answer, but temperature "
+                f"{self.temperature} samples one; set temperature: 0.0 or beams: 1."
             )
         return self
 
     @model_validator(mode="after")
-    def _constraints_build_on_a_grammar(self) -> DecodeParams:
+    def _constraints_need_a_grammar(self) -> DecodeParams:
         if self.grammar == "none" and self.needs_walk:
             raise ValueError(
-                f"corners {self.corners} and duplicate_iou {self.duplicate_iou} need a grammar, which says where a "
+                f"corners {self.corners} and duplicate_iou {self.duplicate_iou} need a grammar, which knows where a "
                 "coordinate is; set grammar: any or closed, or corners: any and duplicate_iou: 1.0."
             )
         return self
 
 
 class EvalParams(Block):
-    """How predictions are judged."""
+    """How predictions are evaluated."""
 
-    bootstrap_resamples: int = Field(ge=100, le=100_000, description="resamples of the 95% intervals over images")
-    f1_ious: IouList = Field(description="IoU thresholds of precision, recall and F1, beside the headline 0.5")
-    duplicate_ious: IouList = Field(description="IoU thresholds above which two boxes of one name are duplicates")
-    mapping: Literal["exact", "normalised", "semantic"] = Field(
-        description="how near a description must be to the category it names; semantic needs the text encoder"
+    bootstrap_resamples: int = Field(
+        ge=100, le=100_000, description="bootstrap resamples over images, for 95% intervals"
     )
-    semantic_floor: float = Field(ge=0, lt=1, description="mapping semantic: least cosine with the nearest category")
-    semantic_margin: float = Field(ge=0, lt=1, description="mapping semantic: least lead of it over the runner-up")
+    f1_ious: IouList = Field(description="IoU thresholds of precision, recall, and F1, in addition to 0.5")
+    duplicate_ious: IouList = Field(
+        description="IoU thresholds above which two boxes with the same name are duplicates"
+    )
+    mapping: Literal["exact", "normalised", "semantic"] = Field(
+        description="how a description is mapped to a category; semantic needs the text encoder"
+    )
+    semantic_floor: float = Field(ge=0, lt=1, description="mapping: semantic: minimum cosine with the nearest category")
+    semantic_margin: float = Field(
+        ge=0, lt=1, description="mapping: semantic: minimum margin of the nearest category over the second nearest"
+    )
 
     @model_validator(mode="after")
     def _thresholds_ascend(self) -> EvalParams:
@@ -243,11 +255,11 @@ class EvalParams(Block):
 class Params(CoordWeights):
     """All of `params.yaml`."""
 
-    profile: Text = Field(description="name of the file in configs/ that says where and how big")
+    profile: Text = Field(description="name of the file in configs/ with data, model, and sizes")
     seed: int = Field(
         ge=0,
         le=2**31 - 1,
-        description="seed of data, initialisation, order, sampling; plus 1000 x stage1.seed or stage2.seed",
+        description="seed of data, initialization, order, sampling; plus 1000 x stage1.seed or stage2.seed",
     )
     entropy_weight: SignedWeight = Field(
         description="stage 2: entropy of coordinate distributions; above 0 sharpens, below 0 broadens"
@@ -255,13 +267,13 @@ class Params(CoordWeights):
     target: Literal["gaussian", "triangular", "two_bin"] = Field(description="shape of the soft target over bins")
     sigma: float = Field(gt=0, le=200, description="width of the soft target, in bins")
     truncate: int = Field(ge=1, le=999, description="half-width in bins outside which the soft target is 0")
-    temperature: float = Field(gt=0, le=100, description="temperature of softCE, W1, gate and expectation")
+    temperature: float = Field(gt=0, le=100, description="temperature of softCE, W1, gates, entropy, and expectation")
     bbox_smoothl1_weight: Weight = Field(description="stage 2: SmoothL1 of boxes in [0, 1] units")
     bbox_ciou_weight: Weight = Field(description="stage 2: 1 - CIoU")
     bbox_giou_weight: Weight = Field(description="stage 2: 1 - GIoU")
     bbox_l1_weight: Weight = Field(description="stage 2: L1 of boxes in [0, 1] units")
     bbox_log_wh_weight: Weight = Field(description="stage 2: SmoothL1 of log width and log height")
-    smoothl1_beta_bins: float = Field(gt=0, le=999, description="error in bins at which SmoothL1 turns linear")
+    smoothl1_beta_bins: float = Field(gt=0, le=999, description="error in bins above which SmoothL1 is linear")
     anneal: AnnealParams
     text: TextParams
     stage1: Stage1Params
@@ -273,12 +285,12 @@ class Params(CoordWeights):
 
     @property
     def stage1_seed(self) -> int:
-        """Seed of what is random in the training of stage 1 and of the control; the data depend on `seed` alone."""
+        """Seed of everything random in training stage 1 and the control. The data depend on `seed` only."""
         return repetition_seed(self.seed, self.stage1.seed)
 
     @property
     def stage2_seed(self) -> int:
-        """Seed of what is random in the training of stage 2."""
+        """Seed of everything random in training stage 2."""
         return repetition_seed(self.seed, self.stage2.seed)
 
     @model_validator(mode="after")
@@ -289,7 +301,7 @@ class Params(CoordWeights):
         for weights, prefix in ((self, ""), (self.stage1, "stage1.")):
             if not any(getattr(weights, key) for key in keys):
                 raise ValueError(
-                    f"{', '.join(prefix + key for key in keys)} are all 0, so nothing would train the "
+                    f"{', '.join(prefix + key for key in keys)} are all 0, so no loss would train the "
                     "coordinate tokens; set at least one above 0."
                 )
         return self
@@ -299,6 +311,6 @@ class Params(CoordWeights):
         if self.text.codec == "digits" and (self.stage2.b_ratio > 0 or self.stage2.n_softctx_iter > 1):
             raise ValueError(
                 f"stage2.b_ratio {self.stage2.b_ratio} and stage2.n_softctx_iter {self.stage2.n_softctx_iter} need "
-                "coordinate tokens, which text.codec digits does without; set them to 0 and 1, or choose json or tags."
+                "coordinate tokens, which text.codec digits does not have; set them to 0 and 1, or choose json or tags."
             )
         return self

@@ -1,4 +1,4 @@
-"""The block `rollout.serve`: how vLLM servers are started, and which of their options are not the user's to set."""
+"""The block `rollout.serve`: how vLLM servers are started, and which of their options coordexp itself sets."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pydantic import Field, field_validator
 
 from coordexp.config.block import Block, Count, PositiveCount, Text, Texts
 
-# Options of vLLM's server that may not stand among the further arguments, and what decides them.
+# Options of vLLM's server that `arguments` must not contain, and what sets them instead.
 OWN_OPTIONS = {
     "--model": "the checkpoint",
-    "--served-model-name": "it carries the hash of the weights",
+    "--served-model-name": "the name contains the hash of the weights",
     "--host": "coordexp serve --host",
     "--port": "coordexp serve --port",
-    "--uds": "servers are asked over TCP",
-    "--api-key": "VLLM_API_KEY; every user of the machine can read arguments",
-    "--config": "a file of arguments could hold any of these",
+    "--uds": "servers are reached over TCP",
+    "--api-key": "VLLM_API_KEY; every user of the machine can read command-line arguments",
+    "--config": "a file of arguments could contain any of these options",
     "--root-path": "paths are vLLM's own",
-    "--ssl-keyfile": "servers are asked over http; put a proxy of yours in front",
-    "--ssl-certfile": "servers are asked over http; put a proxy of yours in front",
-    "--max-model-len": "the picture and decode.max_new_tokens",
-    "--limit-mm-per-prompt": "one picture a question",
+    "--ssl-keyfile": "servers are reached over http; put your own proxy in front",
+    "--ssl-certfile": "servers are reached over http; put your own proxy in front",
+    "--max-model-len": "the image size and decode.max_new_tokens",
+    "--limit-mm-per-prompt": "one image per prompt",
     "--mm-processor-kwargs": "the pixel limits of the checkpoint",
     "--generation-config": "params.yaml: decode",
     "--logits-processors": "decode.corners and decode.duplicate_iou",
@@ -40,32 +40,32 @@ OWN_OPTIONS = {
 
 
 class ServeConfig(Block):
-    """The vLLM servers that a stage starts, and `coordexp serve`: one for each device or group of devices."""
+    """The vLLM servers that a stage or `coordexp serve` starts: one per device or group of devices."""
 
     devices: Text = Field(
-        description="auto: all GPUs, or the CPU; or names with commas: 0,1,2,3; cpu,cpu is two on the CPU"
+        description="auto (all GPUs, or the CPU), or a list: 0,1,2,3; cpu,cpu is two servers on the CPU"
     )
-    tensor_parallel: PositiveCount = Field(description="devices that one server is spread over")
-    gpu_memory_utilization: float = Field(gt=0, le=1, description="fraction of each GPU's memory that a server takes")
+    tensor_parallel: PositiveCount = Field(description="devices per server")
+    gpu_memory_utilization: float = Field(gt=0, le=1, description="fraction of each GPU's memory that a server uses")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        description="of weights and compute; auto is bfloat16 on GPUs and float32 on the CPU"
+        description="dtype of weights and compute; auto is bfloat16 on GPUs and float32 on the CPU"
     )
-    max_num_seqs: Count = Field(description="most answers that one server works on at a time; 0 is vLLM's choice")
+    max_num_seqs: Count = Field(description="maximum number of concurrent answers per server; 0 is vLLM's choice")
     ngram_tokens: int = Field(
         ge=0,
         le=64,
-        description="tokens drafted from repeats in the text; 0: none; not beside corners and duplicate_iou",
+        description="tokens drafted from repeats; 0 is off; incompatible with corners, duplicate_iou",
     )
-    arguments: Texts = Field(description="further arguments of vLLM's server, such as [--enforce-eager]")
+    arguments: Texts = Field(description="additional arguments of vLLM's server, such as [--enforce-eager]")
 
     @field_validator("devices")
     @classmethod
     def _devices_are_names(cls, value: str) -> str:
         names = [name.strip() for name in value.split(",")]
         if "" in names or (len(names) > 1 and "auto" in names) or ("cpu" in names and set(names) != {"cpu"}):
-            raise ValueError(f"found {value!r}, expected auto, or names of GPUs, or cpu, with commas between them.")
+            raise ValueError(f"found {value!r}, expected auto, or GPU names or cpu, separated by commas.")
         if len(set(names)) < len(names) and "cpu" not in names:
-            raise ValueError(f"found {value!r}, which names a GPU twice; name each once.")
+            raise ValueError(f"found {value!r}, which lists a GPU twice; list each once.")
         return ",".join(names)
 
     @field_validator("arguments")
@@ -78,7 +78,7 @@ class ServeConfig(Block):
 
 
 def _set_by_us(argument: str) -> str | None:
-    """The option of `OWN_OPTIONS` that an argument states; as vLLM reads it, cut short and in both spellings."""
+    """The option of `OWN_OPTIONS` that an argument sets; like vLLM, it accepts abbreviations and both spellings."""
     name = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
     if name in OWN_OPTIONS:
         return name

@@ -1,6 +1,7 @@
-"""The registry of metrics: meaning, unit, direction, and the tables that show them; the documentation follows from it.
+"""Every metric: its meaning, its unit, which direction is better, and which tables show it.
 
-A new metric is computed in its area, declared here, and shown by each view that lists its key.
+The generated documents follow from this file. A new metric is computed in its area, declared here, and shown by each
+view that lists its key.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One metric; `key` is "area.metric", `name` what a narrow table calls it, undefined values are None."""
+    """One metric: `key` is "area.metric", `name` the short name in narrow tables. Undefined values are None."""
 
     key: str
     meaning: str
@@ -28,19 +29,19 @@ class MetricSpec:
     name: str = ""
 
 
-# Tiers of names: how much training knows of them (records.categories.Split), and those where an answer can be expected.
+# Tiers of category names by what training has of them (records.categories.Split). OPEN_TIERS leaves out the controls.
 TIERS: dict[str, Split] = {
     **{"seen": "train", "strict": "strict", "phrase": "phrase"},
     **{"plain_only": "plain_only", "never": "never"},
 }
 OPEN_TIERS = ("seen", "strict", "phrase")
-# What the lines of the vocabulary area were asked for.
-ASKED = {"everything": "asked for everything", "list": "asked with a list", "one": "asked with its name alone"}
+# The prompts of the vocabulary area.
+ASKED = {"everything": "prompted for all objects", "list": "prompted with a list", "one": "prompted with one name"}
 
-# What shows which metrics, in which order. `<lowest>` is the lowest duplicate threshold of the params, `<each>` every
-# threshold or drop reason in turn.
+# The metrics of each view, in order. `<lowest>` is the lowest duplicate threshold of the parameters, `<each>` is every
+# threshold or drop reason.
 VIEWS: dict[str, tuple[str, ...]] = {
-    "intervals": (  # a bootstrap interval each, in metrics.json
+    "intervals": (  # each gets a bootstrap interval in metrics.json
         *("coco.mAP", "coco.AP50", "coco.AP75", "known.mAP", "known.AP50", "held_out.mAP", "held_out.AP50"),
         *("f1.loc_50", "f1.full_50", "f1.loc_95", "f1.full_95", "f1.loc_mean", "f1.full_mean"),
         *("f1.precision_50", "f1.recall_50", "f1.full_50_macro", "f1.full_50_annotated", "f1.full_mean_annotated"),
@@ -51,18 +52,18 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("guarded.mAP", "guarded.AP50", "guarded.full_50", "guarded.full_mean", "confidence.headroom_mAP"),
         "blind.margin_AP50",
     ),
-    "vocabulary": (  # and a bootstrap interval each
+    "vocabulary": (  # each gets a bootstrap interval
         *(f"vocabulary.{asked}_{tier}_AP50" for asked in ASKED for tier in TIERS),
         *("vocabulary.list_strict_to_seen", *(f"vocabulary.list_{tier}_exact_rival" for tier in OPEN_TIERS)),
         *(f"vocabulary.{key}_{probe}" for key in ("refused", "rejected") for probe in ("easy", "hard")),
         "vocabulary.one_recall",
     ),
     "lvis intervals": ("lvis.mAP", "lvis.AP50", "lvis.AP75", "lvis.APr", "lvis.APc", "lvis.APf"),
-    "compared": (  # a paired difference and a verdict each; of all of them higher is better
+    "compared": (  # each gets a paired difference and a verdict; higher is better for all of them
         *("coco.mAP", "coco.AP50", "coco.AP75", "f1.full_50", "f1.loc_50", "f1.full_95", "f1.full_mean"),
         *("known.mAP", "held_out.mAP", "protocol.positive_full_mean", "guarded.full_50"),
     ),
-    "headline": (  # what `dvc metrics` reads of each trained checkpoint
+    "headline": (  # what `dvc metrics` shows for each trained checkpoint
         *("coco.mAP", "coco.AP50", "f1.full_50", "set.dup_pairs_<lowest>"),
     ),
     "readme": (
@@ -118,12 +119,12 @@ VIEWS: dict[str, tuple[str, ...]] = {
         *("confidence.lrp_fn", "rollout.f1", "rollout.matched_iou_mean", "rollout.gate_rejected"),
     ),
 }
-# Key of the `protocol` area -> the metric over the full vocabulary, and the resamples under oracle classes.
+# Key of the `protocol` area -> the full-vocabulary metric, and the resamples with oracle classes.
 PROTOCOL_KEYS = {
     **{key: (f"coco.{key}", f"positive.{key}") for key in ("mAP", "AP50", "AP75")},
     **{key: (f"f1.{key}", f"f1.{key}_annotated") for key in ("full_50", "full_95", "full_mean")},
 }
-# Headline keys of the `guarded` area; it also holds every key of `set`.
+# Headline keys of the `guarded` area, which also has every key of `set`.
 NMS_KEYS = (
     *("coco.mAP", "coco.AP50", "coco.AP75", "f1.loc_50", "f1.full_50", "f1.full_95", "f1.full_mean"),
     *("f1.precision_50", "f1.recall_50", "coco.n_pred"),
@@ -131,7 +132,7 @@ NMS_KEYS = (
 
 
 def view(name: str, params: EvalParams) -> tuple[str, ...]:
-    """The keys that a view shows under these params, in its order."""
+    """The keys that a view shows under these parameters, in order."""
     duplicates = [f"set.dup_pairs_{iou_key(u)}" for u in params.duplicate_ious]
     found = {
         "set.dup_pairs_<lowest>": [f"set.dup_pairs_{iou_key(min(params.duplicate_ious))}"],
@@ -142,71 +143,71 @@ def view(name: str, params: EvalParams) -> tuple[str, ...]:
 
 
 def after_nms(key: str) -> str:
-    """The key of a metric after NMS: "guarded.mAP" for "coco.mAP"."""
+    """The key of a metric after NMS: `guarded.mAP` for `coco.mAP`."""
     return f"guarded.{key.split('.', 1)[1]}"
 
 
 _COCO = (
-    MetricSpec("coco.mAP", "COCO AP, mean over IoU .50:.05:.95 and the categories that have objects", name="mAP"),
+    MetricSpec("coco.mAP", "COCO AP, mean over IoU .50:.05:.95 and over the categories that have objects", name="mAP"),
     MetricSpec("coco.AP50", "COCO AP at IoU .50", name="AP50"),
     MetricSpec("coco.AP75", "COCO AP at IoU .75", name="AP75"),
     MetricSpec("coco.AP90", "COCO AP at IoU .90"),
-    MetricSpec("coco.APs", "COCO AP of small objects, by the annotated area (the box's where there is none)"),
+    MetricSpec("coco.APs", "COCO AP of small objects, by annotated area (box area if there is none)"),
     MetricSpec("coco.APm", "COCO AP of medium objects, by the same area"),
     MetricSpec("coco.APl", "COCO AP of large objects, by the same area"),
     MetricSpec("coco.AR1", "COCO recall, mean over IoU, 1 prediction per image and category"),
     MetricSpec("coco.AR10", "COCO recall, 10 predictions per image and category"),
     MetricSpec("coco.AR100", "COCO recall, 100 predictions per image and category"),
-    MetricSpec("coco.ARs", "COCO recall of small objects, by the annotated area (the box's where there is none)"),
+    MetricSpec("coco.ARs", "COCO recall of small objects, by annotated area (box area if there is none)"),
     MetricSpec("coco.ARm", "COCO recall of medium objects, by the same area"),
     MetricSpec("coco.ARl", "COCO recall of large objects, by the same area"),
-    MetricSpec("coco.n_images", "images evaluated, those without objects included", "images", "neither"),
-    MetricSpec("coco.n_gt", "annotated objects, crowd regions left out", "objects", "neither"),
+    MetricSpec("coco.n_images", "evaluated images, including those without objects", "images", "neither"),
+    MetricSpec("coco.n_gt", "annotated objects, without crowd regions", "objects", "neither"),
     MetricSpec(
         "coco.n_gt_annotation_area",
-        "objects of n_gt whose area in APs to ARl is an annotated one that differs from their box's",
+        "objects of n_gt whose area in APs to ARl is annotated and differs from the box area",
         "objects",
         "neither",
     ),
-    MetricSpec("coco.n_pred", "predictions, those of no category included", "predictions", "neither"),
+    MetricSpec("coco.n_pred", "predictions, including unmapped ones", "predictions", "neither"),
     MetricSpec("known.mAP", "COCO AP over the categories seen in training"),
     MetricSpec("known.AP50", "COCO AP at IoU .50 over the categories seen in training"),
-    MetricSpec("held_out.mAP", "COCO AP over the categories never seen in training"),
-    MetricSpec("held_out.AP50", "COCO AP at IoU .50 over the categories never seen in training"),
+    MetricSpec("held_out.mAP", "COCO AP over the categories not seen in training"),
+    MetricSpec("held_out.AP50", "COCO AP at IoU .50 over the categories not seen in training"),
 )
 _F1 = (
-    MetricSpec("f1.precision_50", "right boxes with the right name / predictions, IoU .50", name="precision"),
-    MetricSpec("f1.recall_50", "right boxes with the right name / objects, IoU .50", name="recall"),
-    MetricSpec("f1.full_50_class_macro", "mean over the categories that have objects of each one's F1, IoU .50"),
-    MetricSpec("f1.tp_50", "right boxes with the right name, IoU .50", "objects"),
-    MetricSpec("f1.fp_50", "predictions that are not among tp_50", "predictions", "lower"),
-    MetricSpec("f1.fn_50", "objects that are not among tp_50", "objects", "lower"),
-    MetricSpec("f1.sem_acc_on_matched_50", "share of matched boxes with the right name, IoU .50"),
+    MetricSpec("f1.precision_50", "correct boxes with the correct name / predictions, IoU .50", name="precision"),
+    MetricSpec("f1.recall_50", "correct boxes with the correct name / objects, IoU .50", name="recall"),
+    MetricSpec("f1.full_50_class_macro", "mean of the F1 of each category that has objects, IoU .50"),
+    MetricSpec("f1.tp_50", "true positives: correct boxes with the correct name, IoU .50", "objects"),
+    MetricSpec("f1.fp_50", "false positives: predictions that are not in tp_50", "predictions", "lower"),
+    MetricSpec("f1.fn_50", "false negatives: objects that are not in tp_50", "objects", "lower"),
+    MetricSpec("f1.sem_acc_on_matched_50", "fraction of matched boxes with the correct name, IoU .50"),
 )
 _ROLLOUT = (
-    MetricSpec("rollout.precision", "pairs of the training-time matching / predictions"),
-    MetricSpec("rollout.recall", "pairs of the training-time matching / objects"),
-    MetricSpec("rollout.f1", "F1 of the training-time matching (gate, then Hungarian); not the f1 area"),
-    MetricSpec("rollout.matched_iou_mean", "mean IoU of the pairs of the training-time matching"),
-    MetricSpec("rollout.gate_rejected", "predictions that the gate lets near no object", "predictions", "lower"),
+    MetricSpec("rollout.precision", "matched pairs of the training-time matching / predictions"),
+    MetricSpec("rollout.recall", "matched pairs of the training-time matching / objects"),
+    MetricSpec("rollout.f1", "F1 of the training-time matching (gate, then Hungarian), which differs from the f1 area"),
+    MetricSpec("rollout.matched_iou_mean", "mean IoU of the matched pairs of the training-time matching"),
+    MetricSpec("rollout.gate_rejected", "predictions whose pairs all fail the gate", "predictions", "lower"),
 )
 _PARSE = (
     MetricSpec(
         "parse.parse_rate",
-        "answers that are whole: container found, not truncated, nothing dropped",
+        "answers that parse completely: container found, not truncated, nothing dropped",
         name="answers that parse",
     ),
     MetricSpec("parse.valid_objects", "objects parsed", "objects", "neither"),
-    MetricSpec("parse.dropped_total", "objects dropped by the parser, all reasons", "objects", "lower"),
-    MetricSpec("parse.truncated_rate", "answers cut by the token budget", better="lower"),
+    MetricSpec("parse.dropped_total", "objects dropped by the parser, for any reason", "objects", "lower"),
+    MetricSpec("parse.truncated_rate", "answers truncated by the token budget", better="lower"),
     MetricSpec(
         "parse.loop_rate",
-        f"answers that loop: at least {LOOP_COPIES} copies of their earlier objects, a third of all or more",
+        f"answers that loop: at least {LOOP_COPIES} copies of earlier objects, and a third or more of all objects",
         better="lower",
     ),
     MetricSpec(
         "parse.unreadable_rate",
-        "answers without an object list, with a malformed one, or of which every object was dropped",
+        "answers without an object list, with a malformed one, or with all objects dropped",
         better="lower",
     ),
     MetricSpec("parse.empty_rate", "answers without a valid object", better="neither"),
@@ -216,18 +217,22 @@ _SET = (
     MetricSpec("set.count_error_mean", "predictions minus objects, mean over images", "objects per image", "neither"),
     MetricSpec("set.omission_rate", "objects without a matched box at IoU .50, names ignored", better="lower"),
     MetricSpec(
-        "set.over_generation_rate", "predictions beyond their image's number of objects / predictions", better="lower"
+        "set.over_generation_rate",
+        "predictions in excess of the number of objects in the image / predictions",
+        better="lower",
     ),
     MetricSpec(
-        "set.order_violation_rate", "neighbouring predictions whose (y1, x1) decreases / neighbours", better="lower"
+        "set.order_violation_rate",
+        "consecutive predictions whose (y1, x1) decreases / consecutive predictions",
+        better="lower",
     ),
-    MetricSpec("set.giant_box_rate", "images where one box covers 90 % of the picture and two objects", better="lower"),
+    MetricSpec("set.giant_box_rate", "images where one box covers 90 % of the image and two objects", better="lower"),
 )
 _LVIS = (
     MetricSpec("lvis.mAP", "LVIS AP: federated labels, 300 predictions per image, mean over IoU .50:.05:.95"),
     MetricSpec("lvis.AP50", "LVIS AP at IoU .50"),
     MetricSpec("lvis.AP75", "LVIS AP at IoU .75"),
-    MetricSpec("lvis.APs", "LVIS AP of small objects, by the annotated area (the box's where there is none)"),
+    MetricSpec("lvis.APs", "LVIS AP of small objects, by annotated area (box area if there is none)"),
     MetricSpec("lvis.APm", "LVIS AP of medium objects, by the same area"),
     MetricSpec("lvis.APl", "LVIS AP of large objects, by the same area"),
     MetricSpec("lvis.APr", "LVIS AP of rare categories (in at most 10 training images)"),
@@ -236,16 +241,24 @@ _LVIS = (
     MetricSpec("lvis.AR300", "LVIS recall, mean over IoU, 300 predictions per image"),
 )
 _INPUT = (
-    MetricSpec("input.names_exact", "predictions whose description is the exact name", "predictions", "neither"),
+    MetricSpec("input.names_exact", "predictions whose description equals a category name", "predictions", "neither"),
     MetricSpec(
-        "input.names_normalised", "predictions whose description is the normalised name", "predictions", "neither"
+        "input.names_normalised",
+        "predictions whose description equals a category name after normalization",
+        "predictions",
+        "neither",
     ),
-    MetricSpec("input.names_semantic", "predictions mapped by meaning to the nearest name", "predictions", "neither"),
-    MetricSpec("input.names_ambiguous", "predictions left unmapped: near two names alike", "predictions", "lower"),
-    MetricSpec("input.names_unmapped", "predictions whose description names no category", "predictions", "lower"),
+    MetricSpec("input.names_semantic", "predictions mapped to the nearest name by meaning", "predictions", "neither"),
+    MetricSpec(
+        "input.names_ambiguous",
+        "predictions left unmapped because two names are about equally near",
+        "predictions",
+        "lower",
+    ),
+    MetricSpec("input.names_unmapped", "predictions that are not mapped to a category", "predictions", "lower"),
     MetricSpec("input.control_char_descs", "descriptions with control characters", "predictions", "lower"),
     MetricSpec("input.empty_descs", "descriptions that are empty after normalisation", "predictions", "lower"),
-    MetricSpec("input.zero_area_boxes", "predicted boxes of no area", "predictions", "lower"),
+    MetricSpec("input.zero_area_boxes", "predicted boxes with zero area", "predictions", "lower"),
     MetricSpec("input.outside_boxes", "predicted boxes more than 1 px outside their image", "predictions", "lower"),
     MetricSpec("input.scores_outside_unit", "scores below 0 or above 1", "predictions", "neither"),
 )
@@ -263,41 +276,43 @@ _PROTOCOL = (
         MetricSpec(f"protocol.gap_{key}", f"{name}: oracle classes minus full vocabulary", better="lower")
         for key, name in _PROTOCOL_NAMES.items()
     ),
-    MetricSpec("protocol.absent_name_rate", "predictions that name nothing annotated in their image", better="lower"),
+    MetricSpec("protocol.absent_name_rate", "predictions whose name is not annotated in their image", better="lower"),
 )
 _CONFIDENCE = (
     MetricSpec(
         "confidence.ece",
-        "expected calibration error at IoU .50, bins of equal mass; None if scores leave [0, 1]",
+        "expected calibration error at IoU .50, bins of equal mass; None if a score is outside [0, 1]",
         better="lower",
     ),
-    MetricSpec("confidence.auroc_tp_fp", "probability that a true positive outscores a false one, IoU .50"),
     MetricSpec(
-        "confidence.perfect_ranking_mAP", "mAP of the same boxes under a perfect ranking: the headroom of the score"
+        "confidence.auroc_tp_fp", "probability that a true positive has a higher score than a false positive, IoU .50"
+    ),
+    MetricSpec(
+        "confidence.perfect_ranking_mAP", "mAP of the same boxes under a perfect ranking: the upper bound for any score"
     ),
     MetricSpec(
         "confidence.constant_score_mAP",
-        "mAP with one score for all, ranked by image id and generation order",
+        "mAP with one constant score, ranked by image id and generation order",
         better="neither",
     ),
     MetricSpec(
         "confidence.headroom_mAP", "perfect-ranking mAP minus mAP: what a better score could gain", better="lower"
     ),
     MetricSpec(
-        "confidence.lrp", "LRP error per object at its best cut of the scores, mean over categories", better="lower"
+        "confidence.lrp", "LRP error per object at its best score threshold, mean over categories", better="lower"
     ),
-    MetricSpec("confidence.lrp_loc", "mean 1 - IoU of the hits at that cut", better="lower"),
-    MetricSpec("confidence.lrp_fp", "1 - precision at that cut, IoU .50", better="lower"),
-    MetricSpec("confidence.lrp_fn", "1 - recall at that cut, IoU .50", better="lower"),
-    MetricSpec("confidence.best_f1_50", "F1 of boxes and names, IoU .50, at the score threshold where it is highest"),
+    MetricSpec("confidence.lrp_loc", "mean 1 - IoU of the true positives at that threshold", better="lower"),
+    MetricSpec("confidence.lrp_fp", "1 - precision at that threshold, IoU .50", better="lower"),
+    MetricSpec("confidence.lrp_fn", "1 - recall at that threshold, IoU .50", better="lower"),
+    MetricSpec("confidence.best_f1_50", "F1 of boxes and names, IoU .50, at the score threshold that maximizes it"),
     MetricSpec(
-        "confidence.best_threshold_50", "that threshold: predictions of at least this score count", "score", "neither"
+        "confidence.best_threshold_50", "that threshold: predictions with at least this score count", "score", "neither"
     ),
 )
 _BLIND_WHAT = {
-    "constant": "the most frequent label at its median place, in every image",
+    "constant": "the most frequent label at its median box, in every image",
     "median_box": "the median box of each frequent label, in every image",
-    "dealt": "the model's own answers, each given to another image",
+    "dealt": "the model's own predictions, shuffled across images",
 }
 _BLIND = (
     *(MetricSpec(f"blind.{key}_AP50", f"AP50 of {what}", better="neither") for key, what in _BLIND_WHAT.items()),
@@ -305,44 +320,47 @@ _BLIND = (
         MetricSpec(f"blind.{key}_full_50", f"F1 of boxes and names at IoU .50 of {what}", better="neither")
         for key, what in _BLIND_WHAT.items()
     ),
-    MetricSpec("blind.margin_AP50", "AP50 minus that of the best blind control"),
+    MetricSpec("blind.margin_AP50", "AP50 minus the AP50 of the best blind control"),
 )
+# Plural name of the error, and its definition.
 _ERROR_WHAT = {
-    "classification": "an object is there, the label is another one",
-    "localization": "the label is right, IoU with its object is .10 to .50",
-    "both": "IoU .10 to .50 with an object of another label",
-    "duplicate": "a better-ranked prediction has the object",
-    "background": "no object is there",
-    "missed": "objects without any of these near them",
+    "classification": ("classification errors", "IoU >= .50 with an object of another label"),
+    "localization": ("localization errors", "the label is correct, IoU with its object is .10 to .50"),
+    "both": ("errors of both kinds", "IoU .10 to .50 with an object of another label"),
+    "duplicate": ("duplicates", "a higher-ranked prediction is matched to the object"),
+    "background": ("background false positives", "IoU under .10 with every object"),
+    "missed": ("missed objects", "unmatched, and no classification or localization error is on them"),
 }
 _ERRORS = tuple(
     spec
-    for key, what in _ERROR_WHAT.items()
+    for key, (errors, definition) in _ERROR_WHAT.items()
     for spec in (
-        MetricSpec(f"errors.{key}", what, "objects" if key == "missed" else "predictions", "lower"),
-        MetricSpec(f"errors.{key}_cost", f"AP50 that is lost where {what}", better="lower"),
+        MetricSpec(
+            f"errors.{key}", f"{errors}: {definition}", "objects" if key == "missed" else "predictions", "lower"
+        ),
+        MetricSpec(f"errors.{key}_cost", f"AP50 lost to {errors}", better="lower"),
     )
 )
 _F1_SCOPES = (
     ("", "micro F1 of {what}, {iou}"),
     ("_macro", "mean over images of each image's F1 of {what}, {iou}"),
-    ("_annotated", "micro F1 of {what}, {iou}, predictions of names annotated in their image only"),
+    ("_annotated", "micro F1 of {what}, {iou}, only predictions with names annotated in their image"),
 )
 
 
-_F1_NAMES = {"full_50": "F1@.5", "full_95": "F1@.95", "full_mean": "F1@.5:.95", "loc_50": "F1@.5, boxes alone"}
+_F1_NAMES = {"full_50": "F1@.5", "full_95": "F1@.95", "full_mean": "F1@.5:.95", "loc_50": "F1@.5, class-agnostic"}
 
 
 _OF_TIER = {
-    "seen": "names of training",
-    "strict": "names in no picture or text of any training",
-    "phrase": "names that pretraining drew but never wrote",
-    "plain_only": "names of whose words training knows the last one, plain (a control)",
-    "never": "names whose words training does not know (a control)",
+    "seen": "categories seen in training",
+    "strict": "categories unseen in text and images",
+    "phrase": "categories unseen in text",
+    "plain_only": "colored nouns that training has only without a color (control)",
+    "never": "categories without a word seen in training (control)",
 }
 _REFUSALS = {
     "refused": "empty answers",
-    "rejected": "answers without a box as sure of its name as those that find 80 % of what is asked for by one name,",
+    "rejected": "answers without a box at the name confidence that finds 80 % of the objects prompted with one name,",
 }
 _VOCABULARY = (
     *(
@@ -354,21 +372,23 @@ _VOCABULARY = (
     *(
         MetricSpec(
             f"vocabulary.list_{tier}_exact_rival",
-            f"located objects with the right name, {_OF_TIER[tier]}, if their list has a rival of the same first word",
+            f"located objects with the correct name, {_OF_TIER[tier]}, if the list has a rival with its first word",
         )
         for tier in OPEN_TIERS
     ),
     *(
-        MetricSpec(f"vocabulary.{key}_{probe}", f"{what} to lists of absent names, {names} with what is there")
+        MetricSpec(f"vocabulary.{key}_{probe}", f"{what} when prompted with absent names, {names} with a present name")
         for key, what in _REFUSALS.items()
-        for probe, names in (("easy", "none sharing a word"), ("hard", "each sharing a word"))
+        for probe, names in (("easy", "none of which shares a word"), ("hard", "each of which shares a word"))
     ),
-    MetricSpec("vocabulary.one_recall", "objects found under the one name asked for, IoU .50, controls left out"),
+    MetricSpec(
+        "vocabulary.one_recall", "objects found when prompted with one name, IoU .50, without the control tiers"
+    ),
 )
 
 
 def metric_specs(params: EvalParams, *, lvis: bool = False, vocabulary: bool = False) -> dict[str, MetricSpec]:
-    """All metrics under these params, by key; those of the areas `lvis` and `vocabulary` only if asked for."""
+    """All metrics under these parameters, by key; the areas `lvis` and `vocabulary` only on request."""
     levels = [(iou_key(u), f"IoU {u:g}") for u in f1_thresholds(params)] + [("mean", "mean over IoU .50:.05:.95")]
     thresholds = [
         MetricSpec(
@@ -377,13 +397,13 @@ def metric_specs(params: EvalParams, *, lvis: bool = False, vocabulary: bool = F
             name="" if scope else _F1_NAMES.get(f"{mode}_{key}", ""),
         )
         for key, iou in levels
-        for mode, what in (("loc", "the boxes alone"), ("full", "boxes and names"))
+        for mode, what in (("loc", "class-agnostic boxes"), ("full", "boxes and names"))
         for scope, meaning in _F1_SCOPES
     ]
     duplicates = [
         MetricSpec(
-            *(f"set.dup_pairs_{iou_key(u)}", f"pairs of one name with IoU >= {u:g}", "pairs per image", "lower"),
-            name="duplicate pairs an image",
+            *(f"set.dup_pairs_{iou_key(u)}", f"pairs with the same name and IoU >= {u:g}", "pairs per image", "lower"),
+            name="duplicate pairs per image",
         )
         for u in params.duplicate_ious
     ]
@@ -401,12 +421,14 @@ def metric_specs(params: EvalParams, *, lvis: bool = False, vocabulary: bool = F
     with_interval = [*view("intervals", params), *(view("lvis intervals", params) if lvis else ())]
     with_interval += view("vocabulary", params) if vocabulary else ()
     intervals = [
-        MetricSpec(f"interval.{key}", f"95 % bootstrap interval over images of {key}", "[low, high]", "neither")
+        MetricSpec(f"interval.{key}", f"95 % bootstrap interval of `{key}` over images", "[low, high]", "neither")
         for key in with_interval
     ]
     every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
     blind = [
-        replace(spec, key=spec.key.replace(".", "_blind."), meaning=f"{spec.meaning}; of answers dealt to other images")
+        replace(
+            spec, key=spec.key.replace(".", "_blind."), meaning=f"{spec.meaning}; predictions shuffled across images"
+        )
         for spec in _VOCABULARY
     ]
     every += [

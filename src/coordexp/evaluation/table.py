@@ -200,23 +200,29 @@ class BadInput:
 
 
 BAD_INPUT = (
-    BadInput("file without a line", "error: no predictions in the file", "there is nothing to evaluate"),
-    BadInput("truncated last line", "error: not valid JSON, by line", "images would be missing without a trace"),
-    BadInput("line that is no JSON, or lacks a key", "error, by file and line", "the file was edited or mixed up"),
-    BadInput("image twice", "error: image id appears twice", "it would weigh double"),
-    BadInput("image that the annotations do not hold", "error: image id is not in the annotations", "wrong split"),
-    BadInput("annotated name that is no category", "error: annotated object is none of the categories", "wrong list"),
-    BadInput("box with NaN or infinity", "error, by file and line", "no comparison with it means anything"),
-    BadInput("box with x2 < x1 or y2 < y1", "error, by file and line", "the parser drops and counts these before"),
-    BadInput("annotated area that cannot be one", "error, by file and line", "it decides what is small and large"),
+    BadInput("empty file", "error: no predictions in the file", "there is nothing to evaluate"),
+    BadInput("truncated last line", "error: not valid JSON, by line", "images would be missing silently"),
+    BadInput("line that is not JSON, or lacks a key", "error, by file and line", "the file was edited or mixed up"),
+    BadInput("repeated image", "error: image id appears twice", "it would count twice"),
+    BadInput("image that is not in the annotations", "error: image id is not in the annotations", "wrong split"),
+    BadInput(
+        "annotated name that is not a category", "error: annotated object is none of the categories", "wrong list"
+    ),
+    BadInput("box with NaN or infinity", "error, by file and line", "comparisons with it are meaningless"),
+    BadInput("box with x2 < x1 or y2 < y1", "error, by file and line", "the parser already drops and counts these"),
+    BadInput("invalid annotated area", "error, by file and line", "it decides which objects are small or large"),
     BadInput("prediction without a finite score", "error: AP needs a finite score", "a score is never invented"),
-    BadInput("box of no area", "`input.zero_area_boxes`; judged, overlaps nothing", "a model may answer it"),
-    BadInput("box outside its image by over 1 px", "`input.outside_boxes`; judged as it is", "a model may answer it"),
+    BadInput("box with zero area", "`input.zero_area_boxes`; evaluated, overlaps nothing", "a model may answer it"),
+    BadInput(
+        "box outside its image by over 1 px", "`input.outside_boxes`; evaluated unchanged", "a model may answer it"
+    ),
     BadInput("description with control characters", "`input.control_char_descs`; they become spaces", "as above"),
-    BadInput("empty description", "`input.empty_descs`; judged, names no category", "as above"),
-    BadInput("description that names no category", "`input.names_unmapped`; judged, wrong by name", "as above"),
-    BadInput("description near two categories alike", "`input.names_ambiguous`; judged, wrong by name", "as above"),
-    BadInput("score outside [0, 1]", "`input.scores_outside_unit`; ranks, but has no ECE", "no probability"),
+    BadInput("empty description", "`input.empty_descs`; evaluated as unmapped", "as above"),
+    BadInput("description that is not a category", "`input.names_unmapped`; evaluated, incorrect name", "as above"),
+    BadInput(
+        "description equally near to two categories", "`input.names_ambiguous`; evaluated, incorrect name", "as above"
+    ),
+    BadInput("score outside [0, 1]", "`input.scores_outside_unit`; ranked, but no ECE", "not a probability"),
 )
 
 

@@ -53,80 +53,86 @@ END = "<!-- end of results -->"
 GENERATED = "<!-- Written by `python -m coordexp.reporting.reference`; a test fails when it is stale. -->"
 
 _TIERS = {
-    "seen": "seen in training",
-    "phrase": "unseen in text (pretraining images contain them)",
+    "seen": "categories seen in training",
+    "phrase": "unseen in text",
     "strict": "unseen in text and images",
 }
 
 _PARAMETERS_INTRO = """\
-`params.yaml` contains what experiments vary; `configs/<profile>.yaml` sets data, paths and sizes. Every key must be
-present, and the code has no defaults, so these two files describe a run completely. If a key is unknown, or a value has
-the wrong type or is out of range, the first stage, `check`, stops before anything is run or removed, and its message
-gives the full key.
+Experiments vary `params.yaml`. A profile, `configs/<profile>.yaml`, sets data, model, and sizes. Every key must be
+present, except a few keys of a profile that have a default, so the two files describe a run completely. The first
+stage, `check`, stops at an unknown key, a value of another type, or a value out of range, before anything runs or is
+removed. The message names the full key.
+
 `dvc exp run -S softce_weight=0.2` sets a key of `params.yaml` for one run, and
-`-S configs/tiny.yaml:stage1.steps=600` a key of a profile: both files have blocks `stage1` and `stage2`, with different
-keys. `make preset PRESET=mixture` runs a named recipe of `configs/presets/` (`mixture`, `note_a_only`, `pure_ce`,
-`raw_digits`, `seed`). [concepts.md](concepts.md) explains what the terms compute.
+`-S configs/tiny.yaml:stage1.steps=600` a key of a profile. Both files have blocks `stage1` and `stage2`, with
+different keys. `make preset PRESET=mixture` runs a preset of `configs/presets/` (`mixture`, `note_a_only`, `pure_ce`,
+`raw_digits`, `seed`). [concepts.md](concepts.md) defines what the terms compute.
 
-A profile may contain only its differences from another profile: `extends: coco-qwen3vl-4b`, or `base/qwen3vl` for
-`configs/base/qwen3vl.yaml`, which may be incomplete. Blocks merge key by key; lists, `source.sets`, `model.files`
-and a `source` of another `kind` come as a whole from the last file that sets them.
+A profile may set only what differs from another profile: `extends: coco-qwen3vl-4b`, or `extends: base/qwen3vl` for
+`configs/base/qwen3vl.yaml`, which may be incomplete. Blocks merge, key by key. Lists, `source.sets`, `model.files`, and
+a `source` of another `kind` are not merged: the last file that sets them wins.
 
-A changed value reruns the stages under "read by", as `pipelines/inputs.yaml` declares. Of the stages under "then",
-those rerun whose inputs changed (`decode` stands for all four, `decode@base` to `decode@stage2`; `check` always runs).
-`profile` is part of every command and path; `model.path` is the folder of the model files, which the pins identify."""
+"Read by" lists the stages that a changed value reruns, as `pipelines/inputs.yaml` declares. Of the stages under "then",
+each reruns whose inputs changed. `decode` stands for `decode@base` to `decode@stage2`; `check` always runs.
+`profile` is part of every command and path. `model.path` is only the place of the model files; pins identify them."""
 
 _UNASKED = """\
-Every other key of `params.yaml`, and every choice of a key with listed choices, is in an arm of a question in
+Every other key of `params.yaml`, and every choice of a key with choices, is in an arm of a question of
 `configs/questions/` (`coordexp answer --list`)."""
 
 _TERMS = """\
-The loss is the sum over terms, in this order, of weight * (sum over slots or boxes) / (their count in the whole step).
-A term of weight 0 is not computed, except for box terms, which are always logged. Stage 1 uses `text_ce` at weight 1
-and only the terms that have a key in its block."""
+In the order of the loss, which is the sum of weight * (sum over slots or boxes) / (their count in the whole step). A
+term with weight 0 is not computed, except box terms, which are always logged. Stage 1 uses `text_ce` with weight 1 and
+only the terms that have a key in its block."""
 
 _METRICS_INTRO = """\
-`runs/<profile>/eval/metrics.json` contains `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
-`stage1-control` and `stage2`, rounded to four digits when written. A metric that is undefined on the data (no object of
-that kind, no prediction) is `null`, not 0. Two digits at the end of a name are an IoU threshold: `full_50` is at
-IoU .50. [concepts.md](concepts.md) explains how predictions are matched.
+`runs/<profile>/eval/metrics.json` holds `<checkpoint>.eval.<area>.<metric>` for the checkpoints `base`, `stage1`,
+`stage1-control`, and `stage2`, rounded to four digits. A metric that is undefined on the data (no object of that kind,
+no prediction) is `null`, never 0. Two digits at the end of a name are an IoU threshold: `full_50` is at IoU .50.
+[concepts.md](concepts.md) defines how predictions are matched.
 
 `dvc metrics show` and `dvc metrics diff` read `reports/<profile>/headline.json`, a subset under the same keys:
-{headline} of each trained checkpoint, and
-`comparison.stage2_vs_control.coco.mAP` with its interval. To compare all of metrics.json between two revisions, use
-`dvc metrics diff HEAD --targets runs/<profile>/eval/metrics.json`; with intervals, `coordexp compare`."""
+{headline} of each trained checkpoint, and `comparison.stage2_vs_control.coco.mAP` with its interval. To compare all of
+metrics.json between two revisions, run `dvc metrics diff HEAD --targets runs/<profile>/eval/metrics.json`; with
+intervals, `coordexp compare`."""
 
 _COMPARISON = """\
-At the top level of `metrics.json`, `comparison.<pair>.<metric>` for {metrics}: `delta` (first minus second), `lo` and
-`hi` (95 % interval of the paired bootstrap), `p_superior` (fraction of resamples in which the first is better; a
-tie counts as half)."""
+At the top level of `metrics.json`: `comparison.<pair>.<metric>` for {metrics}. Each holds `delta` (first minus second),
+`lo` and `hi` (95 % interval of the paired bootstrap), and `p_superior` (fraction of resamples in which the first is
+better; ties count half)."""
 
 _LOGS = """\
-`train_log.jsonl` next to each trained checkpoint contains one JSON object per step: `step`, `loss/total`,
-`loss/<term>` after weighting and `raw/<term>` before (terms are named as their weights: `loss/w1` has `w1_weight`),
-`loss/coord_reg` (the sum of the weighted coordinate terms), `lr` (the peak rate times the schedule), `grad_norm`
-(before clipping), `tokens`, `samples`; in stage 2 also
-`channel` and, in steps of channel B, its counters `stage2_ab/*_total`, and the tokens that fresh rollouts read and
-generated, `rollout/*_tokens`. With several forwards in channel A, terms of the first one are `loss/a1_*`. With
-`grad_monitor_every`, `grad/<term>_norm` is the gradient norm of a weighted term over all trained parameters, and
-`grad/<term>_cos_text` its cosine with that of `text_ce`. The diagnostics below cover the supervised coordinate slots of
-the step over all its forwards and processes, 90th percentiles too; with several forwards, those of the first are
-`coord_diag_a1/*`. Box terms are logged as `raw/bbox_*` even if their weight is 0. While a stage runs, its log in
-`.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the part of it in which processes waited for their
-batches (summed over processes); the sums are in `runs/<profile>/<stage>.run.json`.
+`train_log.jsonl`, next to each trained checkpoint, holds one JSON object per step:
 
-`monitor.jsonl` in the same folder contains one object per call of the eval callback (`monitor.every_steps`), on the
-same few dev images: `step`, `images`, `objects`, `predictions`, `right` (true positives: box at IoU .50 and name),
-`false`, `missed`, `precision`, `recall`, `f1`, `f1_boxes` (class-agnostic), `matched_iou_mean`, `dup_pairs_90`,
-`parse_rate`, `truncated`, `tokens_mean`. Pairs are matched as in training, not as in the evaluator.
+- `step`, `tokens`, `samples`, `lr` (the peak rate times the schedule), `grad_norm` (before clipping);
+- `loss/total`, `loss/<term>` (weighted), `raw/<term>` (unweighted), and `loss/coord_reg` (the sum of the weighted
+  coordinate terms). A term is named like its weight: `loss/w1` has `w1_weight`. Box terms are logged as `raw/bbox_*`
+  even if their weight is 0;
+- with several forwards in channel A, `loss/a1_*` for the terms of the first forward;
+- in stage 2, `channel`; in steps of channel B also `stage2_ab/*_total`, counts of what matching found, and
+  `rollout/*_tokens`, what fresh rollouts read and wrote;
+- with `grad_monitor_every`, `grad/<term>_norm`, the gradient norm of a weighted term over all trained parameters, and
+  `grad/<term>_cos_text`, its cosine with the gradient of `text_ce`;
+- `coord_diag/*`, the diagnostics below, over the supervised coordinate slots of all forwards and processes of the step,
+  90th percentiles included. With several forwards in channel A, `coord_diag_a1/*` is the same for the first one.
 
-`context_errors.jsonl` contains one object per image of every such call, measured in a separate forward with the weights
-of that step (`training/context_errors.py`): `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
-annotated answer, and for each of its objects the mean of |E[k] - y| over the four coordinates, in bins, by context: the
-annotated context `A1`; the soft self-context `A2` and higher if channel A has several forwards; and `own`, the model's
-own greedy answer, null if no prediction locates the object. Stage 1 and the control have no `A2`.
-`coord_diag` contains, by context `A1`, `A2` and higher, means of the diagnostics below over the image's coordinate
-slots; the readings `coord.*` of questions are their means over dev in the context `A1`."""
+While a stage runs, its log in `.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the time that processes
+waited for their batches (a sum over processes). Their sums are in `runs/<profile>/<stage>.run.json`.
+
+`monitor.jsonl`, in the same folder, holds one object per call of the eval callback (`monitor.every_steps`), always on
+the same few dev images: `step`, `images`, `objects`, `predictions`, `right` (true positives: box at IoU .50 and name),
+`false` (false positives), `missed` (false negatives), `precision`, `recall`, `f1`, `f1_boxes` (class-agnostic),
+`matched_iou_mean`, `dup_pairs_90`, `parse_rate`, `truncated`, `tokens_mean`. Its matching is that of training, not that
+of the evaluation.
+
+`context_errors.jsonl` holds one object per image and call. The weights of that step read each image in a forward of its
+own (`training/context_errors.py`). The object has `step`, `image_id`, `text_ce` (nats, a sum) and `text_tokens` of the
+annotated answer, and for each annotated object the mean of |E[k] - y| over the four coordinates, in bins. The contexts
+are: `A1`, the annotated answer; `A2` and higher, the soft self-context, if channel A has several forwards (stage 1 and
+the control do not have it); and `own`, the model's own greedy answer, null where no prediction locates the object. Its
+`coord_diag` holds, for `A1`, `A2`, and higher, means of the diagnostics below over the image's coordinate slots. The
+readings `coord.*` of questions are their means over dev in the context `A1`."""
 
 _AREAS = {
     "coco": "COCO average precision and recall (`evaluation/coco.py`).",
@@ -134,23 +140,26 @@ _AREAS = {
     "known": "COCO AP over the categories seen in training.",
     "held_out": "COCO AP over the categories that are in no training split.",
     "vocabulary": (
-        "Only with probes (prompt `mixed`): COCO AP by how categories are held out (`records/categories.py`) and by "
-        "prompt, predictions among similar names, and refusals (`evaluation/vocabulary.py`)."
+        "Only with probes (prompt `mixed`): COCO AP by tier (how a category is held out, `records/categories.py`) and "
+        "by prompt, names chosen over rivals, and refusals (`evaluation/vocabulary.py`)."
     ),
-    "vocabulary_blind": "Blind control of `vocabulary`: the same predictions shuffled across images.",
-    "f1": "One-to-one matching by decreasing IoU, class-agnostic pairing (`evaluation/f1.py`).",
-    "protocol": "Only classes present in the image, the full vocabulary, and the gap (`evaluation/matched.py`).",
-    "rollout": "The matching used in training (`evaluation/training_matching.py`).",
-    "parse": "What the strict parser kept and dropped (`evaluation/parse.py`, reasons in `text/parser.py`).",
-    "input": "How predicted names were mapped, and unusual input that is evaluated (`evaluation/table.py`).",
-    "set": "Properties of the answer as a set (`evaluation/set_behaviour.py`).",
+    "vocabulary_blind": "The blind control of `vocabulary`: the same metrics for predictions shuffled across images.",
+    "f1": "One-to-one matching by decreasing IoU; names are ignored when pairing (`evaluation/f1.py`).",
+    "protocol": (
+        "Oracle classes (only predictions of classes that are annotated in the image), and the gap to the full "
+        "vocabulary (`evaluation/matched.py`)."
+    ),
+    "rollout": "The matching rule of training, reported separately (`evaluation/training_matching.py`).",
+    "parse": "What the strict parser kept and dropped (`evaluation/parse.py`; `text/parser.py` lists the reasons).",
+    "input": "How predicted names were mapped, and unusual input that is still evaluated (`evaluation/table.py`).",
+    "set": "How the answer behaves as a set (`evaluation/set_behaviour.py`).",
     "guarded": (
-        "Headline and set metrics after NMS: of boxes with the same name that overlap by at least the lowest "
-        "duplicate IoU, the first stays (`evaluation/matched.py`)."
+        "Headline metrics and set behavior after NMS: of boxes with the same name that overlap by the lowest duplicate "
+        "IoU, the first is kept (`evaluation/matched.py`)."
     ),
-    "confidence": "Quality of the scores (`evaluation/confidence.py`).",
-    "errors": "The six error types of TIDE and the cost of each (`evaluation/error_causes.py`).",
-    "blind": "Predictions made without the image (`evaluation/blind.py`); a checkpoint must exceed them.",
+    "confidence": "How informative the scores are (`evaluation/confidence.py`).",
+    "errors": "Why predictions are incorrect, and the cost of each error, after TIDE (`evaluation/error_causes.py`).",
+    "blind": "Answers that do not depend on the image (`evaluation/blind.py`). A checkpoint must exceed them.",
     "interval": "Bootstrap over images (`evaluation/bootstrap.py`).",
 }
 _BETTER = {"higher": "higher", "lower": "lower", "neither": ""}
@@ -171,7 +180,7 @@ class Graph:
 
 
 def parameters_markdown(graph: Graph) -> str:
-    """The page of all parameters: what each means and accepts, and which stages run again when it changes."""
+    """The page of all parameters: what each means and accepts, and which stages rerun when it changes."""
     removed = [[f"`{key}`", _cell(remedy)] for key, remedy in REMOVED.items()]
     parts = [
         "# Parameters",
@@ -186,14 +195,14 @@ def parameters_markdown(graph: Graph) -> str:
         _TERMS,
         terms_table(),
         "## Removed keys",
-        "Keys of earlier designs are rejected with their remedy.",
+        "Keys of earlier designs are refused, with a remedy.",
         table(["key", "remedy"], removed, "ll"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def terms_table() -> str:
-    """Every registered term: weight, place, function and meaning."""
+    """Every registered term: its weight, where it is computed, its function, and its meaning."""
     from coordexp.losses.terms import TERMS  # loads torch, which the commands that import this module do without
 
     specs = {spec.key.split(".")[-1]: spec for spec in field_specs(Params) if not spec.key.startswith("stage1.")}
@@ -203,7 +212,7 @@ def terms_table() -> str:
         file = term.function.__module__.removeprefix("coordexp.").replace(".", "/")
         place = f"`{file}.py:{term.function.__name__}`"
         rows.append([f"`{name}`", f"`{spec.key}`", term.place.replace("_", " "), place, _cell(spec.description)])
-    return table(["term", "weight", "taken at", "function", "meaning"], rows, "lllll")
+    return table(["term", "weight", "computed at", "function", "meaning"], rows, "lllll")
 
 
 def _blocks(root: type[Block], file: str, graph: Graph) -> Iterator[str]:
@@ -240,7 +249,7 @@ def metrics_markdown() -> str:
     by_area: dict[str, list[MetricSpec]] = {area: [] for area in _AREAS}
     for spec in metric_specs(STANDARD, lvis=True, vocabulary=True).values():
         by_area[spec.key.split(".")[0]].append(spec)
-    logged = {**MEANINGS, "coord_tokens": "number of those slots"}
+    logged = {**MEANINGS, "coord_tokens": "number of these slots"}
     diagnostics = [[f"`coord_diag/{name}`", _cell(words)] for name, words in logged.items()]
     parts = [
         "# Metrics",
@@ -250,13 +259,13 @@ def metrics_markdown() -> str:
         "## `comparison`",
         _COMPARISON.format(metrics=", ".join(f"`{key}`" for key in view("compared", STANDARD))),
         "## Bad input",
-        "Defined in `evaluation/table.py`: input that would make a number wrong is an error, with exit code 2 and a "
-        "message that gives the place; input that a model may well produce is counted.",
+        "`evaluation/table.py` decides: input that would make a number wrong is an error, with exit code 2 and a "
+        "message that names the place; input that a model may well generate is counted.",
         table(["input", "outcome", "why"], [[_cell(b.what), _cell(b.outcome), _cell(b.why)] for b in BAD_INPUT], "lll"),
         "## Training logs",
         _LOGS,
         table(["diagnostic", "meaning"], diagnostics, "ll"),
-        "For held-out slots only, in `context_errors.jsonl` (`losses/coord_terms.py:distribution_shape`):",
+        "Only in `context_errors.jsonl`, on dev images (`losses/coord_terms.py:distribution_shape`):",
         table(["diagnostic", "meaning"], [[f"`{name}`", _cell(words)] for name, words in SHAPES.items()], "ll"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -304,7 +313,7 @@ def _names_table(metrics: Metrics) -> str:
         f"AP50 of {name}",
         "prompted for all objects",
         "prompted with a list",
-        "list, predictions shuffled across images",
+        "with a list, blind control (predictions shuffled across images)",
     ]
     return table(head, rows)
 

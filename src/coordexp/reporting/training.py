@@ -18,21 +18,21 @@ from coordexp.infra.logs import BIN_ERROR, COORD_SUM, ends, logged
 from coordexp.reporting.markdown import MISSING, percent, significant, table
 
 MEANINGS = {
-    "softce_kl": "softCE minus the target's entropy (nats); can reach 0",
+    "softce_kl": "softCE minus the entropy of the target (nats): the part that can reach 0",
     "expected_bin_mae": "mean error of E[k], bins",
     "expected_bin_abs_err_p90": "90th percentile of the error of E[k], bins",
     "p_gt_mean": "probability of the target bin",
-    "acc_top5": "target bin among the five most probable",
-    "margin_mean": "log-margin of the target bin over the best other bin; a soft target does not favor a peak",
-    "w1_to_delta": "W1 distance to the hard target, fraction of the axis",
+    "acc_top5": "fraction of slots whose target bin is among the five most probable",
+    "margin_mean": "log-margin of the target bin over the best other bin; a soft target does not maximize it",
+    "w1_to_delta": "W1 distance to the hard target, as a fraction of the axis",
     "coord_vocab_mass_mean": "probability of any coordinate token",
 }
 # In addition, for held-out slots (`losses/coord_terms.py:distribution_shape`).
 SHAPES = {
     "gate": "-log P(any coordinate token), nats",
-    "second_peak": "distributions with a second peak, fraction",
-    "mean_off_peak": "E[k] in a low-probability region, fraction: mean collapse between peaks",
-    "coverage_50": "target inside the central 50 % of the distribution, fraction; 0.5 if the width is calibrated",
+    "second_peak": "fraction of distributions with a second peak",
+    "mean_off_peak": "fraction of slots where E[k] has low probability: mean collapse between several peaks",
+    "coverage_50": "fraction of targets inside the central 50 % of the distribution; 0.5 if its width is calibrated",
     "coverage_90": "the same for the central 90 %",
 }
 OTHER_UNITS = (
