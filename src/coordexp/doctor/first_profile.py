@@ -1,4 +1,4 @@
-"""`coordexp init`: from a folder of annotated pictures to a profile that trains on them, and what it will take.
+"""`coordexp init`: from a folder of annotated images to a profile that trains on them, and what it will take.
 
 The profile extends one that is there and holds only what differs: where the data are, which model, and the sizes that
 follow from the data, by the rules in `_sizes`. Nothing but the profile is written.
@@ -35,7 +35,7 @@ from coordexp.records.recognize import Candidate, recognize_folder
 SMALL_PARAMETERS = 50_000_000  # up to here a model trains on a CPU: its profile extends `tiny`
 SMALL, LARGE = "tiny", "base/qwen3vl"
 EMBEDDED_MODEL = "models/tiny-base"
-PASSES = 20  # of stage 1 over the training pictures, unless the extended profile's steps are fewer
+PASSES = 20  # of stage 1 over the training images, unless the extended profile's steps are fewer
 LEAST_STEPS = 100
 TIMED_SAMPLES = 64
 
@@ -65,7 +65,7 @@ def init(folder: Path, name: str | None, base: str | None, params: Path) -> Iter
     """Write `configs/<name>.yaml` for a folder; yields what was found, decided and measured, a line each.
 
     Args:
-        folder: annotated pictures, in any format of docs/data.md.
+        folder: annotated images, in any format of docs/data.md.
         name: of the profile; None: made of the folder's name.
         base: folder of the pretrained model, or the name of a profile to extend; None: the embedded model.
         params: the parameter file of the repository.
@@ -78,7 +78,7 @@ def init(folder: Path, name: str | None, base: str | None, params: Path) -> Iter
     root = params.parent
     name = _profile_name(folder, name, root)
     candidate, others = _chosen(folder)
-    yield f"{folder}: {candidate.format}: {candidate.why}; {candidate.images:,} pictures"
+    yield f"{folder}: {candidate.format}: {candidate.why}; {candidate.images:,} images"
     yield from (f"  note: {problem}" for problem in candidate.problems)
     yield from (f"  not taken: {other.format}: {other.why}" for other in others)
     extends, model = _extended(base, root)
@@ -121,7 +121,7 @@ def _chosen(folder: Path) -> tuple[Candidate, list[Candidate]]:
     listed = ", ".join(f"{count} {suffix}" for suffix, count in files.most_common(12)) or "nothing"
     tried = "".join(f"\n  {c.format}: {c.why}: {'; '.join(c.problems)}" for c in found)
     raise DataError(
-        f"{folder}: no annotations that are understood. Found {listed}.{tried}\nExpected pictures with annotations in "
+        f"{folder}: no annotations that are understood. Found {listed}.{tried}\nExpected images with annotations in "
         "a format of docs/data.md: COCO, YOLO, Pascal VOC, labelme, CVAT, CSV, and others."
     )
 
@@ -156,7 +156,7 @@ def _examined(plan: _Plan) -> Examination:
 def _found_lines(found: Examination) -> Iterator[str]:
     for split, records in found.records.items():
         objects = [o for r in records for o in r.objects]
-        yield f"{split}: {len(records):,} pictures, {len(objects):,} objects, {len({o.desc for o in objects}):,} labels"
+        yield f"{split}: {len(records):,} images, {len(objects):,} objects, {len({o.desc for o in objects}):,} labels"
     for finding in found.findings:
         yield f"  {finding.fate}: {finding.split}: {finding.reason}: {finding.count}"
 
@@ -173,7 +173,7 @@ def _first_keys(plan: _Plan, found: Examination) -> dict[str, Any]:
 
 
 def _dev_images(base: Mapping[str, Any], n_train: int) -> int:
-    """A tenth of the training pictures, at most as many as the extended profile has."""
+    """A tenth of the training images, at most as many as the extended profile has."""
     return max(1, min(int(base["records"]["dev_images"]), round(n_train / 10)))
 
 
@@ -223,7 +223,7 @@ def _write(plan: _Plan, keys: Mapping[str, Any]) -> None:
     yaml, text = YAML(), io.StringIO()
     yaml.width = 1 << 16
     yaml.dump(differing, text)
-    head = f"# {plan.candidate.images:,} pictures, read as {plan.candidate.format}; what differs from {plan.extends}."
+    head = f"# {plan.candidate.images:,} images, read as {plan.candidate.format}; what differs from {plan.extends}."
     write_text(plan.path, f"{head} Written by `coordexp init`.\n\n{text.getvalue()}")
     if keys.get("model"):
         write_pins(plan.path)
@@ -236,7 +236,7 @@ def _rule(run: RunConfig, train: Sequence[Sample], n_train: int) -> str:
     mean = sum(s.length for s in train) / len(train)
     passes = stage1.steps * stage1.packs_per_step * pack_tokens / (mean * n_train)
     return (
-        f"{run.profile.records.dev_images} training pictures are dev, packs hold {pack_tokens} tokens, stage 1 takes "
+        f"{run.profile.records.dev_images} training images are dev, packs hold {pack_tokens} tokens, stage 1 takes "
         f"{stage1.steps} steps, which is about {passes:.2g} passes over the data"
     )
 
@@ -259,5 +259,5 @@ def _next_lines(run: RunConfig, answer: int) -> Iterator[str]:
     room = f" -S decode.max_new_tokens={needed}" if needed > budget else ""
     if room:
         yield f"the longest answer has {answer} tokens, and decode.max_new_tokens is {budget}: give it room, as below"
-    yield f"next: coordexp doctor --profile {name} --page doctor-{name}.html   (look at the pictures)"
+    yield f"next: coordexp doctor --profile {name} --page doctor-{name}.html   (look at the images)"
     yield f"then: dvc exp run -S profile={name}{room}   (report: reports/{name}/progress.md)"

@@ -124,7 +124,7 @@ def decoding_rate(run: RunConfig) -> Rate | None:
         return None
     try:
         return _trial(run, folder, samples)
-    except CoordExpError:  # of a folder or a picture; what is wrong with it is for others to say
+    except CoordExpError:  # of a folder or an image; what is wrong with it is for others to say
         return None
 
 

@@ -1,6 +1,6 @@
-"""`coordexp doctor --page`: one HTML file with the pictures as the model will see them, and what they are like.
+"""`coordexp doctor --page`: one HTML file with the images as the model will see them, and what they are like.
 
-Boxes are drawn from their bins, decoded, on the picture in the size that it is given to the model: what is wrong here
+Boxes are drawn from their bins, decoded, on the image in the size that it is given to the model: what is wrong here
 (shifted boxes, unreadable objects, wrong labels) is wrong in training.
 """
 
@@ -36,7 +36,7 @@ CROWD = BoxStyle((120, 120, 120), dashed=True)
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture of the page; `uri` is empty where it cannot be read, and `caption` says why."""
+    """One image of the page; `uri` is empty where it cannot be read, and `caption` says why."""
 
     title: str
     caption: str
@@ -55,7 +55,7 @@ def write_page(path: Path, run: RunConfig, lines: Sequence[str], records: Mappin
         records: those that remain, by split.
 
     Raises:
-        CheckpointError: there is no model whose size of pictures could be shown.
+        CheckpointError: there is no model whose size of images could be shown.
     """
     preview = Preview(run)
     samples = {split: preview.samples(of_split) for split, of_split in records.items()}
@@ -96,7 +96,7 @@ def _panel(preview: Preview, sample: Sample) -> Panel:
 
 
 def decoded_px(sample: Sample) -> NDArray[np.float64]:
-    """(M, 4) the boxes of a sample as bins and back, in pixels of the resized picture."""
+    """(M, 4) the boxes of a sample as bins and back, in pixels of the resized image."""
     bins = encode_boxes(sample.boxes_xyxy_px, sample.width, sample.height)
     return decode_norm(bins).reshape(-1, 4) * np.tile((sample.resized_width, sample.resized_height), 2)
 
@@ -130,10 +130,10 @@ def _facts(samples: Sequence[Sample], total: int) -> list[tuple[str, str]]:
     ]
     return [
         ("records", f"{total:,}" + (f", {len(samples):,} of them measured" if len(samples) < total else "")),
-        ("objects", f"{_spread([int(keep.sum()) for keep in counted])} in a picture; {len(sides):,} in all"),
-        ("pictures, width", f"{_spread([s.width for s in samples])} px"),
-        ("pictures, height", f"{_spread([s.height for s in samples])} px"),
-        ("tokens of a picture", _spread([s.n_image_tokens for s in samples])),
+        ("objects", f"{_spread([int(keep.sum()) for keep in counted])} in an image; {len(sides):,} in all"),
+        ("images, width", f"{_spread([s.width for s in samples])} px"),
+        ("images, height", f"{_spread([s.height for s in samples])} px"),
+        ("tokens of an image", _spread([s.n_image_tokens for s in samples])),
         ("tokens of an answer", _spread([len(s.answer_ids) for s in samples])),
         ("shorter side of objects, as the model sees them", "; ".join(shown)),
         ("boxes of no area in bins", f"{int((sides <= 0).sum())}"),
@@ -146,7 +146,7 @@ def _spread(values: Iterable[int]) -> str:
 
 
 def _longest(samples: Sequence[Sample], max_new_tokens: int) -> list[tuple[str, int, int, bool]]:
-    """Picture, objects and tokens of the longest answers, and whether `decode.max_new_tokens` would cut them."""
+    """Image, objects and tokens of the longest answers, and whether `decode.max_new_tokens` would cut them."""
     ordered = sorted(samples, key=lambda s: -len(s.answer_ids))[:LONGEST]
     rows = ((s.image, len(s.descs) - sum(s.iscrowd), len(s.answer_ids)) for s in ordered)
     return [(image, objects, tokens, tokens > max_new_tokens) for image, objects, tokens in rows]

@@ -24,7 +24,7 @@ from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
 
 BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
-REACH_OUT = "boxes_reach_out"  # of their pictures: they are cut there
+REACH_OUT = "boxes_reach_out"  # of their images: they are cut there
 NOTED = NOTHING_LOST | {"names_merged", "same_picture", REACH_OUT}
 
 

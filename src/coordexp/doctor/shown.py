@@ -1,6 +1,6 @@
 """What the model will be shown and should answer: records as samples, before any stage has run.
 
-The tokens are exact: prompt and answer are those of training, and the picture has the size that it will be given.
+The tokens are exact: prompt and answer are those of training, and the image has the size that it will be given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MEASURED = 2000  # records of which lengths are taken; of more, these are chosen
 
 
 class Preview:
-    """The samples of a profile's records, with tokenizer, codec and picture size of its training."""
+    """The samples of a profile's records, with tokenizer, codec and image size of its training."""
 
     def __init__(self, run: RunConfig) -> None:
         """Raises CheckpointError: the profile's model folder is none, or of another family."""

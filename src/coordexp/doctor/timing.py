@@ -1,4 +1,4 @@
-"""How long training takes here: a few real steps of stage 1 on the user's own pictures, and what they say of all."""
+"""How long training takes here: a few real steps of stage 1 on the user's own images, and what they say of all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
 
     Raises:
         CheckpointError: the model cannot be loaded.
-        DataError: a picture cannot be read, or a sample is longer than a pack.
+        DataError: an image cannot be read, or a sample is longer than a pack.
     """
     profile, model = run.profile, run.profile.model
     checkpoint = load_checkpoint(model_folder(model.path), model.min_pixels, model.max_pixels)
@@ -91,7 +91,7 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
 
 
 def _images(run: RunConfig, folder: Path) -> Path:
-    """A root below which the records' names lead to the pictures."""
+    """A root below which the records' names lead to the images."""
     source = run.profile.source
     if not isinstance(source, DatasetsConfig):
         return run.paths.raw

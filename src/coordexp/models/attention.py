@@ -1,7 +1,7 @@
 """Attention over packed segments without a mask, and patch embedding as the matrix product that it is.
 
 A packed row holds segments that must not see each other. transformers keeps them apart by a dense T x T mask, and most
-of what it then computes is thrown away; of pictures it makes one call each. Here each segment attends to itself alone:
+of what it then computes is thrown away; of images it makes one call each. Here each segment attends to itself alone:
 by torch's variable-length kernel where there is one, otherwise by plain products over groups of segments. Both come in
 through transformers' registries of attention functions; a forward without segments (generation with its cache) takes
 transformers' own path, mask included.
@@ -35,11 +35,11 @@ from transformers.masking_utils import sdpa_mask
 from coordexp.infra.device import VARIABLE_LENGTH, attention_kernel, compute_dtype, varlen_options, without_autocast
 
 TEXT = "coordexp_segments"
-# The vision tower hands over all pictures in one call, with their bounds, to a function with this word in its name.
+# The vision tower hands over all images in one call, with their bounds, to a function with this word in its name.
 VISION = "coordexp_flash_segments"
 
 MAX_GROUPS = 4  # of segments of similar length: more waste less padding, but make more and smaller products
-Lengths = tuple[int, ...]  # of consecutive segments of one line of tokens, or of the patches of pictures; all above 0
+Lengths = tuple[int, ...]  # of consecutive segments of one line of tokens, or of the patches of images; all above 0
 
 _is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
 
@@ -258,7 +258,7 @@ def _vision_attention(
     pictures: Lengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """All pictures of a forward at once, each over itself; shapes as for text, with one row."""
+    """All images of a forward at once, each over itself; shapes as for text, with one row."""
     if pictures is None:  # generation, which knows no batch of ours
         pictures = tuple(torch.diff(cu_seq_lens_q).tolist())
     return _in_compute_dtype(query, key, value, pictures, scaling, causal=False)[None], None

@@ -25,7 +25,7 @@ def hidden_states(
 
     A cache is handed the keys and values of all tokens, and must return them as they are.
 
-    The lengths of segments and pictures keep them apart (models/attention.py); no attention mask is built. A model to
+    The lengths of segments and images keep them apart (models/attention.py); no attention mask is built. A model to
     which transformers' own attention was left does the same by a T x T mask, made of the 4-row position ids, but never
     beside a cache.
     """
@@ -49,7 +49,7 @@ def hidden_states(
 
 
 def patch_states(visual: nn.Module, patches_PD: Tensor, grids_I3: Tensor) -> Tensor:
-    """What the vision tower makes of each patch, (P, D), as it goes into the merger; each picture by itself."""
+    """What the vision tower makes of each patch, (P, D), as it goes into the merger; each image by itself."""
     with packed():
         output = visual(patches_PD, grid_thw=grids_I3, pictures=tuple(grids_I3.prod(1).tolist()))
     return output.last_hidden_state
@@ -63,7 +63,7 @@ def next_hidden_states(
     Args:
         model: the model.
         ids_BT: the tokens.
-        rope_BT: their rotary positions, the same on all three axes: text behind a picture.
+        rope_BT: their rotary positions, the same on all three axes: text behind an image.
         mask_BTL: which columns each of them sees, its own among them.
         cache: holds what came before, and is handed what comes.
     """

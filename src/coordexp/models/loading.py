@@ -216,7 +216,7 @@ def _check_special_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, file: 
 
 
 def _check_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render a question once, as each picture's will be."""
+    """Render a question once, as each image's will be."""
     with faults_of(folder, "a question cannot be put by the chat template"):
         ids, pads = question_ids(tokenizer, "a"), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if (count := int((ids == pads).sum())) != 1:

@@ -44,7 +44,7 @@ def pixel_spec(config: Qwen3VLConfig, min_pixels: int, max_pixels: int) -> Pixel
 
 
 def write_processor_files(folder: Path, pixels: PixelSpec) -> None:
-    """Say in a new checkpoint folder how its pictures are prepared."""
+    """Say in a new checkpoint folder how its images are prepared."""
     common = {
         "processor_class": "Qwen3VLProcessor",
         "patch_size": pixels.patch_size,
@@ -71,7 +71,7 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     high = limits.get("longest_edge", block.get("max_pixels"))
     if not (_is_count(low) and _is_count(high)) or low > high:
         raise CheckpointError(
-            f"{path}: smallest and largest area of a picture are {repr_of(low)} and {repr_of(high)} pixels "
+            f"{path}: smallest and largest area of an image are {repr_of(low)} and {repr_of(high)} pixels "
             f"(size.shortest_edge, size.longest_edge), expected whole numbers with 1 <= smallest <= largest. {_REMEDY}"
         )
     spec = pixel_spec(config, low, high)
@@ -104,7 +104,7 @@ def _image_block(folder: Path) -> tuple[Path, Mapping[str, Any]]:
             raise CheckpointError(f"{path}: no settings of an image processor, expected an object. {_REMEDY}")
         if name == IMAGE_FILE or "image_processor" in content:
             return path, block
-    raise CheckpointError(f"{folder}: no {IMAGE_FILE}, which says how large pictures are given to the model. {_REMEDY}")
+    raise CheckpointError(f"{folder}: no {IMAGE_FILE}, which says how large images are given to the model. {_REMEDY}")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

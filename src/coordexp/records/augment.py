@@ -1,4 +1,4 @@
-"""Views of a training picture: flip, crop and scale, with boxes that stay exact.
+"""Views of a training image: flip, crop and scale, with boxes that stay exact.
 
 A view is part of the image's name in a record, `coco/train2017/1.jpg#crop=10,20,300,400&flip`, so that it is decided
 once, by `convert`, and every reader of the image sees the same pixels. Scale needs no pixels: the record's size and
@@ -24,7 +24,7 @@ MIN_VISIBLE = 0.5
 
 
 def augment(record: Record, config: RecordsConfig, rng: random.Random) -> Record:
-    """One random view of a record. Phrases say where things are, so their pictures are not cropped.
+    """One random view of a record. Phrases say where things are, so their images are not cropped.
 
     Raises:
         DataError: the image's own name already looks like that of a view.

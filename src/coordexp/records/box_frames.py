@@ -1,4 +1,4 @@
-"""Whether boxes are in the frame that their format says: pixels inside the picture.
+"""Whether boxes are in the frame that their format says: pixels inside the image.
 
 Files hold corners where a width and height belong, thousandths (as Qwen answers), or fractions. Boxes read in the wrong
 frame are lost, or clipped to something that is no object; other readings of the same numbers tell which frame it was.
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from coordexp.records.sources.base import SourceObject
 
 FITS = 0.99  # fraction of the boxes that another reading must explain
-FAR_OUT = 0.2  # fraction of the boxes that reach out of their pictures; amodal annotation alone stays below
-TOLERANCE = 0.02  # fraction of a side by which a box may reach out of its picture
+FAR_OUT = 0.2  # fraction of the boxes that reach out of their images; amodal annotation alone stays below
+TOLERANCE = 0.02  # fraction of a side by which a box may reach out of its image
 TOLERANCE_PX = 2.0
 EXAMPLES = 3
 SMALL_SIDE_PX = 900  # boxes in thousandths of the sides soon reach beyond it
-FEW = 10  # boxes that all lie inside their small pictures by chance, though they are thousandths
-LARGE_SIDE_PX = 1600  # of pictures in which thousandths that are read as pixels keep to a corner
+FEW = 10  # boxes that all lie inside their small images by chance, though they are thousandths
+LARGE_SIDE_PX = 1600  # of images in which thousandths that are read as pixels keep to a corner
 UNKNOWN = "another unit, or sizes of other files"
 _KEY = "source.sets.<name>.boxes"
 _WORDS: dict[BoxForm, str] = {
-    "fractions": "fractions of the picture (0..1)",
-    "thousandths": "thousandths of the picture (0..1000)",
+    "fractions": "fractions of the image (0..1)",
+    "thousandths": "thousandths of the image (0..1000)",
     "pixels": "pixels",
     "corners": "x1, y1, x2, y2",
     "from_0": "pixels counted from 0",
@@ -39,17 +39,17 @@ class BoxFrames:
     """Counts of boxes, and of how many of them fit each reading. Boxes are as the format reads them, not clipped."""
 
     boxes: int = 0
-    beyond: int = 0  # reach out of their picture
-    as_corners: int = 0  # x, y, width, height would be corners inside the picture
+    beyond: int = 0  # reach out of their image
+    as_corners: int = 0  # x, y, width, height would be corners inside the image
     beyond_as_corners: int = 0  # those of them that reach out of it
     as_thousandths: int = 0
     far: int = 0  # reach into the second half of a thousand, as a fifth of all thousandths surely do
     as_fractions: int = 0
     as_percent: int = 0
     as_pixels: int = 0  # in a format of fractions
-    in_small: int = 0  # in a format of thousandths, in a picture of short sides
+    in_small: int = 0  # in a format of thousandths, in an image of short sides
     as_pixels_in_small: int = 0  # of those, inside of it if they are pixels
-    in_corner: int = 0  # in a format of pixels: could be thousandths of a picture whose sides are longer than that
+    in_corner: int = 0  # in a format of pixels: could be thousandths of an image whose sides are longer than that
     from_0: int = 0  # begin before the first pixel, by the one that the format does not count
     in_units: int = 0  # are read as fractions or thousandths
     examples: list[str] = field(default_factory=list)  # the first of those that reach out
@@ -99,7 +99,7 @@ class BoxFrames:
 
     @property
     def reach_out(self) -> bool:
-        """Whether so many boxes reach out of their pictures that they are no pixels of these."""
+        """Whether so many boxes reach out of their images that they are no pixels of these."""
         return self.beyond > FAR_OUT * self.boxes
 
     def cause(self) -> str:
@@ -108,7 +108,7 @@ class BoxFrames:
             return reading
         if not self.reach_out:
             return ""
-        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: {UNKNOWN}"
+        return f"{self.beyond} of {self.boxes} boxes reach out of their images: {UNKNOWN}"
 
     def other_reading(self) -> str:
         """Which other reading explains the boxes, in words, and the key that chooses it; empty if none does."""
@@ -117,11 +117,11 @@ class BoxFrames:
             return ""
         expected = "pixels"
         if form == "percent":
-            return "the boxes look like percent of the picture (0..100); fractions (0..1) are expected: divide by 100"
+            return "the boxes look like percent of the image (0..100); fractions (0..1) are expected: divide by 100"
         if form == "mixed":
             return "those look like x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file"
         if self.in_units:
-            expected = "fractions of the picture (0..1)" if form != "pixels" or not self.in_small else "thousandths"
+            expected = "fractions of the image (0..1)" if form != "pixels" or not self.in_small else "thousandths"
         if form == "corners":
             expected = "x, y, width, height"
         if form == "from_0":

@@ -1,7 +1,7 @@
 """The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out" | ...}, ...].
 
 `split` is `train` for names that training holds. The others are held out, and may say how (open-vocabulary tiers):
-`strict` names are in no picture and no text of any training, `phrase` names were drawn in pretraining but never
+`strict` names are in no image and no text of any training, `phrase` names were drawn in pretraining but never
 written, of `plain_only` names training knows one word (the head without its attribute), of `never` names not even that.
 
 LVIS also says how frequent a category is in its training images: "r" in at most 10, "c" in at most 100, else "f".

@@ -203,8 +203,8 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
     if conflicts:
         shown = "".join(f"\n  {conflict}" for conflict in conflicts[:SHOWN])
         raise DataError(
-            f"{len(conflicts)} pictures are annotated more than once and contradict themselves:{shown}\n"
-            "Remove the wrong ones, or set records.same_picture to first (keeps the first record of a picture) or keep."
+            f"{len(conflicts)} images are annotated more than once and contradict themselves:{shown}\n"
+            "Remove the wrong ones, or set records.same_picture to first (keeps the first record of an image) or keep."
         )
     return result
 
@@ -279,7 +279,7 @@ def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str,
 
 
 def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> RecordStore:
-    """The training records whose picture val does not hold; the others become problems."""
+    """The training records whose image val does not hold; the others become problems."""
     train = result.splits["train"]
     shared = overlap(train.images(), result.splits["val"].images(), content)
     if shared and config.overlap == "error":

@@ -1,4 +1,4 @@
-"""Pictures at an address of the network: fetched only when told, whole, and within limits of size and time."""
+"""Images at an address of the network: fetched only when told, whole, and within limits of size and time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
 def is_address(image: object) -> TypeGuard[str]:
-    """Whether a picture is named by an address of the network."""
+    """Whether an image is named by an address of the network."""
     return isinstance(image, str) and bool(_ADDRESS.match(image))
 
 
 def fetched_files(addresses: Iterable[str], folder: Path) -> list[Path]:
-    """Fetch pictures into a folder, where they keep the ends of their names; raises PictureError naming what fails."""
+    """Fetch images into a folder, where they keep the ends of their names; raises PictureError naming what fails."""
     paths = []
     for address in addresses:
         name = re.sub(r"[^\w.-]", "_", unquote(PurePosixPath(urlsplit(address).path).name))[-80:] or "picture"
@@ -40,7 +40,7 @@ def fetched_files(addresses: Iterable[str], folder: Path) -> list[Path]:
 
 
 def fetched_rgb(address: str) -> Image.Image:
-    """The picture at an address, as `read_rgb` reads a file; raises PictureError naming the address."""
+    """The image at an address, as `read_rgb` reads a file; raises PictureError naming the address."""
     with TemporaryDirectory(prefix="coordexp-") as folder:
         (path,) = fetched_files([address], Path(folder))
         try:

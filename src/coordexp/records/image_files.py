@@ -11,7 +11,7 @@ from pathlib import Path
 from coordexp.errors import DataError
 
 # The formats that are read, by Pillow's names, and the suffixes of their files. MPO is what many phones and cameras
-# write: a JPEG with more pictures behind it, of which the first is read; Pillow's JPEG reader knows it.
+# write: a JPEG with more images behind it, of which the first is read; Pillow's JPEG reader knows it.
 IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -77,7 +77,7 @@ def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
-    """Where each drawn picture goes; in a folder, names that repeat get a number.
+    """Where each drawn image goes; in a folder, names that repeat get a number.
 
     Raises:
         DataError: one file for several images, or a drawing would replace an image.

@@ -1,10 +1,10 @@
-"""Pictures: the one place that opens them, the one conversion to RGB, and one look that finds all faults of a file.
+"""Images: the one place that opens them, the one conversion to RGB, and one look that finds all faults of a file.
 
 Frame: pixels as a viewer shows them. An EXIF orientation is applied on reading, so width, height and boxes are those of
-the picture a person annotated; 16-bit grey is scaled to 8 bit, transparency is put on white, CMYK and palettes become
-RGB. Training, prediction, drawing and checks all come here, so a picture means the same pixels to each of them.
+the image a person annotated; 16-bit grey is scaled to 8 bit, transparency is put on white, CMYK and palettes become
+RGB. Training, prediction, drawing and checks all come here, so an image means the same pixels to each of them.
 
-Files are foreign input: only regular files are opened (`records/shards.py`, which also knows pictures in shards), and
+Files are foreign input: only regular files are opened (`records/shards.py`, which also knows images in shards), and
 only by the decoders of `IMAGE_FORMATS`. Pillow alone would try all it has, and its reader of EPS starts Ghostscript.
 """
 
@@ -53,7 +53,7 @@ UNREADABLE = (
 )
 TOO_LARGE = (FileTooLargeError, Image.DecompressionBombError)
 _FORMATS = ", ".join(IMAGE_FORMATS)
-# EXIF orientation -> what turns the stored picture upright; the last four swap width and height.
+# EXIF orientation -> what turns the stored image upright; the last four swap width and height.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,13 +85,13 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A part of a picture in whole pixels (None: all of it), then possibly mirrored."""
+    """A part of an image in whole pixels (None: all of it), then possibly mirrored."""
 
     crop: tuple[int, int, int, int] | None = None
     flip: bool = False
 
     def suffix(self) -> str:
-        """What is added to the image's name; empty for the whole picture."""
+        """What is added to the image's name; empty for the whole image."""
         parts = [f"crop={','.join(map(str, self.crop))}"] if self.crop else []
         parts += ["flip"] if self.flip else []
         return f"#{'&'.join(parts)}" if parts else ""
@@ -107,7 +107,7 @@ WHOLE_PICTURE = View()
 
 
 def split_view(name: str) -> tuple[str, View]:
-    """The file's name and the view; a name without one is the whole picture."""
+    """The file's name and the view; a name without one is the whole image."""
     found = _VIEW.search(name)
     if not found or found.end() - found.start() == 1:
         return name, WHOLE_PICTURE
@@ -117,19 +117,19 @@ def split_view(name: str) -> tuple[str, View]:
 
 
 def read_record_rgb(image_root: Path, name: str) -> Image.Image:
-    """The picture that a record names, upright RGB: below the root of its set, and only the view that the name says."""
+    """The image that a record names, upright RGB: below the root of its set, and only the view that the name says."""
     file_name, view = split_view(name)
     rgb = read_rgb(record_source(image_root, file_name))
     return rgb if view is WHOLE_PICTURE else view.of(rgb)
 
 
 def record_sha256(image_root: Path, name: str) -> str:
-    """Hex digest of the bytes of the picture that a record names, whatever the view; raises as `read_rgb`."""
+    """Hex digest of the bytes of the image that a record names, whatever the view; raises as `read_rgb`."""
     return image_sha256(record_source(image_root, split_view(name)[0]))
 
 
 def read_rgb(source: ImageSource) -> Image.Image:
-    """Read an image file, or a picture in a shard, as upright 8-bit RGB.
+    """Read an image file, or an image in a shard, as upright 8-bit RGB.
 
     Raises:
         PictureError: naming the file: it is missing, no regular file, of no format that is read, too large, or broken.
@@ -139,7 +139,7 @@ def read_rgb(source: ImageSource) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in memory, converted as `read_rgb` converts the file that it may come from.
+    """An image in memory, converted as `read_rgb` converts the file that it may come from.
 
     Raises:
         PictureError: its pixels cannot be decoded, or have no known range.
@@ -206,7 +206,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _shown_size(image: Image.Image, orientation: int) -> tuple[int, int]:
-    """Upright width and height of a picture that is not decoded yet; of a TIFF, Pillow says those itself."""
+    """Upright width and height of an image that is not decoded yet; of a TIFF, Pillow says those itself."""
     return image.size[::-1] if orientation >= 5 and image.format != "TIFF" else image.size
 
 
@@ -251,7 +251,7 @@ def inspect_image(root: Path, name: str, decode: bool = True) -> ImageFacts:
         decode: also unpack the pixels, which is what finds files that were cut off.
 
     Raises:
-        DataError: the root has shards, and one of them is missing or damaged: nothing can be said of its pictures.
+        DataError: the root has shards, and one of them is missing or damaged: nothing can be said of its images.
     """
     if reason := unsafe_name(name):
         return ImageFacts(str(name), problem="image_path_unsafe", detail=reason)
@@ -294,12 +294,12 @@ def unsafe_name(name: object) -> str:
     if any(ord(char) < 32 or "\ud800" <= char <= "\udfff" for char in name):
         return "holds control characters"
     if split_view(name)[1] is not WHOLE_PICTURE:
-        return "ends as records name a part of a picture (#flip, #crop=...); rename the file"
+        return "ends as records name a part of an image (#flip, #crop=...); rename the file"
     return ""
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """manifest.json of a folder of pictures; empty for one that holds its images itself."""
+    """manifest.json of a folder of images; empty for one that holds its images itself."""
     path = folder / MANIFEST
     return MANIFESTS.read_object(path) if path.is_file() else {}
 

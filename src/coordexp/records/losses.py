@@ -28,7 +28,7 @@ HARMLESS = NOTHING_LOST | {
 }  # fmt: skip
 # These cost an image with all its annotations, as do those that begin with `image_`.
 _OF_IMAGES = frozenset({INCOMPLETE, "record_invalid", "annotation_unreadable", "label_unreadable", "label_unused"})
-_REMEDY = "Mend the annotations, or allow more with records.max_lost (coordexp convert: --max-lost)."
+_REMEDY = "Fix the annotations, or allow more with records.max_lost (coordexp convert: --max-lost)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _nothing_left(found: RecordSet) -> Excess | None:
     if not lost:
         return None
     message = _with_cause(f"no object that counts is left ({by_reason(lost)}).", found.frames.cause())
-    return Excess("no_object_left", len(lost), f"{message} Mend the annotations.", examples(lost))
+    return Excess("no_object_left", len(lost), f"{message} Fix the annotations.", examples(lost))
 
 
 def _over_limit(
@@ -160,13 +160,13 @@ def _misread(found: RecordSet, config: RecordsConfig) -> list[Excess]:
         allowed = min(ALLOWED, FROM_0 * frames.boxes)  # VOC's own files have none
     elif form == "pixels" and not frames.beyond:
         count = frames.in_small
-        message = f"all {count} boxes in pictures of short sides lie inside them if they are pixels."
+        message = f"all {count} boxes in images of short sides lie inside them if they are pixels."
     elif form == "fractions":
         count, message = frames.boxes, f"{frames.boxes} boxes are smaller than a pixel."
     elif form and not frames.reach_out:
-        count, message = frames.boxes, f"all {frames.boxes} boxes lie in the upper left corner of their pictures."
+        count, message = frames.boxes, f"all {frames.boxes} boxes lie in the upper left corner of their images."
     elif frames.reach_out:
-        count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their pictures."
+        count, message = frames.beyond, f"{frames.beyond} of {frames.boxes} boxes reach out of their images."
     else:
         return []
     if count <= allowed:

@@ -142,7 +142,7 @@ def open_split(dataset: DatasetConfig, split: str, polygons: bool = True) -> Rea
 def of_split(
     reading: Reading, dataset: DatasetConfig, split: str, facts: Mapping[str, ImageFacts], val_fraction: float
 ) -> Reading:
-    """The images that belong to a split, where val is taken from train: chosen by the content of each picture alone."""
+    """The images that belong to a split, where val is taken from train: chosen by the content of each image alone."""
     if dataset.val != AUTO_SPLIT:
         return reading
     chosen = _chosen_for_val(facts, val_fraction)

@@ -18,21 +18,21 @@ from coordexp.records.augment import augment
 from coordexp.records.schema import Record
 from coordexp.records.store import RecordStore
 
-# A longer list costs more tokens than the picture.
+# A longer list costs more tokens than the image.
 MAX_CLOSED_NAMES = 200
 
 
 def split_dev(
     records: Iterable[Record], dev_images: int, content: Mapping[str, str]
 ) -> tuple[RecordStore, RecordStore]:
-    """(train, dev): the `dev_images` pictures whose name has the smallest hash become dev, with all their records.
+    """(train, dev): the `dev_images` images whose name has the smallest hash become dev, with all their records.
 
-    The choice depends on each picture alone: adding some to the source moves few others between splits.
+    The choice depends on each image alone: adding some to the source moves few others between splits.
 
     Args:
         records: the training records; one image may have several.
-        dev_images: how many pictures to take.
-        content: image -> hash of its file. One picture under two names stays in one split, chosen by the first name.
+        dev_images: how many images to take.
+        content: image -> hash of its file. One image under two names stays in one split, chosen by the first name.
     """
     stored = records if isinstance(records, RecordStore) else RecordStore(records)
     names = list(stored.images())

@@ -151,7 +151,7 @@ def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Proble
         known = facts[image.file_name]
     except KeyError as error:
         raise DataError(
-            f"{image.file}: {image.key}: the picture {image.file_name} was not there, or not named, when the pictures "
+            f"{image.file}: {image.key}: the image {image.file_name} was not there, or not named, when the images "
             "were looked at. In the graph: dvc repro --force --single-item raw, then dvc repro."
         ) from error
     if known.problem:
@@ -175,7 +175,7 @@ class Lost:
     reason: str
     detail: str
     region: ObjectRecord | None = None
-    leaves_gap: bool = False  # it is in the picture, nobody knows where
+    leaves_gap: bool = False  # it is in the image, nobody knows where
 
 
 def _kept_objects(

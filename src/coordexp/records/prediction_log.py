@@ -2,7 +2,7 @@
 
 A line is `Detections.to_json()`, whole and unfiltered, with `image` (the path as given), `checkpoint` (the folder) and
 `key`: what decided the answer. An answer is used again only if all of its key is what it would be now. The line of a
-picture that could not be read has `error`, the reason, in the place of an answer; it is asked again. Each line has
+image that could not be read has `error`, the reason, in the place of an answer; it is asked again. Each line has
 the hash of its other keys.
 """
 
@@ -36,7 +36,7 @@ class _Object:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What is checked of the line of a picture that cannot be read."""
+    """What is checked of the line of an image that cannot be read."""
 
     image: str
     error: str
@@ -102,7 +102,7 @@ class PredictionLog:
             return "they could not be read"
         changed = _changes(self._rows[image], source)
         if isinstance(key := self._rows[image].get("key"), dict) and key.get("picture_sha256") != picture_sha256:
-            changed.append("picture changed")
+            changed.append("image changed")
         return " and ".join(changed)
 
     def add(self, image: str, source: AnswerSource, picture_sha256: str, answer: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ class PublicSet:
     """A set of others: its folder below `datasets/`, the files that it comes in, and what makes the folder of them."""
 
     folder: str
-    terms: str  # whose terms the pictures are under, in words
+    terms: str  # whose terms the images are under, in words
     files: tuple[RemoteFile, ...]
     build: Build
     then: tuple[str, ...]  # what to run next, with remarks
@@ -202,7 +202,7 @@ _TREES = RemoteFile(
 PUBLIC_SETS = {
     "trees": PublicSet(
         folder="trees",
-        terms="MIT, Copyright (c) 2019, Ben Weinstein; the text lies beside the pictures",
+        terms="MIT, Copyright (c) 2019, Ben Weinstein; the text lies beside the images",
         files=(_TREES,),
         build=build_trees,
         then=(
@@ -212,7 +212,7 @@ PUBLIC_SETS = {
     ),
     "coco-val2017": PublicSet(
         folder="coco",
-        terms="annotations CC BY 4.0, by the COCO Consortium; each picture under the terms of its owner on Flickr",
+        terms="annotations CC BY 4.0, by the COCO Consortium; each image under the terms of its owner on Flickr",
         files=(_VAL, _ANNOTATIONS),
         build=unpack(
             [
@@ -224,7 +224,7 @@ PUBLIC_SETS = {
         then=(
             "link or fetch the model into models/Qwen3-VL-2B-Instruct, then:",
             "coordexp doctor --pin --profile coco-val2017        pins of the model; what the run needs, and hours",
-            "make check-profile PROFILE=coco-val2017             16 pictures through every data stage, one step",
+            "make check-profile PROFILE=coco-val2017             16 images through every data stage, one step",
             "dvc exp run --temp -S profile=coco-val2017 -S decode.max_new_tokens=4096",
             "docs/real_data.md says what was tried of this, and what it takes",
         ),

@@ -71,7 +71,7 @@ class Folder:
 
     @cached_property
     def image_folders(self) -> list[str]:
-        """Every folder that holds pictures, itself or further down."""
+        """Every folder that holds images, itself or further down."""
         found: dict[str, None] = {}
         for name in self.images:
             parts = name.split("/")[:-1]
@@ -94,7 +94,7 @@ class Folder:
         return fitting[0] if fitting else "."
 
     def count(self, *folders: str) -> int:
-        """How many pictures lie below any of the folders."""
+        """How many images lie below any of the folders."""
         starts = tuple("" if f in ("", ".") else f"{f}/" for f in folders)
         return sum(name.startswith(starts) for name in self.images)
 
@@ -355,7 +355,7 @@ def _lines(folder: Folder) -> Iterator[Found]:
         if not names:
             continue
         train, val = _paired(names)
-        what = "records of ours" if fmt == "jsonl" else "conversations about pictures"
+        what = "records of ours" if fmt == "jsonl" else "conversations about images"
         splits = Found(fmt, f"{train} holds {what}", train, _line_images(folder, train, "train"))
         if val:
             splits.val, splits.val_images = val, _line_images(folder, val, "val")

@@ -1,13 +1,13 @@
-"""Where the bytes of pictures lie: each in a file of its own, or a thousand of them in one shard.
+"""Where the bytes of images lie: each in a file of its own, or a thousand of them in one shard.
 
 Tools that look at every file of a folder (DVC, rsync, backups) take their time by the number of files, so the composed
-pictures are written as shards. Those of a user stay the files that they are.
+images are written as shards. Those of a user stay the files that they are.
 
     <root>/coordexp-shards.json   the shards of the folder, each with offset and sha256 of its directory
     <root>/train-000.zip, ...     uncompressed ZIP files; names are relative to the root, as those of files would be
 
-A shard is read without unpacking it: its directory says where a picture begins, and one `pread` brings it. Checks form
-a chain, manifest -> list of shards -> directory -> CRC-32 of the picture, so that whoever reads a picture sees a shard
+A shard is read without unpacking it: its directory says where an image begins, and one `pread` brings it. Checks form
+a chain, manifest -> list of shards -> directory -> CRC-32 of the image, so that whoever reads an image sees a shard
 that was cut, damaged or replaced, without hashing gigabytes first. Nothing stays open: threads and forked processes
 share no file position.
 """
@@ -47,7 +47,7 @@ _UNIX, _FILE_MODE, _EPOCH = 3, 0o644 << 16, (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One picture in a shard: where its header begins, its length and its CRC-32."""
+    """One image in a shard: where its header begins, its length and its CRC-32."""
 
     shard: Path
     name: str
@@ -59,7 +59,7 @@ class Member:
         return f"{self.shard}:{self.name}"
 
     def read(self) -> bytes:
-        """The bytes of the picture; raises DataError if the shard does not hold what its directory says."""
+        """The bytes of the image; raises DataError if the shard does not hold what its directory says."""
         name = self.name.encode()
         begin = _LOCAL_HEADER.size + len(name)
         with _open_shard(self.shard) as handle:
@@ -76,7 +76,7 @@ ImageStream = BufferedReader | BytesIO
 
 @contextmanager
 def open_source(source: ImageSource) -> Iterator[ImageStream]:
-    """The bytes of a picture, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
+    """The bytes of an image, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
     if isinstance(source, Member | EmbeddedPicture):
         yield BytesIO(source.read())
     else:
@@ -86,7 +86,7 @@ def open_source(source: ImageSource) -> Iterator[ImageStream]:
 
 
 def find_source(root: Path, name: str) -> ImageSource:
-    """The picture of that name below a root: in one of its shards or a parquet file, else the file (maybe missing).
+    """The image of that name below a root: in one of its shards or a parquet file, else the file (maybe missing).
 
     Raises:
         DataError: the root has shards, and one of them is missing or damaged.
@@ -102,11 +102,11 @@ def shards_hash(root: Path) -> str:
 
 
 def write_shards(root: Path, pictures: Mapping[str, Iterable[tuple[str, bytes]]]) -> None:
-    """Write the shards of a folder and their list; equal pictures give equal bytes.
+    """Write the shards of a folder and their list; equal images give equal bytes.
 
     Args:
         root: the folder.
-        pictures: beginning of the shards' names -> names, sorted, and contents of the pictures.
+        pictures: beginning of the shards' names -> names, sorted, and contents of the images.
     """
     shards: dict[str, dict[str, Any]] = {}
     for prefix, named in pictures.items():
@@ -137,7 +137,7 @@ def _write_shard(path: Path, batch: list[tuple[str, bytes]]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _members(root: Path) -> Mapping[str, Member]:
-    """Name -> picture, over all shards of a folder; empty for a folder of files. Read once by each process."""
+    """Name -> image, over all shards of a folder; empty for a folder of files. Read once by each process."""
     index = root / INDEX
     if not os.path.lexists(index):
         return {}

@@ -1,6 +1,6 @@
-"""One picture under two names, two ids or in two sets: one record, where the annotations can be those of one picture.
+"""One image under two names, two ids or in two sets: one record, where the annotations can be those of one image.
 
-Two records of one picture teach, and judge, that what the other one holds is not there. Which pictures are one is told
+Two records of one image teach, and judge, that what the other one holds is not there. Which images are one is told
 by the content of their files.
 """
 
@@ -22,12 +22,12 @@ Policy = Literal["merge", "first", "file", "keep"]
 SAME_IOU = 0.9  # above, two boxes are one
 OTHER_IOU = 0.5  # below, they are of two objects; between, somebody drew one object twice
 MAX_DOUBTFUL = 0.2  # fraction of the objects of the smaller record that may be in doubt
-_QUESTIONS = ("phrase", "prompt", "repeat")  # several records of one picture are meant
+_QUESTIONS = ("phrase", "prompt", "repeat")  # several records of one image are meant
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Records of which no two are of one picture, what was joined, and what contradicts itself, in words."""
+    """Records of which no two are of one image, what was joined, and what contradicts itself, in words."""
 
     records: RecordStore
     problems: list[Problem] = field(default_factory=list)
@@ -35,10 +35,10 @@ class Joined:
 
 
 def join_same_pictures(records: RecordStore, content: Mapping[str, str], policy: Policy) -> Joined:
-    """Join the records of each picture of a split, in the place of the first one.
+    """Join the records of each image of a split, in the place of the first one.
 
     Args:
-        records: of all sets, with settled names. Questions about a picture stay apart.
+        records: of all sets, with settled names. Questions about an image stay apart.
         content: image -> hash of its file.
         policy: `merge` joins what agrees, `first` keeps the first record only, `file` joins those of one file, whatever
             its content, `keep` keeps all.
@@ -97,7 +97,7 @@ def _key(record: Record) -> str:
 
 
 def _added(known: Sequence[ObjectRecord], others: Sequence[ObjectRecord]) -> tuple[list[ObjectRecord], list[str]]:
-    """The objects of another record that are not known, and, in words, those that can hardly be of one picture."""
+    """The objects of another record that are not known, and, in words, those that can hardly be of one image."""
     added: list[ObjectRecord] = []
     doubts: list[str] = []
     if not known:

@@ -21,7 +21,7 @@ def write_coco(path: Path, records: Sequence[Record], categories: Iterable[Categ
     """COCO instances JSON; image ids are those of the records where each has its own, else 1, 2, ...
 
     Raises:
-        DataError: a record shows a part of a picture only, which COCO cannot say.
+        DataError: a record shows a part of an image only, which COCO cannot say.
     """
     numbers = {c.name: c.id for c in categories}
     ids = [r.metadata.get("image_id") for r in records]
@@ -59,13 +59,13 @@ def _annotation(obj: ObjectRecord) -> dict[str, Any]:
 def write_yolo(
     folder: Path, records: Sequence[Record], categories: Iterable[Category], images: Path, split: str
 ) -> int:
-    """A YOLO folder: `labels/<split>`, in `images/<split>` a link to each picture, and `data.yaml`.
+    """A YOLO folder: `labels/<split>`, in `images/<split>` a link to each image, and `data.yaml`.
 
     Another split may be added to a folder later, if its names are the same. Returns how many ignore regions are left
     out, as YOLO has none.
 
     Raises:
-        DataError: the folder has other names, or other images of the split; a record shows a part of a picture only.
+        DataError: the folder has other names, or other images of the split; a record shows a part of an image only.
     """
     names = [c.name for c in sorted(categories, key=lambda c: c.id)]
     numbers = {name: number for number, name in enumerate(names)}
@@ -86,7 +86,7 @@ def write_yolo(
 
 def _link(link: Path, picture: Path) -> None:
     if not picture.is_file():
-        raise DataError(f"{picture}: no such file; expected the picture of the record (one in a shard has no file).")
+        raise DataError(f"{picture}: no such file; expected the image of the record (one in a shard has no file).")
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink() and not link.exists():
         link.symlink_to(picture.resolve())
@@ -112,8 +112,8 @@ def _line(number: int, box: tuple[float, float, float, float], record: Record) -
 
 
 def _whole(record: Record) -> str:
-    """The file of a record's picture."""
+    """The file of a record's image."""
     name, view = split_view(record.image)
     if view is not WHOLE_PICTURE:
-        raise DataError(f"{record.image}: a part of a picture; export records without flip, crop and scale_jitter.")
+        raise DataError(f"{record.image}: a part of an image; export records without flip, crop and scale_jitter.")
     return name

@@ -52,7 +52,7 @@ class SourceObject:
     iscrowd: bool | None = False  # a crowd, or what the source calls difficult; None: the file says neither yes nor no
     truncated: bool = False  # the source says that the object goes on outside the image or behind another
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
-    side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
+    side_units: float | None = None  # how long a side of the image is: 1 in fractions, 1000 in thousandths; None: px
     has_size: bool = False  # the file has x, y, width, height; else corners, a center or an outline
     counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
     category_id: int | None = None  # of the file; None where it has only names
@@ -182,7 +182,7 @@ class SplitFiles:
 
 
 class ImageNames:
-    """Finds the pictures of a split by the names that annotations give them.
+    """Finds the images of a split by the names that annotations give them.
 
     Programs write names that are not those of files: with backslashes or percent signs, with folders of another
     machine, with accents in another form, with another suffix. Such a name means the one file that it can mean.
@@ -205,7 +205,7 @@ class ImageNames:
         return next(named, None) or next(stems, plain)
 
     def of_stem(self, name: str) -> str | None:
-        """The one picture of that name, whatever its suffix; both relative to the root."""
+        """The one image of that name, whatever its suffix; both relative to the root."""
         if unsafe_name(name):
             return None
         folder, _, stem = name.rpartition("/")
@@ -217,7 +217,7 @@ class ImageNames:
         return self._stems[folder].get(_plain(stem)) or None
 
     def all(self) -> list[str]:
-        """Every picture below the image folder, relative to the root, sorted."""
+        """Every image below the image folder, relative to the root, sorted."""
         found = (p for p in files_below(self.files.root / self.files.images) if p.suffix.lower() in IMAGE_SUFFIXES)
         return sorted(p.relative_to(self.files.root).as_posix() for p in found)
 

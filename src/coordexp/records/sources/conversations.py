@@ -1,4 +1,4 @@
-"""Conversations about pictures, as Qwen-VL and ms-swift are tuned on them: JSON lines, or a JSON list.
+"""Conversations about images, as Qwen-VL and ms-swift are tuned on them: JSON lines, or a JSON list.
 
 Boxes stand in what the assistant says, as JSON (`bbox_2d` with a `label`) or between Qwen's marks, or in the field
 `objects` of ms-swift. Those in texts are thousandths of the sides, as Qwen3-VL answers, those in `objects` pixels,
@@ -109,7 +109,7 @@ def _objects_only(entries: Any, files: SplitFiles, problems: list[Problem]) -> I
 
 
 def _pictures(row: dict[str, Any]) -> list[Any]:
-    """The pictures that an entry names, in any of the usual places."""
+    """The images that an entry names, in any of the usual places."""
     for key in ("images", "image"):
         value = row.get(key)
         if value:

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: one XML file, or a folder of them, with the boxes, polygons and masks of many pictures.
+"""CVAT for images 1.1: one XML file, or a folder of them, with the boxes, polygons and masks of many images.
 
 A turned box gives the tight box around it. Points, lines and tags have no box. Where images name a subset, those of
 another split are left out.

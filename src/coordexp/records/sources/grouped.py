@@ -1,8 +1,8 @@
-"""Rows of a file brought together by the picture that they belong to, in bounded memory.
+"""Rows of a file brought together by the image that they belong to, in bounded memory.
 
 They stay JSON text until `rows_of` is asked for them: whoever reads a file deals them to the processes that need them.
 
-Annotations of one picture may stand anywhere in a file. They are kept in buckets of neighbouring pictures; when they
+Annotations of one image may stand anywhere in a file. They are kept in buckets of neighbouring images; when they
 outgrow the memory that is allowed, buckets go to temporary files and are read back one at a time.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 BUFFER_BYTES = 1 << 25
-BUCKET_GROUPS = 10_000  # pictures of one bucket
+BUCKET_GROUPS = 10_000  # images of one bucket
 
 
 class Grouped:

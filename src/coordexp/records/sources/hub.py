@@ -1,4 +1,4 @@
-"""Detection data sets of the Hugging Face Hub: parquet files with the pictures inside.
+"""Detection data sets of the Hugging Face Hub: parquet files with the images inside.
 
 The column `objects` holds boxes and categories of each row, as lists in a struct or as a list of structs. Names of
 numbered categories stand in the file's own metadata. Boxes are x, y, width, height, unless the set says `boxes:
@@ -53,7 +53,7 @@ def read(files: SplitFiles) -> Reading:
         for path, (_, columns, _) in layouts.items():
             number = 0
             with opened_parquet(path, LAYOUT) as table:
-                for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the pictures
+                for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the images
                     for row in batch.to_pylist():
                         yield path, number, row
                         number += 1

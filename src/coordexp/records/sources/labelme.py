@@ -29,7 +29,7 @@ LAYOUT = "a JSON file of labelme, with shapes and imagePath"
 
 
 def read(files: SplitFiles) -> Reading:
-    """labelme; the image folder is the one that holds the pictures, often that of the JSON files."""
+    """labelme; the image folder is the one that holds the images, often that of the JSON files."""
     paths = annotation_files(files.path, (".json",))
     if not paths or not files.path.exists():
         raise DataError(f"{files.path}: not found; expected {LAYOUT}, or a folder of them.")
@@ -64,13 +64,13 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
-    """`imageData` is the whole picture once more, as text."""
+    """`imageData` is the whole image once more, as text."""
     row.pop("imageData", None)
     return row
 
 
 def _image_name(name: Any, path: Path, below: str, names: ImageNames) -> object:
-    """The picture beside the JSON file or in the image folder; where `imagePath` is stale, the one of its stem."""
+    """The image beside the JSON file or in the image folder; where `imagePath` is stale, the one of its stem."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1] if isinstance(name, str) else f"{path.stem}.jpg"
     beside = f"{below}/{last}" if below not in ("", ".") else last
     found = names.find(beside)

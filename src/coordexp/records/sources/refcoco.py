@@ -136,7 +136,7 @@ def _read_parquet(files: SplitFiles) -> Reading:
     def images() -> Iterator[SourceImage]:
         number = 0
         with opened_parquet(files.path, FORMS) as table:
-            for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
+            for batch in table.iter_batches(columns=list(columns)):  # never the embedded images
                 for row in batch.to_pylist():
                     for j, phrase in enumerate(_listed(row[columns[1]])):
                         name, box, key = row[columns[0]], box_of(row["bbox"]), f"row {number}, sentence {j}"

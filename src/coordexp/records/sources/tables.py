@@ -1,6 +1,6 @@
 """CSV: boxes in a table, and Open Images, which is several tables.
 
-Without a header, columns are those of RetinaNet: path, x1, y1, x2, y2, class; a path alone is a picture without an
+Without a header, columns are those of RetinaNet: path, x1, y1, x2, y2, class; a path alone is an image without an
 object. With a header, columns are found by their usual names (`COLUMNS`), in any order.
 """
 
@@ -116,7 +116,7 @@ def _first_of(usual: tuple[str, ...], names: list[str]) -> str | None:
 
 
 def _is_object(cells: Mapping[str, str]) -> bool:
-    """Whether a row holds an object; one with a path alone says that the picture has none."""
+    """Whether a row holds an object; one with a path alone says that the image has none."""
     return any(cells.get(key) for key in ("x1", "y1", "x2", "y2", "x", "y", "w", "h", "bbox", "label"))
 
 

@@ -124,7 +124,7 @@ def _image(names: ImageNames, path: Path, stem: str) -> SourceImage:
 
 
 def _image_name(names: ImageNames, filename: str | None, stem: str) -> object:
-    """The picture with the stem of the XML file, as tools pair them; `filename` is stale in files that were renamed."""
+    """The image with the stem of the XML file, as tools pair them; `filename` is stale in files that were renamed."""
     paired = names.of_stem(str(names.files.image_name(stem)))
     named = names.find((filename or "").strip() or f"{stem}.jpg")
     if paired and Path(paired).name != Path(str(named)).name:
