@@ -81,7 +81,7 @@ def minilm() -> MiniLM:
 
 @dataclass
 class MiniLM:
-    """all-MiniLM-L6-v2 with mean pooling, and a disk cache for these weights; the model is loaded for new texts only."""
+    """all-MiniLM-L6-v2 with mean pooling, and a disk cache for these weights; loaded only for new texts."""
 
     folder: Path
     cache_folder: Path = field(default_factory=lambda: _user_cache() / "coordexp")
