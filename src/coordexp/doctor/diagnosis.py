@@ -123,7 +123,7 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
     if rollout.engine == "vllm" and rollout.servers == START and not Path(rollout.vllm_python).is_file():
         yield f"{STOP}rollout.vllm_python is {rollout.vllm_python!r}: no such file; run `make vllm`"
     if needs.over_pack:
-        yield f"{STOP}{needs.over_pack} records are longer than a pack; increase packing.pack_tokens or lower max_pixels"
+        yield f"{STOP}{needs.over_pack} records are longer than a pack; raise packing.pack_tokens or lower max_pixels"
     if needs.disk_bytes > free:
         yield f"{STOP}the disk lacks {_gigabytes(needs.disk_bytes - free)}"
 
