@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:.:tests python -m fault_lab [--stages pack report] [--sample 3] [--budget SECONDS]
 
-The graph is that of the smoke profile with a dozen pictures and steps enough to learn them by heart, so its model
+The graph is that of the smoke profile with a dozen images and steps enough to learn them by heart, so its model
 answers and its rollouts match. It runs once undisturbed. Then, for each place, a copy of the workspace before the stage
 is made, the stage runs with that one fault, and after it, as DVC would, without: it must end in the bytes of the
 undisturbed run.

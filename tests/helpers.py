@@ -151,7 +151,7 @@ def save_model(
     max_pixels: int = MAX_PIXELS,
     codec: Codec = "json",
 ) -> None:
-    """A checkpoint folder that asks for pictures between these areas: without coordinate tokens, a base model."""
+    """A checkpoint folder that asks for images between these areas: without coordinate tokens, a base model."""
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     detection = BASE.model_copy(update={"codec": codec, "coordinates": coord}) if coord else BASE
     pixels = pixel_spec(model.config, min_pixels, max_pixels)
@@ -233,7 +233,7 @@ CROWD = ObjectRecord("crowd", (0.0, 0.0, 99.0, 99.0), metadata={"iscrowd": 1})
 
 
 def sample_of(checkpoint: Checkpoint, codec: str, names: tuple[str, ...] = tuple(TRUTH)) -> Sample:
-    """A sample without a picture, annotated with these objects of TRUTH and a crowd box."""
+    """A sample without an image, annotated with these objects of TRUTH and a crowd box."""
     objects = tuple(ObjectRecord(name, TRUTH[name], metadata={}) for name in names)
     record = Record("x.png", 100, 100, (*objects, CROWD), metadata={"image_id": 1})
     return SamplePreparer(checkpoint.tokenizer, get_codec(codec), tiny_pixels()).prepare(record)

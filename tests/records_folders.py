@@ -1,4 +1,4 @@
-"""Small folders of generated pictures in every format, and their conversion."""
+"""Small folders of generated images in every format, and their conversion."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def instances(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, 
 
 
 def write_split(root: Path, split: str, first: int, count: int, extra: Sequence[dict[str, Any]] = ()) -> None:
-    """`count` pictures with ids first, first + 1, ...; each with two objects of two names, plus `extra` annotations."""
+    """`count` images with ids first, first + 1, ...; each with two objects of two names, plus `extra` annotations."""
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], list(extra)
@@ -69,14 +69,14 @@ def edit(root: Path, split: str, **changes: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A picture with objects: name, box in whole pixels, and whether it is a crowd (in VOC: difficult)."""
+    """An image with objects: name, box in whole pixels, and whether it is a crowd (in VOC: difficult)."""
 
     name: str  # of its file
     size: tuple[int, int]
     objects: tuple[tuple[str, tuple[int, int, int, int], bool], ...]
 
 
-# Where the pictures of a split lie, and what the annotation file is called.
+# Where the images of a split lie, and what the annotation file is called.
 LAYOUTS = {
     "coco": ("{split}2017", "annotations/instances_{split}2017.json"),
     "objects365": ("{split}", "zhiyuan_objv2_{split}.json"),
@@ -92,9 +92,9 @@ LAYOUTS = {
     "hub": (".", "data/{split}-*.parquet"),
     "conversations": ("pictures", "{split}.jsonl"),
 }
-QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # a record for each expression, not for each picture
+QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # a record for each expression, not for each image
 HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo", "labelme", "cvat", "conversations"}
-LEAVES_OUT_EMPTY = {"open_images"}  # pictures without an object are in no file
+LEAVES_OUT_EMPTY = {"open_images"}  # images without an object are in no file
 
 
 def write_annotations(fmt: str, root: Path, split: str, pictures: Sequence[Annotated]) -> None:
@@ -289,7 +289,7 @@ _WRITERS = {
 
 
 def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[int, int] = (64, 48)) -> None:
-    """Pictures with their annotations, each with a cat on the left and a mug or a person on the right."""
+    """Images with their annotations, each with a cat on the left and a mug or a person on the right."""
     if fmt == "refcoco":
         return _write_refs(root, counts, size)
     for split, count in counts.items():
@@ -309,7 +309,7 @@ def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[in
 
 
 def _write_refs(root: Path, counts: Mapping[str, int], size: tuple[int, int]) -> None:
-    """Expressions for the cat of each picture, and for what is on its right."""
+    """Expressions for the cat of each image, and for what is on its right."""
     write_photos("coco", root, counts, size)
     images, annotations, refs = [], [], []
     (root / "train2014").mkdir(exist_ok=True)

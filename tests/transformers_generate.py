@@ -41,7 +41,7 @@ class GrammarProcessor(LogitsProcessor):
 
 
 def model_inputs(checkpoint: Checkpoint, image_root: Path, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The prompts with their pictures, padded on the left."""
+    """The prompts with their images, padded on the left."""
     image_id, pixels = checkpoint.model.config.image_token_id, checkpoint.pixels
     prompts = [s.expanded_prompt_ids(image_id) for s in samples]
     width = max(len(p) for p in prompts)

@@ -16,7 +16,7 @@ from coordexp.config.presets import changed_tree
 
 REPOSITORY = Path(__file__).parents[1]
 PROFILE = "smoke"
-# Of that profile: few pictures of few objects, learnt by heart in twelve steps, and a state saved after each of these.
+# Of that profile: few images of few objects, learnt by heart in twelve steps, and a state saved after each of these.
 ANSWERING: Mapping[str, Any] = {
     "source.train_images": 12,
     "source.val_images": 4,

@@ -161,7 +161,7 @@ def write_profile(repository: Path, coco: Path, folder: Path) -> Path:
     return folder / "params.yaml"
 
 
-def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
+def test_the_command_reports_what_would_happen(repository, coco, tmp_path, capfd):
     params = write_profile(repository, coco, tmp_path)
     assert load_params(params).profile == "mine"
     with pytest.raises(SystemExit) as stopped:
@@ -170,7 +170,7 @@ def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "train: 12 records, 24 objects" in out
     assert "no fault found" in out
-    assert "nothing here stops a run" in out
+    assert "nothing here would stop a run" in out
     spoil(coco)
     listing = tmp_path / "faults" / "all.jsonl"
     with pytest.raises(SystemExit) as stopped:
@@ -189,7 +189,7 @@ def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
     ]  # fmt: skip
 
 
-def test_what_stops_a_run_as_a_whole_is_written_too(repository, coco, tmp_path, capfd):
+def test_problems_of_the_whole_run_are_written_too(repository, coco, tmp_path, capfd):
     """A set without its folder, and records that no pack holds: neither is a fault of one annotation."""
     params = write_profile(repository, coco, tmp_path)
     file = tmp_path / "configs" / "mine.yaml"
@@ -207,9 +207,9 @@ def test_what_stops_a_run_as_a_whole_is_written_too(repository, coco, tmp_path, 
     assert "longer than a pack" in faults[1]["detail"]
 
 
-def test_composed_scenes_need_no_doctor(repository, capfd, monkeypatch):
+def test_composed_scenes_need_no_check(repository, capfd, monkeypatch):
     monkeypatch.chdir(repository)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "--profile", "smoke"])
     assert not stopped.value.code
-    assert "scenes are composed by the raw stage" in capfd.readouterr().out
+    assert "the raw stage composes the scenes" in capfd.readouterr().out

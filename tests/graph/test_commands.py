@@ -92,12 +92,12 @@ def test_options_of_commands_exist() -> None:
             assert done.returncode == 0, done.stderr
 
 
-def test_what_is_not_run_is_there() -> None:
+def test_the_list_of_commands_not_run_is_current() -> None:
     for pattern in NOT_RUN:
         assert any(re.fullmatch(pattern, command, re.DOTALL) for command in COMMANDS), pattern
 
 
-def test_commands_stand_in_fences() -> None:
+def test_commands_are_in_fences() -> None:
     """Else nothing here would see them."""
     for page in PAGES:
         text = page.read_text("utf-8")

@@ -67,7 +67,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "matching.semantic": {"matching.lambda_sem": 1.0},
 }
 QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.gate_threshold", "stage2.eos_weight", "gate_weight")
-# Stages that run to the same bytes here: the key has nothing to act on in eight pictures and four steps.
+# Stages that run to the same bytes here: the key has nothing to act on in eight images and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
 WEIGHTS = "runs/smoke/stage2/model.safetensors"
 
@@ -91,7 +91,7 @@ def test_every_key_is_changed() -> None:
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=() if key in QUICK else pytest.mark.faults) for key in CHANGES]
 )
-def test_what_a_key_runs_comes_out_different(
+def test_every_stage_that_a_key_reruns_changes_its_output(
     key: str, baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = baseline.copy(tmp_path / "changed")
@@ -108,7 +108,7 @@ def test_what_a_key_runs_comes_out_different(
 
 
 @pytest.mark.slow
-def test_nothing_changed_runs_nothing(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_changes_no_stage_runs(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = baseline.copy(tmp_path / "again")
     monkeypatch.chdir(again.root)
     assert again.repro() == {}

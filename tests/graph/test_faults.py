@@ -96,7 +96,7 @@ TRACEBACK = "Traceback (most recent call last):\nOSError"
     ],
 )
 @pytest.mark.parametrize("second", ["right", "fails", "other"])
-def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
+def test_the_outcome_of_a_fault_is_determined_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     what: str, code: int | None, output: str, is_right: bool | None, outcome: str, second: str,
 ) -> None:  # fmt: skip
@@ -116,7 +116,7 @@ def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
     assert (found.where, found.outcome) == (met, expected)
 
 
-def test_places_are_all_or_spread(tmp_path: Path) -> None:
+def test_places_are_complete_or_evenly_spread(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     lab.operations = {"pack": [("write", "a")] * 10}
     assert len(list(lab.faults("pack"))) == 10 * len(FAULTS["write"])
@@ -124,7 +124,7 @@ def test_places_are_all_or_spread(tmp_path: Path) -> None:
     assert list(lab.faults("pack", 3, ("read",))) == []
 
 
-def test_the_report_counts_places_and_names_what_went_wrong() -> None:
+def test_the_report_counts_places_and_lists_failures() -> None:
     right = Found("pack", "write", 1, "ENOSPC", "a", "named", "error: a")
     lost = Found("pack", "write", 2, "SIGKILL", "data/x|y", "lost", "error: @b")
     text = report([right, lost], {"pack": 5, "raw": 3})

@@ -92,7 +92,7 @@ def test_every_profile_has_all_stages_with_their_entries(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_stages_follow_each_other_as_documented(profile: str) -> None:
+def test_stages_have_the_documented_order(profile: str) -> None:
     stages = graph(profile)
     written_in_order = [name for name in stages if name in CHAIN]
     assert written_in_order == list(CHAIN)
@@ -176,7 +176,7 @@ def test_small_reports_are_kept_by_git_and_the_rest_by_dvc(profile: str) -> None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_curves_say_what_they_plot(profile: str) -> None:
+def test_plots_name_their_columns(profile: str) -> None:
     curves = {path: plot for node in graph(profile).values() for path, plot in node.plots.items()}
     folder = ProfilePaths(profile).reports / "curves"
     assert {Path(path).parent for path in curves} == {folder}

@@ -74,7 +74,7 @@ def campaigns() -> list[ParameterSet]:
     return [pytest.param(points, id=str(seed)) for seed, points in enumerate(every)]
 
 
-def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
+def test_the_campaigns_contain_twenty_places_of_every_kind() -> None:
     points = [point for seed in range(CAMPAIGNS) for point in campaign(seed)]
     assert len(points) == 20
     assert {p.stage for p in points} >= set(LONG)
@@ -84,7 +84,7 @@ def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("points", campaigns())
-def test_a_killed_run_ends_where_an_undisturbed_one_does(
+def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
     points: list[Point], finished: Clone, repository: Path, tmp_path: Path
 ) -> None:
     copy = new_clone(repository, tmp_path / "clone", tmp_path / "home", ANSWERING)
@@ -125,7 +125,7 @@ def forget(clone: Clone, stages: Sequence[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_repro_in_the_same_tree_is_told_so(repository: Path, tmp_path: Path) -> None:
+def test_a_second_repro_in_the_same_tree_is_refused(repository: Path, tmp_path: Path) -> None:
     copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
     with copy.start("dvc", "repro", "convert") as first:
         wait_for_stage(first, "raw")

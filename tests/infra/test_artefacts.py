@@ -73,7 +73,7 @@ def test_equal_files_give_equal_lists(tmp_path: Path) -> None:
     assert (tmp_path / "one" / HASHES).read_bytes() == (tmp_path / "two" / HASHES).read_bytes()
 
 
-def test_what_is_named_of_a_damaged_folder(tmp_path: Path) -> None:
+def test_errors_of_a_damaged_folder_name_the_files(tmp_path: Path) -> None:
     with sealing(tmp_path) as folder:
         for name in ("changed", "gone", "whole"):
             (folder / name).write_text(name)
@@ -83,14 +83,16 @@ def test_what_is_named_of_a_damaged_folder(tmp_path: Path) -> None:
     for name, words in (
         ("changed", "sha256 .*, but coordexp.sha256 records .*coordexp verify --repair"),
         ("gone", "no such file, but coordexp.sha256 records"),
-        ("added", "not one of the files that .* lists"),
+        ("added", "not in the list .*"),
     ):
         with pytest.raises(DamagedArtefactError, match=rf"/{name}: {words}"):
             verified(tmp_path / name)
     assert [line.partition(":")[0] for line in damage(tmp_path)] == [str(tmp_path / n) for n in ("changed", "gone")]
     assert verified(tmp_path / "neither written nor there")
     (tmp_path / HASHES).unlink()
-    assert [line.rpartition(": ")[2] for line in damage(tmp_path)] == [f"has no {HASHES}, which is written last."]
+    assert [line.rpartition(": ")[2] for line in damage(tmp_path)] == [
+        f"has no {HASHES}, which is written last; its stage did not finish."
+    ]
     assert verified(tmp_path / "added"), "a folder without the list is somebody else's"
 
 
@@ -102,7 +104,7 @@ def test_a_folder_whose_writer_failed_has_no_list(tmp_path: Path) -> None:
     assert not (tmp_path / HASHES).exists()
 
 
-def test_what_was_let_go_of_is_not_missed_and_a_file_that_is_gone_is(tmp_path: Path) -> None:
+def test_a_file_removed_on_purpose_is_not_missing_but_a_deleted_one_is(tmp_path: Path) -> None:
     with sealing(tmp_path) as folder:
         for name in ("large", "small"):
             (folder / name).write_text(name)
@@ -113,7 +115,7 @@ def test_what_was_let_go_of_is_not_missed_and_a_file_that_is_gone_is(tmp_path: P
     assert len(list(damage(tmp_path))) == 1
 
 
-def test_a_pipe_in_the_place_of_a_file_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
     with sealing(tmp_path):
         (tmp_path / "a").write_text("a")
     (tmp_path / "a").unlink()
@@ -122,7 +124,7 @@ def test_a_pipe_in_the_place_of_a_file_is_no_file(tmp_path: Path) -> None:
         verified(tmp_path / "a")
 
 
-def test_a_file_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_per_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sealing(tmp_path):
         (tmp_path / "a").write_text("a")
     for path in tmp_path.iterdir():
@@ -140,7 +142,7 @@ def test_a_file_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("row", [{}, {"a": 1.5, "b": [1, None, "ü\u2028"], "c": {"d": True}}])
-def test_a_sealed_row_is_itself_and_nothing_else(row: dict[str, Any]) -> None:
+def test_a_sealed_row_is_accepted_only_unchanged(row: dict[str, Any]) -> None:
     line = json.dumps(sealed_row(row))
     assert unsealed_row(json.loads(line)) == row
     for other in (row, sealed_row(row) | {"more": 1}, [], None):
@@ -289,7 +291,7 @@ def outcome(kind: Kind, wanted: Any, path: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("flips", [FEW, pytest.param(MANY, marks=pytest.mark.faults)])
-def test_no_damage_is_read_in_silence(
+def test_no_damage_is_read_silently(
     kinds: dict[str, Kind], flips: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.ERROR)

@@ -24,7 +24,7 @@ def python(code: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env={"PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     write_text(path, "old")
     with replacing(path) as temporary:
@@ -58,7 +58,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with full_disk(), pytest.raises(OSError, match="File too large") as caught:
@@ -85,7 +85,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+def test_a_finished_folder_replaces_an_older_one(tmp_path: Path) -> None:
     for content in ("one", "two"):
         write_text(tmp_path / "x.tmp" / "inner" / "a", content)
         replace_folder(tmp_path / "x.tmp", tmp_path / "x")
@@ -93,7 +93,7 @@ def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_room_is_asked_of_the_disk(tmp_path: Path) -> None:
+def test_free_disk_space_is_checked(tmp_path: Path) -> None:
     assert lacking_room(tmp_path / "not" / "there" / "yet", 1000) is None
     fault = lacking_room(tmp_path / "a", 10**18)
     assert fault is not None

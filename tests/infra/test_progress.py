@@ -20,7 +20,7 @@ print("the end")
 """
 
 
-def test_lines_of_the_log_stay_whole_above_the_bar(repository: Path) -> None:
+def test_log_lines_above_the_bar_stay_intact(repository: Path) -> None:
     written = on_a_terminal(SCRIPT, repository)
     assert "train" in written
     assert "4/4" in written
@@ -31,7 +31,7 @@ def test_lines_of_the_log_stay_whole_above_the_bar(repository: Path) -> None:
     assert "\x1b[2K" in written.split("step 4/4")[1]
 
 
-def test_a_log_holds_lines_only(repository: Path) -> None:
+def test_without_a_terminal_the_log_has_only_lines(repository: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={"PYTHONPATH": str(repository / "src")}, capture_output=True, text=True
     )

@@ -27,7 +27,7 @@ WRITTEN_BY_RUNS = {"progress.md", "model_card.md", "objective.md", "decoding.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http", "#")):
             continue
@@ -82,7 +82,7 @@ def test_pages_name_files_and_functions_that_exist(page: Path) -> None:
         assert not name or name in names_in(file), f"{page.name}: {path}:{name}"
 
 
-def test_what_the_reader_of_pages_sees() -> None:
+def test_the_page_parser_finds_every_notation() -> None:
     text = "`a/b.py:C.f` and `a/b.py`: `g`; `H`\nin `c.py`, `python -m d.py --x`"
     assert sorted(set(named_places(text))) == [
         ("a/b.py", ""), ("a/b.py", "C.f"), ("a/b.py", "g"), ("c.py", ""), ("c.py", "H"), ("d.py", ""),
@@ -98,14 +98,14 @@ def known_words() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("page", WRITTEN_PAGES, ids=lambda page: page.name)
-def test_pages_use_names_that_the_code_knows(page: Path) -> None:
+def test_pages_use_names_that_the_code_defines(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
     names = {word for span in spans for word in re.findall(r"[A-Za-z_]\w*", span)}
     names = {name for name in names if "_" in name.strip("_") or re.search(r"[a-z][A-Z]", name)}
     assert names - known_words() - NOT_OURS == set()
 
 
-def test_docstrings_and_comments_point_at_pages_that_are_there() -> None:
+def test_docstrings_and_comments_refer_to_existing_pages() -> None:
     missing = []
     for file in SOURCES:
         if file.is_relative_to(ROOT / "tests"):
@@ -146,7 +146,7 @@ def class_of(file: Path, name: str) -> ast.ClassDef:
     return next(node for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def test_the_python_page_names_the_arguments_and_attributes_that_there_are() -> None:
+def test_the_python_page_lists_the_existing_arguments_and_attributes() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     detector, detections = (class_of(PACKAGE / f"{n.lower()}.py", n) for n in ("Detector", "Detections"))
     methods = {node.name: node for node in detector.body if isinstance(node, ast.FunctionDef)}

@@ -43,13 +43,13 @@ def test_imports_point_downwards() -> None:
     assert upwards == {}
 
 
-def test_the_library_does_not_know_the_stage_graph() -> None:
+def test_the_library_does_not_import_the_stage_graph() -> None:
     roots = {name: {imported.split(".")[0] for imported in imports(modules()[name])} for name in MODULES}
     assert {name for name, found in roots.items() if found & {"dvc", "pipelines"}} == set()
     assert {name for name, found in roots.items() if "dvclive" in found} == {"coordexp.training.live"}
 
 
-def test_the_product_does_not_know_the_embedded_world() -> None:
+def test_the_product_does_not_import_the_embedded_world() -> None:
     """To it, that is a COCO folder and a checkpoint: only the stage that composes it and its own pipeline import it."""
     knowing = {name for name, file in modules().items() if any(i.split(".")[0] == "toyworld" for i in imports(file))}
     assert {n for n in knowing if not n.startswith("toyworld")} == {

@@ -43,7 +43,7 @@ def test_every_dependency_is_used_and_every_import_is_a_dependency() -> None:
     assert foreign_modules() - asked - {module_of(requirement) for requirement in EXTRAS} - NOT_ASKED_FOR == set()
 
 
-def test_the_tool_that_the_graph_is_built_on_is_installed_with_the_package() -> None:
+def test_dvc_is_installed_with_the_package() -> None:
     assert {requirement.name for requirement in REQUIRED} >= COMMANDS
 
 
@@ -58,7 +58,7 @@ def pins_of(*locks: str) -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in stated}
 
 
-def test_every_file_that_pip_may_take_stands_in_its_lock_by_hash() -> None:
+def test_every_pinned_file_has_hashes() -> None:
     """But torch, whose file the index decides, and the CUDA build of the server, whose libraries torch pins."""
     for lock in (LOCK, DEV, VLLM):
         for line in lines_of(lock):
@@ -70,7 +70,7 @@ def test_every_file_that_pip_may_take_stands_in_its_lock_by_hash() -> None:
     assert pins_of(TORCH)["torch"] == pins_of(VLLM_CUDA)["torch"]
 
 
-def test_the_locks_are_whole() -> None:
+def test_the_locks_are_complete() -> None:
     """They are installed without dependencies, so each must be there; but what only a build for CUDA asks for."""
     pins, lacking = pins_of(LOCK, TORCH), []
     for name in pins:
@@ -90,7 +90,7 @@ def test_the_locks_are_whole() -> None:
     assert lacking == []
 
 
-def test_the_locks_hold_a_version_that_fits() -> None:
+def test_locked_versions_satisfy_the_requirements() -> None:
     # The server's environment first: what it pins otherwise is of no concern to the project's own.
     pins = pins_of(VLLM_CUDA, VLLM, TORCH, LOCK, DEV)
     assert [r.name for r in REQUIRED if canonicalize_name(r.name) not in pins_of(LOCK, TORCH)] == []

@@ -23,7 +23,7 @@ BROAD = {"Exception", "BaseException"}
 WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "httpx2", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
 # The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own; the Hub is asked for
-# a model that is named by its id there, and given one by `export --push`; `--fetch` fetches pictures, and `make trees`
+# a model that is named by its id there, and given one by `export --push`; `--fetch` fetches images, and `make trees`
 # and `make real` data sets.
 TOLD_TO = {"coordexp.infra.download", "coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector",
            "coordexp.export.publish", "coordexp.records.fetched"}  # fmt: skip
@@ -122,7 +122,7 @@ def unsafe_loads(tree: ast.AST) -> Iterator[int]:
 
 
 def picture_readers(tree: ast.AST) -> Iterator[int]:
-    """Lines of `PIL.Image.open` under any name, and of other libraries' readers of pictures."""
+    """Lines of `PIL.Image.open` under any name, and of other libraries' readers of images."""
     pillow = {"PIL.Image"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "PIL":
@@ -217,7 +217,7 @@ def test_sources_keep_the_rule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_rule_sees_what_breaks_it(name: str) -> None:
+def test_each_rule_detects_its_example(name: str) -> None:
     rule, _, examples, _ = RULES[name]
     assert list(rule(ast.parse(FINE))) == []
     for code in examples:
@@ -231,7 +231,7 @@ def test_files_keep_their_budgets() -> None:
     assert {module: n for module, n in lines.items() if n > budgets[module]} == {}
 
 
-def test_the_reader_of_pictures_names_its_formats() -> None:
+def test_the_image_reader_specifies_its_formats() -> None:
     calls = [node for node in ast.walk(syntax(modules()[PICTURE_READER])) if isinstance(node, ast.Call)]
     opened = [call for call in calls if ast.unparse(call.func) == "Image.open"]
     assert [[keyword.arg for keyword in call.keywords] for call in opened] == [["formats"]]

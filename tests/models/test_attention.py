@@ -70,7 +70,7 @@ def test_each_segment_attends_to_itself(lengths: list[int], heads: tuple[int, in
 @pytest.mark.parametrize("known", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}])
 @settings(max_examples=10, deadline=None)
 @given(LENGTHS, HEADS, st.booleans())
-def test_the_variable_length_kernel_is_told_the_same_in_the_words_of_each_torch(
+def test_the_variable_length_kernel_gets_equivalent_options_in_each_version_of_torch(
     known: set[str], lengths: list[int], heads: tuple[int, int], causal: bool
 ) -> None:
     """What stands in for it here takes its arguments and looks at bounds and window alone."""
@@ -94,7 +94,7 @@ def test_the_variable_length_kernel_is_told_the_same_in_the_words_of_each_torch(
         check_against_one_by_one(lengths, heads, causal)
 
 
-def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
+def test_torch_has_the_kernel_and_cpus_do_not_use_it() -> None:
     assert {"window_size", "enable_gqa", "scale"} <= varlen_options()
     assert attention_kernel(torch.device("cuda"), torch.bfloat16) == VARIABLE_LENGTH
     for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
@@ -102,7 +102,7 @@ def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
 
 
 @pytest.mark.parametrize(("head_size", "fits"), [(64, True), (72, True), (128, True), (20, False), (264, False)])
-def test_heads_that_the_kernel_refuses_go_by_products(monkeypatch: pytest.MonkeyPatch, head_size, fits) -> None:
+def test_unsupported_head_sizes_use_matrix_products(monkeypatch: pytest.MonkeyPatch, head_size, fits) -> None:
     monkeypatch.setattr(attention, "attention_kernel", lambda *_: VARIABLE_LENGTH)
     assert attention._has_kernel(torch.zeros(1, 1, head_size)) == fits
 
@@ -123,7 +123,7 @@ def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], c
 
 
 @given(LENGTHS, st.integers(1, 3), st.booleans())
-def test_groups_hold_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
+def test_groups_contain_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
     groups = Groups.of(lengths, heads, padded)
     assert groups.rows[groups.places].tolist() == list(range(heads * sum(lengths)))
     assert sum(n for n, _ in groups.shapes) == heads * len(lengths)
@@ -162,7 +162,7 @@ def plain_checkpoint() -> Checkpoint:
     return replace(checkpoint, model=model.eval())
 
 
-def test_packed_rows_give_what_the_dense_mask_gives(
+def test_packed_rows_give_the_result_of_the_dense_mask(
     world: World, pair: tuple[Checkpoint, Checkpoint], segments: list[Segment]
 ) -> None:
     plain, ours = pair
@@ -176,7 +176,7 @@ def test_packed_rows_give_what_the_dense_mask_gives(
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 9))
-def test_random_segments_give_what_the_dense_mask_gives(
+def test_random_segments_give_the_result_of_the_dense_mask(
     world: World, pair: tuple[Checkpoint, Checkpoint], lengths: list[int], padding: int
 ) -> None:
     """Text alone, of any lengths, 1 included."""
@@ -194,7 +194,7 @@ def pair() -> tuple[Checkpoint, Checkpoint]:
 
 
 def text_batch(world: World, checkpoint: Checkpoint, lengths: list[int]) -> PackedBatch:
-    """One row of random tokens, beside one picture that nothing shows: a forward wants one."""
+    """One row of random tokens, beside one image that nothing shows: a forward wants one."""
     seen = world.collator(checkpoint)([teacher_segment(world.samples[0])])
     ids = torch.randint(0, 400, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(4, 1, -1)
@@ -245,7 +245,7 @@ def test_nothing_as_large_as_a_mask_is_ever_computed(world: World, segments: lis
 
 
 @torch.no_grad()
-def test_a_picture_that_changes_reaches_only_its_own_segment(world: World, segments: list[Segment]) -> None:
+def test_a_changed_image_affects_only_its_own_segment(world: World, segments: list[Segment]) -> None:
     checkpoint = new_checkpoint()
     batch = world.collator(checkpoint).layout(segments[:2], [[0, 1]])
     before = hidden_states(checkpoint.model, batch)
@@ -257,7 +257,7 @@ def test_a_picture_that_changes_reaches_only_its_own_segment(world: World, segme
 
 
 @torch.no_grad()
-def test_generation_with_a_cache_takes_transformers_own_way(
+def test_generation_with_a_cache_uses_the_attention_of_transformers(
     world: World, pair: tuple[Checkpoint, Checkpoint], segments: list[Segment]
 ) -> None:
     """Two prompts, so that one is padded."""
@@ -276,7 +276,7 @@ def test_generation_with_a_cache_takes_transformers_own_way(
     assert answers[0].tolist() == answers[1].tolist()
 
 
-def test_whoever_loads_or_builds_a_model_gets_it_and_files_do_not_know(tmp_path: Path) -> None:
+def test_loaded_and_built_models_use_it_and_files_do_not_record_it(tmp_path: Path) -> None:
     built = new_checkpoint()
     save_checkpoint(tmp_path / "ours", built)
     save_checkpoint(tmp_path / "plain", plain_checkpoint())

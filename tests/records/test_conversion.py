@@ -1,4 +1,4 @@
-"""One conversion: every format says the same of the same pictures, in the graph and on the command line."""
+"""One conversion: every format says the same of the same images, in the graph and on the command line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ objects = st.lists(st.tuples(names, boxes(*SIZE), st.booleans()), max_size=4, un
 @pytest.mark.parametrize("fmt", LAYOUTS)
 @given(world=st.lists(objects, min_size=1, max_size=3))
 @settings(max_examples=15)
-def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_factory):
+def test_every_format_is_read_back_as_annotated(fmt, world, tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     pictures = [Annotated(f"{i}.jpg", SIZE, tuple(objects)) for i, objects in enumerate(world)]
     write(fmt, root, "train", pictures)
@@ -76,7 +76,7 @@ def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_fact
         assert (record.width, record.height) == SIZE
 
 
-def test_every_format_has_a_writer_here() -> None:
+def test_every_format_has_a_writer_in_these_tests() -> None:
     assert LAYOUTS.keys() | QUESTIONS.keys() == READERS.keys()
 
 
@@ -84,7 +84,7 @@ def test_every_format_has_a_writer_here() -> None:
 
 
 def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
-    """A folder as a phone and a download leave it: a picture that lies on its side, one cut off, one with a crowd."""
+    """A folder as a phone and a download leave it: an image that lies on its side, one cut off, one with a crowd."""
     cat, big, crowd = (
         ("cat", (4, 5, 30, 40), False),
         ("red mug", (0, 0, 60, 44), False),
@@ -141,7 +141,7 @@ def _plain(record: Record, prefix: str) -> Record:
 
 
 @pytest.mark.parametrize("fmt", ["coco", "yolo", "voc", "jsonl"])
-def test_the_graph_and_the_command_are_one_conversion(fmt, tmp_path):
+def test_stages_and_command_convert_alike(fmt, tmp_path):
     splits = write_photos(fmt, tmp_path)
     dropping = {"wordings": 1, "bad_images": "drop", "max_lost": 0.5}
     by_stages, by_command = both_ways(fmt, tmp_path, records_config(**dropping))
@@ -161,7 +161,7 @@ def test_the_graph_and_the_command_are_one_conversion(fmt, tmp_path):
         assert words in by_stages
 
 
-def test_a_picture_annotated_as_it_is_stored_is_refused_both_ways(tmp_path):
+def test_an_image_annotated_without_its_exif_orientation_is_refused_both_ways(tmp_path):
     splits = write_photos("coco", tmp_path)
     turned = [replace(p, size=SIZE[::-1]) if p.name == "rotated.jpg" else p for p in splits["train"]]
     write("coco", tmp_path, "train", turned)
@@ -194,7 +194,7 @@ def two_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_a_batch")
 @pytest.mark.parametrize("fmt", LAYOUTS)
-def test_three_processes_write_the_bytes_of_one(fmt: str, tmp_path: Path) -> None:
+def test_three_processes_write_the_same_bytes_as_one(fmt: str, tmp_path: Path) -> None:
     write_some(fmt, tmp_path / "set", {"train": 9})
     sets = {"a": dataset(fmt, tmp_path / "set", prompt="listed", val="auto")}
     alone = outcome(tmp_path, sets, 1)
@@ -211,7 +211,9 @@ def test_three_processes_write_the_bytes_of_one(fmt: str, tmp_path: Path) -> Non
         (True, {"bad_images": "drop", "min_side_px": 38.0, "max_lost": 0.1}),
     ],
 )
-def test_and_so_with_several_sets_losses_and_views(stops: bool, config: dict[str, Any], tmp_path: Path) -> None:
+def test_three_processes_write_the_same_bytes_with_several_sets_losses_and_views(
+    stops: bool, config: dict[str, Any], tmp_path: Path
+) -> None:
     write_some("yolo", tmp_path / "a", {"train": 9, "val": 3})
     write_photos("coco", tmp_path / "b")
     sets = {"b": dataset("coco", tmp_path / "b", prompt="closed"), "a": dataset("yolo", tmp_path / "a", weight=2.5)}
@@ -220,14 +222,16 @@ def test_and_so_with_several_sets_losses_and_views(stops: bool, config: dict[str
     assert outcome(tmp_path, sets, 3, **config) == alone
 
 
-def test_an_error_in_a_process_is_the_one_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that came after the raw stage had looked, far from the beginning."""
+def test_an_error_in_a_worker_equals_that_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that came after the raw stage had looked, far from the beginning."""
     write_some("yolo", tmp_path / "set", {"train": 12, "val": 3})
     write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=3)
     picture(50).save(tmp_path / "set/images/train/train009b.jpg")
     messages = set()
     for n_workers in (1, 3):
-        with pytest.raises(DataError, match=r"train009b\.jpg was not there, or not named, when the pictures") as raised:
+        with pytest.raises(
+            DataError, match=r"train009b\.jpg was missing, or not annotated, when the raw stage"
+        ) as raised:
             convert_datasets(tmp_path / "raw", records_config(), 17, n_workers)
         messages.add(str(raised.value))
     assert len(messages) == 1

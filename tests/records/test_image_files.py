@@ -24,7 +24,7 @@ def test_every_format_has_a_reader() -> None:
     assert IMAGE_FORMATS.keys() <= Image.OPEN.keys()
 
 
-def test_a_folder_gives_its_images(tmp_path: Path) -> None:
+def test_a_folder_expands_to_its_images(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.jfif", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "deeper.png").mkdir()
@@ -35,7 +35,7 @@ def test_a_folder_gives_its_images(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error_with_the_expected_suffixes(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"none of its 1 files ends in \.apng, \.bmp, .*Sub-folders are not searched"):

@@ -101,7 +101,7 @@ def mutated_text(text: str, rng: random.Random) -> bytes:
 
 
 def written(fmt: str, root: Path) -> list[Path]:
-    """Small annotations of two pictures, and the files that may be damaged."""
+    """Small annotations of two images, and the files that may be damaged."""
     boxes = (("cat", (4, 5, 30, 40), False), ("red mug", (32, 0, 60, 44), False))
     pictures = [Annotated(f"{i}.jpg", SIZE, boxes) for i in range(2)]
     if fmt == "refcoco":
@@ -194,6 +194,6 @@ def test_damaged_annotations_are_read_or_refused(fmt, tmp_path):
     assert [message for message in refused if tmp_path.name not in message] == []
 
 
-def test_there_are_enough() -> None:
+def test_the_number_of_mutations_is_sufficient() -> None:
     assert sum(COUNTS.values()) >= 20_000
     assert COUNTS.keys() == READERS.keys()

@@ -87,7 +87,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def profile_records(name: str, repository: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """What `raw` and `convert` make of a set for the committed profile, with dev of one picture."""
+    """What `raw` and `convert` make of a set for the committed profile, with dev of one image."""
     monkeypatch.setenv("DVC_ROOT", str(root))
     profile = load_profile(repository / "configs" / f"{name}.yaml")
     write_manifest(root / "raw", profile.source.sets, True, 1)
@@ -97,7 +97,7 @@ def profile_records(name: str, repository: Path, root: Path, monkeypatch: pytest
     return {split: list(records) for split, records in converted.splits.items()}
 
 
-def test_trees_are_tiles_of_the_photos_with_clipped_boxes(trees, repository, monkeypatch, capsys) -> None:
+def test_trees_consist_of_photo_tiles_with_clipped_boxes(trees, repository, monkeypatch, capsys) -> None:
     sets, datasets, photos = trees
     assert fetch.main(["trees", "--datasets", str(datasets)], sets) == EXIT_DONE
     assert "next:" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_trees_are_tiles_of_the_photos_with_clipped_boxes(trees, repository, mon
     assert {o.desc for split in records.values() for r in split for o in r.objects} == {"tree"}
 
 
-def test_trees_are_made_again_to_the_same_bytes_and_replace_nobody_elses(trees, capsys) -> None:
+def test_trees_are_rebuilt_to_the_same_bytes_and_never_replace_a_foreign_folder(trees, capsys) -> None:
     sets, datasets, _ = trees
     arguments = ["trees", "--datasets", str(datasets)]
     assert fetch.main(arguments, sets) == EXIT_DONE
@@ -159,7 +159,7 @@ def test_trees_are_made_again_to_the_same_bytes_and_replace_nobody_elses(trees, 
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(60, 400))
-def test_a_grid_covers_the_picture_once(width: int, height: int, longest: int) -> None:
+def test_a_grid_covers_the_image_exactly_once(width: int, height: int, longest: int) -> None:
     rows = grid(width, height, longest)
     sides = {(x2 - x1, y2 - y1) for row in rows for x1, y1, x2, y2 in row}
     assert max(max(side) for side in sides) <= longest
@@ -214,7 +214,7 @@ def coco(tmp_path: Path) -> Iterator[tuple[dict[str, PublicSet], Path]]:
     http.server_close()
 
 
-def test_coco_is_fetched_into_the_layout_of_its_profile(coco, repository, monkeypatch, capsys) -> None:
+def test_coco_is_downloaded_into_the_layout_of_its_profile(coco, repository, monkeypatch, capsys) -> None:
     sets, datasets = coco
     assert fetch.main(["coco-val2017", "--datasets", str(datasets)], sets) == EXIT_DONE
     told = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_coco_is_fetched_into_the_layout_of_its_profile(coco, repository, monkey
     assert all(records.values())
 
 
-def test_what_is_there_is_left_alone_and_half_a_folder_is_named(coco, capsys) -> None:
+def test_existing_parts_are_kept_and_an_incomplete_folder_is_an_error(coco, capsys) -> None:
     sets, datasets = coco
     arguments = ["coco-val2017", "--datasets", str(datasets)]
     own = datasets / "coco" / "annotations" / "instances_train2017.json"
@@ -247,18 +247,18 @@ def test_what_is_there_is_left_alone_and_half_a_folder_is_named(coco, capsys) ->
     assert f"holds {PICTURES - 1} files, expected {PICTURES}" in capsys.readouterr().err
 
 
-def test_without_network_it_stops_with_what_to_do(coco, capsys) -> None:
+def test_without_network_the_error_states_what_to_do(coco, capsys) -> None:
     sets, datasets = coco
     known = sets["coco-val2017"]
     files = tuple(replace(file, source=f"http://pictures.invalid/{file.name}") for file in known.files)
     assert fetch.main(["coco-val2017", "--datasets", str(datasets)], {"coco-val2017": replace(known, files=files)}) == 2
     captured = capsys.readouterr()
-    assert "cannot be fetched" in captured.err
+    assert "cannot be downloaded" in captured.err
     assert f"into {datasets / DOWNLOADS} as val2017.zip" in captured.err
     assert not (datasets / "coco").exists()
 
 
-def test_an_archive_cannot_write_elsewhere(tmp_path: Path, capsys) -> None:
+def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path, capsys) -> None:
     archive = tmp_path / DOWNLOADS / "evil.zip"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as out:
@@ -270,7 +270,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, capsys) -> None:
     assert [path for path in tmp_path.rglob("escaped*")] == []
 
 
-def test_the_registry_names_files_by_hash_and_no_registry_by_host(repository: Path) -> None:
+def test_the_registry_has_hashes_and_profiles(repository: Path) -> None:
     for name, known in PUBLIC_SETS.items():
         assert (repository / "configs" / f"{name}.yaml").is_file()  # each has a profile of its name
         for file in known.files:

@@ -133,7 +133,7 @@ def test_token_indices_by_hand():
 
 
 @pytest.mark.parametrize("codec", ["json", "digits"])
-def test_json_freedom_that_is_not_repair(codec):
+def test_valid_json_variants_are_accepted(codec):
     bins = box_text(codec, [1, 2, 3, 4])
     element = f'{{"bbox_2d" :[ {bins} ] ,\t"d\\u0065sc": "\\u00e9\\n7 8"}}'
     text = f'Sure!\n{{ "objects"\n: [ {element} ] }} and more {{"objects": ['
@@ -149,7 +149,7 @@ def test_everything_after_the_end_token_is_ignored():
     assert as_text_objects(parse_text("tags", text)) == [CAT]
 
 
-def test_plain_numbers_run_to_1000():
+def test_plain_numbers_range_up_to_1000():
     text = '{"objects": [{"desc": "cat", "bbox_2d": [0, 0, 1000, 1000]}]}'
     assert parse_text("digits", text).objects[0].bins == (0, 0, 1000, 1000)
 
@@ -253,7 +253,7 @@ SHORT_DROPS = [drop for drop in DROPS if len(drop[2]) < 1_000]
 
 
 @pytest.mark.parametrize(("codec", "reason", "broken"), DROPS, ids=[f"{c}-{r}" for c, r, _ in DROPS])
-def test_a_bad_object_is_dropped_for_one_reason_and_costs_only_itself(codec, reason, broken):
+def test_an_invalid_object_is_dropped_for_one_reason_and_alone(codec, reason, broken):
     answer = parse_text(codec, between(codec, broken))
     assert answer.report.dropped == {reason: 1}
     assert as_text_objects(answer) == [CAT, DOG]
@@ -280,7 +280,7 @@ def test_the_cases_above_cover_every_reason():
         ('], "n": 1}', 0, True),
     ],
 )
-def test_broken_punctuation_ends_the_walk(codec, tail, dropped, truncated):
+def test_broken_punctuation_ends_parsing(codec, tail, dropped, truncated):
     answer = parse_text(codec, render(get_codec(codec), [CAT])[:-2] + tail)
     assert as_text_objects(answer) == [CAT]
     assert answer.report.dropped == ({"malformed": dropped} if dropped else {})
@@ -385,7 +385,7 @@ def test_mutated_answers():
     assert min(seen.values()) > 0, seen
 
 
-def test_whole_objects_at_once_or_piece_by_piece_is_the_same(monkeypatch):
+def test_fast_and_general_path_give_the_same_result(monkeypatch):
     rng = random.Random(19)
     drawn = [rng.choice(CODECS) for _ in range(3_000)]
     answers = [(codec, random_answer(rng, codec) if rng.random() < 0.2 else mutate(rng, random_answer(rng, codec)))
@@ -410,7 +410,7 @@ odd_tokens = [*encode('{}[],:"\\ e19'), *range(256, FIRST_COORD_ID + 3), 0xE2, 0
 @pytest.mark.parametrize("codec", CODECS)
 @settings(max_examples=200, deadline=None)
 @given(soup=st.lists(st.sampled_from(odd_tokens)), n_kept=st.integers(0, 80))
-def test_any_tokens_at_all(codec, soup, n_kept):
+def test_arbitrary_tokens_never_raise(codec, soup, n_kept):
     ids = answer_ids(codec, [CAT, DOG])[:n_kept] + soup
     check_answer(ids, parse_answer(ids, TABLE, codec), codec)
 

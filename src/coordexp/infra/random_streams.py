@@ -32,14 +32,14 @@ class Stream:
 
 STREAMS = {
     # Of `seed`.
-    "pack/order": Stream("which of the samples of one length is packed where; order of the packs", mixed=(1000,)),
+    "pack/order": Stream("assignment of equally long samples to packs; order of the packs", mixed=(1000,)),
     "rollout/images": Stream("training images that get a rollout", mixed=(2,)),
     "monitor/images": Stream("dev images of the evaluation during training", mixed=(3,), seeded=False),
     "evaluation/resamples": Stream("images of each bootstrap resample"),
-    "evaluation/dealt": Stream("to which image each answer is dealt, of the blind control", mixed=(1001,)),
-    "gallery/images": Stream("images of the gallery beside the telling ones"),
-    "probe/order": Stream("order in which a model is told its own objects; index: image id", mixed=(1003,)),
-    "model/coordinate-rows": Stream("directions along which `coord_init: ordinal` orders the new rows"),
+    "evaluation/dealt": Stream("shuffling of predictions across images for the blind control", mixed=(1001,)),
+    "gallery/images": Stream("randomly chosen images of the gallery"),
+    "probe/order": Stream("order in which a model is given its own objects; index: image id", mixed=(1003,)),
+    "model/coordinate-rows": Stream("directions in which `coord_init: ordinal` orders the new embedding rows"),
     "decode/answer": Stream("tokens sampled in memory; index: image id", stride=_FAR),
     "decode/request": Stream("tokens that a server samples; index: image id", stride=_FAR, modulus=_SEEDS_31),
     "decode/fresh-rollouts": Stream("seed of one fresh set; index: its step", stride=_FAR, modulus=_SEEDS_31),

@@ -2,7 +2,7 @@
 
 `split` is `train` for category names that occur in training. The others are held out, at several levels:
 `strict`: unseen in text and images of any training; `phrase`: in images of pretraining, but unseen in text;
-`plain_only`: training has one of the words (the noun without its attribute); `never`: training has none of the words.
+`plain_only`: training has one of the words (the noun without its attribute); `never`: training has no word of the name.
 
 LVIS also defines the frequency of a category in its training images: "r" in at most 10, "c" in at most 100, else "f".
 """
