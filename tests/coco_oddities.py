@@ -1,4 +1,4 @@
-"""A COCO folder of 60 generated images laid out as COCO 2017 is published, with every oddity of the real files.
+"""A COCO folder of 60 generated images in the layout of COCO 2017, with every oddity of the real files.
 
 Sizes, colour modes and EXIF turns; run-length crowds, polygons of several rings, float boxes, boxes that touch or cross
 the border, boxes without area, categories with gaps in their ids or without annotations, images without annotations, an

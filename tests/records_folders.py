@@ -25,7 +25,7 @@ NAMES = ("person", "traffic light", "cat", "red mug")
 
 
 def picture(index: int, width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colours that differ from index to index."""
+    """An image with smooth colors that depend on the index."""
     y, x = np.mgrid[0:height, 0:width]
     rng = np.random.default_rng(index)
     waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(0.02, 0.3, (3, 3))]
@@ -76,7 +76,7 @@ class Annotated:
     objects: tuple[tuple[str, tuple[int, int, int, int], bool], ...]
 
 
-# Where the images of a split lie, and what the annotation file is called.
+# The image folder of a split, and the name of its annotation file.
 LAYOUTS = {
     "coco": ("{split}2017", "annotations/instances_{split}2017.json"),
     "objects365": ("{split}", "zhiyuan_objv2_{split}.json"),
@@ -92,13 +92,13 @@ LAYOUTS = {
     "hub": (".", "data/{split}-*.parquet"),
     "conversations": ("pictures", "{split}.jsonl"),
 }
-QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # a record for each expression, not for each image
+QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # one record per expression, not per image
 HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo", "labelme", "cvat", "conversations"}
 LEAVES_OUT_EMPTY = {"open_images"}  # images without an object are in no file
 
 
 def write_annotations(fmt: str, root: Path, split: str, pictures: Sequence[Annotated]) -> None:
-    """The annotations of a split as a publisher of the format lays them out."""
+    """Write the annotations of a split in the layout of the format's publisher."""
     file = root / LAYOUTS[fmt][1].format(split=split)
     file.parent.mkdir(parents=True, exist_ok=True)
     if fmt == "jsonl":
@@ -309,7 +309,7 @@ def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[in
 
 
 def _write_refs(root: Path, counts: Mapping[str, int], size: tuple[int, int]) -> None:
-    """Expressions for the cat of each image, and for what is on its right."""
+    """Expressions for the cat in each image, and for the object on its right."""
     write_photos("coco", root, counts, size)
     images, annotations, refs = [], [], []
     (root / "train2014").mkdir(exist_ok=True)
@@ -355,7 +355,7 @@ def records_config(**changes: Any) -> RecordsConfig:
 def kept(
     reading: Reading, size: tuple[int, int] | None = None, split: str = "train", prompt: str = "open", **policies: Any
 ) -> RecordSet:
-    """The records of a reading, as if every image were there in its annotated size, or in the given one."""
+    """The records of a reading, as if every image existed in its annotated size, or in the given one."""
     loaded, _ = reading.loaded()
     facts = {}
     for image in loaded.images:
@@ -366,6 +366,6 @@ def kept(
 
 
 def converted(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool = False, **config: Any) -> Converted:
-    """The sets by way of a manifest in `folder`, as the raw and convert stages do it."""
+    """Convert the sets through a manifest in `folder`, as the raw and convert stages do."""
     write_manifest(folder / "raw", sets, decode, workers=2)
     return convert_datasets(folder / "raw", records_config(**config), seed=17)

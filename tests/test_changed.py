@@ -1,4 +1,4 @@
-"""What `make quick` runs: the tests near to a change, and nothing after its time is over."""
+"""`make quick` runs the tests relevant to a change, and starts none after its time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, run as a user does: output, files, exit codes, and messages instead of tracebacks."""
+"""The command line as a user runs it: output, files, exit codes, and messages instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one composed scene and a file that is no image."""
+    """A folder with one composed scene and a file that is not an image."""
     source = SCENES.model_copy(
         update={"min_side_px": 96, "max_side_px": 96, "max_objects": 2, "held_out": NOTHING_HELD_OUT}
     )
@@ -92,7 +92,7 @@ def half_right(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> SimpleNamespace:
-    """Three images; a crowd region, a box that reaches out of its image and one that lies outside."""
+    """Three images with a crowd region, a box that extends beyond its image, and a box outside its image."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("1.png", "2.png", "3.png"):
@@ -204,7 +204,7 @@ def test_predict_lists_the_objects(run: Run, fake: FakeDetector, scene: Path) ->
 
 @pytest.fixture
 def two(scene: Path, tmp_path: Path) -> list[Path]:
-    """Two images in a folder of their own."""
+    """Two images in a separate folder."""
     paths = [tmp_path / "two" / name for name in ("a.png", "b.png")]
     paths[0].parent.mkdir()
     for path in paths:
@@ -270,7 +270,7 @@ def test_an_edited_log_is_an_error_that_names_the_line(
 
 @pytest.fixture
 def three(two: list[Path]) -> list[Path]:
-    """The same with a file between them that was cut."""
+    """The same with a truncated file between them."""
     cut = two[0].with_name("aa.png")
     cut.write_bytes(two[0].read_bytes()[:200])
     return [two[0], cut, two[1]]
@@ -301,7 +301,7 @@ def test_an_unreadable_image_is_skipped_with_its_reason(
     assert len(json.loads(coco.read_text())["images"]) == len(list(drawn.iterdir())) == 2
     with pytest.raises(DataError, match="1 of 3 images have no answer"):
         read_rows(out)
-    three[1].write_bytes(three[0].read_bytes())  # fixed: asked again, and nothing else
+    three[1].write_bytes(three[0].read_bytes())  # fixed: only this image is predicted again
     done = run(*arguments)
     assert (done.code, fake.asked[-1], len(fake.asked)) == (0, "aa.png", 4)
     assert len(read_rows(out)) == 3
@@ -420,7 +420,7 @@ def test_compare_shows_the_difference_and_the_changed_images(run: Run, half_righ
     done = run("compare", half_right, better)
     assert done.code == 0
     [row] = [line.split() for line in done.out.splitlines() if line.startswith("f1.full_50")]
-    # 5 of 8 objects without a false one: F1 = 10 / 13; before, 4 of 8: F1 = 8 / 12
+    # 5 of 8 objects without a false positive: F1 = 10 / 13; before, 4 of 8: F1 = 8 / 12
     assert row[1:4] == ["0.6667", "0.7692", f"{10 / 13 - 8 / 12:+.4f}"]
     assert done.out.splitlines()[-1].split() == ["3.jpg", "0.6667", "1.0000", "+0.3333"]
 
@@ -492,7 +492,7 @@ def test_convert_expects_boxes_in_the_displayed_orientation(run: Run, coco: Simp
 
 
 def test_convert_reads_other_formats(run: Run, tmp_path: Path) -> None:
-    """Image names are relative to --images whatever else lies around it."""
+    """Image names are relative to --images, regardless of the folders around it."""
     images, labels = tmp_path / "set" / "images" / "val", tmp_path / "set" / "labels" / "val"
     for folder in (images, labels):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The detector: the same answer from every kind of image, boxes in the pixels of the original, refusals by name."""
+"""The detector: the same result for every type of image, boxes in original pixels, errors with names."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
     save_model(folder, model, tokenizer)
-    # Answers are scripted, so the distributions of the random weights say nothing about them.
+    # Answers are scripted, so the distributions of the random weights do not match them.
     return saying(folder, box="argmax", score="coord_logprob")
 
 
@@ -72,7 +72,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 
 
 class ScriptedEngine:
-    """Answers every image with the same two objects, and remembers what it was shown."""
+    """Answers every image with the same two objects, and records its inputs."""
 
     def __init__(self, codec: str = "json") -> None:
         self.codec = codec
@@ -145,7 +145,7 @@ def test_exif_orientation_is_applied(folder: Path, tmp_path: Path, engine: Scrip
     pixels = np.zeros((96, 128, 3), np.uint8)
     pixels[:, :64] = 255  # the left half is white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise for display: the left half becomes the upper one
+    exif[0x0112] = 6  # rotated clockwise for display: the left half becomes the upper one
     path = tmp_path / "turned.png"
     Image.fromarray(pixels).save(path, exif=exif)
     with Image.open(path) as image:
@@ -257,7 +257,7 @@ def test_the_package_exports_the_detector_and_loads_it_lazily(repository: Path) 
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The same kinds of files that training may hold."""
+    """The same kinds of files that a training set may contain."""
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 65536, (120, 100), dtype=np.uint16)
     rgba = Image.fromarray(rng.integers(0, 256, (120, 100, 4), dtype=np.uint8))
@@ -346,7 +346,7 @@ def test_a_phrase_is_a_separate_kind_of_prompt(folder: Path, tmp_path: Path, eng
 def test_a_checkpoint_trained_with_mixed_prompts_accepts_all_kinds(
     folder: Path, tmp_path: Path, engine: ScriptedEngine
 ) -> None:
-    """Of a training whose records ask for some labels, for a phrase, or for everything."""
+    """The checkpoint was trained with records that prompt for labels, for a phrase, or for all objects."""
     listed, phrase = {"kind": "listed", "names": ["cat", "zebra"]}, {"kind": "phrase", "names": ["the left one"]}
     records = [Record("a.png", 9, 9, (), metadata={"prompt": p}) for p in (listed, phrase, {"kind": "open"})]
     plain = read_detection_config(folder, CoordVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(folder)))

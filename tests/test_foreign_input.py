@@ -1,7 +1,7 @@
-"""Generated damage to foreign files: each is refused by an error of ours that names it, or read as it was meant.
+"""Generated damage to foreign files: each is refused with a CoordExpError that names it, or read correctly.
 
-Nothing else may come out: no traceback of another class, no hang, no value of another type. Checkpoint folders have
-their own file (tests/models/test_folder.py), as they are slower, and so have images (tests/records/test_images.py).
+No other outcome is allowed: no exception of another class, no hang, no value of another type. Checkpoint folders are
+tested in tests/models/test_folder.py, because they are slower, and images in tests/records/test_images.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GATE = Gate("a test's file", DataError, "Do better.", max_bytes=1000, max_depth=
 
 
 def outcome(read: Callable[[], Any], path: Path, kind: type[CoordExpError]) -> Any:
-    """What a reader gives, or the message of its error, which must be short and name the file."""
+    """The result of a reader, or the message of its error, which must be short and name the file."""
     try:
         return read()
     except kind as error:
@@ -165,7 +165,7 @@ def test_command_line_values_are_validated_in_the_same_way(value: str) -> None:
 def test_generated_parameter_files_are_refused_or_read_correctly(
     tmp_path: Path, name: str, load: Callable, parse: Callable
 ) -> None:
-    """800 trees with wrong values at every depth; a tenth of them by way of a file (JSON is YAML, too)."""
+    """800 trees with invalid values at every depth; a tenth of them are read from a file (JSON is also YAML)."""
     tree, path = read_yaml(ROOT / name), tmp_path / Path(name).name
     expected = load(ROOT / name)
     for number in range(800):
@@ -176,13 +176,13 @@ def test_generated_parameter_files_are_refused_or_read_correctly(
             found = outcome(lambda: load(path), path, ConfigError)
         else:
             found = outcome(lambda wrong=wrong: parse(path, wrong), path, ConfigError)
-        if not isinstance(found, str):  # in range: then it is what the file says, of the types that it must have
+        if not isinstance(found, str):  # in range: then it equals the file and has the required types
             assert type(found) is type(expected)
             assert same_kinds(found.model_dump(), expected.model_dump(), wrong), number
 
 
 def same_kinds(found: Any, expected: Any, said: Any) -> bool:
-    """Values are of the types of valid ones, or null where the file says so."""
+    """Values have the types of valid ones, or are null if the file has null."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return all(
             same_kinds(found[k], expected.get(k), said.get(k) if isinstance(said, dict) else None) for k in found
@@ -196,7 +196,7 @@ def same_kinds(found: Any, expected: Any, said: Any) -> bool:
 def test_damaged_parameter_files_are_refused_or_read_correctly(
     tmp_path: Path, name: str, load: Callable, parse: Callable
 ) -> None:
-    """200 files that are cut, flipped, in another encoding, ...; of a part of the lines, as YAML is slow to read."""
+    """200 damaged files (truncated, flipped bits, another encoding) with few lines, because YAML is slow to parse."""
     lines, path = (ROOT / name).read_bytes().splitlines(keepends=True), tmp_path / Path(name).name
     for number in range(200):
         rng = random.Random(number)
@@ -291,7 +291,7 @@ def test_generated_prediction_logs_are_refused_or_read_correctly(tmp_path: Path)
 
 
 def test_damaged_lines_of_journals_are_dropped(tmp_path: Path) -> None:
-    """Damaged lines are dropped, and what is read is what was written, or another answer of the same form."""
+    """Damaged lines are dropped; other lines are read as written, or as a valid answer of the same form."""
     path, vocabulary_size = tmp_path / "journal.jsonl", 2000
     rng = np.random.default_rng(0)
     probs = TokenProbs(rng.random(5), rng.random((4, NUM_BINS)).astype(np.float16))

@@ -1,4 +1,4 @@
-"""Names from a model or a file reach people as text that shows, wherever they are shown: they command nothing."""
+"""Names from a model or a file are always shown as visible text, and never control a terminal or page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def found(desc: str) -> Detections:
 
 
 def through_a_stream(text: str) -> str:
-    """What arrives of a printed text."""
+    """The text as it arrives after printing."""
     behind = io.StringIO()
     print(text, file=PrintableStream(behind))  # type: ignore[arg-type]
     return behind.getvalue().removesuffix("\n")
@@ -121,7 +121,7 @@ def test_figures_show_the_escape_sequences(name: str, tmp_path: Path) -> None:
 def test_messages_logs_and_tables_of_commands_and_stages_are_printable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A class of error of each, whose message names a file; the streams are as before afterwards."""
+    """One error class each, with a file in its message; the streams are restored afterwards."""
     before = sys.stdout, sys.stderr
     hostile = "".join(HOSTILE).replace("\n", "")
 

@@ -1,4 +1,4 @@
-"""A checkpoint says how it is used: trained at limits and in a codec that no default has, read alike by everything."""
+"""A checkpoint defines its use: trained with non-default limits and codec, it is read in the same way everywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
 from coordexp.text.vocabulary import CoordVocabulary
 
-LIMITS = (150 * 150, 180 * 180)  # neither those of a profile nor those that the base model brings
+LIMITS = (150 * 150, 180 * 180)  # different from those of any profile and of the base model
 SHOWN = (160, 160)  # an image of 120 x 120 px under them
 BUDGET = 40
 STEPS = 30
@@ -46,7 +46,7 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunConfig:
-    """A profile with these limits and this codec, trained by the stages themselves until stage 1 knows its image."""
+    """A profile with these limits and this codec, trained by the stages until stage 1 has memorized its image."""
     root = tmp_path_factory.mktemp("sizes")
     profile = read_yaml(repository / "configs" / "smoke.yaml")
     profile["model"] |= {"min_pixels": LIMITS[0], "max_pixels": LIMITS[1], "path": str(repository / "models/tiny-base")}
@@ -88,7 +88,7 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
-    """What the detector asks."""
+    """The prompt of the detector."""
     asked: list[Sample] = []
     read = detector.read_answers
 

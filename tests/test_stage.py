@@ -1,4 +1,4 @@
-"""What a stage does around its work: exit codes, messages, the memory allocator."""
+"""The frame around a stage: exit codes, messages, the memory allocator."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_allocator_settings_of_the_user_take_precedence(monkeypatch: pytest.Monk
     assert "MALLOC_TOP_PAD_" in decision.reason
 
 
-# Large blocks are mapped one by one (and unmapped when freed) unless the allocator was told to keep them.
+# Large blocks are mapped one by one (and unmapped when freed) unless the allocator is configured to keep them.
 MAPPED_BYTES = """
 import ctypes, logging, sys
 from coordexp.config.loading import load_profile

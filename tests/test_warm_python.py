@@ -1,4 +1,4 @@
-"""A forked program cannot tell, but by its libraries, that it was forked; what could tell more is not forked."""
+"""Except for loaded libraries, a forked program behaves as in a fresh interpreter; other programs are not forked."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NEVER_THE_SAME = ("warm", "drawn", "pid")
 
 @pytest.fixture
 def environment(warm: Path, tmp_path: Path) -> dict[str, str]:
-    """Of programs that may be forked."""
+    """The environment of programs that may be forked."""
     path = f"{warm}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": path, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
 def shown(program: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """What the program says of itself."""
+    """The program's report about itself."""
     done = subprocess.run(
         ["bash", "-c", 'umask 027; ulimit -n 200; exec "$@"', "bash", *program],
         cwd=folder, env=environment, input="given", capture_output=True, text=True, check=False,
@@ -136,7 +136,7 @@ def test_signals_reach_the_program_and_it_dies_with_its_caller(environment: dict
 
 
 def test_without_the_server_programs_start_a_fresh_interpreter(tmp_path: Path) -> None:
-    """Here it ends at once, because the process whose end it waits for has ended."""
+    """Here the server exits at once, because the process that it waits for has ended."""
     with subprocess.Popen(["true"]) as gone:
         pass
     folder = tmp_path / "warm"

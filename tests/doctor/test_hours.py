@@ -1,4 +1,4 @@
-"""How many images a run asks about, and how long that takes by what was measured on this machine."""
+"""The number of images that a run decodes, and the time from rates measured on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_of(workspace: Workspace, **profile: object) -> RunConfig:
 
 
 def test_images_by_hand(workspace: Workspace) -> None:
-    """20 rollouts asked of 12 images; 5 of 7 val images on 4 checkpoints; the callback at 2, 4 / 2, 3 / 2, 3."""
+    """20 rollouts, but only 12 images; 5 of 7 val images for 4 checkpoints; the callback at 2, 4 / 2, 3 / 2, 3."""
     space = workspace.set(stage2__refresh_steps=1, stage2__b_ratio=0.5)
     run = run_of(
         space, rollout__images=20, eval__images=5, stage1__steps=4, stage2__steps=3, stage2__samples_per_step=4,
@@ -35,7 +35,7 @@ def test_images_by_hand(workspace: Workspace) -> None:
 def test_rates_come_from_earlier_runs_here(workspace: Workspace) -> None:
     run = run_of(workspace, rollout__images=7200, eval__images=0)
     add_to_run_record(run.paths.run_record("stage1"), {"step_seconds": 100.0})
-    half = {"steps": run.profile.stage1.steps / 2}  # of what is planned now
+    half = {"steps": run.profile.stage1.steps / 2}  # of the present plan
     add_to_run_record(run.paths.run("stage1") / RUN_METADATA, half)
     add_to_run_record(run.paths.run_record("decode@stage2"), {"engine": "vllm", "images": 100, "generate_seconds": 1.0})
     add_to_run_record(run.paths.run_record("rollout"), {"engine": "hf", "images": 100, "generate_seconds": 50.0})

@@ -1,4 +1,4 @@
-"""`coordexp init`: a folder in any format becomes a profile that doctor accepts and the stages run."""
+"""`coordexp init`: from a folder in any format to a profile that doctor accepts and the stages can run."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_page_shows_boxes_from_their_bins(clone: Path, tmp_path: Path, capsy
         cli.main(["doctor", "--profile", "mine", "--page", "page.html", "--out", "faults.jsonl"])
     assert stopped.value.code == 2
     page = Path("page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg;base64,") == 17  # without the broken one
+    assert page.count("data:image/jpeg;base64,") == 17  # without the damaged image
     assert "<script" not in page
     assert all(f"<td>{name}</td>" in page for name in ("cat", "red mug"))
     assert '<span class="stop">STOP: ' in page

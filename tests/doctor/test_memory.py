@@ -1,4 +1,4 @@
-"""Memory by arithmetic, against real models: their parameters, their adapters, and what autograd keeps of a forward."""
+"""Computed memory compared with real models: parameters, adapters, and tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def build(layers: int, text: dict[str, int], vision: dict[str, int]) -> Qwen3VLF
 
 
 def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes of all tensors that autograd saves, each storage once, weights left out."""
+    """Bytes of all tensors that autograd saves, each storage once, without weights."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     found: dict[int, torch.Tensor] = {}
 
@@ -84,7 +84,7 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def per_unit_and_layer(measure: Callable[[int, int], int], few: int, many: int) -> float:
-    """What one more layer keeps for one more token: the second difference, which no constant part survives."""
+    """Bytes saved per layer and token: the second difference, in which constant parts cancel."""
     return (measure(4, many) - measure(4, few) - measure(2, many) + measure(2, few)) / (2 * (many - few))
 
 
@@ -111,7 +111,7 @@ def test_bytes_saved_by_a_vision_block(shape):
 
 
 def test_memory_of_the_published_sizes():
-    """Full training of 4B needs 16 bytes a parameter and 2 of a copy; adapters little beside weights of 2 bytes."""
+    """Full training of 4B needs 16 + 2 (copy) bytes per parameter; adapters need little more than 2-byte weights."""
     config = qwen3_vl_config("4b").to_dict()
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
     full = step_memory(config, tuning(activations="recompute"), "adamw", **forward)
@@ -128,7 +128,7 @@ def test_memory_of_the_published_sizes():
 
 
 def test_only_one_chunk_of_logits_is_counted():
-    """Beside it the coordinate logits of the slots, and the gradient of the trained rows of the head."""
+    """In addition to the coordinate logits of the slots, and the gradient of the head's trained rows."""
     config = qwen3_vl_config("4b").to_dict()
     vocab_size = config["text_config"]["vocab_size"]
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}

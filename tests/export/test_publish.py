@@ -1,4 +1,4 @@
-"""Publishing a run: results with the ids of the source, and what is refused."""
+"""Publishing a run: results with the ids of the source, and refused cases."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_results_for_an_evaluation_server(paths: ProfilePaths, tmp_path: Path) -
     assert json.loads(out.read_text())[0] | {"score": 0} == {
         "image_id": 91, "category_id": 44, "bbox": [1, 2, 2, 2], "score": 0,
     }  # fmt: skip
-    own = [{"id": 5, "name": "Bottle"}]  # the server's own numbers come before the profile's
+    own = [{"id": 5, "name": "Bottle"}]  # the server's ids take precedence over those of the profile
     info.write_text(json.dumps({"images": [{"file_name": "a.jpg", "id": 91}], "categories": own}))
     assert write_server_results(predictions, info, paths, out) == (1, 0)
     assert json.loads(out.read_text())[0]["category_id"] == 5
@@ -174,7 +174,7 @@ def test_the_card_states_the_origin_of_the_ids(
 def test_each_set_of_a_mixture_gets_results_with_its_own_ids(
     finished: RunConfig, tmp_path: Path, repository: Path
 ) -> None:
-    """Two sets number their images and names in their own ways; a third has no ids, and the fourth is gone."""
+    """Two sets have their own image and category ids; the third has no ids, and the fourth was deleted."""
     profile, sets, records = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml"), {}, []
     for place, name in enumerate(("a", "b"), 1):
         (tmp_path / name).mkdir()
@@ -215,7 +215,7 @@ def test_each_set_of_a_mixture_gets_results_with_its_own_ids(
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """The few requests of the Hub that an upload of small files makes; what was committed is kept."""
+    """A stand-in for the few Hub requests of an upload of small files; it records the committed files."""
 
     committed: ClassVar[dict[str, bytes]] = {}
     refuse = False
@@ -262,7 +262,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT when it was imported
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT at import
     StandIn.refuse = False
     yield StandIn
     server.shutdown()

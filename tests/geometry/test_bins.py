@@ -1,4 +1,4 @@
-"""The bin codec: the rounding rule, the round-trip error, and the surface form of a bin."""
+"""The bin codec: rounding rule, round-trip error, and written form of a bin."""
 
 from __future__ import annotations
 

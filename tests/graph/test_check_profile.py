@@ -1,4 +1,4 @@
-"""`make check-profile`: a sample of the user's data, one training step, and the plan, without a trace."""
+"""`make check-profile`: a sample of the user's data, one training step, and the plan, without leaving files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results in git are those of one run: files are what dvc.lock names, and the report read what the run wrote."""
+"""The committed results are from one run: files match dvc.lock, and the report read what the run wrote."""
 
 from __future__ import annotations
 

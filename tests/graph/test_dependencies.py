@@ -1,4 +1,4 @@
-"""DVC does not see what Python imports and reads: compare each entry with what dvc.yaml declares."""
+"""DVC does not see what Python imports and reads, so compare each entry with the declarations in dvc.yaml."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_base_model_depends_on_the_layers_that_its_stages_import(stage: str)
 
 
 def _dependency(module: str) -> str:
-    """The path that dvc.yaml lists for a module: its layer's folder, or the file outside of any folder."""
+    """The path in dvc.yaml for a module: the folder of its layer, or the file if it is in no layer."""
     file = modules()[module].relative_to(ROOT)
     if file.parts[:2] == ("src", "toyworld"):
         return "src/toyworld"

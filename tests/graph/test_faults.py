@@ -20,7 +20,7 @@ FEW = ("convert", "pack")
 
 @pytest.mark.slow
 def test_after_a_fault_a_stage_is_run_again_to_the_same_bytes(repository: Path, tmp_path: Path) -> None:
-    """At one operation of each kind for each fault, in two stages: nothing is silent, nothing is lost."""
+    """One operation of each kind for each fault, in two stages: every fault is reported, and nothing is lost."""
     paths = os.pathsep.join(str(repository / folder) for folder in ("src", "", "tests"))
     asked = ["--stages", *FEW, "--sample", "1", "--results", str(tmp_path), "--report", str(tmp_path / "faults.md")]
     done = subprocess.run(
@@ -100,7 +100,7 @@ def test_the_outcome_of_a_fault_is_determined_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     what: str, code: int | None, output: str, is_right: bool | None, outcome: str, second: str,
 ) -> None:  # fmt: skip
-    """With stages that only write a line."""
+    """The stages only write one line."""
     lab, out, met = Lab(tmp_path), "data/smoke/packed", "" if is_right is None else "b"
     lab._made, lab._before = {"pack": f"{out}=right"}, {"pack": tmp_path / "before"}
     lab.operations = {"pack": [("read", "a"), ("write", "b")]}

@@ -1,4 +1,4 @@
-"""`check` and the files under `inputs/`: what each stage is told is what it reads, no more and no less."""
+"""`check` and the files in `inputs/`: the inputs of each stage are exactly what it reads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from source_tree import ROOT
 STAGES = {stage.stage: stage for stage in declarations(ROOT)}
 COMMITTED = sorted(path.name for path in (ROOT / "inputs").iterdir())
 
-# Places: the same run elsewhere. The name of the profile is in every path, the model is known by its pins, and in how
-# many processes answers are generated changes none of them.
+# Locations do not change the run. The profile's name is in every path, the model is identified by its pins, and the
+# number of decoding processes does not change the answers.
 PLACES = {"profile", "model.path", "launch.processes"}
 # Declared, but read on another way than that of the smoke profile, or before the stage begins.
 ELSEWHERE = {
@@ -192,7 +192,7 @@ def test_check_does_not_load_the_tensor_library(root: Path) -> None:
 
 
 def read_keys(root: Path) -> dict[str, set[tuple[str, str]]]:
-    """What every stage of the smoke profile asks its parameters for; they run in order, in one process."""
+    """The keys that every stage of the smoke profile reads; the stages run in order, in one process."""
     shutil.copytree(ROOT / "configs", root / "configs")
     params = (ROOT / PARAMS_FILE).read_text()
     (root / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))

@@ -1,4 +1,4 @@
-"""The graph under `kill`: whatever is stopped wherever, running `dvc repro` again ends in the undisturbed results.
+"""The graph under `kill`: wherever a run is killed, running `dvc repro` again gives the undisturbed results.
 
 A campaign runs the smoke profile once and kills it at four places on the way. `make test-faults` runs all of them: 20
 places, drawn from a seed. `make test-faults POINTS="16 19"` kills one run at the places of these numbers, counted from
@@ -60,7 +60,7 @@ def campaign(seed: int) -> list[Point]:
     ]
 
 
-# One of each: a signal that ends at once and one that lets a stage save, to the stage alone and to dvc, too.
+# One of each: a signal that kills at once and one that lets a stage save, sent to the stage alone and also to dvc.
 FEW = [Point("stage1", 4.0, signal.SIGKILL, "group"), Point("stage2", 5.0, signal.SIGTERM, "stage")]
 
 
@@ -117,7 +117,7 @@ def assert_ends_alike(copy: Clone, finished: Clone, points: list[Point]) -> None
 
 
 def forget(clone: Clone, stages: Sequence[str]) -> None:
-    """Leave no lines in dvc.lock of stages that have not run here."""
+    """Remove stages that have not run here from dvc.lock."""
     lock = read_yaml(clone.root / "dvc.lock")
     for stage in stages:
         del lock["stages"][stage]

@@ -46,7 +46,7 @@ STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control,
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[ProfilePaths]:
-    """The folders of the profile after all stages ran in order, as processes would."""
+    """The folders of the profile after all stages ran in order."""
     root = tmp_path_factory.mktemp("production")
     write_coco(root / "datasets" / "coco")
     write_profile(repository, root)

@@ -1,4 +1,4 @@
-"""The whole graph of the smoke profile in a temporary clone: it runs, it is reproducible, an A/B runs only its part."""
+"""The smoke profile's whole graph in a temporary clone: it runs, is reproducible, and an A/B reruns only its part."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ claims:
 
 
 def test_a_question_about_existing_runs_trains_nothing(clone: Clone) -> None:
-    """Steps that were kept and the checkpoint itself are asked in this process; the page says what is not judged."""
+    """Saved steps and the checkpoint itself are evaluated in this process; the page states what is not evaluated."""
     (clone.root / "configs" / "questions" / "smoke.yaml").write_text(QUESTION)
     clone.commit("a question")
     command = ("env", "PYTHONPATH=src", "python", "-m", "coordexp.cli", "answer", "smoke")

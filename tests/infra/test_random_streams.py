@@ -1,4 +1,4 @@
-"""Random streams: which of them meet, and that nothing else makes numbers from a seed."""
+"""Random streams: which of them coincide, and that no other code derives numbers from a seed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from coordexp.infra.random_streams import MEETINGS, STREAMS, entropy, generator,
 
 PACKAGE = Path(coordexp.__file__).parent
 HOME = PACKAGE / "infra" / "random_streams.py"
-WORLD = ("records/scenes/composer.py", "training/pretrain.py")  # the embedded world draws from seeds of its own
+WORLD = ("records/scenes/composer.py", "training/pretrain.py")  # the embedded world has its own seeds
 GENERATORS = {"default_rng", "SeedSequence", "RandomState", "PCG64"}
 
 
 def test_streams_of_one_seed_differ_except_for_the_listed_pairs() -> None:
-    """As numpy sees them, at the start and in the first parts of each: epochs, or steps and samples."""
+    """Compared as numpy seeds them, at the start and in the first parts of each: epochs, or steps and samples."""
     starts = {
         name: {
             tuple(np.random.SeedSequence(entropy(17, name, *index)).generate_state(4))

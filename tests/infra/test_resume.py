@@ -1,4 +1,4 @@
-"""Who works in a folder of `.resume`, who waits, what stays behind, and what scripts may go by."""
+"""Folders of `.resume`: locks, waiting processes, remaining state, and the marks for scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOLD = (
 
 
 def holder_of(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds a folder by now."""
+    """Start a process, and wait until it holds a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], env={"PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True
     )
@@ -78,7 +78,7 @@ def test_a_second_process_waits_and_finds_what_the_first_left(tmp_path: Path, mo
 
 
 def test_concurrent_processes_work_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders come and go under those that wait."""
+    """Folders are created and removed while processes wait for them."""
     monkeypatch.setattr(resume, "POLL_S", 0.001)
     inside, most, turns = 0, 0, 0
 
@@ -129,7 +129,7 @@ def test_the_mark_survives_a_kill(tmp_path: Path) -> None:
 
 
 def aged(root: Path, name: str, days: float, n_bytes: int, marked: bool) -> Path:
-    """A folder that nobody works in."""
+    """A folder that is not in use."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "state").write_bytes(bytes(n_bytes))
@@ -169,7 +169,7 @@ def test_the_budget_removes_the_oldest_folder_that_cannot_resume(
 
 
 def stopped(code: str, number: signal.Signals, tmp_path: Path, times: int = 1) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets a signal when it says so."""
+    """Exit code and stderr of a process that receives a signal when it is ready."""
     env = {"PYTHONPATH": f"{SOURCE}{os.pathsep}{Path(SOURCE).parent}", "DVC_ROOT": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

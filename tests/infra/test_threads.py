@@ -1,4 +1,4 @@
-"""Threads of the tensor library: how many, and how long idle ones spin."""
+"""Threads of torch: their number, and how long idle ones spin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG = logging.getLogger("coordexp")
 
 
 def environment_after(statement: str, repository: Path, **variables: str) -> str:
-    """What GOMP_SPINCOUNT is when torch loads, after a statement in a fresh interpreter."""
+    """The value of GOMP_SPINCOUNT when torch loads, after a statement in a fresh interpreter."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     script = (
         "import sys\n"
@@ -53,7 +53,7 @@ def test_the_spin_is_bounded_before_torch_loads(module: str, repository: Path) -
 
 
 def test_every_stage_bounds_the_spin_before_it_loads_torch(repository: Path) -> None:
-    """In one interpreter, which forgets the variable and our modules after each."""
+    """In one interpreter, which removes the variable and our modules after each stage."""
     entries = sorted(
         f"pipelines.{path.stem}" for path in (repository / "pipelines").glob("*.py") if path.stem[0] != "_"
     )

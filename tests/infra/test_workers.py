@@ -1,4 +1,4 @@
-"""Work that is dealt to processes: the results of one process, whatever happens."""
+"""Work shared by processes gives the results of a single process, also after errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 50])
 def test_results_are_those_of_one_process_in_order(count: int, length: int) -> None:
-    table = {i: i * i for i in range(length)}  # the processes have it without its being sent
+    table = {i: i * i for i in range(length)}  # the processes inherit it; it is not sent
     found = list(map_batches(lambda items: [table[i] for i in items], iter(range(length)), count))
     assert found == [[i * i for i in range(at, min(at + 3, length))] for at in range(0, length, 3)]
 

@@ -1,4 +1,4 @@
-"""Documents point at what exists: links, files, functions, parameters and pages."""
+"""Documents refer only to existing links, files, functions, parameters and pages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from coordexp.config.schema import Params
 from source_tree import PACKAGE, ROOT, modules, syntax
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-# Names of metrics and reasons are put together by the code; tests/reporting/test_reference.py holds that page to them.
+# The code composes the names of metrics and reasons; tests/reporting/test_reference.py checks that page.
 WRITTEN_PAGES = [page for page in PAGES if page.name != "metrics.md"]
 SOURCES = sorted([*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# The example of CONTRIBUTING, and names that others gave: files of a data set, settings of accelerate, CUDA and OpenMP.
+# The example in CONTRIBUTING, and foreign names: files of a data set, settings of accelerate, CUDA and OpenMP.
 NOT_OURS = {
     "huber_weight", "zhiyuan_objv2_", "MULTI_CPU", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
 }  # fmt: skip
-# Pages that runs write: not in the repository, or not under the name that the source knows.
+# Pages that runs write: not in the repository, or not under the name in the source.
 WRITTEN_BY_RUNS = {"progress.md", "model_card.md", "objective.md", "decoding.md"}
 
 
@@ -38,13 +38,13 @@ def test_links_have_existing_targets(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
+    """Anchors of the headings, in the form of GitHub."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def file_named(path: str) -> Path | None:
-    """The source file that a page names, from the root of the repository, from src/ or from src/coordexp/."""
+    """The source file for a path in a page, relative to the root of the repository, src/ or src/coordexp/."""
     return next((base / path for base in (ROOT, PACKAGE.parent, PACKAGE) if (base / path).is_file()), None)
 
 
@@ -67,7 +67,7 @@ def names_in(file: Path) -> frozenset[str]:
 
 
 def named_places(text: str) -> Iterator[tuple[str, str]]:
-    """(file, name in it or "") where a page names one: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
+    """(file, name in it or "") of every reference in a page: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
     path, name = r"([\w/.-]+\.py)", r"([A-Za-z_][\w.]*)"
     yield from re.findall(rf"`(?:[^`\n]* )?{path}(?::{name})?[^`\n]*`", text)
     yield from re.findall(rf"`{path}`: `{name}`", text)
@@ -91,7 +91,7 @@ def test_the_page_parser_finds_every_notation() -> None:
 
 @cache
 def known_words() -> frozenset[str]:
-    """Every word of the sources and of the files of parameters."""
+    """Every word of the sources and parameter files."""
     others = [*ROOT.glob("*.yaml"), *(ROOT / "configs").rglob("*.yaml"), ROOT / "Makefile"]
     texts = (file.read_text(encoding="utf-8") for file in [*SOURCES, *others])
     return frozenset(word for text in texts for word in re.findall(r"\w+", text)) | {f.stem for f in SOURCES}

@@ -1,4 +1,4 @@
-"""The matcher: cost and gate by hand, the distance of names, edge cases, ties, and the optimum by brute force."""
+"""The matcher: cost and gate by hand, description distance, edge cases, ties, and the optimum by brute force."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_identical_objects_are_paired_in_order(n_gt):
 
 @pytest.mark.parametrize("step", [0.01, -0.01, 0.02, -0.02, 0.05, -0.05])
 def test_a_symmetric_tie_goes_to_the_earlier_box(step):
-    # Left and right neighbour cost the same up to rounding, so rounding must not choose.
+    # The left and right neighbors cost the same up to rounding errors, which must not decide.
     neighbours = [shifted(BOX, step), shifted(BOX, -step)]
     assert match(neighbours, [BOX], MATCHING).pairs.tolist() == [[0, 0]]
     assert match([BOX], neighbours, MATCHING).pairs.tolist() == [[0, 0]]
@@ -223,7 +223,7 @@ def test_optimum_by_brute_force(seed, gate):
 @pytest.mark.parametrize("rows_at_once", [1, 30, 10**6])
 @pytest.mark.parametrize("seed", range(5))
 def test_many_images_are_matched_as_each_alone(monkeypatch, seed, rows_at_once, gate):
-    """Empty sides, images without an allowed pair, and images of very unlike sizes, in parts of any size."""
+    """Empty sides, images without an allowed pair, and images of very different sizes, in parts of any size."""
     monkeypatch.setattr(matcher, "_ROWS_AT_ONCE", rows_at_once)
     rng = np.random.default_rng(seed)
     sizes = [*rng.integers(0, 9, (12, 2)).tolist(), [0, 0], [40, 30], [0, 5], [5, 0]]

@@ -1,4 +1,4 @@
-"""Counts to ratios: the published run, empty images, and that counts add up."""
+"""From counts to ratios: a published run, empty images, and additivity of counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Freezing and adapters: what trains, what stays, and that merging gives the same model as plain weights."""
+"""Freezing and adapters: which weights are trained, which stay, and merging to equivalent plain weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logits(checkpoint: Checkpoint, batch) -> torch.Tensor:
 
 
 def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
-    """A few real optimizer steps, large enough to show."""
+    """A few real optimizer steps, large enough to have a visible effect."""
     optimizer = build_optimizer(checkpoint.model, optim())
     targets = torch.cat([batch.text_targets, batch.coord_targets.round().long() + checkpoint.coord.first_id])
     for _ in range(count):
@@ -61,7 +61,7 @@ def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
 
 
 def moved(before: dict[str, torch.Tensor], model) -> set[str]:
-    """The parts whose weights changed; rows of the vocabulary are looked at on their own."""
+    """The parts whose weights changed; embedding rows are compared separately."""
     after = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     return {part_of(name) for name, value in after.items() if not torch.equal(value, before[name])}
 
@@ -75,7 +75,7 @@ def test_merged_equals_adapted_and_is_a_plain_checkpoint(checkpoint, batch, meth
     pytest.importorskip("peft")
     names, before = list(snapshot(checkpoint.model)), logits(checkpoint, batch).detach()
     undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
-    torch.testing.assert_close(logits(checkpoint, batch), before, atol=1e-4, rtol=0)  # adapters start as nothing
+    torch.testing.assert_close(logits(checkpoint, batch), before, atol=1e-4, rtol=0)  # adapters start at zero
     steps(checkpoint, batch)
     adapted = logits(checkpoint, batch).detach()
     assert (adapted - before).abs().max() > 0.1
@@ -174,7 +174,7 @@ def test_only_the_coordinate_rows_of_a_frozen_table_get_its_gradient(checkpoint,
     "changes", [{"vision": "freeze"}, {"language": "freeze"}, {"method": "lora"}, {"method": "dora"}]
 )
 def test_frozen_weights_are_stored_in_bfloat16_and_restored_exactly(checkpoint, batch, changes):
-    """Also where rounding changed it; what trains stays in float32, and a step under autocast runs."""
+    """Also if rounding changed them; trained weights stay in float32, and a step under autocast runs."""
     if "method" in changes:
         pytest.importorskip("peft")
     before, model = snapshot(checkpoint.model), checkpoint.model
@@ -184,7 +184,7 @@ def test_frozen_weights_are_stored_in_bfloat16_and_restored_exactly(checkpoint, 
     plan = training_plan("bf16", torch.device("cpu"))
     with plan.autocast(model):
         steps(checkpoint, batch, 1)
-    with plan.autocast(model):  # anew: it keeps copies of weights
+    with plan.autocast(model):  # a new context: it caches copies of weights
         trained = logits(checkpoint, batch).detach().float()
     undo()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -214,7 +214,7 @@ def test_adapting_nothing_is_refused():
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_merged_weights_during_training_equal_those_at_its_end(checkpoint: Checkpoint, batch, method: str) -> None:
-    """And taking them changes nothing in it."""
+    """Taking them does not change the model."""
     assert merged_weights(checkpoint.model) is None
     undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
     steps(checkpoint, batch)

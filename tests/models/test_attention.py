@@ -1,4 +1,4 @@
-"""Attention over segments equals attention over each alone, and the dense mask that it replaces.
+"""Segment attention equals attention over each segment alone, and the dense mask that it replaces.
 
 Shapes: N tokens, H and G heads of queries and keys, D head size.
 """
@@ -35,14 +35,14 @@ HEADS = st.sampled_from([(2, 2), (4, 2), (3, 1)])
 def one_by_one(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, lengths: Sequence[int], causal: bool, scale: float
 ) -> Tensor:
-    """The same by torch's own function, a segment at a time."""
+    """The reference: torch's own function, one segment at a time."""
     parts = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (query_NHD, key_NGD, value_NGD)), strict=True)
     done = [F.scaled_dot_product_attention(*p, is_causal=causal, enable_gqa=True, scale=scale) for p in parts]
     return torch.cat(done, 2)[0].transpose(0, 1)
 
 
 def inputs(n: int, heads: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Queries, keys and values (N, heads, 8) that want gradients; the same for the same arguments."""
+    """Queries, keys and values (N, heads, 8) that require gradients; equal for equal arguments."""
     generator = torch.Generator().manual_seed(n)
     sizes = (heads[0], heads[1], heads[1])
     return [torch.randn(n, h, 8, generator=generator, dtype=dtype).requires_grad_() for h in sizes]
@@ -73,7 +73,7 @@ def test_each_segment_attends_to_itself(lengths: list[int], heads: tuple[int, in
 def test_the_variable_length_kernel_gets_equivalent_options_in_each_version_of_torch(
     known: set[str], lengths: list[int], heads: tuple[int, int], causal: bool
 ) -> None:
-    """What stands in for it here takes its arguments and looks at bounds and window alone."""
+    """The stand-in accepts its arguments, and checks only bounds and window."""
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
@@ -137,16 +137,16 @@ def test_groups_contain_every_row_once_by_segment_head_and_token(lengths: list[i
 
 @pytest.fixture(scope="module")
 def segments(world: World) -> list[Segment]:
-    """Some of the world, the last of which is shorter than a row of others."""
+    """Some segments of the world; the last row is shorter than the others."""
     return [teacher_segment(sample) for sample in world.samples]
 
 
 def gradients(checkpoint: Checkpoint, batch: PackedBatch, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Hidden states of real tokens, and the gradient of some function of them."""
+    """Hidden states of real tokens, and the gradients of a function of them."""
     checkpoint.model.zero_grad()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         hidden = hidden_states(checkpoint.model, batch)
-    # Not their squares: a norm of normed states has hardly a gradient.
+    # Not their squares: the norm of normalized states has almost no gradient.
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden.float() * weights).sum().backward()
     named = {name: p.grad for name, p in checkpoint.model.named_parameters() if p.grad is not None}
@@ -179,7 +179,7 @@ def test_packed_rows_give_the_result_of_the_dense_mask(
 def test_random_segments_give_the_result_of_the_dense_mask(
     world: World, pair: tuple[Checkpoint, Checkpoint], lengths: list[int], padding: int
 ) -> None:
-    """Text alone, of any lengths, 1 included."""
+    """Text only, with any lengths including 1."""
     plain, ours = pair
     lengths = [*lengths, padding] if padding else lengths
     batch = text_batch(world, ours, lengths)
@@ -194,7 +194,7 @@ def pair() -> tuple[Checkpoint, Checkpoint]:
 
 
 def text_batch(world: World, checkpoint: Checkpoint, lengths: list[int]) -> PackedBatch:
-    """One row of random tokens, beside one image that nothing shows: a forward wants one."""
+    """One row of random tokens, and one unused image, because a forward pass requires one."""
     seen = world.collator(checkpoint)([teacher_segment(world.samples[0])])
     ids = torch.randint(0, 400, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(4, 1, -1)
@@ -216,7 +216,7 @@ def test_bfloat16_is_about_as_far_from_float32_as_with_the_mask(
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the last two dimensions of whatever is computed."""
+    """Records the last two dimensions of all computed tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ def test_loaded_and_built_models_use_it_and_files_do_not_record_it(tmp_path: Pat
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     for checkpoint in (built, load_checkpoint(tmp_path / "plain")):
-        use_segment_attention(checkpoint.model)  # twice is as good as once
+        use_segment_attention(checkpoint.model)  # calling it twice has no further effect
         config, visual = checkpoint.model.config, checkpoint.model.model.visual
         found = config.text_config._attn_implementation, config.vision_config._attn_implementation
         assert found == (attention.TEXT, attention.VISION)

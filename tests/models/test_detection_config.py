@@ -1,4 +1,4 @@
-"""coordexp.json: what training asked is written, and what cannot be followed is refused by name."""
+"""coordexp.json records the prompts of training; invalid files are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adding the coordinate tokens: once, consecutively, and with rows that follow from what the model knows.
+"""Adding the coordinate tokens: once, with consecutive ids, and with rows derived from existing ones.
 
 Shapes: V vocabulary, D hidden size, K = 1000 bins.
 """
@@ -48,7 +48,7 @@ def test_ids_follow_the_known_tokens_and_rows_are_a_multiple_of_128(fresh):
 
 
 def test_rows_do_not_depend_on_earlier_random_numbers():
-    """Nor does a row of no token, which the loss sees, too."""
+    """Neither do padding rows without a token, which also take part in the loss."""
     tables = []
     for state in (1, 2):
         tokenizer = new_tokenizer()

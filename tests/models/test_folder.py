@@ -1,4 +1,4 @@
-"""The gate of checkpoint folders: generated damage to every file gives a CheckpointError or what was there before."""
+"""Validation of checkpoint folders: generated damage to a file gives a CheckpointError or has no effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANGED = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
     *("preprocessor_config.json", "coordexp.json", WEIGHTS, "model.safetensors.index.json"),
 )
-# What these say is followed where it is well-formed.
+# Well-formed changes of these keys are accepted.
 MEANT = ("coordexp.json", "preprocessor_config.json")
 
 

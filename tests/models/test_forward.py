@@ -1,4 +1,4 @@
-"""Our forward (packed, without mask, head on slots only) equals the model's own.
+"""Our forward pass (packed, without mask, head on slots only) equals that of the model.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: every weight comes from the files, and a folder that cannot give them is refused by name."""
+"""Loading a checkpoint: every weight comes from the files, and an incomplete folder is refused by name."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_changed_file_is_refused(folder, name):
         pass
     load_checkpoint(folder)
     content = (folder / name).read_bytes()
-    # A byte of the weights, or in text a space that changes nothing but the hash.
+    # A byte of the weights, or in text files a space that changes only the hash.
     (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
     with pytest.raises(DamagedArtefactError, match=rf"{name}: sha256 .*, but {HASHES} records .*coordexp verify"):
         load_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""The pinned model is loaded and no other; pins are written by the product, and what it wrote it accepts."""
+"""Only the pinned model is loaded; the pins that the product writes are accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE = Path("models/qwen")
 
 @pytest.fixture
 def profile(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A production profile over a linked model, as it ships: without pins."""
+    """A production profile with a linked model, without pins, as it is distributed."""
     shutil.copytree(repository / "models" / "tiny-base", tmp_path / "elsewhere")
     (tmp_path / "models").mkdir()
     (tmp_path / BASE).symlink_to(tmp_path / "elsewhere")
@@ -73,7 +73,7 @@ def test_a_profile_with_an_inherited_model_pins_it_in_its_own_file(profile: Path
 
 
 def edited(name: str) -> Callable[[], None]:
-    """The same size, so that only the hash tells."""
+    """An edit of the same size, which only the hash detects."""
     return lambda: (BASE / name).write_bytes((BASE / name).read_bytes()[:-1] + b"~")
 
 

@@ -1,4 +1,4 @@
-"""Packed batches: supervised slots equal the textbook's shifted labels, and packing changes no loss.
+"""Packed batches: supervised slots equal textbook shifted labels, and packing does not change losses.
 
 Shapes: B rows, T tokens, V vocabulary, K bins.
 """
@@ -148,7 +148,7 @@ def test_packed_loss_and_gradient_equal_unpacked_ones(world, checkpoint, packed,
 
 
 def test_without_segment_lengths_the_model_attends_across_segments(checkpoint, packed):
-    """The control of the test above: with each row as one segment, the same batch leaks."""
+    """Control for the test above: if each row is one segment, attention leaks between segments."""
     rows, width = packed.input_ids.shape
     leaking = replace(packed, segments=(width,) * rows)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_without_segment_lengths_the_model_attends_across_segments(checkpoint, p
 
 
 def test_padding_leaks_nothing(world, checkpoint, segments):
-    """Whatever stands in the padding, and however much of it, real tokens do not notice."""
+    """Real tokens do not depend on content or length of the padding."""
     collator, short, long = world.collator(checkpoint), segments[3], segments[0]
     assert short.length < long.length
     both = collator.layout([short, long], [[0], [1]])

@@ -1,4 +1,4 @@
-"""Rows dealt out over processes and forwards: each once, equally many forwards everywhere, idle ones without effect."""
+"""Rows are distributed over processes and passes: each once, equal numbers of passes, idle ones without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Object order: as stored, or a permutation that can be drawn again."""
+"""Object order: as stored, or a reproducible permutation."""
 
 from __future__ import annotations
 
@@ -66,4 +66,4 @@ def test_the_order_is_reproducible_and_changes_with_step_and_sample(world, check
     source, again = world.source(checkpoint, "random"), world.source(checkpoint, "random")
     orders = [source.get(0, step).descs for step in range(20)]
     assert [again.get(0, step).descs for step in reversed(range(20))] == orders[::-1]
-    assert len(set(orders)) == 6  # three objects: every order comes up
+    assert len(set(orders)) == 6  # three objects: every order occurs

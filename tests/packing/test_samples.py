@@ -1,4 +1,4 @@
-"""Samples on disk come back as they were written."""
+"""Samples are read back as they were written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of an image: the box of an object is where its pixels are, whatever was done to both."""
+"""Views of an image: boxes follow the pixels of their objects through every transformation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_boxes_follow_the_pixels(tmp_path, seed):
     (obj,) = changed.objects
     ys, xs = np.nonzero(red)
     found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-    tolerance = 1.0 if seed % 2 else 0.0  # of the resize in this test; without one, exact
+    tolerance = 1.0 if seed % 2 else 0.0  # because of the resizing in this test; otherwise exact
     np.testing.assert_allclose(obj.bbox_xyxy_px, found, atol=tolerance)
     assert obj.desc == ("right cat" if split_view(changed.image)[1].flip else "left cat")
 

@@ -1,4 +1,4 @@
-"""One conversion: every format says the same of the same images, in the graph and on the command line."""
+"""Every format gives the same records for the same images, in the graph and on the command line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_format_is_read_back_as_annotated(fmt, world, tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     pictures = [Annotated(f"{i}.jpg", SIZE, tuple(objects)) for i, objects in enumerate(world)]
     write(fmt, root, "train", pictures)
-    if fmt == "yolo":  # finds its images by looking
+    if fmt == "yolo":  # finds its images by listing folders
         (root / "images" / "train").mkdir(parents=True)
         for p in pictures:
             (root / "images" / "train" / p.name).touch()
@@ -72,7 +72,9 @@ def test_every_format_is_read_back_as_annotated(fmt, world, tmp_path_factory):
         wanted = [(desc, box, crowd and fmt in HOLDS_CROWDS) for desc, box, crowd in p.objects]
         assert sorted(found) == sorted(wanted)
         corners = [o.bbox_xyxy_px[:2] for o in record.objects]
-        assert corners == sorted(corners, key=lambda xy: xy[::-1])  # reading order, of what YOLO's fractions come to
+        assert corners == sorted(
+            corners, key=lambda xy: xy[::-1]
+        )  # in reading order, after rounding by YOLO's fractions
         assert (record.width, record.height) == SIZE
 
 
@@ -84,7 +86,7 @@ def test_every_format_has_a_writer_in_these_tests() -> None:
 
 
 def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
-    """A folder as a phone and a download leave it: an image that lies on its side, one cut off, one with a crowd."""
+    """A folder as phones and downloads leave it: one image is rotated, one is truncated, one has a crowd region."""
     cat, big, crowd = (
         ("cat", (4, 5, 30, 40), False),
         ("red mug", (0, 0, 60, 44), False),
@@ -111,7 +113,7 @@ def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
 
 
 def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
-    """(records, problems) of the train split by the stages and by the command, or what either of them says."""
+    """(records, problems) of the train split by the stages and by the command, or their error messages."""
     images, annotations = (part.format(split="train") for part in LAYOUTS[fmt])
 
     def by_stages() -> tuple[list[Record], list[str]]:
@@ -135,7 +137,7 @@ def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
 
 
 def _plain(record: Record, prefix: str) -> Record:
-    """Without the set's name, and without the ids that a profile makes where the source has none."""
+    """Without the name of the set, and without the ids that a profile generates if the source has none."""
     metadata = {key: value for key, value in record.metadata.items() if key != "image_id"}
     return replace(record, image=record.image.removeprefix(prefix), metadata=metadata)
 
@@ -174,7 +176,7 @@ def test_an_image_annotated_without_its_exif_orientation_is_refused_both_ways(tm
 
 
 def outcome(folder: Path, sets: dict[str, DatasetConfig], n_workers: int, **config: Any) -> dict[str, Any] | str:
-    """All that the stages raw and convert write, or the error that they stop with."""
+    """All files that the stages raw and convert write, or their error."""
     try:
         write_manifest(folder / "raw", sets, decode=True, workers=n_workers)
         result = convert_datasets(folder / "raw", records_config(**config), 17, n_workers)
@@ -223,7 +225,7 @@ def test_three_processes_write_the_same_bytes_with_several_sets_losses_and_views
 
 
 def test_an_error_in_a_worker_equals_that_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that came after the raw stage had looked, far from the beginning."""
+    """An image that was added after the raw stage, late in the file."""
     write_some("yolo", tmp_path / "set", {"train": 12, "val": 3})
     write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=3)
     picture(50).save(tmp_path / "set/images/train/train009b.jpg")

@@ -1,4 +1,4 @@
-"""Data sets on disk to the splits of a profile: the manifest, the policies, mixing, and an account of every loss."""
+"""From data sets on disk to the splits of a profile: manifest, policies, mixing, and the count of every loss."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_changed_annotations_are_detected(coco, tmp_path):
 
 @pytest.mark.parametrize("fmt", [*sorted(LAYOUTS), "refcoco"])
 def test_every_file_that_a_reader_opens_is_hashed(fmt, tmp_path, monkeypatch):
-    """Label files, lists, tables beside: what a reader opens is in the hash, and any change is noticed."""
+    """The hash covers every file that a reader opens (label files, lists, tables), so any change is detected."""
     root = tmp_path / "set"
     write_photos(fmt, root, {"train": 4, "val": 2})
     config = dataset(fmt, root)
@@ -156,7 +156,7 @@ def test_annotations_outside_the_root_are_refused(coco, tmp_path):
 
 @pytest.fixture
 def spoiled(coco: Path) -> Path:
-    """Seven of the training images cannot be used, each for its own reason."""
+    """Seven of the training images cannot be used, each for a different reason."""
     folder = coco / "train2017"
     (folder / f"{100:012d}.jpg").unlink()
     cut = folder / f"{101:012d}.jpg"
@@ -261,7 +261,7 @@ NAMES = st.lists(st.sampled_from([f"images/{i:03d}.jpg" for i in range(60)]), mi
 
 @given(names=NAMES, dev_images=st.integers(0, 12), twin=st.integers(1, 60), data=st.data())
 def test_the_choice_for_dev_depends_on_each_image_alone(names, dev_images, twin, data):
-    """A name may be listed twice; names whose number is the same modulo `twin` are one image."""
+    """A name may be listed twice; names whose number is equal modulo `twin` are the same image."""
     content = {f"images/{i:03d}.jpg": str(i % twin) for i in range(60)}
     records = [Record(name, 64, 64, ()) for name in names]
     pictures = {content[name] for name in names}
@@ -398,7 +398,7 @@ def test_mixed_prompts_have_the_configured_fractions_and_val_has_probes(coco, tm
 
 
 def asked_of(present_names, names, trained=None, **policies):
-    """The prompts of many records that show these names, in training."""
+    """The training prompts of many records with these names."""
     objects = tuple(ObjectRecord(name, (0.0, 0.0, 9.0, 9.0)) for name in present_names)
     set_names = SetNames.of(names, trained or names)
     config = records_config(wordings=1, mixed_listed=1.0, **policies)

@@ -1,4 +1,4 @@
-"""Images at a URL: taken when told, whole or with an error that names the URL."""
+"""Images given as URLs: downloaded only on request, completely, or with an error that names the URL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coordexp.records.fetched import fetched_files, fetched_rgb, is_address
 
 
 class Site(BaseHTTPRequestHandler):
-    """An image, a way to it, and what is none."""
+    """Serves an image, a redirect to it, and a file that is not an image."""
 
     def log_message(self, *_: object) -> None:
         """Quiet."""

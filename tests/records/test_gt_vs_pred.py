@@ -1,4 +1,4 @@
-"""The hand-over file: exact round trip, and refusal of lines that no decode wrote."""
+"""The predictions file: exact round trip, and refusal of invalid lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the image arguments of a command mean."""
+"""How the image arguments of a command are expanded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coordexp.records.images import read_rgb
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_suffix_is_written_and_read(tmp_path: Path, suffix: str) -> None:
-    """A drawing may be saved under each of them."""
+    """A drawing may be saved with each of these suffixes."""
     Image.new("RGB", (6, 4)).save(tmp_path / f"a{suffix}")
     assert read_rgb(tmp_path / f"a{suffix}").size == (6, 4)
 

@@ -1,4 +1,4 @@
-"""Image files as cameras, scanners and broken downloads make them: read alike everywhere, or named."""
+"""Image files from cameras, scanners and broken downloads: read in the same way everywhere, or refused by name."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ STORED = [
 
 
 def picture_of(mode: str) -> Image.Image:
-    """Noise in any of Pillow's modes, half of it transparent where the mode can say so."""
+    """Noise in any of Pillow's modes, half of it transparent if the mode supports that."""
     alpha = np.where(np.arange(24) < 12, 60, 255).astype(np.uint8)[None].repeat(18, 0)
     rgba = Image.fromarray(np.dstack([noise(24, 18), alpha]))
     if mode.startswith("I"):
@@ -178,7 +178,7 @@ def test_orientation_6_is_a_quarter_turn_clockwise(tmp_path):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG with this size in its header and almost no content."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -238,7 +238,7 @@ def test_files_that_are_not_images_are_reported_by_name(tmp_path, name, problem)
 
 
 def test_only_the_supported_formats_are_opened(tmp_path, monkeypatch):
-    """An EPS under an image's name would start Ghostscript."""
+    """An EPS file with the suffix of an image would start Ghostscript."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "EPS")
     contents = {"eps.jpg": out.getvalue()}

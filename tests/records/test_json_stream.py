@@ -1,4 +1,4 @@
-"""A JSON file read in pieces says what `json` says of it, however it is cut."""
+"""Reading a JSON file in pieces gives the result of `json`, for every size of the pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lost annotations stop convert and doctor, by one rule, before anything is trained."""
+"""Lost annotations stop convert and doctor by the same rule, before training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def convert(tmp_path: Path, sets: Any, **config: Any) -> Converted:
 
 
 def stops(tmp_path: Path, sets: Any, **config: Any) -> str:
-    """The message with which convert stops; doctor must stop at the same data, and pass what convert passes."""
+    """The error message of convert; doctor must stop for the same data, and pass if convert passes."""
     found = examine(sets, records_config(**({"max_lost": 0.05} | config)), decode=False, workers=2)
     try:
         convert(tmp_path, sets, **config)
@@ -233,7 +233,7 @@ FORMS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 
 def big_pictures(root: Path, rows_of: Callable[[int], list[list[float]]]) -> dict[str, DatasetConfig]:
-    """Twelve training and six val images of 1700 x 1600 px, nearly white, each with the boxes of its number."""
+    """Twelve training and six val images of 1700 x 1600 px, nearly white, with boxes given by the image number."""
     for split, count in (("train2017", 12), ("val2017", 6)):
         write_split(root, split, 100 * len(split), count)
         rows = []
@@ -272,7 +272,7 @@ def test_doctor_reports_boxes_beyond_the_image(coco: Path, tmp_path: Path) -> No
 
 
 def test_boxes_of_images_that_were_scaled_down_stop(coco: Path, tmp_path: Path) -> None:
-    """Nothing is lost, as each still begins inside, and no unit explains it."""
+    """No box is lost, because each starts inside its image, and no other unit explains them."""
     change_each(coco, "train2017", lambda row: row.update(bbox=[30, 24, 36, 20] if row["id"] % 2 else [40, 5, 30, 45]))
     message = stops(tmp_path, {"coco": coco_set(coco)})
     assert "coco/train: 12 of 24 boxes extend beyond their images" in message

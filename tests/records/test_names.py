@@ -1,4 +1,4 @@
-"""Categories and their file; names that evaluation could not tell apart are settled by convert as doctor says."""
+"""Categories and their file; convert unifies names that evaluation cannot distinguish, as doctor reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PERSON = {"id": 1, "name": "person"}
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Twelve training and six val images of persons, traffic lights and cats; nothing is a red mug."""
+    """Twelve training and six val images of persons, traffic lights and cats; there is no red mug."""
     root = tmp_path / "coco"
     write_split(root, "train2017", 100, 12)
     write_split(root, "val2017", 500, 6)
@@ -31,7 +31,7 @@ def coco(tmp_path: Path) -> Path:
 
 def convert(tmp_path: Path, sets: Any) -> Converted:
     result = converted(tmp_path, sets)
-    CategoryIndex(result.categories())  # evaluation takes what convert lets pass
+    CategoryIndex(result.categories())  # evaluation accepts what convert accepts
     return result
 
 
@@ -56,7 +56,7 @@ def test_of_two_categories_with_one_name_the_unused_is_omitted(coco, tmp_path, n
 
 
 def test_two_unicode_forms_of_an_accent_are_one_name(coco, tmp_path):
-    """The tokenizer writes the composed form, so a name in the other one could never be answered."""
+    """The tokenizer writes the composed form, so no answer could contain a name in the other form."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=[{"id": i, "name": name} for i, name in enumerate((decomposed, "x", "y", "z"), 1)])
@@ -130,7 +130,7 @@ def test_categories_are_read_back_from_their_file(tmp_path):
     assert read_categories(path) == categories
     assert "frequency" not in categories[1].to_json()
     path.write_text(json.dumps([{"id": 2, "name": "dog", "more": 1}]))
-    assert read_categories(path) == (Category(2, "dog", None),), "nobody says whether it was trained on"
+    assert read_categories(path) == (Category(2, "dog", None),), "not specified whether it is in training"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Images of every kind that people have: each is read as a viewer shows it, or refused by name, in no time.
+"""Images of all common kinds: each is read as a viewer shows it, or quickly refused by name.
 
-Checks and readers must agree, and nothing but a PictureError may come out of any file.
+Checks and readers must agree, and the only exception for any file is PictureError.
 """
 
 from __future__ import annotations

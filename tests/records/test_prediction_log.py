@@ -1,4 +1,4 @@
-"""The log of predictions resumes, knows which answers still hold, and turns into what COCO's own reader loads."""
+"""The prediction log can be resumed, detects outdated answers, and exports a file that pycocotools reads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_new_answer_replaces_only_the_old_one(tmp_path: Path) -> None:
     log.add("1.jpg", other, "ff", EMPTY)
     assert written(path) == ["1.jpg", "2.jpg", "1.jpg"]  # appended: at no time is a line missing
     assert [(row["image"], row["width"]) for row in read_rows(path)] == [("2.jpg", 100), ("1.jpg", 10)]
-    PredictionLog(path, A).add("3.jpg", other, "ff", ANSWER)  # by somebody else, meanwhile
+    PredictionLog(path, A).add("3.jpg", other, "ff", ANSWER)  # by another process, meanwhile
     assert log.close(other) == 1
     assert written(path) == ["2.jpg", "1.jpg", "3.jpg"]
 

@@ -1,4 +1,4 @@
-"""The public sets, made of small stand-ins: a wheel with photos, and COCO's archives on a local server."""
+"""The public data sets, built from small stand-ins: a wheel with photos, and COCO's archives on a local server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def write_wheel(path: Path) -> dict[str, tuple[Image.Image, list[tuple[int, int,
 
 @pytest.fixture
 def trees(tmp_path: Path) -> tuple[dict[str, PublicSet], Path, dict]:
-    """The registry with the stand-in for the wheel, which lies where pip would have put it."""
+    """The registry with a stand-in for the wheel, which is where pip would put it."""
     datasets = tmp_path / "datasets"
     (datasets / DOWNLOADS).mkdir(parents=True)
     wheel = datasets / DOWNLOADS / "deepforest-2.1.0-py3-none-any.whl"
@@ -87,13 +87,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def profile_records(name: str, repository: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """What `raw` and `convert` make of a set for the committed profile, with dev of one image."""
+    """The output of `raw` and `convert` for a set with the committed profile, with one dev image."""
     monkeypatch.setenv("DVC_ROOT", str(root))
     profile = load_profile(repository / "configs" / f"{name}.yaml")
     write_manifest(root / "raw", profile.source.sets, True, 1)
     converted = convert_datasets(root / "raw", profile.records.model_copy(update={"dev_images": 1}), 17)
     lost = {reason for reasons in converted.drops().values() for reason in reasons}
-    assert lost <= {"duplicate_object"}  # of random boxes, two may be one where they are clipped
+    assert lost <= {"duplicate_object"}  # two random boxes may coincide after clipping
     return {split: list(records) for split, records in converted.splits.items()}
 
 
@@ -173,7 +173,7 @@ PICTURES = 30
 
 
 def write_archives(folder: Path) -> list[Path]:
-    """The two archives of COCO 2017, small: folders as entries of their own, and files that nobody asks for."""
+    """The two archives of COCO 2017 in small: with separate entries for folders, and files that are not needed."""
     images, annotations = [], []
     with zipfile.ZipFile(folder / "val2017.zip", "w") as archive:
         archive.writestr("val2017/", "")
@@ -197,7 +197,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Iterator[tuple[dict[str, PublicSet], Path]]:
-    """The registry with the stand-ins on a server of this machine."""
+    """The registry with stand-ins on a local server."""
     served = tmp_path / "served"
     served.mkdir()
     paths = write_archives(served)
@@ -238,7 +238,7 @@ def test_existing_parts_are_kept_and_an_incomplete_folder_is_an_error(coco, caps
     assert own.read_text() == "of the user"
     before = content(datasets / "coco")
     for archive in (datasets / DOWNLOADS).glob("*.zip"):
-        archive.unlink()  # nothing is fetched again for what is there
+        archive.unlink()  # existing files are not downloaded again
     assert fetch.main(arguments, sets) == EXIT_DONE
     assert list((datasets / DOWNLOADS).glob("*.zip")) == []
     assert content(datasets / "coco") == before
@@ -272,7 +272,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path, capsys) -> N
 
 def test_the_registry_has_hashes_and_profiles(repository: Path) -> None:
     for name, known in PUBLIC_SETS.items():
-        assert (repository / "configs" / f"{name}.yaml").is_file()  # each has a profile of its name
+        assert (repository / "configs" / f"{name}.yaml").is_file()  # each has a profile with its name
         for file in known.files:
             assert len(file.sha256) == 64
             assert file.bytes > 0

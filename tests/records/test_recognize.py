@@ -1,4 +1,4 @@
-"""A folder says itself which format it is in, with which splits and images."""
+"""The format, splits and images of a folder are recognized from its content."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_without_a_val_split_images_are_selected_by_content(fmt, tmp_path):
 
 
 def coco_files(root: Path, **splits: str) -> None:
-    """A COCO file at each path, with images beside it: as Roboflow exports."""
+    """A COCO file at each path, with images next to it, as Roboflow exports them."""
     for split, name in splits.items():
         write_split(root, f"{split}2017", 100 * len(split), 6)
         (root / name).parent.mkdir(parents=True, exist_ok=True)

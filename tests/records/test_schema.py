@@ -1,4 +1,4 @@
-"""The record contract: what is accepted, and that every kind of broken record names its file and line."""
+"""The record contract: valid records, and an error with file and line for every kind of invalid record."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def test_write_and_read_round_trip(tmp_path_factory, written):
         assert (read.summary, read.metadata) == (record.summary, record.metadata)
         for a, b in zip(read.objects, record.objects, strict=True):
             assert (a.desc, a.metadata) == (b.desc, b.metadata)
-            assert a.bbox_xyxy_px == pytest.approx(b.bbox_xyxy_px, abs=5.1e-4)  # written to a thousandth of a pixel
+            assert a.bbox_xyxy_px == pytest.approx(
+                b.bbox_xyxy_px, abs=5.1e-4
+            )  # rounded to a thousandth of a pixel in the file
 
 
 def test_a_polygon_survives_the_round_trip(tmp_path):

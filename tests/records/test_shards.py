@@ -1,4 +1,4 @@
-"""Images in shards: what files would give, byte for byte, and every damage is seen by whoever reads an image."""
+"""Images in shards equal images in files, byte for byte, and every reader of an image detects damage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read(root: Path, name: str) -> bytes:
 
 
 def unpacked(root: Path, out: Path) -> Path:
-    """The same folder with its images as files, as any ZIP tool unpacks them."""
+    """The same folder with its images as files, unpacked by a ZIP tool."""
     shutil.copytree(root, out, ignore=shutil.ignore_patterns("*.zip", INDEX))
     for shard in sorted(root.glob("*.zip")):
         with zipfile.ZipFile(shard) as archive:
@@ -127,7 +127,7 @@ def test_threads_and_forked_processes_read_at_once(tmp_path: Path) -> None:
 
 
 def refused(root: Path) -> list[str]:
-    """Reads every image anew: each is what was written, or a DataError says what is wrong. Returns those."""
+    """Read every image again: each equals what was written, or raises a DataError. Returns the errors."""
     shards._members.cache_clear()
     messages = []
     for name, content in CONTENTS.items():
@@ -153,7 +153,7 @@ def test_all_damage_is_detected(data: st.DataObject, tmp_path_factory: pytest.Te
     else:
         content[at] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
-    messages = refused(root)  # a changed bit may be one that says nothing, such as a time
+    messages = refused(root)  # a changed bit may be irrelevant, such as one of a timestamp
     assert all(message.startswith(f"{path}: ") and "dvc checkout" in message for message in messages)
     assert not is_cut or len(messages) == len(CONTENTS)
 
@@ -189,7 +189,7 @@ def test_a_missing_or_irregular_shard_is_an_error_with_its_name(tmp_path: Path) 
 
 
 def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> None:
-    """Whole in themselves, but not those that the records are about: a stage that reads one image says so."""
+    """The shards are intact, but do not belong to the records: a stage that reads an image detects that."""
     raw = tmp_path / "raw"
     write_coco_folder(raw / "images", SCENES, 3, workers=2)
     sets = as_datasets(raw / "images").sets
@@ -213,14 +213,14 @@ def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> Non
 
 
 def fresh(call, *arguments):
-    """As in a process of its own, which has read nothing yet."""
+    """As in a new process, which has read nothing yet."""
     image_roots.cache_clear()
     shards._members.cache_clear()
     return call(*arguments)
 
 
 def test_images_in_shards_are_validated_like_files(tmp_path: Path) -> None:
-    """Formats, bombs, cut files, orientations: a shard changes nothing about what is read and what is refused."""
+    """Formats, decompression bombs, truncated files, orientations: the rules are the same as for files."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     contents = {"text.jpg": b"no image", "empty.jpg": b""}

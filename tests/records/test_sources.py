@@ -1,4 +1,4 @@
-"""Every source format, in files laid out as its publisher does, down to records."""
+"""Every source format, from files in the layout of its publisher to records."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_record_without_an_object_yields_no_phrase_prompt(tmp_path):
     lines = [{"images": [f"{n}.jpg"], "width": 100, "height": 80, "objects": o} for n, o in objects.items()]
     lines.append(
         lines[1] | {"images": ["absent.jpg"], "metadata": {"phrase": "a dog"}}
-    )  # asked, and known to be absent
+    )  # in the prompt, and known to be absent
     (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     result = kept(read("jsonl", tmp_path, "r.jsonl", "."), prompt="phrase")
     assert [r.image for r in result.records] == ["there.jpg", "absent.jpg"]
@@ -273,7 +273,7 @@ def test_yolo(tmp_path):
 
 
 def write_yolo(root: Path, more: str = "", **labels: str | bytes) -> None:
-    """Images without content and their label files below `train`; keys that begin with `_` have no image."""
+    """Empty images and their label files below `train`; keys that start with `_` have no image."""
     for name, text in labels.items():
         for folder in ("images", "labels"):
             (root / folder / "train").mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def test_a_byte_order_mark_loses_no_object(tmp_path):
 
 def test_labels_without_an_image_are_counted(tmp_path):
     write_yolo(tmp_path, a=BOX, _gone=f"{BOX}\n{BOX}\n", _empty="", _classes="cat\n", _binary=b"\xff\xfe\x00")
-    (tmp_path / "images" / "train" / "a.txt").write_text(BOX)  # beside the image, where nothing reads it
+    (tmp_path / "images" / "train" / "a.txt").write_text(BOX)  # next to the image, where it is not read
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
     assert [(p.reason, Path(p.file).relative_to(tmp_path).as_posix(), p.detail[:9]) for p in result.problems] == [
         ("label_unused", "images/train/a.txt", "1 objects"),

@@ -1,4 +1,4 @@
-"""A COCO folder of the user through the data stages, as processes would run them, up to pixels for the model."""
+"""A COCO folder of the user through all data stages, up to the pixels for the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     write_split(root / "more", "train2017", 1, 8, [annotation(5000, 3, 4, [1, 1, 60, 40], iscrowd=1)])
     edit(root / "more", "train2017", categories=lambda old: [*old, {"id": 9, "name": "<|im_end|>"}])
     for path in (root / "more" / "train2017").iterdir():
-        path.write_bytes(path.read_bytes() + b"\0")  # other files, for the sake of the content hashes
+        path.write_bytes(path.read_bytes() + b"\0")  # different files, so that the content hashes differ
     write_profile(repository, root)
     for stage in (raw, convert, norm1000, pack):
         assert stage_main(stage.run, ["--params", str(root / "params.yaml"), "--out", str(root)]) == 0
@@ -98,7 +98,7 @@ def test_dropped_annotations_are_written_to_files(out: Path) -> None:
 def test_a_label_file_that_is_edited_is_converted_again(
     fmt: str, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Labels beside images: convert refuses what raw has not seen, and raw tells convert that it is another input."""
+    """Labels next to images: convert refuses files that raw has not seen; after raw, convert runs again."""
     write_photos(fmt, tmp_path / "set", {"train": 9, "val": 3})
     write_sets(repository, tmp_path, {"mine": dataset(fmt, tmp_path / "set").model_dump(exclude_defaults=True)})
 

@@ -1,4 +1,4 @@
-"""One image under two ids, two names or in two sets: one record, or a stop."""
+"""An image with two ids, two names or in two sets becomes one record, or stops the conversion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def found(result: Converted) -> list[list[tuple[str, bool]]]:
 
 
 def convert(tmp_path: Path, sets: dict[str, Any], **config: Any) -> Converted:
-    """The conversion, which stops where doctor says so, and nowhere else."""
+    """The conversion, which must stop exactly if doctor reports it."""
     config = {"same_picture": "merge"} | config
     examined = examine(sets, records_config(**config), decode=False, workers=2)
     try:

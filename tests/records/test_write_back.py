@@ -1,4 +1,4 @@
-"""Records written for other programs say the same when they are read back."""
+"""Records written for other programs are equal when they are read back."""
 
 from __future__ import annotations
 

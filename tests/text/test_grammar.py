@@ -1,4 +1,4 @@
-"""The grammar: whatever a walk allows parses, keeps its corners and its budget, and repeats no box."""
+"""The grammar: every allowed answer parses, has ordered corners, fits the budget, and repeats no box."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_grammar(codec: str, names: tuple[str, ...] | None = None, **changes: Any) -> AnswerGrammar:
-    """A grammar over the tiny tokenizer: corners in order and 80 tokens, but for changes to the block `decode`."""
+    """A grammar over the tiny tokenizer with ordered corners and 80 tokens, with changes to the block `decode`."""
     wanted = {"grammar": "any" if names is None else "closed", "corners": "valid", "max_new_tokens": 80}
     return AnswerGrammar(tokenizer(), codec, changed(PARAMS.decode, **wanted | changes), names or ())
 
@@ -89,7 +89,7 @@ def test_a_closed_list_allows_only_its_names(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_the_duplicate_guard_bounds_the_overlap_of_equal_names(codec: str) -> None:
-    # One name, and corners that a random walk chooses from the top left: overlaps would be common without the guard.
+    # One name, and corners that a random walk chooses near the top left: without the guard, overlaps would be common.
     worst = {}
     for limit in (0.3, 1.0):
         grammar = new_grammar(codec, ("cat",), duplicate_iou=limit, max_new_tokens=400)
@@ -138,7 +138,7 @@ def test_an_empty_closed_list_is_refused() -> None:
 def test_utf8_tail_is_the_incomplete_character() -> None:
     assert utf8_tail("aé".encode()) == b""
     assert utf8_tail("a€".encode()[:-1]) == "€".encode()[:2]
-    assert utf8_tail(b"\xed\xa0") is None  # a surrogate is no text
+    assert utf8_tail(b"\xed\xa0") is None  # a surrogate is not text
     assert utf8_tail(b"\xff") is None
 
 
@@ -147,4 +147,4 @@ def test_the_lark_grammar_has_every_coordinate_and_no_unsafe_text() -> None:
     text = grammar.to_lark()
     first = grammar.values[0][0]
     assert f"<[{first}-{first + 999}]>" in text
-    assert f"<[{grammar.end_id}]>" not in text  # servers add it themselves
+    assert f"<[{grammar.end_id}]>" not in text  # servers add it

@@ -1,4 +1,4 @@
-"""The distance of two names: by words by hand, by meaning with the real encoder, in matching and in its curriculum."""
+"""Distance of descriptions: by words (hand-computed), by meaning (real encoder), in matching and its curriculum."""
 
 from __future__ import annotations
 

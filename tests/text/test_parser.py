@@ -20,7 +20,7 @@ from coordexp.text.parser import DROP_REASONS, ParsedAnswer, parse_answer
 from coordexp.text.symbols import FIRST_COORD, MARKERS, OTHER, RESERVED_SYMBOL, TokenTable
 
 CODECS = ("json", "digits", "tags")
-# Pieces fused across the borders of objects and descriptions, as byte-level BPE fuses them.
+# Pieces merged across the boundaries of objects and descriptions, as in byte-level BPE.
 SCAFFOLD = ('{"objects": [{"desc": "', '", "bbox_2d": ["', '"]}, {"desc": "', '"]}]}', '", "', "]}, {")
 FUSED = (*SCAFFOLD, "black cat", ' "', "12")
 SPECIAL = {**MARKERS, "<|image_pad|>": OTHER} | {token: chr(FIRST_COORD + k) for k, token in enumerate(COORD_TOKENS)}
@@ -36,7 +36,7 @@ DOG = TextObject("yellow dog", (520, 285, 890, 660))
 
 
 def encode(text: str) -> list[int]:
-    """Tokenise with special tokens and fused pieces, and bytes for the rest."""
+    """Tokenize with special tokens and merged pieces, and bytes for the rest."""
     return [i for piece in LONGEST_FIRST.findall(text) for i in ([ID_OF[piece]] if piece in ID_OF else piece.encode())]
 
 
@@ -65,7 +65,7 @@ def decode(ids: list[int]) -> str:
 
 
 def check_answer(ids: list[int], answer: ParsedAnswer, codec: str) -> None:
-    """What must hold for the parse of any ids whatever."""
+    """Check invariants that hold for any ids."""
     report = answer.report
     assert report.n_valid == len(answer.objects)
     assert set(report.dropped) <= set(DROP_REASONS)
@@ -86,7 +86,7 @@ def check_answer(ids: list[int], answer: ParsedAnswer, codec: str) -> None:
         if codec != "digits":
             assert [ids[t] - FIRST_COORD_ID for t in obj.coord_positions] == list(obj.bins)
             assert sum(FIRST_COORD_ID <= i < FIRST_COORD_ID + NUM_BINS for i in ids[start:end]) == 4
-        last = end - 1  # the border token may be shared
+        last = end - 1  # the boundary token may be shared
 
 
 # Round trips
@@ -237,7 +237,7 @@ TAG_DROPS = [
 
 
 def between(codec: str, broken: str) -> str:
-    """The broken object between two good ones."""
+    """The invalid object between two valid ones."""
     cat, dog = (render(get_codec(codec), [obj]) for obj in (CAT, DOG))
     if codec == "tags":
         return cat + broken + dog
@@ -320,7 +320,7 @@ def random_object(rng: random.Random) -> TextObject:
 
 
 def random_answer(rng: random.Random, codec: str) -> list[int]:
-    """A canonical answer, or one that holds a bad object already."""
+    """A canonical answer, or one with an invalid object."""
     if rng.random() < 0.3:
         return encode(between(codec, rng.choice([text for name, _, text in SHORT_DROPS if name == codec])))
     return answer_ids(codec, [random_object(rng) for _ in range(rng.randrange(5))])
@@ -362,7 +362,7 @@ def mutate(rng: random.Random, ids: list[int]) -> list[int]:
 
 
 def run_mutations(n_answers: int, seed: int) -> dict[str, int]:
-    """Parse mutated answers of all codecs with all parsers; returns how often each outcome was seen."""
+    """Parse mutated answers of all codecs with all parsers; returns the count of each outcome."""
     rng = random.Random(seed)
     seen = dict.fromkeys([*DROP_REASONS, "valid", "truncated"], 0)
     for _ in range(n_answers):

@@ -1,4 +1,4 @@
-"""Token ids to symbols: against the tokenizer's own decoding, and the map from characters to tokens."""
+"""From token ids to symbols: compared with the tokenizer's decoding, and the map from characters to tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def id_of(token: str) -> int:
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=40))
 def test_text_is_recovered_exactly(text):
-    """Also text that spells a special token, as a description may."""
+    """This includes text that spells a special token, as a description may do."""
     symbols = TABLE.symbols(TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=True))
     assert symbols.text == text
     assert len(symbols.token_of) == len(symbols.text)

@@ -12,7 +12,7 @@ FIRST = 12
 
 
 class FakeTokenizer:
-    """A tokenizer as the vocabulary sees it: token -> id."""
+    """The part of a tokenizer that the vocabulary uses: token -> id."""
 
     name_or_path = "models/fake"
 
