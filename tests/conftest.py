@@ -58,7 +58,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Assign each file to one worker: its fixtures are expensive, and its tests may depend on each other. SPREAD by test.
+    """Assign each file to one worker: its fixtures are expensive, its tests may depend on each other. SPREAD by test.
 
     The groups of `--dist loadgroup` would say so, too, but are lost on pytest 9.2, which keeps node ids as they are.
     """

@@ -142,7 +142,7 @@ def test_without_network_the_message_states_the_file_and_its_place(tmp_path: Pat
 
 def test_a_full_disk_is_reported_before_the_download(server: Server, tmp_path: Path) -> None:
     huge = replace(remote(server.url), bytes=1 << 60)
-    with pytest.raises(DataError, match="Make room"):
+    with pytest.raises(DataError, match="Free some disk space"):
         fetch(huge, tmp_path, silent)
     assert server.asked == []
 

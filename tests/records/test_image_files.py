@@ -38,7 +38,7 @@ def test_a_folder_expands_to_its_images(tmp_path: Path) -> None:
 def test_a_folder_without_images_is_an_error_with_the_expected_suffixes(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=r"none of its 1 files ends in \.apng, \.bmp, .*Sub-folders are not searched"):
+    with pytest.raises(DataError, match=r"none of its 1 files ends in \.apng, \.bmp, .*Subfolders are not searched"):
         expand_images([str(tmp_path)])
     with pytest.raises(DataError, match="nowhere: no image there"):
         expand_images([str(tmp_path / "nowhere")])

@@ -84,7 +84,7 @@ def test_two_used_categories_with_one_name_are_refused(coco, tmp_path, name):
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=lambda old: [row | ({"name": name} if row["id"] == 1 else {}) for row in old])
     with pytest.raises(
-        DataError, match=rf"coco: categories 1 '{name}' and 3 'cat' have the same name.*both are annotated"
+        DataError, match=rf"coco: categories 1 '{name}' and 3 'cat' have the same name.*both have annotations"
     ):
         convert(tmp_path, {"coco": coco_set(coco)})
     assert findings({"coco": coco_set(coco)})["names_clash"][0]
